@@ -1,0 +1,21 @@
+"""The package's errors. Each says what was given, what is allowed and what to do, and is raised before any kernel starts."""
+
+
+class EfficientAttnError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InputError(EfficientAttnError, ValueError):
+    """A value, shape or combination of arguments that the operation does not define."""
+
+
+class InputTypeError(EfficientAttnError, TypeError):
+    """An argument of the wrong type or dtype."""
+
+
+class MaskError(InputError):
+    """Block lists or mask arguments that do not describe a valid mask."""
+
+
+class UnsupportedError(EfficientAttnError, NotImplementedError):
+    """A well-defined request that the chosen method or backend cannot serve."""

@@ -1,0 +1,41 @@
+"""The backends, fastest first, and the choice between them: the only place that asks about devices.
+
+A backend is a module with `attention_forward`, `attention_backward` and `not_supported_reasons`, equal in signature and
+meaning to `reference`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+from ..errors import InputError, UnsupportedError
+from . import cpu, reference
+from .call import Call
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+
+
+def check_name(backend: str) -> None:
+    """Raise InputError unless `backend` is "auto" or the name of a backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise InputError(f"backend={backend!r} does not exist; choose from {['auto', *BACKENDS]}")
+
+
+def not_supported_reasons(call: Call) -> dict[str, list[str]]:
+    """Every backend with the reasons why it cannot serve `call`; an empty list means that it can."""
+    return {name: module.not_supported_reasons(call) for name, module in BACKENDS.items()}
+
+
+@lru_cache(maxsize=4096)
+def select(backend: str, call: Call) -> str:
+    """The backend that will serve `call`: the one asked for, or with "auto" the first that can.
+
+    Raises InputError for an unknown name and UnsupportedError, with the reasons, when the one asked for cannot serve.
+    """
+    check_name(backend)
+    for name in BACKENDS if backend == "auto" else (backend,):
+        if not BACKENDS[name].not_supported_reasons(call):
+            return name
+    reasons = "; ".join(BACKENDS[backend].not_supported_reasons(call))
+    raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")

@@ -1,0 +1,303 @@
+"""The functions a user calls: `attention` and its relatives. Shapes, checks and masks are settled here, once.
+
+Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D head_dim, Dv value head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import reference
+from .backends.call import Call
+from .errors import InputError, InputTypeError
+from .masks import BlockMask, MaskArrays
+from .ops import attention as ops
+from .patterns import Pattern
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ALIGNMENTS = ("top_left", "bottom_right")
+
+MaskLike = BlockMask | Pattern | Tensor | None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention over the visible pairs: softmax(scale * query @ key^T + bias) @ value.
+
+    Args:
+        query: (B, Hq, Nq, D), float32, float64, bfloat16 or float16; D and Dv from 1 to 256.
+        key: (B, Hkv, Nk, D), Hq a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
+        value: (B, Hkv, Nk, Dv).
+        mask: a `BlockMask`, a pattern such as `SlidingWindow(left=200, right=0)`, or a bool tensor that broadcasts to
+            (B, Hq, Nq, Nk) where True means "attend". A query that sees no key returns 0 (lse -inf, gradients 0).
+        bias: added to the scaled scores; broadcasts to (B, Hq, Nq, Nk); in the query's dtype or float32 (float64 for
+            float64 inputs). Gets a gradient of its own shape. -inf masks a pair.
+        is_causal: query i sees keys up to i; with Nq != Nk, `causal_alignment` must say which corner the diagonal
+            starts from: "top_left" (j <= i) or "bottom_right" (j <= i + Nk - Nq).
+        scale: default 1 / sqrt(D).
+        dropout_p: probability of dropping an attention weight; kept ones are scaled by 1 / (1 - dropout_p).
+        dropout_seed: int or int64 tensor with one element. The dropped pairs are a pure function of
+            (seed, batch, head, query, key); None draws a seed from PyTorch's generator.
+        return_lse: also return lse (B, Hq, Nq), the natural log-sum-exp of the scores, float32 (float64 for float64).
+        backend: "auto" (the fastest that serves the call), or a name in `efficient_attn.backends.BACKENDS`; an
+            explicit choice that cannot serve raises.
+
+    Returns:
+        out (B, Hq, Nq, Dv) in the query's dtype, or (out, lse). Under autocast the inputs are cast to its dtype first.
+
+    Raises:
+        InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
+        UnsupportedError: the backend asked for cannot serve this call.
+    """
+    query, key, value = autocast(query, key, value)
+    check_inputs(query, key, value)
+    bias = check_bias(bias, query, key)
+    check_dropout(dropout_p)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, key, value, bias)
+    )
+    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=differentiable)
+    chosen = backends.select(backend, describe(query, key, value, bias, arrays, dropout_p))
+    lengths, lists, shape, window = ops.operands(arrays)
+    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = torch.ops.efficient_attn.attention_forward(
+        query, key, value, bias, lengths, lists, shape, window, scale, dropout_p, seed, chosen
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+) -> Tensor:
+    """The weights that `attention` applies to the values, (B, Hq, Nq, Nk): an explicit request for n x n memory.
+
+    Arguments are those of `attention`. With a dropout seed the weights are the dropped and rescaled ones of the same
+    call. Differentiable to any order.
+    """
+    query, key = autocast(query, key)
+    check_inputs(query, key, key)
+    bias = check_bias(bias, query, key)
+    check_dropout(dropout_p)
+    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=False)
+    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return reference.attention_weights(query, key, bias, arrays, scale, dropout_p, seed)
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join attention over disjoint sets of keys into attention over their union, exactly.
+
+    Args:
+        outs: each (B, H, Nq, Dv), from `attention(..., return_lse=True)` with the same queries.
+        lses: each (B, H, Nq), natural log.
+
+    Returns:
+        (out, lse) of the union; out in the dtype of the first part, joined in the dtype of lse. Differentiable.
+
+    Raises:
+        InputError: no parts, or shapes that differ.
+    """
+    if not outs or len(outs) != len(lses):
+        raise InputError(f"merge_attention needs as many outs as lses and at least one; got {len(outs)} and {len(lses)}")
+    for out, lse in zip(outs, lses, strict=True):
+        if out.shape != outs[0].shape or lse.shape != outs[0].shape[:-1]:
+            raise InputError(
+                f"parts must share one shape (B, H, Nq, Dv) with lse (B, H, Nq); got {tuple(out.shape)} and "
+                f"{tuple(lse.shape)} beside {tuple(outs[0].shape)}"
+            )
+    stacked = torch.stack(tuple(lses))
+    top = stacked.detach().amax(0)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    shares = torch.exp(stacked - top)
+    total = shares.sum(0)
+    empty = total == 0
+    weights = shares / total.masked_fill(empty, 1.0)
+    merged = (weights[..., None] * torch.stack(tuple(outs)).to(weights.dtype)).sum(0)
+    lse = (torch.log(total.masked_fill(empty, 1.0)) + top).masked_fill(empty, -torch.inf)
+    return merged.to(outs[0].dtype), lse
+
+
+# --- what every call is checked for ------------------------------------------------------------------------------------
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless query (B, Hq, Nq, D), key (B, Hkv, Nk, D) and value (B, Hkv, Nk, Dv) belong together."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise InputTypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise InputError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(tensor.shape)}")
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise InputTypeError(
+            f"query, key and value must share one dtype of float32, float64, bfloat16, float16; got {query.dtype}, "
+            f"{key.dtype}, {value.dtype}. Cast them, or call under torch.autocast"
+        )
+    if key.device != query.device or value.device != query.device:
+        raise InputError(f"query, key and value must be on one device; got {query.device}, {key.device}, {value.device}")
+    B, Hq, _, D = query.shape
+    Bk, Hkv, Nk, Dk = key.shape
+    Bv, Hv, Nv, Dv = value.shape
+    if B != Bk or B != Bv or Hkv != Hv or Nk != Nv or D != Dk:
+        raise InputError(
+            "expected query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv); got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if Hkv == 0 or Hq % Hkv:
+        if Hq or Hkv:
+            raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
+    if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM:
+        raise InputError(f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Split wider heads")
+
+
+def check_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """Return the bias with 4 dimensions, each 1 or full; raise unless it broadcasts to (B, Hq, Nq, Nk)."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        kind = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise InputTypeError(f"bias must be a floating-point tensor, got {kind}; a bool tensor is a mask: pass mask=")
+    allowed = (query.dtype, reference.accumulation_dtype(query.dtype))
+    if bias.dtype not in allowed:
+        raise InputTypeError(f"bias must be {' or '.join(map(str, dict.fromkeys(allowed)))}, got {bias.dtype}; cast it")
+    if bias.device != query.device:
+        raise InputError(f"bias is on {bias.device}, query on {query.device}; move it")
+    full = (*query.shape[:3], key.shape[2])
+    if bias.dim() > 4:
+        raise InputError(f"bias must have at most 4 dimensions, got {tuple(bias.shape)}")
+    bias = bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
+    if any(given != size and given != 1 for given, size in zip(bias.shape, full, strict=True)):
+        raise InputError(f"bias {tuple(bias.shape)} does not broadcast to (B, Hq, Nq, Nk) = {full}")
+    return bias
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise InputError unless 0 <= dropout_p < 1."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise InputError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_alignment(is_causal: bool, causal_alignment: str | None, q_len: int, kv_len: int) -> None:
+    """Raise InputError for an unknown alignment, or for a causal call with Nq != Nk that names none (contract rule 3)."""
+    if causal_alignment is not None and causal_alignment not in ALIGNMENTS:
+        raise InputError(f"causal_alignment must be one of {ALIGNMENTS} or None, got {causal_alignment!r}")
+    if is_causal and causal_alignment is None and q_len != kv_len:
+        raise InputError(
+            f"is_causal=True with {q_len} queries and {kv_len} keys is ambiguous; say causal_alignment='top_left' "
+            "(query i sees keys 0..i) or 'bottom_right' (the last query sees every key)"
+        )
+
+
+def resolve_mask(
+    mask: MaskLike, query: Tensor, key: Tensor, is_causal: bool, causal_alignment: str | None, *, transposed: bool
+) -> MaskArrays:
+    """Turn mask and is_causal into the arrays that a backend reads; `transposed` adds what a backward needs.
+
+    Raises:
+        MaskError, InputError, InputTypeError: a mask that does not fit (B, Hq, Nq, Nk).
+    """
+    B, Hq, Nq, _ = query.shape
+    Nk = key.shape[2]
+    check_alignment(is_causal, causal_alignment, Nq, Nk)
+    if mask is None:
+        if not is_causal:
+            return MaskArrays()
+        offset = Nk - Nq if causal_alignment == "bottom_right" else 0
+        return MaskArrays(window_right=0, window_offset=offset)
+    block_mask = as_block_mask(mask, query, key)
+    if is_causal:
+        block_mask = block_mask.with_causal(causal_alignment or "top_left")
+    return block_mask.arrays(transposed)
+
+
+def as_block_mask(mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor) -> BlockMask:
+    """Turn what a user passes as `mask` into a BlockMask on the query's device that fits (B, Hq, Nq, Nk)."""
+    B, Hq, Nq, _ = query.shape
+    Nk = key.shape[2]
+    if isinstance(mask, Pattern):
+        return mask.block_mask(Nq, Nk, num_heads=Hq, device=query.device)
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise InputTypeError(f"mask must be a bool tensor (True = attend), got {mask.dtype}; additive values are bias=")
+        full = (B, Hq, Nq, Nk)
+        if mask.dim() > 4 or any(g not in (1, f) for g, f in zip(mask.shape[::-1], full[::-1], strict=False)):
+            raise InputError(f"mask {tuple(mask.shape)} does not broadcast to (B, Hq, Nq, Nk) = {full}")
+        mask = mask.to(query.device)
+        mask = mask.expand(*mask.shape[:-2], Nq, Nk) if mask.dim() > 1 else mask.expand(Nq, Nk)
+        return BlockMask.from_dense(mask, static=torch.compiler.is_compiling())
+    if not isinstance(mask, BlockMask):
+        raise InputTypeError(f"mask must be a BlockMask, a pattern, a bool tensor or None, got {type(mask).__name__}")
+    if (mask.q_len, mask.kv_len) != (Nq, Nk):
+        raise InputError(f"the mask is for {mask.q_len} queries and {mask.kv_len} keys; this call has {Nq} and {Nk}")
+    lengths = 1 if mask.kv_lengths is None else mask.kv_lengths.shape[0]
+    if mask.batch not in (1, B) or mask.heads not in (1, Hq) or lengths not in (1, B):
+        raise InputError(
+            f"the mask is for batch {max(mask.batch, lengths)} and {mask.heads} heads; this call has batch {B}, {Hq} heads"
+        )
+    return mask if mask.device is None or mask.device == query.device else mask.to(query.device)
+
+
+def resolve_seed(seed: int | Tensor | None) -> Tensor:
+    """An int64 tensor with the dropout seed; None draws one from PyTorch's CPU generator."""
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise InputTypeError(f"dropout_seed must be one int64 value, got {tuple(seed.shape)} of {seed.dtype}")
+        return seed.reshape(())
+    return torch.tensor(int(seed), dtype=torch.int64)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as torch.autocast asks for, when it is on for the tensors' device; float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def describe(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, arrays: MaskArrays, dropout_p: float
+) -> Call:
+    """The facts on which the backend is chosen."""
+    return Call(
+        query.device,
+        query.dtype,
+        None if bias is None else bias.dtype,
+        *query.shape[:2],
+        key.shape[1],
+        query.shape[2],
+        *key.shape[2:],
+        value.shape[3],
+        arrays.indptr is not None,
+        dropout_p,
+    )

@@ -1,0 +1,1 @@
+"""The torch.library operators: one schema, one fake, one autograd formula and one vmap rule for each primitive."""

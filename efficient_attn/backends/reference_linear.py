@@ -1,0 +1,146 @@
+"""The definition of linear attention, in plain PyTorch; see `reference` for exact attention.
+
+    w_ij = a_i . b_j          for visible pairs          a = query features, b = key features, (F,) each
+    n_i  = sum_j w_ij                                    the normaliser
+    out_i = sum_j w_ij v_j / n_i                         0 where n_i = 0
+
+With v'_j = [v_j, 1] both sums are one: [n_i out_i, n_i] = sum_j (a_i . b_j) v'_j. Its gradient u_i with respect to
+that row is u_i = [dout_i / n_i, dn_i - dout_i . out_i / n_i] (dout counts as 0 where n_i = 0), and
+
+    da_i = sum_j (u_i . v'_j) b_j       db_j = sum_i (v'_j . u_i) a_i       dv'_j = sum_i (b_j . a_i) u_i
+
+are sums of the same form, so one function, `visible_sums`, serves all four. Without causality it is two matrix
+products; with it, a walk over chunks that carries the state sum_j b_j v'_j^T. O(N) time and memory. Half precision is
+summed in float32. Masked pairs are selected away, so that a NaN behind a mask stays behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+CHUNK = 128  # rows of a causal step: a tile of CHUNK x CHUNK weights beside the state
+
+
+def linear_attention_forward(
+    query_features: Tensor,  # (B, Hq, Nq, F)
+    key_features: Tensor,  # (B, Hkv, Nk, F)
+    value: Tensor,  # (B, Hkv, Nk, Dv)
+    key_mask: Tensor | None,  # (B, Nk) bool, True = attend
+    is_causal: bool,
+    causal_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, Hq, Nq, Dv) in the value's dtype and the normaliser (B, Hq, Nq) in the accumulation dtype.
+
+    Causal means that query i sees the keys j <= i + causal_offset.
+    """
+    a, b, v = _grouped(query_features, key_features, value, key_mask)
+    sums = visible_sums(a, b, v, is_causal, causal_offset).flatten(1, 2)
+    normaliser = sums[..., -1]
+    out = sums[..., :-1] * _inverse(normaliser)[..., None]
+    return out.to(value.dtype), normaliser.contiguous()
+
+
+def linear_attention_backward(
+    grad_out: Tensor,  # (B, Hq, Nq, Dv)
+    grad_normaliser: Tensor | None,  # (B, Hq, Nq)
+    query_features: Tensor,
+    key_features: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,  # (B, Hq, Nq, Dv)
+    normaliser: Tensor,  # (B, Hq, Nq)
+    is_causal: bool,
+    causal_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query_features, key_features and value, each shaped and typed like its input."""
+    a, b, v = _grouped(query_features, key_features, value, key_mask)
+    dtype = a.dtype
+    grad_sums = grad_out.to(dtype).masked_fill((normaliser == 0)[..., None], 0.0) * _inverse(normaliser)[..., None]
+    grad_n = -(grad_sums * out.to(dtype)).sum(-1)
+    if grad_normaliser is not None:
+        grad_n = grad_n + grad_normaliser.to(dtype)
+    u = torch.cat([grad_sums, grad_n[..., None]], dim=-1).unflatten(1, a.shape[1:3])  # (B, Hkv, G, Nq, Dv + 1)
+
+    da = visible_sums(u, v, b, is_causal, causal_offset).flatten(1, 2)
+    db = _sums_over_queries(v, u, a, is_causal, causal_offset)
+    dv = _sums_over_queries(b, a, u, is_causal, causal_offset)[..., :-1]
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]
+        db, dv = db.masked_fill(hidden, 0.0), dv.masked_fill(hidden, 0.0)
+    return da.to(query_features.dtype), db.to(key_features.dtype), dv.to(value.dtype)
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def visible_sums(a: Tensor, b: Tensor, v: Tensor, is_causal: bool, offset: int) -> Tensor:
+    """r_i = sum_j (a_i . b_j) v_j over all j, or over j <= i + offset: (..., N, E), (..., M, E), (..., M, R) -> (..., N, R)."""
+    if not is_causal:
+        return a @ (b.mT @ v)
+    finite_b, finite_v = b.isfinite().all(-1, keepdim=True), v.isfinite()
+    if bool(finite_b.all()) and bool(finite_v.all()):
+        return _causal_sums(a, b, v, offset)
+    # A sum must not see what is not finite before its turn, and 0 * NaN is NaN: count such terms beside the sums.
+    sums = _causal_sums(a, b.masked_fill(~finite_b, 0.0), v.masked_fill(~(finite_b & finite_v), 0.0), offset)
+    poison = (~(finite_b & finite_v)).to(a.dtype)
+    one = poison.new_ones(())
+    seen = _causal_sums(one.expand(*a.shape[:-1], 1), one.expand(*b.shape[:-1], 1), poison, offset)
+    return sums.masked_fill(seen > 0, torch.nan)
+
+
+def _causal_sums(a: Tensor, b: Tensor, v: Tensor, offset: int) -> Tensor:
+    """`visible_sums` for j <= i + offset: the state holds the keys that a whole chunk sees, the tile does the rest."""
+    N, M = a.shape[-2], b.shape[-2]
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2], v.shape[:-2])
+    sums = a.new_empty(*batch, N, v.shape[-1])
+    state = b.new_zeros(*torch.broadcast_shapes(b.shape[:-2], v.shape[:-2]), b.shape[-1], v.shape[-1])
+    known = 0  # keys in the state
+    for start in range(0, N, CHUNK):
+        stop = min(start + CHUNK, N)
+        first, last = (min(max(i + offset + 1, 0), M) for i in (start, stop - 1))
+        for begin in range(known, first, CHUNK):  # longer than one chunk only when offset > 0
+            end = min(begin + CHUNK, first)
+            state = state + b[..., begin:end, :].mT @ v[..., begin:end, :]
+        known = first
+        rows = a[..., start:stop, :]
+        i = torch.arange(start, stop, device=a.device)[:, None]
+        j = torch.arange(first, last, device=a.device)[None, :]
+        tile = (rows @ b[..., first:last, :].mT).masked_fill(j > i + offset, 0.0)
+        sums[..., start:stop, :] = rows @ state + tile @ v[..., first:last, :]
+    return sums
+
+
+def _sums_over_queries(keys: Tensor, queries: Tensor, terms: Tensor, is_causal: bool, offset: int) -> Tensor:
+    """sum_i (keys_j . queries_i) terms_i over the queries i of the whole group that see key j: (B, Hkv, Nk, R).
+
+    Read backwards, the queries that see key j (i >= j - offset) are a causal prefix again.
+    """
+    if not is_causal:
+        return keys.squeeze(2) @ (queries.mT @ terms).sum(2)
+    backwards = offset + queries.shape[-2] - keys.shape[-2]
+    sums = visible_sums(keys.flip(-2), queries.flip(-2), terms.flip(-2), True, backwards)
+    return sums.flip(-2).sum(2)
+
+
+def _grouped(
+    query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a (B, Hkv, G, Nq, F), b (B, Hkv, 1, Nk, F) and v' (B, Hkv, 1, Nk, Dv + 1) for summing; masked keys are 0."""
+    dtype = accumulation_dtype(value.dtype)
+    heads = key_features.shape[1]
+    a = query_features.to(dtype).unflatten(1, (heads, query_features.shape[1] // max(heads, 1)))
+    b = key_features.to(dtype)
+    v = torch.cat([value.to(dtype), b.new_ones(*b.shape[:-1], 1)], dim=-1)
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]
+        b, v = b.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    return a, b.unsqueeze(2), v.unsqueeze(2)
+
+
+def _inverse(normaliser: Tensor) -> Tensor:
+    """1 / n, and 0 where n = 0."""
+    zero = normaliser == 0
+    return (1.0 / normaliser.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)

@@ -1,0 +1,51 @@
+# make setup | test | test-slow | lint | bench | bench-cpu | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+PYTHON ?= python3
+VENV ?= .venv
+# Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.DELETE_ON_ERROR:
+.PHONY: setup test test-slow lint format bench bench-cpu readme clean
+
+setup: $(STAMP)
+
+# The environment is complete when the stamp is newer than everything that it was made from; C++ sources count, since the
+# editable install holds what they compile to. Build isolation keeps PyTorch out of the build.
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu' $(ARGS) tests
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m 'slow and not gpu' $(ARGS) tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+bench: $(STAMP)
+	$(BIN)/efficient-attn bench $(ARGS)
+
+bench-cpu: $(STAMP)
+	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
+
+# Writes the generated parts of README.md anew: the table of methods, and with ARGS=--picture the picture and its figures.
+readme: $(STAMP)
+	$(BIN)/python docs/readme.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(STAMP)

@@ -1,0 +1,166 @@
+"""What is measured, as data. A new method, length or target is a line here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .runner import Cell
+
+# Operator suite. Specs are sized for sequences of some thousand tokens.
+OPERATOR_METHODS = (
+    "dense",
+    "sliding_window:left=128,right=128",
+    "bigbird:block=64,window=3,random=2,globals=1",
+    "linformer:rank=128",
+    "nystrom:landmarks=64",
+    "performer:features=128",
+    "linear",
+)
+OPERATOR_SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
+MODES = ("fwd", "fwd_bwd")
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+QUICK_SEQLENS = (512, 2048)
+
+# The same methods for the 64 tokens of a digit.
+VIT_METHODS = (
+    "dense",
+    "sliding_window:left=12,right=12",
+    "bigbird:block=16,window=1,random=1,globals=1",
+    "linformer:rank=16",
+    "nystrom:landmarks=16",
+    "performer:features=64",
+    "linear",
+)
+VIT_STEPS, QUICK_VIT_STEPS = 400, 120
+
+MEMORY_METHODS = ("sliding_window:left=128,right=128", "bigbird:block=64,window=3,random=2,globals=1")
+MEMORY_LENGTHS = (16384, 32768, 65536)
+MEMORY_SHAPE = {"batch": 1, "heads": 2, "head_dim": 16, "dtype": "float32", "mode": "fwd_bwd"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of ``make bench-cpu``: our call against a peer's on the same tensors, and the ratio to reach.
+
+    ``visible`` says which pairs count: full, causal, window (256), bigbird, random:<percent> (block 64 lists), bool (a
+    dense bool mask), bias (a dense additive bias; with a gradient in fwd_bwd). ``peak`` is the share of the measured
+    FMA peak to reach, ``bandwidth`` that of the measured copy bandwidth. ``most`` marks a figure that must stay below
+    the target.
+    """
+
+    work: str  # attention | linear_attention | sparse_efficiency | overhead | module
+    peer: str  # sdpa | sdpa_mask | flex | formula | dense | none | torch_module
+    target: float | None
+    mode: str = "fwd"
+    dtype: str = "float32"
+    visible: str = "full"
+    q_len: int = 4096
+    kv_len: int = 4096
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+    peak: float | None = None
+    bandwidth: float | None = None
+    most: bool = False
+
+
+def _dense_rows() -> list[Target]:
+    rows = []
+    for head_dim, ratio, forward_peak in ((64, 1.3, 0.85), (128, 1.2, 0.86)):
+        shape: dict[str, Any] = {"work": "attention", "peer": "sdpa", "target": ratio, "head_dim": head_dim}
+        rows += [
+            Target(**shape, peak=forward_peak),
+            Target(**shape, visible="causal"),
+            Target(**shape, mode="fwd_bwd", peak=0.78),
+            Target(**shape, mode="fwd_bwd", visible="causal"),
+        ]
+    return rows
+
+
+SPARSE = ("window", "bigbird", "random:10")
+TARGETS: tuple[Target, ...] = (
+    *_dense_rows(),
+    Target("attention", "sdpa", 1.25, dtype="bfloat16"),
+    Target("attention", "sdpa", 1.8, dtype="float16"),
+    Target("attention", "sdpa", 1.7, mode="fwd_bwd", q_len=16384, kv_len=16384, heads=1, kv_heads=1),
+    Target("attention", "sdpa_mask", 1.25, visible="bool"),
+    Target("attention", "sdpa_mask", 2.0, visible="bool", mode="bwd"),
+    Target("attention", "sdpa_mask", 1.25, visible="bias"),
+    Target("attention", "sdpa_mask", 2.0, visible="bias", mode="bwd"),
+    *(Target("attention", "flex", 2.0, visible=visible) for visible in SPARSE),
+    *(Target("attention", "sdpa_mask", 5.0, visible=visible, mode="fwd_bwd") for visible in SPARSE),
+    *(Target("sparse_efficiency", "dense", 1.15, visible=f"random:{d}", most=True) for d in (50, 25, 10, 5)),
+    *(Target("attention", "sdpa", 1.0, batch=16, heads=12, kv_heads=12, q_len=n, kv_len=n) for n in (128, 256, 512)),
+    Target("overhead", "none", 25.0, q_len=1, kv_len=16, heads=1, kv_heads=1, most=True),
+    Target("attention", "sdpa", 2.0, dtype="bfloat16", q_len=1, kv_len=32768, heads=32, head_dim=128, bandwidth=0.7),
+    Target("linear_attention", "formula", 3.0, mode="fwd_bwd", q_len=65536, kv_len=65536),
+    # One head: the plain causal formula keeps one state a position, 1 GiB a head here.
+    Target(
+        "linear_attention",
+        "formula",
+        3.0,
+        mode="fwd_bwd",
+        visible="causal",
+        q_len=65536,
+        kv_len=65536,
+        heads=1,
+        kv_heads=1,
+    ),
+    *(
+        Target("module", "torch_module", None, dtype=dtype, mode=mode, batch=4, q_len=1024, kv_len=1024)
+        for dtype, mode in (("float32", "fwd"), ("bfloat16", "fwd"), ("float32", "fwd_bwd"))
+    ),
+)
+
+
+def operator_cells(
+    methods: tuple[str, ...],
+    seqlens: tuple[int, ...],
+    modes: tuple[str, ...],
+    dtype: str,
+    threads: int,
+    causal: bool,
+    budget_s: float,
+) -> list[Cell]:
+    """Short sequences first, so that an interrupted run has covered every method."""
+    return [
+        Cell(
+            "ops",
+            _config(
+                OPERATOR_SHAPE,
+                method=m,
+                seqlen=n,
+                mode=mode,
+                dtype=dtype,
+                threads=threads,
+                causal=causal,
+                budget_s=budget_s,
+            ),
+        )
+        for n in seqlens
+        for mode in modes
+        for m in methods
+    ]
+
+
+def vit_cells(methods: tuple[str, ...], steps: int, threads: int, budget_s: float) -> list[Cell]:
+    return [Cell("vit", _config(method=m, steps=steps, threads=threads, budget_s=budget_s)) for m in methods]
+
+
+def memory_cells(methods: tuple[str, ...], lengths: tuple[int, ...], threads: int) -> list[Cell]:
+    return [
+        Cell("memory", _config(MEMORY_SHAPE, method=m, seqlen=n, threads=threads)) for m in methods for n in lengths
+    ]
+
+
+def target_cells(threads: int, budget_s: float) -> list[Cell]:
+    return [Cell("targets", _config(asdict(target), threads=threads, budget_s=budget_s)) for target in TARGETS]
+
+
+def _config(*parts: dict[str, Any], **values: Any) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in (*parts, values):
+        merged.update(part)
+    return merged

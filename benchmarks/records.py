@@ -1,0 +1,144 @@
+"""The result file: append-only JSON lines, one environment line a run and one line a finished cell.
+
+A line is written whole, flushed and fsynced, so that a power cut or ``kill -9`` loses at most the cell in progress. A
+last line that was torn is dropped when the file is opened again; all lines before it stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+STATUSES = ("ok", "oom", "timeout", "unsupported", "crash", "error")
+
+Record = dict[str, Any]
+
+
+def code_version() -> str:
+    """The git commit of this checkout (``-dirty`` when it has changes), or the installed version outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        if commit.returncode == 0:
+            return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+    return _version("efficient-attn") or "unknown"
+
+
+def cell_id(suite: str, config: Mapping[str, Any], code: str) -> str:
+    """Names a cell by all that decides its result: suite, configuration and code version."""
+    text = json.dumps([suite, config, code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def environment(**extra: Any) -> Record:
+    """The environment line: machine, versions, clocks and whatever else decides a figure."""
+    return {
+        "type": "environment",
+        "schema": SCHEMA,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "machine": machine(),
+        "versions": {name: _version(name) for name in ("efficient-attn", "torch", "numpy", "triton", "scikit-learn")},
+        "python": platform.python_version(),
+        "argv": sys.argv[1:],
+        **extra,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores this process may use, memory in bytes and current clocks, as far as the system tells."""
+    cpuinfo = _read("/proc/cpuinfo")
+    fields = [line.partition(":") for line in cpuinfo.splitlines()]
+    values = [(key.strip(), value.strip()) for key, _, value in fields]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = next((line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")), "0")
+    return {
+        "cpu": next(
+            (value for key, value in values if key == "model name"), platform.processor() or platform.machine()
+        ),
+        "cores": cores,
+        "clock_mhz": [round(float(value)) for key, value in values if key == "cpu MHz"],
+        "memory_bytes": int(memory) * 1024,
+        "system": platform.platform(),
+    }
+
+
+def available_memory() -> int | None:
+    """Bytes that new allocations can use now, or None where the system does not tell."""
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+class ResultFile:
+    """An append-only JSONL file. Opening it drops a torn last line; ``append`` returns once the line is on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_torn_line(path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of a file, oldest first, without a torn last line. A damaged line elsewhere raises ``ValueError``."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise ValueError(
+                f"{path}, line {number} is not JSON: {line[:60]!r}; remove the line and try again"
+            ) from error
+
+
+def _drop_torn_line(path: Path) -> None:
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

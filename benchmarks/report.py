@@ -1,0 +1,227 @@
+"""Tables for the terminal and one PNG, made from the records of a result file; a file of an unfinished run is fine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .memory import fitted_exponent
+from .records import Record
+
+# Above this interquartile range (relative to the median) a time is marked, because the machine was busy.
+NOISY = 0.25
+MIB = 2**20
+
+
+def latest(found: Iterable[Record]) -> list[Record]:
+    """The cell records, of a cell that was measured more than once only the last, in order of first appearance."""
+    cells: dict[str, Record] = {}
+    for record in found:
+        if record["type"] == "cell":
+            cells[f"{record['suite']} {sorted(record['config'].items())}"] = record
+    return list(cells.values())
+
+
+def print_report(cells: Sequence[Record], console: Console) -> None:
+    """One table for each suite that has records, and a line for each cell that failed."""
+    for suite, table in (("ops", _operators), ("vit", _vit), ("memory", _memory), ("targets", _targets)):
+        rows = [cell for cell in cells if cell["suite"] == suite]
+        if rows:
+            console.print(table(rows))
+    failed = [cell for cell in cells if cell["status"] != "ok"]
+    for cell in failed:
+        console.print(f"[yellow]{cell['status']}[/]: {cell_name(cell)}: {cell['message'][:300]}", highlight=False)
+
+
+def _operators(rows: Sequence[Record]) -> Table:
+    table = _table(
+        f"Operator on photograph patches, {_shared(rows)}",
+        ("length", "mode", "method"),
+        ("ms", "vs dense", "vs SDPA", "plan ms", "memory MiB", "density", "error"),
+        caption="vs: speed-up over exact attention, ours and torch SDPA, interleaved in the same process. memory: peak "
+        "of one call above its inputs. error: relative to exact attention in float64 (projections untrained). "
+        "~ noisy: spread above 25 %.",
+    )
+    previous = None
+    for row in sorted(rows, key=lambda r: (r["config"]["seqlen"], r["config"]["mode"])):
+        config = row["config"]
+        group = (config["seqlen"], config["mode"])
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        table.add_row(
+            str(config["seqlen"]),
+            config["mode"],
+            config["method"],
+            *_metrics(
+                row,
+                lambda r: (
+                    _ms(r),
+                    _times(r["speedup_dense"]),
+                    _times(r["speedup_sdpa"]),
+                    _number(r.get("plan_ms"), "{:.2f}"),
+                    f"{r['peak_bytes'] / MIB:.1f}",
+                    _number(r.get("density"), "{:.3f}"),
+                    f"{r['error']:.1e}",
+                ),
+            ),
+        )
+    return table
+
+
+def _vit(rows: Sequence[Record]) -> Table:
+    table = _table(
+        f"Vision transformer on scikit-learn's digits, {rows[0]['config']['steps']} steps, {_shared(rows)}",
+        ("method",),
+        ("accuracy", "loss", "step ms", "vs dense", "vs torch.nn", "memory MiB"),
+        caption="step: forward and backward of a batch of 64 images. vs torch.nn: the same model with "
+        "torch.nn.MultiheadAttention.",
+    )
+    for row in rows:
+        table.add_row(
+            row["config"]["method"],
+            *_metrics(
+                row,
+                lambda r: (
+                    f"{r['accuracy']:.1%}",
+                    f"{r['loss']:.3f}",
+                    _ms(r),
+                    _times(r["speedup_dense"]),
+                    _times(r["speedup_torch_module"]),
+                    f"{r['peak_bytes'] / MIB:.1f}",
+                ),
+            ),
+        )
+    return table
+
+
+def _memory(rows: Sequence[Record]) -> Table:
+    table = _table(
+        f"Peak extra memory against length, {_shared(rows)}",
+        ("method", "length"),
+        ("peak MiB", "bytes a token"),
+        caption="exponent: slope of log(peak) over log(length); 1 is linear.",
+    )
+    for method in dict.fromkeys(row["config"]["method"] for row in rows):
+        group = [row for row in rows if row["config"]["method"] == method]
+        for row in group:
+            metrics = _metrics(row, lambda r: (f"{r['peak_bytes'] / MIB:.1f}", f"{r['bytes_per_token']:.0f}"))
+            table.add_row(method, str(row["config"]["seqlen"]), *metrics)
+        done = [row for row in group if row["status"] == "ok"]
+        if len(done) > 1:
+            exponent = fitted_exponent([r["config"]["seqlen"] for r in done], [r["peak_bytes"] for r in done])
+            table.add_row("", "exponent", f"{exponent:.2f}", end_section=True)
+    return table
+
+
+def _targets(rows: Sequence[Record]) -> Table:
+    table = _table(
+        f"CPU targets, {_shared(rows)}",
+        ("work", "peer"),
+        ("ours ms", "peer ms", "target", "reached", "of peak", "result"),
+        caption="reached: peer time / our time in one alternation, or what the row names. of peak: share of the "
+        "measured FMA peak or copy bandwidth, with its target.",
+    )
+    for row in rows:
+        config = row["config"]
+        metrics = _metrics(
+            row,
+            lambda r: (
+                _ms(r),
+                _number(r["peer_ms"], "{:.3g}"),
+                _target(r["config"]),
+                f"{r['figure']:.2f}",
+                _share(r),
+                _verdict(r),
+            ),
+        )
+        table.add_row(target_name(config), config["peer"], *metrics)
+    return table
+
+
+def _target(config: Mapping[str, Any]) -> str:
+    return "" if config["target"] is None else f"{'<=' if config['most'] else '>='} {config['target']:g}"
+
+
+def target_name(config: dict[str, Any]) -> str:
+    """A row of the target table in words."""
+    q_len, kv_len = config["q_len"], config["kv_len"]
+    lengths = f"N{q_len}" if q_len == kv_len else f"Nq{q_len} Nk{kv_len}"
+    heads = f"H{config['heads']}" + ("" if config["heads"] == config["kv_heads"] else f" Hkv{config['kv_heads']}")
+    shape = f"B{config['batch']} {heads} {lengths} D{config['head_dim']}"
+    work = "" if config["work"] == "attention" else config["work"] + " "
+    return f"{work}{config['dtype']} {config['mode']} {config['visible']} {shape}"
+
+
+def reached(record: Record) -> bool | None:
+    """Whether a target row met its target and its share of the machine's ceiling; None where the row has no target."""
+    config = record["config"]
+    if config["target"] is None:
+        return None
+    met: bool = record["figure"] <= config["target"] if config["most"] else record["figure"] >= config["target"]
+    return met and all(
+        config[ceiling] is None or record[f"{ceiling}_share"] >= config[ceiling] for ceiling in ("peak", "bandwidth")
+    )
+
+
+def _verdict(record: Record) -> str:
+    return {None: "", True: "[green]pass[/]", False: "[red]miss[/]"}[reached(record)]
+
+
+def _share(record: Record) -> str:
+    for ceiling in ("peak", "bandwidth"):
+        if f"{ceiling}_share" in record:
+            return f"{record[f'{ceiling}_share']:.0%} (>= {record['config'][ceiling]:.0%})"
+    return ""
+
+
+def _metrics(record: Record, render: Any) -> tuple[str, ...]:
+    return render(record) if record["status"] == "ok" else (f"[yellow]{record['status']}[/]",)
+
+
+def _table(title: str, labels: Sequence[str], figures: Sequence[str], caption: str) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold")
+    for label in labels:
+        table.add_column(label, overflow="fold")
+    for figure in figures:
+        table.add_column(figure, justify="right", no_wrap=True)
+    return table
+
+
+def _shared(rows: Sequence[Record]) -> str:
+    """What all rows have in common and a figure depends on."""
+    config = rows[0]["config"]
+    parts = [config.get("dtype", "float32") if rows[0]["suite"] != "targets" else ""]
+    if rows[0]["suite"] in ("ops", "memory"):
+        parts.append(f"B{config['batch']} H{config['heads']} D{config['head_dim']}")
+    if config.get("causal"):
+        parts.append("causal")
+    parts.append(f"{config['threads']} threads")
+    return ", ".join(part for part in parts if part)
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    """A cell in a few words."""
+    config = cell["config"]
+    if cell["suite"] == "targets":
+        return f"targets {target_name(config)}"
+    return " ".join(
+        str(part)
+        for part in (cell["suite"], config["method"], config.get("seqlen", ""), config.get("mode", ""))
+        if part
+    )
+
+
+def _ms(record: Record) -> str:
+    return f"{record['ms']:.3g}" + ("~" if record["spread"] > NOISY else "")
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

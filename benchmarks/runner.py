@@ -1,0 +1,153 @@
+"""Runs cells one after another, each in a process of its own with a time and a memory limit.
+
+Workers are forked from a fork server that has imported PyTorch and run nothing, so that a cell starts in a tenth of a
+second with fresh memory counters. Whatever happens to a worker (out of memory, hang, crash) becomes a record; the run
+goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from . import records
+from .records import Record
+
+# Each suite is a module beside this one with ``run_cell(config) -> dict`` of JSON values.
+SUITES = ("ops", "vit", "memory", "targets")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a suite and its configuration (JSON values only, among them ``threads``)."""
+
+    suite: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one cell may use: seconds of wall clock, and bytes on top of an idle worker (None: unlimited)."""
+
+    seconds: float = 120.0
+    memory_bytes: int | None = None
+
+
+def run_cell(cell: Cell, out: records.ResultFile, limits: Limits, code: str) -> Record:
+    """Measures one cell in a worker and appends its record to ``out``.
+
+    An interrupt kills the worker and leaves no record, so that a resumed run measures the cell again.
+    """
+    started = time.perf_counter()
+    result = _run_worker(cell, limits)
+    record: Record = {
+        "type": "cell",
+        "id": records.cell_id(cell.suite, cell.config, code),
+        "suite": cell.suite,
+        "config": dict(cell.config),
+        "seconds": round(time.perf_counter() - started, 3),
+        **result,
+    }
+    out.append(record)
+    return record
+
+
+@cache
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", *(f"{__package__}.{suite}" for suite in SUITES), "sklearn.datasets"])
+    return context
+
+
+def _run_worker(cell: Cell, limits: Limits) -> Record:
+    context = _fork_server()
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
+        process = context.Process(target=_work, args=(sender, cell, limits.memory_bytes, log.name), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            if not receiver.poll(limits.seconds):
+                return {"status": "timeout", "message": f"stopped after {limits.seconds:g} s"}
+            result: Record = receiver.recv()
+            return result
+        except EOFError:
+            process.join()
+            return _crash(process.exitcode, log.read().decode(errors="replace"))
+        finally:
+            _stop(process)
+            receiver.close()
+
+
+def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str) -> None:
+    """The worker: limits first, then the measurement, then one message."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a cell ends
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        import torch
+
+        if memory_bytes is not None and os.path.exists("/proc/self/statm"):
+            limit = _address_space() + memory_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        torch.set_num_threads(cell.config["threads"])
+        suite = importlib.import_module(f"{__package__}.{cell.suite}")
+        result: Record = {"status": "ok", **suite.run_cell(cell.config)}
+    except BaseException as error:
+        result = _failure(error)
+    sender.send(result)
+
+
+def _failure(error: BaseException) -> Record:
+    out_of_memory = re.search(r"not enough memory|can't allocate memory|out of memory", str(error), re.IGNORECASE)
+    if isinstance(error, MemoryError) or out_of_memory:
+        status = "oom"
+    elif isinstance(error, NotImplementedError):
+        status = "unsupported"
+    else:
+        status = "error"
+    where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+    return {"status": status, "message": f"{type(error).__name__}: {error}"[:2000], "traceback": where}
+
+
+def _crash(exitcode: int | None, log: str) -> Record:
+    """A worker that died without a message: by a signal, or by an exit from native code."""
+    tail = log.strip()[-500:]
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = " (probably the system's out-of-memory killer)" if -exitcode == signal.SIGKILL else ""
+        return {"status": "crash", "message": f"the worker was ended by {name}{hint}. {tail}"}
+    return {"status": "crash", "message": f"the worker ended with exit code {exitcode} and no result. {tail}"}
+
+
+def _stop(process: BaseProcess) -> None:
+    """Ends the worker and whatever it started: it leads a process group of its own."""
+    if process.is_alive() and process.pid is not None:
+        try:
+            group = os.getpgid(process.pid)
+            if group == process.pid:
+                os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.kill()
+    process.join()
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()

@@ -1,0 +1,199 @@
+"""Suite ``targets``: the CPU kernels against their peers and against the machine, one row of ``cases.TARGETS`` a
+cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_attn import BigBird, BlockMask, MultiheadAttention, SlidingWindow, attention, linear_attention
+
+from . import clock, inputs, peers
+
+Call = Callable[[], object]
+RANDOM_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which pairs a row computes, in our terms (``mask``, ``bias``) and in SDPA's (``theirs``)."""
+
+    mask: BlockMask | None = None
+    bias: Tensor | None = None
+    is_causal: bool = False
+    density: float = 1.0
+
+    def theirs(self) -> Tensor | None:
+        return self.bias if self.mask is None else self.mask.to_dense()
+
+
+def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our time, the peer's in the same alternation, the figure that the target is about, and shares of the machine's
+    ceilings.
+
+    ``config``: the fields of ``cases.Target``, budget_s, threads.
+    """
+    started = time.perf_counter()
+    visible = _visible(config)
+    plan_ms = round((time.perf_counter() - started) * 1e3, 3)
+    if config["work"] == "module":
+        calls = _module_calls(config)
+    elif config["work"] == "linear_attention":
+        calls = _linear_calls(config)
+    else:
+        calls = _attention_calls(config, visible)
+    times = clock.interleaved(calls, config["budget_s"])
+    ours, peer = times["ours"], times.get("peer")
+    if config["work"] == "overhead":
+        figure = ours["ms"] * 1e3
+    elif config["work"] == "sparse_efficiency":
+        figure = ours["ms"] / (visible.density * peer["ms"])
+    else:
+        figure = peer["ms"] / ours["ms"]
+    return {
+        **ours,
+        "peer_ms": None if peer is None else peer["ms"],
+        "figure": round(figure, 4),
+        "plan_ms": plan_ms if visible.mask is not None else None,
+        "density": round(visible.density, 6),
+        **_ceilings(config, visible, ours["ms"]),
+    }
+
+
+def _ceilings(config: Mapping[str, Any], visible: Visible, ms: float) -> dict[str, Any]:
+    """GFLOP/s and GB/s reached, and their shares of what this machine was measured to do in the same process."""
+    result: dict[str, Any] = {}
+    if config["peak"] is not None:
+        pairs = config["batch"] * config["heads"] * config["q_len"] * config["kv_len"] * visible.density
+        products = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}[config["mode"]]
+        gflops = products * 2 * pairs * config["head_dim"] / ms / 1e6
+        peaks = clock.fma_peak_gflops()
+        peak = peaks.get("fma", peaks["sgemm"])
+        result |= {"gflops": round(gflops, 2), "peaks_gflops": peaks, "peak_share": round(gflops / peak, 4)}
+    if config["bandwidth"] is not None:
+        element = getattr(torch, config["dtype"]).itemsize
+        read = 2 * config["batch"] * config["kv_heads"] * config["kv_len"] * config["head_dim"] * element
+        copy = clock.copy_bandwidth_gbs()
+        gbs = read / ms / 1e6
+        result |= {"gbs": round(gbs, 2), "copy_gbs": copy, "bandwidth_share": round(gbs / copy, 4)}
+    return result
+
+
+def _visible(config: Mapping[str, Any]) -> Visible:
+    kind, _, percent = config["visible"].partition(":")
+    q_len, kv_len, heads = config["q_len"], config["kv_len"], config["heads"]
+    generator = torch.Generator().manual_seed(0)
+    if kind == "full":
+        return Visible()
+    if kind == "causal":
+        return Visible(is_causal=True, density=(kv_len + 1) / (2 * kv_len))
+    if kind == "bias":
+        bias = torch.randn(1, heads, q_len, kv_len, generator=generator)
+        return Visible(bias=bias.requires_grad_(config["mode"] != "fwd"))
+    if kind == "bool":
+        mask = BlockMask.from_dense(torch.rand(q_len, kv_len, generator=generator) < 0.7)
+    elif kind == "window":
+        mask = SlidingWindow(left=128, right=128).block_mask(q_len, kv_len, num_heads=heads)
+    elif kind == "bigbird":
+        mask = BigBird().block_mask(q_len, kv_len, num_heads=heads)
+    else:
+        mask = random_blocks(q_len, kv_len, int(percent) / 100, generator)
+    return Visible(mask=mask, density=mask.density)
+
+
+def random_blocks(q_len: int, kv_len: int, density: float, generator: torch.Generator) -> BlockMask:
+    """A mask of whole blocks: in every block row the same number, drawn at random."""
+    rows, columns = -(-q_len // RANDOM_BLOCK), -(-kv_len // RANDOM_BLOCK)
+    count = max(1, round(density * columns))
+    chosen = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :count].sort(dim=1).values
+    indptr = torch.arange(0, rows * count + 1, count)
+    return BlockMask.from_csr(
+        indptr, chosen.flatten().int(), q_len=q_len, kv_len=kv_len, block_size=(RANDOM_BLOCK, RANDOM_BLOCK)
+    )
+
+
+def _attention_calls(config: Mapping[str, Any], visible: Visible) -> dict[str, Call]:
+    qkv = inputs.photograph_qkv(
+        max(config["q_len"], config["kv_len"]),
+        batch=config["batch"],
+        heads=config["heads"],
+        kv_heads=config["kv_heads"],
+        head_dim=config["head_dim"],
+        dtype=getattr(torch, config["dtype"]),
+    )
+    query = qkv[0][:, :, -config["q_len"] :].contiguous()
+    tensors = (query, qkv[1], qkv[2])
+
+    ours = partial(attention, mask=visible.mask, bias=visible.bias, is_causal=visible.is_causal)
+    calls = {"ours": _bound(config["mode"], ours, tensors, visible.bias)}
+    peer: Callable[..., Tensor] | None = None
+    match config["peer"]:
+        case "sdpa":
+            peer = partial(peers.sdpa, is_causal=visible.is_causal)
+        case "sdpa_mask":
+            peer = partial(peers.sdpa, mask=visible.theirs())
+        case "flex":
+            peer = peers.flex(visible.mask)
+        case "dense":
+            peer = attention
+    if peer is not None:
+        calls["peer"] = _bound(config["mode"], peer, tensors, visible.bias)
+    return calls
+
+
+def _linear_calls(config: Mapping[str, Any]) -> dict[str, Call]:
+    causal = config["visible"] == "causal"
+    qkv = inputs.photograph_qkv(config["kv_len"], heads=config["heads"], head_dim=config["head_dim"])
+
+    def features(x: Tensor) -> Tensor:
+        return torch.nn.functional.elu(x) + 1
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(features(q), features(k), v, is_causal=causal)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = features(q), features(k)
+        if causal:  # the running sums of k v^T and of k, one state a position
+            states = (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(dim=2)
+            return torch.einsum("bhnf,bhnfd->bhnd", q, states) / (q * k.cumsum(dim=2)).sum(dim=-1, keepdim=True)
+        return (q @ (k.transpose(-1, -2) @ v)) / (q * k.sum(dim=2, keepdim=True)).sum(dim=-1, keepdim=True)
+
+    return {name: _bound(config["mode"], call, qkv) for name, call in (("ours", ours), ("peer", formula))}
+
+
+def _module_calls(config: Mapping[str, Any]) -> dict[str, Call]:
+    """One forward, or one training step without the optimizer, of the whole module."""
+    dim, heads, dtype = config["heads"] * config["head_dim"], config["heads"], getattr(torch, config["dtype"])
+    q, _, _ = inputs.photograph_qkv(config["q_len"], batch=config["batch"], heads=heads, head_dim=config["head_dim"])
+    x = q.transpose(1, 2).flatten(2).to(dtype)  # [B, N, heads * head_dim]
+    modules = {
+        "ours": MultiheadAttention(dim, heads, batch_first=True, dtype=dtype),
+        "peer": peers.torch_module(dim, heads, dtype=dtype),
+    }
+
+    def call(module: torch.nn.MultiheadAttention) -> Call:
+        if config["mode"] == "fwd":
+            return torch.no_grad()(lambda: module.eval()(x, x, x, need_weights=False)[0])
+        parameters = list(module.parameters())
+        return lambda: torch.autograd.grad(module(x, x, x, need_weights=False)[0].sum(), parameters)
+
+    return {name: call(module) for name, module in modules.items()}
+
+
+def _bound(mode: str, operator: Callable[..., Tensor], tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> Call:
+    """A call of no arguments: forward, both directions, or the backward alone on a graph that is kept."""
+    if mode == "fwd":
+        return torch.no_grad()(lambda: operator(*tensors))
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    wanted = leaves if bias is None else [*leaves, bias]
+    grad_out = tensors[0].roll(1, dims=2)
+    if mode == "fwd_bwd":
+        return lambda: torch.autograd.grad(operator(*leaves), wanted, grad_out)
+    out = operator(*leaves)
+    return lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True)

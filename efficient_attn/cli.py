@@ -1,0 +1,294 @@
+"""The command line: ``efficient-attn info | bench | report``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"efficient-attn: the command line needs {error.name}; pip install 'efficient-attn[bench]'"
+    ) from error
+
+import torch
+
+from efficient_attn import EfficientAttnError, explain, parse
+from efficient_attn.benchmarks import cases, plot, records, runner
+from efficient_attn.benchmarks import report as reporting
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+# What a suite is called on the command line, and the suites of a plain ``bench``.
+SUITES = ("ops", "vit", "memory", "cpu")
+DEFAULT_SUITES = ("ops", "vit")
+
+app = typer.Typer(
+    name="efficient-attn",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Attention: exact, block-sparse and low-rank.",
+)
+
+
+def main() -> None:
+    """Entry point of the ``efficient-attn`` command."""
+    app()
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, processor, instruction set in use, backends with the reasons of those that cannot serve, and
+    threads."""
+    found = collect_info()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = Console(highlight=False)
+    for section, values in found.items():
+        console.print(f"[bold]{section}[/]")
+        for name, value in values.items():
+            shown = value if not isinstance(value, list) else "; ".join(map(str, value)) or "serves"
+            console.print(f"  {name:<16}{shown}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    suites: Annotated[list[str] | None, typer.Argument(help="Any of ops, vit, memory, cpu. Default: ops vit.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short lengths and training: under two minutes on 2 cores.")
+    ] = False,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Specs, e.g. dense,bigbird:block=64,window=3. Repeatable.")
+    ] = None,
+    seqlens: Annotated[str | None, typer.Option(help="Lengths: 512,2k,16k or 512:65536:x2.")] = None,
+    mode: Annotated[str | None, typer.Option(help="fwd, fwd_bwd or fwd,fwd_bwd.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
+    causal: Annotated[bool, typer.Option("--causal", help="Causal attention in the ops suite.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.jsonl and results.png. Default: bench-results/<time>.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in --out (default: the latest), skipping what is done.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one cell may take.")] = 120.0,
+    memory_limit: Annotated[
+        float | None, typer.Option(min=0.1, help="GiB that one cell may use. Default: 80 % of what is free.")
+    ] = None,
+) -> None:
+    """Compares methods x lengths on this machine: time, peak memory, and error or accuracy against dense attention."""
+    cells = plan(suites or list(DEFAULT_SUITES), quick, methods, seqlens, mode, dtype, causal, threads)
+    folder = _folder(out, resume)
+    free = records.available_memory()
+    limit = int(memory_limit * 2**30) if memory_limit else (None if free is None else int(0.8 * free))
+    raise typer.Exit(_run(cells, folder, runner.Limits(timeout, limit)))
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path], typer.Argument(help="results.jsonl files, of unfinished runs too.", exists=True, dir_okay=False)
+    ],
+    png: Annotated[Path | None, typer.Option(help="Where to draw. Default: beside the first file.")] = None,
+) -> None:
+    """Prints the tables of result files and draws them."""
+    try:
+        found = [record for file in files for record in records.read(file)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not _show(found, png or files[0].with_suffix(".png")):
+        raise typer.BadParameter(
+            f"{', '.join(map(str, files))} holds no cell yet; run efficient-attn bench --out FOLDER first"
+        )
+
+
+def collect_info() -> dict[str, dict[str, Any]]:
+    """What ``info`` prints, as JSON values."""
+    environment = records.environment()
+    sample = torch.zeros(1, 1, 16, 16)
+    return {
+        "versions": {"python": environment["python"], "code": environment["code"], **environment["versions"]},
+        "machine": environment["machine"],
+        "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
+        "backends": explain(sample, sample, sample).reasons,
+    }
+
+
+def plan(
+    suites: Sequence[str],
+    quick: bool,
+    method_lists: Sequence[str] | None,
+    seqlens: str | None,
+    mode: str | None,
+    dtype: str,
+    causal: bool,
+    threads: int | None,
+) -> list[runner.Cell]:
+    """The cells of a run; raises ``typer.BadParameter`` for anything wrong before any of them starts."""
+    for suite in suites:
+        _one_of("suite", suite, SUITES)
+    _one_of("--dtype", dtype, DTYPES)
+    modes = tuple(mode.split(",")) if mode else cases.MODES
+    for name in modes:
+        _one_of("--mode", name, cases.MODES)
+    chosen = tuple(spec for text in method_lists or () for spec in split_specs(text))
+    for spec in chosen:
+        try:
+            parse(spec)
+        except EfficientAttnError as error:
+            raise typer.BadParameter(f"--methods: {error}") from error
+    lengths = parse_lengths(seqlens) if seqlens else None
+    threads = threads or torch.get_num_threads()
+    budget = 0.25 if quick else 1.5
+    cells: list[runner.Cell] = []
+    for suite in dict.fromkeys(suites):
+        if suite == "ops":
+            short = cases.QUICK_SEQLENS if quick else cases.SEQLENS
+            specs = chosen or cases.OPERATOR_METHODS
+            cells += cases.operator_cells(specs, lengths or short, modes, dtype, threads, causal, budget)
+        elif suite == "vit":
+            steps = cases.QUICK_VIT_STEPS if quick else cases.VIT_STEPS
+            cells += cases.vit_cells(chosen or cases.VIT_METHODS, steps, threads, budget)
+        elif suite == "memory":
+            cells += cases.memory_cells(chosen or cases.MEMORY_METHODS, lengths or cases.MEMORY_LENGTHS, threads)
+        else:
+            cells += cases.target_cells(threads, budget)
+    return cells
+
+
+def split_specs(text: str) -> list[str]:
+    """``"dense,bigbird:block=64,window=3"`` -> ``["dense", "bigbird:block=64,window=3"]``: a part whose ``=`` comes
+    before any ``:`` belongs to the spec before it."""
+    specs: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if specs and "=" in part.partition(":")[0]:
+            specs[-1] += "," + part
+        else:
+            specs.append(part)
+    return specs
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """``"512,2k,16k"`` or ``"512:4096:x2"`` (from:to:factor) -> lengths, ascending."""
+    geometric = re.fullmatch(r"(\w+):(\w+):x(\d+)", text)
+    if geometric:
+        first, last, factor = _length(geometric[1]), _length(geometric[2]), int(geometric[3])
+        if factor < 2 or first > last:
+            raise typer.BadParameter(f"--seqlens {text!r}: from:to:xfactor needs from <= to and a factor of at least 2")
+        lengths = [first]
+        while lengths[-1] * factor <= last:
+            lengths.append(lengths[-1] * factor)
+        return tuple(lengths)
+    return tuple(sorted({_length(part.strip()) for part in text.split(",")}))
+
+
+def _length(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    value = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
+    if value < 1:
+        raise typer.BadParameter(f"--seqlens: {text!r} is not a length; write 512, 2k, 512,2k,16k or 512:65536:x2")
+    return value
+
+
+def _one_of(what: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise typer.BadParameter(f"{what} {given!r} does not exist; choose from {', '.join(allowed)}")
+
+
+def _folder(out: Path | None, resume: bool) -> Path:
+    """The folder of this run. An existing result file is only continued when asked for."""
+    if out is None:
+        runs = sorted(Path("bench-results").glob("*/results.jsonl"), key=lambda path: path.stat().st_mtime)
+        if resume and not runs:
+            raise typer.BadParameter(
+                "--resume: there is no run under bench-results to go on with; leave it out or name --out"
+            )
+        out = runs[-1].parent if resume else Path("bench-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    elif (out / "results.jsonl").exists() and not resume:
+        raise typer.BadParameter(
+            f"--out {out} holds a run already; add --resume to go on with it, or name another folder"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"--out {out} cannot be made: {error.strerror}; name a folder that you may write to"
+        ) from error
+    return out
+
+
+def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits) -> int:
+    """Measures what is not done yet, shows the results, and returns the exit code: 130 or 143 after Ctrl-C or
+    SIGTERM."""
+    path = folder / "results.jsonl"
+    code, console = records.code_version(), Console()
+    exit_code = 0
+    with records.ResultFile(path) as out:
+        done = {record.get("id") for record in records.read(path)}
+        left = [cell for cell in cells if records.cell_id(cell.suite, cell.config, code) not in done]
+        if len(left) < len(cells):
+            console.print(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
+        out.append(records.environment(threads=torch.get_num_threads(), limits=vars(limits)))
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        try:
+            with _sigterm_raises(), Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+                task = progress.add_task("", total=len(left))
+                for cell in left:
+                    progress.update(task, description=reporting.cell_name(vars(cell)))
+                    runner.run_cell(cell, out, limits, code)
+                    progress.advance(task)
+        except KeyboardInterrupt as interrupt:
+            exit_code = 143 if interrupt.args else 130
+            console.print(f"[yellow]interrupted[/]; to go on, repeat the command with --out {folder} --resume")
+    _show(list(records.read(path)), folder / "results.png")
+    console.print(f"{path}", highlight=False)
+    return exit_code
+
+
+def _show(found: Sequence[records.Record], png: Path) -> bool:
+    """Prints the tables and draws the picture of some records; False when they hold no cell."""
+    cells = reporting.latest(found)
+    if not cells:
+        return False
+    environment = next(record for record in reversed(found) if record["type"] == "environment")
+    about = f"{environment['machine']['cpu']}, torch {environment['versions']['torch']}, code {environment['code']}"
+    console = Console()
+    console.print(about, highlight=False)
+    reporting.print_report(cells, console)
+    if plot.save(cells, png, about):
+        console.print(f"{png}", highlight=False)
+    return True
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: the worker is stopped, what is measured is shown."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

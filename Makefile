@@ -43,7 +43,7 @@ bench: $(STAMP)
 bench-cpu: $(STAMP)
 	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
-# Writes the generated parts of README.md anew: the table of methods, and with ARGS=--picture the picture and its figures.
+# Writes the generated parts of README.md anew: the table of methods, and with ARGS=<results.jsonl> the picture and figures.
 readme: $(STAMP)
 	$(BIN)/python docs/readme.py $(ARGS)
 

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def environment(**extra: Any) -> Record:
     return {
         "type": "environment",
         "schema": SCHEMA,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "code": code_version(),
         "machine": machine(),
         "versions": {name: _version(name) for name in ("efficient-attn", "torch", "numpy", "triton", "scikit-learn")},
@@ -55,6 +55,15 @@ def environment(**extra: Any) -> Record:
         "argv": sys.argv[1:],
         **extra,
     }
+
+
+def describe(environment: Mapping[str, Any]) -> str:
+    """An environment line in a few words."""
+    machine, versions = environment["machine"], environment["versions"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"efficient-attn {versions['efficient-attn']} ({environment['code']}), {environment['started']}"
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -91,7 +100,7 @@ class ResultFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _drop_torn_line(path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
 
     def append(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")

@@ -26,7 +26,7 @@ from typing import Any
 from . import records
 from .records import Record
 
-# Each suite is a module beside this one with ``run_cell(config) -> dict`` of JSON values.
+# Each suite is a module beside this one, or elsewhere under its dotted name, with ``run_cell(config) -> dict`` of JSON.
 SUITES = ("ops", "vit", "memory", "targets")
 
 
@@ -106,7 +106,7 @@ def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str) ->
             limit = _address_space() + memory_bytes
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         torch.set_num_threads(cell.config["threads"])
-        suite = importlib.import_module(f"{__package__}.{cell.suite}")
+        suite = importlib.import_module(cell.suite if "." in cell.suite else f"{__package__}.{cell.suite}")
         result: Record = {"status": "ok", **suite.run_cell(cell.config)}
     except BaseException as error:
         result = _failure(error)

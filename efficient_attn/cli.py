@@ -126,8 +126,17 @@ def collect_info() -> dict[str, dict[str, Any]]:
         "versions": {"python": environment["python"], "code": environment["code"], **environment["versions"]},
         "machine": environment["machine"],
         "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
+        "cpu kernels": {"instruction set": _instruction_set()},
         "backends": explain(sample, sample, sample).reasons,
     }
+
+
+def _instruction_set() -> str:
+    try:
+        from efficient_attn import _cpu
+    except ModuleNotFoundError:
+        return "none: the native module was not built; reinstall with a C++ compiler"
+    return str(_cpu.instruction_set())
 
 
 def plan(
@@ -267,7 +276,7 @@ def _show(found: Sequence[records.Record], png: Path) -> bool:
     if not cells:
         return False
     environment = next(record for record in reversed(found) if record["type"] == "environment")
-    about = f"{environment['machine']['cpu']}, torch {environment['versions']['torch']}, code {environment['code']}"
+    about = records.describe(environment)
     console = Console()
     console.print(about, highlight=False)
     reporting.print_report(cells, console)

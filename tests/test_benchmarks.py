@@ -1,0 +1,347 @@
+"""The benchmark machinery: result files, workers and their limits, clocks, inputs, tables and plots."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from efficient_attn import MultiheadAttention
+from efficient_attn.benchmarks import cases, clock, inputs, memory, ops, plot, records, report, runner, targets, vit
+
+OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
+OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
+
+
+def run_one(tmp_path, suite, config, **limits):
+    with records.ResultFile(tmp_path / "results.jsonl") as out:
+        return runner.run_cell(runner.Cell(suite, config), out, runner.Limits(**limits), "test")
+
+
+# --- the result file ---
+
+
+def test_a_torn_last_line_is_dropped_and_the_rest_stays(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with records.ResultFile(path) as out:
+        out.append({"type": "cell", "id": "a"})
+    with open(path, "a") as file:
+        file.write('{"type": "cell", "id": "b", "sta')
+    assert [record["id"] for record in records.read(path)] == ["a"]
+    with records.ResultFile(path) as out:
+        out.append({"type": "cell", "id": "c"})
+    assert [record["id"] for record in records.read(path)] == ["a", "c"]
+
+
+def test_a_damaged_line_inside_a_file_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"type": "cell"}\nnonsense\n{"type": "cell"}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        list(records.read(path))
+
+
+def test_every_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(records.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    with records.ResultFile(tmp_path / "results.jsonl") as out:
+        out.append({"a": 1})
+        out.append({"b": 2})
+    assert synced == [len('{"a": 1}\n'), len('{"a": 1}\n{"b": 2}\n')]
+
+
+def test_a_cell_is_named_by_suite_configuration_and_code():
+    assert records.cell_id("ops", {"a": 1, "b": 2}, "x") == records.cell_id("ops", {"b": 2, "a": 1}, "x")
+    names = {records.cell_id(*key) for key in (("ops", {"a": 1}, "x"), ("vit", {"a": 1}, "x"), ("ops", {"a": 1}, "y"))}
+    assert len(names) == 3
+
+
+def test_the_environment_tells_what_decides_a_figure():
+    found = json.loads(json.dumps(records.environment(threads=1)))
+    assert found["schema"] == records.SCHEMA and found["threads"] == 1
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] >= 1 and found["code"]
+
+
+# --- workers ---
+
+
+FAULTS = """
+import os, time, torch
+from efficient_attn import UnsupportedError
+
+def run_cell(config):
+    kind = config["fault"]
+    if kind == "hang":
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            with open(config["pid_file"], "w") as file:
+                file.write(str(child))
+        time.sleep(600)
+    elif kind == "allocate":
+        torch.empty(100 * 2**30, dtype=torch.uint8).fill_(1)
+    elif kind == "segfault":
+        import ctypes
+        ctypes.string_at(0)
+    elif kind == "exit":
+        os.write(2, b"native code gave up")
+        os._exit(3)
+    elif kind == "unsupported":
+        raise UnsupportedError("not this")
+    elif kind == "error":
+        raise KeyError("a bug")
+    return {"torch_threads": torch.get_num_threads()}
+"""
+
+
+@pytest.fixture
+def faults(tmp_path, monkeypatch):
+    """The dotted name of a suite whose cells fail in the way that they say."""
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "suite.py").write_text(FAULTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "faulty.suite"
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [
+        ("allocate", "oom", "memory"),
+        ("segfault", "crash", "SIGSEGV"),
+        ("exit", "crash", "exit code 3 .*native code gave up"),
+        ("unsupported", "unsupported", "not this"),
+        ("error", "error", "a bug"),
+    ],
+)
+def test_a_failure_becomes_a_recorded_row(tmp_path, faults, fault, status, message):
+    record = run_one(tmp_path, faults, {"fault": fault, "threads": 1}, memory_bytes=2 * 2**30)
+    assert record["status"] == status
+    assert re.search(message, record["message"])
+    assert [r["status"] for r in records.read(tmp_path / "results.jsonl")] == [status]
+
+
+def test_a_worker_uses_the_threads_that_its_cell_names(tmp_path, faults):
+    assert run_one(tmp_path, faults, {"fault": "none", "threads": 1})["torch_threads"] == 1
+    assert run_one(tmp_path, faults, {"fault": "none", "threads": 2})["torch_threads"] == 2
+
+
+def test_a_hanging_worker_and_its_children_are_killed_at_the_limit(tmp_path, faults):
+    pid_file = tmp_path / "child"
+    record = run_one(tmp_path, faults, {"fault": "hang", "threads": 1, "pid_file": str(pid_file)}, seconds=3)
+    assert record["status"] == "timeout" and record["seconds"] < 10
+    child = int(pid_file.read_text())
+    for _ in range(50):  # a killed orphan stays a zombie until init takes it
+        if _state(child) in (None, "Z"):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} of a stopped worker still runs")
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+# --- clocks and counters ---
+
+
+def test_calls_are_timed_in_alternation():
+    order = []
+    calls = {name: lambda name=name: (order.append(name), time.sleep(0.002)) for name in "ab"}
+    times = clock.interleaved(calls, budget_s=0.05)
+    measured = order[4:]  # two warm-ups of each
+    assert measured[:6] == list("ababab")
+    assert times["a"]["ms"] == pytest.approx(2.1, rel=0.5) and times["a"]["samples"] >= 3
+
+
+def test_a_call_beyond_the_budget_runs_once():
+    runs = []
+    times = clock.interleaved({"slow": lambda: (runs.append(0), time.sleep(0.05)), "fast": lambda: None}, budget_s=0.03)
+    assert len(runs) == 1 and times["slow"]["samples"] == 1 and times["fast"]["samples"] >= 3
+
+
+def test_short_calls_are_repeated_inside_a_sample():
+    times = clock.interleaved({"nothing": lambda: None}, budget_s=0.02)
+    assert times["nothing"]["ms"] < 0.001
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark can be set back on Linux only")
+def test_peak_memory_sees_what_is_freed_again_and_nothing_from_before():
+    torch.ones(64 * 2**20)  # a peak of 256 MiB before the block
+    with clock.PeakMemory() as peak:
+        torch.ones(16 * 2**20)
+    assert 60 * 2**20 < peak.bytes < 80 * 2**20
+
+
+def test_the_fitted_exponent_is_the_slope():
+    lengths = [1024, 2048, 4096]
+    assert memory.fitted_exponent(lengths, [n * 100 for n in lengths]) == pytest.approx(1)
+    assert memory.fitted_exponent(lengths, [n * n for n in lengths]) == pytest.approx(2)
+
+
+# --- inputs ---
+
+
+def test_activations_come_from_a_photograph_and_have_structure():
+    query, key, value = inputs.photograph_qkv(600, batch=2, heads=4, kv_heads=2, head_dim=16)
+    assert query.shape == (2, 4, 600, 16) and key.shape == value.shape == (2, 2, 600, 16)
+    assert 0.5 < query.std() < 2 and not torch.equal(query[0], query[1])
+    tokens = inputs.photograph_tokens(600)
+    near = torch.cosine_similarity(tokens[:-1], tokens[1:]).mean()
+    far = torch.cosine_similarity(tokens[:-300], tokens[300:]).mean()
+    assert near > far + 0.1
+    assert torch.equal(query, inputs.photograph_qkv(600, batch=2, heads=4, kv_heads=2, head_dim=16)[0])
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 7, 1000])
+def test_photographs_give_any_length(seqlen):
+    query, _, _ = inputs.photograph_qkv(seqlen)
+    assert query.shape[2] == seqlen and query.isfinite().all()
+
+
+def test_digits_are_split_without_overlap():
+    images, labels, test_images, test_labels = inputs.digits()
+    assert len(images) == len(labels) == 1437 and len(test_images) == len(test_labels) == 360
+    assert set(labels.tolist()) == set(test_labels.tolist()) == set(range(10))
+
+
+# --- suites ---
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("method", cases.OPERATOR_METHODS)
+def test_every_default_method_is_measured(tmp_path, method, mode):
+    record = run_one(tmp_path, "ops", {**OPS, "method": method, "mode": mode})
+    assert record["status"] == "ok", record
+    assert record["ms"] > 0 and record["speedup_sdpa"] > 0 and record["peak_bytes"] >= 0
+    assert record["error"] < (1e-5 if method == "dense" else 2.0)
+    assert ("plan_ms" in record) == method.startswith(("sliding_window", "bigbird"))
+
+
+def test_the_error_is_that_of_the_method():
+    """A window that covers everything has no error, a narrow one has."""
+    wide = run_operator("sliding_window:left=128,right=128")
+    narrow = run_operator("sliding_window:left=2,right=2")
+    assert wide["error"] < 1e-5 < 0.05 < narrow["error"]
+
+
+def test_causal_cells_compare_with_causal_attention(tmp_path):
+    assert run_operator("dense", causal=True)["error"] < 1e-5
+    assert run_operator("causal")["error"] < 1e-5
+    record = run_one(tmp_path, "ops", {**OPS, "method": "linformer:rank=16", "causal": True})
+    assert record["status"] == "unsupported"
+
+
+def run_operator(method, **changes):
+    return ops.run_cell({**OPS, "method": method, **changes})
+
+
+@pytest.mark.parametrize("method", cases.VIT_METHODS)
+def test_the_vision_transformer_learns_with_every_default_method(method):
+    images, labels, _, _ = inputs.digits()
+    torch.manual_seed(0)
+    attention = ops.sized(method, vit.TOKENS)
+    model = vit.DigitsViT(lambda: MultiheadAttention(vit.DIM, vit.HEADS, batch_first=True, attention=attention))
+    step = vit.trainer(model, images, labels, steps=25)
+    losses = [step() for _ in range(25)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_target_rows_name_what_exists():
+    names = [report.target_name(asdict(target)) + target.peer for target in cases.TARGETS]
+    assert len(set(names)) == len(names)
+    for target in cases.TARGETS:
+        assert target.mode in ("fwd", "bwd", "fwd_bwd") and target.dtype in ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_random_block_masks_have_their_density(density):
+    mask = targets.random_blocks(1280, 1280, density, torch.Generator().manual_seed(0))
+    assert mask.density == pytest.approx(density)
+
+
+@pytest.mark.parametrize("target", cases.TARGETS, ids=lambda t: report.target_name(asdict(t)) + " " + t.peer)
+def test_every_target_row_runs_at_a_small_size(target):
+    """Each row's two calls agree in what they compute, and give a figure."""
+    if target.peer == "flex":
+        pytest.skip("compiles for most of a minute; run by make bench-cpu")
+    length = 256 if target.kv_len > 256 else target.kv_len
+    config = asdict(target) | {"kv_len": length, "q_len": min(target.q_len, length), "peak": None, "bandwidth": None}
+    record = targets.run_cell({**config, "budget_s": 0.01, "threads": 1})
+    assert record["figure"] > 0 and record["samples"] >= 1
+
+
+# --- tables and plots ---
+
+
+def a_cell(**changes):
+    config = {**OPS, "method": "dense", **changes.pop("config", {})}
+    metrics = {"ms": 1.0, "spread": 0.1, "samples": 5, "dense_ms": 1.0, "sdpa_ms": 2.0, "speedup_dense": 1.0}
+    metrics |= {"speedup_sdpa": 2.0, "peak_bytes": 2**20, "error": 1e-7}
+    return {"type": "cell", "suite": "ops", "status": "ok", "config": config, **metrics, **changes}
+
+
+def printed(cells):
+    out = io.StringIO()
+    report.print_report(cells, Console(file=out, width=160))
+    return out.getvalue()
+
+
+def test_the_last_record_of_a_cell_counts():
+    cells = report.latest([{"type": "environment"}, a_cell(ms=1.0), a_cell(ms=3.0)])
+    assert [cell["ms"] for cell in cells] == [3.0]
+
+
+def test_tables_show_figures_failures_and_noise():
+    text = printed([a_cell(), a_cell(ms=7.25, spread=0.6, config={"seqlen": 256})])
+    assert "2.00x" in text and "7.25~" in text
+    failed = a_cell(status="oom", message="MemoryError: 9 GB", config={"seqlen": 512})
+    text = printed([a_cell(), failed])
+    assert "oom" in text and "MemoryError: 9 GB" in text
+
+
+def test_a_target_is_reached_only_with_its_share_of_the_peak():
+    target = asdict(cases.TARGETS[0])
+    row = {"config": target, "figure": 9.0, "peak_share": 0.5}
+    assert report.reached(row) is False
+    assert report.reached({**row, "peak_share": 0.99}) is True
+    assert report.reached({**row, "peak_share": 0.99, "figure": 1.0}) is False
+
+
+def test_the_plot_is_drawn_from_an_incomplete_run(tmp_path):
+    cells = [
+        a_cell(),
+        a_cell(config={"method": "linear"}),
+        a_cell(status="timeout", message="", config={"seqlen": 512}),
+    ]
+    assert plot.save(cells, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot.save([], tmp_path / "b.png") and not (tmp_path / "b.png").exists()
+
+
+# --- memory ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", cases.MEMORY_METHODS)
+def test_memory_of_a_sparse_call_is_linear_in_the_length(tmp_path, method):
+    """Contract rule 9: forward and backward at 16k, 32k and 64k tokens."""
+    cells = cases.memory_cells((method,), cases.MEMORY_LENGTHS, threads=2)
+    peaks = [run_one(tmp_path, cell.suite, cell.config)["peak_bytes"] for cell in cells]
+    assert memory.fitted_exponent(cases.MEMORY_LENGTHS, peaks) < 1.15
+    assert peaks[-1] < 64 * 2**20 + 40 * 65536 * 2 * 16 * 4  # far from the 8 GiB of one n x n byte mask

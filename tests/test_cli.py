@@ -1,0 +1,197 @@
+"""The command line: options are checked before work starts, runs can be interrupted and resumed, files reported."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+
+import typer
+from typer.testing import CliRunner
+
+from efficient_attn import cli
+from efficient_attn.benchmarks import cases, records
+
+SMALL = [
+    "bench",
+    "ops",
+    "--quick",
+    "--methods",
+    "dense,linear",
+    "--seqlens",
+    "64,128",
+    "--mode",
+    "fwd",
+    "--threads",
+    "1",
+]
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}).invoke(cli.app, list(arguments))
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"),
+    [
+        ("dense", ["dense"]),
+        ("dense,linear", ["dense", "linear"]),
+        ("bigbird:block=64,window=3,dense", ["bigbird:block=64,window=3", "dense"]),
+        ("strided:a=1,b=2+linear:c=3, linear", ["strided:a=1,b=2+linear:c=3", "linear"]),
+        (",dense,", ["dense"]),
+    ],
+)
+def test_specs_in_a_list_keep_their_own_commas(text, specs):
+    assert cli.split_specs(text) == specs
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("512", (512,)),
+        ("2k,512", (512, 2048)),
+        ("512:4k:x2", (512, 1024, 2048, 4096)),
+        ("100:1000:x3", (100, 300, 900)),
+    ],
+)
+def test_lengths(text, lengths):
+    assert cli.parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4", "1.5k", "512,,2k", "4k:512:x2", "512:4k:x1", "512:4k"])
+def test_wrong_lengths_are_explained(text):
+    with pytest.raises(typer.BadParameter, match="seqlens"):
+        cli.parse_lengths(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "choose from ops, vit, memory, cpu"),
+        (["--dtype", "int8"], "choose from float32"),
+        (["--mode", "backward"], "choose from fwd, fwd_bwd"),
+        (["--methods", "bigbirt"], "did you mean 'bigbird'"),
+        (["--methods", "bigbird:blocks=64"], "no option 'blocks'"),
+        (["--seqlens", "many"], "not a length"),
+        (["--threads", "0"], "threads"),
+    ],
+)
+def test_wrong_options_stop_before_any_work(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    (tmp_path / "results.jsonl").write_text("")
+    result = invoke("bench", "--out", str(tmp_path))
+    assert result.exit_code == 2 and "--resume" in result.output
+
+
+def test_resume_needs_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("bench", "--resume")
+    assert result.exit_code == 2 and "no run" in result.output
+
+
+def test_a_plan_has_every_combination():
+    cells = cli.plan(["ops", "vit"], True, ["dense,linear"], "64,128", None, "float32", False, 1)
+    assert len(cells) == 2 * 2 * len(cases.MODES) + 2
+    assert len(cli.plan(["cpu"], False, None, None, None, "float32", False, 2)) == len(cases.TARGETS)
+
+
+# --- info ---
+
+
+def test_info_is_json_on_request():
+    found = json.loads(invoke("info", "--json").output)
+    assert found["versions"]["torch"] and found["machine"]["cpu"]
+    assert set(found["backends"]) >= {"cpu", "reference"} and found["backends"]["reference"] == []
+
+
+def test_info_prints_every_backend():
+    output = invoke("info").output
+    assert "reference" in output and "serves" in output and "instruction set" in output
+
+
+# --- runs ---
+
+
+def test_a_run_writes_tables_lines_and_a_picture_and_is_resumed(tmp_path):
+    out = tmp_path / "run"
+    result = invoke(*SMALL, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "dense" in result.output and "linear" in result.output and "vs SDPA" in result.output
+    found = list(records.read(out / "results.jsonl"))
+    assert [record["type"] for record in found] == ["environment"] + ["cell"] * 4
+    assert {record["status"] for record in found[1:]} == {"ok"}
+    assert (out / "results.png").exists()
+
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # as kill -9 leaves it
+    result = invoke(*SMALL, "--out", str(out), "--resume")
+    assert "3 of 4 cells are done already" in result.output
+    cells = [record["id"] for record in records.read(out / "results.jsonl") if record["type"] == "cell"]
+    assert len(cells) == 4 and set(cells) == {record["id"] for record in found[1:]}
+
+    result = invoke("report", str(out / "results.jsonl"), "--png", str(tmp_path / "again.png"))
+    assert result.exit_code == 0 and "vs SDPA" in result.output and (tmp_path / "again.png").exists()
+
+
+def test_a_cell_over_its_memory_limit_is_a_row_and_the_run_ends_normally(tmp_path):
+    arguments = ["bench", "ops", "--quick", "--methods", "dense", "--seqlens", "64k", "--mode", "fwd"]
+    result = invoke(*arguments, "--memory-limit", "0.1", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0
+    (cell,) = (record for record in records.read(tmp_path / "run" / "results.jsonl") if record["type"] == "cell")
+    assert cell["status"] == "oom" and "oom" in result.output
+
+
+def test_report_of_a_file_without_cells_is_an_error(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"type": "environment"}\n')
+    result = invoke("report", str(path))
+    assert result.exit_code == 2 and "no cell" in result.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_shows_its_results_and_can_go_on(tmp_path, number, code):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "efficient_attn.cli", "bench", "ops", "--mode", "fwd", "--threads", "1"]
+    command += ["--methods", "linear", "--seqlens", "64:4k:x2", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_cells(out / "results.jsonl", 1, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "interrupted" in output and "vs SDPA" in output
+    kept = [record for record in records.read(out / "results.jsonl") if record["type"] == "cell"]
+    assert 1 <= len(kept) < 7 and {record["status"] for record in kept} == {"ok"}
+
+
+def wait_for_cells(path, count, process):
+    for _ in range(600):
+        if path.exists() and sum(record["type"] == "cell" for record in records.read(path)) >= count:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.kill()
+    pytest.fail("no cell within a minute")
+
+
+def test_without_the_extra_the_command_names_it():
+    code = "import sys; sys.modules['typer'] = None; import efficient_attn, efficient_attn.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'efficient-attn[bench]'" in result.stderr and "typer" in result.stderr

@@ -27,10 +27,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import pad_sequence
 
-from .errors import InputError, InputTypeError, UnsupportedError
+from .errors import InputError, UnsupportedError
 from .functional import MAX_HEAD_DIM, resolve_seed
 from .methods import Dense, Method, parse
+from .patterns import Pattern
 
+_functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
+_plain_torch_function: Any = Tensor.__torch_function__
 _TorchMultiheadAttention = nn.MultiheadAttention  # bound once: whoever patches torch.nn must not patch our parent
 
 
@@ -44,7 +47,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             `torch.nn.MultiheadAttention`; the same seed gives the same parameters.
-        attention: a spec string such as "bigbird:block=64,window=3", or a `Method` such as `Nystrom(landmarks=64)`.
+        attention: a spec string such as "bigbird:block=64,window=3", a `Method` such as `Nystrom(landmarks=64)`, or a
+            `Pattern` such as `SlidingWindow(left=64, right=0)`.
 
     Attributes:
         attention: the `Method`. To change it, use `replace_attention` or `from_torch`.
@@ -69,17 +73,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        attention: str | Method = "dense",
+        attention: str | Method | Pattern = "dense",
     ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.attention = as_method(attention)
-        self.method_state = self.attention.build(embed_dim, num_heads, self.head_dim, device=device, dtype=dtype)
-        self.register_forward_pre_hook(keep_own_forward)
+        self._set_method(parse(attention))
 
     @classmethod
-    def from_torch(cls, module: nn.MultiheadAttention, attention: str | Method = "dense") -> MultiheadAttention:
+    def from_torch(
+        cls, module: nn.MultiheadAttention, attention: str | Method | Pattern = "dense"
+    ) -> MultiheadAttention:
         """Return a module that computes `attention` with `module`'s parameters: the same Parameter objects, no copies.
 
         Everything else that `module` carries comes along: mode, hooks, attributes set by other code.
@@ -87,15 +91,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             UnsupportedError: `module` is of a subclass that computes something of its own.
         """
-        method = as_method(attention)
+        method = parse(attention)
         check_replaceable("the module", module)
-        clone = _clone(module, cls)
-        clone.attention = method
-        clone.method_state = None
-        weight = clone.out_proj.weight
-        state = method.build(clone.embed_dim, clone.num_heads, clone.head_dim, device=weight.device, dtype=weight.dtype)
-        clone.method_state = None if state is None else state.train(module.training)
-        clone._guard_own_forward()
+        clone: MultiheadAttention = _clone(module, cls)
+        clone._set_method(method)
         return clone
 
     def to_torch(self) -> nn.MultiheadAttention:
@@ -103,7 +102,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         It computes dense attention whatever `self.attention` is; the method's own parameters stay behind.
         """
-        clone = _clone(self, _TorchMultiheadAttention)
+        clone: nn.MultiheadAttention = _clone(self, _TorchMultiheadAttention)
         clone.__dict__.pop("attention")
         clone.__dict__.pop("method_state", None)
         clone._modules.pop("method_state", None)
@@ -111,6 +110,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             if hook is keep_own_forward:
                 del clone._forward_pre_hooks[key]
         return clone
+
+    def _set_method(self, method: Method) -> None:
+        if (self.bias_k is not None or self.add_zero_attn) and not isinstance(method, Dense):
+            raise UnsupportedError(
+                f"attention={str(method)!r} goes by the positions of keys, and the keys that add_bias_kv and "
+                "add_zero_attn append have none; use attention='dense', or neither of the two"
+            )
+        weight = self.out_proj.weight
+        state = method.build(self.embed_dim, self.num_heads, self.head_dim, device=weight.device, dtype=weight.dtype)
+        self.attention = method
+        self.method_state = None if state is None else state.train(self.training)
+        self._guard_own_forward()
 
     def forward(
         self,
@@ -169,7 +180,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         _check_mask_dtype("key_padding_mask", key_padding_mask, "attn_mask", attn_mask)
         _check_mask_dtype("attn_mask", attn_mask)
-        F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         promised = is_causal and attn_mask is not None
         if promised and (not self.attention.accepts_mask or (key_padding_mask is None and not need_weights)):
             read_mask, causal = None, True  # as the parent, without a look at the mask
@@ -251,7 +262,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(L, N, E), (N, L, E) or (L, E) -> (N, H, L, D), a view."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.view(*x.shape[:-1], self.num_heads, self.head_dim)
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
@@ -333,7 +344,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         The sequences are padded for the computation, the padding masked, so weights are (N, max L, max S).
         """
-        F._mha_shape_check(query, key, value, None, None, self.num_heads)
+        _functional._mha_shape_check(query, key, value, None, None, self.num_heads)
         if not (query.is_nested and key.is_nested and value.is_nested) or not self.batch_first:
             raise UnsupportedError(
                 "nested tensors need batch_first=True and must come as query, key and value together; got batch_first="
@@ -353,9 +364,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = (padded[id(nested)] for nested in (query, key, value))  # one object stays one object
         out, weights = self.forward(q, k, v, padding, need_weights, None, average_attn_weights)
         rows = [out[n, :length] for n, length in enumerate(q_lengths)]
-        if query.layout is torch.jagged and query.lengths() is None:
+        jagged: Any = query
+        if query.layout is torch.jagged and jagged.lengths() is None:
             # The query's own offsets, for only then do the two add up in a residual connection.
-            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=query.offsets()), weights
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=jagged.offsets()), weights
         return torch.nested.as_nested_tensor(rows, layout=query.layout), weights
 
     def _why_foreign(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -368,7 +380,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return "an export to ONNX, which has no such operator"
         if torch.compiler.is_compiling():
             return None
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "torch.jit.trace, which would freeze the block lists of one length (torch.export keeps them apart)"
         tensors = (query, key, value, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
         for tensor in tensors:
@@ -378,11 +390,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _record_as_leaf(self, *args: Any) -> Any:
         """Under FX symbolic tracing, record one call of this module, as FX does for the modules of torch.nn."""
-        proxy = next(arg for arg in args if isinstance(arg, Proxy))
-        path = proxy.tracer.path_of_module(self)
+        tracer: Any = next(arg for arg in args if isinstance(arg, Proxy)).tracer
+        path = tracer.path_of_module(self)
         if not path:
             raise UnsupportedError("torch.fx cannot trace into MultiheadAttention; trace the model that contains it")
-        return proxy.tracer.create_proxy("call_module", path, args, {})
+        return tracer.create_proxy("call_module", path, args, {})
 
     def __prepare_scriptable__(self) -> nn.MultiheadAttention:
         """What torch.jit.script compiles in our place: for dense attention the parent, on the same parameters."""
@@ -407,7 +419,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         state = dict(state)
         if "attention" not in state:
             state["attention"], state["method_state"] = Dense(), None
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._guard_own_forward()
 
     def _guard_own_forward(self) -> None:
@@ -420,7 +432,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def replace_attention(
     model: nn.Module,
-    attention: str | Method = "dense",
+    attention: str | Method | Pattern = "dense",
     *,
     predicate: Callable[[str, nn.MultiheadAttention], bool] | None = None,
 ) -> dict[str, nn.MultiheadAttention]:
@@ -431,7 +443,7 @@ def replace_attention(
 
     Args:
         model: the module to search; itself not an attention module (use `MultiheadAttention.from_torch` for that).
-        attention: a spec string or a `Method`. Modules that have this method already stay as they are.
+        attention: a spec string, `Method` or `Pattern`. Modules that have this method already stay as they are.
         predicate: called with (name, module); False leaves that module alone.
 
     Returns:
@@ -441,7 +453,7 @@ def replace_attention(
         InputError: `model` is an attention module itself.
         UnsupportedError: a module of a subclass that computes something of its own. Then nothing has been replaced.
     """
-    method = as_method(attention)
+    method = parse(attention)
     if isinstance(model, _TorchMultiheadAttention):
         raise InputError(
             f"the model is a {type(model).__name__} and cannot be replaced inside itself; "
@@ -465,21 +477,6 @@ def replace_attention(
     return found
 
 
-def as_method(attention: str | Method) -> Method:
-    """Return the Method that a spec string names, or the Method itself.
-
-    Raises:
-        InputTypeError: neither a string nor a Method.
-    """
-    if isinstance(attention, str):
-        return parse(attention)
-    if not isinstance(attention, Method):
-        raise InputTypeError(
-            f"attention must be a spec string such as 'bigbird:block=64' or a Method, got {type(attention).__name__}"
-        )
-    return attention
-
-
 def check_replaceable(name: str, module: nn.Module) -> None:
     """Raise UnsupportedError for a subclass of nn.MultiheadAttention: its own forward would be lost."""
     if type(module) not in (_TorchMultiheadAttention, MultiheadAttention):
@@ -492,9 +489,10 @@ def check_replaceable(name: str, module: nn.Module) -> None:
 
 def _clone(module: nn.Module, cls: type) -> Any:
     """A shallow copy as class `cls`: the same parameters and submodules in containers of its own."""
-    clone = cls.__new__(cls)
-    state = {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in module.__getstate__().items()}
-    clone.__dict__.update(state)
+    clone: Any = object.__new__(cls)
+    for name, value in vars(module).items():
+        if name != "_compiled_call_impl":
+            vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
     clone._modules.pop("method_state", None)
     return clone
 
@@ -511,8 +509,13 @@ def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
 def _check_mask_dtype(name: str, mask: Tensor | None, other_name: str = "", other: Tensor | None = None) -> None:
     """Let PyTorch's own rule judge the dtype (an empty mask will do, so nothing of L x S is allocated)."""
     if mask is not None:
-        F._canonical_mask(
-            mask.new_empty(0), name, F._none_or_dtype(other), other_name, torch.float32, check_other=other is not None
+        _functional._canonical_mask(
+            mask.new_empty(0),
+            name,
+            _functional._none_or_dtype(other),
+            other_name,
+            torch.float32,
+            check_other=other is not None,
         )
 
 
@@ -543,4 +546,4 @@ def _overrides_torch_function(tensor: Any) -> bool:
     override = getattr(type(tensor), "__torch_function__", None)
     if override is None or override is torch._C._disabled_torch_function_impl:
         return False
-    return getattr(override, "__func__", None) is not Tensor.__torch_function__.__func__
+    return getattr(override, "__func__", None) is not _plain_torch_function.__func__

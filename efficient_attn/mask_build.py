@@ -53,6 +53,10 @@ class Grid(NamedTuple):
         """Number of key blocks."""
         return -(-self.kv_len // self.block_k)
 
+    def swapped(self) -> Grid:
+        """The blocks of the transposed matrix."""
+        return Grid(self.kv_len, self.q_len, self.block_k, self.block_q)
+
     def pairs(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Number of pairs inside q_len x kv_len of the blocks at (rows, cols)."""
         height = (self.q_len - rows % max(self.n_q, 1) * self.block_q).clamp(max=self.block_q)
@@ -115,8 +119,8 @@ def by_first_appearance(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of int64 [n, width]: (first position of each, class of each row), in order of appearance."""
-    generator = torch.Generator().manual_seed(0x5EED)
-    odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator).mul_(2).add_(1).to(rows.device)
+    odd = torch.arange(1, rows.shape[1] + 1, device=rows.device) * -7046029254386353131  # splitmix64: no random call
+    odd = ((odd ^ (odd >> 30)) * -4658895280553007687) | 1
     first, inverse = by_first_appearance((rows * odd).sum(-1))
     if not torch.equal(rows[first][inverse], rows):  # two different rows with one hash
         inverse = rows.unique(dim=0, return_inverse=True)[1]
@@ -187,6 +191,15 @@ def transpose(lists: BlockLists, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     counts = t_rows.new_zeros(lists.batch * lists.heads * grid.n_k)
     counts = counts.scatter_add(0, t_rows, torch.ones_like(t_rows))
     return pointers(counts), i_block[order].int(), lists.tile_ids[order]
+
+
+def swap(lists: BlockLists, grid: Grid) -> BlockLists:
+    """Lists of the transposed mask, tiles included."""
+    tiles = lists.tiles.new_empty(lists.tiles.shape[0], grid.block_k, grid.block_q // 8)
+    step = max(1, CHUNK // (grid.block_q * grid.block_k))
+    for first in range(0, tiles.shape[0], step):
+        tiles[first : first + step] = pack_bits(unpack_bits(lists.tiles[first : first + step]).mT)
+    return BlockLists(lists.batch, lists.heads, *transpose(lists, grid), tiles)
 
 
 def used_tiles(tile_ids: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:

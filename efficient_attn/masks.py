@@ -3,8 +3,8 @@
     visible(b, h, i, j)  =  list(b, h, i, j)  and  window(i, j)  and  j < kv_lengths[b]
 
 The list is block-compressed: for every query block the key blocks that hold a visible pair, each either full or
-pointing at a tile of bits. Window and lengths are analytic and cost no memory. Lists are made in mask_build.py and combined in
-mask_algebra.py; this file is the object, what it promises and what it checks.
+pointing at a tile of bits. Window and lengths are analytic and cost no memory. Lists are made in mask_build.py and
+combined in mask_algebra.py; this file is the object, what it promises and what it checks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from . import mask_algebra, mask_build, mask_flex, mask_picture
 from .errors import MaskError
 from .mask_algebra import Interval
 from .mask_build import FULL, BlockLists, Grid, Predicate
-from .mask_check import as_integers, check_block_size, check_mask, check_sizes, is_int, narrow
+from .mask_check import ALIGNMENTS, as_integers, check_block_size, check_mask, check_sizes, is_int, narrow
 
 BlockSize = int | tuple[int, int]
 Integers = Tensor | Sequence[int]
-ALIGNMENTS = ("top_left", "bottom_right")
 MAX_DENSE_PAIRS = 2**34  # to_dense() of more is refused unless asked for
 
 
@@ -109,8 +108,8 @@ class BlockMask:
     def _trusted(cls, transposed: dict[str, Any] | None = None, **fields: Any) -> BlockMask:
         """A mask of arrays that this package made: no checks. `transposed`: the cache of a mask with the same lists."""
         mask = object.__new__(cls)
-        for field in dataclasses.fields(cls):
-            object.__setattr__(mask, field.name, fields.get(field.name, field.default))
+        for name, default in FIELD_DEFAULTS:
+            object.__setattr__(mask, name, fields.get(name, default))
         mask._finish({} if transposed is None else transposed)
         return mask
 
@@ -481,6 +480,11 @@ class BlockMask:
         mask = self._of_lists(grid, mask_algebra.reblock(self._grid, self._lists, grid))
         return mask._replace(window=self.window, window_offset=self.window_offset, kv_lengths=self.kv_lengths)
 
+    def swapped(self) -> BlockMask:
+        """The mask with queries and keys in each other's place: pair (j, i) for pair (i, j)."""
+        grid, lists = self._grid, mask_algebra.explicit(*self._parts)
+        return self._of_lists(grid.swapped(), mask_build.swap(lists, grid))
+
     def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> BlockMask:
         """mask[b], mask[b, h] with ints or slices. An int keeps its dimension, with size 1."""
         index = index if isinstance(index, tuple) else (index,)
@@ -609,3 +613,7 @@ def _chosen(name: str, size: int, index: int | slice) -> list[int]:
         note = "; the mask is the same for all of them, leave this index out" if size == 1 else ""
         raise MaskError(f"{name} {index} of a mask with {size}{note}")
     return [index % size]
+
+
+# Read once: torch.compile cannot trace dataclasses.fields of a class.
+FIELD_DEFAULTS = tuple((field.name, field.default) for field in dataclasses.fields(BlockMask))

@@ -29,6 +29,7 @@ from .mask_build import (
     take_rows,
     unique_rows,
     unpack_bits,
+    with_trivial,
 )
 
 Interval = tuple[int | None, int | None]
@@ -87,7 +88,7 @@ def explicit(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Te
     shifts = torch.where(window_cuts, rows % max(grid.n_q, 1) * grid.block_q - cols * grid.block_k, 0)
     widths = torch.where(end_cuts, ends - cols * grid.block_k, grid.block_k)
     edges = grid.edge(rows, cols)
-    source, full_bits = _with_trivial(tiles), grid.full_bits(rows.device)
+    source, full_bits = with_trivial(tiles), grid.full_bits(rows.device)
     q = torch.arange(grid.block_q, device=rows.device)[:, None]
     k = torch.arange(grid.block_k, device=rows.device)
 
@@ -109,7 +110,7 @@ def draw(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor
     blocks = torch.zeros(
         lists.batch * lists.heads * grid.n_q, grid.n_k, grid.block_q, grid.block_k, dtype=torch.bool, device=device
     )
-    tiles, cols = _with_trivial(lists.tiles), lists.indices.long()
+    tiles, cols = with_trivial(lists.tiles), lists.indices.long()
     rows, ids = entry_rows(lists), lists.tile_ids.long()
     for some in torch.arange(cols.numel(), device=device).split(max(1, CHUNK // (grid.block_q * grid.block_k))):
         blocks[rows[some], cols[some]] = unpack_bits(tiles[ids[some]])
@@ -152,12 +153,6 @@ def in_interval(difference: Tensor, window: Interval) -> Tensor:
     return seen if high is None else seen & (difference <= high)
 
 
-def _with_trivial(tiles: Tensor) -> Tensor:
-    """Tiles followed by an empty and a full one, where the indices ABSENT and FULL find them from behind."""
-    trivial = torch.tensor([0, 255], dtype=torch.uint8, device=tiles.device)
-    return torch.cat([tiles, trivial[:, None, None].expand(2, *tiles.shape[1:])])
-
-
 # --- operators on lists ----------------------------------------------------------------------------------------------
 
 
@@ -172,7 +167,7 @@ def merge(grid: Grid, a: BlockLists, b: BlockLists, bits: Callable[[Tensor, Tens
     ids_b[torch.searchsorted(blocks, blocks_b)] = b.tile_ids.long()
     rows, cols = blocks // max(grid.n_k, 1), blocks % max(grid.n_k, 1)
     edges, full_bits = grid.edge(rows, cols), grid.full_bits(rows.device)
-    tiles_a, tiles_b = _with_trivial(a.tiles), _with_trivial(b.tiles)
+    tiles_a, tiles_b = with_trivial(a.tiles), with_trivial(b.tiles)
 
     def tiles_of(entries: Tensor) -> Tensor:
         return bits(tiles_a[ids_a[entries]], tiles_b[ids_b[entries]]) & full_bits[edges[entries]]
@@ -186,7 +181,7 @@ def complement(grid: Grid, lists: BlockLists) -> BlockLists:
     ids = torch.full_like(rows, ABSENT)
     ids[entry_rows(lists) * grid.n_k + lists.indices] = lists.tile_ids.long()
     edges, full_bits = grid.edge(rows, cols), grid.full_bits(rows.device)
-    tiles = _with_trivial(lists.tiles)
+    tiles = with_trivial(lists.tiles)
 
     def tiles_of(entries: Tensor) -> Tensor:
         return ~tiles[ids[entries]] & full_bits[edges[entries]]
@@ -216,7 +211,7 @@ def reblock(grid: Grid, lists: BlockLists, new: Grid) -> BlockLists:
     ids = torch.where(ids < 0, ids + n_tiles + 2, ids)
     place = (ids * old_q + i_piece % old_q) * old_k + j_piece % old_k
     place = torch.where(ids >= n_tiles, ids * old_q * old_k, place)  # all pieces of a trivial tile are alike
-    pieces = _with_trivial(lists.tiles).view(-1, old_q, piece_q, old_k, piece_k // 8).transpose(2, 3)
+    pieces = with_trivial(lists.tiles).view(-1, old_q, piece_q, old_k, piece_k // 8).transpose(2, 3)
     pieces = pieces.reshape(-1, piece_q, piece_k // 8)
 
     edges, full_bits = new.edge(rows, cols), new.full_bits(device)

@@ -93,6 +93,12 @@ def unpack_bits(packed: Tensor) -> Tensor:
     return ((packed[..., None] >> shifts) & 1).bool().flatten(-2)
 
 
+def with_trivial(tiles: Tensor) -> Tensor:
+    """Tiles followed by an empty and a full one, where the indices ABSENT and FULL find them from behind."""
+    trivial = torch.tensor([0, 255], dtype=torch.uint8, device=tiles.device)
+    return torch.cat([tiles, trivial[:, None, None].expand(2, *tiles.shape[1:])])
+
+
 def count_bits(tiles: Tensor) -> Tensor:
     """Number of set bits of each tile: uint8 [n, block_q, block_k // 8] -> int64 [n]."""
     words = tiles.contiguous().flatten(1).view(torch.int64)
@@ -204,12 +210,13 @@ def swap(lists: BlockLists, grid: Grid) -> BlockLists:
 
 def used_tiles(tile_ids: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Drop unused tiles and number the others in order of appearance."""
-    partial = tile_ids >= 0
-    used = tile_ids[partial].long()
-    first, numbers = by_first_appearance(used)
-    renumbered = torch.full_like(tile_ids, FULL, dtype=torch.int32)
-    renumbered[partial] = numbers.int()
-    return renumbered, tiles[used[first]]
+    n, ids = tile_ids.numel(), tile_ids.long()
+    first = ids.new_full((tiles.shape[0] + 1,), n)  # the last one stands for FULL
+    first.scatter_reduce_(0, ids % first.numel(), torch.arange(n, device=ids.device), "amin")
+    order = first[:-1].argsort()[: (first[:-1] < n).sum()]
+    number = torch.full_like(first, FULL)
+    number[order] = torch.arange(order.numel(), device=ids.device)
+    return number[ids].int(), tiles[order]
 
 
 def assemble(
@@ -331,14 +338,14 @@ def predicate_lists(
     cols: Tensor,
     *,
     keys: Sequence[Tensor] | None = None,
-    known_full: Tensor | None = None,
+    within: tuple[Tensor, Tensor] | None = None,
 ) -> BlockLists:
     """Lists of visible(b, h, i, j), evaluated only in the given blocks.
 
     Args:
         visible: gets int64 indices of shapes (n,1,1), (n,1,1), (n,q,1), (n,1,k); its bool result broadcasts to (n,q,k).
         keys: integer columns; entries with equal keys have equal tiles. None: no two are known to.
-        known_full: entries that are visible throughout, without asking.
+        within: (tile id of each entry, tiles): bits that are cleared there stay so.
     """
     device = rows.device
     q, k = torch.arange(grid.block_q, device=device), torch.arange(grid.block_k, device=device)
@@ -352,12 +359,12 @@ def predicate_lists(
         # Out-of-range positions ask about the last one in range, so that a predicate may index tensors of that length.
         i_asked, j_asked = i.clamp(max=grid.q_len - 1), j.clamp(max=grid.kv_len - 1)
         seen = visible((line // heads)[:, None, None], (line % heads)[:, None, None], i_asked, j_asked)
-        if known_full is not None:
-            seen = seen | known_full[entries][:, None, None]
-        return pack_bits(seen & inside)
+        packed = pack_bits(seen & inside)
+        return packed if within is None else packed & allowed[within[0][entries].long()]
 
-    if keys is None:
-        keys = (torch.arange(rows.numel(), device=device),)
+    keys = (torch.arange(rows.numel(), device=device),) if keys is None else keys
+    if within is not None:
+        allowed, keys = with_trivial(within[1]), (*keys, within[0])
     return build(grid, batch, heads, rows, cols, keys, tiles_of)
 
 

@@ -121,8 +121,10 @@ class BlockMask:
 
     def _replace(self, **fields: Any) -> BlockMask:
         """Another window, other lengths: the lists and what is cached about them are shared."""
-        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return self._trusted(self._transposed, **(kept | fields))
+        return self._trusted(self._transposed, **(self._fields() | fields))
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name, _ in FIELD_DEFAULTS}
 
     # --- construction ------------------------------------------------------------------------------------------------
 
@@ -255,20 +257,21 @@ class BlockMask:
         grid = Grid(q_len, kv_len, *check_block_size(block_size))
         check_sizes(q_len, kv_len, batch, heads)
         device = torch.device("cpu" if device is None else device)
+        bits = None
         if within is None:
             rows, cols = mask_build.all_blocks(grid, batch, heads, device)
         else:
-            full = cls._trusted(q_len=q_len, kv_len=kv_len, block_size=(grid.block_q, grid.block_k))
-            listed = (full & within.to(device)).reblock((grid.block_q, grid.block_k)).to(device).explicit()
+            _matched(cls(q_len, kv_len), within)
+            listed = within.reblock((grid.block_q, grid.block_k)).explicit().to(device)
             batch, heads = _broadcast("batch", batch, listed.batch), _broadcast("heads", heads, listed.heads)
-            lists = mask_build.expand(listed._lists, grid.n_q, batch, heads)
-            rows, cols = mask_build.entry_rows(lists), lists.indices.long()
+            given = mask_build.expand(listed._lists, grid.n_q, batch, heads)
+            rows, cols, bits = mask_build.entry_rows(given), given.indices.long(), (given.tile_ids, given.tiles)
         keys = None
         if shift_invariant:
             shifts = rows % max(grid.n_q, 1) * grid.block_q - cols * grid.block_k
             keys = (rows // max(grid.n_q, 1), shifts, grid.edge(rows, cols))
-        mask = cls._of_lists(grid, mask_build.predicate_lists(visible, grid, batch, heads, rows, cols, keys=keys))
-        return mask if within is None else mask & listed
+        lists = mask_build.predicate_lists(visible, grid, batch, heads, rows, cols, keys=keys, within=bits)
+        return cls._of_lists(grid, lists)
 
     @classmethod
     def from_documents(cls, ids: Integers, *, block_size: BlockSize = (128, 128)) -> BlockMask:
@@ -514,8 +517,8 @@ class BlockMask:
         """The mask on another device."""
         if device is None or self.device is None or self.device == torch.device(device):
             return self
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return self._trusted(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()})
+        fields = self._fields().items()
+        return self._trusted(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in fields})
 
     # --- identity ----------------------------------------------------------------------------------------------------
 
@@ -523,8 +526,7 @@ class BlockMask:
         """The same representation: sizes, lists, window and lengths. `equivalent` compares the visible pairs."""
         if not isinstance(other, BlockMask):
             return NotImplemented
-        names = [field.name for field in dataclasses.fields(self)]
-        return all(_same(getattr(self, name), getattr(other, name)) for name in names)
+        return all(map(_same, self._fields().values(), other._fields().values()))
 
     def __hash__(self) -> int:
         nnz = None if self.indices is None else self.indices.shape[0]
@@ -546,8 +548,7 @@ class BlockMask:
         return all(map(_same, *expanded))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return _rebuild, (type(self), fields)
+        return _rebuild, (type(self), self._fields())
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 

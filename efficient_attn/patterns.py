@@ -10,6 +10,7 @@ import functools
 import json
 import operator
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,11 +55,24 @@ class Pattern:
         Raises:
             MaskError: lengths or a block size out of range.
         """
-        size = None if block_size is None else check_block_size(block_size)
+        size = self._own_block if block_size is None else check_block_size(block_size)
         if self._analytic:
-            return self._build(q_len, kv_len, size or (128, 128))
-        mask = _listed(self, int(q_len), int(kv_len), size, str(torch.device("cpu" if device is None else device)))
-        return mask
+            return self._build(q_len, kv_len, size)
+        place = str(torch.device("cpu" if device is None else device))
+        if not torch.compiler.is_compiling():
+            return _cached(self, q_len, kv_len, size, place)
+        text = Pattern.to_json(self)
+        indptr, indices, tile_ids, tiles, *transposed = pattern_lists(text, q_len, kv_len, *size, place)
+        return BlockMask._trusted(
+            {"lists": tuple(transposed)},
+            q_len=q_len,
+            kv_len=kv_len,
+            block_size=size,
+            indptr=indptr,
+            indices=indices,
+            tile_ids=tile_ids,
+            tiles=tiles,
+        )
 
     @property
     def _analytic(self) -> bool:
@@ -81,10 +95,9 @@ class Pattern:
 
     def to_json(self) -> str:
         """The pattern with all its options as a JSON object, which `from_json` reads."""
-        return json.dumps(self._to_dict())
-
-    def _to_dict(self) -> dict[str, Any]:
-        return {"pattern": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        # Written by hand because torch.compile traces it; no option is a string that would need escapes.
+        options = "".join([f', "{name}": {_write(getattr(self, name))}' for name in OPTIONS[self.name]])
+        return f'{{"pattern": "{self.name}"{options}}}'
 
     @staticmethod
     def from_json(text: str | Mapping[str, Any]) -> Pattern:
@@ -391,14 +404,20 @@ class Combined(Pattern):
     def _join(self, a: Any, b: Any) -> Any:
         return (operator.and_ if self.operator == "and" else operator.or_)(a, b)
 
-    def _to_dict(self) -> dict[str, Any]:
-        parts = [part._to_dict() for part in self.parts]
-        return {"pattern": self.name, "operator": self.operator, "parts": parts}
-
 
 PATTERNS: dict[str, type[Pattern]] = {
     cls.name: cls for cls in (Dense, Causal, SlidingWindow, Dilated, Strided, Longformer, BigBird, Combined)
 }
+
+OPTIONS = {name: tuple(field.name for field in dataclasses.fields(cls)) for name, cls in PATTERNS.items()}
+
+
+def _write(value: int | bool | str | tuple[Pattern, ...]) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join([Pattern.to_json(part) for part in value]) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _from_dict(given: Any, depth: int) -> Pattern:
@@ -408,7 +427,7 @@ def _from_dict(given: Any, depth: int) -> Pattern:
     if cls is None:
         raise InputError(f"no pattern is called {given['pattern']!r}; there are {', '.join(PATTERNS)}")
     options = {str(name): value for name, value in given.items() if name != "pattern"}
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = OPTIONS[cls.name]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise InputError(f"{cls.name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
@@ -436,19 +455,41 @@ def _along_diagonals(pattern: Pattern, within: BlockMask) -> BlockMask:
     )
 
 
-@torch.compiler.assume_constant_result  # lists depend on lengths only: torch.compile takes them as they are
-def _listed(pattern: Pattern, q_len: int, kv_len: int, size: tuple[int, int] | None, device: str) -> BlockMask:
-    return _cached(pattern, q_len, kv_len, size, device)
-
-
 @functools.lru_cache(maxsize=32)
-def _cached(pattern: Pattern, q_len: int, kv_len: int, size: tuple[int, int] | None, device: str) -> BlockMask:
-    with torch.inference_mode(False):  # what is kept must serve training too
-        mask = pattern._build(q_len, kv_len, size or pattern._own_block)
-        mask = mask.reblock(size or pattern._own_block).to(device)
-        if mask.indptr is not None:
-            mask.transposed()
+def _cached(
+    pattern: Pattern, q_len: int, kv_len: int, size: tuple[int, int], device: str, explicit: bool = False
+) -> BlockMask:
+    # In a thread of its own, because what is kept must not depend on the modes of whoever asks first: inference mode,
+    # fake tensors, transforms and default devices all belong to one thread.
+    with ThreadPoolExecutor(max_workers=1) as clean:
+        return clean.submit(_make, pattern, q_len, kv_len, size, device, explicit).result()
+
+
+def _make(pattern: Pattern, q_len: int, kv_len: int, size: tuple[int, int], device: str, explicit: bool) -> BlockMask:
+    mask = pattern._build(q_len, kv_len, size).reblock(size)
+    mask = (mask.explicit() if explicit else mask).to(device)
+    if mask.indptr is not None:
+        mask._transposed["lists"] = mask.transposed()  # by itself it keeps nothing while anything is being traced
     return mask
+
+
+# What torch.compile and torch.export see of a pattern with lists: one operator that looks the lists up. Their number
+# depends on the lengths, so that these become constants of the graph.
+@torch.library.custom_op("efficient_attn::pattern_lists", mutates_args=())
+def pattern_lists(pattern: str, q_len: int, kv_len: int, block_q: int, block_k: int, device: str) -> list[Tensor]:
+    """indptr, indices, tile_ids, tiles and the three transposed lists of a pattern given as JSON."""
+    return [tensor.clone() for tensor in _all_lists(pattern, q_len, kv_len, block_q, block_k, device)]
+
+
+@pattern_lists.register_fake
+def _pattern_lists_fake(pattern: str, q_len: int, kv_len: int, block_q: int, block_k: int, device: str) -> list[Tensor]:
+    lists = _all_lists(pattern, int(q_len), int(kv_len), block_q, block_k, device)
+    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in lists]
+
+
+def _all_lists(pattern: str, q_len: int, kv_len: int, block_q: int, block_k: int, device: str) -> list[Tensor]:
+    mask = _cached(Pattern.from_json(pattern), q_len, kv_len, (block_q, block_k), device, explicit=True)
+    return [tensor for tensor in mask.arrays(True) if isinstance(tensor, Tensor)]
 
 
 def main() -> None:

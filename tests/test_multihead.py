@@ -221,7 +221,7 @@ def test_empty_and_single(shape: tuple[int, int, int], batch_first: bool) -> Non
     assert_close(ours(query, key, key)[0], theirs(query, key, key)[0])
 
 
-@pytest.mark.parametrize(("need_weights", "average"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("need_weights", "average"), [*itertools.product([True, False], repeat=2)])
 def test_weights_of_a_sparse_method_are_its_own(need_weights: bool, average: bool) -> None:
     _, ours = pair(SPARSE, batch_first=True)
     x = torch.randn(2, 9, E)

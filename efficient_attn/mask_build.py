@@ -295,7 +295,9 @@ def pack_strip(strip: Tensor, grid: Grid) -> Tensor:
     return packed.view(g, n_rows, grid.block_q, grid.n_k, grid.block_k // 8).transpose(2, 3)
 
 
-def _strip_entries(strip: Tensor, grid: Grid, first_row: int, first_class: int) -> tuple[Tensor, ...]:
+def _strip_entries(
+    strip: Tensor, grid: Grid, first_row: int, first_class: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entries (rows, cols, classes, packed) of one strip (g heads, some query blocks, every key)."""
     tiles = pack_strip(strip, grid)
     n_rows, n_k = tiles.shape[1:3]
@@ -378,9 +380,9 @@ def document_lists(ids: Tensor, grid: Grid) -> BlockLists:
         meets = (lows_q[b, :, None] <= highs_k[b]) & (lows_k[b] <= highs_q[b, :, None])
         found.append(meets.nonzero() + torch.tensor([b * grid.n_q, 0], device=ids.device))
     rows, cols = torch.cat([ids.new_empty(0, 2), *found]).unbind(1)
-    b, i_block = rows // max(grid.n_q, 1), rows % max(grid.n_q, 1)
-    low = torch.minimum(lows_q[b, i_block], lows_k[b, cols])
-    full = low == torch.maximum(highs_q[b, i_block], highs_k[b, cols])
+    line, i_block = rows // max(grid.n_q, 1), rows % max(grid.n_q, 1)
+    low = torch.minimum(lows_q[line, i_block], lows_k[line, cols])
+    full = low == torch.maximum(highs_q[line, i_block], highs_k[line, cols])
     keys = (torch.where(full, -1, torch.arange(rows.numel(), device=ids.device)), grid.edge(rows, cols))
     same = lambda b, h, i, j: ids[b, i] == ids[b, j]  # noqa: E731
     return predicate_lists(same, grid, batch, 1, rows, cols, keys=keys)

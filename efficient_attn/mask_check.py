@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import MaskError
-from .mask_build import FULL, BlockLists, Grid, entry_rows
+from .mask_build import FULL, Grid, entry_rows
 
 if TYPE_CHECKING:
     from .masks import BlockMask
@@ -166,7 +166,7 @@ def _check_bits(mask: BlockMask, grid: Grid) -> None:
     """No tile of a ragged last block has bits beyond the sequences."""
     if mask.q_len % grid.block_q == 0 and mask.kv_len % grid.block_k == 0:
         return
-    lists = BlockLists(mask.batch, mask.heads, mask.indptr, mask.indices, mask.tile_ids, mask.tiles)
+    lists = mask._listed
     partial = lists.tile_ids >= 0
     edges = grid.edge(entry_rows(lists)[partial], lists.indices[partial].long())
     users = torch.zeros(4, lists.tiles.shape[0], dtype=torch.bool, device=lists.tiles.device)

@@ -35,7 +35,8 @@ def from_flex(block_mask: Any) -> tuple[Grid, BlockLists]:
         positions = torch.broadcast_tensors(b, h, i, j)
         seen = asked(*(p.reshape(-1) for p in positions)).view(positions[0].shape)
         listed = state[b * heads + h, i // flex_q, j // flex_k]
-        return (listed == FULL) | ((listed != ABSENT) & seen)
+        answer: Tensor = (listed == FULL) | ((listed != ABSENT) & seen)
+        return answer
 
     rows, cols = all_blocks(grid, batch, heads, state.device)
     keys = None
@@ -98,7 +99,7 @@ def to_flex(
         seen = in_interval(kv_idx - q_idx, window)
         if lengths is not None:
             seen = seen & (kv_idx < lengths[b if lengths.shape[0] > 1 else b * 0])
-        if table is None:
+        if table is None or tiles is None:
             return seen
         tile = table[b if per_batch else b * 0, h if per_head else h * 0, q_idx // block_q, kv_idx // block_k]
         listed = tile == FULL

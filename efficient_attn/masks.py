@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,10 @@ class BlockMask:
     window_offset: int = 0
     kv_lengths: Tensor | None = None
 
+    # Set on every instance, derived from the fields.
+    _arrays: ClassVar[MaskArrays]
+    _transposed: ClassVar[dict[str, tuple[Tensor, Tensor, Tensor]]]  # shared by masks with the same lists
+
     __iter__ = None  # indexing is by batch and head; to iterate over that would surprise
 
     def __post_init__(self) -> None:
@@ -96,7 +100,7 @@ class BlockMask:
         object.__setattr__(self, "window_offset", 0 if window is None else self.window_offset)
         self._finish({})
 
-    def _finish(self, transposed: dict[str, BlockLists]) -> None:
+    def _finish(self, transposed: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
         left, right = self.window or (-1, -1)
         lists = (self.indptr, self.indices, self.tile_ids, self.tiles, None, None, None)
         shape = (self.batch, self.heads, *self.block_size)
@@ -264,7 +268,7 @@ class BlockMask:
             _matched(cls(q_len, kv_len), within)
             listed = within.reblock((grid.block_q, grid.block_k)).explicit().to(device)
             batch, heads = _broadcast("batch", batch, listed.batch), _broadcast("heads", heads, listed.heads)
-            given = mask_build.expand(listed._lists, grid.n_q, batch, heads)
+            given = mask_build.expand(listed._listed, grid.n_q, batch, heads)
             rows, cols, bits = mask_build.entry_rows(given), given.indices.long(), (given.tile_ids, given.tiles)
         keys = None
         if shift_invariant:
@@ -297,7 +301,7 @@ class BlockMask:
 
     def to_flex(self) -> Any:
         """The same mask as a torch.nn.attention.flex_attention.BlockMask with the same block size."""
-        return mask_flex.to_flex(self._grid, self._lists, self._interval, self.kv_lengths, self.explicit()._lists)
+        return mask_flex.to_flex(self._grid, self._lists, self._interval, self.kv_lengths, self.explicit()._listed)
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -337,9 +341,13 @@ class BlockMask:
 
     @property
     def _lists(self) -> BlockLists | None:
-        if self.indptr is None:
-            return None
-        return BlockLists(self.batch, self.heads, self.indptr, self.indices, self.tile_ids, self.tiles)
+        return None if self.indptr is None else self._listed
+
+    @property
+    def _listed(self) -> BlockLists:
+        indptr, indices, tile_ids, tiles = self.indptr, self.indices, self.tile_ids, self.tiles
+        assert indptr is not None and indices is not None and tile_ids is not None and tiles is not None
+        return BlockLists(self.batch, self.heads, indptr, indices, tile_ids, tiles)
 
     @property
     def _interval(self) -> Interval:
@@ -372,7 +380,7 @@ class BlockMask:
             raise MaskError("a mask without lists has nothing to transpose: every block is listed")
         lists = self._transposed.get("lists")
         if lists is None:
-            lists = mask_build.transpose(self._lists, self._grid)
+            lists = mask_build.transpose(self._listed, self._grid)
             if not torch.compiler.is_compiling():
                 self._transposed["lists"] = lists
         return lists
@@ -440,7 +448,7 @@ class BlockMask:
         if a.indptr is None or b.indptr is None:
             listed = b if a.indptr is None else a
         else:
-            listed = self._of_lists(a._grid, mask_algebra.merge(a._grid, a._lists, b._lists, torch.bitwise_and))
+            listed = self._of_lists(a._grid, mask_algebra.merge(a._grid, a._listed, b._listed, torch.bitwise_and))
         if lengths is not None and listed.batch > 1:
             lengths = lengths.expand(listed.batch).contiguous()
         return listed._replace(**_window_fields(interval, offset), kv_lengths=lengths)
@@ -456,19 +464,21 @@ class BlockMask:
             if interval is not None and all(map(_same, a._arrays[:8], b._arrays[:8])):
                 return a._replace(**_window_fields(interval, a.window_offset))
             if a._interval == b._interval:
-                lists = mask_algebra.merge(a._grid, a._lists, b._lists, torch.bitwise_or)
+                lists = mask_algebra.merge(a._grid, a._listed, b._listed, torch.bitwise_or)
                 return self._of_lists(a._grid, lists)._replace(
                     window=a.window, window_offset=a.window_offset, kv_lengths=a.kv_lengths
                 )
         device = a.device or b.device
-        lists = (mask_algebra.explicit(*x.to(device)._parts) for x in (a, b))
-        return self._of_lists(a._grid, mask_algebra.merge(a._grid, *lists, torch.bitwise_or))
+        listed_a, listed_b = (mask_algebra.explicit(*x.to(device)._parts) for x in (a, b))
+        return self._of_lists(a._grid, mask_algebra.merge(a._grid, listed_a, listed_b, torch.bitwise_or))
 
     def __invert__(self) -> BlockMask:
         low, high = self._interval
-        if self.indptr is None and self.kv_lengths is None and (low is None) != (high is None):
-            flipped = (high + 1, None) if low is None else (None, low - 1)
-            return self._replace(**_window_fields(flipped, self.window_offset))
+        if self.indptr is None and self.kv_lengths is None:  # half-planes turn into each other
+            if low is None and high is not None:
+                return self._replace(**_window_fields((high + 1, None), self.window_offset))
+            if low is not None and high is None:
+                return self._replace(**_window_fields((None, low - 1), self.window_offset))
         lists = mask_algebra.explicit(*self._parts)
         return self._of_lists(self._grid, mask_algebra.complement(self._grid, lists))
 
@@ -480,7 +490,7 @@ class BlockMask:
         if self.indptr is None:
             return self._replace(block_size=(block_q, block_k))
         grid = Grid(self.q_len, self.kv_len, block_q, block_k)
-        mask = self._of_lists(grid, mask_algebra.reblock(self._grid, self._lists, grid))
+        mask = self._of_lists(grid, mask_algebra.reblock(self._grid, self._listed, grid))
         return mask._replace(window=self.window, window_offset=self.window_offset, kv_lengths=self.kv_lengths)
 
     def swapped(self) -> BlockMask:
@@ -508,7 +518,7 @@ class BlockMask:
             return self._replace(**fields)
         rows = torch.arange(self.indptr.numel() - 1, device=self.device).view(self.batch, self.heads, -1)
         rows = rows[batches][:, heads].reshape(-1)
-        lists = mask_build.take_rows(self._lists, rows, len(batches), len(heads))
+        lists = mask_build.take_rows(self._listed, rows, len(batches), len(heads))
         return self._of_lists(self._grid, lists)._replace(
             window=self.window, window_offset=self.window_offset, **fields
         )
@@ -517,8 +527,9 @@ class BlockMask:
         """The mask on another device."""
         if device is None or self.device is None or self.device == torch.device(device):
             return self
-        fields = self._fields().items()
-        return self._trusted(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in fields})
+        fields = self._fields()
+        moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+        return self._trusted(None, **(fields | moved))
 
     # --- identity ----------------------------------------------------------------------------------------------------
 

@@ -124,11 +124,11 @@ def reachable_blocks(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Ten
     top = torch.arange(grid.n_q, device=lengths.device) * grid.block_q
     bottom = (top + grid.block_q).clamp(max=grid.q_len) - 1
     low, high = window
-    first = torch.zeros_like(top) if low is None else (top + low).clamp(min=0) // grid.block_k
+    first = torch.zeros_like(top) if low is None else (top + low).clamp(min=0)  # key
     last = torch.full_like(top, grid.kv_len) if high is None else bottom + high
-    last = torch.minimum(last, lengths[:, None] - 1) // grid.block_k  # [batch, n_q]
-    counts = (last - first + 1).clamp(min=0)
-    return ragged_range(first.expand_as(last).reshape(-1), counts.reshape(-1))
+    last = torch.minimum(last, lengths[:, None] - 1)  # [batch, n_q]
+    counts = torch.where(first <= last, last // grid.block_k - first // grid.block_k + 1, 0)
+    return ragged_range((first // grid.block_k).expand_as(last).reshape(-1), counts.reshape(-1))
 
 
 def how_cut(grid: Grid, window: Interval, ends: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,14 +136,15 @@ def how_cut(grid: Grid, window: Interval, ends: Tensor, rows: Tensor, cols: Tens
     i_first = rows % max(grid.n_q, 1) * grid.block_q
     i_last = (i_first + grid.block_q).clamp(max=grid.q_len) - 1
     j_first = cols * grid.block_k
-    j_last = (j_first + grid.block_k).clamp(max=grid.kv_len) - 1
+    j_end = (j_first + grid.block_k).clamp(max=grid.kv_len)
+    j_last = torch.minimum(j_end, ends) - 1
     touched, cuts = j_first < ends, torch.zeros_like(rows, dtype=torch.bool)
     low, high = window
     if low is not None:
         touched, cuts = touched & (j_last - i_first >= low), cuts | (j_first - i_last < low)
     if high is not None:
         touched, cuts = touched & (j_first - i_last <= high), cuts | (j_last - i_first > high)
-    return touched, cuts, j_last >= ends
+    return touched, cuts, j_end > ends
 
 
 def in_interval(difference: Tensor, window: Interval) -> Tensor:

@@ -110,7 +110,8 @@ def check_tensor(name: str, tensor: Any, dtype: torch.dtype, dims: int) -> None:
 
 
 def _check_window(window: Any, offset: Any) -> None:
-    if window is not None and (len(window) != 2 or any(not is_int(side) or side < -1 for side in window)):
+    pair = window is None or (isinstance(window, tuple | list) and len(window) == 2)
+    if not pair or any(not is_int(side) or side < -1 for side in window or ()):
         raise MaskError(f"window must be (left, right) with ints >= 0, or -1 for unlimited, got {window!r}")
     if not is_int(offset):
         raise MaskError(f"window_offset must be an int, got {offset!r}")

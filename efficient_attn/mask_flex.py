@@ -14,6 +14,8 @@ from .errors import MaskError
 from .mask_algebra import Interval, in_interval
 from .mask_build import ABSENT, FULL, BlockLists, Grid, all_blocks, entry_rows, predicate_lists
 
+PARTIAL = 0  # beside ABSENT and FULL: a block that mask_mod decides
+
 
 def from_flex(block_mask: Any) -> tuple[Grid, BlockLists]:
     """Grid and lists with the pairs that FlexAttention would attend to."""
@@ -33,8 +35,10 @@ def from_flex(block_mask: Any) -> tuple[Grid, BlockLists]:
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         positions = torch.broadcast_tensors(b, h, i, j)
-        seen = asked(*(p.reshape(-1) for p in positions)).view(positions[0].shape)
         listed = state[b * heads + h, i // flex_q, j // flex_k]
+        if not (listed == PARTIAL).any():
+            return listed == FULL
+        seen = asked(*(p.reshape(-1) for p in positions)).view(positions[0].shape)
         answer: Tensor = (listed == FULL) | ((listed != ABSENT) & seen)
         return answer
 
@@ -56,12 +60,12 @@ def _own_block(size: int) -> tuple[int, bool]:
 
 
 def _block_states(block_mask: Any, n_q: int, n_k: int) -> Tensor:
-    """int8 (batch, heads, n_q, n_k): ABSENT, FULL, or 0 for a block to ask about."""
+    """int8 (batch, heads, n_q, n_k): ABSENT, PARTIAL or FULL."""
     numbers = block_mask.kv_num_blocks
     shape = (1,) * (3 - numbers.dim()) + tuple(numbers.shape)
     states = torch.full((*shape[:2], n_q, n_k), ABSENT, dtype=torch.int8, device=numbers.device)
     for count, indices, kind in (
-        (numbers, block_mask.kv_indices, 0),
+        (numbers, block_mask.kv_indices, PARTIAL),
         (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, FULL),
     ):
         if count is None:

@@ -287,7 +287,7 @@ class BlockMask:
         ids = as_integers("ids", ids, ids.device if isinstance(ids, Tensor) else None)
         if ids.dim() not in (1, 2):
             raise MaskError(f"document ids are (length,) or (batch, length), got {tuple(ids.shape)}")
-        ids = ids.reshape(-1, ids.shape[-1])
+        ids = ids if ids.dim() == 2 else ids[None]
         grid = Grid(ids.shape[1], ids.shape[1], *check_block_size(block_size))
         return cls._of_lists(grid, mask_build.document_lists(ids, grid))
 
@@ -378,12 +378,13 @@ class BlockMask:
         """
         if self.indptr is None:
             raise MaskError("a mask without lists has nothing to transpose: every block is listed")
-        lists = self._transposed.get("lists")
-        if lists is None:
-            lists = mask_build.transpose(self._listed, self._grid)
-            if not torch.compiler.is_compiling():
-                self._transposed["lists"] = lists
-        return lists
+        kept = self._transposed.get("lists")
+        if kept is not None:
+            return kept
+        if torch.compiler.is_compiling():
+            return mask_build.transpose(self._listed, self._grid)
+        with torch.inference_mode(False):  # what is kept must serve training too
+            return self._transposed.setdefault("lists", mask_build.transpose(self._listed, self._grid))
 
     def to_dense(self, *, max_pairs: int = MAX_DENSE_PAIRS) -> Tensor:
         """bool (batch, heads, q_len, kv_len) with window and lengths; batch and heads of 1 broadcast.
@@ -449,7 +450,7 @@ class BlockMask:
             listed = b if a.indptr is None else a
         else:
             listed = self._of_lists(a._grid, mask_algebra.merge(a._grid, a._listed, b._listed, torch.bitwise_and))
-        if lengths is not None and listed.batch > 1:
+        if lengths is not None and listed.batch != 1:
             lengths = lengths.expand(listed.batch).contiguous()
         return listed._replace(**_window_fields(interval, offset), kv_lengths=lengths)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .mask_build import Grid, pointers, ragged_range
-from .mask_check import ALIGNMENTS, check_block_size, is_int
+from .mask_check import ALIGNMENTS, check_block_size, check_sizes, is_int
 from .masks import BlockMask, BlockSize
 
 MAX_OPTION = 2**31 - 1
@@ -56,6 +56,7 @@ class Pattern:
             MaskError: lengths or a block size out of range.
         """
         size = self._own_block if block_size is None else check_block_size(block_size)
+        check_sizes(q_len, kv_len)
         if self._analytic:
             return self._build(q_len, kv_len, size)
         place = str(torch.device("cpu" if device is None else device))
@@ -339,10 +340,10 @@ class BigBird(Pattern):
 
     def _random(self, starts: Tensor, stops: Tensor, n_k: int) -> Tensor:
         """row * n_k + column of the random blocks, outside the ranges (rows, 3) that a row has anyway."""
-        stops = torch.maximum(starts, stops)
-        taken_until = stops.cummax(1).values
+        starts, order = starts.sort(1)
+        taken_until = stops.gather(1, order).cummax(1).values
         starts = torch.maximum(starts, torch.cat([torch.zeros_like(starts[:, :1]), taken_until[:, :-1]], 1))
-        widths = (stops - starts).clamp(min=0)  # of the ranges made disjoint, ascending
+        widths = (taken_until - starts).clamp(min=0)  # of the ranges made disjoint, ascending
         free = n_k - widths.sum(1)
         row = torch.arange(starts.shape[0])
         ranks: list[Tensor] = []  # chosen so far in each row, as ranks among the free blocks, ascending

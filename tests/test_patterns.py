@@ -1,0 +1,288 @@
+"""Patterns against their definitions, written out again here token by token; JSON, caching, compilation, time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from efficient_attn import InputError, MaskError, patterns
+from efficient_attn.patterns import (
+    BigBird,
+    Causal,
+    Combined,
+    Dense,
+    Dilated,
+    Longformer,
+    Pattern,
+    SlidingWindow,
+    Strided,
+)
+
+LENGTHS = [(67, 67), (300, 300), (129, 257), (257, 100), (1, 1), (1, 50), (0, 20), (20, 0)]
+
+# (pattern, its definition: (i, j, q_len, kv_len) -> bool)
+TOKEN_PATTERNS = [
+    (Dense(), lambda i, j, n, m: True),
+    (Causal(), lambda i, j, n, m: j <= i),
+    (Causal("bottom_right"), lambda i, j, n, m: j <= i + m - n),
+    (SlidingWindow(7, 30), lambda i, j, n, m: i - 7 <= j <= i + 30),
+    (SlidingWindow(-1, 5), lambda i, j, n, m: j <= i + 5),
+    (SlidingWindow(0, -1, "bottom_right"), lambda i, j, n, m: j >= i + m - n),
+    (SlidingWindow(3, 2, "bottom_right"), lambda i, j, n, m: i + m - n - 3 <= j <= i + m - n + 2),
+    (Dilated(4, 9, 3), lambda i, j, n, m: j in range(i - 12, i + 28, 3)),
+    (Dilated(5, 0, 1), lambda i, j, n, m: i - 5 <= j <= i),
+    (Strided(17), lambda i, j, n, m: j <= i and (i - j <= 17 or (i - j) % 17 == 0)),
+    (Strided(40, causal=False), lambda i, j, n, m: abs(i - j) <= 40 or (i - j) % 40 == 0),
+    (Longformer(20, 3), lambda i, j, n, m: abs(i - j) <= 10 or i < 3 or j < 3),
+    (Longformer(0, 150), lambda i, j, n, m: i == j or i < 150 or j < 150),
+    (Longformer(30, 0), lambda i, j, n, m: abs(i - j) <= 15),
+    (Strided(9) & SlidingWindow(50, 0), lambda i, j, n, m: 0 <= i - j <= 50 and (i - j <= 9 or (i - j) % 9 == 0)),
+    (SlidingWindow(3, 3) | Longformer(0, 2), lambda i, j, n, m: abs(i - j) <= 3 or i < 2 or j < 2),
+    (SlidingWindow(9, 0) | SlidingWindow(0, 4), lambda i, j, n, m: i - 9 <= j <= i + 4),
+]
+
+
+def drawn(definition, q_len: int, kv_len: int) -> Tensor:
+    rows = [[bool(definition(i, j, q_len, kv_len)) for j in range(kv_len)] for i in range(q_len)]
+    return torch.tensor(rows, dtype=torch.bool).view(q_len, kv_len)
+
+
+@pytest.mark.parametrize("pattern, definition", TOKEN_PATTERNS, ids=[str(p) for p, _ in TOKEN_PATTERNS])
+def test_masks_equal_the_definition(pattern, definition):
+    for q_len, kv_len in LENGTHS:
+        expected = drawn(definition, q_len, kv_len)
+        i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
+        assert torch.equal(pattern.visible(i, j, q_len, kv_len).expand(q_len, kv_len), expected)
+        for block_size in (None, 16, (48, 128)):
+            mask = pattern.block_mask(q_len, kv_len, num_heads=2, block_size=block_size)
+            assert mask.shape == (1, 1, q_len, kv_len)
+            assert torch.equal(mask.to_dense()[0, 0], expected)
+            assert block_size is None or mask.block_size == ((16, 16) if block_size == 16 else block_size)
+
+
+@pytest.mark.parametrize("pattern", [Dense(), Causal(), SlidingWindow(), Causal() & SlidingWindow(4, 4)], ids=str)
+def test_windows_need_no_memory(pattern):
+    mask = pattern.block_mask(10**9, 10**9)
+    assert mask.nbytes == 0 and mask.indptr is None
+
+
+# --- BigBird -------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(pattern: BigBird, q_len: int, kv_len: int) -> list[set[int]]:
+    """The visible key blocks of each query block; every visible block must be wholly visible."""
+    b = pattern.block
+    bits = pattern.block_mask(q_len, kv_len).to_dense()[0, 0]
+    padded = torch.nn.functional.pad(bits, (0, -kv_len % b, 0, -q_len % b))
+    counts = padded.unflatten(1, (-1, b)).unflatten(0, (-1, b)).sum((1, 3))
+    high = torch.tensor([min(b, q_len - r) for r in range(0, q_len, b)])
+    wide = torch.tensor([min(b, kv_len - c) for c in range(0, kv_len, b)])
+    assert ((counts == 0) | (counts == high[:, None] * wide)).all()
+    return [set(row.nonzero().flatten().tolist()) for row in counts]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 5, "global_blocks": 3, "random_blocks": 2},
+        {"window": 1, "global_blocks": 0, "random_blocks": 0},
+        {"global_blocks": 1, "random_blocks": 100},
+        {"window": 99, "random_blocks": 1},
+        {"global_blocks": 50},
+    ],
+    ids=str,
+)
+def test_bigbird_equals_the_paper(options):
+    pattern = BigBird(block=16, seed=3, **options)
+    first, last = (pattern.global_blocks + 1) // 2, pattern.global_blocks // 2
+    for q_len, kv_len in [(330, 330), (330, 150), (100, 400), (10, 10)]:
+        n_q, n_k = -(-q_len // 16), -(-kv_len // 16)
+        for r, seen in enumerate(blocks_of(pattern, q_len, kv_len)):
+            everything = set(range(n_k))
+            if r < first or r >= n_q - last:
+                assert seen == everything
+                continue
+            window = {c for c in everything if abs(c - r) <= pattern.window // 2}
+            globals_ = {c for c in everything if c < first or c >= n_k - last}
+            assert window | globals_ <= seen
+            others = everything - window - globals_
+            assert len(seen & others) == min(pattern.random_blocks, len(others))
+
+
+def test_bigbird_draws_are_seeded_spread_and_stable():
+    n = 16 * 200
+    rows = blocks_of(BigBird(block=16), n, n)
+    assert rows != blocks_of(BigBird(block=16, seed=1), n, n)
+    drawn = [c for r, seen in enumerate(rows[1:-1], 1) for c in seen - {0, 199, r - 1, r, r + 1}]
+    assert len(drawn) == 3 * 198
+    counts = torch.bincount(torch.tensor(drawn), minlength=200)[1:-1]
+    assert counts.max() <= 12 and (counts == 0).sum() < 40  # Poisson with mean 3: P(0) = 5 %
+    assert abs(sum(drawn) / len(drawn) - 99.5) < 10
+    # The draw itself, so that no platform or version can change a trained model's mask unnoticed.
+    assert sorted(rows[100] - {0, 199, 99, 100, 101}) == [28, 64, 142]
+
+
+def test_bigbird_draws_every_free_block_equally_often():
+    hits = torch.zeros(12)
+    for seed in range(300):
+        for c in blocks_of(BigBird(block=16, window=1, global_blocks=0, random_blocks=4, seed=seed), 16, 192)[0]:
+            hits[c] += 1
+    expected = 300 * 4 / 11
+    assert hits[0] == 300 and ((hits[1:] - expected).abs() < 5 * (expected * 7 / 11) ** 0.5).all()
+
+
+# --- options and JSON ----------------------------------------------------------------------------------------------
+
+ALL = [pattern for pattern, _ in TOKEN_PATTERNS] + [BigBird(), BigBird(16, 5, 1, 2, 7) & Causal() | Dense()]
+
+
+@pytest.mark.parametrize("pattern", ALL, ids=str)
+def test_json_pickle_and_copies_round_trip(pattern):
+    text = pattern.to_json()
+    assert Pattern.from_json(text) == pattern and Pattern.from_json(json.loads(text)) == pattern
+    for again in (pickle.loads(pickle.dumps(pattern)), copy.deepcopy(pattern)):
+        assert again == pattern and hash(again) == hash(pattern)
+
+
+def test_json_leaves_out_defaults():
+    assert Pattern.from_json('{"pattern": "bigbird"}') == BigBird()
+    assert {cls() for name, cls in patterns.PATTERNS.items() if name != "combined"}, "every pattern has defaults"
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("3", "object with a 'pattern'"),
+        ("[]", "object with a 'pattern'"),
+        ("{}", "object with a 'pattern'"),
+        ('{"pattern": 3}', "object with a 'pattern'"),
+        ('{"pattern": "no"}', "no pattern is called 'no'"),
+        ('{"pattern": "__import__"}', "no pattern is called"),
+        ('{"pattern": "bigbird", "blok": 64}', "no option 'blok'"),
+        ('{"pattern": "dense", "name": "x"}', "no option 'name'"),
+        ('{"pattern": "bigbird", "block": 65}', "multiple of 16"),
+        ('{"pattern": "bigbird", "block": 512}', "multiple of 16"),
+        ('{"pattern": "bigbird", "block": "64"}', "block must be an int"),
+        ('{"pattern": "bigbird", "block": 64.0}', "block must be an int"),
+        ('{"pattern": "bigbird", "window": 4}', "odd"),
+        ('{"pattern": "bigbird", "seed": -1}', "seed must be an int >= 0"),
+        ('{"pattern": "bigbird", "random_blocks": 1e99}', "random_blocks must be an int"),
+        ('{"pattern": "bigbird", "random_blocks": 99999999999}', "random_blocks must be an int"),
+        ('{"pattern": "sliding_window", "left": true}', "left must be an int"),
+        ('{"pattern": "sliding_window", "left": -2}', "left must be an int >= -1"),
+        ('{"pattern": "sliding_window", "alignment": "middle"}', "alignment must be one of"),
+        ('{"pattern": "causal", "alignment": ["top_left"]}', "alignment must be one of"),
+        ('{"pattern": "dilated", "dilation": 0}', "dilation must be an int >= 1"),
+        ('{"pattern": "strided", "stride": 0}', "stride must be an int >= 1"),
+        ('{"pattern": "strided", "causal": 1}', "causal must be a bool"),
+        ('{"pattern": "longformer", "window": 7}', "even"),
+        ('{"pattern": "longformer", "global_tokens": null}', "global_tokens must be an int"),
+        ('{"pattern": "combined"}', "at least one"),
+        ('{"pattern": "combined", "parts": "dense"}', "parts must be"),
+        ('{"pattern": "combined", "parts": [1]}', "object with a 'pattern'"),
+        ('{"pattern": "combined", "operator": "xor", "parts": [{"pattern": "dense"}]}', "operator must be"),
+        ('{"pattern": "combined", "parts": [' * 20 + '{"pattern": "dense"}' + "]}" * 20, "deep"),
+    ],
+)
+def test_bad_json_raises(text, why):
+    with pytest.raises(InputError, match=why):
+        Pattern.from_json(text)
+
+
+def test_patterns_combine_only_with_patterns():
+    assert Dense() & Causal() == Combined("and", (Dense(), Causal()))
+    for other in (3, None, torch.ones(2, 2, dtype=torch.bool)):
+        with pytest.raises(TypeError):
+            Dense() & other
+        with pytest.raises(TypeError):
+            Dense() | other
+
+
+@pytest.mark.parametrize("pattern", [Dense(), BigBird(), Longformer() & Causal()], ids=str)
+def test_bad_lengths_raise(pattern):
+    for q_len, kv_len, block_size in [(-1, 4, None), (4, 2**40, None), (4, 4.0, None), (4, 4, 17)]:
+        with pytest.raises(MaskError):
+            pattern.block_mask(q_len, kv_len, block_size=block_size)
+
+
+# --- caching, compilation, time ------------------------------------------------------------------------------------
+
+
+def test_lists_are_kept_whatever_mode_asks_first():
+    pattern = BigBird(block=16, seed=12345)
+    with torch.inference_mode():
+        mask = pattern.block_mask(100, 100)
+    assert not mask.indices.is_inference() and not mask.transposed()[0].is_inference()
+    assert pattern.block_mask(100, 100) is mask is BigBird(block=16, seed=12345).block_mask(100, 100, device="cpu")
+    assert pattern.block_mask(100, 101) is not mask
+    with torch.device("meta"):
+        assert BigBird(block=16, seed=54321).block_mask(100, 100).device.type == "cpu"
+    outside = Longformer(6, 1).block_mask(50, 50).arrays(True).t_indices.sum()
+    inside = torch.vmap(lambda x: x * Longformer(6, 2).block_mask(50, 50).arrays(True).t_indices.sum())(torch.ones(3))
+    assert inside.shape == (3,) and outside >= 0
+
+
+def weigh(x: Tensor, pattern: Pattern) -> Tensor:
+    arrays = pattern.block_mask(x.shape[0], x.shape[0]).arrays(True)
+    lists = [t.float().sum() for t in arrays if isinstance(t, Tensor)]
+    return x * sum(lists, torch.zeros(())) + arrays.window_right
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_patterns_inside_a_compiled_function(dynamic):
+    torch._dynamo.reset()
+
+    def program(x):
+        return weigh(x, BigBird(16)) + weigh(x, Longformer(8, 2)) + weigh(x, SlidingWindow(3, 4))
+
+    compiled = torch.compile(program, backend="eager", fullgraph=True, dynamic=dynamic)
+    for n in (100, 130):
+        x = torch.randn(n)
+        torch.testing.assert_close(compiled(x), program(x))
+
+
+def test_a_combined_pattern_inside_a_compiled_function():
+    pattern = BigBird(16) & Causal()
+    arrays = torch.compile(
+        lambda x: pattern.block_mask(100, 100).arrays(True).t_indices + x, backend="eager", fullgraph=True
+    )
+    explicit = pattern.block_mask(100, 100).explicit()
+    assert torch.equal(arrays(torch.zeros((), dtype=torch.int32)), explicit.transposed()[1])
+
+
+def test_the_compiled_operator_is_sound():
+    torch.library.opcheck(patterns.pattern_lists, (BigBird().to_json(), 300, 200, 64, 64, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [SlidingWindow(), Dilated(), Strided(), Longformer(), BigBird(), Longformer() & BigBird() & Causal()],
+    ids=str,
+)
+def test_128k_tokens_build_fast_and_small(pattern):
+    pattern.block_mask(512, 512)
+    start = time.perf_counter()
+    mask = pattern.block_mask(131072, 131072)
+    elapsed = time.perf_counter() - start
+    assert elapsed < 5.0  # about 0.3 s on an idle core
+    assert mask.nbytes < 32 * 2**20 and mask.density < 0.01
+
+
+def test_the_module_draws_every_pattern():
+    run = [sys.executable, "-W", "ignore", "-m", "efficient_attn.patterns"]
+    output = subprocess.run(run, capture_output=True, text=True, check=True, timeout=60).stdout
+    for cls in patterns.PATTERNS.values():
+        assert f"{cls.__name__}(" in output
+    assert output.count("└") == 8

@@ -44,6 +44,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Expl
     """
     backend = arguments.get("backend", "auto")
     backends.check_name(backend)
+    functional.check_tensors(query=query, key=key, value=value)
     query, key, value = functional.autocast(query, key, value)
     functional.check_inputs(query, key, value)
     bias = functional.check_bias(arguments.get("bias"), query, key)
@@ -62,7 +63,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Expl
     return Explanation(serving[0] if serving else None, reasons, density, 2 * pairs * (call.D + call.Dv), moved)
 
 
-def _block_mask(query: Tensor, key: Tensor, mask: Any, is_causal: bool | None, causal_alignment: str | None) -> BlockMask:
+def _block_mask(
+    query: Tensor, key: Tensor, mask: Any, is_causal: bool | None, causal_alignment: str | None
+) -> BlockMask:
     """The mask of the call as one object, also where a call would need none."""
     q_len, kv_len = query.shape[2], key.shape[2]
     functional.check_alignment(bool(is_causal), causal_alignment, q_len, kv_len)

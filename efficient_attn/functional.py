@@ -5,7 +5,6 @@ Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -68,6 +67,7 @@ def attention(
         InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
         UnsupportedError: the backend asked for cannot serve this call.
     """
+    check_tensors(query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
     check_inputs(query, key, value)
     bias = check_bias(bias, query, key)
@@ -76,13 +76,11 @@ def attention(
         t is not None and t.requires_grad for t in (query, key, value, bias)
     )
     arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=differentiable)
-    chosen = backends.select(backend, describe(query, key, value, bias, arrays, dropout_p))
-    lengths, lists, shape, window = ops.operands(arrays)
+    select = backends.select if torch.compiler.is_compiling() else backends.cached_select
+    chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p))
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = torch.ops.efficient_attn.attention_forward(
-        query, key, value, bias, lengths, lists, shape, window, scale, dropout_p, seed, chosen
-    )
+    out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -103,6 +101,7 @@ def attention_weights(
     Arguments are those of `attention`. With a dropout seed the weights are the dropped and rescaled ones of the same
     call. Differentiable to any order.
     """
+    check_tensors(query=query, key=key)
     query, key = autocast(query, key)
     check_inputs(query, key, key)
     bias = check_bias(bias, query, key)
@@ -127,7 +126,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         InputError: no parts, or shapes that differ.
     """
     if not outs or len(outs) != len(lses):
-        raise InputError(f"merge_attention needs as many outs as lses and at least one; got {len(outs)} and {len(lses)}")
+        raise InputError(
+            f"merge_attention needs as many outs as lses and at least one; got {len(outs)} and {len(lses)}"
+        )
     for out, lse in zip(outs, lses, strict=True):
         if out.shape != outs[0].shape or lse.shape != outs[0].shape[:-1]:
             raise InputError(
@@ -146,34 +147,41 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     return merged.to(outs[0].dtype), lse
 
 
-# --- what every call is checked for ------------------------------------------------------------------------------------
+# --- what every call is checked for ---
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise unless every argument is a tensor with 4 dimensions."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputTypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise InputError(
+                f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(tensor.shape)}"
+            )
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless query (B, Hq, Nq, D), key (B, Hkv, Nk, D) and value (B, Hkv, Nk, Dv) belong together."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise InputTypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise InputError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(tensor.shape)}")
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         raise InputTypeError(
             f"query, key and value must share one dtype of float32, float64, bfloat16, float16; got {query.dtype}, "
             f"{key.dtype}, {value.dtype}. Cast them, or call under torch.autocast"
         )
     if key.device != query.device or value.device != query.device:
-        raise InputError(f"query, key and value must be on one device; got {query.device}, {key.device}, {value.device}")
+        raise InputError(
+            f"query, key and value must be on one device; got {query.device}, {key.device}, {value.device}"
+        )
     B, Hq, _, D = query.shape
     Bk, Hkv, Nk, Dk = key.shape
     Bv, Hv, Nv, Dv = value.shape
-    if B != Bk or B != Bv or Hkv != Hv or Nk != Nv or D != Dk:
+    if Bk != B or Bv != B or Hkv != Hv or Nk != Nv or Dk != D:
         raise InputError(
             "expected query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv); got "
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
-    if Hkv == 0 or Hq % Hkv:
-        if Hq or Hkv:
-            raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
+    if Hq != Hkv and (Hkv == 0 or Hq % Hkv):
+        raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
     if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM:
         raise InputError(f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Split wider heads")
 
@@ -224,8 +232,7 @@ def resolve_mask(
     Raises:
         MaskError, InputError, InputTypeError: a mask that does not fit (B, Hq, Nq, Nk).
     """
-    B, Hq, Nq, _ = query.shape
-    Nk = key.shape[2]
+    Nq, Nk = query.shape[2], key.shape[2]
     check_alignment(is_causal, causal_alignment, Nq, Nk)
     if mask is None:
         if not is_causal:
@@ -246,7 +253,9 @@ def as_block_mask(mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor
         return mask.block_mask(Nq, Nk, num_heads=Hq, device=query.device)
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
-            raise InputTypeError(f"mask must be a bool tensor (True = attend), got {mask.dtype}; additive values are bias=")
+            raise InputTypeError(
+                f"mask must be a bool tensor (True = attend), got {mask.dtype}; additive values are bias="
+            )
         full = (B, Hq, Nq, Nk)
         if mask.dim() > 4 or any(g not in (1, f) for g, f in zip(mask.shape[::-1], full[::-1], strict=False)):
             raise InputError(f"mask {tuple(mask.shape)} does not broadcast to (B, Hq, Nq, Nk) = {full}")

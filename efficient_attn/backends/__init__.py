@@ -27,7 +27,6 @@ def not_supported_reasons(call: Call) -> dict[str, list[str]]:
     return {name: module.not_supported_reasons(call) for name, module in BACKENDS.items()}
 
 
-@lru_cache(maxsize=4096)
 def select(backend: str, call: Call) -> str:
     """The backend that will serve `call`: the one asked for, or with "auto" the first that can.
 
@@ -39,3 +38,6 @@ def select(backend: str, call: Call) -> str:
             return name
     reasons = "; ".join(BACKENDS[backend].not_supported_reasons(call))
     raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")
+
+
+cached_select = lru_cache(maxsize=4096)(select)

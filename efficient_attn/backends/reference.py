@@ -6,7 +6,7 @@
 
 and its gradient, with delta_i = dout_i . out_i - dlse_i:
 
-    dV = (Z P)^T dO      dP = Z (dO V^T)      dS = P (dP - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
+    dV = (Z P)^T dO     dP = Z (dO V^T)     dS = P (dP - delta)     dQ = scale dS K     dK = scale dS^T Q     dbias = dS
 
 Half precision is computed in float32. Masked pairs are selected away, never multiplied by zero, so that a NaN behind a
 mask stays behind it. A row without a visible key gives out = 0, lse = -inf and no gradient. Memory is O(Nq * Nk) here.
@@ -38,12 +38,11 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) in the accumulation dtype."""
     scores, visible = masked_scores(query, key, bias, mask, scale)
-    lse = logsumexp(scores)
-    weights = probabilities(scores, lse)
+    weights = softmax(scores)
     if dropout_p > 0.0:
         weights = apply_dropout(weights, dropout_p, dropout_seed)
     out = select_matmul(weights, visible, group(value.to(weights.dtype), query.shape[1]))
-    return out.to(query.dtype), lse
+    return out.to(query.dtype), logsumexp(scores)
 
 
 def attention_backward(
@@ -68,7 +67,7 @@ def attention_backward(
     """
     heads = query.shape[1]
     scores, visible = masked_scores(query, key, bias, mask, scale, first_row)
-    weights = probabilities(scores, lse)
+    weights = torch.exp(scores - lse[..., None].masked_fill(lse[..., None] == -torch.inf, 0.0))
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
 
@@ -105,13 +104,13 @@ def attention_weights(
 ) -> Tensor:
     """Return what multiplies the values, (B, Hq, Nq, Nk) in the query's dtype; differentiable."""
     scores, _ = masked_scores(query, key, bias, mask, scale)
-    weights = probabilities(scores, logsumexp(scores))
+    weights = softmax(scores)
     if dropout_p > 0.0:
         weights = apply_dropout(weights, dropout_p, dropout_seed)
     return weights.to(query.dtype)
 
 
-# --- steps ---------------------------------------------------------------------------------------------------------
+# --- steps ---
 
 
 def masked_scores(
@@ -128,16 +127,16 @@ def masked_scores(
 
 
 def logsumexp(scores: Tensor) -> Tensor:
-    """Row-wise log-sum-exp (B, Hq, Nq) of scores (B, Hq, Nq, Nk); -inf for rows without a visible key or with none at all."""
+    """Row-wise log-sum-exp (B, Hq, Nq) of scores (B, Hq, Nq, Nk); -inf for rows without a visible key."""
     if scores.shape[-1] == 0:
         return scores.new_full(scores.shape[:-1], -torch.inf)
     return torch.logsumexp(scores, dim=-1)
 
 
-def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), zero for fully masked rows."""
-    lse = lse[..., None].to(scores.dtype)
-    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0))
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the keys, zero for fully masked rows."""
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 
 
 def select_matmul(weights: Tensor, visible: Tensor, values: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- which pairs are visible ---------------------------------------------------------------------------------------
+# --- which pairs are visible ---
 
 
 def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.device, first_row: int = 0) -> Tensor:
@@ -210,7 +209,7 @@ def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor
     return drawn[:, :, first - a * block_q : last - a * block_q, :kv_len]
 
 
-# --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) --------------------
+# --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) -------------------
 
 
 def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, first_row: int = 0) -> Tensor:

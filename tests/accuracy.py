@@ -1,0 +1,165 @@
+"""The error budget of contract rule 8: no fitted tolerances, but the error of plain PyTorch in the same dtype.
+
+`gold` is the eager formula in float64 on the very same input values, written here on its own: it shares no code with
+the backends, not even with the reference. Rounding is luck, and one order of summation may round better than it
+should; eager's error is therefore the largest over a few orders of the keys and of the head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OUTPUT_RATIO, GRADIENT_RATIO = 1.0, 1.5
+ORDERS = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call and its cotangents: all that decides the result. `kept` is where dropout lets a pair live, or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    visible: Tensor  # broadcastable to (B, Hq, Nq, Nk)
+    scale: float
+    grad_out: Tensor
+    grad_lse: Tensor | None = None
+    kept: Tensor | None = None
+    dropout_p: float = 0.0
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors that get a gradient, by name."""
+        named = {"query": self.query, "key": self.key, "value": self.value, "bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    kept: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """out and lse as a PyTorch user writes them, in the inputs' dtype; a fully masked row gives 0 and -inf."""
+    repeats = query.shape[1] // max(key.shape[1], 1)
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    visible = visible.expand(scores.shape)
+    empty = ~visible.any(-1, keepdim=True)
+    lse = (
+        torch.logsumexp(scores.masked_fill(~visible, -torch.inf), -1)
+        if scores.shape[-1]
+        else scores.sum(-1) - torch.inf
+    )
+    weights = torch.softmax(scores.masked_fill(~visible & ~empty, -torch.inf), -1).masked_fill(~visible, 0.0)
+    if kept is not None:
+        weights = weights.masked_fill(~kept, 0.0) / (1.0 - dropout_p)
+    return weights @ value, lse
+
+
+def run_eager(problem: Problem, dtype: torch.dtype, order: int = 0) -> dict[str, Tensor]:
+    """out, lse and the gradient of each input in `dtype`, summed in the given order (0: as the tensors lie)."""
+    Nk, D = problem.key.shape[2:]
+    generator = torch.Generator().manual_seed(order)
+    keys, dims = (torch.randperm(n, generator=generator) if order else torch.arange(n) for n in (Nk, D))
+    along_keys = lambda t: t[..., keys] if t is not None and t.shape[-1] == Nk else t  # noqa: E731
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in problem.inputs.items()}
+    out, lse = eager_attention(
+        leaves["query"][..., dims],
+        leaves["key"][:, :, keys][..., dims],
+        leaves["value"][:, :, keys],
+        along_keys(problem.visible),
+        along_keys(leaves.get("bias")),
+        problem.scale,
+        along_keys(problem.kept),
+        problem.dropout_p,
+    )
+    outputs, cotangents = (out,), (problem.grad_out.to(dtype),)
+    if problem.grad_lse is not None:
+        outputs += (lse.masked_fill(lse == -torch.inf, 0.0),)
+        cotangents += (problem.grad_lse.to(dtype),)
+    found = gradients(outputs, list(leaves.values()), cotangents)
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def magnitudes(problem: Problem) -> dict[str, Tensor]:
+    """The largest sum of absolute terms behind each result: what its rounding errors are relative to (float64).
+
+    A gradient that cancels to zero, as dP - delta does with one key, was still computed from terms of this size.
+    """
+    absolute = {name: tensor.detach().double().abs() for name, tensor in problem.inputs.items()}
+    repeats = problem.query.shape[1] // max(problem.key.shape[1], 1)
+    key, value = (absolute[name].repeat_interleave(repeats, 1) for name in ("key", "value"))
+    grad_out = problem.grad_out.double().abs()
+    gold = run_eager(problem, torch.float64)
+    scores = problem.query.double() @ problem.key.double().repeat_interleave(repeats, 1).mT * problem.scale
+    scores = scores if problem.bias is None else scores + problem.bias.detach().double()
+    lse = gold["lse"][..., None].masked_fill(gold["lse"][..., None] == -torch.inf, 0.0)
+    weights = torch.exp(scores - lse).masked_fill(~problem.visible.expand(scores.shape), 0.0)
+    terms = absolute["query"] @ key.mT * abs(problem.scale)
+    out = weights @ value / (1.0 - problem.dropout_p)
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    if problem.grad_lse is not None:
+        delta = delta + problem.grad_lse.double().abs()[..., None]
+    grad_scores = weights * (grad_out @ value.mT / (1.0 - problem.dropout_p) + delta)
+    result = {"out": out, "lse": gold["lse"].abs().masked_fill(gold["lse"] == -torch.inf, 0.0)}
+    if terms.numel():
+        result["lse"] = result["lse"] + terms.amax(-1)
+    result["query"] = grad_scores @ key * abs(problem.scale)
+    result["key"] = (grad_scores.mT @ absolute["query"]).unflatten(1, (-1, max(repeats, 1))).sum(2) * abs(problem.scale)
+    result["value"] = (weights.mT @ grad_out).unflatten(1, (-1, max(repeats, 1))).sum(2) / (1.0 - problem.dropout_p)
+    if problem.bias is not None:
+        result["bias"] = grad_scores.sum_to_size(problem.bias.shape)
+    return {name: tensor.max() if tensor.numel() else torch.zeros(()) for name, tensor in result.items()}
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> list[Tensor]:
+    """Vector-Jacobian product, zeros where an input has no part."""
+    found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+
+
+def assert_conforms(problem: Problem, ours: dict[str, Tensor]) -> None:
+    """Hold out, lse and the gradients in `ours` against the budget of rule 8; infinities must agree exactly."""
+    gold, sizes = run_eager(problem, torch.float64), magnitudes(problem)
+    dtype = problem.query.dtype
+    runs = [run_eager(problem, dtype, order) for order in range(ORDERS)]
+    if dtype in (torch.bfloat16, torch.float16):  # lse is promised in float32
+        for run, order in zip(runs, range(ORDERS), strict=True):
+            run["lse"] = run_eager(problem, torch.float32, order)["lse"]
+    for name, mine in ours.items():
+        ratio = OUTPUT_RATIO if name in ("out", "lse") else GRADIENT_RATIO
+        eager = max((_error(run[name], gold[name]) for run in runs), default=0.0)
+        _assert_within(name, mine, gold[name], ratio * eager, float(sizes[name]))
+
+
+def _error(found: Tensor, gold: Tensor) -> float:
+    finite = gold.isfinite()
+    return float((found.double() - gold)[finite].nan_to_num().abs().max()) if finite.any() else 0.0
+
+
+def _assert_within(name: str, mine: Tensor, gold: Tensor, allowed: float, size: float) -> None:
+    """max |mine - gold| <= allowed + 1 ulp of `size`."""
+    assert mine.shape == gold.shape, f"{name}: shape {tuple(mine.shape)}, expected {tuple(gold.shape)}"
+    finite = gold.isfinite()
+    assert torch.equal(mine.isfinite(), finite), (
+        f"{name}: NaN or infinity where the definition has none, or the reverse"
+    )
+    assert torch.equal(mine.double()[~finite], gold[~finite]), f"{name}: another infinity than the definition"
+    # float64 is its own gold, whose error is unknown: grant it the accumulated ulps that it cannot show.
+    ulps = 64 if mine.dtype == torch.float64 else 1
+    budget = allowed + ulps * torch.finfo(mine.dtype).eps * size
+    error = _error(mine, gold)
+    assert error <= budget, (
+        f"{name}: error {error:.3e} > budget {budget:.3e} (eager {allowed:.3e} + {ulps} ulp of {size:.3e})"
+    )

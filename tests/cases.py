@@ -1,0 +1,231 @@
+"""The cases of the conformance suite, as data: what is attended, in which shape and which memory layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from efficient_attn import BlockMask, SlidingWindow
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `attention`. `mask` draws what is passed as mask= from the case and a generator."""
+
+    name: str
+    B: int = 2
+    Hq: int = 2
+    Hkv: int = 2
+    Nq: int = 67
+    Nk: int = 67
+    D: int = 16
+    Dv: int = 16
+    mask: Callable[[Case, torch.Generator], BlockMask | Tensor | SlidingWindow] | None = None
+    bias: tuple[int, ...] | None = None  # 1 broadcasts, 0 stands for the full size
+    bias_in_float32: bool = False
+    causal: str | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    layout: str = "contiguous"
+    grad_out: str = "random"
+    grad_lse: bool = False
+    spread: float = 1.0  # standard deviation of query and key
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def random_bits(density: float, *, batch: bool = True, heads: bool = True, empty_rows: bool = True) -> Callable:
+    """A random bool mask, with some rows fully masked."""
+
+    def draw(case: Case, generator: torch.Generator) -> Tensor:
+        shape = (case.B if batch else 1, case.Hq if heads else 1, case.Nq, case.Nk)
+        visible = torch.rand(shape, generator=generator) < density
+        if empty_rows and case.Nq > 3:
+            visible[..., 3, :] = False
+        return visible
+
+    return draw
+
+
+def random_blocks(block_size: tuple[int, int], density: float = 0.4) -> Callable:
+    """Random full and partial blocks, some rows of blocks empty."""
+
+    def draw(case: Case, generator: torch.Generator) -> BlockMask:
+        bq, bk = block_size
+        rows, columns = -(-case.Nq // bq), -(-case.Nk // bk)
+        kind = torch.rand(case.B, case.Hq, rows, columns, generator=generator)
+        listed = kind < density
+        listed[:, :, -1] = False
+        partial = kind < density / 2
+        bits = torch.rand(case.B, case.Hq, rows * bq, columns * bk, generator=generator) < 0.7
+        grow = lambda t: t.repeat_interleave(bq, 2).repeat_interleave(bk, 3)  # noqa: E731
+        visible = (grow(listed) & (~grow(partial) | bits))[:, :, : case.Nq, : case.Nk]
+        return BlockMask.from_dense(visible, block_size=block_size)
+
+    return draw
+
+
+def window(left: int, right: int) -> Callable:
+    """An analytic sliding window."""
+    return lambda case, generator: SlidingWindow(left=left, right=right)
+
+
+def lengths(case: Case, generator: torch.Generator) -> BlockMask:
+    """A different number of valid keys for each batch element, zero among them."""
+    per_batch = torch.randint(0, case.Nk + 1, (case.B,), generator=generator)
+    per_batch[0] = 0
+    return BlockMask.from_lengths(per_batch, q_len=case.Nq, kv_len=case.Nk)
+
+
+def blocks_window_lengths(case: Case, generator: torch.Generator) -> BlockMask:
+    """All three parts of a mask at once."""
+    blocks = random_blocks((16, 32), 0.7)(case, generator)
+    return blocks & SlidingWindow(left=40, right=9).block_mask(case.Nq, case.Nk) & lengths(case, generator)
+
+
+HEAD_DIMS = (1, 3, 8, 40, 64, 80, 128, 200, 256)
+
+CASES = [
+    Case("dense"),
+    Case("dense_long", B=1, Nq=300, Nk=530, D=64, Dv=64),
+    Case("one_query", Nq=1, Nk=300, D=64, Dv=64),
+    Case("one_query_grouped", Hq=8, Hkv=2, Nq=1, Nk=700, D=128, Dv=128),
+    Case("four_queries_causal", Hq=8, Hkv=2, Nq=4, Nk=259, causal="bottom_right"),
+    Case("one_key", Nk=1),
+    Case("one_by_one", B=1, Hq=1, Hkv=1, Nq=1, Nk=1, D=1, Dv=1),
+    Case("no_keys", Nk=0),
+    Case("no_queries", Nq=0),
+    Case("no_batch", B=0),
+    Case("no_heads", Hq=0, Hkv=0),
+    *(Case(f"head_dim_{d}", B=1, Nq=50, Nk=70, D=d, Dv=d) for d in HEAD_DIMS),
+    *(Case(f"value_dim_{d}", B=1, Nq=33, Nk=49, D=24, Dv=d) for d in HEAD_DIMS),
+    Case("causal", causal="top_left"),
+    Case("causal_long", B=1, Nq=401, Nk=401, causal="top_left"),
+    Case("causal_top_left", Nq=45, Nk=80, causal="top_left"),
+    Case("causal_bottom_right", Nq=45, Nk=80, causal="bottom_right"),
+    Case("causal_bottom_right_empty_rows", Nq=80, Nk=45, causal="bottom_right"),
+    Case("window", mask=window(9, 5)),
+    Case("window_causal", B=1, Nq=333, Nk=333, mask=window(40, 0)),
+    Case("window_one_sided", Nq=130, Nk=90, mask=window(-1, 7)),
+    Case("lengths", B=4, mask=lengths),
+    Case("bits", mask=random_bits(0.5)),
+    Case("bits_sparse", Nq=150, Nk=200, mask=random_bits(0.02)),
+    Case("bits_shared", mask=random_bits(0.5, batch=False, heads=False)),
+    Case("blocks_16", Nq=100, Nk=150, mask=random_blocks((16, 16))),
+    Case("blocks_64_32", Nq=201, Nk=150, mask=random_blocks((64, 32))),
+    Case("blocks_128", B=1, Nq=390, Nk=517, mask=random_blocks((128, 128), 0.7)),
+    Case("blocks_256", B=1, Nq=300, Nk=700, mask=random_blocks((256, 256), 0.8)),
+    Case("blocks_causal", Nq=100, Nk=100, mask=random_blocks((32, 16), 0.8), causal="top_left"),
+    Case("blocks_window_lengths", B=3, Nq=100, Nk=150, mask=blocks_window_lengths),
+    Case("blocks_grouped", Hq=6, Hkv=2, Nq=100, Nk=150, mask=random_blocks((32, 32))),
+    Case("bias_full", bias=(0, 0, 0, 0)),
+    Case("bias_per_batch", bias=(0, 1, 1, 1)),
+    Case("bias_per_head", bias=(0, 1, 1)),
+    Case("bias_per_query", bias=(0, 1)),
+    Case("bias_per_key", bias=(0,)),
+    Case("bias_pairs", bias=(1, 1, 0, 0), Nq=130, Nk=140),
+    Case("bias_heads_pairs", bias=(1, 0, 0, 0), causal="top_left"),
+    Case("bias_scalar", bias=(1, 1, 1, 1)),
+    Case("bias_float32", bias=(0, 0, 0, 0), bias_in_float32=True),
+    Case("bias_blocks", bias=(1, 0, 0, 0), Nq=100, Nk=150, mask=random_blocks((16, 32))),
+    Case("bias_grouped", Hq=6, Hkv=3, bias=(0, 0, 1, 0)),
+    Case("grouped", Hq=6, Hkv=2),
+    Case("multi_query", Hq=5, Hkv=1, causal="top_left"),
+    Case("dropout", dropout_p=0.3),
+    Case("dropout_blocks", Nq=100, Nk=150, mask=random_blocks((32, 32)), dropout_p=0.5),
+    Case("dropout_grouped_causal_bias", Hq=4, Hkv=2, bias=(1, 0, 0, 0), causal="top_left", dropout_p=0.2),
+    Case("transposed_layout", layout="transposed"),
+    Case("sliced_layout", layout="sliced"),
+    Case("strided_head_dim", layout="strided_head_dim"),
+    Case("unaligned", layout="unaligned"),
+    Case("expanded_keys", layout="expanded"),
+    Case("expanded_grad_out", grad_out="sum"),
+    Case("grad_lse", grad_lse=True),
+    Case("grad_lse_blocks", Nq=100, Nk=150, mask=random_blocks((32, 32)), grad_lse=True),
+    Case("negative_scale", scale=-0.3),
+    Case("zero_scale", scale=0.0),
+    Case("large_scores", spread=2.0),
+]
+
+
+def bias_shape(case: Case) -> tuple[int, ...]:
+    """The case's bias with 0 replaced by the full size."""
+    full = (case.B, case.Hq, case.Nq, case.Nk)[4 - len(case.bias) :]
+    return tuple(size if given == 0 else 1 for given, size in zip(case.bias, full, strict=True))
+
+
+def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
+    """Draw a case's tensors: query, key, value, bias, mask (as passed), visible (bool), grad_out, grad_lse."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    lay_out = LAYOUTS[case.layout]
+    tensors = {
+        "query": lay_out((normal(case.B, case.Hq, case.Nq, case.D) * case.spread).to(dtype)),
+        "key": lay_out((normal(case.B, case.Hkv, case.Nk, case.D) * case.spread).to(dtype)),
+        "value": lay_out(normal(case.B, case.Hkv, case.Nk, case.Dv).to(dtype)),
+        "bias": None,
+        "mask": case.mask(case, generator) if case.mask else None,
+    }
+    if case.bias is not None:
+        wide = torch.float32 if case.bias_in_float32 and dtype != torch.float64 else dtype
+        tensors["bias"] = normal(*bias_shape(case)).to(wide)
+    out_shape = (case.B, case.Hq, case.Nq, case.Dv)
+    tensors["grad_out"] = (
+        torch.ones((), dtype=dtype).expand(out_shape)
+        if case.grad_out == "sum"
+        else lay_out(normal(*out_shape).to(dtype))
+    )
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors["grad_lse"] = normal(*out_shape[:3]).to(lse_dtype) if case.grad_lse else None
+    tensors["visible"] = visible_pairs(case, tensors["mask"])
+    return tensors
+
+
+def visible_pairs(case: Case, mask: BlockMask | Tensor | SlidingWindow | None) -> Tensor:
+    """The definition of the case's mask as bool, broadcastable to (B, Hq, Nq, Nk)."""
+    i, j = torch.arange(case.Nq)[:, None], torch.arange(case.Nk)[None]
+    visible = torch.ones(case.Nq, case.Nk, dtype=torch.bool)[None, None]
+    if isinstance(mask, SlidingWindow):
+        visible = ((mask.left < 0) | (j >= i - mask.left)) & ((mask.right < 0) | (j <= i + mask.right))
+        visible = visible[None, None]
+    elif mask is not None:
+        visible = mask if isinstance(mask, Tensor) else mask.to_dense()
+    if case.causal:
+        visible = visible & (j <= i + (case.Nk - case.Nq if case.causal == "bottom_right" else 0))
+    return visible
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+def _sliced(tensor: Tensor) -> Tensor:
+    wide = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
+    inner = wide[tuple(slice(1, 1 + size) for size in tensor.shape)]
+    return inner.copy_(tensor)
+
+
+def _unaligned(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor.new_full((1,), torch.nan), tensor.flatten()])[1:].view(tensor.shape)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced": _sliced,
+    "strided_head_dim": _strided,
+    "unaligned": _unaligned,
+    "expanded": lambda t: t[:1, :1].expand_as(t),
+}
+SMALL = [case for case in CASES if max(case.Nq, case.Nk) <= 150 and case.layout != "expanded"]
+
+
+def with_dims(case: Case, D: int, Dv: int) -> Case:
+    """The same case with other head dimensions."""
+    return replace(case, name=f"{case.name}_{D}_{Dv}", D=D, Dv=Dv)

@@ -92,10 +92,11 @@ def run_eager(problem: Problem, dtype: torch.dtype, order: int = 0) -> dict[str,
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, found, strict=True))}
 
 
-def magnitudes(problem: Problem) -> dict[str, Tensor]:
+def magnitudes(problem: Problem) -> dict[str, float]:
     """The largest sum of absolute terms behind each result: what its rounding errors are relative to (float64).
 
-    A gradient that cancels to zero, as dP - delta does with one key, was still computed from terms of this size.
+    A gradient that cancels to zero, as dP - delta does with one key, was still computed from terms of this size. The
+    backward rebuilds P = exp(s - lse) from a stored lse, whose own rounding, half an ulp, every weight inherits.
     """
     absolute = {name: tensor.detach().double().abs() for name, tensor in problem.inputs.items()}
     repeats = problem.query.shape[1] // max(problem.key.shape[1], 1)
@@ -120,7 +121,9 @@ def magnitudes(problem: Problem) -> dict[str, Tensor]:
     result["value"] = (weights.mT @ grad_out).unflatten(1, (-1, max(repeats, 1))).sum(2) / (1.0 - problem.dropout_p)
     if problem.bias is not None:
         result["bias"] = grad_scores.sum_to_size(problem.bias.shape)
-    return {name: tensor.max() if tensor.numel() else torch.zeros(()) for name, tensor in result.items()}
+    sizes = {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in result.items()}
+    stored = 1.0 + float(lse.abs().max()) / 2 if lse.numel() else 1.0
+    return {name: size if name in ("out", "lse") else size * stored for name, size in sizes.items()}
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> list[Tensor]:
@@ -140,7 +143,7 @@ def assert_conforms(problem: Problem, ours: dict[str, Tensor]) -> None:
     for name, mine in ours.items():
         ratio = OUTPUT_RATIO if name in ("out", "lse") else GRADIENT_RATIO
         eager = max((_error(run[name], gold[name]) for run in runs), default=0.0)
-        _assert_within(name, mine, gold[name], ratio * eager, float(sizes[name]))
+        _assert_within(name, mine, gold[name], ratio * eager, sizes[name])
 
 
 def _error(found: Tensor, gold: Tensor) -> float:

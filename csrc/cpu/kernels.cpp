@@ -1,1 +1,78 @@
-namespace {}
+// The table of one instruction set. Compiled once for each with its own flags, as EFFICIENT_ATTN_ISA.
+//
+// Everything but the table has internal linkage, and nothing of the standard library is instantiated here: an inline
+// function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
+#include "attention_backward.h"
+#include "dispatch.h"
+
+namespace efficient_attn {
+namespace {
+
+template <class T, class A>
+struct Types {
+    using Storage = T;
+    using Accumulator = A;
+};
+
+template <class F>
+inline auto with_types(const AttentionParams& p, F f) {
+    switch (p.dtype) {
+        case kFloat64: return f(Types<double, double>{});
+        case kBFloat16: return f(Types<BFloat16, float>{});
+        case kFloat16: return f(Types<Float16, float>{});
+        default: return f(Types<float, float>{});
+    }
+}
+
+int64_t no_bytes(const AttentionParams&) { return 0; }
+int64_t forward_bytes(const AttentionParams& p) {
+    return p.dtype == kFloat64 ? forward_thread_bytes<double>(p) : forward_thread_bytes<float>(p);
+}
+int64_t forward_tasks(const AttentionParams& p, int) { return forward_task_count(p); }
+void forward_run(const AttentionParams& p, int, int64_t task, char* memory, char*) {
+    with_types(p, [&](auto types) {
+        using X = decltype(types);
+        forward_task<typename X::Storage, typename X::Accumulator>(p, task, memory);
+    });
+}
+
+int64_t backward_shared(const AttentionParams& p) { return p.B * p.Hq * p.Nq * (p.dtype == kFloat64 ? 8 : 4); }
+int64_t backward_bytes(const AttentionParams& p) {
+    return p.dtype == kFloat64 ? BackwardTile<double>::bytes(p) : BackwardTile<float>::bytes(p);
+}
+int64_t backward_tasks(const AttentionParams& p, int phase) {
+    switch (phase) {
+        case 0: return p.B * p.Hq * ceil_div(p.Nq, kQueries);
+        case 1: return p.B * p.Hkv * key_tiling(p).count;
+        case 2: return forward_task_count(p);
+        default: return p.dbias.data ? bias_tiling(p).count : 0;
+    }
+}
+void backward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
+    with_types(p, [&](auto types) {
+        using T = typename decltype(types)::Storage;
+        using A = typename decltype(types)::Accumulator;
+        A* delta = reinterpret_cast<A*>(shared);
+        switch (phase) {
+            case 0: return delta_task<T, A>(p, task, delta);
+            case 1: return key_value_task<T, A>(p, task, delta, memory);
+            case 2: return query_task<T, A>(p, task, delta, memory);
+            default: return bias_task<T, A>(p, task, delta, memory);
+        }
+    });
+}
+
+}  // namespace
+
+#define EA_JOIN_(a, b) a##b
+#define EA_JOIN(a, b) EA_JOIN_(a, b)
+#define EA_TEXT_(a) #a
+#define EA_TEXT(a) EA_TEXT_(a)
+
+extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
+    EA_TEXT(EFFICIENT_ATTN_ISA),
+    {1, no_bytes, forward_bytes, forward_tasks, nullptr, forward_run},
+    {4, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
+};
+
+}  // namespace efficient_attn

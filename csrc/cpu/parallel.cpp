@@ -1,1 +1,57 @@
-namespace {}
+// Threads: OpenMP where the compiler has it (the process then has one libgomp, PyTorch's, which is loaded before us).
+#include <cstdlib>
+
+#include "dispatch.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace efficient_attn {
+namespace {
+
+// GNU OpenMP's thread pool does not survive fork(): a child that enters a parallel region waits for threads that are not
+// there. A child of this process therefore runs its tasks one after the other.
+bool is_forked_child = false;
+
+#if defined(__unix__) || defined(__APPLE__)
+struct ForkWatch {
+    ForkWatch() {
+        pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+    }
+} fork_watch;
+#endif
+
+int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+bool run(const Operator& op, const AttentionParams& p, int threads) {
+    int64_t most = 0;
+    for (int phase = 0; phase < op.phases; ++phase) most = op.task_count(p, phase) > most ? op.task_count(p, phase) : most;
+    if (is_forked_child || threads < 1) threads = 1;
+    if (threads > most) threads = most < 1 ? 1 : static_cast<int>(most);
+    const int64_t shared = cache_lines(op.shared_bytes(p)), each = cache_lines(op.thread_bytes(p));
+    char* memory = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(shared + threads * each + 64)));
+    if (!memory) return false;
+    for (int phase = 0; phase < op.phases; ++phase) {
+        const int64_t tasks = op.task_count(p, phase);
+        if (threads == 1) {
+            for (int64_t task = 0; task < tasks; ++task) op.run_task(p, phase, task, memory + shared, memory);
+            continue;
+        }
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int64_t task = 0; task < tasks; ++task)
+            op.run_task(p, phase, task, memory + shared + omp_get_thread_num() * each, memory);
+#else
+        for (int64_t task = 0; task < tasks; ++task) op.run_task(p, phase, task, memory + shared, memory);
+#endif
+    }
+    std::free(memory);
+    return true;
+}
+
+}  // namespace efficient_attn

@@ -1,10 +1,155 @@
-"""The C++ backend for CPUs (csrc/cpu): the same functions as `reference`, in blocks and without n x n memory."""
+"""The C++ backend for CPUs (csrc/cpu): the same functions as `reference`, in tiles and without n x n memory."""
 
 from __future__ import annotations
 
+import struct
+from types import ModuleType
+
+import torch  # before _cpu: the process then has one OpenMP runtime, PyTorch's
+from torch import Tensor
+
+from ..masks import MaskArrays
 from .call import Call
+
+_cpu: ModuleType | None
+try:
+    from efficient_attn import _cpu
+except ImportError as error:
+    _cpu, MISSING = None, f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
+else:
+    MISSING = ""
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+FORWARD, BACKWARD = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
 
 
 def not_supported_reasons(call: Call) -> list[str]:
     """Why this backend cannot serve `call`."""
-    return ["the native kernels are not part of this build yet"]
+    reasons = [MISSING] if MISSING else []
+    if call.device.type != "cpu":
+        reasons.append(f"it runs on CPU tensors; these are on {call.device}")
+    return reasons
+
+
+def attention_forward(
+    query: Tensor,  # (B, Hq, Nq, D)
+    key: Tensor,  # (B, Hkv, Nk, D)
+    value: Tensor,  # (B, Hkv, Nk, Dv)
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`."""
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    B, Hq, Nq, _ = query.shape
+    out = query.new_empty(B, Hq, Nq, value.shape[3])
+    lse = query.new_empty(B, Hq, Nq, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    if key.shape[2] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if out.numel() > 0:
+        kept, words = _pack(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
+        _cpu.attention_forward(words, torch.get_num_threads())
+        del kept
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,  # (B, Hq, Nq, Dv)
+    grad_lse: Tensor | None,  # (B, Hq, Nq)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    bias_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
+    dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias is not None and bias_requires_grad else None
+    if out.numel() == 0 or key.shape[2] == 0:
+        for gradient in (dq, dk, dv, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return dq, dk, dv, dbias
+    query, key, value, out, grad_out = map(_readable, (query, key, value, out, grad_out))
+    grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
+    kept, words = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
+    words += BACKWARD.pack(
+        *_view(grad_out),
+        *_view(dq),
+        *_view(dk),
+        *_view(dv),
+        _pointer(grad_lse),
+        _pointer(dbias),
+        *(dbias.shape if dbias is not None else (0, 0, 0, 0)),
+    )
+    _cpu.attention_backward(words, torch.get_num_threads())
+    del kept
+    return dq, dk, dv, dbias
+
+
+def _pack(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], bytes]:
+    """The words that csrc/cpu/module.cpp reads, and the tensors that must live until it is done."""
+    lists = tuple(None if t is None else t.contiguous() for t in mask[4:11])
+    lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(query.shape[0]).contiguous()
+    strides = (0, 0, 0, 0)
+    if bias is not None:
+        strides = tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
+    words = FORWARD.pack(
+        DTYPES[query.dtype],
+        *query.shape[:2],
+        key.shape[1],
+        query.shape[2],
+        *key.shape[2:],
+        value.shape[3],
+        scale,
+        dropout_p,
+        0 if dropout_seed is None else int(dropout_seed),
+        *_view(query),
+        *_view(key),
+        *_view(value),
+        *_view(out),
+        _pointer(lse),
+        _pointer(bias),
+        0 if bias is None else DTYPES[bias.dtype],
+        *strides,
+        *mask[:4],
+        *mask[11:14],
+        0 if lists[1] is None else lists[1].numel(),
+        0 if lists[3] is None else lists[3].shape[0],
+        *map(_pointer, lists),
+        _pointer(lengths),
+    )
+    return (query, key, value, out, lse, *lists, lengths), words
+
+
+def _view(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Pointer and strides of (B, H, N, D), in elements."""
+    return (tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension has stride 1, else a contiguous copy."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()

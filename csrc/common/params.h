@@ -1,0 +1,80 @@
+// The arguments of one attention call as plain data: what Python hands over and every kernel reads.
+//
+// Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D and Dv head dimensions.
+// No member functions here: this header is compiled once per instruction set and must not emit shared symbols.
+#pragma once
+
+#include <cstdint>
+
+namespace efficient_attn {
+
+enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// A (B, H, N, D) tensor whose last dimension has stride 1; strides count elements.
+struct TensorView {
+    void* data;
+    int64_t batch_stride, head_stride, row_stride;
+};
+
+// Additive bias, each dimension 1 or full of (B, Hq, Nq, Nk); a broadcast dimension has stride 0.
+struct BiasView {
+    const void* data;
+    int64_t stride[4];
+    int dtype;
+};
+
+// The gradient of the bias: contiguous, with the bias's own shape (size 1 where it broadcasts).
+struct BiasGradient {
+    void* data;
+    int64_t size[4];
+    int dtype;
+};
+
+// Pair (i, j) is visible when list, window and length all allow it; see efficient_attn/masks.py.
+struct MaskView {
+    const int64_t* indptr;  // null: no list
+    const int32_t* indices;
+    const int32_t* tile_ids;
+    const uint8_t* tiles;
+    const int64_t* t_indptr;  // the same lists by key block, for the backward
+    const int32_t* t_indices;
+    const int32_t* t_tile_ids;
+    const int32_t* kv_lengths;  // null: every key
+    int64_t entries, tile_count;
+    int64_t batch, heads, block_q, block_k;
+    int64_t window_left, window_right, window_offset;  // -1: unlimited
+};
+
+struct AttentionParams {
+    int dtype;
+    int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
+    TensorView query, key, value, out;
+    void* lse;  // (B, Hq, Nq) contiguous, float32 or float64
+    BiasView bias;
+    MaskView mask;
+    double scale, dropout_p;
+    uint64_t dropout_seed;
+
+    // Backward only.
+    TensorView grad_out, dq, dk, dv;
+    const void* grad_lse;  // like lse, or null
+    BiasGradient dbias;    // data null: not wanted
+};
+
+// What one instruction set offers. A call is a few phases; a phase is a number of tasks that any thread may take, in
+// order. Every task writes its own results (or adds in a fixed order), so that the bits do not depend on the threads.
+struct Operator {
+    int phases;
+    int64_t (*shared_bytes)(const AttentionParams&);
+    int64_t (*thread_bytes)(const AttentionParams&);
+    int64_t (*task_count)(const AttentionParams&, int phase);
+    double (*task_cost)(const AttentionParams&, int phase, int64_t task);  // null: take tasks in their own order
+    void (*run_task)(const AttentionParams&, int phase, int64_t task, char* thread_memory, char* shared_memory);
+};
+
+struct Kernels {
+    const char* name;
+    Operator forward, backward;
+};
+
+}  // namespace efficient_attn

@@ -1,0 +1,22 @@
+// Which instruction set serves this process, and how an operator's tasks are spread over threads.
+#pragma once
+
+#include "../common/params.h"
+
+namespace efficient_attn {
+
+extern const Kernels kernels_baseline;
+#if EFFICIENT_ATTN_HAVE_AVX2
+extern const Kernels kernels_avx2;
+#endif
+#if EFFICIENT_ATTN_HAVE_AVX512
+extern const Kernels kernels_avx512;
+#endif
+
+// The kernels named, or the best that this processor runs if `name` is null; null if the name is unknown or cannot run.
+const Kernels* find_kernels(const char* name);
+
+// Runs every phase on up to `threads` threads. Returns false, with nothing done, when memory for the tiles is refused.
+bool run(const Operator& op, const AttentionParams& p, int threads);
+
+}  // namespace efficient_attn

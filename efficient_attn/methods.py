@@ -1,16 +1,14 @@
-"""The attention methods that a user names: `parse("bigbird:block=64")`, `BigBird(block=64)`, or JSON; one line each in a table.
+"""The attention methods that a user names: `parse("bigbird:block=64")`, `BigBird(block=64)`, or JSON.
 
-A spec is `name` or `name:key=value,key=value`. Tuples are written with x (`64x128`), nothing as `none`. Sparse methods are the
-patterns of `patterns.py`, run by exact attention; low-rank methods are those of `lowrank.py`, with their parameters.
+A spec is `name` or `name:key=value,key=value`. Tuples are written with x (`64x128`), nothing as `none`. Sparse methods
+are the patterns of `patterns.py`, run by exact attention; low-rank ones those of `lowrank`, with their parameters.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import lowrank, patterns
+from . import lowrank, patterns, specs
 from .errors import InputError, InputTypeError, UnsupportedError
 from .functional import as_block_mask, attention_weights, resolve_seed
 from .masks import BlockMask
@@ -56,7 +54,7 @@ class Method:
     ) -> nn.Module | None:
         """Make what `attend` needs as `state`: learned parameters and random features; None for methods without any.
 
-        Draws nothing from PyTorch's global generator, so that a model's other parameters start the same with any method.
+        Draws nothing from PyTorch's global generator: a model's other parameters start the same with any method.
         """
         return None
 
@@ -98,14 +96,14 @@ class Method:
 
     def to_json(self) -> str:
         """The method with all its options as a JSON object, which `from_json` reads."""
-        return json.dumps({"method": self.name, **_options(self)})
+        return json.dumps({"method": self.name, **specs.options(self)})
 
     def __str__(self) -> str:
         """The shortest spec that `parse` turns into this method: options at their default are left out."""
         changed = [
-            f"{field.name}={_write(getattr(self, field.name))}"
+            f"{field.name}={specs.write(getattr(self, field.name))}"
             for field in dataclasses.fields(typing.cast(Any, self))
-            if getattr(self, field.name) != _default(field)
+            if getattr(self, field.name) != specs.default(field)
         ]
         return self.name + (":" + ",".join(changed) if changed else "")
 
@@ -148,8 +146,8 @@ def parse(spec: str | Method | patterns.Pattern) -> Method:
         if option in given:
             raise InputError(f"{spec!r} gives {option} twice; give it once")
         given[option] = text
-    kinds = _kinds(cls, given)
-    return cls(**{option: _read(text, kinds[option], cls.name, option) for option, text in given.items()})
+    kinds = specs.kinds(cls, given)
+    return cls(**{option: specs.read(text, kinds[option], cls.name, option) for option, text in given.items()})
 
 
 def from_json(text: str | Mapping[str, Any]) -> Method:
@@ -167,8 +165,8 @@ def from_json(text: str | Mapping[str, Any]) -> Method:
         raise InputError(f"a method in JSON is an object with a 'method' name, like {Dense().to_json()}; got {text!r}")
     given = {str(option): value for option, value in text.items() if option != "method"}
     cls = _lookup(text["method"])
-    kinds = _kinds(cls, given)
-    return cls(**{option: _convert(value, kinds[option], cls.name, option) for option, value in given.items()})
+    kinds = specs.kinds(cls, given)
+    return cls(**{option: specs.convert(value, kinds[option], cls.name, option) for option, value in given.items()})
 
 
 def methods_table() -> list[dict[str, str]]:
@@ -182,7 +180,7 @@ def methods_table() -> list[dict[str, str]]:
             "exact": "yes" if cls.exact else "no",
             "causal": "yes" if cls.accepts_causal else "no",
             "mask": "yes" if cls.accepts_mask else "padding only",
-            "parameters": ", ".join(f"{k}={_write(v)}" for k, v in _options(cls()).items()) or "-",
+            "parameters": ", ".join(f"{k}={specs.write(v)}" for k, v in specs.options(cls()).items()) or "-",
         }
         for cls in METHODS.values()
     ]
@@ -190,96 +188,10 @@ def methods_table() -> list[dict[str, str]]:
 
 def _lookup(name: str) -> type[Method]:
     if name not in METHODS:
-        raise InputError(f"there is no method {name!r}{_hint(name, METHODS)}; choose from {', '.join(sorted(METHODS))}")
+        raise InputError(
+            f"there is no method {name!r}{specs.hint(name, METHODS)}; choose from {', '.join(sorted(METHODS))}"
+        )
     return METHODS[name]
-
-
-def _kinds(cls: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The type of each option of `cls`; raise InputError if one of the given is not among them."""
-    hints = typing.get_type_hints(cls)
-    kinds = {field.name: hints[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
-    for option in given:
-        if option not in kinds:
-            allowed = ", ".join(kinds) if kinds else "none"
-            raise InputError(f"{cls.name} has no option {option!r}{_hint(option, kinds)}; its options: {allowed}")
-    return kinds
-
-
-def _hint(word: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
-
-
-def _options(method: Method) -> dict[str, Any]:
-    return {field.name: getattr(method, field.name) for field in dataclasses.fields(typing.cast(Any, method))}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _write(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (tuple, list)):
-        return "x".join(map(_write, value))
-    return str(value)
-
-
-def _read(text: str, kind: Any, name: str, option: str) -> Any:
-    """The value of type `kind` that `text` writes."""
-    for choice in _choices(kind):
-        if choice is types.NoneType and text == "none":
-            return None
-        if choice is bool and text in ("true", "false"):
-            return text == "true"
-        if choice is int or choice is float:
-            try:
-                return choice(text)
-            except ValueError:
-                continue
-        if typing.get_origin(choice) is tuple:
-            return _convert(
-                [_read(part, _element(choice), name, option) for part in text.split("x")], choice, name, option
-            )
-        if choice is str:
-            return text
-    raise InputError(f"{name}: {option}={text!r} is not {_describe(kind)}")
-
-
-def _convert(value: Any, kind: Any, name: str, option: str) -> Any:
-    """Check a decoded JSON value against `kind`, and make a list the tuple that it stands for."""
-    for choice in _choices(kind):
-        if typing.get_origin(choice) is tuple and isinstance(value, (list, tuple)):
-            arguments = typing.get_args(choice)
-            if Ellipsis in arguments or len(arguments) == len(value):
-                return tuple(_convert(item, _element(choice), name, option) for item in value)
-        elif choice is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        elif isinstance(choice, type) and type(value) is choice:
-            return value
-    raise InputTypeError(f"{name}: {option}={value!r} is not {_describe(kind)}")
-
-
-def _choices(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, str last, for it reads anything."""
-    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    return tuple(sorted(members, key=lambda member: member is str))
-
-
-def _element(kind: Any) -> Any:
-    return typing.get_args(kind)[0]
-
-
-def _describe(kind: Any) -> str:
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a word", types.NoneType: "none"}
-    named = [
-        words.get(c, f"{_describe(_element(c))} x ..." if typing.get_origin(c) is tuple else str(c))
-        for c in _choices(kind)
-    ]
-    return " or ".join(named)
 
 
 def _check_range(method: Method, option: str, least: float, most: float = math.inf) -> None:
@@ -297,7 +209,7 @@ def _check_choice(method: Method, option: str, allowed: tuple[str, ...]) -> None
         raise InputError(f"{method.name}: {option} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-# --- sparse: exact attention over the pairs of a pattern -----------------------------------------------------------------
+# --- sparse: exact attention over the pairs of a pattern -------------------------------------------------------------
 
 
 class SparseMethod(Method):
@@ -391,6 +303,36 @@ class SlidingWindow(SparseMethod, patterns.SlidingWindow):
 
 
 @register
+class Dilated(SparseMethod, patterns.Dilated):
+    """Every dilation-th key at a limited distance."""
+
+    name = "dilated"
+    formula = "softmax(QK^T)V over j = i + t dilation"
+    paper = "Beltagy et al. 2020"
+    complexity = "n w d dilation"
+
+
+@register
+class Strided(SparseMethod, patterns.Strided):
+    """The last `stride` keys, and every stride-th before."""
+
+    name = "strided"
+    formula = "softmax(QK^T)V over i - j <= s or s | i - j"
+    paper = "Child et al. 2019"
+    complexity = "n^2 d"
+
+
+@register
+class Longformer(SparseMethod, patterns.Longformer):
+    """A window, and global tokens that see and are seen by all."""
+
+    name = "longformer"
+    formula = "softmax(QK^T)V over window + global tokens"
+    paper = "Beltagy et al. 2020"
+    complexity = "n (w + g) d"
+
+
+@register
 class BigBird(SparseMethod, patterns.BigBird):
     """Blocks: a window, global ones, and random ones."""
 
@@ -411,7 +353,7 @@ def _from_pattern(pattern: patterns.Pattern) -> Method:
 
 
 class LowRankMethod(Method):
-    """A method of `lowrank`: it knows padding, and causality if it accepts that, but no masks of pairs and no bias."""
+    """A method of `lowrank`: it knows padding, causality where it accepts that, no masks of pairs and no bias."""
 
     needs_state: ClassVar[bool] = True
 
@@ -442,7 +384,8 @@ class LowRankMethod(Method):
                 )
         if is_causal and not self.accepts_causal:
             raise UnsupportedError(
-                f"{self} cannot be causal: it mixes positions before it compares them. Use performer, linear or a sparse method"
+                f"{self} cannot be causal: it mixes positions before it compares them. Use performer, linear or a "
+                "sparse method"
             )
         if self.needs_state and state is None:
             raise InputError(f"{self} needs state: pass what build(embed_dim, num_heads, head_dim) returned")
@@ -470,7 +413,7 @@ class Linformer(LowRankMethod):
         rank: r, the number of mixtures.
         max_len: the longest sequence of keys.
         share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "none": own for each.
-        init: "pool" starts as means over max_len / rank consecutive positions, close to attention at a lower resolution;
+        init: "pool" starts as means over max_len / rank consecutive positions: attention at a lower resolution;
             "normal" as random mixtures of N(0, 1 / max_len), which keep the scale of the keys.
         seed: of "normal".
     """
@@ -494,7 +437,7 @@ class Linformer(LowRankMethod):
         _check_choice(self, "init", ("pool", "normal"))
         if self.rank > self.max_len:
             raise InputError(
-                f"linformer: rank={self.rank} exceeds max_len={self.max_len}; that is dense attention with more work"
+                f"linformer: rank={self.rank} exceeds max_len={self.max_len}; lower the rank or raise max_len"
             )
 
     def build(
@@ -530,7 +473,7 @@ class Nystrom(LowRankMethod):
     Fields:
         landmarks: m.
         pinv_iterations: steps of the pseudo-inverse.
-        conv: width of the depthwise convolution of the values, odd; 0 is none. Its filters are learned and start at zero.
+        conv: width of the depthwise convolution of the values, odd; 0 is none. The filters are learned, from zero.
     """
 
     name = "nystrom"

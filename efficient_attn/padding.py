@@ -81,7 +81,7 @@ def add_to_bias(bias: Tensor | None, key_mask: Tensor, query: Tensor) -> Tensor:
 
 
 def _may_read(key_mask: Tensor) -> bool:
-    """Whether the mask's values may steer Python: not while tracing or mapping, and not where it would stall a stream."""
+    """Whether values may steer Python: not while tracing or mapping, and not where reading would stall a stream."""
     return (
         key_mask.device.type == "cpu"
         and not torch.compiler.is_compiling()

@@ -77,7 +77,7 @@ def linear_attention_backward(
 
 
 def visible_sums(a: Tensor, b: Tensor, v: Tensor, is_causal: bool, offset: int) -> Tensor:
-    """r_i = sum_j (a_i . b_j) v_j over all j, or over j <= i + offset: (..., N, E), (..., M, E), (..., M, R) -> (..., N, R)."""
+    """r_i = sum_j (a_i . b_j) v_j over all j or j <= i + offset; a (..., N, E), b (..., M, E), v (..., M, R)."""
     if not is_causal:
         return a @ (b.mT @ v)
     finite_b, finite_v = b.isfinite().all(-1, keepdim=True), v.isfinite()
@@ -128,7 +128,7 @@ def _sums_over_queries(keys: Tensor, queries: Tensor, terms: Tensor, is_causal: 
 def _grouped(
     query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a (B, Hkv, G, Nq, F), b (B, Hkv, 1, Nk, F) and v' (B, Hkv, 1, Nk, Dv + 1) for summing; masked keys are 0."""
+    """Return a (B, Hkv, G, Nq, F), b (B, Hkv, 1, Nk, F) and v' (B, Hkv, 1, Nk, Dv + 1); masked keys are 0."""
     dtype = accumulation_dtype(value.dtype)
     heads = key_features.shape[1]
     a = query_features.to(dtype).unflatten(1, (heads, query_features.shape[1] // max(heads, 1)))

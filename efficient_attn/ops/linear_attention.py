@@ -31,7 +31,7 @@ _library.define(
 
 
 def select(backend: str) -> str:
-    """The backend that will serve: the one asked for, or with "auto" the first. Raises InputError for an unknown name."""
+    """The backend that will serve: the one asked for, or with "auto" the first. InputError for an unknown name."""
     if backend == "auto":
         return next(iter(BACKENDS))
     if backend not in BACKENDS:
@@ -143,7 +143,7 @@ torch.library.register_autograd(
 )
 
 
-# --- vmap: the mapped dimension joins the batch ------------------------------------------------------------------------
+# --- vmap: the mapped dimension joins the batch ----------------------------------------------------------------------
 
 
 def _mapped(operator: Any, tensors: int) -> Any:

@@ -1,0 +1,191 @@
+"""Performer: random features for the softmax kernel (Choromanski et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import accumulation_dtype
+from ..errors import InputError, InputTypeError
+from ..functional import autocast, check_alignment, check_inputs
+from ..padding import check_key_mask, select_keys
+from .common import by_group, drop_columns, drop_keys
+from .linear import linear_attention, linear_attention_weights
+
+FEATURES = ("softmax", "relu")
+RELU_FLOOR = 1e-3  # added to relu features, so that a normaliser cannot vanish
+CAUSAL_EXPONENT_LIMIT = 60.0  # e^60: room for sums over a million keys in float32
+
+
+def performer_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    *,
+    feature: str = "softmax",
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """FAVOR+: linear attention with m random features whose products are exp(scale q . k) in expectation: O(N m Dv).
+
+        softmax:  phi(x)_f = exp(w_f . x' - |x'|^2 / 2) / sqrt(m)      x' = sqrt(scale) x,  w_f rows of `projection`
+        relu:     phi(x)_f = max(w_f . x', 0) / sqrt(m) + 1e-3         (a kernel of its own, no estimate of softmax)
+
+    Choromanski et al., "Rethinking Attention with Performers", ICLR 2021, section 2. The variance of the estimate
+    grows like exp(|q' + k'|^2): with large or peaked scores many features are needed.
+
+    Args:
+        query, key, value, scale: as in `attention`; scale must be positive.
+        projection: (m, D), or (Hkv, m, D) with own features for each key/value head; see `random_projection`.
+        feature: "softmax" or "relu".
+        key_mask, dropout_p, dropout_seed: see `efficient_attn.lowrank`.
+        is_causal, causal_alignment: as in `attention`.
+
+    Returns:
+        out (B, Hq, Nq, Dv). Differentiable once in query, key and value.
+
+    Raises:
+        InputError, InputTypeError: arguments that do not belong together.
+    """
+    query, key, value = autocast(query, key, value)
+    check_inputs(query, key, value)
+    check_alignment(is_causal, causal_alignment, query.shape[2], key.shape[2])
+    a, b = performer_features(
+        query, key, projection, feature=feature, key_mask=key_mask, is_causal=is_causal, scale=scale
+    )
+    return linear_attention(
+        a,
+        b,
+        drop_keys(value, dropout_p, dropout_seed),
+        key_mask=key_mask,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        backend=backend,
+    )
+
+
+def performer_weights(
+    query: Tensor,
+    key: Tensor,
+    projection: Tensor,
+    *,
+    feature: str = "softmax",
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+) -> Tensor:
+    """The weights that `performer_attention` stands for, (B, Hq, Nq, Nk)."""
+    query, key = autocast(query, key)
+    check_inputs(query, key, key)
+    features = performer_features(
+        query, key, projection, feature=feature, key_mask=key_mask, is_causal=is_causal, scale=scale
+    )
+    weights = linear_attention_weights(
+        *features, key_mask=key_mask, is_causal=is_causal, causal_alignment=causal_alignment
+    ).to(query.dtype)
+    return drop_columns(weights, key.shape[1], dropout_p, dropout_seed)
+
+
+def performer_features(
+    query: Tensor,
+    key: Tensor,
+    projection: Tensor,
+    *,
+    feature: str = "softmax",
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features a (B, Hq, Nq, m) and b (B, Hkv, Nk, m), float32 (float64 for float64), for `linear_attention`.
+
+    Softmax features are scaled such that nothing overflows and a . b / n stays what it is: each row of a by a constant,
+    and, not causal, each feature by c_f in b and 1 / c_f in a, c_f from the largest visible key. That makes n >= 1 for
+    every row. With causality no factor may depend on keys to come, so there b saturates at e^60 instead.
+
+    Raises:
+        InputError, InputTypeError: an unknown feature, a projection or key_mask that does not fit, a scale <= 0.
+    """
+    _check_projection(projection, query, key, feature)
+    check_key_mask(key_mask, key)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0.0 < scale < math.inf:
+        raise InputError(f"Performer needs a positive scale (features take its square root), got {scale}")
+    (key,) = select_keys(key_mask, key)
+    dtype = accumulation_dtype(query.dtype)
+    projection = projection.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = query.to(dtype) * scale**0.5, key.to(dtype) * scale**0.5
+        per_group = projection if projection.dim() == 2 else projection.unsqueeze(1)
+        a = by_group(query, key) @ per_group.mT  # (B, Hkv, G, Nq, m)
+        b = key @ projection.mT  # (B, Hkv, Nk, m)
+        if feature == "relu":
+            root = projection.shape[-2] ** -0.5
+            return (a.relu() * root + RELU_FLOOR).flatten(1, 2), b.relu() * root + RELU_FLOOR
+        b = b - key.square().sum(-1, keepdim=True) / 2
+        if is_causal or key.shape[2] == 0:
+            b = b.clamp(max=CAUSAL_EXPONENT_LIMIT)
+        else:
+            largest = b.detach()
+            if key_mask is not None:
+                largest = largest.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+            largest = largest.amax(2, keepdim=True)  # (B, Hkv, 1, m)
+            largest = largest.masked_fill(largest == -torch.inf, 0.0)
+            a, b = a + largest.unsqueeze(2), b - largest
+            if key_mask is not None:  # a cleared key may be far above the largest visible one
+                b = b.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+        a = a - a.detach().amax(-1, keepdim=True)
+        return a.exp().flatten(1, 2), b.exp()
+
+
+def random_projection(
+    features: int,
+    head_dim: int,
+    *,
+    num_heads: int | None = None,
+    orthogonal: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw w for `performer_attention`: (features, head_dim), or (num_heads, features, head_dim). Call again to redraw.
+
+    Every row is N(0, I) by itself; `orthogonal` makes the rows of each block of head_dim rows orthogonal to each other,
+    with the lengths of independent Gaussian rows, which lowers the variance (Choromanski et al. 2021, section 2.4).
+    Drawn on the CPU in float64, so that a generator gives the same features on every device.
+    """
+    if features < 1 or head_dim < 1 or (num_heads is not None and num_heads < 1):
+        raise InputError(f"features, head_dim and num_heads must be >= 1; got {features}, {head_dim}, {num_heads}")
+    heads = 1 if num_heads is None else num_heads
+    gaussian = torch.randn(heads, features, head_dim, generator=generator, dtype=torch.float64)
+    if orthogonal:
+        blocks = -(-features // head_dim)
+        square = torch.randn(heads, blocks, head_dim, head_dim, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(square)
+        q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over rotations
+        gaussian = q.flatten(1, 2)[:, :features] * gaussian.norm(dim=-1, keepdim=True)
+    return (gaussian[0] if num_heads is None else gaussian).to(device=device, dtype=dtype)
+
+
+def _check_projection(projection: Any, query: Tensor, key: Tensor, feature: str) -> None:
+    if feature not in FEATURES:
+        raise InputError(f"feature must be one of {FEATURES}, got {feature!r}")
+    if not isinstance(projection, Tensor) or not projection.is_floating_point():
+        raise InputTypeError(f"projection must be a floating-point tensor, got {type(projection).__name__}")
+    heads, D = key.shape[1], query.shape[-1]
+    if projection.dim() not in (2, 3) or projection.shape[-1] != D or projection.shape[:-2] not in ((), (heads,)):
+        raise InputError(
+            f"projection must be (features, D) or (Hkv, features, D) with D={D}, Hkv={heads}; got "
+            f"{tuple(projection.shape)}. random_projection(features, {D}) draws one"
+        )

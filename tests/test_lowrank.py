@@ -1,0 +1,719 @@
+"""Low-rank methods and the linear-attention primitive against their papers' formulas, written out here in float64.
+
+The transcriptions work on one head and plain (N, D) matrices. A masked key is simply not in them.
+"""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efficient_attn.backends import reference_linear
+from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
+from efficient_attn.functional import attention
+from efficient_attn.lowrank import (
+    elu_attention,
+    elu_features,
+    elu_weights,
+    iterative_pinv,
+    linear_attention,
+    linear_attention_weights,
+    linformer_attention,
+    linformer_weights,
+    nystrom_attention,
+    nystrom_weights,
+    performer_attention,
+    performer_features,
+    performer_weights,
+    random_projection,
+    segment_means,
+)
+
+B, NQ, NK, D, DV = 2, 11, 11, 6, 5
+HEADS = [(2, 2), (4, 2), (3, 1)]
+FORWARD = torch.ops.efficient_attn.linear_attention_forward
+
+
+# --- the papers -------------------------------------------------------------------------------------------------------
+
+
+def softmax(scores):
+    e = torch.exp(scores - scores.max(1, keepdim=True).values)
+    return e / e.sum(1, keepdim=True)
+
+
+def linformer_paper(q, k, v, kept, h, E, F):
+    E, F = E[:, : len(k)][:, kept], F[:, : len(k)][:, kept]
+    return softmax(q @ (E @ k[kept]).T / math.sqrt(D)) @ (F @ v[kept])
+
+
+def nystrom_paper(q, k, v, kept, h, m, conv=None, queries_too=True):
+    def landmarks(x):
+        s = min(m, len(x))
+        rows = [[i for i in range(len(x)) if i * s // len(x) == segment] for segment in range(s)]
+        return torch.stack([x[r].mean(0) for r in rows])
+
+    ql, kl = landmarks(q[kept] if queries_too else q), landmarks(k[kept])
+    A = softmax(ql @ kl.T / math.sqrt(D))
+    Z = A.T / (A.abs().sum(0).max() * A.abs().sum(1).max())
+    one = torch.eye(len(A), dtype=A.dtype)
+    for _ in range(6):
+        Z = 0.25 * Z @ (13 * one - A @ Z @ (15 * one - A @ Z @ (7 * one - A @ Z)))
+    out = softmax(q @ kl.T / math.sqrt(D)) @ Z @ softmax(ql @ k[kept].T / math.sqrt(D)) @ v[kept]
+    if conv is not None:
+        filter_ = conv[h]
+        for i in range(len(q)):
+            near = [(j - i + len(filter_) // 2, j) for j in range(len(k)) if kept[j]]
+            for t, j in near:
+                if 0 <= t < len(filter_):
+                    out = out + torch.eye(len(q), dtype=q.dtype)[i][:, None] * filter_[t] * v[j]
+    return out
+
+
+def kernel_paper(phi, q, k, v, kept, h, offset=None):
+    rows = []
+    for i in range(len(q)):
+        seen = [j for j in range(len(k)) if kept[j] and (offset is None or j <= i + offset)]
+        w = [phi(q[i]) @ phi(k[j]) for j in seen]
+        rows.append(sum(a * v[j] for a, j in zip(w, seen, strict=True)) / sum(w) if seen else torch.zeros_like(v[0]))
+    return torch.stack(rows)
+
+
+def favor(x, W):
+    x = x / D**0.25
+    return torch.exp(W @ x - x @ x / 2) / math.sqrt(len(W))
+
+
+def favor_relu(x, W):
+    return torch.relu(W @ x / D**0.25) / math.sqrt(len(W)) + 1e-3
+
+
+def elu_plus_one(x):
+    return torch.nn.functional.elu(x) + 1
+
+
+def make(hq, hkv, nq=NQ, nk=NK, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((B, hq, nq, D), (B, hkv, nk, D), (B, hkv, nk, DV))
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def generator(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+E2 = torch.randn(4, 16, generator=generator(), dtype=torch.float64)
+F2 = torch.randn(4, 16, generator=generator(2), dtype=torch.float64)
+W = random_projection(7, D, generator=generator(3), dtype=torch.float64)
+CONV = torch.randn(3, generator=generator(4), dtype=torch.float64).expand(3, 3)
+
+#  name -> (function, weights, paper on one head); each takes the same keywords where it accepts them
+CASES = {
+    "linformer": (
+        functools.partial(linformer_attention, key_projection=E2, value_projection=F2),
+        functools.partial(linformer_weights, key_projection=E2, value_projection=F2),
+        functools.partial(linformer_paper, E=E2, F=F2),
+    ),
+    "nystrom": (
+        functools.partial(nystrom_attention, landmarks=4),
+        functools.partial(nystrom_weights, landmarks=4),
+        functools.partial(nystrom_paper, m=4),
+    ),
+    "nystrom+conv": (
+        functools.partial(nystrom_attention, landmarks=3, conv_weight=CONV[0]),
+        functools.partial(nystrom_weights, landmarks=3, conv_weight=CONV[0]),
+        functools.partial(nystrom_paper, m=3, conv=CONV),
+    ),
+    "performer": (
+        functools.partial(performer_attention, projection=W),
+        functools.partial(performer_weights, projection=W),
+        functools.partial(kernel_paper, lambda x: favor(x, W)),
+    ),
+    "performer-relu": (
+        functools.partial(performer_attention, projection=W, feature="relu"),
+        functools.partial(performer_weights, projection=W, feature="relu"),
+        functools.partial(kernel_paper, lambda x: favor_relu(x, W)),
+    ),
+    "linear": (elu_attention, elu_weights, functools.partial(kernel_paper, elu_plus_one)),
+}
+KERNELS = ("performer", "performer-relu", "linear")
+
+
+def paddings(name):
+    tail = torch.arange(NK) < torch.tensor([[8], [NK]])
+    holes = torch.rand(B, NK, generator=generator(5)) < 0.7
+    few = torch.arange(NK) == torch.tensor([[2], [9]])
+    return {"none": None, "tail": tail, "holes": holes, "one": few}[name]
+
+
+def by_head(paper, q, k, v, key_mask, **keywords):
+    kept = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+    group = q.shape[1] // k.shape[1]
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    paper(q[b, h], k[b, h // group], v[b, h // group], kept[b], h // group, **keywords)
+                    for h in range(q.shape[1])
+                ]
+            )
+            for b in range(q.shape[0])
+        ]
+    )
+
+
+def masks_of(name, key_mask):
+    return {"key_mask": key_mask, **({"query_mask": key_mask} if name.startswith("nystrom") else {})}
+
+
+@pytest.mark.parametrize("padding", ["none", "tail", "holes", "one"])
+@pytest.mark.parametrize(("hq", "hkv"), HEADS)
+@pytest.mark.parametrize("name", CASES)
+def test_forward_gradients_and_weights_equal_the_paper(name, hq, hkv, padding):
+    function, weights, paper = CASES[name]
+    inputs = make(hq, hkv)
+    key_mask = paddings(padding)
+    masks = masks_of(name, key_mask)
+    out = function(*inputs, **masks)
+    expected = by_head(paper, *inputs, key_mask)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+
+    grad_out = torch.randn(out.shape, generator=generator(6), dtype=out.dtype)
+    found = torch.autograd.grad(out, inputs, grad_out)
+    wanted = torch.autograd.grad(expected, inputs, grad_out)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)
+
+    P = weights(*inputs[:2], **masks)
+    assert P.shape == (B, hq, NQ, NK)
+    torch.testing.assert_close(P @ inputs[2].repeat_interleave(hq // hkv, 1), expected, rtol=1e-9, atol=1e-10)
+    if key_mask is not None:
+        assert (P.masked_select(~key_mask[:, None, None, :]) == 0).all()
+
+
+@pytest.mark.parametrize("padding", ["none", "holes"])
+@pytest.mark.parametrize(
+    ("nq", "nk", "alignment"), [(11, 11, None), (7, 11, "top_left"), (7, 11, "bottom_right"), (14, 11, "bottom_right")]
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_causal_kernels_equal_the_paper(name, nq, nk, alignment, padding):
+    function, weights, paper = CASES[name]
+    inputs = make(4, 2, nq, nk)
+    key_mask = paddings(padding)
+    keywords = {"key_mask": key_mask, "is_causal": True, "causal_alignment": alignment}
+    out = function(*inputs, **keywords)
+    expected = by_head(paper, *inputs, key_mask, offset=nk - nq if alignment == "bottom_right" else 0)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    grad_out = torch.randn(out.shape, generator=generator(6), dtype=out.dtype)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, inputs, grad_out), torch.autograd.grad(expected, inputs, grad_out), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)
+    P = weights(*inputs[:2], **keywords)
+    torch.testing.assert_close(P @ inputs[2].repeat_interleave(2, 1), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_projections_and_filters_per_head():
+    q, k, v = make(4, 2)
+    E = torch.randn(2, 3, 12, generator=generator(), dtype=torch.float64).requires_grad_()
+    F = torch.randn(2, 3, 12, generator=generator(2), dtype=torch.float64).requires_grad_()
+    out = linformer_attention(q, k, v, E, F)
+    expected = by_head(lambda q, k, v, kept, h: linformer_paper(q, k, v, kept, h, E[h], F[h]), q, k, v, None)
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.square().sum(), (E, F)),
+        torch.autograd.grad(expected.square().sum(), (E, F)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(linformer_weights(q, k, E, F) @ v.repeat_interleave(2, 1), expected)
+
+    W = random_projection(5, D, num_heads=2, generator=generator(), dtype=torch.float64)
+    out = performer_attention(q, k, v, W)
+    torch.testing.assert_close(
+        out, by_head(lambda q, k, v, kept, h: kernel_paper(lambda x: favor(x, W[h]), q, k, v, kept, h), q, k, v, None)
+    )
+
+    conv = torch.randn(2, 5, generator=generator(), dtype=torch.float64)
+    torch.testing.assert_close(
+        nystrom_attention(q, k, v, landmarks=4, conv_weight=conv),
+        by_head(functools.partial(nystrom_paper, m=4, conv=conv), q, k, v, None),
+    )
+
+
+def test_nystrom_across_lengths():
+    q, k, v = make(2, 2, 5, 13)
+    kept = torch.rand(B, 13, generator=generator()) < 0.8
+    paper = functools.partial(nystrom_paper, m=4, queries_too=False)
+    torch.testing.assert_close(nystrom_attention(q, k, v, landmarks=4), by_head(paper, q, k, v, None))
+    torch.testing.assert_close(nystrom_attention(q, k, v, landmarks=4, key_mask=kept), by_head(paper, q, k, v, kept))
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", ["tail", "holes"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_padding_holds_changes_no_bit(name, padding, dtype):
+    function, weights, _ = CASES[name]
+    key_mask = paddings(padding)
+    results = []
+    for content in (0.0, 1e4, math.inf, math.nan):
+        q, k, v = (t.detach().to(dtype) for t in make(4, 2))
+        hidden = ~key_mask[:, None, :, None]
+        k, v = k.masked_fill(hidden, content), v.masked_fill(hidden, content)
+        q = q.requires_grad_()
+        k, v = k.requires_grad_(), v.requires_grad_()
+        out = function(q, k, v, **masks_of(name, key_mask))
+        gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+        assert (gradients[1].masked_select(hidden) == 0).all() and (gradients[2].masked_select(hidden) == 0).all()
+        results.append((out, *gradients, weights(q, k, **masks_of(name, key_mask))))
+    assert all(r.isfinite().all() for r in results[0])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_more_padding_changes_nothing(name):
+    function, _, _ = CASES[name]
+    q, k, v = make(2, 2)
+    longer = [torch.cat([t, torch.full_like(t[:, :, :4], 7.0)], 2) for t in (q, k, v)]
+    visible = torch.arange(NK + 4) < NK
+    key_mask = visible.expand(B, -1)
+    out = function(*longer, **masks_of(name, key_mask))[:, :, :NQ]
+    torch.testing.assert_close(out, function(q, k, v))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_visible_key_gives_zero(name):
+    function, weights, _ = CASES[name]
+    inputs = make(2, 2)
+    key_mask = torch.ones(B, NK, dtype=torch.bool)
+    key_mask[0] = False
+    out = function(*inputs, **masks_of(name, key_mask))
+    # Linformer keeps its r mixtures, of zeros; the others have nothing to attend to.
+    assert (out[0] == 0).all() and out[1].isfinite().all()
+    for gradient in torch.autograd.grad(out.square().sum(), inputs):
+        assert (gradient[0] == 0).all() and gradient.isfinite().all()
+    assert (weights(*inputs[:2], **masks_of(name, key_mask))[0] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (2, 2, 0, 0)])
+@pytest.mark.parametrize("name", CASES)
+def test_empty_dimensions(name, shape):
+    function, weights, _ = CASES[name]
+    b, h, nq, nk = shape
+    q, k, v = torch.randn(b, h, nq, D).requires_grad_(), torch.randn(b, h, nk, D), torch.randn(b, h, nk, DV)
+    if name == "nystrom+conv" and nq != nk:
+        with pytest.raises(InputError, match="as many queries as keys"):
+            function(q, k, v)
+        return
+    out = function(q, k, v)
+    assert out.shape == (b, h, nq, DV) and (out == 0).all()
+    out.sum().backward()
+    assert weights(q, k).shape == (b, h, nq, nk)
+
+
+# --- causality --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [5.0, math.inf, math.nan])
+@pytest.mark.parametrize("name", KERNELS)
+def test_causal_kernels_do_not_look_ahead(name, poison):
+    function, _, _ = CASES[name]
+    length, now = 300, 150  # more than two chunks; `now` is inside the second
+    g = generator()
+    q, k, v = (torch.randn(1, 2, length, d, generator=g) for d in (D, D, DV))
+    before = function(q, k, v, is_causal=True)
+    future = torch.arange(length)[:, None] >= now
+    q2, k2, v2 = q, k.masked_fill(future, poison).requires_grad_(), v.masked_fill(future, poison).requires_grad_()
+    after = function(q2, k2, v2, is_causal=True)
+    assert torch.equal(before[:, :, :now], after[:, :, :now])
+    assert not torch.equal(before[:, :, now:], after[:, :, now:])
+    if math.isfinite(poison):
+        for gradient in torch.autograd.grad(after[:, :, :now].sum(), (k2, v2)):
+            assert (gradient[:, :, now:] == 0).all()
+            assert (gradient[:, :, :now] != 0).any()
+
+
+def test_causal_needs_an_alignment():
+    q, k, v = make(2, 2, 5, 7)
+    for call in (elu_attention, functools.partial(performer_attention, projection=W), linear_attention):
+        with pytest.raises(InputError, match="causal_alignment"):
+            call(q.exp(), k.exp(), v, is_causal=True)
+
+
+# --- approximation ----------------------------------------------------------------------------------------------------
+
+
+def relative_error(out, exact):
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+def smooth(n=64, d=16, seed=0):
+    """Queries, keys and values that vary slowly along the sequence, as activations do."""
+    walk = torch.randn(3, 2, 2, n, d, generator=generator(seed), dtype=torch.float64).cumsum(3)
+    walk = (walk - walk.mean(3, keepdim=True)) / walk.std(3, keepdim=True)
+    return list(walk)
+
+
+def test_linformer_with_identity_projections_is_exact():
+    q, k, v = make(4, 2)
+    eye = torch.eye(NK, dtype=torch.float64)
+    torch.testing.assert_close(linformer_attention(q, k, v, eye, eye), attention(q, k, v))
+
+
+def test_linformer_error_falls_with_rank():
+    q, k, v = smooth()
+    errors = []
+    for rank in (4, 8, 16, 32, 64):
+        pool = (torch.arange(64) * rank // 64 == torch.arange(rank)[:, None]).double()
+        pool = pool / pool.sum(-1, keepdim=True)
+        errors.append(relative_error(linformer_attention(q, k, v, pool, pool), attention(q, k, v)))
+    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[3] and errors[-1] < 1e-12
+
+
+def test_nystrom_error_falls_with_landmarks_to_none_at_n():
+    q, k, v = smooth()
+    exact = attention(q, k, v)
+    errors = [
+        relative_error(nystrom_attention(q, k, v, landmarks=m, pinv_iterations=24), exact) for m in (2, 8, 32, 64)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[1] < 0.5 * errors[0]
+    assert errors[-1] < 1e-6
+
+
+def test_iterative_pinv_converges_to_the_pseudo_inverse():
+    A = torch.softmax(4 * torch.randn(3, 8, 8, generator=generator(), dtype=torch.float64), -1)
+    torch.testing.assert_close(iterative_pinv(A, 30), torch.linalg.pinv(A))
+    A[:, 5:] = 0
+    A[:, :, 6:] = 0
+    Z = iterative_pinv(A, 30)
+    assert (Z[:, 6:] == 0).all() and (Z[:, :, 5:] == 0).all() and iterative_pinv(A.half()).dtype == torch.float32
+    assert (iterative_pinv(torch.zeros(2, 3, 3)) == 0).all()
+
+
+def test_performer_error_falls_with_features_and_orthogonality():
+    q, k, v = smooth()
+    q, k = 0.4 * q, 0.4 * k
+    exact = attention(q, k, v)
+
+    def mean_error(m, orthogonal):
+        draws = (
+            random_projection(m, 16, orthogonal=orthogonal, generator=generator(s), dtype=q.dtype) for s in range(12)
+        )
+        return sum(relative_error(performer_attention(q, k, v, w), exact) for w in draws) / 12
+
+    errors = [mean_error(m, True) for m in (8, 32, 128, 512)]
+    assert all(b < 0.75 * a for a, b in itertools.pairwise(errors))
+    assert mean_error(16, True) < mean_error(16, False)
+
+
+def test_performer_weights_estimate_softmax_without_bias():
+    """The numerator and denominator estimate exp(scale q.k) and its row sum: many features come close to softmax."""
+    q, k = (0.5 * t for t in make(1, 1)[:2])
+    w = random_projection(60000, D, generator=generator(), dtype=torch.float64)
+    P = torch.softmax(q @ k.mT / math.sqrt(D), -1)
+    torch.testing.assert_close(performer_weights(q, k, w), P, rtol=0.15, atol=0.01)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_performer_is_stable_for_large_inputs(is_causal):
+    q, k, v = (t.detach().float() for t in make(2, 2, 200, 200))
+    w = random_projection(32, D, generator=generator())
+    factor = 3.0 if is_causal else 30.0
+    inputs = [(factor * q).requires_grad_(), (factor * k).requires_grad_(), v.requires_grad_()]
+    a, b = performer_features(*inputs[:2], w, is_causal=is_causal)
+    out, normaliser = linear_attention(a, b, v, is_causal=is_causal, return_normaliser=True)
+    assert (normaliser > 0).all() and (is_causal or (normaliser >= 1).all())
+    assert (out.abs() <= v.abs().max() * (1 + 1e-5)).all()  # an average of values
+    for gradient in torch.autograd.grad(out.square().sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+def test_random_projection():
+    w = random_projection(40, 16, generator=generator())
+    blocks = [w[:16], w[16:32], w[32:]]
+    for block in blocks:
+        direction = block / block.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(direction @ direction.T, torch.eye(len(block)), atol=1e-5, rtol=0)
+    many = random_projection(4000, 16, num_heads=2, generator=generator())
+    assert many.shape == (2, 4000, 16) and many.dtype == torch.float32
+    torch.testing.assert_close(many.square().sum(-1).mean(), torch.tensor(16.0), rtol=0.03, atol=0)  # chi-squared, mean
+    torch.testing.assert_close(many.square().sum(-1).var(), torch.tensor(32.0), rtol=0.1, atol=0)  # and variance 2 D
+    torch.testing.assert_close(
+        many.mean((0, 1)), torch.zeros(16), rtol=0, atol=0.05
+    )  # uniform directions, no sign kept
+    assert torch.equal(w, random_projection(40, 16, generator=generator()))
+    assert not torch.equal(w, random_projection(40, 16, generator=generator(9)))
+    plain = random_projection(3, 16, orthogonal=False, generator=generator())
+    assert (plain @ plain.T).fill_diagonal_(0).abs().max() > 0.1
+    with pytest.raises(InputError, match="must be >= 1"):
+        random_projection(0, 16)
+
+
+def test_segment_means_are_balanced():
+    x = torch.arange(10.0)[None, None, :, None]
+    means, used = segment_means(x, 3)
+    assert used is None
+    torch.testing.assert_close(means.flatten(), torch.tensor([1.5, 5.0, 8.0]))  # 0..3, 4..6, 7..9
+    means, used = segment_means(x, 4, torch.tensor([[True, False, True] + [False] * 6 + [True]]))
+    assert used.tolist() == [[True, True, True, False]]
+    torch.testing.assert_close(means.flatten(), torch.tensor([0.0, 2.0, 9.0, 0.0]))
+
+
+def test_elu_features_keep_small_numbers():
+    x = torch.tensor([-80.0, -20.0, -1.0, 0.0, 2.0], requires_grad=True)
+    out = elu_features(x)
+    torch.testing.assert_close(
+        out, torch.tensor([math.exp(-80), math.exp(-20), math.exp(-1), 1.0, 3.0]), rtol=1e-6, atol=0
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(
+        gradient, torch.tensor([math.exp(-80), math.exp(-20), math.exp(-1), 1.0, 1.0]), rtol=1e-6, atol=0
+    )
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dropout_is_repeatable_unbiased_and_in_the_weights(name):
+    function, weights, _ = CASES[name]
+    q, k, v = make(4, 2)
+    value = v.repeat_interleave(2, 1)
+    out = function(q, k, v, dropout_p=0.4, dropout_seed=3)
+    assert torch.equal(out, function(q, k, v, dropout_p=0.4, dropout_seed=torch.tensor(3)))
+    assert not torch.equal(out, function(q, k, v, dropout_p=0.4, dropout_seed=4))
+    P = weights(q, k, dropout_p=0.4, dropout_seed=3)
+    torch.testing.assert_close(P @ value, out)
+    mean = sum(function(q, k, v, dropout_p=0.4, dropout_seed=s) for s in range(300)) / 300
+    plain = function(q, k, v)
+    assert (mean - plain).abs().mean() < 0.15 * (out - plain).abs().mean()
+    with pytest.raises(InputError, match="dropout_p"):
+        function(q, k, v, dropout_p=1.0)
+
+
+# --- dtypes, autocast, transforms -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_dtypes(name, dtype):
+    function, weights, _ = CASES[name]
+    inputs = [t.detach().to(dtype).requires_grad_() for t in make(4, 2)]
+    precise = [t.detach().double().requires_grad_() for t in inputs]
+    out, expected = function(*inputs), function(*precise)
+    assert out.dtype == dtype and weights(*inputs[:2]).dtype == dtype
+    tolerance = {torch.float32: 3e-4, torch.float16: 3e-2, torch.bfloat16: 0.15}[dtype]
+    assert relative_error(out.double(), expected) < tolerance
+    found = torch.autograd.grad(out.double().square().sum(), inputs)
+    wanted = torch.autograd.grad(expected.square().sum(), precise)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours.double(), theirs) < 3 * tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_casts_the_inputs_and_nothing_inside(name):
+    function, _, _ = CASES[name]
+    inputs = [t.detach().float() for t in make(2, 2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = function(*inputs)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, function(*(t.bfloat16() for t in inputs)), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "nystrom"])
+def test_vmap_and_compile(name):
+    function, _, _ = CASES[name]
+    q, k, v = (torch.stack([t.detach(), t.detach() + 0.1]) for t in make(2, 2))
+    mapped = torch.vmap(lambda q, k: function(q, k, v[0]))(q, k)
+    for i in range(2):
+        torch.testing.assert_close(mapped[i], function(q[i], k[i], v[0]))
+
+    key_mask = paddings("tail")
+    inputs = [t[0].clone().requires_grad_() for t in (q, k, v)]
+    compiled = torch.compile(
+        lambda *args: function(*args, **masks_of(name, key_mask)), fullgraph=True, backend="aot_eager"
+    )
+    out = compiled(*inputs)
+    expected = function(*inputs, **masks_of(name, key_mask))
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+# --- the linear primitive ---------------------------------------------------------------------------------------------
+
+
+def features(hq, hkv, nq, nk, f=4, dtype=torch.float64):
+    g = generator()
+    shapes = ((B, hq, nq, f), (B, hkv, nk, f), (B, hkv, nk, 3))
+    return [torch.rand(s, generator=g, dtype=dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("is_causal", "offset"), [(False, 0), (True, 0), (True, 2), (True, -2)])
+def test_primitive_gradcheck(is_causal, offset, masked):
+    inputs = features(4, 2, 5, 7)
+    key_mask = torch.rand(B, 7, generator=generator()) < 0.6 if masked else None
+    assert torch.autograd.gradcheck(lambda *t: FORWARD(*t, key_mask, is_causal, offset, "reference"), inputs)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_primitive_opcheck(is_causal):
+    inputs = features(4, 2, 5, 7)
+    key_mask = torch.rand(B, 7, generator=generator()) < 0.6
+    torch.library.opcheck(FORWARD.default, (*inputs, key_mask, is_causal, 2, "reference"))
+    out, normaliser = FORWARD(*inputs, key_mask, is_causal, 2, "reference")
+    torch.library.opcheck(
+        torch.ops.efficient_attn.linear_attention_backward.default,
+        (torch.ones_like(out), None, *inputs, key_mask, out.detach(), normaliser.detach(), is_causal, 2, "reference"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("nq", "nk", "alignment"),
+    [(300, 300, None), (129, 400, "bottom_right"), (400, 129, "bottom_right"), (260, 300, "top_left")],
+)
+def test_primitive_over_chunks(nq, nk, alignment):
+    inputs = features(4, 2, nq, nk)
+    out, normaliser = linear_attention(*inputs, is_causal=True, causal_alignment=alignment, return_normaliser=True)
+    offset = nk - nq if alignment == "bottom_right" else 0
+    q, k, v = inputs[0], *(t.repeat_interleave(2, 1) for t in inputs[1:])
+    A = torch.tril(q @ k.mT, offset)
+    total = A.sum(-1)
+    expected = torch.where(total[..., None] == 0, 0.0, A @ v / total[..., None].clamp(min=1e-9))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(normaliser, total)
+    P = linear_attention_weights(*inputs[:2], is_causal=True, causal_alignment=alignment)
+    torch.testing.assert_close(P @ v, expected)
+    cotangents = (torch.randn_like(out), torch.randn_like(total))
+    found = torch.autograd.grad((out, normaliser), inputs, cotangents)
+    for ours, theirs in zip(found, torch.autograd.grad((expected, total), inputs, cotangents), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_normaliser_zero_gives_zero_and_no_gradient(is_causal):
+    q, k, v = features(2, 2, 6, 6)
+    with torch.no_grad():
+        q[:, :, 2] = 0
+    out, normaliser = linear_attention(q, k, v, is_causal=is_causal, return_normaliser=True)
+    assert (out[:, :, 2] == 0).all() and (normaliser[:, :, 2] == 0).all()
+    gradients = torch.autograd.grad(out[:, :, 2].sum(), (q, k, v), retain_graph=True)
+    assert all((g == 0).all() for g in gradients)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_branches_join_by_their_normalisers():
+    q, k, v = features(2, 2, 6, 10)
+    whole = linear_attention(q, k, v)
+    parts = [linear_attention(q, k[:, :, s], v[:, :, s], return_normaliser=True) for s in (slice(0, 4), slice(4, 10))]
+    joined = sum(o * n[..., None] for o, n in parts) / sum(n for _, n in parts)[..., None]
+    torch.testing.assert_close(joined, whole)
+    for ours, theirs in zip(
+        torch.autograd.grad(joined.square().sum(), (q, k, v)),
+        torch.autograd.grad(whole.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_sums_are_float32_for_half_inputs():
+    n = 5000
+    one = torch.ones(1, 1, n, 1, dtype=torch.bfloat16)
+    for is_causal in (False, True):
+        out, normaliser = linear_attention(one, one, one, is_causal=is_causal, return_normaliser=True)
+        assert normaliser.dtype == torch.float32 and normaliser.max() == n  # bfloat16 sums stop at 256
+        assert out.dtype == torch.bfloat16 and (out == 1).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_primitive_memory_is_linear(is_causal):
+    n = 4096
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return result
+
+    q, k, v = (torch.rand(1, 1, n, 4) for _ in range(3))
+    with Watch():
+        out, normaliser = reference_linear.linear_attention_forward(q, k, v, None, is_causal, 0)
+        reference_linear.linear_attention_backward(out, None, q, k, v, None, out, normaliser, is_causal, 0)
+    assert largest <= n * 8 * 4  # bytes: no tensor beyond a few features a row; n x n would be 67 MB
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = features(2, 2, 4, 4)
+    (gradient,) = torch.autograd.grad(linear_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(UnsupportedError, match="first derivative only"):
+        gradient.sum().backward()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_apply_raises():
+    q, k, v = make(2, 2)
+    with pytest.raises(UnsupportedError, match=r"Linformer cannot be causal.*performer"):
+        linformer_attention(q, k, v, E2, F2, is_causal=True)
+    with pytest.raises(UnsupportedError, match="Nystrom cannot be causal"):
+        nystrom_attention(q, k, v, is_causal=True)
+    with pytest.raises(UnsupportedError, match="has no scale"):
+        elu_attention(q, k, v, scale=0.5)
+    with pytest.raises(NotImplementedError):
+        nystrom_weights(q, k, is_causal=True)
+
+
+def test_wrong_arguments_raise_before_work():
+    q, k, v = make(2, 2)
+    cases = [
+        (InputError, "11 keys do not fit.*max_len >= 11", lambda: linformer_attention(q, k, v, E2[:, :8], F2)),
+        (InputError, "rank 3, value_projection 4", lambda: linformer_attention(q, k, v, E2[:3], F2)),
+        (
+            InputError,
+            r"\(Hkv, rank, max_len\) with Hkv=2",
+            lambda: linformer_attention(q, k, v, E2.expand(3, 4, 16), F2),
+        ),
+        (InputTypeError, "floating-point", lambda: linformer_attention(q, k, v, E2.long(), F2)),
+        (InputError, "landmarks", lambda: nystrom_attention(q, k, v, landmarks=0)),
+        (InputError, "odd width", lambda: nystrom_attention(q, k, v, conv_weight=torch.ones(4))),
+        (
+            InputError,
+            "as many queries as keys",
+            lambda: nystrom_attention(q[:, :, :3], k, v, conv_weight=torch.ones(3)),
+        ),
+        (InputError, "query_mask must be", lambda: nystrom_attention(q, k, v, query_mask=torch.ones(B, 3).bool())),
+        (InputTypeError, "query_mask", lambda: nystrom_attention(q, k, v, query_mask=torch.ones(B, NQ))),
+        (InputError, "feature must be one of", lambda: performer_attention(q, k, v, W, feature="cosine")),
+        (InputError, "random_projection", lambda: performer_attention(q, k, v, W[:, :3])),
+        (InputTypeError, "projection", lambda: performer_attention(q, k, v, None)),
+        (InputError, "positive scale", lambda: performer_attention(q, k, v, W, scale=-1.0)),
+        (InputError, "key_mask must be", lambda: performer_attention(q, k, v, W, key_mask=torch.ones(B, 3).bool())),
+        (InputTypeError, "key_mask must be a bool", lambda: elu_attention(q, k, v, key_mask=torch.ones(B, NK))),
+        (InputError, "does not exist for linear attention", lambda: elu_attention(q, k, v, backend="tpu")),
+        (InputError, "4-dimensional", lambda: linear_attention(q[0], k, v)),
+        (InputError, "expected query_features", lambda: linear_attention(q, k[:, :, :3], v)),
+        (InputError, "multiple of the key/value heads", lambda: linear_attention(q[:, :1], k, v)),
+        (InputTypeError, "features must share one dtype", lambda: linear_attention(q.float(), k, v)),
+        (InputTypeError, "floating-point", lambda: linear_attention(q.long(), k, v)),
+    ]
+    for error, text, call in cases:
+        with pytest.raises(error, match=text):
+            call()

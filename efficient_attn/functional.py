@@ -6,6 +6,7 @@ Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +24,40 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ALIGNMENTS = ("top_left", "bottom_right")
 
 MaskLike = BlockMask | Pattern | Tensor | None
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -298,15 +333,8 @@ def describe(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, arrays: MaskArrays, dropout_p: float
 ) -> Call:
     """The facts on which the backend is chosen."""
-    return Call(
-        query.device,
-        query.dtype,
-        None if bias is None else bias.dtype,
-        *query.shape[:2],
-        key.shape[1],
-        query.shape[2],
-        *key.shape[2:],
-        value.shape[3],
-        arrays.indptr is not None,
-        dropout_p,
-    )
+    B, Hq, Nq, D = query.shape
+    bias_dtype = None if bias is None else bias.dtype
+    Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
+    has_lists = arrays.indptr is not None
+    return Call(query.device, query.dtype, bias_dtype, B, Hq, Hkv, Nq, Nk, D, Dv, has_lists, dropout_p)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
-from types import ModuleType
+from typing import Any
 
 import torch  # before _cpu: the process then has one OpenMP runtime, PyTorch's
 from torch import Tensor
@@ -11,13 +12,13 @@ from torch import Tensor
 from ..masks import MaskArrays
 from .call import Call
 
-_cpu: ModuleType | None
+_cpu: Any
 try:
-    from efficient_attn import _cpu
-except ImportError as error:
-    _cpu, MISSING = None, f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
-else:
+    _cpu = importlib.import_module("efficient_attn._cpu")
     MISSING = ""
+except ImportError as error:
+    _cpu = None
+    MISSING = f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FORWARD, BACKWARD = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
@@ -110,9 +111,9 @@ def _pack(
     """The words that csrc/cpu/module.cpp reads, and the tensors that must live until it is done."""
     lists = tuple(None if t is None else t.contiguous() for t in mask[4:11])
     lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(query.shape[0]).contiguous()
-    strides = (0, 0, 0, 0)
+    strides = [0, 0, 0, 0]
     if bias is not None:
-        strides = tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
+        strides = [0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True)]
     words = FORWARD.pack(
         DTYPES[query.dtype],
         *query.shape[:2],
@@ -141,7 +142,7 @@ def _pack(
     return (query, key, value, out, lse, *lists, lengths), words
 
 
-def _view(tensor: Tensor) -> tuple[int, int, int, int]:
+def _view(tensor: Tensor) -> tuple[int, ...]:
     """Pointer and strides of (B, H, N, D), in elements."""
     return (tensor.data_ptr(), *tensor.stride()[:3])
 

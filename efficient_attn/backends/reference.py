@@ -14,6 +14,8 @@ mask stays behind it. A row without a visible key gives out = 0, lse = -inf and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -184,6 +186,7 @@ def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.devic
 
 def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor:
     """Draw the listed blocks of rows first .. last as bool (batch, heads, last - first, kv_len)."""
+    assert mask.indptr is not None and mask.indices is not None and mask.tile_ids is not None and mask.tiles is not None
     block_q, block_k = mask.block_q, mask.block_k
     lines = mask.batch * mask.heads
     row_blocks = (mask.indptr.numel() - 1) // max(lines, 1)
@@ -219,7 +222,7 @@ def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None,
 
 
 def dropout_keep(
-    shape: torch.Size, dropout_p: float, seed: Tensor | None, device: torch.device, first_row: int = 0
+    shape: Sequence[int], dropout_p: float, seed: Tensor | None, device: torch.device, first_row: int = 0
 ) -> Tensor:
     """Which pairs survive: a pure function of (seed, b, h, i, j), bool (B, Hq, Nq, Nk).
 
@@ -231,6 +234,7 @@ def dropout_keep(
         for axis, size in enumerate(shape)
     )
     i = i + first_row
+    assert seed is not None, "functional.attention draws a seed whenever dropout_p > 0"
     seed = seed.to(device)
     counter = [j >> 1, (i >> 4) * 8 + (i & 7), h, b]
     words = torch.stack(philox4x32([c.expand(shape) for c in counter], seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))

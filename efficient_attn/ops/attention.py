@@ -48,7 +48,8 @@ _library.define(
 def mask_arrays(block_shape: Sequence[int], *lists_window_lengths: Any) -> MaskArrays:
     """Rebuild what `operands` took apart."""
     *lists, window, kv_lengths = lists_window_lengths
-    return MaskArrays(*block_shape, *lists, *window, kv_lengths)
+    fields: list[Any] = [*block_shape, *lists, *window, kv_lengths]
+    return MaskArrays(*fields)
 
 
 def operands(arrays: MaskArrays) -> tuple[Any, ...]:
@@ -127,8 +128,8 @@ def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, dropout_p, dropout_seed, bias_requires_grad, _ = inputs
-    *tensors, block_shape, lists, window, kv_lengths = *tensors[:8], tensors[8], tensors[9:16], *tensors[16:]
+    tensors, (block_shape, *lists, window, kv_lengths) = inputs[:8], inputs[8 : 8 + MASK_OPERANDS]
+    scale, dropout_p, dropout_seed, bias_requires_grad, _ = inputs[8 + MASK_OPERANDS :]
     ctx.save_for_backward(*tensors, *lists, kv_lengths, dropout_seed)
     ctx.numbers = (block_shape, window, scale, dropout_p, bias_requires_grad)
 
@@ -143,14 +144,14 @@ def _backward_grad(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     tensors, lists = tensors[:8], tensors[8:]
     block_shape, window, scale, dropout_p, bias_requires_grad = ctx.numbers
     mask = mask_arrays(block_shape, *lists, window, kv_lengths)
-    leaves = [t.detach().requires_grad_() if t is not None else None for t in tensors]
-    totals = [torch.zeros_like(t) if t is not None else None for t in tensors]
+    leaves: list[Any] = [t.detach().requires_grad_() if t is not None else None for t in tensors]
+    totals: list[Any] = [torch.zeros_like(t) if t is not None else None for t in tensors]
     cotangents = list(gradients) if bias_requires_grad else list(gradients[:3])
     for start in range(0, tensors[2].shape[2], DOUBLE_BACKWARD_ROWS):
         rows = slice(start, start + DOUBLE_BACKWARD_ROWS)
         with torch.enable_grad():
             grad_out, grad_lse, query, key, value, bias, out, lse = leaves
-            results = reference.attention_backward(
+            results: Any = reference.attention_backward(
                 grad_out[:, :, rows], _rows(grad_lse, rows), query[:, :, rows], key, value, _rows(bias, rows),
                 out[:, :, rows], lse[:, :, rows], mask, scale, dropout_p, dropout_seed, bias_requires_grad, start,
             )  # fmt: skip

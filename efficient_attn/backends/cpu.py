@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import struct
 from typing import Any
 
@@ -17,6 +18,8 @@ try:
     _cpu = importlib.import_module("efficient_attn._cpu")
     MISSING = ""
 except ImportError as error:
+    if os.environ.get("EFFICIENT_ATTN_ISA"):
+        raise  # an instruction set asked for by name never falls back
     _cpu = None
     MISSING = f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
 

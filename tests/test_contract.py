@@ -474,6 +474,12 @@ class Windowed(torch.nn.Module):
         return attention(x, x, x, mask=self.mask)
 
 
+def test_rule_13_forward_mode_is_a_named_error() -> None:
+    x = torch.randn(1, 1, 4, 3)
+    with pytest.raises(UnsupportedError, match="reverse mode"):
+        torch.func.jvp(lambda q: attention(q, x, x), (x,), (x,))
+
+
 def test_rule_13_export_and_copies() -> None:
     x, model = torch.randn(1, 2, 12, 8), Windowed()
     expected = model(x)

@@ -244,11 +244,11 @@ class SparseMethod(Method):
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         check_key_mask(key_mask, key)
-        joined = self._join(mask, query, key)
+        mask, bias = self._join(mask, bias, query, key)
         if dropout_p > 0.0:
             dropout_seed = resolve_seed(dropout_seed)  # one seed: output and weights drop alike
         shared: dict[str, Any] = {
-            "mask": joined,
+            "mask": mask,
             "is_causal": is_causal,
             "causal_alignment": causal_alignment,
             "scale": scale,
@@ -263,10 +263,23 @@ class SparseMethod(Method):
             bias = add_to_bias(bias, key_mask, query)
         return out, attention_weights(query, key, bias=bias, **shared)
 
-    def _join(self, mask: BlockMask | Tensor | None, query: Tensor, key: Tensor) -> BlockMask | Tensor | None:
-        """The pattern's mask and the user's in one."""
+    def _join(
+        self, mask: BlockMask | Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor
+    ) -> tuple[BlockMask | Tensor | None, Tensor | None]:
+        """The pattern's mask and the user's in one, and the bias."""
         pattern = self.block_mask(query.shape[2], key.shape[2], num_heads=query.shape[1], device=query.device)
-        return pattern if mask is None else pattern & as_block_mask(mask, query, key)
+        if mask is None:
+            return pattern, bias
+        if pattern.indptr is not None and torch.compiler.is_compiling():
+            # How many blocks both list depends on values, which a traced program must not: -inf in a bias does not.
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+                return pattern, torch.where(mask, query.new_zeros(()) if bias is None else bias, -torch.inf)
+            if isinstance(mask, BlockMask) and mask.indptr is not None:
+                raise UnsupportedError(
+                    f"torch.compile cannot join the lists of {self.name} with those of a BlockMask. Join them outside, "
+                    "pattern.block_mask(...) & mask, and use attention(mask=...), or pass the mask as a bool tensor"
+                )
+        return pattern & as_block_mask(mask, query, key), bias
 
 
 @register
@@ -278,8 +291,10 @@ class Dense(SparseMethod, patterns.Dense):
     paper = "Vaswani et al. 2017"
     complexity = "n^2 d"
 
-    def _join(self, mask: BlockMask | Tensor | None, query: Tensor, key: Tensor) -> BlockMask | Tensor | None:
-        return mask
+    def _join(
+        self, mask: BlockMask | Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor
+    ) -> tuple[BlockMask | Tensor | None, Tensor | None]:
+        return mask, bias
 
 
 @register
@@ -509,7 +524,7 @@ class Nystrom(LowRankMethod):
     ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         if self.conv and state is None:
             raise InputError(f"{self} needs state: pass what build(embed_dim, num_heads, head_dim) returned")
-        options = {
+        options: dict[str, Any] = {
             "landmarks": self.landmarks,
             "pinv_iterations": self.pinv_iterations,
             "conv_weight": state.conv_weight if self.conv else None,

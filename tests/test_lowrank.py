@@ -492,8 +492,9 @@ def test_dropout_is_repeatable_unbiased_and_in_the_weights(name):
     assert not torch.equal(out, function(q, k, v, dropout_p=0.4, dropout_seed=4))
     P = weights(q, k, dropout_p=0.4, dropout_seed=3)
     torch.testing.assert_close(P @ value, out)
-    mean = sum(function(q, k, v, dropout_p=0.4, dropout_seed=s) for s in range(300)) / 300
-    plain = function(q, k, v)
+    many = (t[:1].expand(300, -1, -1, -1) for t in (q, k, v))
+    mean = function(*many, dropout_p=0.4, dropout_seed=3).mean(0)  # every batch element drops for itself
+    out, plain = out[0], function(q, k, v)[0]
     assert (mean - plain).abs().mean() < 0.15 * (out - plain).abs().mean()
     with pytest.raises(InputError, match="dropout_p"):
         function(q, k, v, dropout_p=1.0)
@@ -640,7 +641,7 @@ def test_sums_are_float32_for_half_inputs():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_primitive_memory_is_linear(is_causal):
-    n = 4096
+    n = 2048
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -656,7 +657,7 @@ def test_primitive_memory_is_linear(is_causal):
     with Watch():
         out, normaliser = reference_linear.linear_attention_forward(q, k, v, None, is_causal, 0)
         reference_linear.linear_attention_backward(out, None, q, k, v, None, out, normaliser, is_causal, 0)
-    assert largest <= n * 8 * 4  # bytes: no tensor beyond a few features a row; n x n would be 67 MB
+    assert largest <= n * 8 * 4  # bytes: no tensor beyond a few features a row; n x n would be 17 MB
 
 
 def test_a_second_derivative_is_refused():

@@ -29,10 +29,12 @@ def drop_columns(weights: Tensor, kv_heads: int, dropout_p: float, dropout_seed:
 
 def by_group(query: Tensor, key: Tensor) -> Tensor:
     """(B, Hq, Nq, D) -> (B, Hkv, G, Nq, D)."""
-    return query.unflatten(1, (key.shape[1], query.shape[1] // max(key.shape[1], 1)))
+    grouped: Tensor = query.unflatten(1, (key.shape[1], query.shape[1] // max(key.shape[1], 1)))
+    return grouped
 
 
 def refuse_causal(name: str, reason: str, is_causal: bool) -> None:
+    """Raise UnsupportedError for a causal call of a method that has no causal form."""
     if is_causal:
         raise UnsupportedError(
             f"{name} cannot be causal: {reason}. Use performer, linear or a sparse method such as sliding_window"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,32 @@ from ..functional import autocast, check_alignment, check_inputs
 from ..ops import linear_attention as ops
 from ..padding import check_key_mask, select_keys
 from .common import by_group, drop_columns, drop_keys
+
+
+@overload
+def linear_attention(
+    query_features: Tensor,
+    key_features: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    return_normaliser: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def linear_attention(
+    query_features: Tensor,
+    key_features: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    return_normaliser: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_attention(

@@ -1,5 +1,9 @@
 // Threads: OpenMP where the compiler has it (the process then has one libgomp, PyTorch's, which is loaded before us).
+#include <atomic>
 #include <cstdlib>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "dispatch.h"
 #if defined(_OPENMP)
@@ -13,7 +17,7 @@ namespace efficient_attn {
 namespace {
 
 // GNU OpenMP's thread pool does not survive fork(): a child that enters a parallel region waits for threads that are not
-// there. A child of this process therefore runs its tasks one after the other.
+// there. A child of this process therefore starts plain threads for a call, and joins them.
 bool is_forked_child = false;
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -24,6 +28,22 @@ struct ForkWatch {
 } fork_watch;
 #endif
 
+void run_on_plain_threads(const Operator& op, const AttentionParams& p, int phase, int64_t tasks, int threads, char* memory,
+                          int64_t each, char* shared) {
+    std::atomic<int64_t> next{0};
+    auto work = [&](int thread) {
+        for (int64_t task = next++; task < tasks; task = next++) op.run_task(p, phase, task, memory + thread * each, shared);
+    };
+    std::vector<std::thread> helpers;
+    try {
+        for (int thread = 1; thread < threads; ++thread) helpers.emplace_back(work, thread);
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that started, and this one, do the work.
+    }
+    work(0);
+    for (std::thread& helper : helpers) helper.join();
+}
+
 int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
@@ -31,7 +51,7 @@ int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 bool run(const Operator& op, const AttentionParams& p, int threads) {
     int64_t most = 0;
     for (int phase = 0; phase < op.phases; ++phase) most = op.task_count(p, phase) > most ? op.task_count(p, phase) : most;
-    if (is_forked_child || threads < 1) threads = 1;
+    if (threads < 1) threads = 1;
     if (threads > most) threads = most < 1 ? 1 : static_cast<int>(most);
     const int64_t shared = cache_lines(op.shared_bytes(p)), each = cache_lines(op.thread_bytes(p));
     char* memory = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(shared + threads * each + 64)));
@@ -42,12 +62,16 @@ bool run(const Operator& op, const AttentionParams& p, int threads) {
             for (int64_t task = 0; task < tasks; ++task) op.run_task(p, phase, task, memory + shared, memory);
             continue;
         }
+        if (is_forked_child) {
+            run_on_plain_threads(op, p, phase, tasks, threads, memory + shared, each, memory);
+            continue;
+        }
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t task = 0; task < tasks; ++task)
             op.run_task(p, phase, task, memory + shared + omp_get_thread_num() * each, memory);
 #else
-        for (int64_t task = 0; task < tasks; ++task) op.run_task(p, phase, task, memory + shared, memory);
+        run_on_plain_threads(op, p, phase, tasks, threads, memory + shared, each, memory);
 #endif
     }
     std::free(memory);

@@ -11,7 +11,7 @@ from .runner import Cell
 OPERATOR_METHODS = (
     "dense",
     "sliding_window:left=128,right=128",
-    "bigbird:block=64,window=3,random=2,globals=1",
+    "bigbird:block=64,window=3,global_blocks=2,random_blocks=2",
     "linformer:rank=128",
     "nystrom:landmarks=64",
     "performer:features=128",
@@ -26,15 +26,15 @@ QUICK_SEQLENS = (512, 2048)
 VIT_METHODS = (
     "dense",
     "sliding_window:left=12,right=12",
-    "bigbird:block=16,window=1,random=1,globals=1",
+    "bigbird:block=16,window=1,global_blocks=1,random_blocks=1",
     "linformer:rank=16",
     "nystrom:landmarks=16",
     "performer:features=64",
     "linear",
 )
-VIT_STEPS, QUICK_VIT_STEPS = 400, 120
+VIT_STEPS, QUICK_VIT_STEPS = 300, 120
 
-MEMORY_METHODS = ("sliding_window:left=128,right=128", "bigbird:block=64,window=3,random=2,globals=1")
+MEMORY_METHODS = ("sliding_window:left=128,right=128", "bigbird:block=64,window=3,global_blocks=2,random_blocks=2")
 MEMORY_LENGTHS = (16384, 32768, 65536)
 MEMORY_SHAPE = {"batch": 1, "heads": 2, "head_dim": 16, "dtype": "float32", "mode": "fwd_bwd"}
 

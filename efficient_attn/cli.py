@@ -136,7 +136,7 @@ def _instruction_set() -> str:
         from efficient_attn import _cpu
     except ModuleNotFoundError:
         return "none: the native module was not built; reinstall with a C++ compiler"
-    return str(_cpu.instruction_set())
+    return str(_cpu.instruction_set()) if hasattr(_cpu, "instruction_set") else "none: the native module has no kernels"
 
 
 def plan(
@@ -278,6 +278,8 @@ def _show(found: Sequence[records.Record], png: Path) -> bool:
     environment = next(record for record in reversed(found) if record["type"] == "environment")
     about = records.describe(environment)
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a file or pipe has no edge to wrap at
     console.print(about, highlight=False)
     reporting.print_report(cells, console)
     if plot.save(cells, png, about):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .records import Record
+from .report import short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,9 @@ def save(cells: Sequence[Record], path: Path, subtitle: str = "") -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    done = _labelled([cell for cell in cells if cell["status"] == "ok" and "method" in cell["config"]])
+    done = [cell for cell in cells if cell["status"] == "ok" and "method" in cell["config"]]
+    names = short_names(done)  # parameters differ between suites, a method's colour must not
+    done = [{**cell, "label": names[cell["config"]["method"]]} for cell in done]
     operators = [cell for cell in done if cell["suite"] == "ops"]
     mode = max((cell["config"]["mode"] for cell in operators), default="")  # forward and backward when it was measured
     operators = [cell for cell in operators if cell["config"]["mode"] == mode]
@@ -101,20 +103,3 @@ def _lines(axis: Axes, records: Sequence[Record], colours: dict[str, str], value
     lengths = sorted({r["config"]["seqlen"] for r in records})
     axis.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths], minor=False)
     axis.minorticks_off()
-
-
-def _labelled(cells: Sequence[Record]) -> list[Record]:
-    """Gives each record a label: the method's name without parameters, which differ between suites, or the whole spec
-    where a suite has several variants of a method."""
-
-    def name(spec: str) -> str:
-        return "+".join(part.partition(":")[0] for part in spec.split("+"))
-
-    specs = {(cell["suite"], cell["config"]["method"]) for cell in cells}
-    variants = Counter((suite, name(spec)) for suite, spec in specs)
-    ambiguous = {method for (_, method), count in variants.items() if count > 1}
-    labelled = []
-    for cell in cells:
-        spec = cell["config"]["method"]
-        labelled.append({**cell, "label": spec if name(spec) in ambiguous else name(spec)})
-    return labelled

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,109 +39,106 @@ def print_report(cells: Sequence[Record], console: Console) -> None:
 
 
 def _operators(rows: Sequence[Record]) -> Table:
+    names = short_names(rows)
     table = _table(
         f"Operator on photograph patches, {_shared(rows)}",
-        ("length", "mode", "method"),
-        ("ms", "vs dense", "vs SDPA", "plan ms", "memory MiB", "density", "error"),
-        caption="vs: speed-up over exact attention, ours and torch SDPA, interleaved in the same process. memory: peak "
-        "of one call above its inputs. error: relative to exact attention in float64 (projections untrained). "
-        "~ noisy: spread above 25 %.",
+        "method",
+        ("ms", "vs dense", "vs SDPA", "plan ms", "MiB", "density", "error"),
+        caption="vs: speed-up over exact attention, ours and torch SDPA, interleaved in the same process. plan: making "
+        "the mask, once. MiB: peak memory of one call above its inputs. error: relative to exact attention in float64 "
+        f"(projections untrained). ~ noisy: spread above {NOISY:.0%}.{_legend(names)}",
     )
-    previous = None
-    for row in sorted(rows, key=lambda r: (r["config"]["seqlen"], r["config"]["mode"])):
-        config = row["config"]
-        group = (config["seqlen"], config["mode"])
-        if previous not in (None, group):
-            table.add_section()
-        previous = group
-        table.add_row(
-            str(config["seqlen"]),
-            config["mode"],
-            config["method"],
-            *_metrics(
-                row,
-                lambda r: (
-                    _ms(r),
-                    _times(r["speedup_dense"]),
-                    _times(r["speedup_sdpa"]),
-                    _number(r.get("plan_ms"), "{:.2f}"),
-                    f"{r['peak_bytes'] / MIB:.1f}",
-                    _number(r.get("density"), "{:.3f}"),
-                    f"{r['error']:.1e}",
-                ),
-            ),
-        )
+    groups = sorted({(row["config"]["seqlen"], row["config"]["mode"]) for row in rows})
+    for length, mode in groups:
+        table.add_section()
+        table.add_row(f"[bold]N = {length}, {mode}[/]")
+        for row in rows:
+            if (row["config"]["seqlen"], row["config"]["mode"]) == (length, mode):
+                table.add_row(names[row["config"]["method"]], *_metrics(row, _operator_figures))
     return table
+
+
+def _operator_figures(row: Record) -> tuple[str, ...]:
+    return (
+        _ms(row),
+        _times(row["speedup_dense"]),
+        _times(row["speedup_sdpa"]),
+        _number(row.get("plan_ms"), "{:.2f}"),
+        _mib(row),
+        _number(row.get("density"), "{:.3f}"),
+        f"{row['error']:.1e}",
+    )
 
 
 def _vit(rows: Sequence[Record]) -> Table:
+    names = short_names(rows)
     table = _table(
         f"Vision transformer on scikit-learn's digits, {rows[0]['config']['steps']} steps, {_shared(rows)}",
-        ("method",),
-        ("accuracy", "loss", "step ms", "vs dense", "vs torch.nn", "memory MiB"),
+        "method",
+        ("accuracy", "loss", "step ms", "vs dense", "vs torch.nn", "MiB"),
         caption="step: forward and backward of a batch of 64 images. vs torch.nn: the same model with "
-        "torch.nn.MultiheadAttention.",
+        f"torch.nn.MultiheadAttention.{_legend(names)}",
     )
     for row in rows:
-        table.add_row(
-            row["config"]["method"],
-            *_metrics(
-                row,
-                lambda r: (
-                    f"{r['accuracy']:.1%}",
-                    f"{r['loss']:.3f}",
-                    _ms(r),
-                    _times(r["speedup_dense"]),
-                    _times(r["speedup_torch_module"]),
-                    f"{r['peak_bytes'] / MIB:.1f}",
-                ),
-            ),
-        )
+        table.add_row(names[row["config"]["method"]], *_metrics(row, _vit_figures))
     return table
+
+
+def _vit_figures(row: Record) -> tuple[str, ...]:
+    return (
+        f"{row['accuracy']:.1%}",
+        f"{row['loss']:.3f}",
+        _ms(row),
+        _times(row["speedup_dense"]),
+        _times(row["speedup_torch_module"]),
+        _mib(row),
+    )
 
 
 def _memory(rows: Sequence[Record]) -> Table:
     table = _table(
         f"Peak extra memory against length, {_shared(rows)}",
-        ("method", "length"),
-        ("peak MiB", "bytes a token"),
+        "method",
+        ("length", "peak MiB", "bytes a token"),
         caption="exponent: slope of log(peak) over log(length); 1 is linear.",
     )
     for method in dict.fromkeys(row["config"]["method"] for row in rows):
         group = [row for row in rows if row["config"]["method"] == method]
+        table.add_section()
+        table.add_row(f"[bold]{method}[/]")
         for row in group:
-            metrics = _metrics(row, lambda r: (f"{r['peak_bytes'] / MIB:.1f}", f"{r['bytes_per_token']:.0f}"))
-            table.add_row(method, str(row["config"]["seqlen"]), *metrics)
+            metrics = _metrics(row, lambda r: (_mib(r), f"{r['bytes_per_token']:.0f}"))
+            table.add_row("", str(row["config"]["seqlen"]), *metrics)
         done = [row for row in group if row["status"] == "ok"]
         if len(done) > 1:
             exponent = fitted_exponent([r["config"]["seqlen"] for r in done], [r["peak_bytes"] for r in done])
-            table.add_row("", "exponent", f"{exponent:.2f}", end_section=True)
+            table.add_row("", "exponent", f"{exponent:.2f}")
     return table
 
 
 def _targets(rows: Sequence[Record]) -> Table:
     table = _table(
         f"CPU targets, {_shared(rows)}",
-        ("work", "peer"),
-        ("ours ms", "peer ms", "target", "reached", "of peak", "result"),
+        "work",
+        ("peer", "ours ms", "peer ms", "target", "reached", "of peak", "result"),
         caption="reached: peer time / our time in one alternation, or what the row names. of peak: share of the "
         "measured FMA peak or copy bandwidth, with its target.",
     )
     for row in rows:
         config = row["config"]
-        metrics = _metrics(
-            row,
-            lambda r: (
-                _ms(r),
-                _number(r["peer_ms"], "{:.3g}"),
-                _target(r["config"]),
-                f"{r['figure']:.2f}",
-                _share(r),
-                _verdict(r),
-            ),
-        )
-        table.add_row(target_name(config), config["peer"], *metrics)
+        table.add_row(target_name(config), config["peer"], *_metrics(row, _target_figures))
     return table
+
+
+def _target_figures(row: Record) -> tuple[str, ...]:
+    return (
+        _ms(row),
+        _number(row["peer_ms"], "{:.3g}"),
+        _target(row["config"]),
+        f"{row['figure']:.2f}",
+        _share(row),
+        _verdict(row),
+    )
 
 
 def _target(config: Mapping[str, Any]) -> str:
@@ -182,13 +181,32 @@ def _metrics(record: Record, render: Any) -> tuple[str, ...]:
     return render(record) if record["status"] == "ok" else (f"[yellow]{record['status']}[/]",)
 
 
-def _table(title: str, labels: Sequence[str], figures: Sequence[str], caption: str) -> Table:
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold")
-    for label in labels:
-        table.add_column(label, overflow="fold")
+def _table(title: str, label: str, figures: Sequence[str], caption: str) -> Table:
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold", box=SIMPLE_HEAD
+    )
+    table.add_column(label, overflow="fold")
     for figure in figures:
         table.add_column(figure, justify="right", no_wrap=True)
     return table
+
+
+def short_names(rows: Sequence[Record]) -> dict[str, str]:
+    """For each spec the method's name alone, or the whole spec where a suite has several variants of a method."""
+
+    def name(spec: str) -> str:
+        return "+".join(part.partition(":")[0] for part in spec.split("+"))
+
+    specs = {(row["suite"], row["config"]["method"]) for row in rows}
+    variants = Counter((suite, name(spec)) for suite, spec in specs)
+    ambiguous = {method for (_, method), count in variants.items() if count > 1}
+    return {spec: spec if name(spec) in ambiguous else name(spec) for _, spec in specs}
+
+
+def _legend(names: Mapping[str, str]) -> str:
+    """What short names stand for."""
+    meant = [spec for spec, name in names.items() if spec != name]
+    return f" Here {', '.join(sorted(meant))}." if meant else ""
 
 
 def _shared(rows: Sequence[Record]) -> str:
@@ -217,6 +235,10 @@ def cell_name(cell: Mapping[str, Any]) -> str:
 
 def _ms(record: Record) -> str:
     return f"{record['ms']:.3g}" + ("~" if record["spread"] > NOISY else "")
+
+
+def _mib(record: Record) -> str:
+    return f"{record['peak_bytes'] / MIB:.1f}"
 
 
 def _times(value: float) -> str:

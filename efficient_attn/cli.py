@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import re
 import signal
@@ -30,6 +31,7 @@ except ModuleNotFoundError as error:
 import torch
 
 from efficient_attn import EfficientAttnError, explain, parse
+from efficient_attn.backends import cpu
 from efficient_attn.benchmarks import cases, plot, records, runner
 from efficient_attn.benchmarks import report as reporting
 
@@ -132,11 +134,9 @@ def collect_info() -> dict[str, dict[str, Any]]:
 
 
 def _instruction_set() -> str:
-    try:
-        from efficient_attn import _cpu
-    except ModuleNotFoundError:
-        return "none: the native module was not built; reinstall with a C++ compiler"
-    return str(_cpu.instruction_set()) if hasattr(_cpu, "instruction_set") else "none: the native module has no kernels"
+    if cpu.MISSING:
+        return f"none: {cpu.MISSING}"
+    return str(importlib.import_module("efficient_attn._cpu").instruction_set())
 
 
 def plan(

@@ -74,7 +74,7 @@ def test_the_wheel_carries_the_native_module_and_not_the_checkout():
 @pytest.mark.slow
 @pytest.mark.skipif(WHEEL, reason="needs the checkout")
 def test_without_a_compiler_a_wheel_is_still_built(tmp_path):
-    """The package of a machine with no compiler has no native module, and says at run time that the reference serves."""
+    """On a machine with no compiler the package has no native module, and says at run time what serves instead."""
     environment = {**os.environ, "CXX": "no-such-compiler"}
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(copy_of_sources(tmp_path))]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

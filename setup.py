@@ -1,4 +1,4 @@
-"""Builds the native CPU module with ninja: one object per instruction set, chosen at run time. PyTorch is not needed here.
+"""Builds the native CPU module with ninja: one object per instruction set, chosen at run time, without PyTorch.
 
 EFFICIENT_ATTN_CPU=0 skips the build; CXX names the compiler. Without a compiler the package still installs, with a
 warning, and the reference backend serves.
@@ -53,7 +53,9 @@ def ninja_file(output: Path, build_dir: Path) -> str:
 
     compiler = find_compiler()
     tuning = "".join(
-        f" {flag}" for flag in ("-fno-trapping-math", "-fno-semantic-interposition") if accepts(compiler, flag, build_dir)
+        f" {flag}"
+        for flag in ("-fno-trapping-math", "-fno-semantic-interposition")
+        if accepts(compiler, flag, build_dir)
     )
     openmp = "-fopenmp" if accepts(compiler, "-fopenmp", build_dir) else ""
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"

@@ -6,9 +6,24 @@ from .explanation import Explanation, explain
 from .functional import attention, attention_weights, merge_attention
 from .lowrank import linear_attention, linformer_attention, nystrom_attention, performer_attention
 from .masks import BlockMask
-from .methods import METHODS, Linear, Linformer, Method, Nystrom, Performer, parse
+from .methods import (
+    METHODS,
+    BigBird,
+    Causal,
+    Dense,
+    Dilated,
+    Linear,
+    Linformer,
+    Longformer,
+    Method,
+    Nystrom,
+    Performer,
+    SlidingWindow,
+    Strided,
+    parse,
+)
 from .multihead import MultiheadAttention, replace_attention
-from .patterns import BigBird, Causal, Dense, Pattern, SlidingWindow
+from .patterns import Pattern
 
 __version__ = "0.1.0"
 
@@ -19,12 +34,14 @@ __all__ = [
     "BlockMask",
     "Causal",
     "Dense",
+    "Dilated",
     "EfficientAttnError",
     "Explanation",
     "InputError",
     "InputTypeError",
     "Linear",
     "Linformer",
+    "Longformer",
     "MaskError",
     "Method",
     "MultiheadAttention",
@@ -32,6 +49,7 @@ __all__ = [
     "Pattern",
     "Performer",
     "SlidingWindow",
+    "Strided",
     "UnsupportedError",
     "attention",
     "attention_weights",

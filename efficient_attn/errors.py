@@ -1,4 +1,4 @@
-"""The package's errors. Each says what was given, what is allowed and what to do, and is raised before any kernel starts."""
+"""The package's errors: each says what was given, what is allowed and what to do, before any kernel starts."""
 
 
 class EfficientAttnError(Exception):

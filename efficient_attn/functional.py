@@ -249,7 +249,7 @@ def check_dropout(dropout_p: float) -> None:
 
 
 def check_alignment(is_causal: bool, causal_alignment: str | None, q_len: int, kv_len: int) -> None:
-    """Raise InputError for an unknown alignment, or for a causal call with Nq != Nk that names none (contract rule 3)."""
+    """Raise InputError for an unknown alignment, or for a causal call with Nq != Nk that names none."""
     if causal_alignment is not None and causal_alignment not in ALIGNMENTS:
         raise InputError(f"causal_alignment must be one of {ALIGNMENTS} or None, got {causal_alignment!r}")
     if is_causal and causal_alignment is None and q_len != kv_len:
@@ -304,7 +304,7 @@ def as_block_mask(mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor
     lengths = 1 if mask.kv_lengths is None else mask.kv_lengths.shape[0]
     if mask.batch not in (1, B) or mask.heads not in (1, Hq) or lengths not in (1, B):
         raise InputError(
-            f"the mask is for batch {max(mask.batch, lengths)} and {mask.heads} heads; this call has batch {B}, {Hq} heads"
+            f"the mask is for batch {max(mask.batch, lengths)} and {mask.heads} heads; this call has {B} and {Hq}"
         )
     return mask if mask.device is None or mask.device == query.device else mask.to(query.device)
 

@@ -91,8 +91,8 @@ inline const uint8_t* bit_tile(const MaskView& mask, int32_t id) {
     return mask.tiles + static_cast<int64_t>(id) * mask.block_q * (mask.block_k / 8);
 }
 
-// Calls visit(Segment) for the keys that the queries `rows` (inside query block `block`) may see, ascending; neighbouring
-// full blocks become one segment.
+// Calls visit(Segment) for the keys that the queries `rows` (inside query block `block`) may see, ascending;
+// neighbouring full blocks become one segment.
 template <class Visit>
 inline void for_each_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Visit visit) {
     const Range limits = any_visible(p, b, rows.begin, rows.end);
@@ -119,15 +119,18 @@ inline void for_each_segment(const AttentionParams& p, int64_t b, int64_t h, int
     if (pending.keys.begin < pending.keys.end) visit(pending);
 }
 
-// bits[j - keys.begin] bit (i - i0): what a bit tile says of query i and key j. `tile_row` is query i0's row of the tile.
+// bits[j - keys.begin] bit (i - i0): what a bit tile says of query i and key j. `tile_row` is query i0's row of the
+// tile.
 inline void transpose_bits(const Segment& segment, int64_t tile_row, int64_t rows, int64_t row_bytes, Range keys,
                            uint64_t* bits) {
-    for (int64_t first = segment.tile_key + ((keys.begin - segment.tile_key) & ~int64_t{7}); first < keys.end; first += 8) {
+    for (int64_t first = segment.tile_key + ((keys.begin - segment.tile_key) & ~int64_t{7}); first < keys.end;
+         first += 8) {
         const uint8_t* column = segment.tile + tile_row * row_bytes + (first - segment.tile_key) / 8;
         uint64_t out[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         for (int64_t r0 = 0; r0 < rows; r0 += 8) {
             uint64_t x = 0;  // eight queries, a byte each
-            for (int64_t r = r0; r < min_of(r0 + 8, rows); ++r) x |= static_cast<uint64_t>(column[r * row_bytes]) << (8 * (r - r0));
+            for (int64_t r = r0; r < min_of(r0 + 8, rows); ++r)
+                x |= static_cast<uint64_t>(column[r * row_bytes]) << (8 * (r - r0));
             uint64_t t = (x ^ (x >> 7)) & 0x00AA00AA00AA00AAull;  // transpose 8 x 8 bits (Hacker's Delight, 7-3)
             x ^= t ^ (t << 7);
             t = (x ^ (x >> 14)) & 0x0000CCCC0000CCCCull;
@@ -136,7 +139,8 @@ inline void transpose_bits(const Segment& segment, int64_t tile_row, int64_t row
             x ^= t ^ (t << 28);
             for (int j = 0; j < 8; ++j) out[j] |= ((x >> (8 * j)) & 0xFF) << r0;
         }
-        for (int64_t j = max_of(first, keys.begin); j < min_of(first + 8, keys.end); ++j) bits[j - keys.begin] = out[j - first];
+        for (int64_t j = max_of(first, keys.begin); j < min_of(first + 8, keys.end); ++j)
+            bits[j - keys.begin] = out[j - first];
     }
 }
 

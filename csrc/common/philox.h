@@ -41,7 +41,8 @@ inline PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, 
     return x;
 }
 
-// keep[j - k0] bit (i - i0) says whether the pair (i, j) is kept, for j in [k0, k1) and i in [i0, i0 + rows), rows <= 64.
+// keep[j - k0] bit (i - i0) says whether the pair (i, j) is kept, for j in [k0, k1) and i in [i0, i0 + rows), rows
+// <= 64.
 inline void dropout_bits(uint64_t seed, double dropout_p, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t k0,
                          int64_t k1, uint64_t* keep) {
     const uint64_t threshold = static_cast<uint64_t>(dropout_p * 4294967296.0);

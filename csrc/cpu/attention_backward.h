@@ -45,7 +45,8 @@ struct BackwardTile {
 
     static int64_t bytes(const AttentionParams& p) {
         const int64_t d = padded(p.D), dv = padded(p.Dv);
-        return 64 * 20 + static_cast<int64_t>(sizeof(A)) * (kQueries * (2 * d + 2 * dv + 2 * kKeys + 2) + kKeys * 3 * (d + dv)) +
+        return 64 * 20 +
+               static_cast<int64_t>(sizeof(A)) * (kQueries * (2 * d + 2 * dv + 2 * kKeys + 2) + kKeys * 3 * (d + dv)) +
                kKeys * (kQueries * 8 + 16);
     }
 };
@@ -60,11 +61,17 @@ struct QueryTile {
 inline QueryTile query_tile(const AttentionParams& p, const QueryTiling& tiling, int64_t b, int64_t h, int64_t tile) {
     const Range rows = tile_rows(p, tiling, tile);
     const int64_t block_q = p.mask.block_q;
-    return {b, h, rows, p.mask.indptr ? rows.begin / block_q : 0, p.mask.indptr ? rows.begin % block_q : 0, rows.end - rows.begin};
+    return {b,
+            h,
+            rows,
+            p.mask.indptr ? rows.begin / block_q : 0,
+            p.mask.indptr ? rows.begin % block_q : 0,
+            rows.end - rows.begin};
 }
 
 template <class T, class A>
-inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const A* delta, int64_t w, BackwardTile<A>& t) {
+inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const A* delta, int64_t w,
+                            BackwardTile<A>& t) {
     pack_transposed<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, A{1}, w, t.Qt);
     pack_transposed<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, A{1}, w, t.dOt);
     const int64_t row = (q.b * p.Hq + q.h) * p.Nq + q.rows.begin;
@@ -78,8 +85,8 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
 
 // S becomes Z P, dP becomes dS, both [keys][w]. Returns whether pairs are masked; then `bits` says which.
 template <class T, class A>
-inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile, int64_t tile_key,
-                            const Rows<A>& K, const Rows<A>& V, int64_t w, BackwardTile<A>& t) {
+inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile,
+                            int64_t tile_key, const Rows<A>& K, const Rows<A>& V, int64_t w, BackwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     tile_product(K, n, p.D, t.Qt, w, t.S);
     tile_product(V, n, p.Dv, t.dOt, w, t.dP);
@@ -90,7 +97,8 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
         scale = 1;
     }
     const bool dropped = p.dropout_p > 0;
-    if (dropped) dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
+    if (dropped)
+        dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
     const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
     for (int64_t k = 0; k < n; ++k) {
         for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
@@ -136,7 +144,8 @@ struct KeyTiling {
 
 // A tile of keys lies inside one block of the list.
 inline KeyTiling key_tiling(const AttentionParams& p) {
-    const int64_t tile = p.mask.indptr ? (p.mask.block_k > kKeys ? round_up(ceil_div(p.mask.block_k, 2), 16) : p.mask.block_k) : kKeys;
+    const int64_t tile =
+        p.mask.indptr ? (p.mask.block_k > kKeys ? round_up(ceil_div(p.mask.block_k, 2), 16) : p.mask.block_k) : kKeys;
     if (!p.mask.indptr) return {tile, ceil_div(p.Nk, tile)};
     return {tile, ceil_div(p.Nk, p.mask.block_k) * ceil_div(p.mask.block_k, tile)};
 }
@@ -194,7 +203,8 @@ inline void key_value_task(const AttentionParams& p, int64_t task, const A* delt
             const int64_t q_block = mask.t_indices[e];
             if (q_block < 0 || q_block >= q_blocks) continue;
             for (int64_t part = 0; part < queries.tiles_per_block; ++part)
-                visit(h, q_block * queries.tiles_per_block + part, bit_tile(mask, mask.t_tile_ids[e]), block * mask.block_k);
+                visit(h, q_block * queries.tiles_per_block + part, bit_tile(mask, mask.t_tile_ids[e]),
+                      block * mask.block_k);
         }
     }
     const A scale = static_cast<A>(p.scale);
@@ -242,13 +252,15 @@ struct BiasTiling {
 
 inline BiasTiling bias_tiling(const AttentionParams& p) {
     const int64_t* size = p.dbias.size;
-    const int64_t queries = size[2] > 1 ? query_tiling(p, kQueries).count : 1, keys = size[3] > 1 ? ceil_div(p.Nk, kKeys) : 1;
+    const int64_t queries = size[2] > 1 ? query_tiling(p, kQueries).count : 1,
+                  keys = size[3] > 1 ? ceil_div(p.Nk, kKeys) : 1;
     return {queries, keys, size[0] * size[1] * queries * keys};
 }
 
 // Adds dS [keys][w] to `sum` [key][query], folding the dimensions that the bias broadcasts.
 template <class A>
-inline void fold_tile(const A* dS, Range keys, int64_t first_key, int64_t w, int64_t count, bool by_query, bool by_key, double* sum) {
+inline void fold_tile(const A* dS, Range keys, int64_t first_key, int64_t w, int64_t count, bool by_query, bool by_key,
+                      double* sum) {
     for (int64_t j = keys.begin; j < keys.end; ++j) {
         double* row = sum + (by_key ? j - first_key : 0) * kQueries;
         for (int64_t r = 0; r < count; ++r) row[by_query ? r : 0] += static_cast<double>(dS[(j - keys.begin) * w + r]);
@@ -275,7 +287,8 @@ inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, ch
     const int64_t* size = p.dbias.size;
     const bool by_query = size[2] > 1, by_key = size[3] > 1;
     const int64_t jt = task % cut.key_tiles, it = task / cut.key_tiles % cut.query_tiles;
-    const int64_t bias_h = task / cut.key_tiles / cut.query_tiles % size[1], bias_b = task / cut.key_tiles / cut.query_tiles / size[1];
+    const int64_t bias_h = task / cut.key_tiles / cut.query_tiles % size[1],
+                  bias_b = task / cut.key_tiles / cut.query_tiles / size[1];
     const QueryTiling tiling = query_tiling(p, kQueries);
     const Range keys = by_key ? Range{jt * kKeys, min_of((jt + 1) * kKeys, p.Nk)} : Range{0, p.Nk};
     BackwardTile<A> t(p, memory);

@@ -31,7 +31,8 @@ struct ForwardTile {
 
 template <class A>
 inline int64_t forward_thread_bytes(const AttentionParams& p) {
-    return 64 * 12 + static_cast<int64_t>(sizeof(A)) * (kQueries * (p.D + p.Dv + kKeys + 3) + kKeys * (p.D + 2 * p.Dv)) +
+    return 64 * 12 +
+           static_cast<int64_t>(sizeof(A)) * (kQueries * (p.D + p.Dv + kKeys + 3) + kKeys * (p.D + 2 * p.Dv)) +
            16 * kKeys;
 }
 
@@ -104,8 +105,9 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
         T* out = static_cast<T*>(p.out.data) + row_offset(p.out, b, h, rows.begin + r);
         for (int64_t d = 0; d < p.Dv; ++d) out[d] = narrow<T>(empty ? A{0} : t.Ot[d * w + r] * weight);
         static_cast<A*>(p.lse)[(b * p.Hq + h) * p.Nq + rows.begin + r] =
-            empty ? -kInfinity<A>
-                  : static_cast<A>(static_cast<double>(t.top[r]) * unit + __builtin_log(static_cast<double>(t.total[r])));
+            empty
+                ? -kInfinity<A>
+                : static_cast<A>(static_cast<double>(t.top[r]) * unit + __builtin_log(static_cast<double>(t.total[r])));
     }
 }
 

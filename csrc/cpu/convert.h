@@ -28,11 +28,17 @@ inline float from_bits(uint32_t u) {
 }
 
 template <class A>
-inline A widen(float x) { return static_cast<A>(x); }
+inline A widen(float x) {
+    return static_cast<A>(x);
+}
 template <class A>
-inline A widen(double x) { return static_cast<A>(x); }
+inline A widen(double x) {
+    return static_cast<A>(x);
+}
 template <class A>
-inline A widen(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+inline A widen(BFloat16 x) {
+    return from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
 template <class A>
 inline A widen(Float16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7FFF;
@@ -44,11 +50,15 @@ inline A widen(Float16 x) {
 template <class T>
 inline T narrow(double x);
 template <>
-inline double narrow<double>(double x) { return x; }
+inline double narrow<double>(double x) {
+    return x;
+}
 template <class T>
 inline T narrow(float x);
 template <>
-inline float narrow<float>(float x) { return x; }
+inline float narrow<float>(float x) {
+    return x;
+}
 template <>
 inline BFloat16 narrow<BFloat16>(float x) {
     const uint32_t u = bits_of(x);
@@ -60,7 +70,8 @@ inline Float16 narrow<Float16>(float x) {
     const uint32_t u = bits_of(x) & 0x7FFFFFFF;
     const uint16_t sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000);
     if (u >= 0x47800000) return {static_cast<uint16_t>(sign | (u > 0x7F800000 ? 0x7E00 : 0x7C00))};
-    if (u < 0x38800000) return {static_cast<uint16_t>(sign | (bits_of(from_bits(u) + 0.5f) - 0x3F000000))};  // subnormal
+    if (u < 0x38800000)
+        return {static_cast<uint16_t>(sign | (bits_of(from_bits(u) + 0.5f) - 0x3F000000))};  // subnormal
     return {static_cast<uint16_t>(sign | (u + 0xC8000FFF + (u >> 13 & 1)) >> 13)};
 }
 

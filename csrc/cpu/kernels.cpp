@@ -17,10 +17,14 @@ struct Types {
 template <class F>
 inline auto with_types(const AttentionParams& p, F f) {
     switch (p.dtype) {
-        case kFloat64: return f(Types<double, double>{});
-        case kBFloat16: return f(Types<BFloat16, float>{});
-        case kFloat16: return f(Types<Float16, float>{});
-        default: return f(Types<float, float>{});
+        case kFloat64:
+            return f(Types<double, double>{});
+        case kBFloat16:
+            return f(Types<BFloat16, float>{});
+        case kFloat16:
+            return f(Types<Float16, float>{});
+        default:
+            return f(Types<float, float>{});
     }
 }
 
@@ -42,10 +46,14 @@ int64_t backward_bytes(const AttentionParams& p) {
 }
 int64_t backward_tasks(const AttentionParams& p, int phase) {
     switch (phase) {
-        case 0: return p.B * p.Hq * ceil_div(p.Nq, kQueries);
-        case 1: return p.B * p.Hkv * key_tiling(p).count;
-        case 2: return forward_task_count(p);
-        default: return p.dbias.data ? bias_tiling(p).count : 0;
+        case 0:
+            return p.B * p.Hq * ceil_div(p.Nq, kQueries);
+        case 1:
+            return p.B * p.Hkv * key_tiling(p).count;
+        case 2:
+            return forward_task_count(p);
+        default:
+            return p.dbias.data ? bias_tiling(p).count : 0;
     }
 }
 void backward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
@@ -54,10 +62,14 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
         using A = typename decltype(types)::Accumulator;
         A* delta = reinterpret_cast<A*>(shared);
         switch (phase) {
-            case 0: return delta_task<T, A>(p, task, delta);
-            case 1: return key_value_task<T, A>(p, task, delta, memory);
-            case 2: return query_task<T, A>(p, task, delta, memory);
-            default: return bias_task<T, A>(p, task, delta, memory);
+            case 0:
+                return delta_task<T, A>(p, task, delta);
+            case 1:
+                return key_value_task<T, A>(p, task, delta, memory);
+            case 2:
+                return query_task<T, A>(p, task, delta, memory);
+            default:
+                return bias_task<T, A>(p, task, delta, memory);
         }
     });
 }

@@ -16,7 +16,7 @@ namespace efficient_attn {
 namespace {
 
 class Reader {
-public:
+  public:
     explicit Reader(const std::string& words) : next_(words.data()), end_(words.data() + words.size()) {}
 
     template <class X>
@@ -30,7 +30,9 @@ public:
     }
     int64_t integer() { return take<int64_t>(); }
     template <class X = void>
-    X* pointer() { return reinterpret_cast<X*>(take<int64_t>()); }
+    X* pointer() {
+        return reinterpret_cast<X*>(take<int64_t>());
+    }
     TensorView view() {
         TensorView t;
         t.data = pointer();
@@ -43,7 +45,7 @@ public:
         if (next_ != end_) throw std::invalid_argument("efficient_attn._cpu: the packed arguments are too long");
     }
 
-private:
+  private:
     const char* next_;
     const char* end_;
 };
@@ -65,8 +67,8 @@ AttentionParams read_params(const std::string& words, bool backward) {
     p.bias.dtype = static_cast<int>(in.integer());
     for (int64_t& stride : p.bias.stride) stride = in.integer();
     MaskView& mask = p.mask;
-    for (int64_t* number : {&mask.batch, &mask.heads, &mask.block_q, &mask.block_k, &mask.window_left, &mask.window_right,
-                            &mask.window_offset, &mask.entries, &mask.tile_count})
+    for (int64_t* number : {&mask.batch, &mask.heads, &mask.block_q, &mask.block_k, &mask.window_left,
+                            &mask.window_right, &mask.window_offset, &mask.entries, &mask.tile_count})
         *number = in.integer();
     mask.indptr = in.pointer<const int64_t>();
     mask.indices = in.pointer<const int32_t>();
@@ -118,9 +120,12 @@ PYBIND11_MODULE(_cpu, module) {
     using namespace efficient_attn;
     module.attr("__doc__") = "CPU kernels of efficient-attn: plain pointers and strides, no PyTorch.";
     kernels();  // a wrong EFFICIENT_ATTN_ISA fails the import, not the first call
-    module.def("attention_forward", [](const std::string& w, int threads) { call(kernels().forward, w, threads, false); });
-    module.def("attention_backward", [](const std::string& w, int threads) { call(kernels().backward, w, threads, true); });
-    module.def("instruction_set", [] { return kernels().name; }, "The instruction set in use: baseline, avx2 or avx512.");
+    module.def("attention_forward",
+               [](const std::string& w, int threads) { call(kernels().forward, w, threads, false); });
+    module.def("attention_backward",
+               [](const std::string& w, int threads) { call(kernels().backward, w, threads, true); });
+    module.def(
+        "instruction_set", [] { return kernels().name; }, "The instruction set in use: baseline, avx2 or avx512.");
     module.def(
         "instruction_sets",
         [] {

@@ -16,8 +16,8 @@
 namespace efficient_attn {
 namespace {
 
-// GNU OpenMP's thread pool does not survive fork(): a child that enters a parallel region waits for threads that are not
-// there. A child of this process therefore starts plain threads for a call, and joins them.
+// GNU OpenMP's thread pool does not survive fork(): a child that enters a parallel region waits for threads that are
+// not there. A child of this process therefore starts plain threads for a call, and joins them.
 bool is_forked_child = false;
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -28,11 +28,12 @@ struct ForkWatch {
 } fork_watch;
 #endif
 
-void run_on_plain_threads(const Operator& op, const AttentionParams& p, int phase, int64_t tasks, int threads, char* memory,
-                          int64_t each, char* shared) {
+void run_on_plain_threads(const Operator& op, const AttentionParams& p, int phase, int64_t tasks, int threads,
+                          char* memory, int64_t each, char* shared) {
     std::atomic<int64_t> next{0};
     auto work = [&](int thread) {
-        for (int64_t task = next++; task < tasks; task = next++) op.run_task(p, phase, task, memory + thread * each, shared);
+        for (int64_t task = next++; task < tasks; task = next++)
+            op.run_task(p, phase, task, memory + thread * each, shared);
     };
     std::vector<std::thread> helpers;
     try {
@@ -50,7 +51,8 @@ int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 bool run(const Operator& op, const AttentionParams& p, int threads) {
     int64_t most = 0;
-    for (int phase = 0; phase < op.phases; ++phase) most = op.task_count(p, phase) > most ? op.task_count(p, phase) : most;
+    for (int phase = 0; phase < op.phases; ++phase)
+        most = op.task_count(p, phase) > most ? op.task_count(p, phase) : most;
     if (threads < 1) threads = 1;
     if (threads > most) threads = most < 1 ? 1 : static_cast<int>(most);
     const int64_t shared = cache_lines(op.shared_bytes(p)), each = cache_lines(op.thread_bytes(p));

@@ -105,8 +105,8 @@ EA_INLINE Mask<A> lanes_from_bits(uint64_t bits) {
 template <class A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
-// e^x for x <= 0 or a little above, 0 below the smallest normal number, NaN for NaN. e^x = 2^n e^r with |r| <= ln2 / 2; n
-// ln2 is taken off in two parts, of which the first is exact, so that large |x| cost no accuracy: about 1 ulp, also
+// e^x for x <= 0 or a little above, 0 below the smallest normal number, NaN for NaN. e^x = 2^n e^r with |r| <= ln2 / 2;
+// n ln2 is taken off in two parts, of which the first is exact, so that large |x| cost no accuracy: about 1 ulp, also
 // without fused multiply-add. The polynomial is 2^t, t = r log2(e); relative error 5e-9 (float), 1e-19 (double).
 EA_INLINE Vec<float> exp(Vec<float> x) {
     constexpr float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
@@ -126,10 +126,10 @@ EA_INLINE Vec<float> exp(Vec<float> x) {
 
 EA_INLINE Vec<double> exp(Vec<double> x) {
     constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
-    constexpr double c[] = {0.69314718055994530925,    0.24022650695910071233,   0.055504108664821627039,
-                            0.0096181291076284794928,  0.0013333558146406470697, 0.00015403530393370733411,
+    constexpr double c[] = {0.69314718055994530925,     0.24022650695910071233,   0.055504108664821627039,
+                            0.0096181291076284794928,   0.0013333558146406470697, 0.00015403530393370733411,
                             0.000015252733841556772589, 1.321548680870556279e-6,  1.0178057087733941105e-7,
-                            7.0548973041554992774e-9,  4.455817908336064493e-10, 2.5729324177362304214e-11};
+                            7.0548973041554992774e-9,   4.455817908336064493e-10, 2.5729324177362304214e-11};
     const Vec<double> shifted = x * 1.4426950408889634074 + magic;
     const Vec<double> n = shifted - magic;
     const Vec<double> t = ((x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10) * 1.4426950408889634074;

@@ -1,4 +1,5 @@
-// One tile of attention: up to 48 queries by up to 128 keys, in these layouts (w = queries rounded up to whole vectors):
+// One tile of attention: up to 48 queries by up to 128 keys, in these layouts (w = queries rounded up to whole
+// vectors):
 //
 //     Qt [D][w], dOt [Dv][w]      packed once for each tile of queries
 //     S, P, dP, dS [keys][w]      transposed scores: a query is a lane, so softmax needs no horizontal step
@@ -31,7 +32,8 @@ inline int64_t row_offset(const TensorView& t, int64_t b, int64_t h, int64_t row
 
 // Rows [first, first + count) of (b, h), in place or widened into `buffer`.
 template <class T, class A>
-inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width, A* buffer) {
+inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                         A* buffer) {
     const T* source = static_cast<const T*>(t.data) + row_offset(t, b, h, first);
     if constexpr (sizeof(T) == sizeof(A)) return {source, t.row_stride};
     for (int64_t r = 0; r < count; ++r) widen_row(source + r * t.row_stride, width, buffer + r * width);
@@ -40,8 +42,8 @@ inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t firs
 
 // out[d][r] = factor * row r, element d; lanes beyond `count` are 0.
 template <class T, class A>
-inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width, A factor,
-                            int64_t w, A* out) {
+inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                            A factor, int64_t w, A* out) {
     const T* source = static_cast<const T*>(t.data) + row_offset(t, b, h, first);
     for (int64_t r = 0; r < count; ++r)
         for (int64_t d = 0; d < width; ++d) out[d * w + r] = factor * widen<A>(source[r * t.row_stride + d]);
@@ -51,8 +53,8 @@ inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t f
 
 // out[r][d] = row r, element d, padded with 0 to `padded` elements.
 template <class T, class A>
-inline void pack_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width, int64_t padded,
-                      A* out) {
+inline void pack_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                      int64_t padded, A* out) {
     const T* source = static_cast<const T*>(t.data) + row_offset(t, b, h, first);
     for (int64_t r = 0; r < count; ++r) {
         widen_row(source + r * t.row_stride, width, out + r * padded);
@@ -69,8 +71,8 @@ inline void tile_product(const Rows<A>& rows, int64_t keys, int64_t width, const
             for (int64_t d = 0; d < width; d += 2 * kRun) {
                 Vec<A> acc[MR][NV];
                 clear<A>(acc);
-                multiply_accumulate<A>(acc, min_of(2 * kRun, width - d), rows.data + first * rows.stride + d, rows.stride, Unit{},
-                                       columns + d * w + lane, w);
+                multiply_accumulate<A>(acc, min_of(2 * kRun, width - d), rows.data + first * rows.stride + d,
+                                       rows.stride, Unit{}, columns + d * w + lane, w);
                 for (int m = 0; m < MR; ++m) {
                     for (int v = 0; v < NV; ++v) {
                         A* place = S + (first + m) * w + lane + v * kLanes<A>;
@@ -84,21 +86,23 @@ inline void tile_product(const Rows<A>& rows, int64_t keys, int64_t width, const
 
 // out[d][query] = out[d][query] * decay[query] + sum_key rows[key][d] * P[key][query]; decay null: 1
 template <class A>
-inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* decay, A* out) {
+inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* decay,
+                               A* out) {
     for_row_groups(width, [&](auto group, int64_t first) {
         for_panels<A>(w / kLanes<A>, [&](auto panel, int64_t lane) {
             constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;
             for (int64_t k = 0; k < keys; k += kRun) {
                 Vec<A> acc[MR][NV];
                 clear<A>(acc);
-                multiply_accumulate<A>(acc, min_of(kRun, keys - k), rows.data + k * rows.stride + first, Unit{}, rows.stride,
-                                       P + k * w + lane, w);
+                multiply_accumulate<A>(acc, min_of(kRun, keys - k), rows.data + k * rows.stride + first, Unit{},
+                                       rows.stride, P + k * w + lane, w);
                 for (int m = 0; m < MR; ++m) {
                     for (int v = 0; v < NV; ++v) {
                         A* place = out + (first + m) * w + lane + v * kLanes<A>;
                         const Vec<A> before = load<A>(place);
                         const bool fade = decay && k == 0;
-                        store(place, fade ? before * load<A>(decay + lane + v * kLanes<A>) + acc[m][v] : before + acc[m][v]);
+                        store(place,
+                              fade ? before * load<A>(decay + lane + v * kLanes<A>) + acc[m][v] : before + acc[m][v]);
                     }
                 }
             }
@@ -108,7 +112,8 @@ inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width,
 
 // out[key][d] += sum_query P[key][query] * rows[query][d], rows padded to whole vectors
 template <class A>
-inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries, const A* rows, int64_t padded, A* out) {
+inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries, const A* rows, int64_t padded,
+                            A* out) {
     for_row_groups(keys, [&](auto group, int64_t first) {
         for_panels<A>(padded / kLanes<A>, [&](auto panel, int64_t lane) {
             constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;
@@ -126,8 +131,8 @@ inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries
 }
 
 // Which queries of the tile see each key, a word a key. Returns false, and writes nothing, when every pair is visible.
-inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_t block_row, Range keys, const uint8_t* tile,
-                         int64_t tile_key, uint64_t* bits) {
+inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_t block_row, Range keys,
+                         const uint8_t* tile, int64_t tile_key, uint64_t* bits) {
     const Range all = all_visible(p, b, rows.begin, rows.end);
     if (!tile && keys.begin >= all.begin && keys.end <= all.end) return false;
     const int64_t count = rows.end - rows.begin;
@@ -226,8 +231,8 @@ inline Rows<A> without_poison(const Rows<A>& rows, const Poison& poison, int64_t
 
 // accumulate_columns for a tile in which some pairs are masked.
 template <class A>
-inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* decay,
-                                      const uint64_t* bits, A* buffer, A* out) {
+inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w,
+                                      const A* decay, const uint64_t* bits, A* buffer, A* out) {
     const Poison poison = find_poison(rows, keys, width);
     if (!poison.count) return accumulate_columns(rows, keys, width, P, w, decay, out);
     accumulate_columns(without_poison(rows, poison, keys, width, buffer), keys, width, P, w, decay, out);
@@ -268,7 +273,8 @@ struct Arena {
 
 // Calls visit(keys, segment) for the pieces, of at most kKeys keys, that the queries `rows` see inside `limits`.
 template <class Visit>
-inline void for_each_chunk(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Range limits, Visit visit) {
+inline void for_each_chunk(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Range limits,
+                           Visit visit) {
     for_each_segment(p, b, h, block, rows, [&](const Segment& segment) {
         const Range inside = intersect(segment.keys, limits);
         for (int64_t key = inside.begin; key < inside.end; key += kKeys)

@@ -138,8 +138,8 @@ def _backward_grad(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     """Vector-Jacobian product of the backward: autograd through the reference formula, one slice of rows at a time."""
     if torch.is_grad_enabled():
         raise UnsupportedError(
-            "attention has first and second derivatives; a third one (create_graph=True twice), or "
-            "torch.func.grad inside torch.func.grad, is not defined. Second derivatives: torch.autograd.grad with create_graph=True once"
+            "attention has first and second derivatives; a third one, or torch.func.grad inside torch.func.grad, is "
+            "not defined. Second derivatives: torch.autograd.grad with create_graph=True, once"
         )
     *tensors, kv_lengths, dropout_seed = ctx.saved_tensors
     tensors, lists = tensors[:8], tensors[8:]

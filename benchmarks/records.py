@@ -53,6 +53,7 @@ def environment(**extra: Any) -> Record:
         "versions": {name: _version(name) for name in ("efficient-attn", "torch", "numpy", "triton", "scikit-learn")},
         "python": platform.python_version(),
         "argv": sys.argv[1:],
+        "load": round(os.getloadavg()[0], 2),
         **extra,
     }
 

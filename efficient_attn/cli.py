@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,9 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a suite is called on the command line, and the suites of a plain ``bench``.
 SUITES = ("ops", "vit", "memory", "cpu")
 DEFAULT_SUITES = ("ops", "vit")
+
+# Load average per core above which a run starts with a warning.
+BUSY = 0.5
 
 app = typer.Typer(
     name="efficient-attn",
@@ -254,6 +258,7 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits) -> i
         if len(left) < len(cells):
             console.print(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
         out.append(records.environment(threads=torch.get_num_threads(), limits=vars(limits)))
+        _warn_if_busy(console)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         try:
             with _sigterm_raises(), Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
@@ -268,6 +273,12 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits) -> i
     _show(list(records.read(path)), folder / "results.png")
     console.print(f"{path}", highlight=False)
     return exit_code
+
+
+def _warn_if_busy(console: Console) -> None:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY * cores:
+        console.print(f"[yellow]the machine is busy[/] (load {load:.1f} on {cores} cores): times will be noisy")
 
 
 def _show(found: Sequence[records.Record], png: Path) -> bool:

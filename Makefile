@@ -1,4 +1,4 @@
-# make setup | test | test-slow | lint | bench | bench-cpu | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# make setup | test | test-slow | fuzz | test-upstream | lint | bench | bench-cpu | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: setup test test-slow lint format bench bench-cpu readme clean
+.PHONY: setup test test-slow fuzz test-upstream lint format bench bench-cpu readme clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,16 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'slow and not gpu' $(ARGS) tests
+
+# Random calls of the native kernel against the definition: make fuzz CASES=100000
+CASES ?= 20000
+fuzz: $(STAMP)
+	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/test_fuzz.py
+	@echo "$(CASES) random cases, forward and backward"
+
+# PyTorch's own tests of nn.MultiheadAttention on ours: make test-upstream PYTORCH=/path/to/a/pytorch/checkout
+test-upstream: $(STAMP)
+	$(BIN)/python tests/upstream/run.py $(PYTORCH) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

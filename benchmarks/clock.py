@@ -22,7 +22,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 def interleaved(
     calls: Mapping[str, Call], budget_s: float, min_rounds: int = 3, max_rounds: int = 200
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Times the calls in alternation, so that a drift of the machine meets all of them alike.
 
     Each call first runs once, unmeasured. Rounds go on until ``budget_s`` is spent, at least ``min_rounds``; a call

@@ -82,7 +82,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
 def sized(spec: str, length: int) -> methods.Method:
     """The method of a spec; learned projections over positions (Linformer's) are made as long as the sequence."""
     method: Any = methods.parse(spec)
-    return dataclasses.replace(method, max_len=length) if hasattr(method, "max_len") else method
+    resized: methods.Method = dataclasses.replace(method, max_len=length) if hasattr(method, "max_len") else method
+    return resized
 
 
 def relative_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> float:

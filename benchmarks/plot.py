@@ -21,6 +21,7 @@ def save(cells: Sequence[Record], path: Path, subtitle: str = "") -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     done = [cell for cell in cells if cell["status"] == "ok" and "method" in cell["config"]]
     names = short_names(done)  # parameters differ between suites, a method's colour must not
@@ -52,7 +53,7 @@ def save(cells: Sequence[Record], path: Path, subtitle: str = "") -> bool:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    handles = [pyplot.Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
+    handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     if subtitle:
         figure.suptitle(subtitle, fontsize=9)

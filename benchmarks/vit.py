@@ -37,7 +37,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, TOKENS, DIM]
         y = self.norm1(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
+        mixed: Tensor = x + self.mlp(self.norm2(x))
+        return mixed
 
 
 class DigitsViT(nn.Module):

@@ -80,18 +80,18 @@ def _error(axis: Axes, records: Sequence[Record], colours: dict[str, str]) -> No
     for r in records:
         if r["config"]["seqlen"] == longest:
             axis.scatter(r["speedup_sdpa"], max(r["error"], 1e-8), color=colours[r["label"]], s=45)
-    axis.set(
-        title=f"Error against speed, N = {longest}",
-        xlabel="speed-up over torch SDPA",
-        ylabel="relative error",
-        xscale="log",
-        yscale="log",
-    )
+    axis.set(title=f"Error against speed, N = {longest}", xlabel="speed-up over torch SDPA", ylabel="relative error")
+    axis.set(xscale="log", yscale="log")
+    low, high = axis.get_xlim()
+    ticks = [2.0**power for power in range(-10, 11) if low <= 2.0**power <= high]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()
 
 
 def _accuracy(axis: Axes, records: Sequence[Record], colours: dict[str, str]) -> None:
     for r in records:
         axis.scatter(r["ms"], 100 * r["accuracy"], color=colours[r["label"]], s=45)
+    axis.margins(0.15)
     axis.set(title="Digits: accuracy against training time", xlabel="ms a step", ylabel="test accuracy, %")
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+# What a figure depends on; changes elsewhere in a checkout do not make its code version dirty.
+SOURCES = ("efficient_attn", "benchmarks", "kernels", "csrc", "setup.py", "pyproject.toml")
 STATUSES = ("ok", "oom", "timeout", "unsupported", "crash", "error")
 
 Record = dict[str, Any]
@@ -30,7 +32,9 @@ def code_version() -> str:
     if (root / ".git").exists():
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", *SOURCES], capture_output=True, text=True
+        )
         if commit.returncode == 0:
             return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
     return _version("efficient-attn") or "unknown"

@@ -268,8 +268,8 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits) -> i
                     runner.run_cell(cell, out, limits, code)
                     progress.advance(task)
         except KeyboardInterrupt as interrupt:
-            exit_code = 143 if interrupt.args else 130
-            console.print(f"[yellow]interrupted[/]; to go on, repeat the command with --out {folder} --resume")
+            exit_code, by = (143, "SIGTERM") if interrupt.args else (130, "Ctrl-C")
+            console.print(f"[yellow]interrupted[/] by {by}; to go on, repeat the command with --out {folder} --resume")
     _show(list(records.read(path)), folder / "results.png")
     console.print(f"{path}", highlight=False)
     return exit_code

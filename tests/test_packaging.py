@@ -30,7 +30,6 @@ def test_the_public_names_exist():
 
 
 @pytest.mark.skipif(not WHEEL, reason="only where the wheel is installed")
-@pytest.mark.skipif(not WHEEL, reason="only where the wheel is installed")
 def test_nothing_lands_at_the_top_level_but_the_package():
     files = metadata.files("efficient-attn") or []
     assert files

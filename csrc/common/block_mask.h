@@ -91,11 +91,26 @@ inline const uint8_t* bit_tile(const MaskView& mask, int32_t id) {
     return mask.tiles + static_cast<int64_t>(id) * mask.block_q * (mask.block_k / 8);
 }
 
-// Calls visit(Segment) for the keys that the queries `rows` (inside query block `block`) may see, ascending;
-// neighbouring full blocks become one segment.
+// The first of the entries [begin, end), ascending, that reaches beyond block `block`.
+inline int64_t first_entry(const int32_t* indices, Range entries, int64_t block) {
+    int64_t begin = entries.begin, end = entries.end;
+    while (begin < end) {
+        const int64_t middle = begin + (end - begin) / 2;
+        if (indices[middle] < block) {
+            begin = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return begin;
+}
+
+// Calls visit(Segment) for the keys inside `limits` that the queries `rows` (inside query block `block`) may see,
+// ascending; neighbouring full blocks become one segment.
 template <class Visit>
-inline void for_each_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Visit visit) {
-    const Range limits = any_visible(p, b, rows.begin, rows.end);
+inline void for_each_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Range limits,
+                             Visit visit) {
+    limits = intersect(limits, any_visible(p, b, rows.begin, rows.end));
     if (limits.begin >= limits.end) return;
     const MaskView& mask = p.mask;
     if (!mask.indptr) {
@@ -104,8 +119,9 @@ inline void for_each_segment(const AttentionParams& p, int64_t b, int64_t h, int
     }
     Segment pending{{0, 0}, nullptr, 0};
     const Range entries = list_entries(mask, mask.indptr, list_row(mask, b, h, ceil_div(p.Nq, mask.block_q), block));
-    for (int64_t e = entries.begin; e < entries.end; ++e) {
+    for (int64_t e = first_entry(mask.indices, entries, limits.begin / mask.block_k); e < entries.end; ++e) {
         const int64_t key = mask.indices[e] * mask.block_k;
+        if (key >= limits.end) break;
         const Range keys = intersect({key, key + mask.block_k}, limits);
         if (key < 0 || keys.begin >= keys.end) continue;
         const uint8_t* tile = bit_tile(mask, mask.tile_ids[e]);

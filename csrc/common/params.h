@@ -54,6 +54,7 @@ struct AttentionParams {
     MaskView mask;
     double scale, dropout_p;
     uint64_t dropout_seed;
+    int threads;  // how many will run it; decides the order of work, never the bits
 
     // Backward only.
     TensorView grad_out, dq, dk, dv;

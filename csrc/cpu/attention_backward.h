@@ -4,9 +4,11 @@
 //
 // Phases, each parallel over tasks that own what they write (no atomics, the same bits for any number of threads):
 //     0  delta            a tile of queries
-//     1  dK, dV           a tile of keys of one (batch, key/value head), over the query heads of its group
-//     2  dQ               a tile of queries of one (batch, head)
-//     3  dbias            a tile of the bias, over every dimension that it broadcasts
+//     1  dQ, dK, dV       one (batch, key/value head): five products a tile, where there are heads enough for the threads
+//     2  dK, dV           else a tile of keys of one (batch, key/value head), over the query heads of its group, and
+//     3  dQ               a tile of queries of one (batch, head): seven products, but one long sequence uses every core
+//     4  dbias            a tile of the bias, over every dimension that it broadcasts
+// One pass or two give the same bits: every sum runs over the same terms in the same order.
 #pragma once
 
 #include "attention_forward.h"
@@ -14,41 +16,63 @@
 namespace efficient_attn {
 namespace {
 
+inline bool one_pass(const AttentionParams& p) {
+    const int64_t heads = p.B * p.Hkv, threads = max_of(1, p.threads);
+    return ceil_div(heads, threads) * threads * 5 <= heads * 7;
+}
+
+// The bias has an element for every pair: its gradient is dS itself, stored on the way.
+inline bool bias_is_full(const AttentionParams& p) {
+    const int64_t* size = p.dbias.size;
+    return p.dbias.data && size[0] == p.B && size[1] == p.Hq && size[2] == p.Nq && size[3] == p.Nk;
+}
+
+// In one pass: keys whose K, V, dK and dV stay in the second cache level while every query comes by.
+template <class A>
+inline int64_t key_span(const AttentionParams& p) {
+    constexpr int64_t cache = 512 * 1024;
+    if (!one_pass(p)) return kKeys;
+    const int64_t bytes = 2 * static_cast<int64_t>(sizeof(A)) * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
+    return min_of(max_of(cache / bytes / kKeys, 1) * kKeys, round_up(p.Nk, kKeys));
+}
+
 template <class A>
 struct BackwardTile {
-    A *Qt, *dOt, *Q, *dO, *S, *dP, *lse, *delta, *K_buffer, *V_buffer, *buffer, *first, *second;
+    A *Qt, *dOt, *Q, *dO, *S, *dP, *bias, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dQt, *dK, *dV;
     double* sum;
     uint64_t *bits, *keep;
 
-    static int64_t padded(int64_t width) { return round_up(width, kLanes<A>); }
-
-    // `first` and `second` are the accumulators: dK and dV, or dQt.
+    // In one pass dQt holds every query of the group.
     BackwardTile(const AttentionParams& p, char* memory) {
+        const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), widest = max_of(D, Dv);
         Arena arena{memory};
         Qt = arena.take<A>(p.D * kQueries);
         dOt = arena.take<A>(p.Dv * kQueries);
-        Q = arena.take<A>(padded(p.D) * kQueries);
-        dO = arena.take<A>(padded(p.Dv) * kQueries);
+        Q = arena.take<A>(D * kQueries);
+        dO = arena.take<A>(Dv * kQueries);
         S = arena.take<A>(kKeys * kQueries);
         dP = arena.take<A>(kKeys * kQueries);
-        lse = arena.take<A>(kQueries);
+        bias = arena.take<A>(has_bias(p) ? kKeys * kQueries : 0);
+        top = arena.take<A>(kQueries);
+        rest = arena.take<A>(kQueries);
         delta = arena.take<A>(kQueries);
         K_buffer = arena.take<A>(kKeys * p.D);
         V_buffer = arena.take<A>(kKeys * p.Dv);
-        buffer = arena.take<A>(kKeys * max_of(p.D, p.Dv));
-        first = arena.take<A>(kKeys * padded(p.D));
-        second = arena.take<A>(kKeys * padded(p.Dv));
-        sum = arena.take<double>(kKeys * kQueries);
+        buffer = arena.take<A>(kKeys * widest);
+        scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, widest)));
+        dQt = arena.take<A>((one_pass(p) ? p.Hq / p.Hkv * query_tiling(p, kQueries).count : 1) * p.D * kQueries);
+        dK = arena.take<A>(key_span<A>(p) * D);
+        dV = arena.take<A>(key_span<A>(p) * Dv);
+        sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
+        end = arena.next;
     }
 
-    static int64_t bytes(const AttentionParams& p) {
-        const int64_t d = padded(p.D), dv = padded(p.Dv);
-        return 64 * 20 +
-               static_cast<int64_t>(sizeof(A)) * (kQueries * (2 * d + 2 * dv + 2 * kKeys + 2) + kKeys * 3 * (d + dv)) +
-               kKeys * (kQueries * 8 + 16);
-    }
+    static int64_t bytes(const AttentionParams& p) { return BackwardTile(p, kNoMemory).end - kNoMemory; }
+
+  private:
+    char* end;
 };
 
 // A tile of queries of one (b, h), as the phases walk them.
@@ -72,46 +96,36 @@ inline QueryTile query_tile(const AttentionParams& p, const QueryTiling& tiling,
 template <class T, class A>
 inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const A* delta, int64_t w,
                             BackwardTile<A>& t) {
-    pack_transposed<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, A{1}, w, t.Qt);
-    pack_transposed<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, A{1}, w, t.dOt);
+    pack_transposed<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, score_scale<A>(p), w, t.scratch, t.Qt);
+    pack_transposed<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, Unscaled{}, w, t.scratch, t.dOt);
     const int64_t row = (q.b * p.Hq + q.h) * p.Nq + q.rows.begin;
     for (int64_t r = 0; r < w; ++r) {
         // Lanes without a row, and rows without a visible key, get weight 0 through an infinite lse.
         const A lse = r < q.count ? static_cast<const A*>(p.lse)[row + r] : kInfinity<A>;
-        t.lse[r] = lse == -kInfinity<A> ? kInfinity<A> : lse;
+        const bool empty = lse == -kInfinity<A> || lse == kInfinity<A>;
+        const double exponent = static_cast<double>(lse) * kLog2e;
+        t.top[r] = empty ? kInfinity<A> : static_cast<A>(exponent);
+        t.rest[r] = empty ? 0 : static_cast<A>(exponent - static_cast<double>(t.top[r]));
         t.delta[r] = r < q.count ? delta[row + r] : 0;
     }
 }
 
-// S becomes Z P, dP becomes dS, both [keys][w]. Returns whether pairs are masked; then `bits` says which.
-template <class T, class A>
-inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile,
-                            int64_t tile_key, const Rows<A>& K, const Rows<A>& V, int64_t w, BackwardTile<A>& t) {
-    const int64_t n = keys.end - keys.begin;
-    tile_product(K, n, p.D, t.Qt, w, t.S);
-    tile_product(V, n, p.Dv, t.dOt, w, t.dP);
-    bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
-    A scale = static_cast<A>(p.scale);
-    if (has_bias(p)) {
-        masked = add_bias<T>(p, q.b, q.h, q.rows, keys, scale, w, t.S, masked, t.bits);
-        scale = 1;
-    }
-    const bool dropped = p.dropout_p > 0;
-    if (dropped)
-        dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
-    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    for (int64_t k = 0; k < n; ++k) {
-        for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
+// S becomes Z P, dP becomes dS.
+template <class A, bool kMasked, bool kDropped>
+EA_NOINLINE void weight_gradients(int64_t keys, int64_t w, const BackwardTile<A>& t, A rescale) {
+    for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
+        const Vec<A> top = load(t.top + lane), rest = load(t.rest + lane), delta = load(t.delta + lane);
+        for (int64_t k = 0; k < keys; ++k) {
             A *s = t.S + k * w + lane, *g = t.dP + k * w + lane;
-            Vec<A> P = exp(load<A>(s) * scale - load<A>(t.lse + lane));
-            Vec<A> gradient = load<A>(g), weight = P;
-            if (dropped) {
+            const Vec<A> P = exp2((load(s) - top) - rest);
+            Vec<A> gradient = load(g), weight = P;
+            if constexpr (kDropped) {
                 const Mask<A> kept = lanes_from_bits<A>(t.keep[k] >> lane);
                 gradient = select<A>(kept, gradient * rescale, Vec<A>{});
                 weight = select<A>(kept, P * rescale, Vec<A>{});
             }
-            gradient = P * (gradient - load<A>(t.delta + lane));
-            if (masked) {
+            gradient = P * (gradient - delta);
+            if constexpr (kMasked) {
                 const Mask<A> visible = lanes_from_bits<A>(t.bits[k] >> lane);
                 gradient = select<A>(visible, gradient, Vec<A>{});
                 weight = select<A>(visible, weight, Vec<A>{});
@@ -119,6 +133,24 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
             store(s, weight);
             store(g, gradient);
         }
+    }
+}
+
+// Fills S with Z P and dP with dS, both [keys][w]. Returns whether pairs are masked; then `bits` says which.
+template <class T, class A>
+inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile,
+                            int64_t tile_key, const Rows<A>& K, const Rows<A>& V, int64_t w, BackwardTile<A>& t) {
+    const int64_t n = keys.end - keys.begin;
+    score_tile(K, n, p.D, t.Qt, w, t.S);
+    score_tile(V, n, p.Dv, t.dOt, w, t.dP);
+    bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
+    if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
+    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
+    if (p.dropout_p > 0) {
+        dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
+        masked ? weight_gradients<A, true, true>(n, w, t, rescale) : weight_gradients<A, false, true>(n, w, t, rescale);
+    } else {
+        masked ? weight_gradients<A, true, false>(n, w, t, 1) : weight_gradients<A, false, false>(n, w, t, 1);
     }
     return masked;
 }
@@ -129,13 +161,114 @@ inline void delta_task(const AttentionParams& p, int64_t task, A* delta) {
     const int64_t tiles = ceil_div(p.Nq, kQueries), tile = task % tiles, head = task / tiles;
     const int64_t h = head % p.Hq, b = head / p.Hq;
     for (int64_t i = tile * kQueries; i < min_of(p.Nq, (tile + 1) * kQueries); ++i) {
-        const T* out = static_cast<const T*>(p.out.data) + row_offset(p.out, b, h, i);
-        const T* grad = static_cast<const T*>(p.grad_out.data) + row_offset(p.grad_out, b, h, i);
-        A sum = 0;
-        for (int64_t d = 0; d < p.Dv; ++d) sum += widen<A>(out[d]) * widen<A>(grad[d]);
+        const A sum = row_product<A>(row_pointer<T>(p.out, b, h, i), row_pointer<T>(p.grad_out, b, h, i), p.Dv);
         const int64_t row = head * p.Nq + i;
         delta[row] = p.grad_lse ? sum - static_cast<const A*>(p.grad_lse)[row] : sum;
     }
+}
+
+// What a tile of queries adds to dK and dV of `keys`, whose first key is row 0 of both.
+template <class T, class A>
+inline void add_key_gradients(const AttentionParams& p, const QueryTile& q, int64_t keys, int64_t w, bool masked,
+                              const Rows<A>& Q, const Rows<A>& dO, const BackwardTile<A>& t, A* dK, A* dV) {
+    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
+    if (masked) {
+        accumulate_rows_masked(t.S, keys, w, q.count, dO, Dv, t.bits, t.buffer, dV);
+        accumulate_rows_masked(t.dP, keys, w, q.count, Q, D, t.bits, t.buffer, dK);
+    } else {
+        accumulate_rows(t.S, keys, w, q.count, dO, Dv, dV);
+        accumulate_rows(t.dP, keys, w, q.count, Q, D, dK);
+    }
+}
+
+template <class T, class A>
+inline void store_key_gradients(const AttentionParams& p, int64_t b, int64_t kv, Range keys, A* dK, const A* dV) {
+    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
+    const A scale = static_cast<A>(p.scale);
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+        A* row = dK + (j - keys.begin) * D;
+        for (int64_t d = 0; d < D; ++d) row[d] *= scale;
+        narrow_row(row, p.D, row_pointer<T>(p.dk, b, kv, j));
+        narrow_row(dV + (j - keys.begin) * Dv, p.Dv, row_pointer<T>(p.dv, b, kv, j));
+    }
+}
+
+// dbias[i][j] = dS[j][i] for a bias that has every pair.
+template <class T, class A>
+inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range keys, int64_t w, BackwardTile<A>& t) {
+    with_bias_type<T>(p, [&](auto element) {
+        using E = decltype(element);
+        E* data = static_cast<E*>(p.dbias.data) + keys.begin;
+        const TensorView view{data, p.Hq * p.Nq * p.Nk, p.Nq * p.Nk, p.Nk};
+        store_transposed<E, A>(t.dP, w, nullptr, view, q.b, q.h, q.rows.begin, q.count, keys.end - keys.begin, t.scratch);
+    });
+}
+
+// Adds to dQt what the keys inside `limits` give a tile of queries. begin() is called before the first piece of keys,
+// visit(keys, masked) after each, while S and dP hold Z P and dS.
+template <class T, class A, class Begin, class Visit>
+inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Range limits, int64_t w,
+                                BackwardTile<A>& t, A* dQt, Begin begin, Visit visit) {
+    const int64_t kv = q.h / (p.Hq / p.Hkv);
+    bool begun = false;
+    for_each_chunk(p, q.b, q.h, q.block, q.rows, limits, [&](Range keys, const Segment& segment) {
+        const int64_t n = keys.end - keys.begin;
+        if (!begun) begin();
+        begun = true;
+        const Rows<A> K = load_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, t.K_buffer);
+        const Rows<A> V = load_rows<T>(p.value, q.b, kv, keys.begin, n, p.Dv, t.V_buffer);
+        const bool masked = score_gradients<T>(p, q, keys, segment.tile, segment.tile_key, K, V, w, t);
+        if (masked) {
+            accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
+        } else {
+            accumulate_columns<A>(K, n, p.D, t.dP, w, nullptr, dQt);
+        }
+        if (bias_is_full(p)) store_bias_tile<T>(p, q, keys, w, t);
+        visit(keys, masked);
+    });
+}
+
+template <class T, class A>
+inline void store_query_gradients(const AttentionParams& p, const QueryTile& q, int64_t w, const A* dQt,
+                                  BackwardTile<A>& t) {
+    for (int64_t r = 0; r < q.count; ++r) t.delta[r] = static_cast<A>(p.scale);
+    store_transposed<T>(dQt, w, t.delta, p.dq, q.b, q.h, q.rows.begin, q.count, p.D, t.scratch);
+}
+
+// Phase 1.
+template <class T, class A>
+inline void head_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
+    const int64_t kv = task % p.Hkv, b = task / p.Hkv, group = p.Hq / p.Hkv;
+    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), span = key_span<A>(p);
+    const QueryTiling tiling = query_tiling(p, kQueries);
+    BackwardTile<A> t(p, memory);
+
+    auto for_each_tile = [&](auto visit) {  // visit(tile of queries, its lanes, its dQt)
+        for (int64_t index = 0; index < group * tiling.count; ++index) {
+            const QueryTile q = query_tile(p, tiling, b, kv * group + index / tiling.count, index % tiling.count);
+            if (q.count > 0) visit(q, whole_vectors<A>(q.count), t.dQt + index * p.D * kQueries);
+        }
+    };
+    fill_zero(t.dQt, group * tiling.count * p.D * kQueries);
+    for (int64_t first = 0; first < p.Nk; first += span) {
+        const Range keys{first, min_of(first + span, p.Nk)};
+        fill_zero(t.dK, span * D);
+        fill_zero(t.dV, span * Dv);
+        for_each_tile([&](const QueryTile& q, int64_t w, A* dQt) {
+            Rows<A> Q, dO;
+            auto begin = [&] {
+                load_query_tile<T>(p, q, delta, w, t);
+                Q = load_padded_rows<T>(p.query, b, q.h, q.rows.begin, q.count, p.D, t.Q);
+                dO = load_padded_rows<T>(p.grad_out, b, q.h, q.rows.begin, q.count, p.Dv, t.dO);
+            };
+            add_query_gradients<T>(p, q, keys, w, t, dQt, begin, [&](Range part, bool masked) {
+                add_key_gradients<T>(p, q, part.end - part.begin, w, masked, Q, dO, t, t.dK + (part.begin - first) * D,
+                                     t.dV + (part.begin - first) * Dv);
+            });
+        });
+        store_key_gradients<T>(p, b, kv, keys, t.dK, t.dV);
+    }
+    for_each_tile([&](const QueryTile& q, int64_t w, A* dQt) { store_query_gradients<T>(p, q, w, dQt, t); });
 }
 
 struct KeyTiling {
@@ -158,7 +291,7 @@ inline Range key_tile(const AttentionParams& p, const KeyTiling& tiling, int64_t
     return {begin, max_of(begin, end)};
 }
 
-// Phase 1.
+// Phase 2.
 template <class T, class A>
 inline void key_value_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
     const KeyTiling tiling = key_tiling(p);
@@ -166,29 +299,24 @@ inline void key_value_task(const AttentionParams& p, int64_t task, const A* delt
     const Range keys = key_tile(p, tiling, task % tiling.count);
     const int64_t kv = task / tiling.count % p.Hkv, b = task / tiling.count / p.Hkv, n = keys.end - keys.begin;
     if (n <= 0) return;
-    const int64_t group = p.Hq / p.Hkv, Dp = BackwardTile<A>::padded(p.D), Dvp = BackwardTile<A>::padded(p.Dv);
+    const int64_t group = p.Hq / p.Hkv;
     BackwardTile<A> t(p, memory);
     const Rows<A> K = load_rows<T>(p.key, b, kv, keys.begin, n, p.D, t.K_buffer);
     const Rows<A> V = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
-    for (int64_t k = 0; k < n * Dp; ++k) t.first[k] = 0;
-    for (int64_t k = 0; k < n * Dvp; ++k) t.second[k] = 0;
+    fill_zero(t.dK, n * whole_vectors<A>(p.D));
+    fill_zero(t.dV, n * whole_vectors<A>(p.Dv));
 
     auto visit = [&](int64_t h, int64_t tile_index, const uint8_t* tile, int64_t tile_key) {
         const QueryTile q = query_tile(p, queries, b, h, tile_index);
         if (q.count <= 0) return;
         const Range seen = intersect(any_visible(p, b, q.rows.begin, q.rows.end), keys);
         if (seen.begin >= seen.end) return;
-        const int64_t w = round_up(q.count, kLanes<A>);
+        const int64_t w = whole_vectors<A>(q.count);
         load_query_tile<T>(p, q, delta, w, t);
-        pack_rows<T>(p.query, b, h, q.rows.begin, q.count, p.D, Dp, t.Q);
-        pack_rows<T>(p.grad_out, b, h, q.rows.begin, q.count, p.Dv, Dvp, t.dO);
-        if (score_gradients<T>(p, q, keys, tile, tile_key, K, V, w, t)) {
-            accumulate_rows_masked(t.S, n, w, q.count, t.dO, Dvp, t.bits, t.second);
-            accumulate_rows_masked(t.dP, n, w, q.count, t.Q, Dp, t.bits, t.first);
-        } else {
-            accumulate_rows(t.S, n, w, q.count, t.dO, Dvp, t.second);
-            accumulate_rows(t.dP, n, w, q.count, t.Q, Dp, t.first);
-        }
+        const Rows<A> Q = load_padded_rows<T>(p.query, b, h, q.rows.begin, q.count, p.D, t.Q);
+        const Rows<A> dO = load_padded_rows<T>(p.grad_out, b, h, q.rows.begin, q.count, p.Dv, t.dO);
+        const bool masked = score_gradients<T>(p, q, keys, tile, tile_key, K, V, w, t);
+        add_key_gradients<T>(p, q, n, w, masked, Q, dO, t, t.dK, t.dV);
     };
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         if (!p.mask.indptr) {
@@ -207,42 +335,22 @@ inline void key_value_task(const AttentionParams& p, int64_t task, const A* delt
                       block * mask.block_k);
         }
     }
-    const A scale = static_cast<A>(p.scale);
-    for (int64_t k = 0; k < n; ++k) {
-        T* dk = static_cast<T*>(p.dk.data) + row_offset(p.dk, b, kv, keys.begin + k);
-        T* dv = static_cast<T*>(p.dv.data) + row_offset(p.dv, b, kv, keys.begin + k);
-        for (int64_t d = 0; d < p.D; ++d) dk[d] = narrow<T>(t.first[k * Dp + d] * scale);
-        for (int64_t d = 0; d < p.Dv; ++d) dv[d] = narrow<T>(t.second[k * Dvp + d]);
-    }
+    store_key_gradients<T>(p, b, kv, keys, t.dK, t.dV);
 }
 
-// Phase 2.
+// Phase 3.
 template <class T, class A>
 inline void query_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
     const QueryTiling tiling = query_tiling(p, kQueries);
-    const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq, kv = h / (p.Hq / p.Hkv);
+    const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq;
     const QueryTile q = query_tile(p, tiling, b, h, tiling.count - 1 - task % tiling.count);
     if (q.count <= 0) return;
-    const int64_t w = round_up(q.count, kLanes<A>);
+    const int64_t w = whole_vectors<A>(q.count);
     BackwardTile<A> t(p, memory);
-    load_query_tile<T>(p, q, delta, w, t);
-    A* dQt = t.first;  // [D][w]
-    for (int64_t k = 0; k < p.D * w; ++k) dQt[k] = 0;
-    for_each_chunk(p, b, h, q.block, q.rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
-        const int64_t n = keys.end - keys.begin;
-        const Rows<A> K = load_rows<T>(p.key, b, kv, keys.begin, n, p.D, t.K_buffer);
-        const Rows<A> V = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
-        if (score_gradients<T>(p, q, keys, segment.tile, segment.tile_key, K, V, w, t)) {
-            accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
-        } else {
-            accumulate_columns<A>(K, n, p.D, t.dP, w, nullptr, dQt);
-        }
-    });
-    const A scale = static_cast<A>(p.scale);
-    for (int64_t r = 0; r < q.count; ++r) {
-        T* dq = static_cast<T*>(p.dq.data) + row_offset(p.dq, b, h, q.rows.begin + r);
-        for (int64_t d = 0; d < p.D; ++d) dq[d] = narrow<T>(dQt[d * w + r] * scale);
-    }
+    fill_zero(t.dQt, p.D * w);
+    const auto begin = [&] { load_query_tile<T>(p, q, delta, w, t); };
+    add_query_gradients<T>(p, q, {0, p.Nk}, w, t, t.dQt, begin, [](Range, bool) {});
+    store_query_gradients<T>(p, q, w, t.dQt, t);
 }
 
 // How the gradient of the bias is cut: by tiles of queries and keys where the bias has them, else in one piece.
@@ -280,7 +388,7 @@ inline void store_bias(const AttentionParams& p, int64_t at, double value) {
     }
 }
 
-// Phase 3.
+// Phase 4.
 template <class T, class A>
 inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
     const BiasTiling cut = bias_tiling(p);
@@ -292,13 +400,13 @@ inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, ch
     const QueryTiling tiling = query_tiling(p, kQueries);
     const Range keys = by_key ? Range{jt * kKeys, min_of((jt + 1) * kKeys, p.Nk)} : Range{0, p.Nk};
     BackwardTile<A> t(p, memory);
-    for (int64_t k = 0; k < kKeys * kQueries; ++k) t.sum[k] = 0;
+    fill_zero(t.sum, kKeys * kQueries);
     for (int64_t b = size[0] > 1 ? bias_b : 0; b < (size[0] > 1 ? bias_b + 1 : p.B); ++b) {
         for (int64_t h = size[1] > 1 ? bias_h : 0; h < (size[1] > 1 ? bias_h + 1 : p.Hq); ++h) {
             for (int64_t tile = by_query ? it : 0; tile < (by_query ? it + 1 : tiling.count); ++tile) {
                 const QueryTile q = query_tile(p, tiling, b, h, tile);
                 if (q.count <= 0) continue;
-                const int64_t w = round_up(q.count, kLanes<A>), kv = h / (p.Hq / p.Hkv);
+                const int64_t w = whole_vectors<A>(q.count), kv = h / (p.Hq / p.Hkv);
                 load_query_tile<T>(p, q, delta, w, t);
                 for_each_chunk(p, b, h, q.block, q.rows, keys, [&](Range chunk, const Segment& segment) {
                     const int64_t n = chunk.end - chunk.begin;

@@ -11,48 +11,70 @@ namespace {
 
 template <class A>
 struct ForwardTile {
-    A *Qt, *S, *Ot, *top, *total, *decay, *buffer, *V_buffer;
+    A *Qt, *S, *bias, *Ot, *top, *total, *fade, *scratch, *K_buffer, *V_buffer;
     uint64_t *bits, *keep;
 
     ForwardTile(const AttentionParams& p, char* memory) {
         Arena arena{memory};
         Qt = arena.take<A>(p.D * kQueries);
         S = arena.take<A>(kKeys * kQueries);
+        bias = arena.take<A>(has_bias(p) ? kKeys * kQueries : 0);
         Ot = arena.take<A>(p.Dv * kQueries);
         top = arena.take<A>(kQueries);
         total = arena.take<A>(kQueries);
-        decay = arena.take<A>(kQueries);
-        buffer = arena.take<A>(kKeys * max_of(p.D, p.Dv));
+        fade = arena.take<A>(kQueries);
+        scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, max_of(p.D, p.Dv))));
+        K_buffer = arena.take<A>(kKeys * max_of(p.D, p.Dv));
         V_buffer = arena.take<A>(kKeys * p.Dv);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
+        end = arena.next;
     }
+
+    static int64_t bytes(const AttentionParams& p) { return ForwardTile(p, kNoMemory).end - kNoMemory; }
+
+  private:
+    char* end;
 };
 
+// The largest of a column of S, and of what came before.
 template <class A>
-inline int64_t forward_thread_bytes(const AttentionParams& p) {
-    return 64 * 12 +
-           static_cast<int64_t>(sizeof(A)) * (kQueries * (p.D + p.Dv + kKeys + 3) + kKeys * (p.D + 2 * p.Dv)) +
-           16 * kKeys;
+EA_INLINE Vec<A> column_maximum(const A* S, int64_t keys, int64_t w, Vec<A> before) {
+    Vec<A> best[4] = {before, before, before, before};
+    int64_t k = 0;
+    for (; k + 4 <= keys; k += 4)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) best[part] = larger(load<A>(S + (k + part) * w), best[part]);
+    for (; k < keys; ++k) best[0] = larger(load<A>(S + k * w), best[0]);
+    return larger(larger(best[0], best[1]), larger(best[2], best[3]));
 }
 
-// S becomes exp(S - top); top, total and the decay of what was accumulated before are updated.
+// S becomes 2^(S - top); top, total and the fade of what was accumulated before are updated.
 template <class A>
-inline void online_softmax_update(int64_t keys, int64_t w, A unit, A* S, A* top, A* total, A* decay) {
+EA_NOINLINE void online_softmax_update(int64_t keys, int64_t w, A* S, A* top, A* total, A* fade) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
-        const Vec<A> before = load<A>(top + lane);
-        Vec<A> best = before;
-        for (int64_t k = 0; k < keys; ++k) best = larger(load<A>(S + k * w + lane), best);
+        const Vec<A> before = load<A>(top + lane), best = column_maximum<A>(S + lane, keys, w, before);
         const Vec<A> reference = select<A>(best == -kInfinity<A>, Vec<A>{}, best);  // a row without visible keys so far
-        const Vec<A> shrink = exp((before - reference) * unit);
-        Vec<A> sum[4] = {};
-        for (int64_t k = 0; k < keys; ++k) {
-            const Vec<A> weight = exp((load<A>(S + k * w + lane) - reference) * unit);
-            store(S + k * w + lane, weight);
-            sum[k & 3] += weight;
+        const Vec<A> shrink = exp2(before - reference);
+        Vec<A> sum[2] = {};
+        int64_t k = 0;
+        for (; k + 2 <= keys; k += 2) {
+#pragma GCC unroll 2
+            for (int part = 0; part < 2; ++part) {
+                A* place = S + (k + part) * w + lane;
+                const Vec<A> weight = exp2(load<A>(place) - reference);
+                store(place, weight);
+                sum[part] += weight;
+            }
         }
-        store(decay + lane, shrink);
-        store(total + lane, load<A>(total + lane) * shrink + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+        if (k < keys) {
+            A* place = S + k * w + lane;
+            const Vec<A> weight = exp2(load<A>(place) - reference);
+            store(place, weight);
+            sum[0] += weight;
+        }
+        store(fade + lane, shrink);
+        store(total + lane, load<A>(total + lane) * shrink + (sum[0] + sum[1]));
         store(top + lane, best);
     }
 }
@@ -67,48 +89,41 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
     if (count <= 0) return;
     const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
-    const int64_t w = round_up(count, kLanes<A>);
+    const int64_t w = whole_vectors<A>(count);
     ForwardTile<A> t(p, memory);
 
-    // The scale's sign goes into the queries, so that the largest score stays the largest; its size into the exponent.
-    const A sign = p.scale < 0 ? -1 : p.scale > 0 ? 1 : 0, size = static_cast<A>(p.scale < 0 ? -p.scale : p.scale);
-    const bool biased = has_bias(p);
-    const A scale = size == 0 ? 1 : size;
-    const A unit = biased ? 1 : scale;  // what one unit of S is worth
-    pack_transposed<T>(p.query, b, h, rows.begin, count, p.D, sign, w, t.Qt);
+    pack_transposed<T>(p.query, b, h, rows.begin, count, p.D, score_scale<A>(p), w, t.scratch, t.Qt);
     for (int64_t r = 0; r < w; ++r) t.top[r] = -kInfinity<A>, t.total[r] = 0;
-    for (int64_t k = 0; k < p.Dv * w; ++k) t.Ot[k] = 0;
+    fill_zero(t.Ot, p.Dv * w);
 
     for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
         const int64_t n = keys.end - keys.begin;
-        tile_product(load_rows<T>(p.key, b, kv, keys.begin, n, p.D, t.buffer), n, p.D, t.Qt, w, t.S);
+        score_tile(load_rows<T>(p.key, b, kv, keys.begin, n, p.D, t.K_buffer), n, p.D, t.Qt, w, t.S);
         bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
-        if (biased) masked = add_bias<T>(p, b, h, rows, keys, scale, w, t.S, masked, t.bits);
+        if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
-        online_softmax_update(n, w, unit, t.S, t.top, t.total, t.decay);
+        online_softmax_update(n, w, t.S, t.top, t.total, t.fade);
         if (p.dropout_p > 0) {
             dropout_bits(p.dropout_seed, p.dropout_p, b, h, rows.begin, count, keys.begin, keys.end, t.keep);
             fill_masked(t.keep, n, w, A{0}, t.S);
         }
         const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
         if (masked) {
-            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.decay, t.bits, t.buffer, t.Ot);
+            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, t.K_buffer, t.Ot);
         } else {
-            accumulate_columns(values, n, p.Dv, t.S, w, t.decay, t.Ot);
+            accumulate_columns(values, n, p.Dv, t.S, w, t.fade, t.Ot);
         }
     });
 
-    const A kept = static_cast<A>(1.0 / (1.0 - p.dropout_p));
+    const double kept = 1.0 / (1.0 - p.dropout_p);
     for (int64_t r = 0; r < count; ++r) {
-        const bool empty = t.total[r] == 0;
-        const A weight = empty ? 0 : kept / t.total[r];
-        T* out = static_cast<T*>(p.out.data) + row_offset(p.out, b, h, rows.begin + r);
-        for (int64_t d = 0; d < p.Dv; ++d) out[d] = narrow<T>(empty ? A{0} : t.Ot[d * w + r] * weight);
+        const double total = static_cast<double>(t.total[r]);
+        t.fade[r] = total == 0 ? 0 : static_cast<A>(kept / total);
         static_cast<A*>(p.lse)[(b * p.Hq + h) * p.Nq + rows.begin + r] =
-            empty
-                ? -kInfinity<A>
-                : static_cast<A>(static_cast<double>(t.top[r]) * unit + __builtin_log(static_cast<double>(t.total[r])));
+            total == 0 ? -kInfinity<A>
+                       : static_cast<A>(static_cast<double>(t.top[r]) * kLn2 + __builtin_log(total));
     }
+    store_transposed<T>(t.Ot, w, t.fade, p.out, b, h, rows.begin, count, p.Dv, t.scratch);
 }
 
 inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * query_tiling(p, kQueries).count; }

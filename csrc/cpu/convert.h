@@ -61,9 +61,8 @@ inline float narrow<float>(float x) {
 }
 template <>
 inline BFloat16 narrow<BFloat16>(float x) {
-    const uint32_t u = bits_of(x);
-    if ((u & 0x7FFFFFFF) > 0x7F800000) return {static_cast<uint16_t>(u >> 16 | 0x40)};
-    return {static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16)};
+    const uint32_t u = bits_of(x), rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16, quiet_nan = u >> 16 | 0x40;
+    return {static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? quiet_nan : rounded)};
 }
 template <>
 inline Float16 narrow<Float16>(float x) {
@@ -91,6 +90,19 @@ inline void widen_row(const Float16* source, int64_t n, float* out) {
         _mm256_storeu_ps(out + k, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + k))));
 #endif
     for (; k < n; ++k) out[k] = widen<float>(source[k]);
+}
+
+template <class T, class A>
+inline void narrow_row(const A* source, int64_t n, T* out) {
+    int64_t k = 0;
+#if defined(__F16C__)
+    if constexpr (sizeof(T) == sizeof(Float16) && __is_same(T, Float16)) {
+        for (; k + 8 <= n; k += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(source + k), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; k < n; ++k) out[k] = narrow<T>(source[k]);
 }
 
 }  // namespace

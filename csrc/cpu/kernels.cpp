@@ -30,7 +30,7 @@ inline auto with_types(const AttentionParams& p, F f) {
 
 int64_t no_bytes(const AttentionParams&) { return 0; }
 int64_t forward_bytes(const AttentionParams& p) {
-    return p.dtype == kFloat64 ? forward_thread_bytes<double>(p) : forward_thread_bytes<float>(p);
+    return p.dtype == kFloat64 ? ForwardTile<double>::bytes(p) : ForwardTile<float>::bytes(p);
 }
 int64_t forward_tasks(const AttentionParams& p, int) { return forward_task_count(p); }
 void forward_run(const AttentionParams& p, int, int64_t task, char* memory, char*) {
@@ -49,11 +49,13 @@ int64_t backward_tasks(const AttentionParams& p, int phase) {
         case 0:
             return p.B * p.Hq * ceil_div(p.Nq, kQueries);
         case 1:
-            return p.B * p.Hkv * key_tiling(p).count;
+            return one_pass(p) ? p.B * p.Hkv : 0;
         case 2:
-            return forward_task_count(p);
+            return one_pass(p) ? 0 : p.B * p.Hkv * key_tiling(p).count;
+        case 3:
+            return one_pass(p) ? 0 : forward_task_count(p);
         default:
-            return p.dbias.data ? bias_tiling(p).count : 0;
+            return p.dbias.data && !bias_is_full(p) ? bias_tiling(p).count : 0;
     }
 }
 void backward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
@@ -65,8 +67,10 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
             case 0:
                 return delta_task<T, A>(p, task, delta);
             case 1:
-                return key_value_task<T, A>(p, task, delta, memory);
+                return head_task<T, A>(p, task, delta, memory);
             case 2:
+                return key_value_task<T, A>(p, task, delta, memory);
+            case 3:
                 return query_task<T, A>(p, task, delta, memory);
             default:
                 return bias_task<T, A>(p, task, delta, memory);
@@ -84,7 +88,7 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
 extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
     {1, no_bytes, forward_bytes, forward_tasks, nullptr, forward_run},
-    {4, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
+    {5, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
 };
 
 }  // namespace efficient_attn

@@ -49,12 +49,12 @@ EA_INLINE void multiply_accumulate(Vec<A> (&acc)[MR][NV], int64_t k_count, const
     }
 }
 
-// Calls f(Int<rows>, first) over [0, count) in groups of kTileRows and one smaller rest.
+// Calls f(Int<rows>, first) over [0, count) in groups of kTileRows, and the rest in groups of half, a quarter, ... of it.
 template <int MR, class F>
 EA_INLINE void rest_of_rows(int64_t rest, int64_t first, F& f) {
     if constexpr (MR > 0) {
-        if (rest == MR) return f(Int<MR>{}, first);
-        rest_of_rows<MR - 1>(rest, first, f);
+        if (rest & MR) f(Int<MR>{}, first);
+        rest_of_rows<MR / 2>(rest, first + (rest & MR), f);
     }
 }
 
@@ -62,7 +62,7 @@ template <class F>
 EA_INLINE void for_row_groups(int64_t count, F f) {
     int64_t first = 0;
     for (; first + kTileRows <= count; first += kTileRows) f(Int<kTileRows>{}, first);
-    rest_of_rows<kTileRows - 1>(count - first, first, f);
+    rest_of_rows<kTileRows / 2>(count - first, first, f);
 }
 
 // The widths, in vectors, into which `vectors` are split: as even as possible, at most kTileVectors each.
@@ -87,6 +87,57 @@ EA_INLINE void for_panels(int64_t vectors, F f) {
         if (width == 1) f(Int<1>{}, first);
         first += width * kLanes<A>;
     }
+}
+
+// What becomes of the products: out = product, out += product, out = out * fade + product.
+enum class Into { kReplace, kAdd, kFade };
+
+// Not inlined: a function of its own keeps its accumulators in registers, whatever surrounds the call.
+template <class A, Into kInto, int MR, int NV, class MStride, class KStride>
+EA_NOINLINE void product_tile(int64_t depth, const A* a, MStride m_stride, KStride k_stride, const A* b, int64_t ldb,
+                              A* out, int64_t ldo, const A* fade) {
+    if constexpr (kInto != Into::kReplace) {  // a gradient's sums may lie in the last cache level
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m)
+            for (int byte = 0; byte < NV * kVectorBytes; byte += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(out + m * ldo) + byte, 1);
+    }
+    Vec<A> acc[MR][NV];
+    clear<A>(acc);
+    multiply_accumulate<A>(acc, depth, a, m_stride, k_stride, b, ldb);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            A* place = out + m * ldo + v * kLanes<A>;
+            if constexpr (kInto == Into::kReplace) store(place, acc[m][v]);
+            if constexpr (kInto == Into::kAdd) store(place, load<A>(place) + acc[m][v]);
+            if constexpr (kInto == Into::kFade)
+                store(place, load<A>(place) * load<A>(fade + v * kLanes<A>) + acc[m][v]);
+        }
+    }
+}
+
+constexpr int64_t kRun = 64;  // terms summed in one go: a long sum in float is kept as a sum of short ones
+
+// out[m][n] (into) sum_k a[m * m_stride + k * k_stride] * b[k * ldb + n]      m < rows, n < vectors of lanes, k < depth
+template <class A, Into kInto, class MStride, class KStride>
+inline void product(int64_t rows, int64_t vectors, int64_t depth, const A* a, MStride m_stride, KStride k_stride,
+                    const A* b, int64_t ldb, A* out, int64_t ldo, const A* fade = nullptr) {
+    for_row_groups(rows, [&](auto group, int64_t first) {
+        for_panels<A>(vectors, [&](auto panel, int64_t lane) {
+            constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;
+            const A* left = a + first * m_stride;
+            A* place = out + first * ldo + lane;
+            const int64_t run = depth < kRun ? depth : kRun;
+            product_tile<A, kInto, MR, NV>(run, left, m_stride, k_stride, b + lane, ldb, place, ldo,
+                                            kInto == Into::kFade ? fade + lane : nullptr);
+            for (int64_t k = run; k < depth; k += kRun) {
+                product_tile<A, Into::kAdd, MR, NV>(depth - k < kRun ? depth - k : kRun, left + k * k_stride, m_stride,
+                                                    k_stride, b + k * ldb + lane, ldb, place, ldo, nullptr);
+            }
+        });
+    });
 }
 
 }  // namespace

@@ -49,7 +49,9 @@ int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
-bool run(const Operator& op, const AttentionParams& p, int threads) {
+bool run(const Operator& op, const AttentionParams& given, int threads) {
+    AttentionParams p = given;
+    p.threads = threads;
     int64_t most = 0;
     for (int phase = 0; phase < op.phases; ++phase)
         most = op.task_count(p, phase) > most ? op.task_count(p, phase) : most;

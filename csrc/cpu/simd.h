@@ -26,6 +26,7 @@ constexpr int kTileRows = 4;
 constexpr int kTileVectors = 3;
 
 #define EA_INLINE inline __attribute__((always_inline))
+#define EA_NOINLINE __attribute__((noinline))
 
 template <class A>
 struct VectorOf;
@@ -75,7 +76,7 @@ EA_INLINE Vec<A> select(Mask<A> take, Vec<A> yes, Vec<A> no) {
 // The larger of two; a NaN in `x` yields `fallback`, so that a running maximum ignores it.
 EA_INLINE Vec<float> larger(Vec<float> x, Vec<float> fallback) {
 #if defined(__AVX512F__)
-    return _mm512_max_ps(x, fallback);
+    return _mm512_maskz_max_ps(0xFFFF, x, fallback);
 #elif defined(__AVX2__)
     return _mm256_max_ps(x, fallback);
 #elif defined(__SSE2__)
@@ -102,42 +103,90 @@ EA_INLINE Mask<A> lanes_from_bits(uint64_t bits) {
     return (all & bit) != 0;
 }
 
+// Bit l is set where lane l is -1.
+template <class A>
+EA_INLINE uint64_t bits_from_lanes(Mask<A> lanes) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(lanes));
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(lanes));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(lanes)));
+    return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(lanes)));
+#else
+    uint64_t bits = 0;
+    for (int lane = 0; lane < kLanes<A>; ++lane) bits |= static_cast<uint64_t>(lanes[lane] & 1) << lane;
+    return bits;
+#endif
+}
+
 template <class A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
-// e^x for x <= 0 or a little above, 0 below the smallest normal number, NaN for NaN. e^x = 2^n e^r with |r| <= ln2 / 2;
-// n ln2 is taken off in two parts, of which the first is exact, so that large |x| cost no accuracy: about 1 ulp, also
-// without fused multiply-add. The polynomial is 2^t, t = r log2(e); relative error 5e-9 (float), 1e-19 (double).
-EA_INLINE Vec<float> exp(Vec<float> x) {
-    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-    const Vec<float> shifted = x * 1.44269504f + magic;
-    const Vec<float> n = shifted - magic;
-    const Vec<float> t = ((x - n * 0.693145751953125f) - n * 1.42860682e-6f) * 1.44269504f;
+// 2^t for t <= 0 or a little above; 0 below -126.5 (double: -1022.5), NaN for NaN. 2^t = 2^n 2^f with |f| <= 1/2: n falls
+// out of the low bits of t + magic, which also hold the exponent's offset, so that one shift makes 2^n. The polynomial's
+// relative error is 5e-9 (float), 1e-19 (double).
+EA_INLINE Vec<float> exp2(Vec<float> t) {
+    constexpr float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23 + the exponent's offset
+    t = larger(broadcast(-127.0f), t);
+    const Vec<float> shifted = t + magic;
+    const Vec<float> f = t - (shifted - magic);
     Vec<float> p = broadcast(1.5453162950e-4f);
-    p = p * t + 1.3390863665e-3f;
-    p = p * t + 9.6180825773e-3f;
-    p = p * t + 5.5503571142e-2f;
-    p = p * t + 2.4022650761e-1f;
-    p = p * t + 6.9314718803e-1f;
-    p = p * t + 1.0f;
-    const Mask<float> power = ((Mask<float>)shifted << 23) + 0x3f800000;
-    return select<float>(x < -87.336544f, Vec<float>{}, p * (Vec<float>)power);
+    p = p * f + 1.3390863665e-3f;
+    p = p * f + 9.6180825773e-3f;
+    p = p * f + 5.5503571142e-2f;
+    p = p * f + 2.4022650761e-1f;
+    p = p * f + 6.9314718803e-1f;
+    p = p * f + 1.0f;
+    return p * (Vec<float>)((Mask<float>)shifted << 23);
 }
 
-EA_INLINE Vec<double> exp(Vec<double> x) {
-    constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+EA_INLINE Vec<double> exp2(Vec<double> t) {
+    constexpr double magic = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 + the exponent's offset
     constexpr double c[] = {0.69314718055994530925,     0.24022650695910071233,   0.055504108664821627039,
                             0.0096181291076284794928,   0.0013333558146406470697, 0.00015403530393370733411,
                             0.000015252733841556772589, 1.321548680870556279e-6,  1.0178057087733941105e-7,
                             7.0548973041554992774e-9,   4.455817908336064493e-10, 2.5729324177362304214e-11};
-    const Vec<double> shifted = x * 1.4426950408889634074 + magic;
-    const Vec<double> n = shifted - magic;
-    const Vec<double> t = ((x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10) * 1.4426950408889634074;
+    t = larger(broadcast(-1023.0), t);
+    const Vec<double> shifted = t + magic;
+    const Vec<double> f = t - (shifted - magic);
     Vec<double> p = broadcast(c[11]);
-    for (int k = 10; k >= 0; --k) p = p * t + c[k];
-    p = p * t + 1.0;
-    const Mask<double> power = ((Mask<double>)shifted << 52) + 0x3ff0000000000000;
-    return select<double>(x < -708.39641853226408, Vec<double>{}, p * (Vec<double>)power);
+#pragma GCC unroll 16
+    for (int k = 10; k >= 0; --k) p = p * f + c[k];
+    p = p * f + 1.0;
+    return p * (Vec<double>)((Mask<double>)shifted << 52);
+}
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeLanes<0, I...> {
+    using type = Lanes<I...>;
+};
+
+// One half of exchanging blocks of S lanes between two rows.
+template <class A, int S, bool kSecond, int... I>
+EA_INLINE Vec<A> exchange(Vec<A> x, Vec<A> y, Lanes<I...>) {
+    constexpr int L = kLanes<A>;
+    return __builtin_shufflevector(x, y, (kSecond ? (I & S ? L + I : I + S) : (I & S ? L + I - S : I))...);
+}
+
+// Transposes a square of kLanes x kLanes elements in registers: blocks of 1, 2, 4, ... lanes change places (Eklundh 1972).
+template <class A, int S = 1>
+EA_INLINE void transpose_square(Vec<A> (&row)[kLanes<A>]) {
+    if constexpr (S < kLanes<A>) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<A>; ++i) {
+            if (i & S) continue;
+            const Vec<A> x = row[i], y = row[i + S];
+            row[i] = exchange<A, S, false>(x, y, typename MakeLanes<kLanes<A>>::type{});
+            row[i + S] = exchange<A, S, true>(x, y, typename MakeLanes<kLanes<A>>::type{});
+        }
+        transpose_square<A, 2 * S>(row);
+    }
 }
 
 }  // namespace

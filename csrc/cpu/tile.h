@@ -1,4 +1,4 @@
-// One tile of attention: up to 48 queries by up to 128 keys, in these layouts (w = queries rounded up to whole
+// One tile of attention: up to 64 queries by up to 128 keys, in these layouts (w = queries rounded up to whole
 // vectors):
 //
 //     Qt [D][w], dOt [Dv][w]      packed once for each tile of queries
@@ -8,127 +8,47 @@
 // Keys and values are read in place by broadcast (half precision is widened first), never packed.
 #pragma once
 
-#include "../common/block_mask.h"
 #include "../common/philox.h"
-#include "convert.h"
 #include "microkernels.h"
+#include "pack.h"
 
 namespace efficient_attn {
 namespace {
 
-constexpr int64_t kQueries = 48;  // at most 64: a key's visible queries are the bits of one word
+constexpr int64_t kQueries = 64;  // at most 64: a key's visible queries are the bits of one word
 constexpr int64_t kKeys = 128;
-constexpr int64_t kRun = 32;  // terms summed in one go: a long sum in float is kept as a sum of short ones
-
-template <class A>
-struct Rows {
-    const A* data;
-    int64_t stride;
-};
-
-inline int64_t row_offset(const TensorView& t, int64_t b, int64_t h, int64_t row) {
-    return b * t.batch_stride + h * t.head_stride + row * t.row_stride;
-}
-
-// Rows [first, first + count) of (b, h), in place or widened into `buffer`.
-template <class T, class A>
-inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
-                         A* buffer) {
-    const T* source = static_cast<const T*>(t.data) + row_offset(t, b, h, first);
-    if constexpr (sizeof(T) == sizeof(A)) return {source, t.row_stride};
-    for (int64_t r = 0; r < count; ++r) widen_row(source + r * t.row_stride, width, buffer + r * width);
-    return {buffer, width};
-}
-
-// out[d][r] = factor * row r, element d; lanes beyond `count` are 0.
-template <class T, class A>
-inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
-                            A factor, int64_t w, A* out) {
-    const T* source = static_cast<const T*>(t.data) + row_offset(t, b, h, first);
-    for (int64_t r = 0; r < count; ++r)
-        for (int64_t d = 0; d < width; ++d) out[d * w + r] = factor * widen<A>(source[r * t.row_stride + d]);
-    for (int64_t d = 0; d < width; ++d)
-        for (int64_t r = count; r < w; ++r) out[d * w + r] = 0;
-}
-
-// out[r][d] = row r, element d, padded with 0 to `padded` elements.
-template <class T, class A>
-inline void pack_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
-                      int64_t padded, A* out) {
-    const T* source = static_cast<const T*>(t.data) + row_offset(t, b, h, first);
-    for (int64_t r = 0; r < count; ++r) {
-        widen_row(source + r * t.row_stride, width, out + r * padded);
-        for (int64_t d = width; d < padded; ++d) out[r * padded + d] = 0;
-    }
-}
 
 // S[key][query] = sum_d rows[key][d] * columns[d][query]
 template <class A>
-inline void tile_product(const Rows<A>& rows, int64_t keys, int64_t width, const A* columns, int64_t w, A* S) {
-    for_row_groups(keys, [&](auto group, int64_t first) {
-        for_panels<A>(w / kLanes<A>, [&](auto panel, int64_t lane) {
-            constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;
-            for (int64_t d = 0; d < width; d += 2 * kRun) {
-                Vec<A> acc[MR][NV];
-                clear<A>(acc);
-                multiply_accumulate<A>(acc, min_of(2 * kRun, width - d), rows.data + first * rows.stride + d,
-                                       rows.stride, Unit{}, columns + d * w + lane, w);
-                for (int m = 0; m < MR; ++m) {
-                    for (int v = 0; v < NV; ++v) {
-                        A* place = S + (first + m) * w + lane + v * kLanes<A>;
-                        store(place, d ? load<A>(place) + acc[m][v] : acc[m][v]);
-                    }
-                }
-            }
-        });
-    });
+inline void score_tile(const Rows<A>& rows, int64_t keys, int64_t width, const A* columns, int64_t w, A* S) {
+    product<A, Into::kReplace>(keys, w / kLanes<A>, width, rows.data, rows.stride, Unit{}, columns, w, S, w);
 }
 
-// out[d][query] = out[d][query] * decay[query] + sum_key rows[key][d] * P[key][query]; decay null: 1
+// out[d][query] = out[d][query] * fade[query] + sum_key rows[key][d] * P[key][query]; fade null: 1
 template <class A>
-inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* decay,
+inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* fade,
                                A* out) {
-    for_row_groups(width, [&](auto group, int64_t first) {
-        for_panels<A>(w / kLanes<A>, [&](auto panel, int64_t lane) {
-            constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;
-            for (int64_t k = 0; k < keys; k += kRun) {
-                Vec<A> acc[MR][NV];
-                clear<A>(acc);
-                multiply_accumulate<A>(acc, min_of(kRun, keys - k), rows.data + k * rows.stride + first, Unit{},
-                                       rows.stride, P + k * w + lane, w);
-                for (int m = 0; m < MR; ++m) {
-                    for (int v = 0; v < NV; ++v) {
-                        A* place = out + (first + m) * w + lane + v * kLanes<A>;
-                        const Vec<A> before = load<A>(place);
-                        const bool fade = decay && k == 0;
-                        store(place,
-                              fade ? before * load<A>(decay + lane + v * kLanes<A>) + acc[m][v] : before + acc[m][v]);
-                    }
-                }
-            }
-        });
-    });
+    if (fade) {
+        product<A, Into::kFade>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
+    } else {
+        product<A, Into::kAdd>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
+    }
 }
 
-// out[key][d] += sum_query P[key][query] * rows[query][d], rows padded to whole vectors
+// out[key][d] += sum_query P[key][query] * rows[query][d]; rows and out are whole vectors wide
 template <class A>
-inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries, const A* rows, int64_t padded,
+inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries, const Rows<A>& rows, int64_t padded,
                             A* out) {
-    for_row_groups(keys, [&](auto group, int64_t first) {
-        for_panels<A>(padded / kLanes<A>, [&](auto panel, int64_t lane) {
-            constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;
-            Vec<A> acc[MR][NV];
-            clear<A>(acc);
-            multiply_accumulate<A>(acc, queries, P + first * w, w, Unit{}, rows + lane, padded);
-            for (int m = 0; m < MR; ++m) {
-                for (int v = 0; v < NV; ++v) {
-                    A* place = out + (first + m) * padded + lane + v * kLanes<A>;
-                    store(place, load<A>(place) + acc[m][v]);
-                }
-            }
-        });
-    });
+    product<A, Into::kAdd>(keys, padded / kLanes<A>, queries, P, w, Unit{}, rows.data, rows.stride, out, padded);
 }
+
+// Scores are kept in units of the exponent of two: queries are packed times scale * log2(e), biases are added times log2(e).
+template <class A>
+inline Scaled<A> score_scale(const AttentionParams& p) {
+    return Scaled<A>(p.scale * kLog2e);
+}
+
+inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 // Which queries of the tile see each key, a word a key. Returns false, and writes nothing, when every pair is visible.
 inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_t block_row, Range keys,
@@ -136,7 +56,7 @@ inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_
     const Range all = all_visible(p, b, rows.begin, rows.end);
     if (!tile && keys.begin >= all.begin && keys.end <= all.end) return false;
     const int64_t count = rows.end - rows.begin;
-    const uint64_t full = (uint64_t{1} << count) - 1;
+    const uint64_t full = low_bits(count);
     if (tile) {
         transpose_bits(Segment{keys, tile, tile_key}, block_row, count, p.mask.block_k / 8, keys, bits);
     } else {
@@ -148,7 +68,7 @@ inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_
         uint64_t see = j < length ? full : 0;
         const int64_t first = mask.window_right < 0 ? 0 : max_of(0, min_of(count, j - centre - mask.window_right));
         const int64_t last = mask.window_left < 0 ? count : max_of(0, min_of(count, j - centre + mask.window_left + 1));
-        see &= ((uint64_t{1} << last) - 1) & ~((uint64_t{1} << first) - 1);
+        see &= low_bits(last) & ~low_bits(first);
         bits[j - keys.begin] &= see;
     }
     return true;
@@ -156,28 +76,47 @@ inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_
 
 inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; }
 
-// S = S * scale + bias; a bias of -inf clears the pair's bit. Returns whether any pair of the tile is masked.
+// Calls f with an element of the bias's type: the call's own, or float32 beside half precision.
+template <class T, class F>
+inline void with_bias_type(const AttentionParams& p, F f) {
+    if constexpr (sizeof(T) == 2)
+        if (p.bias.dtype != p.dtype) return f(float{});
+    f(T{});
+}
+
+// The bias of the tile times log2(e), [keys][w], into `out`. Along the keys it is contiguous or broadcast (backends/cpu.py sees to it).
 template <class T, class A>
-inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, A scale, int64_t w, A* S,
-                     bool masked, uint64_t* bits) {
-    const int64_t count = rows.end - rows.begin;
-    const int64_t start = b * p.bias.stride[0] + h * p.bias.stride[1] + rows.begin * p.bias.stride[2];
-    const bool wide = p.bias.dtype != p.dtype;  // float32 beside half precision
-    for (int64_t j = keys.begin; j < keys.end; ++j) {
-        A* scores = S + (j - keys.begin) * w;
+inline void load_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* scratch,
+                      A* out) {
+    const int64_t* stride = p.bias.stride;
+    const bool by_key = stride[3] != 0;
+    const T* data = static_cast<const T*>(p.bias.data) + keys.begin * stride[3];
+    const TensorView view{const_cast<T*>(data), stride[0], stride[1], stride[2]};
+    const int64_t count = rows.end - rows.begin, n = keys.end - keys.begin;
+    pack_transposed<T>(view, b, h, rows.begin, count, by_key ? n : 1, Scaled<A>(kLog2e), w, scratch, out);
+    for (int64_t k = 1; k < n && !by_key; ++k)
+        for (int64_t lane = 0; lane < w; ++lane) out[k * w + lane] = out[lane];
+}
+
+// Adds the bias to S; a bias of -inf clears the pair's bit. Returns whether any pair of the tile is masked.
+template <class T, class A>
+inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* S,
+                     bool masked, uint64_t* bits, A* scratch, A* bias) {
+    with_bias_type<T>(p, [&](auto element) { load_bias<decltype(element)>(p, b, h, rows, keys, w, scratch, bias); });
+    const int64_t n = keys.end - keys.begin;
+    for (int64_t k = 0; k < n; ++k) {
         uint64_t hidden = 0;
-        for (int64_t r = 0; r < count; ++r) {
-            const int64_t at = start + r * p.bias.stride[2] + j * p.bias.stride[3];
-            const A value = wide ? static_cast<A>(static_cast<const float*>(p.bias.data)[at])
-                                 : widen<A>(static_cast<const T*>(p.bias.data)[at]);
-            scores[r] = scores[r] * scale + value;
-            hidden |= static_cast<uint64_t>(value == -kInfinity<A>) << r;
+        for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
+            A* place = S + k * w + lane;
+            const Vec<A> value = load(bias + k * w + lane);
+            store(place, load<A>(place) + value);
+            hidden |= bits_from_lanes<A>(value == -kInfinity<A>) << lane;
         }
         if (hidden && !masked) {
             masked = true;
-            for (int64_t k = 0; k < keys.end - keys.begin; ++k) bits[k] = (uint64_t{1} << count) - 1;
+            for (int64_t other = 0; other < n; ++other) bits[other] = low_bits(rows.end - rows.begin);
         }
-        if (hidden) bits[j - keys.begin] &= ~hidden;
+        if (hidden) bits[k] &= ~hidden;
     }
     return masked;
 }
@@ -194,15 +133,13 @@ inline void fill_masked(const uint64_t* bits, int64_t keys, int64_t w, A value, 
 }
 
 template <class A>
-inline bool is_finite(A x) {
-    return x - x == 0;
-}
-
-template <class A>
 inline bool row_is_finite(const A* row, int64_t width) {
-    A sum = 0;
-    for (int64_t d = 0; d < width; ++d) sum += row[d] - row[d];
-    return sum == 0;
+    Vec<A> sum = {};
+    int64_t d = 0;
+    for (; d + kLanes<A> <= width; d += kLanes<A>) sum += load(row + d) - load(row + d);
+    A rest = 0;
+    for (; d < width; ++d) rest += row[d] - row[d];
+    return rest == 0 && bits_from_lanes<A>(sum == Vec<A>{}) == low_bits(kLanes<A>);
 }
 
 // Rows of a partly masked tile that hold NaN or infinity: a product with weight 0 would spread them to queries that do
@@ -232,10 +169,10 @@ inline Rows<A> without_poison(const Rows<A>& rows, const Poison& poison, int64_t
 // accumulate_columns for a tile in which some pairs are masked.
 template <class A>
 inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w,
-                                      const A* decay, const uint64_t* bits, A* buffer, A* out) {
+                                      const A* fade, const uint64_t* bits, A* buffer, A* out) {
     const Poison poison = find_poison(rows, keys, width);
-    if (!poison.count) return accumulate_columns(rows, keys, width, P, w, decay, out);
-    accumulate_columns(without_poison(rows, poison, keys, width, buffer), keys, width, P, w, decay, out);
+    if (!poison.count) return accumulate_columns(rows, keys, width, P, w, fade, out);
+    accumulate_columns(without_poison(rows, poison, keys, width, buffer), keys, width, P, w, fade, out);
     for (int64_t n = 0; n < poison.count; ++n) {
         const int64_t k = poison.index[n];
         for (int64_t r = 0; r < w && r < 64; ++r)
@@ -244,41 +181,31 @@ inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t
     }
 }
 
-// accumulate_rows for a tile in which some pairs are masked; poisoned rows of queries are taken out of `rows` for good.
+// accumulate_rows for a tile in which some pairs are masked.
 template <class A>
-inline void accumulate_rows_masked(const A* P, int64_t keys, int64_t w, int64_t queries, A* rows, int64_t padded,
-                                   const uint64_t* bits, A* out) {
-    const Poison poison = find_poison(Rows<A>{rows, padded}, queries, padded);
+inline void accumulate_rows_masked(const A* P, int64_t keys, int64_t w, int64_t queries, const Rows<A>& rows,
+                                   int64_t padded, const uint64_t* bits, A* buffer, A* out) {
+    const Poison poison = find_poison(rows, queries, padded);
+    if (!poison.count) return accumulate_rows(P, keys, w, queries, rows, padded, out);
+    accumulate_rows(P, keys, w, queries, without_poison(rows, poison, queries, padded, buffer), padded, out);
     for (int64_t n = 0; n < poison.count; ++n) {
-        A* row = rows + poison.index[n] * padded;
+        const int64_t r = poison.index[n];
         for (int64_t k = 0; k < keys; ++k)
-            if (bits[k] >> poison.index[n] & 1)
-                for (int64_t d = 0; d < padded; ++d) out[k * padded + d] += P[k * w + poison.index[n]] * row[d];
-        for (int64_t d = 0; d < padded; ++d) row[d] = 0;
+            if (bits[k] >> r & 1)
+                for (int64_t d = 0; d < padded; ++d) out[k * padded + d] += P[k * w + r] * rows.data[r * rows.stride + d];
     }
-    accumulate_rows(P, keys, w, queries, rows, padded, out);
 }
 
-// A bump allocator over a thread's memory; every piece starts on a cache line.
-struct Arena {
-    char* next;
-
-    template <class X>
-    X* take(int64_t count) {
-        X* piece = reinterpret_cast<X*>(next);
-        next += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
-        return piece;
-    }
-};
-
-// Calls visit(keys, segment) for the pieces, of at most kKeys keys, that the queries `rows` see inside `limits`.
+// Calls visit(keys, segment) for the pieces that the queries `rows` see inside `limits`. Pieces end at multiples of kKeys,
+// so that sums are grouped alike however the keys are divided among passes.
 template <class Visit>
 inline void for_each_chunk(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Range limits,
                            Visit visit) {
-    for_each_segment(p, b, h, block, rows, [&](const Segment& segment) {
-        const Range inside = intersect(segment.keys, limits);
-        for (int64_t key = inside.begin; key < inside.end; key += kKeys)
-            visit(Range{key, min_of(key + kKeys, inside.end)}, segment);
+    for_each_segment(p, b, h, block, rows, limits, [&](const Segment& segment) {
+        for (int64_t key = segment.keys.begin, end; key < segment.keys.end; key = end) {
+            end = min_of((key / kKeys + 1) * kKeys, segment.keys.end);
+            visit(Range{key, end}, segment);
+        }
     });
 }
 

@@ -1,0 +1,166 @@
+// Rows of a (B, H, N, D) tensor into tiles and back: widened to the accumulation type, transposed so that a row becomes a
+// lane, or in place where neither is needed.
+#pragma once
+
+#include "../common/block_mask.h"
+#include "convert.h"
+#include "simd.h"
+
+namespace efficient_attn {
+namespace {
+
+template <class A>
+struct Rows {
+    const A* data;
+    int64_t stride;
+};
+
+// A bump allocator over a thread's memory; every piece starts on a cache line.
+struct Arena {
+    char* next;
+
+    template <class X>
+    X* take(int64_t count) {
+        X* piece = reinterpret_cast<X*>(next);
+        next += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
+        return piece;
+    }
+};
+
+template <class A>
+inline void fill_zero(A* data, int64_t count) {
+    __builtin_memset(data, 0, static_cast<size_t>(count) * sizeof(A));
+}
+
+// Laid out from here, a tile tells its size.
+char* const kNoMemory = reinterpret_cast<char*>(64);
+
+template <class A>
+inline int64_t whole_vectors(int64_t width) {
+    return round_up(width, kLanes<A>);
+}
+
+inline int64_t row_offset(const TensorView& t, int64_t b, int64_t h, int64_t row) {
+    return b * t.batch_stride + h * t.head_stride + row * t.row_stride;
+}
+
+// A tensor's rows from (b, h, row) on.
+template <class T>
+inline T* row_pointer(const TensorView& t, int64_t b, int64_t h, int64_t row) {
+    return static_cast<T*>(t.data) + row_offset(t, b, h, row);
+}
+
+// Rows [first, first + count) of (b, h), in place or widened into `buffer`.
+template <class T, class A>
+inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                         A* buffer) {
+    const T* source = row_pointer<T>(t, b, h, first);
+    if constexpr (sizeof(T) == sizeof(A)) return {source, t.row_stride};
+    for (int64_t r = 0; r < count; ++r) widen_row(source + r * t.row_stride, width, buffer + r * width);
+    return {buffer, width};
+}
+
+// The same for use by whole vectors: in place only if `width` is one, else padded with zeros.
+template <class T, class A>
+inline Rows<A> load_padded_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                                A* buffer) {
+    const T* source = row_pointer<T>(t, b, h, first);
+    const int64_t padded = whole_vectors<A>(width);
+    if constexpr (sizeof(T) == sizeof(A))
+        if (padded == width) return {source, t.row_stride};
+    for (int64_t r = 0; r < count; ++r) {
+        widen_row(source + r * t.row_stride, width, buffer + r * padded);
+        for (int64_t d = width; d < padded; ++d) buffer[r * padded + d] = 0;
+    }
+    return {buffer, padded};
+}
+
+struct Unscaled {
+    template <class V>
+    EA_INLINE V operator()(V x) const {
+        return x;
+    }
+};
+
+// Times a factor in two parts: rounding it to one would be the same error in every product.
+template <class A>
+struct Scaled {
+    A high, low;
+    explicit Scaled(double factor) : high(static_cast<A>(factor)), low(static_cast<A>(factor - static_cast<double>(high))) {}
+    EA_INLINE Vec<A> operator()(Vec<A> x) const {
+        if constexpr (sizeof(A) == sizeof(double)) return x * high;
+        return x * high + x * low;
+    }
+};
+
+// out[c][r] = by(in[r][c]) for a square of lanes, of which `rows` exist (the others count as 0) and `columns` are wanted.
+template <class A, class By>
+EA_NOINLINE void transpose_block(const A* in, int64_t in_stride, int64_t rows, By by, A* out, int64_t out_stride,
+                                 int64_t columns) {
+    Vec<A> square[kLanes<A>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) square[i] = i < rows ? by(load(in + i * in_stride)) : Vec<A>{};
+    transpose_square<A>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i)
+        if (i < columns) store(out + i * out_stride, square[i]);
+}
+
+// a . b
+template <class A, class T>
+inline A row_product(const T* a, const T* b, int64_t width) {
+    constexpr int64_t L = kLanes<A>;
+    Vec<A> sum = {};
+    A left[L], right[L];
+    int64_t d = 0;
+    for (; d + L <= width; d += L) {
+        widen_row(a + d, L, left);
+        widen_row(b + d, L, right);
+        sum += load(left) * load(right);
+    }
+    A total = 0;
+    for (; d < width; ++d) total += widen<A>(a[d]) * widen<A>(b[d]);
+    for (int64_t lane = 0; lane < L; ++lane) total += sum[lane];
+    return total;
+}
+
+// Elements that `pack_transposed` and `store_transposed` need as scratch.
+template <class A>
+inline int64_t transpose_scratch(int64_t width) {
+    return kLanes<A> * whole_vectors<A>(width);
+}
+
+// out[d][r] = by(row r, element d) for r < w; lanes from `count` on are 0.
+template <class T, class A, class By>
+inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                            By by, int64_t w, A* scratch, A* out) {
+    constexpr int64_t L = kLanes<A>;
+    for (int64_t r0 = 0; r0 < w; r0 += L) {
+        const int64_t present = max_of(0, min_of(L, count - r0));
+        const Rows<A> rows = load_padded_rows<T>(t, b, h, first + r0, present, width, scratch);
+        for (int64_t d0 = 0; d0 < width; d0 += L)
+            transpose_block(rows.data + d0, rows.stride, present, by, out + d0 * w + r0, w, width - d0);
+    }
+}
+
+// Row r, element d, of the tensor = columns[d][r] * factor[r], for r < count; a factor of 0 stores 0 whatever the column
+// holds, no factor means 1.
+template <class T, class A>
+inline void store_transposed(const A* columns, int64_t w, const A* factor, const TensorView& t, int64_t b, int64_t h,
+                             int64_t first, int64_t count, int64_t width, A* scratch) {
+    constexpr int64_t L = kLanes<A>;
+    const int64_t padded = whole_vectors<A>(width);
+    for (int64_t r0 = 0; r0 < count; r0 += L) {
+        for (int64_t d0 = 0; d0 < width; d0 += L)
+            transpose_block(columns + d0 * w + r0, w, width - d0, Unscaled{}, scratch + d0, padded, L);
+        for (int64_t r = r0; r < min_of(r0 + L, count); ++r) {
+            A* row = scratch + (r - r0) * padded;
+            const A by = factor ? factor[r] : 1;
+            for (int64_t d = 0; d < width; ++d) row[d] = by == 0 ? A{0} : row[d] * by;
+            narrow_row(row, width, row_pointer<T>(t, b, h, first + r));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace efficient_attn

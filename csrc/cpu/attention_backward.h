@@ -200,7 +200,8 @@ inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range 
         using E = decltype(element);
         E* data = static_cast<E*>(p.dbias.data) + keys.begin;
         const TensorView view{data, p.Hq * p.Nq * p.Nk, p.Nq * p.Nk, p.Nk};
-        store_transposed<E, A>(t.dP, w, nullptr, view, q.b, q.h, q.rows.begin, q.count, keys.end - keys.begin, t.scratch);
+        store_transposed<E, A>(t.dP, w, view, q.b, q.h, q.rows.begin, q.count, keys.end - keys.begin, t.scratch,
+                               [](Vec<A> x, int64_t) { return x; });
     });
 }
 
@@ -231,8 +232,9 @@ inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Ra
 template <class T, class A>
 inline void store_query_gradients(const AttentionParams& p, const QueryTile& q, int64_t w, const A* dQt,
                                   BackwardTile<A>& t) {
-    for (int64_t r = 0; r < q.count; ++r) t.delta[r] = static_cast<A>(p.scale);
-    store_transposed<T>(dQt, w, t.delta, p.dq, q.b, q.h, q.rows.begin, q.count, p.D, t.scratch);
+    const A scale = static_cast<A>(p.scale);
+    store_transposed<T>(dQt, w, p.dq, q.b, q.h, q.rows.begin, q.count, p.D, t.scratch,
+                        [=](Vec<A> x, int64_t) { return x * scale; });
 }
 
 // Phase 1.

@@ -49,6 +49,19 @@ EA_INLINE Vec<A> column_maximum(const A* S, int64_t keys, int64_t w, Vec<A> befo
     return larger(larger(best[0], best[1]), larger(best[2], best[3]));
 }
 
+// S becomes 2^(S - top) for `count` keys of a column; their sum is returned, added up in pairs of pairs.
+template <class A, int kCount>
+EA_INLINE Vec<A> exponentials(A* S, int64_t w, Vec<A> top) {
+    Vec<A> weight[kCount];
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+        weight[k] = exp2(load(S + k * w) - top);
+        store(S + k * w, weight[k]);
+    }
+    if constexpr (kCount == 4) return (weight[0] + weight[1]) + (weight[2] + weight[3]);
+    return weight[0];
+}
+
 // S becomes 2^(S - top); top, total and the fade of what was accumulated before are updated.
 template <class A>
 EA_NOINLINE void online_softmax_update(int64_t keys, int64_t w, A* S, A* top, A* total, A* fade) {
@@ -58,21 +71,11 @@ EA_NOINLINE void online_softmax_update(int64_t keys, int64_t w, A* S, A* top, A*
         const Vec<A> shrink = exp2(before - reference);
         Vec<A> sum[2] = {};
         int64_t k = 0;
-        for (; k + 2 <= keys; k += 2) {
-#pragma GCC unroll 2
-            for (int part = 0; part < 2; ++part) {
-                A* place = S + (k + part) * w + lane;
-                const Vec<A> weight = exp2(load<A>(place) - reference);
-                store(place, weight);
-                sum[part] += weight;
-            }
+        for (; k + 8 <= keys; k += 8) {
+            sum[0] += exponentials<A, 4>(S + k * w + lane, w, reference);
+            sum[1] += exponentials<A, 4>(S + (k + 4) * w + lane, w, reference);
         }
-        if (k < keys) {
-            A* place = S + k * w + lane;
-            const Vec<A> weight = exp2(load<A>(place) - reference);
-            store(place, weight);
-            sum[0] += weight;
-        }
+        for (; k < keys; ++k) sum[0] += exponentials<A, 1>(S + k * w + lane, w, reference);
         store(fade + lane, shrink);
         store(total + lane, load<A>(total + lane) * shrink + (sum[0] + sum[1]));
         store(top + lane, best);
@@ -115,15 +118,15 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
         }
     });
 
-    const double kept = 1.0 / (1.0 - p.dropout_p);
     for (int64_t r = 0; r < count; ++r) {
         const double total = static_cast<double>(t.total[r]);
-        t.fade[r] = total == 0 ? 0 : static_cast<A>(kept / total);
         static_cast<A*>(p.lse)[(b * p.Hq + h) * p.Nq + rows.begin + r] =
             total == 0 ? -kInfinity<A>
                        : static_cast<A>(static_cast<double>(t.top[r]) * kLn2 + __builtin_log(total));
+        t.total[r] = static_cast<A>(total * (1.0 - p.dropout_p));
     }
-    store_transposed<T>(t.Ot, w, t.fade, p.out, b, h, rows.begin, count, p.Dv, t.scratch);
+    store_transposed<T>(t.Ot, w, p.out, b, h, rows.begin, count, p.Dv, t.scratch,
+                        [&](Vec<A> x, int64_t r) { return t.total[r] == 0 ? Vec<A>{} : x / t.total[r]; });
 }
 
 inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * query_tiling(p, kQueries).count; }

@@ -3,6 +3,7 @@
 // Everything but the table has internal linkage, and nothing of the standard library is instantiated here: an inline
 // function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
 #include "attention_backward.h"
+#include "attention_decode.h"
 #include "dispatch.h"
 
 namespace efficient_attn {
@@ -28,21 +29,43 @@ inline auto with_types(const AttentionParams& p, F f) {
     }
 }
 
-int64_t no_bytes(const AttentionParams&) { return 0; }
-int64_t forward_bytes(const AttentionParams& p) {
-    return p.dtype == kFloat64 ? ForwardTile<double>::bytes(p) : ForwardTile<float>::bytes(p);
+// What a type needs, by the accumulation type of the call.
+template <class F>
+inline int64_t with_accumulator(const AttentionParams& p, F f) {
+    return p.dtype == kFloat64 ? f(double{}) : f(float{});
 }
-int64_t forward_tasks(const AttentionParams& p, int) { return forward_task_count(p); }
-void forward_run(const AttentionParams& p, int, int64_t task, char* memory, char*) {
+
+int64_t forward_shared(const AttentionParams& p) {
+    if (!is_decode(p)) return 0;
+    return with_accumulator(p, [&](auto a) {
+        const DecodeCut cut(p);
+        return decode_merges(p) * cut.spans * DecodePartial<decltype(a)>::elements(p, cut) *
+               static_cast<int64_t>(sizeof(a));
+    });
+}
+int64_t forward_bytes(const AttentionParams& p) {
+    return with_accumulator(p, [&](auto a) {
+        using A = decltype(a);
+        return is_decode(p) ? DecodeTile<A>::bytes(p) : ForwardTile<A>::bytes(p);
+    });
+}
+int64_t forward_tasks(const AttentionParams& p, int phase) {
+    if (is_decode(p)) return decode_merges(p) * (phase == 0 ? DecodeCut(p).spans : 1);
+    return phase == 0 ? forward_task_count(p) : 0;
+}
+void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
     with_types(p, [&](auto types) {
-        using X = decltype(types);
-        forward_task<typename X::Storage, typename X::Accumulator>(p, task, memory);
+        using T = typename decltype(types)::Storage;
+        using A = typename decltype(types)::Accumulator;
+        if (!is_decode(p)) return forward_task<T, A>(p, task, memory);
+        A* partials = reinterpret_cast<A*>(shared);
+        phase == 0 ? decode_span<T, A>(p, task, memory, partials) : decode_merge<T, A>(p, task, memory, partials);
     });
 }
 
 int64_t backward_shared(const AttentionParams& p) { return p.B * p.Hq * p.Nq * (p.dtype == kFloat64 ? 8 : 4); }
 int64_t backward_bytes(const AttentionParams& p) {
-    return p.dtype == kFloat64 ? BackwardTile<double>::bytes(p) : BackwardTile<float>::bytes(p);
+    return with_accumulator(p, [&](auto a) { return BackwardTile<decltype(a)>::bytes(p); });
 }
 int64_t backward_tasks(const AttentionParams& p, int phase) {
     switch (phase) {
@@ -87,7 +110,7 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
 
 extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
-    {1, no_bytes, forward_bytes, forward_tasks, nullptr, forward_run},
+    {2, forward_shared, forward_bytes, forward_tasks, nullptr, forward_run},
     {5, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
 };
 

@@ -2,7 +2,7 @@
 //
 //     acc[m][n] += sum_k a[m * m_stride + k * k_stride] * b[k * ldb + n]        m < MR, n < NV vectors
 //
-// a is read by broadcast and so needs no packing, b by vectors. MR x NV accumulators plus NV values of b fill the
+// a is read by broadcast and so needs no packing, b by vectors (of half precision, too). MR x NV accumulators plus NV values of b fill the
 // registers (4 x 3 of 16, 8 x 3 of 32), and MR divides every block size, NV vectors every tile of queries.
 #pragma once
 
@@ -31,13 +31,14 @@ EA_INLINE void clear(Vec<A> (&acc)[MR][NV]) {
         for (int v = 0; v < NV; ++v) acc[m][v] = Vec<A>{};
 }
 
-template <class A, int MR, int NV, class MStride, class KStride>
+template <class A, class B, int MR, int NV, class MStride, class KStride>
 EA_INLINE void multiply_accumulate(Vec<A> (&acc)[MR][NV], int64_t k_count, const A* a, MStride m_stride,
-                                   KStride k_stride, const A* b, int64_t ldb) {
+                                   KStride k_stride, const B* b, int64_t ldb) {
+#pragma GCC unroll 4
     for (int64_t k = 0; k < k_count; ++k) {
         Vec<A> row[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) row[v] = load<A>(b + v * kLanes<A>);
+        for (int v = 0; v < NV; ++v) row[v] = load_widened<A>(b + v * kLanes<A>);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
             const Vec<A> x = broadcast<A>(a[m * m_stride]);
@@ -93,8 +94,8 @@ EA_INLINE void for_panels(int64_t vectors, F f) {
 enum class Into { kReplace, kAdd, kFade };
 
 // Not inlined: a function of its own keeps its accumulators in registers, whatever surrounds the call.
-template <class A, Into kInto, int MR, int NV, class MStride, class KStride>
-EA_NOINLINE void product_tile(int64_t depth, const A* a, MStride m_stride, KStride k_stride, const A* b, int64_t ldb,
+template <class A, Into kInto, int MR, int NV, class B, class MStride, class KStride>
+EA_NOINLINE void product_tile(int64_t depth, const A* a, MStride m_stride, KStride k_stride, const B* b, int64_t ldb,
                               A* out, int64_t ldo, const A* fade) {
     if constexpr (kInto != Into::kReplace) {  // a gradient's sums may lie in the last cache level
 #pragma GCC unroll 8
@@ -118,12 +119,12 @@ EA_NOINLINE void product_tile(int64_t depth, const A* a, MStride m_stride, KStri
     }
 }
 
-constexpr int64_t kRun = 64;  // terms summed in one go: a long sum in float is kept as a sum of short ones
-
 // out[m][n] (into) sum_k a[m * m_stride + k * k_stride] * b[k * ldb + n]      m < rows, n < vectors of lanes, k < depth
-template <class A, Into kInto, class MStride, class KStride>
+//
+// kRun terms are summed in one go: a long sum in float is kept as a sum of short ones.
+template <class A, Into kInto, int64_t kRun, class B, class MStride, class KStride>
 inline void product(int64_t rows, int64_t vectors, int64_t depth, const A* a, MStride m_stride, KStride k_stride,
-                    const A* b, int64_t ldb, A* out, int64_t ldo, const A* fade = nullptr) {
+                    const B* b, int64_t ldb, A* out, int64_t ldo, const A* fade = nullptr) {
     for_row_groups(rows, [&](auto group, int64_t first) {
         for_panels<A>(vectors, [&](auto panel, int64_t lane) {
             constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;

@@ -143,11 +143,10 @@ inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t f
     }
 }
 
-// Row r, element d, of the tensor = columns[d][r] * factor[r], for r < count; a factor of 0 stores 0 whatever the column
-// holds, no factor means 1.
-template <class T, class A>
-inline void store_transposed(const A* columns, int64_t w, const A* factor, const TensorView& t, int64_t b, int64_t h,
-                             int64_t first, int64_t count, int64_t width, A* scratch) {
+// Row r, element d, of the tensor = finish(columns[d][r], r), for r < count.
+template <class T, class A, class Finish>
+inline void store_transposed(const A* columns, int64_t w, const TensorView& t, int64_t b, int64_t h, int64_t first,
+                             int64_t count, int64_t width, A* scratch, Finish finish) {
     constexpr int64_t L = kLanes<A>;
     const int64_t padded = whole_vectors<A>(width);
     for (int64_t r0 = 0; r0 < count; r0 += L) {
@@ -155,8 +154,7 @@ inline void store_transposed(const A* columns, int64_t w, const A* factor, const
             transpose_block(columns + d0 * w + r0, w, width - d0, Unscaled{}, scratch + d0, padded, L);
         for (int64_t r = r0; r < min_of(r0 + L, count); ++r) {
             A* row = scratch + (r - r0) * padded;
-            const A by = factor ? factor[r] : 1;
-            for (int64_t d = 0; d < width; ++d) row[d] = by == 0 ? A{0} : row[d] * by;
+            for (int64_t d = 0; d < padded; d += kLanes<A>) store(row + d, finish(load(row + d), r));
             narrow_row(row, width, row_pointer<T>(t, b, h, first + r));
         }
     }

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "convert.h"
+
 namespace efficient_attn {
 namespace {
 
@@ -61,6 +63,38 @@ EA_INLINE Vec<A> load(const A* p) {
 template <class A>
 EA_INLINE void store(A* p, Vec<A> v) {
     __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// kLanes elements of half precision or of A itself, as A.
+template <class A>
+EA_INLINE Vec<A> load_widened(const A* p) {
+    return load(p);
+}
+template <class A>
+EA_INLINE Vec<float> load_widened(const BFloat16* p) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (Vec<float>)_mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, half), 16);
+#elif defined(__AVX2__)
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+    Vec<float> wide;
+    for (int lane = 0; lane < kLanes<float>; ++lane) wide[lane] = widen<float>(p[lane]);
+    return wide;
+#endif
+}
+template <class A>
+EA_INLINE Vec<float> load_widened(const Float16* p) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Vec<float> wide;
+    for (int lane = 0; lane < kLanes<float>; ++lane) wide[lane] = widen<float>(p[lane]);
+    return wide;
+#endif
 }
 
 template <class A>
@@ -187,6 +221,30 @@ EA_INLINE void transpose_square(Vec<A> (&row)[kLanes<A>]) {
         }
         transpose_square<A, 2 * S>(row);
     }
+}
+
+template <class A, int S, int... I>
+EA_INLINE Vec<A> swap_blocks(Vec<A> x, Lanes<I...>) {
+    return __builtin_shufflevector(x, x, (I ^ S)...);
+}
+
+// The sums of the lanes of four vectors, of which `count` are stored.
+template <class A>
+EA_INLINE void store_sums(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, int count, A* out) {
+    A sums[4] = {};
+    if constexpr (kLanes<A> >= 4) {
+        constexpr typename MakeLanes<kLanes<A>>::type lanes{};
+        const Vec<A> ab = exchange<A, 1, false>(a, b, lanes) + exchange<A, 1, true>(a, b, lanes);
+        const Vec<A> cd = exchange<A, 1, false>(c, d, lanes) + exchange<A, 1, true>(c, d, lanes);
+        Vec<A> all = exchange<A, 2, false>(ab, cd, lanes) + exchange<A, 2, true>(ab, cd, lanes);
+        if constexpr (kLanes<A> >= 8) all += swap_blocks<A, 4>(all, lanes);
+        if constexpr (kLanes<A> >= 16) all += swap_blocks<A, 8>(all, lanes);
+        __builtin_memcpy(sums, &all, sizeof(sums));
+    } else {
+        for (int lane = 0; lane < kLanes<A>; ++lane)
+            sums[0] += a[lane], sums[1] += b[lane], sums[2] += c[lane], sums[3] += d[lane];
+    }
+    __builtin_memcpy(out, sums, static_cast<size_t>(count) * sizeof(A));
 }
 
 }  // namespace

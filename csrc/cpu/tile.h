@@ -21,7 +21,7 @@ constexpr int64_t kKeys = 128;
 // S[key][query] = sum_d rows[key][d] * columns[d][query]
 template <class A>
 inline void score_tile(const Rows<A>& rows, int64_t keys, int64_t width, const A* columns, int64_t w, A* S) {
-    product<A, Into::kReplace>(keys, w / kLanes<A>, width, rows.data, rows.stride, Unit{}, columns, w, S, w);
+    product<A, Into::kReplace, 64>(keys, w / kLanes<A>, width, rows.data, rows.stride, Unit{}, columns, w, S, w);
 }
 
 // out[d][query] = out[d][query] * fade[query] + sum_key rows[key][d] * P[key][query]; fade null: 1
@@ -29,9 +29,9 @@ template <class A>
 inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* fade,
                                A* out) {
     if (fade) {
-        product<A, Into::kFade>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
+        product<A, Into::kFade, 32>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
     } else {
-        product<A, Into::kAdd>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
+        product<A, Into::kAdd, 32>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
     }
 }
 
@@ -39,7 +39,7 @@ inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width,
 template <class A>
 inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries, const Rows<A>& rows, int64_t padded,
                             A* out) {
-    product<A, Into::kAdd>(keys, padded / kLanes<A>, queries, P, w, Unit{}, rows.data, rows.stride, out, padded);
+    product<A, Into::kAdd, 64>(keys, padded / kLanes<A>, queries, P, w, Unit{}, rows.data, rows.stride, out, padded);
 }
 
 // Scores are kept in units of the exponent of two: queries are packed times scale * log2(e), biases are added times log2(e).

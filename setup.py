@@ -39,16 +39,19 @@ def find_compiler() -> str:
     raise CompileError(f"no C++ compiler found (tried {', '.join(candidates)})")
 
 
-def accepts(compiler: str, flag: str, build_dir: Path) -> bool:
-    """Whether a small program compiles and links with the flag."""
+def accepts(compiler: str, flags: str, build_dir: Path) -> bool:
+    """Whether a small program compiles and links with the flags."""
     source = build_dir / "probe.cpp"
     source.write_text("int main() { return 0; }\n")
-    command = [*compiler.split(), flag, str(source), "-o", str(build_dir / "probe")]
+    command = [*compiler.split(), *flags.split(), str(source), "-o", str(build_dir / "probe")]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def ninja_file(output: Path, build_dir: Path) -> str:
-    """The build plan: every kernel object from one source, plus the module around them."""
+def ninja_file(output: Path, build_dir: Path, plain_sources: list[str], flags: str, link: str) -> str:
+    """The build plan: every kernel object from one source, plus what is around them; tests/native/ has another one.
+
+    ``flags`` come after the usual ones; ``link`` says what becomes of the objects.
+    """
     import pybind11
 
     compiler = find_compiler()
@@ -61,10 +64,9 @@ def ninja_file(output: Path, build_dir: Path) -> str:
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
     sets = instruction_sets()
     known = " ".join(f"-DEFFICIENT_ATTN_HAVE_{name.upper()}=1" for name in sets)
-    link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
     lines = [
         f"cxx = {compiler}",
-        f"flags = {COMMON_FLAGS}{tuning} {includes} {known}",
+        f"flags = {COMMON_FLAGS}{tuning} {includes} {known} {flags}",
         "rule compile",
         "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -77,7 +79,7 @@ def ninja_file(output: Path, build_dir: Path) -> str:
         objects.append(f"kernels_{name}.o")
         lines += [f"build {objects[-1]}: compile {ROOT / ISA_SOURCE}"]
         lines += [f"  extra = {isa} {ISA_FLAGS} -DEFFICIENT_ATTN_ISA={name}"]
-    for source in PLAIN_SOURCES:
+    for source in plain_sources:
         objects.append(Path(source).stem + ".o")
         lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {openmp} -pthread"]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
@@ -95,7 +97,8 @@ class NinjaBuild(build_ext):
         try:
             import ninja
 
-            (build_dir / "build.ninja").write_text(ninja_file(output, build_dir))
+            link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
+            (build_dir / "build.ninja").write_text(ninja_file(output, build_dir, PLAIN_SOURCES, "", link))
             jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
             subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir), "-j", jobs])
         except (ImportError, OSError, subprocess.CalledProcessError, CompileError) as error:
@@ -117,12 +120,13 @@ def packages() -> tuple[list[str], dict[str, str]]:
     return names, places
 
 
-skip = os.environ.get("EFFICIENT_ATTN_CPU") == "0"
-names, places = packages()
-setup(
-    packages=names,
-    package_dir=places,
-    package_data={"efficient_attn": ["py.typed"]},
-    ext_modules=[] if skip else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=True)],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    skip = os.environ.get("EFFICIENT_ATTN_CPU") == "0"
+    names, places = packages()
+    setup(
+        packages=names,
+        package_dir=places,
+        package_data={"efficient_attn": ["py.typed"]},
+        ext_modules=[] if skip else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=True)],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -4,6 +4,7 @@
 // function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
 #include "attention_backward.h"
 #include "dispatch.h"
+#include "peak.h"
 
 namespace efficient_attn {
 namespace {
@@ -85,6 +86,7 @@ extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
     {1, no_bytes, forward_bytes, forward_tasks, nullptr, forward_run},
     {4, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
+    fma_loop,
 };
 
 }  // namespace efficient_attn

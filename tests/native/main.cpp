@@ -28,16 +28,15 @@ void print_running() {
     std::fprintf(stderr, "\nharness: while running %s\n  repeat with: %s\n", running, repeat);
 }
 
-void on_signal(int signal) {
-    print_running();
-    std::signal(signal, SIG_DFL);
-    std::raise(signal);
-}
-
 void watch_crashes() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_set_death_callback(print_running);
 #else
+    const auto on_signal = [](int signal) {
+        print_running();
+        std::signal(signal, SIG_DFL);
+        std::raise(signal);
+    };
     for (const int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) std::signal(signal, on_signal);
 #endif
 }

@@ -47,10 +47,19 @@ def accepts(compiler: str, flags: str, build_dir: Path) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def ninja_file(output: Path, build_dir: Path, plain_sources: list[str], flags: str, link: str) -> str:
-    """The build plan: every kernel object from one source, plus what is around them; tests/native/ has another one.
+def ninja_file(
+    output: Path,
+    build_dir: Path,
+    *,
+    sets: dict[str, str] | None = None,
+    plain_sources: list[str] | None = None,
+    flags: str = "",
+    link: str = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup",
+) -> str:
+    """The build plan: every kernel object from one source, plus what is around them.
 
-    ``flags`` come after the usual ones; ``link`` says what becomes of the objects.
+    The defaults are the Python module's; tests/native/build.py has other ``plain_sources`` and ``flags`` (which come
+    after the usual ones) for its harness.
     """
     import pybind11
 
@@ -62,7 +71,7 @@ def ninja_file(output: Path, build_dir: Path, plain_sources: list[str], flags: s
     )
     openmp = "-fopenmp" if accepts(compiler, "-fopenmp", build_dir) else ""
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-    sets = instruction_sets()
+    sets = instruction_sets() if sets is None else sets
     known = " ".join(f"-DEFFICIENT_ATTN_HAVE_{name.upper()}=1" for name in sets)
     lines = [
         f"cxx = {compiler}",
@@ -79,7 +88,7 @@ def ninja_file(output: Path, build_dir: Path, plain_sources: list[str], flags: s
         objects.append(f"kernels_{name}.o")
         lines += [f"build {objects[-1]}: compile {ROOT / ISA_SOURCE}"]
         lines += [f"  extra = {isa} {ISA_FLAGS} -DEFFICIENT_ATTN_ISA={name}"]
-    for source in plain_sources:
+    for source in PLAIN_SOURCES if plain_sources is None else plain_sources:
         objects.append(Path(source).stem + ".o")
         lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {openmp} -pthread"]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
@@ -97,8 +106,7 @@ class NinjaBuild(build_ext):
         try:
             import ninja
 
-            link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
-            (build_dir / "build.ninja").write_text(ninja_file(output, build_dir, PLAIN_SOURCES, "", link))
+            (build_dir / "build.ninja").write_text(ninja_file(output, build_dir))
             jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
             subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir), "-j", jobs])
         except (ImportError, OSError, subprocess.CalledProcessError, CompileError) as error:

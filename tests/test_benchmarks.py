@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -112,6 +113,18 @@ def run_cell(config):
         raise UnsupportedError("not this")
     elif kind == "error":
         raise KeyError("a bug")
+    elif kind == "child":
+        import multiprocessing
+        child = multiprocessing.get_context("fork").Process(target=os._exit, args=(7,))
+        child.start()
+        child.join()
+        return {"exitcode": child.exitcode}
+    elif kind == "kernel":
+        from efficient_attn import attention
+        threads = lambda: len(os.listdir("/proc/self/task"))
+        before, query = threads(), torch.randn(1, 4, 256, 32)
+        attention(query, query, query, backend="cpu")
+        return {"threads_left": threads() - before}
     return {"torch_threads": torch.get_num_threads()}
 """
 
@@ -157,6 +170,53 @@ def test_a_hanging_worker_and_its_children_are_killed_at_the_limit(tmp_path, fau
             return
         time.sleep(0.1)
     pytest.fail(f"process {child} of a stopped worker still runs")
+
+
+def test_a_cell_may_start_processes(tmp_path, faults):
+    assert run_one(tmp_path, faults, {"fault": "child", "threads": 1})["exitcode"] == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_workers_run_kernels_on_openmp_threads(tmp_path, faults):
+    """As users' processes do; the plain threads of a forked child would be started anew in each timed call."""
+    assert run_one(tmp_path, faults, {"fault": "kernel", "threads": 2})["threads_left"] == 1
+
+
+RUN = """
+import sys
+from pathlib import Path
+from efficient_attn.benchmarks import records, runner
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    config = {"fault": "hang", "threads": 1, "pid_file": sys.argv[1] + "/child"}
+    with records.ResultFile(Path(sys.argv[1]) / "results.jsonl") as out:
+        runner.run_cell(runner.Cell("faulty.suite", config), out, runner.Limits(), "test")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_workers_end_with_a_run_that_is_killed(tmp_path, faults):
+    """kill -9 of the run: neither the worker nor the child that it forked goes on."""
+    (tmp_path / "run.py").write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)], env=environment)
+    child_file = tmp_path / "child"
+    try:
+        deadline = time.monotonic() + 120
+        while not (child_file.exists() and child_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        child = int(child_file.read_text())
+        worker = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+        assert _state(worker) not in (None, "Z")
+    finally:
+        run.kill()
+        run.wait()
+    for _ in range(100):
+        if all(_state(pid) in (None, "Z") for pid in (worker, child)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"worker {worker} or its child {child} still runs after its run was killed")
 
 
 def _state(pid):
@@ -292,9 +352,10 @@ def test_every_target_row_runs_at_a_small_size(target):
     if target.peer == "flex":
         pytest.skip("compiles for most of a minute; run by make bench-cpu")
     length = min(target.kv_len, 256)
-    config = asdict(target) | {"kv_len": length, "q_len": min(target.q_len, length), "peak": None, "bandwidth": None}
-    record = targets.run_cell({**config, "budget_s": 0.01, "threads": 1})
+    config = asdict(target) | {"kv_len": length, "q_len": min(target.q_len, length), "bandwidth": None}
+    record = targets.run_cell({**config, "budget_s": 0.01, "patience_s": 0.01, "threads": 1})
     assert record["figure"] > 0 and record["samples"] >= 1
+    assert ("peak_share" in record) == (target.work in ("attention", "sparse_efficiency"))
 
 
 # --- tables and plots ---

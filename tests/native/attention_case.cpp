@@ -268,8 +268,9 @@ void corrupt_lists(Random& random, AttentionCase& c) {
         for (X& x : numbers) {
             if (!random.chance(rate)) continue;
             const int64_t wide = sizeof(X) == 8 ? INT64_MAX : INT32_MAX;
-            x = static_cast<X>(random.choose<int64_t>({-1, -7, sane, sane + 1, random.integer(0, sane), random.integer(-sane, 3 * sane + 40),
-                                                       wide, -wide - 1, wide / 16, static_cast<int64_t>(random.next() >> 33)}));
+            x = static_cast<X>(random.choose<int64_t>({-1, -7, sane, sane + 1, random.integer(0, sane),
+                                                       random.integer(-sane, 3 * sane + 40), wide, -wide - 1, wide / 16,
+                                                       static_cast<int64_t>(random.next() >> 33)}));
         }
     };
     const int64_t entries = static_cast<int64_t>(mask.indices.size());

@@ -79,9 +79,9 @@ struct Call {
     }
 
     std::string inputs_changed() const {
-        const std::pair<const char*, const Placed*> inputs[] = {{"query", &query}, {"key", &key}, {"value", &value},
-                                                                {"grad_out", &grad_out}, {"bias", &bias},
-                                                                {"grad_lse", &grad_lse}};
+        const std::pair<const char*, const Placed*> inputs[] = {{"query", &query}, {"key", &key},
+                                                                {"value", &value}, {"grad_out", &grad_out},
+                                                                {"bias", &bias},   {"grad_lse", &grad_lse}};
         for (const auto& [name, placed] : inputs)
             if (!placed->unchanged()) return std::string(name) + ", an input, was written";
         return "";
@@ -91,13 +91,15 @@ struct Call {
 struct Result {
     const char* name;
     const Bounded* expected;
-    Placed Call::*place;
+    Placed Call::* place;
 };
 
 // The results that a case has, with what the definition says of each.
 std::vector<Result> results(const AttentionCase& c, const AttentionResults& expected) {
-    std::vector<Result> all = {{"out", &expected.out, &Call::out}, {"lse", &expected.lse, &Call::lse},
-                               {"dq", &expected.dq, &Call::dq},    {"dk", &expected.dk, &Call::dk},
+    std::vector<Result> all = {{"out", &expected.out, &Call::out},
+                               {"lse", &expected.lse, &Call::lse},
+                               {"dq", &expected.dq, &Call::dq},
+                               {"dk", &expected.dk, &Call::dk},
                                {"dv", &expected.dv, &Call::dv}};
     if (c.wants_bias_gradient) all.push_back({"dbias", &expected.dbias, &Call::dbias});
     return all;
@@ -113,7 +115,8 @@ std::string compare(const char* name, const std::vector<double>& ours, const Bou
         const double difference = std::fabs(ours[n] - want);
         if (!(difference <= error)) {
             char text[256];
-            std::snprintf(text, sizeof text, "%s[%zu] = %.9g, should be %.9g within %.3g", name, n, ours[n], want, error);
+            std::snprintf(text, sizeof text, "%s[%zu] = %.9g, should be %.9g within %.3g", name, n, ours[n], want,
+                          error);
             return text;
         }
         if (difference / error > context.worst) context.worst = difference / error;
@@ -124,7 +127,8 @@ std::string compare(const char* name, const std::vector<double>& ours, const Bou
 
 bool call(const Kernels& kernels, const Call& made, int threads, Context& context) {
     context.calls += 2;
-    return efficient_attn::run(kernels.forward, made.p, threads) && efficient_attn::run(kernels.backward, made.p, threads);
+    return efficient_attn::run(kernels.forward, made.p, threads) &&
+           efficient_attn::run(kernels.backward, made.p, threads);
 }
 
 struct Run {
@@ -134,11 +138,12 @@ struct Run {
 constexpr Run kRuns[] = {{1, Flush::kEnd}, {2, Flush::kStart}, {3, Flush::kEnd}};
 
 std::string where(const Kernels& kernels, const Run& run) {
-    return std::string(" [") + kernels.name + ", " + std::to_string(run.threads) + " threads, tensors flush against the " +
-           (run.flush == Flush::kEnd ? "end" : "start") + "]";
+    return std::string(" [") + kernels.name + ", " + std::to_string(run.threads) +
+           " threads, tensors flush against the " + (run.flush == Flush::kEnd ? "end" : "start") + "]";
 }
 
-std::string check_on(const Kernels& kernels, const AttentionCase& c, const AttentionResults& expected, Context& context) {
+std::string check_on(const Kernels& kernels, const AttentionCase& c, const AttentionResults& expected,
+                     Context& context) {
     const std::vector<Result> all = results(c, expected);
     std::vector<std::vector<char>> first;
     for (const Run& how : kRuns) {

@@ -3,8 +3,8 @@
 //     out = (Z P) V     lse_i = log sum_j exp s_ij     delta_i = dO_i . O_i - dlse_i     dS = P (Z (dO V^T) - delta)
 //     dV = (Z P)^T dO   dQ = scale dS K                dK = scale dS^T Q                 dbias = dS
 //
-// Bounds: a score of size a is off by a few units of a's last place, hence a weight P by a relative r_i; every sum is off
-// by its terms' absolute values times that. Half precision may also round P and dS before they enter a product.
+// Bounds: a score of size a is off by a few units of a's last place, hence a weight P by a relative r_i; every sum is
+// off by its terms' absolute values times that. Half precision may also round P and dS before they enter a product.
 #include "attention_reference.h"
 
 #include <algorithm>
@@ -48,8 +48,8 @@ struct Definition {
     AttentionCase& c;
     const std::vector<double> query, key, value, grad_out, bias, grad_lse;
     AttentionResults results;
-    const double unit, product_unit;  // of the accumulator, and of P and dS where they enter a product
-    std::vector<int64_t> seen;          // the keys of one row
+    const double unit, product_unit;     // of the accumulator, and of P and dS where they enter a product
+    std::vector<int64_t> seen;           // the keys of one row
     std::vector<double> weight, factor;  // P and Z for them
 
     explicit Definition(AttentionCase& given)

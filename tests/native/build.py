@@ -1,6 +1,6 @@
 """Builds the harness beside this file with the kernels' own build plan (setup.py) and sanitizers, and prints its path.
 
-    python tests/native/build.py [FOLDER]     # default: build/sanitize; SANITIZE= (empty) builds without sanitizers
+python tests/native/build.py [FOLDER]     # default: build/sanitize; SANITIZE= (empty) builds without sanitizers
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -37,20 +38,22 @@ def sanitizers_missing(build_dir: Path) -> str:
     return "" if setup.accepts(compiler, SANITIZERS, build_dir) else f"{compiler} cannot link {SANITIZERS}"
 
 
-def build(build_dir: Path) -> Path:
-    """The harness, up to date."""
+def build(build_dir: Path, wanted: Sequence[str] | None = None) -> Path:
+    """The harness, up to date, with the kernels of the ``wanted`` instruction sets (and always baseline), or of all."""
     import ninja
 
     setup = build_plan()
     build_dir.mkdir(parents=True, exist_ok=True)
     sanitizers = os.environ.get("SANITIZE", SANITIZERS)
-    sets = ",".join(f'"{name}"' for name in setup.instruction_sets())
+    every = setup.instruction_sets()
+    sets = {name: flags for name, flags in every.items() if wanted is None or name in (*wanted, "baseline")}
+    names = ",".join(f'"{name}"' for name in sets)
     # -O1: the sanitizers' checks take minutes to optimise further.
-    flags = f"-O1 -g1 {sanitizers} -I{HERE} '-DINSTRUCTION_SETS={sets}'"
+    flags = f"-O1 -g1 {sanitizers} -I{HERE} '-DINSTRUCTION_SETS={names}'"
     sources = [name for name in setup.PLAIN_SOURCES if not name.endswith("module.cpp")]
     sources += sorted(str(path.relative_to(ROOT)) for path in HERE.glob("*.cpp"))
     output = build_dir / "harness"
-    plan = setup.ninja_file(output, build_dir, sources, flags, sanitizers)
+    plan = setup.ninja_file(output, build_dir, sets=sets, plain_sources=sources, flags=flags, link=sanitizers)
     (build_dir / "build.ninja").write_text(plan)
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir), "-j", jobs]

@@ -66,10 +66,14 @@ inline void write_element(char* place, int dtype, double x) {
     } else {
         const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
         uint16_t half = static_cast<uint16_t>(bits >> 16 & 0x8000);
-        if (std::isnan(x)) half = 0x7E00;
-        else if (exponent >= 31) half |= 0x7C00;
-        else if (exponent > 0) half |= static_cast<uint16_t>(exponent << 10 | (bits >> 13 & 1023));
-        else half |= static_cast<uint16_t>(std::ldexp(std::fabs(x), 24));
+        if (std::isnan(x))
+            half = 0x7E00;
+        else if (exponent >= 31)
+            half |= 0x7C00;
+        else if (exponent > 0)
+            half |= static_cast<uint16_t>(exponent << 10 | (bits >> 13 & 1023));
+        else
+            half |= static_cast<uint16_t>(std::ldexp(std::fabs(x), 24));
         std::memcpy(place, &half, 2);
     }
 }
@@ -97,9 +101,8 @@ struct Image {
     std::vector<double> values() {
         std::vector<double> all;
         all.reserve(static_cast<size_t>(count()));
-        for_each([&](int64_t a, int64_t b, int64_t c, int64_t d) {
-            all.push_back(read_element(place(a, b, c, d), dtype));
-        });
+        for_each(
+            [&](int64_t a, int64_t b, int64_t c, int64_t d) { all.push_back(read_element(place(a, b, c, d), dtype)); });
         return all;
     }
     // Whether nothing but elements was written. Overwrites the elements.

@@ -24,9 +24,7 @@ namespace {
 
 char repeat[128], running[1024];
 
-void print_running() {
-    std::fprintf(stderr, "\nharness: while running %s\n  repeat with: %s\n", running, repeat);
-}
+void print_running() { std::fprintf(stderr, "\nharness: while running %s\n  repeat with: %s\n", running, repeat); }
 
 void watch_crashes() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -55,10 +53,14 @@ int main(int argc, char** argv) {
     const char* only = nullptr;
     for (int n = 1; n < argc; n += 2) {
         if (n + 1 == argc) usage(argv[0]);
-        if (!std::strcmp(argv[n], "--count")) count = std::strtoull(argv[n + 1], nullptr, 10);
-        else if (!std::strcmp(argv[n], "--seed")) seed = std::strtoull(argv[n + 1], nullptr, 10);
-        else if (!std::strcmp(argv[n], "--family")) only = argv[n + 1];
-        else usage(argv[0]);
+        if (!std::strcmp(argv[n], "--count"))
+            count = std::strtoull(argv[n + 1], nullptr, 10);
+        else if (!std::strcmp(argv[n], "--seed"))
+            seed = std::strtoull(argv[n + 1], nullptr, 10);
+        else if (!std::strcmp(argv[n], "--family"))
+            only = argv[n + 1];
+        else
+            usage(argv[0]);
     }
     watch_crashes();
     harness::Context context;

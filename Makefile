@@ -35,7 +35,7 @@ fuzz: $(STAMP)
 # Random calls of the native kernels alone, between guard pages, under AddressSanitizer and UBSan: make sanitize RANDOM_CALLS=1000
 RANDOM_CALLS ?= 10000
 sanitize: $(STAMP)
-	$(BIN)/python tests/native/build.py build/sanitize
+	$(BIN)/python tests/native/build_harness.py build/sanitize
 	OMP_WAIT_POLICY=passive build/sanitize/harness --count $(RANDOM_CALLS) $(ARGS)
 
 # PyTorch's own tests of nn.MultiheadAttention on ours: make test-upstream PYTORCH=/path/to/a/pytorch/checkout

@@ -58,7 +58,7 @@ def ninja_file(
 ) -> str:
     """The build plan: every kernel object from one source, plus what is around them.
 
-    The defaults are the Python module's; tests/native/build.py has other ``plain_sources`` and ``flags`` (which come
+    The defaults are the Python module's; tests/native/build_harness.py has other ``plain_sources`` and ``flags`` (which come
     after the usual ones) for its harness.
     """
     import pybind11

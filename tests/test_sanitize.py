@@ -16,7 +16,7 @@ FOLDER = ROOT / "build" / "sanitize-quick"  # one set fewer than make sanitize: 
 CASES = 150
 
 sys.path.insert(0, str(NATIVE))
-import build as native_build  # noqa: E402
+import build_harness  # noqa: E402
 
 sys.path.remove(str(NATIVE))
 
@@ -24,10 +24,10 @@ sys.path.remove(str(NATIVE))
 @pytest.fixture(scope="module")
 def harness() -> Path:
     cpu = pytest.importorskip("efficient_attn._cpu", reason="the native module is not built")
-    missing = native_build.sanitizers_missing(FOLDER)
+    missing = build_harness.sanitizers_missing(FOLDER)
     if missing:
         pytest.skip(missing)
-    return native_build.build(FOLDER, [cpu.instruction_set()])
+    return build_harness.build(FOLDER, [cpu.instruction_set()])
 
 
 def run(harness: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

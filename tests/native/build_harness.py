@@ -1,6 +1,6 @@
 """Builds the harness beside this file with the kernels' own build plan (setup.py) and sanitizers, and prints its path.
 
-python tests/native/build.py [FOLDER]     # default: build/sanitize; SANITIZE= (empty) builds without sanitizers
+python tests/native/build_harness.py [FOLDER]     # default: build/sanitize; SANITIZE= (empty) builds without sanitizers
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def ninja_file(
 ) -> str:
     """The build plan: every kernel object from one source, plus what is around them.
 
-    The defaults are the Python module's; tests/native/build_harness.py has other ``plain_sources`` and ``flags`` (which come
-    after the usual ones) for its harness.
+    The defaults are the Python module's; tests/native/build_harness.py has its own ``plain_sources``, ``flags`` (which
+    come after the usual ones) and ``link``.
     """
     import pybind11
 

@@ -125,7 +125,9 @@ struct Definition {
         const Dot out_error = dot(dO, results.out.error.data() + at * c.Dv, c.Dv);
         const double lse_gradient = c.has_grad_lse ? grad_lse[static_cast<size_t>(at)] : 0;
         const double delta = from_out.value - lse_gradient;
-        const double stored = epsilon(c.dtype) * from_out.size + out_error.size;  // the kernel reads a rounded out
+        // The kernel reads an out that was rounded, below the normal numbers to a fixed step.
+        double stored = epsilon(c.dtype) * from_out.size + out_error.size;
+        for (int64_t d = 0; d < c.Dv; ++d) stored += smallest(c.dtype) * std::fabs(dO[d]);
         const double loose = relative + 2 * product_unit;
         for (size_t n = 0; n < seen.size(); ++n) {
             const int64_t j = kv_row + seen[n];

@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 MODULE = "efficient_attn._cpu"
 ISA_SOURCE = "csrc/cpu/kernels.cpp"
-PLAIN_SOURCES = ["csrc/cpu/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"]
+PLAIN_SOURCES = ["csrc/cpu/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/peak.cpp"]
 COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -ffp-contract=fast -fno-math-errno"
 ISA_FLAGS = "-fno-exceptions -fno-rtti -fno-threadsafe-statics"
 

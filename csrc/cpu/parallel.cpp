@@ -80,13 +80,4 @@ bool run(const Operator& op, const AttentionParams& p, int threads) {
     return true;
 }
 
-int64_t run_fma_loops(const Kernels& kernels, int threads, int64_t steps) {
-    int64_t operations = 0;
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(static, 1) num_threads(threads) reduction(+ : operations)
-#endif
-    for (int thread = 0; thread < threads; ++thread) operations += kernels.fma_loop(steps);
-    return operations;
-}
-
 }  // namespace efficient_attn

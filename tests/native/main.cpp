@@ -81,6 +81,9 @@ int main(int argc, char** argv) {
             std::snprintf(repeat, sizeof repeat, "%s --family %s --seed %llu --count 1", argv[0], family.name,
                           static_cast<unsigned long long>(n));
             const std::string wrong = family.check(n, context);
+            if ((n + 1 - seed) % 1000 == 0 && n + 1 - seed < count)
+                std::fprintf(stderr, "%s: %llu of %llu\n", family.name, static_cast<unsigned long long>(n + 1 - seed),
+                             static_cast<unsigned long long>(count));
             if (wrong.empty()) continue;
             std::fprintf(stderr, "harness: %s\n  repeat with: %s\n", wrong.c_str(), repeat);
             return 1;

@@ -1,4 +1,4 @@
-# make setup | test | test-slow | fuzz | test-upstream | lint | bench | bench-cpu | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# make setup | test | test-slow | fuzz | sanitize | test-upstream | lint | bench | bench-cpu | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: setup test test-slow fuzz test-upstream lint format bench bench-cpu readme clean
+.PHONY: setup test test-slow fuzz sanitize test-upstream lint format bench bench-cpu readme clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,12 @@ fuzz: $(STAMP)
 	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/test_fuzz.py
 	@echo "$(CASES) random cases, forward and backward"
 
+# Random calls of the native kernels alone, between guard pages, under AddressSanitizer and UBSan: make sanitize RANDOM_CALLS=1000
+RANDOM_CALLS ?= 10000
+sanitize: $(STAMP)
+	$(BIN)/python tests/native/build_harness.py build/sanitize
+	OMP_WAIT_POLICY=passive build/sanitize/harness --count $(RANDOM_CALLS) $(ARGS)
+
 # PyTorch's own tests of nn.MultiheadAttention on ours: make test-upstream PYTORCH=/path/to/a/pytorch/checkout
 test-upstream: $(STAMP)
 	$(BIN)/python tests/upstream/run.py $(PYTORCH) $(ARGS)
@@ -39,13 +45,13 @@ test-upstream: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
 
 bench: $(STAMP)
 	$(BIN)/efficient-attn bench $(ARGS)

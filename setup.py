@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 MODULE = "efficient_attn._cpu"
 ISA_SOURCE = "csrc/cpu/kernels.cpp"
-PLAIN_SOURCES = ["csrc/cpu/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"]
+PLAIN_SOURCES = ["csrc/cpu/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/peak.cpp"]
 COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -ffp-contract=fast -fno-math-errno"
 ISA_FLAGS = "-fno-exceptions -fno-rtti -fno-threadsafe-statics"
 
@@ -39,16 +39,28 @@ def find_compiler() -> str:
     raise CompileError(f"no C++ compiler found (tried {', '.join(candidates)})")
 
 
-def accepts(compiler: str, flag: str, build_dir: Path) -> bool:
-    """Whether a small program compiles and links with the flag."""
+def accepts(compiler: str, flags: str, build_dir: Path) -> bool:
+    """Whether a small program compiles and links with the flags."""
     source = build_dir / "probe.cpp"
     source.write_text("int main() { return 0; }\n")
-    command = [*compiler.split(), flag, str(source), "-o", str(build_dir / "probe")]
+    command = [*compiler.split(), *flags.split(), str(source), "-o", str(build_dir / "probe")]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def ninja_file(output: Path, build_dir: Path) -> str:
-    """The build plan: every kernel object from one source, plus the module around them."""
+def ninja_file(
+    output: Path,
+    build_dir: Path,
+    *,
+    sets: dict[str, str] | None = None,
+    plain_sources: list[str] | None = None,
+    flags: str = "",
+    link: str = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup",
+) -> str:
+    """The build plan: every kernel object from one source, plus what is around them.
+
+    The defaults are the Python module's; tests/native/build_harness.py has its own ``plain_sources``, ``flags`` (which
+    come after the usual ones) and ``link``.
+    """
     import pybind11
 
     compiler = find_compiler()
@@ -59,12 +71,11 @@ def ninja_file(output: Path, build_dir: Path) -> str:
     )
     openmp = "-fopenmp" if accepts(compiler, "-fopenmp", build_dir) else ""
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-    sets = instruction_sets()
+    sets = instruction_sets() if sets is None else sets
     known = " ".join(f"-DEFFICIENT_ATTN_HAVE_{name.upper()}=1" for name in sets)
-    link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
     lines = [
         f"cxx = {compiler}",
-        f"flags = {COMMON_FLAGS}{tuning} {includes} {known}",
+        f"flags = {COMMON_FLAGS}{tuning} {includes} {known} {flags}",
         "rule compile",
         "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -77,7 +88,7 @@ def ninja_file(output: Path, build_dir: Path) -> str:
         objects.append(f"kernels_{name}.o")
         lines += [f"build {objects[-1]}: compile {ROOT / ISA_SOURCE}"]
         lines += [f"  extra = {isa} {ISA_FLAGS} -DEFFICIENT_ATTN_ISA={name}"]
-    for source in PLAIN_SOURCES:
+    for source in PLAIN_SOURCES if plain_sources is None else plain_sources:
         objects.append(Path(source).stem + ".o")
         lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {openmp} -pthread"]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
@@ -117,12 +128,13 @@ def packages() -> tuple[list[str], dict[str, str]]:
     return names, places
 
 
-skip = os.environ.get("EFFICIENT_ATTN_CPU") == "0"
-names, places = packages()
-setup(
-    packages=names,
-    package_dir=places,
-    package_data={"efficient_attn": ["py.typed"]},
-    ext_modules=[] if skip else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=True)],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    skip = os.environ.get("EFFICIENT_ATTN_CPU") == "0"
+    names, places = packages()
+    setup(
+        packages=names,
+        package_dir=places,
+        package_data={"efficient_attn": ["py.typed"]},
+        ext_modules=[] if skip else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=True)],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -7,7 +7,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,49 @@ Call = Callable[[], object]
 
 # A sample shorter than this repeats its call inside, so that the clock's resolution and the loop do not show.
 SHORTEST_SAMPLE_S = 1e-3
+# Above this interquartile range (relative to the median) a time is called noisy, because the machine was busy.
+NOISY = 0.25
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def interleaved(
-    calls: Mapping[str, Call], budget_s: float, min_rounds: int = 3, max_rounds: int = 200
+    calls: Mapping[str, Call],
+    budget_s: float,
+    min_rounds: int = 3,
+    max_rounds: int = 200,
+    patience_s: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Times the calls in alternation, so that a drift of the machine meets all of them alike.
 
-    Each call first runs once, unmeasured. Rounds go on until ``budget_s`` is spent, at least ``min_rounds``; a call
-    that is so slow that ``min_rounds`` of it alone exceed the budget is represented by its first run only.
+    Each call first runs once, unmeasured. Rounds go on until ``budget_s`` is spent, at least ``min_rounds``; with a
+    longer ``patience_s``, also while a call's spread is above ``NOISY``. A call that is so slow that ``min_rounds`` of
+    it alone exceed both is represented by its first run only.
 
     Returns per call: ``ms`` (median), ``spread`` (interquartile range over median) and ``samples``.
     """
+    patience_s = max(budget_s, patience_s or 0)
     samples: dict[str, list[float]] = {}
     inner: dict[str, int] = {}
     for name, call in calls.items():
         first = _timed(call, 1)
-        if first * min_rounds > budget_s:
+        if first * min_rounds > patience_s:
             samples[name] = [first]
         else:
             samples[name] = []
-            inner[name] = max(1, math.ceil(SHORTEST_SAMPLE_S / max(_timed(call, 1), 1e-7)))
+            again = _timed(call, 1) if first * min_rounds <= budget_s else first
+            inner[name] = max(1, math.ceil(SHORTEST_SAMPLE_S / max(again, 1e-7)))
     started = time.perf_counter()
     for done in range(max_rounds if inner else 0):
-        if done >= min_rounds and time.perf_counter() - started > budget_s:
+        spent = time.perf_counter() - started
+        if done >= min_rounds and spent > budget_s and (spent > patience_s or _steady(samples[name] for name in inner)):
             break
         for name, count in inner.items():
             samples[name].append(_timed(calls[name], count))
     return {name: _summary(values) for name, values in samples.items()}
+
+
+def _steady(samples: Iterable[list[float]]) -> bool:
+    return all(_summary(values)["spread"] <= NOISY for values in samples)
 
 
 def _timed(call: Call, count: int) -> float:
@@ -97,24 +112,31 @@ def _high_water_mark() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def fma_peak_gflops() -> dict[str, float]:
-    """Measured peak GFLOP/s at the current thread count: of a float32 matrix product, and of our FMA loop if built."""
-    size = 1536
-    a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    timing = interleaved({"sgemm": lambda: torch.mm(a, b, out=c)}, budget_s=0.5)
-    peaks = {"sgemm": _rounded(2 * size**3 / timing["sgemm"]["ms"] / 1e6)}
+@dataclass(frozen=True)
+class Ceiling:
+    """What this machine can do at the current thread count, as a call to be timed beside the others."""
+
+    name: str
+    call: Call
+    work: float  # of one call: floating-point operations, or bytes
+
+    def giga_per_second(self, ms: float) -> float:
+        return _rounded(self.work / ms / 1e6)
+
+
+def fma_ceiling() -> Ceiling:
+    """Fused multiply-adds without memory (csrc/cpu/peak.h); without the native module a float32 matrix product."""
     try:
         from efficient_attn import _cpu
     except ModuleNotFoundError:
-        return peaks
-    if hasattr(_cpu, "fma_peak_gflops"):
-        peaks["fma"] = _rounded(max(_cpu.fma_peak_gflops(torch.get_num_threads()) for _ in range(3)))
-    return peaks
+        a, b, c = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
+        return Ceiling("sgemm", lambda: torch.mm(a, b, out=c), 2 * 1536**3)
+    threads, steps = torch.get_num_threads(), 2**20
+    return Ceiling("fma", lambda: _cpu.fma_loop(threads, steps), _cpu.fma_loop(threads, steps))
 
 
-def copy_bandwidth_gbs() -> float:
-    """Measured memory bandwidth in GB/s of a copy far larger than any cache (bytes read plus bytes written)."""
+def copy_ceiling() -> Ceiling:
+    """A copy far larger than any cache; bytes read plus bytes written."""
     source = torch.ones(256 * 2**20, dtype=torch.uint8)
     target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, budget_s=0.5)
-    return _rounded(2 * source.numel() / timing["copy"]["ms"] / 1e6)
+    return Ceiling("copy", lambda: target.copy_(source), 2 * source.numel())

@@ -10,11 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .clock import NOISY
 from .memory import fitted_exponent
 from .records import Record
 
-# Above this interquartile range (relative to the median) a time is marked, because the machine was busy.
-NOISY = 0.25
 MIB = 2**20
 
 
@@ -33,6 +32,8 @@ def print_report(cells: Sequence[Record], console: Console) -> None:
         rows = [cell for cell in cells if cell["suite"] == suite]
         if rows:
             console.print(table(rows))
+        if rows and suite == "targets":
+            console.print("\n".join(target_summary(rows)), highlight=False)
     failed = [cell for cell in cells if cell["status"] != "ok"]
     for cell in failed:
         console.print(f"[yellow]{cell['status']}[/]: {cell_name(cell)}: {cell['message'][:300]}", highlight=False)
@@ -120,9 +121,11 @@ def _targets(rows: Sequence[Record]) -> Table:
     table = _table(
         f"CPU targets, {_shared(rows)}",
         "work",
-        ("peer", "ours ms", "peer ms", "target", "reached", "of peak", "result"),
-        caption="reached: peer time / our time in one alternation, or what the row names. of peak: share of the "
-        "measured FMA peak or copy bandwidth, with its target.",
+        ("peer", "ours ms", "±", "peer ms", "±", "MiB", "target", "reached", "of peak", "result"),
+        caption="reached: peer time / our time in one alternation; for sparse_efficiency our time / (density x our "
+        f"dense time), for overhead microseconds. ±: interquartile range over median; ~ above {NOISY:.0%}. MiB: peak "
+        "memory of our first call. of peak: operations of the visible pairs (two products forward, five backward) as a "
+        "share of the FMA peak, or bytes of keys and values as a share of a copy, in the same alternation; its target.",
     )
     for row in rows:
         config = row["config"]
@@ -133,7 +136,10 @@ def _targets(rows: Sequence[Record]) -> Table:
 def _target_figures(row: Record) -> tuple[str, ...]:
     return (
         _ms(row),
+        f"{row['spread']:.0%}",
         _number(row["peer_ms"], "{:.3g}"),
+        _number(row["peer_spread"], "{:.0%}"),
+        _mib(row),
         _target(row["config"]),
         f"{row['figure']:.2f}",
         _share(row),
@@ -171,10 +177,41 @@ def _verdict(record: Record) -> str:
 
 
 def _share(record: Record) -> str:
+    """Of the ceiling that the row has a target for, else of the FMA peak."""
     for ceiling in ("peak", "bandwidth"):
-        if f"{ceiling}_share" in record:
+        if record["config"][ceiling] is not None:
             return f"{record[f'{ceiling}_share']:.0%} (>= {record['config'][ceiling]:.0%})"
-    return ""
+    return _number(record.get("peak_share"), "{:.0%}")
+
+
+def target_summary(rows: Sequence[Record]) -> list[str]:
+    """Lines below the table: how many targets are met and which are not, the ceilings, what the rows leave to say."""
+    wanted = [row for row in rows if row["config"]["target"] is not None]
+    met = [row for row in wanted if row["status"] == "ok" and reached(row)]
+    lines = [f"[bold]{len(met)} of {len(wanted)} targets met[/]"]
+    lines += [f"  [red]missed[/] {_missed(row)}" for row in wanted if row not in met]
+    for ceiling, unit in (("peak", "gflops"), ("bandwidth", "gbs")):
+        found = [row for row in rows if row["status"] == "ok" and f"{ceiling}_{unit}" in row]
+        if found:
+            values = sorted(row[f"{ceiling}_{unit}"] for row in found)
+            name = {"gflops": "GFLOP/s", "gbs": "GB/s"}[unit]
+            middle = f"{values[len(values) // 2]:.4g} {name}, {values[0]:.4g} to {values[-1]:.4g} over the rows"
+            lines.append(f"{ceiling} ({found[0][f'{ceiling}_of']}): {middle}")
+    for row in rows:
+        if row["status"] == "ok" and row["peer_plan_ms"] is not None:
+            peer = row["config"]["peer"]
+            lines.append(f"{target_name(row['config'])}: {peer} compiled in {row['peer_plan_ms']:.0f} ms")
+        if row["config"]["note"]:
+            lines.append(f"{target_name(row['config'])}: {row['config']['note']}")
+    return lines
+
+
+def _missed(row: Record) -> str:
+    config = row["config"]
+    name = f"{target_name(config)} against {config['peer']}"
+    if row["status"] != "ok":
+        return f"{name}: {row['status']}"
+    return f"{name}: {row['figure']:.2f} ({_target(config)}) {_share(row)}".rstrip()
 
 
 def _metrics(record: Record, render: Any) -> tuple[str, ...]:

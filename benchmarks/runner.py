@@ -1,7 +1,7 @@
 """Runs cells one after another, each in a process of its own with a time and a memory limit.
 
-Workers are forked from a fork server that has imported PyTorch and run nothing, so that a cell starts in a tenth of a
-second with fresh memory counters. Whatever happens to a worker (out of memory, hang, crash) becomes a record; the run
+Workers are forked from a fork server that has imported PyTorch and run nothing, so that a cell starts in a fraction of
+a second with fresh memory counters. Whatever happens to a worker (out of memory, hang, crash) becomes a record; the run
 goes on.
 """
 
@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -26,13 +27,13 @@ from typing import Any
 from . import records
 from .records import Record
 
-# Each suite is a module beside this one, or elsewhere under its dotted name, with ``run_cell(config) -> dict`` of JSON.
-SUITES = ("ops", "vit", "memory", "targets")
-
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a suite and its configuration (JSON values only, among them ``threads``)."""
+    """One measurement: a suite and its configuration (JSON values only, among them ``threads``).
+
+    A suite is a module beside this one, or elsewhere under its dotted name, with ``run_cell(config) -> dict`` of JSON.
+    """
 
     suite: str
     config: Mapping[str, Any]
@@ -68,7 +69,8 @@ def run_cell(cell: Cell, out: records.ResultFile, limits: Limits, code: str) -> 
 @cache
 def _fork_server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", *(f"{__package__}.{suite}" for suite in SUITES), "sklearn.datasets"])
+    # Not this package: its native module starts plain threads in a process that was forked with it (parallel.cpp).
+    context.set_forkserver_preload(["torch", "sklearn.datasets"])
     return context
 
 
@@ -76,7 +78,8 @@ def _run_worker(cell: Cell, limits: Limits) -> Record:
     context = _fork_server()
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
-        process = context.Process(target=_work, args=(sender, cell, limits.memory_bytes, log.name), daemon=True)
+        # Not a daemon, which may have no children: a cell that compiles may start some. _follow ends an abandoned one.
+        process = context.Process(target=_work, args=(sender, cell, limits.memory_bytes, log.name), daemon=False)
         process.start()
         sender.close()
         try:
@@ -95,6 +98,7 @@ def _run_worker(cell: Cell, limits: Limits) -> Record:
 def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str) -> None:
     """The worker: limits first, then the measurement, then one message."""
     os.setsid()
+    threading.Thread(target=_follow, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a cell ends
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -111,6 +115,14 @@ def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str) ->
     except BaseException as error:
         result = _failure(error)
     sender.send(result)
+
+
+def _follow() -> None:
+    """Ends this worker and what it started once the run is gone, however that ended."""
+    run = multiprocessing.parent_process()
+    assert run is not None, "a worker is started by a run"
+    run.join()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _failure(error: BaseException) -> Record:

@@ -34,21 +34,30 @@ class Visible:
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our time, the peer's in the same alternation, the figure that the target is about, and shares of the machine's
-    ceilings.
+    """Our time, the peer's and the machine's ceiling in the same alternation, and the figure that the target is about.
 
-    ``config``: the fields of ``cases.Target``, budget_s, threads.
+    ``config``: the fields of ``cases.Target``, budget_s, patience_s, threads. What is done once (our mask, the peer's
+    compilation) is timed apart: ``plan_ms``, ``peer_plan_ms``.
     """
     started = time.perf_counter()
     visible = _visible(config)
-    plan_ms = round((time.perf_counter() - started) * 1e3, 3)
+    plan_ms = _since(started) if visible.mask is not None else None
     if config["work"] == "module":
         calls = _module_calls(config)
     elif config["work"] == "linear_attention":
         calls = _linear_calls(config)
     else:
         calls = _attention_calls(config, visible)
-    times = clock.interleaved(calls, config["budget_s"])
+    with clock.PeakMemory() as peak:
+        calls["ours"]()
+    peer_plan_ms = None
+    if config["peer"] == "flex":  # compiles at its first call
+        started = time.perf_counter()
+        calls["peer"]()
+        peer_plan_ms = _since(started)
+    ceilings = _ceilings(config)
+    timed = calls | {name: ceiling.call for name, ceiling in ceilings.items()}
+    times = clock.interleaved(timed, config["budget_s"], patience_s=config["patience_s"])
     ours, peer = times["ours"], times.get("peer")
     if peer is None:  # a row about our call alone: its overhead in microseconds
         figure = ours["ms"] * 1e3
@@ -59,30 +68,66 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **ours,
         "peer_ms": None if peer is None else peer["ms"],
+        "peer_spread": None if peer is None else peer["spread"],
         "figure": round(figure, 4),
-        "plan_ms": plan_ms if visible.mask is not None else None,
+        "plan_ms": plan_ms,
+        "peer_plan_ms": peer_plan_ms,
         "density": round(visible.density, 6),
-        **_ceilings(config, visible, ours["ms"]),
+        "peak_bytes": peak.bytes,
+        **_shares(config, visible, ceilings, times),
     }
 
 
-def _ceilings(config: Mapping[str, Any], visible: Visible, ms: float) -> dict[str, Any]:
-    """GFLOP/s and GB/s reached, and their shares of what this machine was measured to do in the same process."""
-    result: dict[str, Any] = {}
-    if config["peak"] is not None:
-        pairs = config["batch"] * config["heads"] * config["q_len"] * config["kv_len"] * visible.density
-        products = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}[config["mode"]]
-        gflops = products * 2 * pairs * config["head_dim"] / ms / 1e6
-        peaks = clock.fma_peak_gflops()
-        peak = peaks.get("fma", peaks["sgemm"])
-        result |= {"gflops": round(gflops, 2), "peaks_gflops": peaks, "peak_share": round(gflops / peak, 4)}
+def _since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1e3, 3)
+
+
+def _ceilings(config: Mapping[str, Any]) -> dict[str, clock.Ceiling]:
+    """What bounds a row: arithmetic, and memory where a row has a target for it. A copy also empties the caches, so no
+    other row runs beside one."""
+    ceilings = {}
+    if config["work"] in ("attention", "sparse_efficiency"):
+        ceilings["peak"] = clock.fma_ceiling()
     if config["bandwidth"] is not None:
-        element = getattr(torch, config["dtype"]).itemsize
-        read = 2 * config["batch"] * config["kv_heads"] * config["kv_len"] * config["head_dim"] * element
-        copy = clock.copy_bandwidth_gbs()
-        gbs = read / ms / 1e6
-        result |= {"gbs": round(gbs, 2), "copy_gbs": copy, "bandwidth_share": round(gbs / copy, 4)}
+        ceilings["bandwidth"] = clock.copy_ceiling()
+    return ceilings
+
+
+def _shares(
+    config: Mapping[str, Any],
+    visible: Visible,
+    ceilings: Mapping[str, clock.Ceiling],
+    times: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """GFLOP/s and GB/s reached, and their shares of the ceilings. Operations are those of the visible pairs: two
+    products forward, five backward (scores again, and four gradients), whatever a kernel really does."""
+    result: dict[str, Any] = {}
+    batch, heads, q_len, kv_len, dim = (config[k] for k in ("batch", "heads", "q_len", "kv_len", "head_dim"))
+    if "peak" in ceilings:
+        products = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}[config["mode"]]
+        operations = products * 2 * batch * heads * q_len * kv_len * visible.density * dim
+        result |= _share("peak", "gflops", operations, ceilings, times)
+    if "bandwidth" in ceilings:
+        read = 2 * batch * config["kv_heads"] * kv_len * dim * getattr(torch, config["dtype"]).itemsize
+        result |= _share("bandwidth", "gbs", read, ceilings, times)
     return result
+
+
+def _share(
+    ceiling: str,
+    unit: str,
+    work: float,
+    ceilings: Mapping[str, clock.Ceiling],
+    times: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    reached, most = work / times["ours"]["ms"] / 1e6, ceilings[ceiling].giga_per_second(times[ceiling]["ms"])
+    return {
+        unit: round(reached, 2),
+        f"{ceiling}_{unit}": most,
+        f"{ceiling}_of": ceilings[ceiling].name,
+        f"{ceiling}_spread": times[ceiling]["spread"],
+        f"{ceiling}_share": round(reached / most, 4),
+    }
 
 
 def _visible(config: Mapping[str, Any]) -> Visible:

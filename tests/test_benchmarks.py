@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -112,6 +114,18 @@ def run_cell(config):
         raise UnsupportedError("not this")
     elif kind == "error":
         raise KeyError("a bug")
+    elif kind == "child":
+        import multiprocessing
+        child = multiprocessing.get_context("fork").Process(target=os._exit, args=(7,))
+        child.start()
+        child.join()
+        return {"exitcode": child.exitcode}
+    elif kind == "kernel":
+        from efficient_attn import attention
+        threads = lambda: len(os.listdir("/proc/self/task"))
+        before, query = threads(), torch.randn(1, 4, 256, 32)
+        attention(query, query, query, backend="cpu")
+        return {"threads_left": threads() - before}
     return {"torch_threads": torch.get_num_threads()}
 """
 
@@ -159,6 +173,53 @@ def test_a_hanging_worker_and_its_children_are_killed_at_the_limit(tmp_path, fau
     pytest.fail(f"process {child} of a stopped worker still runs")
 
 
+def test_a_cell_may_start_processes(tmp_path, faults):
+    assert run_one(tmp_path, faults, {"fault": "child", "threads": 1})["exitcode"] == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_workers_run_kernels_on_openmp_threads(tmp_path, faults):
+    """As users' processes do; the plain threads of a forked child would be started anew in each timed call."""
+    assert run_one(tmp_path, faults, {"fault": "kernel", "threads": 2})["threads_left"] == 1
+
+
+RUN = """
+import sys
+from pathlib import Path
+from efficient_attn.benchmarks import records, runner
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    config = {"fault": "hang", "threads": 1, "pid_file": sys.argv[1] + "/child"}
+    with records.ResultFile(Path(sys.argv[1]) / "results.jsonl") as out:
+        runner.run_cell(runner.Cell("faulty.suite", config), out, runner.Limits(), "test")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_workers_end_with_a_run_that_is_killed(tmp_path, faults):
+    """kill -9 of the run: neither the worker nor the child that it forked goes on."""
+    (tmp_path / "run.py").write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)], env=environment)
+    child_file = tmp_path / "child"
+    try:
+        deadline = time.monotonic() + 120
+        while not (child_file.exists() and child_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        child = int(child_file.read_text())
+        worker = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+        assert _state(worker) not in (None, "Z")
+    finally:
+        run.kill()
+        run.wait()
+    for _ in range(100):
+        if all(_state(pid) in (None, "Z") for pid in (worker, child)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"worker {worker} or its child {child} still runs after its run was killed")
+
+
 def _state(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -175,13 +236,32 @@ def test_calls_are_timed_in_alternation():
     times = clock.interleaved(calls, budget_s=0.05)
     measured = order[4:]  # two warm-ups of each
     assert measured[:6] == list("ababab")
-    assert times["a"]["ms"] == pytest.approx(2.1, rel=0.5) and times["a"]["samples"] >= 3
+    assert 2.0 <= times["a"]["ms"] < 20 and times["a"]["samples"] >= 3  # sleeping takes longer on a busy machine
 
 
 def test_a_call_beyond_the_budget_runs_once():
     runs = []
     times = clock.interleaved({"slow": lambda: (runs.append(0), time.sleep(0.05)), "fast": lambda: None}, budget_s=0.03)
     assert len(runs) == 1 and times["slow"]["samples"] == 1 and times["fast"]["samples"] >= 3
+
+
+def test_patience_gives_slow_calls_their_rounds_and_noisy_ones_more():
+    runs = []
+    times = clock.interleaved({"slow": lambda: (runs.append(0), time.sleep(0.05))}, budget_s=0.03, patience_s=1)
+    assert len(runs) == 4 and times["slow"]["samples"] == 3
+    naps = itertools.cycle((0.002, 0.02))
+    noisy = clock.interleaved({"noisy": lambda: time.sleep(next(naps))}, budget_s=0.05, patience_s=0.5)
+    assert noisy["noisy"]["samples"] > 12  # about 5 fit the budget
+
+
+def test_ceilings_count_what_they_do():
+    """The FMA loop's count is exact, and what it reaches is more than a matrix product does, which it bounds."""
+    _cpu = pytest.importorskip("efficient_attn._cpu", reason="the native module is not built")
+    lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[_cpu.instruction_set()]
+    assert _cpu.fma_loop(3, 1000) == 3 * 1000 * 10 * lanes * 2
+    fma, (a, b) = clock.fma_ceiling(), torch.randn(2, 512, 512)
+    times = clock.interleaved({"fma": fma.call, "sgemm": lambda: a @ b}, budget_s=0.3)
+    assert fma.giga_per_second(times["fma"]["ms"]) > 0.8 * 2 * 512**3 / times["sgemm"]["ms"] / 1e6
 
 
 def test_short_calls_are_repeated_inside_a_sample():
@@ -286,15 +366,24 @@ def test_random_block_masks_have_their_density(density):
     assert mask.density == pytest.approx(density)
 
 
+@pytest.mark.slow
+def test_compilation_of_a_peer_is_timed_apart():
+    target = next(target for target in cases.TARGETS if target.peer == "flex")
+    config = asdict(target) | {"kv_len": 512, "q_len": 512, "budget_s": 0.1, "patience_s": 0.1, "threads": 1}
+    record = targets.run_cell(config)
+    assert record["samples"] >= 3 and record["peer_plan_ms"] > 10 * record["peer_ms"]
+
+
 @pytest.mark.parametrize("target", cases.TARGETS, ids=lambda t: report.target_name(asdict(t)) + " " + t.peer)
 def test_every_target_row_runs_at_a_small_size(target):
     """Each row's two calls agree in what they compute, and give a figure."""
     if target.peer == "flex":
         pytest.skip("compiles for most of a minute; run by make bench-cpu")
     length = min(target.kv_len, 256)
-    config = asdict(target) | {"kv_len": length, "q_len": min(target.q_len, length), "peak": None, "bandwidth": None}
-    record = targets.run_cell({**config, "budget_s": 0.01, "threads": 1})
+    config = asdict(target) | {"kv_len": length, "q_len": min(target.q_len, length), "bandwidth": None}
+    record = targets.run_cell({**config, "budget_s": 0.01, "patience_s": 0.01, "threads": 1})
     assert record["figure"] > 0 and record["samples"] >= 1
+    assert ("peak_share" in record) == (target.work in ("attention", "sparse_efficiency"))
 
 
 # --- tables and plots ---
@@ -332,6 +421,32 @@ def test_a_target_is_reached_only_with_its_share_of_the_peak():
     assert report.reached(row) is False
     assert report.reached({**row, "peak_share": 0.99}) is True
     assert report.reached({**row, "peak_share": 0.99, "figure": 1.0}) is False
+
+
+def test_the_summary_counts_targets_and_names_what_was_missed():
+    def row(target, figure, **more):
+        metrics = {"ms": 1.0, "spread": 0.1, "peer_ms": 1.0, "peer_spread": 0.1, "peer_plan_ms": None, "peak_bytes": 0}
+        return {"suite": "targets", "status": "ok", "config": {**asdict(target), "threads": 2}, "figure": figure} | {
+            **metrics,
+            **more,
+        }
+
+    peaks = {"peak_gflops": 100.0, "peak_of": "fma"}
+    flex = next(target for target in cases.TARGETS if target.peer == "flex")
+    noted = next(target for target in cases.TARGETS if target.note)
+    text = printed(
+        [
+            row(cases.TARGETS[0], 9.0, peak_share=0.5, **peaks),
+            row(cases.TARGETS[1], 9.0, peak_share=0.5, **peaks),
+            row(flex, 2.5, peer_plan_ms=18000.0, peak_share=0.5, **peaks),
+            row(noted, 1.5),
+            {**row(cases.TARGETS[3], 0.0), "status": "oom", "message": "none left"},
+        ]
+    )
+    assert "2 of 5 targets met" in text
+    assert "missed float32 fwd full B1 H8 N4096 D64 against sdpa: 9.00 (>= 1.3) 50% (>= 85%)" in text
+    assert "against sdpa: oom" in text and "peak (fma): 100 GFLOP/s" in text
+    assert "flex compiled in 18000 ms" in text and noted.note in text
 
 
 def test_the_plot_is_drawn_from_an_incomplete_run(tmp_path):

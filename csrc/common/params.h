@@ -76,6 +76,7 @@ struct Operator {
 struct Kernels {
     const char* name;
     Operator forward, backward;
+    int64_t (*fma_loop)(int64_t steps);  // cpu/peak.h; returns the operations done
 };
 
 }  // namespace efficient_attn

@@ -364,7 +364,7 @@ inline BiasTiling bias_tiling(const AttentionParams& p) {
     const int64_t* size = p.dbias.size;
     const int64_t queries = size[2] > 1 ? query_tiling(p, kQueries).count : 1,
                   keys = size[3] > 1 ? ceil_div(p.Nk, kKeys) : 1;
-    return {queries, keys, size[0] * size[1] * queries * keys};
+    return {queries, keys, size[2] * size[3] > 0 ? size[0] * size[1] * queries * keys : 0};
 }
 
 // Adds dS [keys][w] to `sum` [key][query], folding the dimensions that the bias broadcasts.

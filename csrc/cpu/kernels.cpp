@@ -5,6 +5,7 @@
 #include "attention_backward.h"
 #include "attention_decode.h"
 #include "dispatch.h"
+#include "peak.h"
 
 namespace efficient_attn {
 namespace {
@@ -112,6 +113,7 @@ extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
     {2, forward_shared, forward_bytes, forward_tasks, nullptr, forward_run},
     {5, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
+    fma_loop,
 };
 
 }  // namespace efficient_attn

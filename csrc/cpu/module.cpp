@@ -125,6 +125,13 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("attention_backward",
                [](const std::string& w, int threads) { call(kernels().backward, w, threads, true); });
     module.def(
+        "fma_loop",
+        [](int threads, int64_t steps) {
+            py::gil_scoped_release release;
+            return run_fma_loops(kernels(), threads, steps);
+        },
+        "Fused multiply-adds without memory on so many threads at once, for benchmarks; returns the operations done.");
+    module.def(
         "instruction_set", [] { return kernels().name; }, "The instruction set in use: baseline, avx2 or avx512.");
     module.def(
         "instruction_sets",

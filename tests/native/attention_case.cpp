@@ -1,0 +1,288 @@
+#include "attention_case.h"
+
+#include <algorithm>
+#include <cstdio>
+
+namespace harness {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// From 1 to `most`, often beside a multiple of 16, where tiles begin and end.
+int64_t length(Random& random, int64_t most) {
+    int64_t n = random.integer(1, std::max<int64_t>(1, most));
+    if (random.chance(0.5)) n = n / 16 * 16 + random.integer(-1, 1);
+    return std::max<int64_t>(1, std::min(n, most));
+}
+
+int64_t head_dim(Random& random) {
+    switch (random.integer(0, 3)) {
+        case 0:
+            return random.choose<int64_t>({1, 2, 3, 16, 32, 40, 48, 80, 96, 256});
+        case 1:
+            return random.choose<int64_t>({64, 64, 128});
+        case 2:
+            return random.integer(1, 48);
+        default:
+            return random.integer(1, 256);
+    }
+}
+
+void draw_sizes(Random& random, AttentionCase& c) {
+    c.B = random.choose<int64_t>({1, 1, 2, 3});
+    c.Hkv = random.choose<int64_t>({1, 1, 2, 3});
+    c.Hq = c.Hkv * random.choose<int64_t>({1, 1, 2, 3, 4});
+    c.D = head_dim(random);
+    c.Dv = random.chance(0.6) ? c.D : head_dim(random);
+    // The definition costs pairs x (D + Dv) operations: most cases are small, a few are long.
+    const double budget = random.chance(0.02) ? 8e6 : random.chance(0.1) ? 1e6 : 1.2e5;
+    const int64_t pairs = static_cast<int64_t>(budget / static_cast<double>(c.B * c.Hq * (c.D + c.Dv))) + 1;
+    const int64_t square = static_cast<int64_t>(std::sqrt(static_cast<double>(pairs))) + 1;
+    switch (random.integer(0, 7)) {
+        case 0:
+        case 1:  // decode
+            c.Nq = random.chance(0.5) ? 1 : random.integer(1, 16);
+            c.Nk = length(random, pairs / c.Nq + 1);
+            break;
+        case 2:  // few keys
+            c.Nk = random.integer(1, 16);
+            c.Nq = length(random, pairs / c.Nk + 1);
+            break;
+        case 3:
+            c.Nq = c.Nk = length(random, square);
+            break;
+        default:
+            c.Nq = length(random, 2 * square);
+            c.Nk = length(random, pairs / c.Nq + 1);
+    }
+    if (random.chance(0.03)) {
+        switch (random.integer(0, 3)) {
+            case 0:
+                c.B = 0;
+                break;
+            case 1:
+                c.Hq = c.Hkv = 0;
+                break;
+            case 2:
+                c.Nq = 0;
+                break;
+            default:
+                c.Nk = 0;
+        }
+    }
+}
+
+void fill(Random& random, Image& image, double spread) {
+    image.for_each(
+        [&](int64_t a, int64_t b, int64_t n, int64_t d) { image.set(a, b, n, d, random.uniform(-spread, spread)); });
+}
+
+// An input, sometimes one that was expanded along the batch, the heads or the rows.
+Image input(Random& random, int dtype, int64_t B, int64_t H, int64_t N, int64_t D, double spread) {
+    Image image = random_layout(random, dtype, B, H, N, D);
+    if (random.chance(0.1)) image.stride[random.integer(0, 2)] = 0;
+    fill(random, image, spread);
+    return image;
+}
+
+void draw_bias(Random& random, AttentionCase& c) {
+    const int64_t full[4] = {c.B, c.Hq, c.Nq, c.Nk};
+    int64_t size[4];
+    for (int dim = 0; dim < 4; ++dim) size[dim] = random.chance(0.4) ? 1 : full[dim];
+    const bool half = c.dtype == kBFloat16 || c.dtype == kFloat16;
+    const int dtype = half && random.chance(0.3) ? static_cast<int>(kFloat32) : c.dtype;
+    int order[4] = {0, 1, 2, 3};
+    for (int n = 3; n > 0 && random.chance(0.4); --n) std::swap(order[n], order[random.integer(0, n)]);
+    c.bias = make_image(dtype, size, order, random.chance(0.5) ? &random : nullptr);
+    fill(random, c.bias, 2.0);
+    if (random.chance(0.2))  // -inf hides a pair
+        c.bias.for_each([&](int64_t a, int64_t b, int64_t i, int64_t j) {
+            if (random.chance(0.1)) c.bias.set(a, b, i, j, -INFINITY);
+        });
+    c.dbias = contiguous(dtype, size[0], size[1], size[2], size[3]);
+}
+
+// One block of a list: kind 0 is not listed, 1 full, 2 a tile of bits.
+void append_block(Random& random, const AttentionCase& c, Mask& mask, uint8_t* pairs, int64_t block_i, int64_t block_j,
+                  int kind) {
+    const int64_t i0 = block_i * mask.block_q, j0 = block_j * mask.block_k, row_bytes = mask.block_k / 8;
+    const int64_t rows = std::min(mask.block_q, c.Nq - i0), columns = std::min(mask.block_k, c.Nk - j0);
+    mask.indices.push_back(static_cast<int32_t>(block_j));
+    if (kind == 1) {
+        mask.tile_ids.push_back(-1);
+        for (int64_t i = 0; i < rows; ++i) std::memset(pairs + (i0 + i) * c.Nk + j0, 1, static_cast<size_t>(columns));
+        return;
+    }
+    const int64_t id = mask.tile_count();
+    mask.tile_ids.push_back(static_cast<int32_t>(id));
+    mask.tiles.resize(static_cast<size_t>((id + 1) * mask.block_q * row_bytes), 0);
+    uint8_t* tile = mask.tiles.data() + id * mask.block_q * row_bytes;
+    const double density = random.choose<double>({0.02, 0.5, 0.95});
+    const bool whole_rows = random.chance(0.3);  // some queries of the block see nothing of it
+    for (int64_t i = 0; i < rows; ++i) {
+        if (whole_rows && random.chance(0.5)) continue;
+        for (int64_t j = 0; j < columns; ++j) {
+            if (!random.chance(density)) continue;
+            tile[i * row_bytes + j / 8] |= static_cast<uint8_t>(1 << j % 8);
+            pairs[(i0 + i) * c.Nk + j0 + j] = 1;
+        }
+    }
+}
+
+// The same lists by key block.
+void transpose_lists(const AttentionCase& c, Mask& mask) {
+    const int64_t n_q = ceil_div(c.Nq, mask.block_q), n_k = ceil_div(c.Nk, mask.block_k);
+    mask.t_indptr.push_back(0);
+    for (int64_t head = 0; head < mask.batch * mask.heads; ++head) {
+        for (int64_t key = 0; key < n_k; ++key) {
+            for (int64_t row = 0; row < n_q; ++row) {
+                for (int64_t e = mask.indptr[head * n_q + row]; e < mask.indptr[head * n_q + row + 1]; ++e) {
+                    if (mask.indices[e] != key) continue;
+                    mask.t_indices.push_back(static_cast<int32_t>(row));
+                    mask.t_tile_ids.push_back(mask.tile_ids[e]);
+                }
+            }
+            mask.t_indptr.push_back(static_cast<int64_t>(mask.t_indices.size()));
+        }
+    }
+}
+
+void draw_lists(Random& random, const AttentionCase& c, Mask& mask) {
+    mask.listed = true;
+    const bool small = random.chance(0.5);
+    mask.block_q = 16 * (small ? random.integer(1, 4) : random.integer(1, 16));
+    mask.block_k = 16 * (small ? random.integer(1, 4) : random.integer(1, 16));
+    mask.batch = random.chance(0.5) ? 1 : c.B;
+    mask.heads = random.chance(0.5) ? 1 : c.Hq;
+    mask.pairs.assign(static_cast<size_t>(mask.batch * mask.heads * c.Nq * c.Nk), 0);
+    const double density = random.choose<double>({0.1, 0.5, 0.9, 1.0}), full = random.choose<double>({0.0, 0.5, 1.0});
+    mask.indptr.push_back(0);
+    for (int64_t head = 0; head < mask.batch * mask.heads; ++head) {
+        for (int64_t i = 0; i < ceil_div(c.Nq, mask.block_q); ++i) {
+            for (int64_t j = 0; j < ceil_div(c.Nk, mask.block_k); ++j)
+                if (random.chance(density))
+                    append_block(random, c, mask, mask.pairs.data() + head * c.Nq * c.Nk, i, j,
+                                 random.chance(full) ? 1 : 2);
+            mask.indptr.push_back(static_cast<int64_t>(mask.indices.size()));
+        }
+    }
+    transpose_lists(c, mask);
+}
+
+void draw_mask(Random& random, AttentionCase& c) {
+    Mask& mask = c.mask;
+    if (random.chance(0.5)) draw_lists(random, c, mask);
+    if (random.chance(0.4)) {
+        if (random.chance(0.4)) {
+            mask.window_right = 0;  // causal
+        } else {
+            mask.window_left = random.choose<int64_t>({-1, 0, 5, 40, 300});
+            mask.window_right = random.choose<int64_t>({-1, 0, 9, 70});
+        }
+        mask.window_offset = random.choose<int64_t>({0, 0, c.Nk - c.Nq, random.integer(-30, 30)});
+    }
+    if (random.chance(0.3))
+        for (int64_t b = 0; b < c.B; ++b)
+            mask.kv_lengths.push_back(
+                static_cast<int32_t>(random.chance(0.2) ? random.choose<int64_t>({0, c.Nk}) : random.integer(0, c.Nk)));
+}
+
+// NaN and infinity in some rows: whoever does not see them must not notice.
+void poison(Random& random, AttentionCase& c) {
+    if (random.chance(0.3))
+        for (int64_t h = 0; h < (c.B > 0 && c.Nq > 0 ? c.Hq : 0); ++h)
+            (random.chance(0.5) ? c.query : c.grad_out).set(0, h, random.integer(0, c.Nq - 1), 0, NAN);
+    for (int64_t b = 0; b < c.B; ++b) {
+        for (int64_t h = 0; h < c.Hkv; ++h) {
+            for (int64_t j = 0; j < c.Nk; ++j) {
+                if (!random.chance(0.03)) continue;
+                const double x = random.choose<double>({NAN, INFINITY, -INFINITY});
+                if (random.chance(0.7)) c.key.set(b, h, j, random.integer(0, c.D - 1), x);
+                if (random.chance(0.7)) c.value.set(b, h, j, random.integer(0, c.Dv - 1), x);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+bool AttentionCase::visible(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const int64_t centre = i + mask.window_offset;
+    if (mask.window_left >= 0 && j < centre - mask.window_left) return false;
+    if (mask.window_right >= 0 && j > centre + mask.window_right) return false;
+    if (!mask.kv_lengths.empty() && j >= mask.kv_lengths[static_cast<size_t>(b)]) return false;
+    if (!mask.listed) return true;
+    const int64_t head = (mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : h);
+    return mask.pairs[static_cast<size_t>((head * Nq + i) * Nk + j)] != 0;
+}
+
+std::string AttentionCase::describe() const {
+    static const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+    char text[512];
+    std::snprintf(text, sizeof text,
+                  "%s B%ld Hq%ld Hkv%ld Nq%ld Nk%ld D%ld Dv%ld scale %g dropout %g, list %s %ldx%ld blocks %ldx%ld, "
+                  "window (%ld, %ld) offset %ld, lengths %s, bias %s, grad_lse %s",
+                  names[dtype], B, Hq, Hkv, Nq, Nk, D, Dv, scale, dropout_p, mask.listed ? "yes" : "no", mask.batch,
+                  mask.heads, mask.block_q, mask.block_k, mask.window_left, mask.window_right, mask.window_offset,
+                  mask.kv_lengths.empty() ? "no" : "yes",
+                  !has_bias             ? "no"
+                  : wants_bias_gradient ? "with gradient"
+                                        : "yes",
+                  has_grad_lse ? "yes" : "no");
+    return text;
+}
+
+AttentionCase random_attention_case(uint64_t seed) {
+    Random random(seed);
+    AttentionCase c{};
+    c.dtype = static_cast<int>(random.integer(0, 3));
+    draw_sizes(random, c);
+    c.scale = random.chance(0.7) ? 1 / std::sqrt(static_cast<double>(c.D)) : random.choose<double>({-0.3, 0.0, 0.9});
+    c.dropout_p = random.chance(0.75) ? 0 : random.choose<double>({0.1, 0.5, 0.9});
+    c.dropout_seed = random.next();
+    const double spread = random.choose<double>({1.0, 1.0, 2.0});
+    c.query = input(random, c.dtype, c.B, c.Hq, c.Nq, c.D, spread);
+    c.key = input(random, c.dtype, c.B, c.Hkv, c.Nk, c.D, spread);
+    c.value = input(random, c.dtype, c.B, c.Hkv, c.Nk, c.Dv, 1.0);
+    c.grad_out = input(random, c.dtype, c.B, c.Hq, c.Nq, c.Dv, 1.0);
+    if (random.chance(0.15)) poison(random, c);
+    draw_mask(random, c);
+    if ((c.has_bias = random.chance(0.4))) draw_bias(random, c);
+    c.wants_bias_gradient = c.has_bias && random.chance(0.7);
+    c.grad_lse = contiguous(c.accumulator(), c.B, c.Hq, c.Nq, 1);
+    if ((c.has_grad_lse = random.chance(0.3))) fill(random, c.grad_lse, 1.0);
+    c.out = random_layout(random, c.dtype, c.B, c.Hq, c.Nq, c.Dv);
+    c.lse = contiguous(c.accumulator(), c.B, c.Hq, c.Nq, 1);
+    c.dq = random_layout(random, c.dtype, c.B, c.Hq, c.Nq, c.D);
+    c.dk = random_layout(random, c.dtype, c.B, c.Hkv, c.Nk, c.D);
+    c.dv = random_layout(random, c.dtype, c.B, c.Hkv, c.Nk, c.Dv);
+    return c;
+}
+
+void corrupt_lists(Random& random, AttentionCase& c) {
+    Mask& mask = c.mask;
+    if (!mask.listed) draw_lists(random, c, mask);
+    const double rate = random.choose<double>({0.05, 0.5, 1.0});
+    const auto spoil = [&](auto& numbers, int64_t sane) {
+        using X = typename std::remove_reference_t<decltype(numbers)>::value_type;
+        for (X& x : numbers) {
+            if (!random.chance(rate)) continue;
+            const int64_t wide = sizeof(X) == 8 ? INT64_MAX : INT32_MAX;
+            x = static_cast<X>(random.choose<int64_t>({-1, -7, sane, sane + 1, random.integer(0, sane),
+                                                       random.integer(-sane, 3 * sane + 40), wide, -wide - 1, wide / 16,
+                                                       static_cast<int64_t>(random.next() >> 33)}));
+        }
+    };
+    const int64_t entries = static_cast<int64_t>(mask.indices.size());
+    if (random.chance(0.6)) spoil(mask.indptr, entries);
+    if (random.chance(0.6)) spoil(mask.t_indptr, entries);
+    if (random.chance(0.6)) spoil(mask.indices, ceil_div(c.Nk, mask.block_k));
+    if (random.chance(0.6)) spoil(mask.t_indices, ceil_div(c.Nq, mask.block_q));
+    if (random.chance(0.6)) spoil(mask.tile_ids, mask.tile_count());
+    if (random.chance(0.6)) spoil(mask.t_tile_ids, mask.tile_count());
+    if (random.chance(0.6)) spoil(mask.kv_lengths, c.Nk);
+    if (random.chance(0.5))
+        for (uint8_t& byte : mask.tiles) byte = static_cast<uint8_t>(random.next());
+}
+
+}  // namespace harness

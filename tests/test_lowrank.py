@@ -31,10 +31,17 @@ from efficient_attn.lowrank import (
     random_projection,
     segment_means,
 )
+from efficient_attn.ops import linear_attention as linear_ops
 
 B, NQ, NK, D, DV = 2, 11, 11, 6, 5
 HEADS = [(2, 2), (4, 2), (3, 1)]
 FORWARD = torch.ops.efficient_attn.linear_attention_forward
+BACKWARD = torch.ops.efficient_attn.linear_attention_backward
+CPU = torch.device("cpu")
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
+    for name, why in linear_ops.not_supported_reasons(CPU, torch.float64).items()
+]
 
 
 # --- the papers -------------------------------------------------------------------------------------------------------
@@ -561,23 +568,40 @@ def features(hq, hkv, nq, nk, f=4, dtype=torch.float64):
     return [torch.rand(s, generator=g, dtype=dtype).requires_grad_() for s in shapes]
 
 
+def projection_for(feature_map):
+    """For 2 key/value heads of 4 inputs: 5 features a head, or None where the map takes no projection."""
+    if feature_map.startswith("performer"):
+        return torch.randn(2, 5, 4, generator=generator(7), dtype=torch.float64)
+    return None
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("is_causal", "offset"), [(False, 0), (True, 0), (True, 2), (True, -2)])
-def test_primitive_gradcheck(is_causal, offset, masked):
-    inputs = features(4, 2, 5, 7)
+@pytest.mark.parametrize("feature_map", reference_linear.FEATURE_MAPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_primitive_gradcheck(backend, feature_map, is_causal, offset, masked):
+    inputs = [t.detach().sub(0.4).requires_grad_() for t in features(4, 2, 5, 7)]
+    if feature_map == "identity":
+        inputs = features(4, 2, 5, 7)
     key_mask = torch.rand(B, 7, generator=generator()) < 0.6 if masked else None
-    assert torch.autograd.gradcheck(lambda *t: FORWARD(*t, key_mask, is_causal, offset, "reference"), inputs)
+    operands = (key_mask, projection_for(feature_map), is_causal, offset, feature_map, 0.5, backend)
+    # With a key shift the normaliser is only defined up to a factor that has no gradient.
+    results = 1 if feature_map == "performer_softmax" else 2
+    assert torch.autograd.gradcheck(lambda *t: FORWARD(*t, *operands)[:results], inputs)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_primitive_opcheck(is_causal):
+@pytest.mark.parametrize("feature_map", ["identity", "performer_softmax"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_primitive_opcheck(backend, feature_map, is_causal):
     inputs = features(4, 2, 5, 7)
     key_mask = torch.rand(B, 7, generator=generator()) < 0.6
-    torch.library.opcheck(FORWARD.default, (*inputs, key_mask, is_causal, 2, "reference"))
-    out, normaliser = FORWARD(*inputs, key_mask, is_causal, 2, "reference")
+    key_mask, rest = (key_mask, projection_for(feature_map)), (is_causal, 2, feature_map, 0.5, backend)
+    torch.library.opcheck(FORWARD.default, (*inputs, *key_mask, *rest))
+    saved = [t.detach() for t in FORWARD(*inputs, *key_mask, *rest)]
     torch.library.opcheck(
-        torch.ops.efficient_attn.linear_attention_backward.default,
-        (torch.ones_like(out), None, *inputs, key_mask, out.detach(), normaliser.detach(), is_causal, 2, "reference"),
+        BACKWARD.default,
+        (torch.ones_like(saved[0]), None, *inputs, *key_mask, *saved, *rest),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -655,8 +679,10 @@ def test_primitive_memory_is_linear(is_causal):
 
     q, k, v = (torch.rand(1, 1, n, 4) for _ in range(3))
     with Watch():
-        out, normaliser = reference_linear.linear_attention_forward(q, k, v, None, is_causal, 0)
-        reference_linear.linear_attention_backward(out, None, q, k, v, None, out, normaliser, is_causal, 0)
+        saved = reference_linear.linear_attention_forward(q, k, v, None, None, is_causal, 0, "elu", 1.0)
+        reference_linear.linear_attention_backward(
+            saved[0], None, q, k, v, None, None, *saved, is_causal, 0, "elu", 1.0
+        )
     assert largest <= n * 8 * 4  # bytes: no tensor beyond a few features a row; n x n would be 17 MB
 
 

@@ -1,0 +1,293 @@
+// Linear attention, backward (see linear_attention.h for the timeline and its schedules):
+//
+//     u_i = [dout_i / n_i, dn_i - dout_i . out_i / n_i]       dout counts as 0 where n_i = 0
+//     da_i = sum_j (u_i . v'_j) b_j     db_j = sum_i (v'_j . u_i) a_i     dv_j = sum_i (b_j . a_i) u_i
+//
+// where i sees j. Two kinds of walk, each over states with one row for each element of v' or u, [Dv + 1][Fp]:
+//
+//     queries  forwards in time    S = sum_j v'_j b_j^T,   dA = U S + tril(U V'^T) B
+//     keys     backwards in time   G = sum_i u_i a_i^T,    dB = V' G + tril(U V'^T)^T A,   dV = B G^T + tril(A B^T)^T U
+//
+// Floating-point operations a row and head: 10 F Dv; causal adds 3 kChunk (F + Dv), a stored schedule 4 F Dv.
+#pragma once
+
+#include "linear_attention_features.h"
+
+namespace efficient_attn {
+namespace {
+namespace linear {
+
+inline int64_t backward_record(const Plan& s) { return s.Dvr * s.Fp; }
+
+template <class A>
+struct BackwardTile {
+    Features<A> map, key_map;
+    A *a, *slope, *b, *key_slope, *bt;   // [kChunk][Fp], bt [Fp][kChunk]
+    A *v, *vt, *u, *T, *W;               // v' and u [kChunk][Dvr], vt [Dvr][kChunk], A B^T and U V'^T
+    A *gradient, *dx, *dv, *saved;       // [kChunk] x Fp, Dp, Dvr, and the wider of Fp and Dvr
+    A *prefix, *local, *state, *across;  // records: P, L, P + L, and G^T [Fp][Dvr]
+
+    BackwardTile(const Params& p, const Plan& s, Carver& carver) {
+        map = carve_features<A>(p, s, carver);
+        key_map = carve_features<A>(p, s, carver);
+        a = carver.take<A>(kChunk * s.Fp);
+        slope = carver.take<A>(kChunk * s.Fp);
+        b = carver.take<A>(kChunk * s.Fp);
+        key_slope = carver.take<A>(kChunk * s.Fp);
+        bt = carver.take<A>(kChunk * s.Fp);
+        v = carver.take<A>(kChunk * s.Dvr);
+        vt = carver.take<A>(kChunk * s.Dvr);
+        u = carver.take<A>(kChunk * s.Dvr);
+        T = carver.take<A>(kChunk * kChunk);
+        W = carver.take<A>(kChunk * kChunk);
+        gradient = carver.take<A>(kChunk * s.Fp);
+        dx = carver.take<A>(kChunk * s.Dp);
+        dv = carver.take<A>(kChunk * s.Dvr);
+        saved = carver.take<A>(kChunk * max_of(s.Fp, s.Dvr));
+        prefix = carver.take<A>(backward_record(s));
+        local = carver.take<A>(backward_record(s));
+        state = carver.take<A>(backward_record(s));
+        across = carver.take<A>(backward_record(s));
+    }
+};
+
+// u of the chunk's queries of one head; `scratch` [kChunk][Dvr] takes out.
+template <class A>
+inline void read_u(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t h, A* u, A* scratch) {
+    read_rows<A>(p.value_dtype, p.grad_out, b, h, c.query, c.query_bits, p.Dv, s.Dvr, u);
+    read_rows<A>(p.value_dtype, p.out, b, h, c.query, c.query_bits, p.Dv, s.Dvr, scratch);
+    const int64_t place = (b * p.Hq + h) * p.Nq + c.query;
+    const A* normaliser = static_cast<const A*>(p.normaliser) + place;
+    const A* grad_normaliser = p.grad_normaliser ? static_cast<const A*>(p.grad_normaliser) + place : nullptr;
+    for (int64_t r = c.query_begin; r < c.query_end; ++r) {
+        A *row = u + r * s.Dvr, *out = scratch + r * s.Dvr;
+        const A n = normaliser[r];
+        Vec<A> sum{};
+        for (int64_t d = 0; d < s.Dvr; d += kLanes<A>) {
+            const Vec<A> x = n == 0 ? Vec<A>{} : load<A>(row + d) * (1 / n);
+            store(row + d, x);
+            sum -= x * load<A>(out + d);
+        }
+        A total = grad_normaliser ? grad_normaliser[r] : 0;
+        for (int lane = 0; lane < kLanes<A>; ++lane) total += sum[lane];
+        row[p.Dv] = total;
+    }
+}
+
+// v' of the chunk's keys: the values and a 1.
+template <class A>
+inline void read_v(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t kv, A* v) {
+    read_rows<A>(p.value_dtype, p.value, b, kv, c.key, c.key_bits, p.Dv, s.Dvr, v);
+    for (int64_t r = 0; r < c.keys; ++r) v[r * s.Dvr + p.Dv] = c.key_bits >> r & 1 ? 1 : 0;
+}
+
+// record [Dv + 1][Fp] += X^T Y for rows of v' and b, or of u and a
+template <class A>
+inline void add_outer(const Params& p, const Plan& s, int64_t rows, const A* x, const A* y, A* record) {
+    product<A>(kAll, p.Dv + 1, rows, s.Fp, x, Unit{}, s.Dvr, y, s.Fp, record, s.Fp, true);
+}
+
+// W = tril(U V'^T)
+template <class A>
+inline void triangle_of_gradients(const Params& p, const Plan& s, int64_t rows, BackwardTile<A>& t) {
+    product<A>(kLowerColumns, rows, p.Dv + 1, kChunk, t.u, s.Dvr, Unit{}, t.vt, kChunk, t.W, kChunk, false);
+    clear_upper(rows, t.W);
+}
+
+// --- phase 1: the sums of one segment --------------------------------------------------------------------------------
+
+template <class A>
+inline void sum_keys(const Params& p, const Plan& s, int64_t b, int64_t kv, Range chunks, BackwardTile<A>& t,
+                     A* record) {
+    for (int64_t index = chunks.begin; index < chunks.end; ++index) {
+        const Chunk c = chunk_at(p, s, b, index);
+        if (!c.key_bits) continue;
+        read_keys(p, s, c, b, kv, t.key_map, t.b, static_cast<A*>(nullptr));
+        read_v(p, s, c, b, kv, t.v);
+        add_outer(p, s, c.keys, t.v, t.b, record);
+    }
+}
+
+template <class A>
+inline void sum_queries(const Params& p, const Plan& s, int64_t b, int64_t kv, Range chunks, BackwardTile<A>& t,
+                        A* record) {
+    for (int64_t index = chunks.end - 1; index >= chunks.begin; --index) {
+        const Chunk c = chunk_at(p, s, b, index);
+        if (!c.has_queries()) continue;
+        for (int64_t g = 0; g < s.group; ++g) {
+            const int64_t h = kv * s.group + g;
+            read_queries(p, s, c, b, h, t.map, t.a, static_cast<A*>(nullptr));
+            read_u(p, s, c, b, h, t.u, t.dv);
+            add_outer(p, s, c.query_end, t.u, t.a, record);
+        }
+    }
+}
+
+// --- phase 3: the gradients of one segment ---------------------------------------------------------------------------
+
+template <class A>
+inline void query_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv, int64_t segment, const A* prefix,
+                            BackwardTile<A>& t) {
+    const Range chunks = segment_chunks(s, segment);
+    if (p.is_causal) fill<A>(t.local, backward_record(s), 0);
+    for (int64_t index = chunks.begin; index < chunks.end; ++index) {
+        const Chunk c = chunk_at(p, s, b, index);
+        const bool keys = p.is_causal && c.key_bits;
+        uint64_t poison = 0;
+        if (keys) {
+            read_keys(p, s, c, b, kv, t.key_map, t.b, static_cast<A*>(nullptr));
+            read_v(p, s, c, b, kv, t.v);
+            poison = poisoned_rows(t.b, c.keys, s.Fp);
+        }
+        if (keys && c.has_queries()) transpose(t.v, s.Dvr, kChunk, s.Dvr, t.vt, kChunk);
+        if (p.is_causal && c.has_queries()) add(prefix, t.local, backward_record(s), t.state);
+        for (int64_t g = 0; c.has_queries() && g < s.group; ++g) {
+            const int64_t h = kv * s.group + g, rows = c.query_end;
+            read_u(p, s, c, b, h, t.u, t.dv);
+            product<A>(kAll, rows, p.Dv + 1, s.Fp, t.u, s.Dvr, Unit{}, p.is_causal ? t.state : prefix, s.Fp, t.gradient,
+                       s.Fp, false);
+            if (keys) {
+                triangle_of_gradients(p, s, rows, t);
+                triangle_product<A>(kLowerTerms, rows, c.keys, s.Fp, t.W, t.b, s.Fp, poison, t.saved, t.gradient, s.Fp);
+            }
+            if (p.feature_map != kIdentity) read_queries(p, s, c, b, h, t.map, t.a, t.slope);
+            const A* dx = input_gradient(p, s, rows, t.map, t.slope, false, t.gradient, t.dx);
+            write_rows<A>(p.feature_dtype, p.dq, b, h, c.query, c.query_begin, rows, c.query_bits, p.D, dx,
+                          p.projection ? s.Dp : s.Fp, nullptr);
+        }
+        if (keys) add_outer(p, s, c.keys, t.v, t.b, t.local);
+    }
+}
+
+template <class A>
+inline void key_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv, int64_t segment, const A* suffix,
+                          BackwardTile<A>& t) {
+    const Range chunks = segment_chunks(s, segment);
+    if (p.is_causal) {
+        fill<A>(t.local, backward_record(s), 0);
+    } else {
+        transpose(suffix, s.Fp, s.Dvr, s.Fp, t.across, s.Dvr);
+    }
+    for (int64_t index = chunks.end - 1; index >= chunks.begin; --index) {
+        const Chunk c = chunk_at(p, s, b, index);
+        const bool queries = p.is_causal && c.has_queries(), keys = c.keys > 0;
+        if (keys) {
+            if (p.is_causal) {
+                add(suffix, t.local, backward_record(s), t.state);
+                transpose(t.state, s.Fp, s.Dvr, s.Fp, t.across, s.Dvr);
+            }
+            read_keys(p, s, c, b, kv, t.key_map, t.b, t.key_slope);
+            read_v(p, s, c, b, kv, t.v);
+            const A* state = p.is_causal ? t.state : suffix;
+            product<A>(kAll, c.keys, p.Dv + 1, s.Fp, t.v, s.Dvr, Unit{}, state, s.Fp, t.gradient, s.Fp, false);
+            product<A>(kAll, c.keys, p.F, s.Dvp, t.b, s.Fp, Unit{}, t.across, s.Dvr, t.dv, s.Dvr, false);
+            if (queries) {
+                transpose(t.b, s.Fp, kChunk, s.Fp, t.bt, kChunk);
+                transpose(t.v, s.Dvr, kChunk, s.Dvr, t.vt, kChunk);
+            }
+        }
+        for (int64_t g = 0; queries && g < s.group; ++g) {
+            const int64_t h = kv * s.group + g, rows = c.query_end;
+            read_queries(p, s, c, b, h, t.map, t.a, static_cast<A*>(nullptr));
+            read_u(p, s, c, b, h, t.u, t.saved);
+            if (keys) {
+                product<A>(kLowerColumns, rows, p.F, kChunk, t.a, s.Fp, Unit{}, t.bt, kChunk, t.T, kChunk, false);
+                clear_upper(rows, t.T);
+                triangle_of_gradients(p, s, rows, t);
+                triangle_product<A>(kUpperTerms, c.keys, rows, s.Fp, t.W, t.a, s.Fp, poisoned_rows(t.a, rows, s.Fp),
+                                    t.saved, t.gradient, s.Fp);
+                triangle_product<A>(kUpperTerms, c.keys, rows, s.Dvp, t.T, t.u, s.Dvr, poisoned_rows(t.u, rows, s.Dvr),
+                                    t.saved, t.dv, s.Dvr);
+            }
+            add_outer(p, s, rows, t.u, t.a, t.local);
+        }
+        if (!keys) continue;
+        const A* dx = input_gradient(p, s, c.keys, t.key_map, t.key_slope, true, t.gradient, t.dx);
+        write_rows<A>(p.feature_dtype, p.dk, b, kv, c.key, 0, c.keys, c.key_bits, p.D, dx, p.projection ? s.Dp : s.Fp,
+                      nullptr);
+        write_rows<A>(p.value_dtype, p.dv, b, kv, c.key, 0, c.keys, c.key_bits, p.Dv, t.dv, s.Dvr, nullptr);
+    }
+}
+
+// A task is a walk over keys or over queries: first those over keys, which take longer.
+template <class A>
+inline void gradient_task(const Params& p, const Plan& s, int64_t task, const A* packed, const A* records,
+                          char* memory) {
+    Carver carver{memory};
+    BackwardTile<A> t(p, s, carver);
+    const int64_t each = p.B * p.Hkv * (s.stored ? s.segments : 1);
+    const bool of_keys = task < each;
+    const int64_t own = of_keys ? task : task - each, unit = s.stored ? own / s.segments : own;
+    const int64_t b = unit / p.Hkv, kv = unit % p.Hkv;
+    const A* shift = p.key_shift ? static_cast<const A*>(p.key_shift) + unit * p.F : nullptr;
+    select_head<A>(p, s, kv, packed, shift, t.map);
+    select_head<A>(p, s, kv, packed, shift, t.key_map);
+    if (!of_keys && (!s.stored || own % s.segments == 0))
+        for (int64_t g = 0; g < s.group; ++g)  // queries before the first key see nothing
+            clear_rows<A>(p.feature_dtype, p.dq, b, kv * s.group + g, min_of(p.Nq, max_of(0, -s.offset)), p.D);
+    const auto gradients = of_keys ? key_gradients<A> : query_gradients<A>;
+    if (s.stored) {
+        // The keys need the sums over queries, which lie behind those over keys.
+        const int64_t place = (of_keys ? each : 0) + (p.is_causal ? own : unit * s.segments);
+        return gradients(p, s, b, kv, own % s.segments, records + place * backward_record(s), t);
+    }
+    fill<A>(t.prefix, backward_record(s), 0);
+    for (int64_t step = 0; step < s.segments; ++step) {
+        gradients(p, s, b, kv, of_keys ? s.segments - 1 - step : step, t.prefix, t);
+        add(t.prefix, t.local, backward_record(s), t.prefix);
+    }
+}
+
+template <class A>
+inline void sum_task(const Params& p, const Plan& s, int64_t task, const A* packed, A* records, char* memory) {
+    Carver carver{memory};
+    BackwardTile<A> t(p, s, carver);
+    const int64_t each = p.B * p.Hkv * s.segments;
+    const bool of_queries = task >= each;
+    const int64_t own = of_queries ? task - each : task, unit = own / s.segments;
+    const int64_t b = unit / p.Hkv, kv = unit % p.Hkv;
+    const A* shift = p.key_shift ? static_cast<const A*>(p.key_shift) + unit * p.F : nullptr;
+    select_head<A>(p, s, kv, packed, shift, of_queries ? t.map : t.key_map);
+    A* record = records + task * backward_record(s);
+    fill<A>(record, backward_record(s), 0);
+    (of_queries ? sum_queries<A> : sum_keys<A>)(p, s, b, kv, segment_chunks(s, own % s.segments), t, record);
+}
+
+template <class A>
+struct Backward {
+    static int64_t shared_bytes(const Params& p) {
+        const Plan s = make_plan<A>(p);
+        const int64_t records = s.stored ? 2 * p.B * p.Hkv * s.segments * backward_record(s) : 0;
+        return static_cast<int64_t>(sizeof(A)) * (packed_size(p, s, true) + records);
+    }
+    static int64_t thread_bytes(const Params& p) {
+        Carver carver{nullptr};
+        BackwardTile<A>(p, make_plan<A>(p), carver);
+        return carver.used;
+    }
+    static int64_t task_count(const Params& p, int phase) {
+        const Plan s = make_plan<A>(p);
+        const int64_t units = 2 * p.B * p.Hkv;
+        if (phase == 0) return p.projection ? p.projection_heads : 0;
+        if (phase == 3) return s.stored ? units * s.segments : units;
+        return !s.stored ? 0 : phase == 1 ? units * s.segments : units;
+    }
+    static void run_task(const Params& p, int phase, int64_t task, char* memory, char* shared) {
+        const Plan s = make_plan<A>(p);
+        A *packed = reinterpret_cast<A*>(shared), *records = packed + packed_size(p, s, true);
+        if (phase == 0) return pack_projection(p, s, task, packed, true);
+        if (phase == 1) return sum_task<A>(p, s, task, packed, records, memory);
+        if (phase == 2) {
+            A* own = records + task * s.segments * backward_record(s);
+            const bool of_queries = task >= p.B * p.Hkv;
+            if (p.is_causal)
+                return sums_of_others<A>(own, s.segments, backward_record(s), backward_record(s), of_queries);
+            return sum_of_all<A>(own, s.segments, backward_record(s), backward_record(s));
+        }
+        gradient_task<A>(p, s, task, packed, records, memory);
+    }
+};
+
+}  // namespace linear
+}  // namespace
+}  // namespace efficient_attn

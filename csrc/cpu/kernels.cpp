@@ -108,8 +108,8 @@ extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
     {1, no_bytes, forward_bytes, forward_tasks, nullptr, forward_run},
     {4, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
-    linear_operator<linear::Forward, linear::kPhases>(),
-    linear_operator<linear::Backward, linear::kPhases>(),
+    linear_operator<linear::Forward, linear::kForwardPhases>(),
+    linear_operator<linear::Backward, linear::kBackwardPhases>(),
 };
 
 }  // namespace efficient_attn

@@ -30,7 +30,8 @@ namespace linear {
 
 using Params = LinearAttentionParams;
 
-constexpr int kPhases = 4;              // pack the projection, sum the segments, combine the sums, and the results
+constexpr int kForwardPhases = 4;   // pack the projection, sum the segments, combine the sums, and the results
+constexpr int kBackwardPhases = 6;  // the same; without causality twice: for the queries, then for the keys
 constexpr int64_t kChunk = 64;          // places; at most 64: a chunk's rows are the bits of one word
 constexpr int64_t kSegmentRows = 1024;  // a segment has at least so many places,
 constexpr int64_t kSegments = 64;       // and a timeline at most so many segments
@@ -330,6 +331,17 @@ inline void transpose(const A* in, int64_t ld_in, int64_t rows, int64_t columns,
             for (int i = 0; i < L; ++i) store(out + (column + i) * ld_out + row, block[i]);
         }
     }
+}
+
+template <class A>
+EA_INLINE A sum_of_lanes(Vec<A> v) {
+    A part[kLanes<A>];
+    store(part, v);
+#pragma GCC unroll 8
+    for (int h = kLanes<A> / 2; h > 0; h /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < h; ++i) part[i] += part[i + h];
+    return part[0];
 }
 
 // sums[r] = the sum of the lanes of partial[r], for whole vectors of rows

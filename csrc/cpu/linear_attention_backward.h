@@ -61,16 +61,14 @@ inline void read_u(const Params& p, const Plan& s, const Chunk& c, int64_t b, in
     const A* grad_normaliser = p.grad_normaliser ? static_cast<const A*>(p.grad_normaliser) + place : nullptr;
     for (int64_t r = c.query_begin; r < c.query_end; ++r) {
         A *row = u + r * s.Dvr, *out = scratch + r * s.Dvr;
-        const A n = normaliser[r];
+        const A n = normaliser[r], inverse = 1 / n;
         Vec<A> sum{};
         for (int64_t d = 0; d < s.Dvr; d += kLanes<A>) {
-            const Vec<A> x = n == 0 ? Vec<A>{} : load<A>(row + d) * (1 / n);
+            const Vec<A> x = n == 0 ? Vec<A>{} : load<A>(row + d) * inverse;
             store(row + d, x);
             sum -= x * load<A>(out + d);
         }
-        A total = grad_normaliser ? grad_normaliser[r] : 0;
-        for (int lane = 0; lane < kLanes<A>; ++lane) total += sum[lane];
-        row[p.Dv] = total;
+        row[p.Dv] = sum_of_lanes<A>(sum) + (grad_normaliser ? grad_normaliser[r] : 0);
     }
 }
 
@@ -127,7 +125,7 @@ inline void sum_queries(const Params& p, const Plan& s, int64_t b, int64_t kv, R
 
 template <class A>
 inline void query_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv, int64_t segment, const A* prefix,
-                            BackwardTile<A>& t) {
+                            BackwardTile<A>& t, A* sums) {
     const Range chunks = segment_chunks(s, segment);
     if (p.is_causal) fill<A>(t.local, backward_record(s), 0);
     for (int64_t index = chunks.begin; index < chunks.end; ++index) {
@@ -150,7 +148,8 @@ inline void query_gradients(const Params& p, const Plan& s, int64_t b, int64_t k
                 triangle_of_gradients(p, s, rows, t);
                 triangle_product<A>(kLowerTerms, rows, c.keys, s.Fp, t.W, t.b, s.Fp, poison, t.saved, t.gradient, s.Fp);
             }
-            if (p.feature_map != kIdentity) read_queries(p, s, c, b, h, t.map, t.a, t.slope);
+            if (sums || p.feature_map != kIdentity) read_queries(p, s, c, b, h, t.map, t.a, t.slope);
+            if (sums) add_outer(p, s, rows, t.u, t.a, sums);
             const A* dx = input_gradient(p, s, rows, t.map, t.slope, false, t.gradient, t.dx);
             write_rows<A>(p.feature_dtype, p.dq, b, h, c.query, c.query_begin, rows, c.query_bits, p.D, dx,
                           p.projection ? s.Dp : s.Fp, nullptr);
@@ -209,50 +208,87 @@ inline void key_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv,
     }
 }
 
-// A task is a walk over keys or over queries: first those over keys, which take longer.
+// --- tasks -----------------------------------------------------------------------------------------------------------
+
+// What a task works on. A stored schedule keeps records: the sums over keys of every (batch, head) and segment, then
+// the sums over queries.
 template <class A>
-inline void gradient_task(const Params& p, const Plan& s, int64_t task, const A* packed, const A* records,
-                          char* memory) {
+struct Site {
+    int64_t unit, b, kv, segment;
+    A *key_sums, *query_sums;   // of this task's segment
+    A *all_keys, *all_queries;  // of this (batch, head): where the sum over all segments lies
+
+    Site(const Params& p, const Plan& s, int64_t task, A* records) {
+        const int64_t record = backward_record(s), behind = p.B * p.Hkv * s.segments * record;
+        unit = s.stored ? task / s.segments : task;
+        segment = s.stored ? task % s.segments : 0;
+        b = unit / p.Hkv;
+        kv = unit % p.Hkv;
+        key_sums = records + task * record;
+        query_sums = key_sums + behind;
+        all_keys = records + unit * s.segments * record;
+        all_queries = all_keys + behind;
+    }
+};
+
+template <class A>
+inline BackwardTile<A> make_tile(const Params& p, const Plan& s, const Site<A>& site, const A* packed, char* memory) {
     Carver carver{memory};
     BackwardTile<A> t(p, s, carver);
-    const int64_t each = p.B * p.Hkv * (s.stored ? s.segments : 1);
-    const bool of_keys = task < each;
-    const int64_t own = of_keys ? task : task - each, unit = s.stored ? own / s.segments : own;
-    const int64_t b = unit / p.Hkv, kv = unit % p.Hkv;
-    const A* shift = p.key_shift ? static_cast<const A*>(p.key_shift) + unit * p.F : nullptr;
-    select_head<A>(p, s, kv, packed, shift, t.map);
-    select_head<A>(p, s, kv, packed, shift, t.key_map);
-    if (!of_keys && (!s.stored || own % s.segments == 0))
-        for (int64_t g = 0; g < s.group; ++g)  // queries before the first key see nothing
-            clear_rows<A>(p.feature_dtype, p.dq, b, kv * s.group + g, min_of(p.Nq, max_of(0, -s.offset)), p.D);
-    const auto gradients = of_keys ? key_gradients<A> : query_gradients<A>;
-    if (s.stored) {
-        // The keys need the sums over queries, which lie behind those over keys.
-        const int64_t place = (of_keys ? each : 0) + (p.is_causal ? own : unit * s.segments);
-        return gradients(p, s, b, kv, own % s.segments, records + place * backward_record(s), t);
+    const A* shift = p.key_shift ? static_cast<const A*>(p.key_shift) + site.unit * p.F : nullptr;
+    select_head<A>(p, s, site.kv, packed, shift, t.map);
+    select_head<A>(p, s, site.kv, packed, shift, t.key_map);
+    return t;
+}
+
+template <class A>
+inline void sum_task(const Params& p, const Plan& s, const Site<A>& site, bool of_queries, BackwardTile<A>& t) {
+    A* record = of_queries ? site.query_sums : site.key_sums;
+    fill<A>(record, backward_record(s), 0);
+    (of_queries ? sum_queries<A> : sum_keys<A>)(p, s, site.b, site.kv, segment_chunks(s, site.segment), t, record);
+}
+
+template <class A>
+inline void combine_task(const Params& p, const Plan& s, const Site<A>& site, bool of_queries) {
+    A* records = of_queries ? site.all_queries : site.all_keys;
+    const int64_t record = backward_record(s);
+    if (p.is_causal) return sums_of_others<A>(records, s.segments, record, record, of_queries);
+    sum_of_all<A>(records, s.segments, record, record);
+}
+
+// Without causality the sums over queries are taken on the way: their rows are read once.
+template <class A>
+inline void query_task(const Params& p, const Plan& s, const Site<A>& site, BackwardTile<A>& t) {
+    for (int64_t g = 0; site.segment == 0 && g < s.group; ++g)  // queries before the first key see nothing
+        clear_rows<A>(p.feature_dtype, p.dq, site.b, site.kv * s.group + g, min_of(p.Nq, max_of(0, -s.offset)), p.D);
+    A* const none = nullptr;
+    if (!p.is_causal) {
+        fill<A>(site.query_sums, backward_record(s), 0);
+        return query_gradients(p, s, site.b, site.kv, site.segment, site.all_keys, t, site.query_sums);
     }
+    if (s.stored) return query_gradients(p, s, site.b, site.kv, site.segment, site.key_sums, t, none);
     fill<A>(t.prefix, backward_record(s), 0);
-    for (int64_t step = 0; step < s.segments; ++step) {
-        gradients(p, s, b, kv, of_keys ? s.segments - 1 - step : step, t.prefix, t);
+    for (int64_t segment = 0; segment < s.segments; ++segment) {
+        query_gradients(p, s, site.b, site.kv, segment, t.prefix, t, none);
         add(t.prefix, t.local, backward_record(s), t.prefix);
     }
 }
 
 template <class A>
-inline void sum_task(const Params& p, const Plan& s, int64_t task, const A* packed, A* records, char* memory) {
-    Carver carver{memory};
-    BackwardTile<A> t(p, s, carver);
-    const int64_t each = p.B * p.Hkv * s.segments;
-    const bool of_queries = task >= each;
-    const int64_t own = of_queries ? task - each : task, unit = own / s.segments;
-    const int64_t b = unit / p.Hkv, kv = unit % p.Hkv;
-    const A* shift = p.key_shift ? static_cast<const A*>(p.key_shift) + unit * p.F : nullptr;
-    select_head<A>(p, s, kv, packed, shift, of_queries ? t.map : t.key_map);
-    A* record = records + task * backward_record(s);
-    fill<A>(record, backward_record(s), 0);
-    (of_queries ? sum_queries<A> : sum_keys<A>)(p, s, b, kv, segment_chunks(s, own % s.segments), t, record);
+inline void key_task(const Params& p, const Plan& s, const Site<A>& site, BackwardTile<A>& t) {
+    if (s.stored) {
+        const A* suffix = p.is_causal ? site.query_sums : site.all_queries;
+        return key_gradients(p, s, site.b, site.kv, site.segment, suffix, t);
+    }
+    fill<A>(t.prefix, backward_record(s), 0);
+    for (int64_t segment = s.segments - 1; segment >= 0; --segment) {
+        key_gradients(p, s, site.b, site.kv, segment, t.prefix, t);
+        add(t.prefix, t.local, backward_record(s), t.prefix);
+    }
 }
 
+// Causal, phases 1 to 3 work for keys and for queries side by side. Else 1 to 3 are the queries', whose gradients need
+// the sums over keys, and 4 and 5 the keys'.
 template <class A>
 struct Backward {
     static int64_t shared_bytes(const Params& p) {
@@ -267,24 +303,37 @@ struct Backward {
     }
     static int64_t task_count(const Params& p, int phase) {
         const Plan s = make_plan<A>(p);
-        const int64_t units = 2 * p.B * p.Hkv;
-        if (phase == 0) return p.projection ? p.projection_heads : 0;
-        if (phase == 3) return s.stored ? units * s.segments : units;
-        return !s.stored ? 0 : phase == 1 ? units * s.segments : units;
+        const int64_t units = p.B * p.Hkv, all = s.stored ? units * s.segments : units, sides = p.is_causal ? 2 : 1;
+        switch (phase) {
+            case 0:
+                return p.projection ? p.projection_heads : 0;
+            case 1:
+                return s.stored ? sides * all : 0;
+            case 2:
+                return s.stored ? sides * units : 0;
+            case 3:
+                return sides * all;
+            case 4:
+                return p.is_causal ? 0 : units;
+            default:
+                return p.is_causal ? 0 : all;
+        }
     }
     static void run_task(const Params& p, int phase, int64_t task, char* memory, char* shared) {
         const Plan s = make_plan<A>(p);
         A *packed = reinterpret_cast<A*>(shared), *records = packed + packed_size(p, s, true);
         if (phase == 0) return pack_projection(p, s, task, packed, true);
-        if (phase == 1) return sum_task<A>(p, s, task, packed, records, memory);
-        if (phase == 2) {
-            A* own = records + task * s.segments * backward_record(s);
-            const bool of_queries = task >= p.B * p.Hkv;
-            if (p.is_causal)
-                return sums_of_others<A>(own, s.segments, backward_record(s), backward_record(s), of_queries);
-            return sum_of_all<A>(own, s.segments, backward_record(s), backward_record(s));
-        }
-        gradient_task<A>(p, s, task, packed, records, memory);
+        const bool combine = phase == 2 || phase == 4;
+        const int64_t side = p.B * p.Hkv * (s.stored && !combine ? s.segments : 1);
+        const bool second = task >= side;
+        const int64_t own = second ? task - side : task;
+        const Site<A> site(p, s, combine ? own * s.segments : own, records);
+        if (combine) return combine_task(p, s, site, second || phase == 4);
+        BackwardTile<A> t = make_tile(p, s, site, packed, memory);
+        if (phase == 1) return sum_task(p, s, site, second, t);
+        // The gradients of the keys take longer, so they come first.
+        const bool of_queries = p.is_causal ? second : phase == 3;
+        of_queries ? query_task(p, s, site, t) : key_task(p, s, site, t);
     }
 };
 

@@ -144,9 +144,7 @@ inline void take_norms(const Params& p, const Plan& s, const Chunk& c, const Fea
             const Vec<A> x = load<A>(f.x + r * s.Dp + d);
             sum += x * x;
         }
-        A total = sum[0];
-        for (int lane = 1; lane < kLanes<A>; ++lane) total += sum[lane];
-        f.row_shift[r] = total * half;
+        f.row_shift[r] = sum_of_lanes<A>(sum) * half;
     }
 }
 
@@ -208,9 +206,7 @@ inline const A* input_gradient(const Params& p, const Plan& s, int64_t rows, con
     for (int64_t r = 0; r < rows; ++r) {
         Vec<A> sum{};
         for (int64_t k = 0; k < s.Fp; k += kLanes<A>) sum += load<A>(gradient + r * s.Fp + k);
-        A total = sum[0];
-        for (int lane = 1; lane < kLanes<A>; ++lane) total += sum[lane];
-        const A weight = total * static_cast<A>(p.root * p.root);
+        const A weight = sum_of_lanes<A>(sum) * static_cast<A>(p.root * p.root);
         for (int64_t d = 0; d < s.Dp; d += kLanes<A>)
             store(dx + r * s.Dp + d, load<A>(dx + r * s.Dp + d) - load<A>(f.x + r * s.Dp + d) * weight);
     }

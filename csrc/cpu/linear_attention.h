@@ -30,8 +30,8 @@ namespace linear {
 
 using Params = LinearAttentionParams;
 
-constexpr int kForwardPhases = 4;   // pack the projection, sum the segments, combine the sums, and the results
-constexpr int kBackwardPhases = 6;  // the same; without causality twice: for the queries, then for the keys
+constexpr int kForwardPhases = 4;       // pack the projection, sum the segments, combine the sums, and the results
+constexpr int kBackwardPhases = 6;      // the same; without causality twice: for the queries, then for the keys
 constexpr int64_t kChunk = 64;          // places; at most 64: a chunk's rows are the bits of one word
 constexpr int64_t kSegmentRows = 1024;  // a segment has at least so many places,
 constexpr int64_t kSegments = 64;       // and a timeline at most so many segments
@@ -74,6 +74,8 @@ struct Chunk {
     int64_t keys, query_begin, query_end;  // rows [0, keys) and [query_begin, query_end)
     uint64_t key_bits, query_bits;
     bool has_queries() const { return query_begin < query_end; }
+    int64_t first_query() const { return query + query_begin; }
+    int64_t last_query() const { return query + query_end; }
 };
 
 inline Chunk chunk_at(const Params& p, const Plan& s, int64_t b, int64_t index) {
@@ -187,6 +189,31 @@ inline void clear_rows(int dtype, const TensorView& t, int64_t b, int64_t h, int
     });
 }
 
+// The rows of the next chunk, fetched into the cache while the products of this one run: the hardware does not look
+// that far ahead. A product pulls a few rows for each group of its own.
+struct Ahead {
+    struct Rows {
+        const char* next;
+        int64_t stride, bytes, count;
+    };
+    Rows tensors[5];
+    int used = 0;
+
+    void queue(int dtype, const TensorView& t, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t width) {
+        if (begin >= end || used == 5) return;
+        const int64_t size = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+        const char* data = static_cast<const char*>(t.data) + row_place(t, b, h, begin) * size;
+        tensors[used++] = {data, t.row_stride * size, width * size, end - begin};
+    }
+    void pull(int64_t rows) {
+        for (int k = 0; k < used; ++k) {
+            Rows& x = tensors[k];
+            for (int64_t r = 0; r < rows && x.count > 0; ++r, --x.count, x.next += x.stride)
+                for (int64_t byte = 0; byte < x.bytes; byte += 64) __builtin_prefetch(x.next + byte, 0, 2);
+        }
+    }
+};
+
 // --- products --------------------------------------------------------------------------------------------------------
 
 // Which part of a product is wanted, for a lower triangle T[query][key] of a chunk.
@@ -206,9 +233,10 @@ inline int64_t lower_columns(int64_t rows) {
 // c[m][n] (+)= sum_k a[m * m_stride + k * k_stride] * b[k][n]; columns in whole vectors
 template <class A, class MStride, class KStride>
 inline void product(Part part, int64_t rows, int64_t terms, int64_t columns, const A* a, MStride m_stride,
-                    KStride k_stride, const A* b, int64_t ldb, A* c, int64_t ldc, bool add) {
+                    KStride k_stride, const A* b, int64_t ldb, A* c, int64_t ldc, bool add, Ahead* ahead = nullptr) {
     for_row_groups(rows, [&](auto group, int64_t first) {
         constexpr int MR = decltype(group)::value;
+        if (ahead) ahead->pull(MR);
         const int64_t begin = part == kUpperTerms ? first : 0;
         const int64_t end = part == kLowerTerms ? min_of(terms, first + MR) : terms;
         const int64_t width = part == kLowerColumns ? lower_columns<A>(first + MR) : columns;

@@ -72,6 +72,12 @@ inline void read_u(const Params& p, const Plan& s, const Chunk& c, int64_t b, in
     }
 }
 
+inline void queue_queries(const Params& p, const Chunk& next, int64_t b, int64_t h, Ahead& ahead) {
+    ahead.queue(p.value_dtype, p.grad_out, b, h, next.first_query(), next.last_query(), p.Dv);
+    ahead.queue(p.value_dtype, p.out, b, h, next.first_query(), next.last_query(), p.Dv);
+    ahead.queue(p.feature_dtype, p.query, b, h, next.first_query(), next.last_query(), p.D);
+}
+
 // v' of the chunk's keys: the values and a 1.
 template <class A>
 inline void read_v(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t kv, A* v) {
@@ -81,8 +87,9 @@ inline void read_v(const Params& p, const Plan& s, const Chunk& c, int64_t b, in
 
 // record [Dv + 1][Fp] += X^T Y for rows of v' and b, or of u and a
 template <class A>
-inline void add_outer(const Params& p, const Plan& s, int64_t rows, const A* x, const A* y, A* record) {
-    product<A>(kAll, p.Dv + 1, rows, s.Fp, x, Unit{}, s.Dvr, y, s.Fp, record, s.Fp, true);
+inline void add_outer(const Params& p, const Plan& s, int64_t rows, const A* x, const A* y, A* record,
+                      Ahead* ahead = nullptr) {
+    product<A>(kAll, p.Dv + 1, rows, s.Fp, x, Unit{}, s.Dvr, y, s.Fp, record, s.Fp, true, ahead);
 }
 
 // W = tril(U V'^T)
@@ -102,7 +109,9 @@ inline void sum_keys(const Params& p, const Plan& s, int64_t b, int64_t kv, Rang
         if (!c.key_bits) continue;
         read_keys(p, s, c, b, kv, t.key_map, t.b, static_cast<A*>(nullptr));
         read_v(p, s, c, b, kv, t.v);
-        add_outer(p, s, c.keys, t.v, t.b, record);
+        Ahead ahead;
+        if (index + 1 < chunks.end) queue_keys(p, chunk_at(p, s, b, index + 1), b, kv, ahead);
+        add_outer(p, s, c.keys, t.v, t.b, record, &ahead);
     }
 }
 
@@ -116,7 +125,9 @@ inline void sum_queries(const Params& p, const Plan& s, int64_t b, int64_t kv, R
             const int64_t h = kv * s.group + g;
             read_queries(p, s, c, b, h, t.map, t.a, static_cast<A*>(nullptr));
             read_u(p, s, c, b, h, t.u, t.dv);
-            add_outer(p, s, c.query_end, t.u, t.a, record);
+            Ahead ahead;
+            if (index > chunks.begin) queue_queries(p, chunk_at(p, s, b, index - 1), b, h, ahead);
+            add_outer(p, s, c.query_end, t.u, t.a, record, &ahead);
         }
     }
 }
@@ -142,8 +153,14 @@ inline void query_gradients(const Params& p, const Plan& s, int64_t b, int64_t k
         for (int64_t g = 0; c.has_queries() && g < s.group; ++g) {
             const int64_t h = kv * s.group + g, rows = c.query_end;
             read_u(p, s, c, b, h, t.u, t.dv);
+            Ahead ahead;
+            if (index + 1 < chunks.end) {
+                const Chunk next = chunk_at(p, s, b, index + 1);
+                queue_queries(p, next, b, h, ahead);
+                if (p.is_causal && g == 0) queue_keys(p, next, b, kv, ahead);
+            }
             product<A>(kAll, rows, p.Dv + 1, s.Fp, t.u, s.Dvr, Unit{}, p.is_causal ? t.state : prefix, s.Fp, t.gradient,
-                       s.Fp, false);
+                       s.Fp, false, &ahead);
             if (keys) {
                 triangle_of_gradients(p, s, rows, t);
                 triangle_product<A>(kLowerTerms, rows, c.keys, s.Fp, t.W, t.b, s.Fp, poison, t.saved, t.gradient, s.Fp);
@@ -178,7 +195,9 @@ inline void key_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv,
             read_keys(p, s, c, b, kv, t.key_map, t.b, t.key_slope);
             read_v(p, s, c, b, kv, t.v);
             const A* state = p.is_causal ? t.state : suffix;
-            product<A>(kAll, c.keys, p.Dv + 1, s.Fp, t.v, s.Dvr, Unit{}, state, s.Fp, t.gradient, s.Fp, false);
+            Ahead ahead;
+            if (index > chunks.begin) queue_keys(p, chunk_at(p, s, b, index - 1), b, kv, ahead);
+            product<A>(kAll, c.keys, p.Dv + 1, s.Fp, t.v, s.Dvr, Unit{}, state, s.Fp, t.gradient, s.Fp, false, &ahead);
             product<A>(kAll, c.keys, p.F, s.Dvp, t.b, s.Fp, Unit{}, t.across, s.Dvr, t.dv, s.Dvr, false);
             if (queries) {
                 transpose(t.b, s.Fp, kChunk, s.Fp, t.bt, kChunk);
@@ -198,7 +217,9 @@ inline void key_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv,
                 triangle_product<A>(kUpperTerms, c.keys, rows, s.Dvp, t.T, t.u, s.Dvr, poisoned_rows(t.u, rows, s.Dvr),
                                     t.saved, t.dv, s.Dvr);
             }
-            add_outer(p, s, rows, t.u, t.a, t.local);
+            Ahead ahead;
+            if (index > chunks.begin) queue_queries(p, chunk_at(p, s, b, index - 1), b, h, ahead);
+            add_outer(p, s, rows, t.u, t.a, t.local, &ahead);
         }
         if (!keys) continue;
         const A* dx = input_gradient(p, s, c.keys, t.key_map, t.key_slope, true, t.gradient, t.dx);

@@ -135,6 +135,11 @@ inline void read_queries(const Params& p, const Plan& s, const Chunk& c, int64_t
                 [&](Vec<A> u, int64_t r, int64_t, Vec<A>& d) { return d = exp(u - f.row_shift[r]); });
 }
 
+inline void queue_keys(const Params& p, const Chunk& next, int64_t b, int64_t kv, Ahead& ahead) {
+    ahead.queue(p.feature_dtype, p.key, b, kv, next.key, next.key + next.keys, p.D);
+    ahead.queue(p.value_dtype, p.value, b, kv, next.key, next.key + next.keys, p.Dv);
+}
+
 template <class A>
 inline void take_norms(const Params& p, const Plan& s, const Chunk& c, const Features<A>& f) {
     const A half = static_cast<A>(p.root * p.root / 2);

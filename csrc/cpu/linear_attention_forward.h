@@ -44,8 +44,8 @@ struct ForwardTile {
 
 // S += B^T V, z += the sum of the rows of B
 template <class A>
-inline void add_keys(const Params& p, const Plan& s, const Chunk& c, const A* b, const A* v, A* record) {
-    product<A>(kAll, p.F, c.keys, s.Dvp, b, Unit{}, s.Fp, v, s.Dvp, record, s.Dvp, true);
+inline void add_keys(const Params& p, const Plan& s, const Chunk& c, const A* b, const A* v, A* record, Ahead* ahead) {
+    product<A>(kAll, p.F, c.keys, s.Dvp, b, Unit{}, s.Fp, v, s.Dvp, record, s.Dvp, true, ahead);
     A* z = record + p.F * s.Dvp;
     for (int64_t k = 0; k < s.Fp; k += kLanes<A>) {
         Vec<A> sum{};
@@ -80,7 +80,9 @@ inline void sum_segment(const Params& p, const Plan& s, int64_t task, const A* p
             read_keys(p, s, c, b, kv, t.map, t.b, static_cast<A*>(nullptr));
         }
         read_values(p, s, c, b, kv, t.v);
-        add_keys(p, s, c, t.b, t.v, record);
+        Ahead ahead;
+        if (index + 1 < chunks.end) queue_keys(p, chunk_at(p, s, b, index + 1), b, kv, ahead);
+        add_keys(p, s, c, t.b, t.v, record, &ahead);
     }
 }
 
@@ -131,10 +133,10 @@ inline void add_normaliser(const Plan& s, int64_t rows, const A* a, const A* z, 
 // chunk.
 template <class A>
 inline void write_outputs(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t h, const A* record,
-                          bool triangle, uint64_t poison, ForwardTile<A>& t) {
+                          bool triangle, uint64_t poison, ForwardTile<A>& t, Ahead* ahead) {
     const int64_t rows = c.query_end;
     read_queries(p, s, c, b, h, t.map, t.a, static_cast<A*>(nullptr));
-    product<A>(kAll, rows, p.F, s.Dvp, t.a, s.Fp, Unit{}, record, s.Dvp, t.O, s.Dvp, false);
+    product<A>(kAll, rows, p.F, s.Dvp, t.a, s.Fp, Unit{}, record, s.Dvp, t.O, s.Dvp, false, ahead);
     if (triangle) {
         product<A>(kLowerColumns, rows, p.F, kChunk, t.a, s.Fp, Unit{}, t.bt, kChunk, t.T, kChunk, false);
         clear_upper(rows, t.T);
@@ -166,7 +168,8 @@ inline void segment_outputs(const Params& p, const Plan& s, int64_t b, int64_t k
     const Range chunks = segment_chunks(s, segment);
     for (int64_t index = chunks.begin; index < chunks.end; ++index) {
         const Chunk c = chunk_at(p, s, b, index);
-        const bool keys = p.is_causal && c.key_bits;
+        const bool keys = p.is_causal && c.key_bits, more = index + 1 < chunks.end;
+        const Chunk next = chunk_at(p, s, b, index + 1);
         uint64_t poison = 0;
         if (keys) {
             read_keys(p, s, c, b, kv, t.map, t.b, static_cast<A*>(nullptr));
@@ -176,10 +179,15 @@ inline void segment_outputs(const Params& p, const Plan& s, int64_t b, int64_t k
         if (c.has_queries()) {
             if (keys) transpose(t.b, s.Fp, kChunk, s.Fp, t.bt, kChunk);
             if (p.is_causal) add(prefix, t.local, forward_sums(p, s), t.state);
-            for (int64_t g = 0; g < s.group; ++g)
-                write_outputs(p, s, c, b, kv * s.group + g, p.is_causal ? t.state : prefix, keys, poison, t);
+            for (int64_t g = 0; g < s.group; ++g) {
+                Ahead ahead;
+                const int64_t h = kv * s.group + g;
+                if (more) ahead.queue(p.feature_dtype, p.query, b, h, next.first_query(), next.last_query(), p.D);
+                if (more && p.is_causal && g == 0) queue_keys(p, next, b, kv, ahead);
+                write_outputs(p, s, c, b, h, p.is_causal ? t.state : prefix, keys, poison, t, &ahead);
+            }
         }
-        if (keys) add_keys(p, s, c, t.b, t.v, t.local);
+        if (keys) add_keys(p, s, c, t.b, t.v, t.local, nullptr);
     }
 }
 

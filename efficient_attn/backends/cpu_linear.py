@@ -41,7 +41,7 @@ def linear_attention_forward(
     shifted = feature_map == "performer_softmax" and not is_causal and projection is not None
     features = projection.shape[-2] if shifted and projection is not None else 0
     key_shift = value.new_empty(*key.shape[:2], features, dtype=dtype)
-    if query.numel() == 0 or value.numel() == 0:
+    if query.numel() == 0 or key.shape[2] == 0:
         return out.zero_(), normaliser.zero_(), key_shift.zero_()
     kept, words = _pack(
         query, key, value, key_mask, projection, out, normaliser, key_shift,
@@ -70,7 +70,7 @@ def linear_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, as `reference_linear`."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
-    if query.numel() == 0 or value.numel() == 0:
+    if query.numel() == 0 or key.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad_out = cpu.readable(grad_out.to(value.dtype))
     grad_normaliser = None if grad_normaliser is None else grad_normaliser.to(normaliser.dtype).contiguous()

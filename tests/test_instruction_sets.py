@@ -21,7 +21,7 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_conformance(isa: str) -> None:
-    suite = [str(TESTS / name) for name in ("test_conformance.py", "test_fuzz.py")]
+    suite = [str(TESTS / name) for name in ("test_conformance.py", "test_fuzz.py", "test_linear_attention.py")]
     result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite, "-k", "cpu or random")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     assert " passed" in result.stdout

@@ -62,20 +62,46 @@ struct AttentionParams {
     BiasGradient dbias;    // data null: not wanted
 };
 
+enum FeatureMap : int { kIdentity = 0, kElu = 1, kRelu = 2, kExponential = 3 };
+
+// a = phi(query), b = phi(key); u = root * projection x where there is a projection, else x, and phi(u) is
+//     kIdentity  u          kElu  elu(u) + 1          kRelu  max(u, 0) * gain + floor
+//     kExponential  Performer's softmax features, stabilised as backends/reference_linear.py defines
+struct LinearAttentionParams {
+    int feature_dtype, value_dtype;        // of query, key, dq, dk; of value, out, grad_out, dv
+    int64_t B, Hq, Hkv, Nq, Nk, D, F, Dv;  // F = D without a projection
+    TensorView query, key, value, out;
+    void* normaliser;          // (B, Hq, Nq) contiguous, float32 or float64 like all that follows
+    void* key_shift;           // (B, Hkv, F) contiguous: the exponent taken off each feature; null: none
+    const uint8_t* key_mask;   // (B, Nk) contiguous; null: every key
+    const void* projection;    // (projection_heads, F, D) contiguous; null: none
+    int64_t projection_heads;  // 1 or Hkv
+    int64_t feature_map;
+    double root, gain, floor, limit;   // limit: where the exponent of a causal key feature saturates
+    int64_t is_causal, causal_offset;  // causal: query i sees the keys j <= i + causal_offset
+    int threads;                       // decides on the schedule, never on the bits
+
+    // Backward only.
+    TensorView grad_out, dq, dk, dv;
+    const void* grad_normaliser;  // like normaliser, or null
+};
+
 // What one instruction set offers. A call is a few phases; a phase is a number of tasks that any thread may take, in
 // order. Every task writes its own results (or adds in a fixed order), so that the bits do not depend on the threads.
+template <class Params>
 struct Operator {
     int phases;
-    int64_t (*shared_bytes)(const AttentionParams&);
-    int64_t (*thread_bytes)(const AttentionParams&);
-    int64_t (*task_count)(const AttentionParams&, int phase);
-    double (*task_cost)(const AttentionParams&, int phase, int64_t task);  // null: take tasks in their own order
-    void (*run_task)(const AttentionParams&, int phase, int64_t task, char* thread_memory, char* shared_memory);
+    int64_t (*shared_bytes)(const Params&);
+    int64_t (*thread_bytes)(const Params&);
+    int64_t (*task_count)(const Params&, int phase);
+    double (*task_cost)(const Params&, int phase, int64_t task);  // null: take tasks in their own order
+    void (*run_task)(const Params&, int phase, int64_t task, char* thread_memory, char* shared_memory);
 };
 
 struct Kernels {
     const char* name;
-    Operator forward, backward;
+    Operator<AttentionParams> forward, backward;
+    Operator<LinearAttentionParams> linear_forward, linear_backward;
     int64_t (*fma_loop)(int64_t steps);  // cpu/peak.h; returns the operations done
 };
 

@@ -17,7 +17,8 @@ extern const Kernels kernels_avx512;
 const Kernels* find_kernels(const char* name);
 
 // Runs every phase on up to `threads` threads. Returns false, with nothing done, when memory for the tiles is refused.
-bool run(const Operator& op, const AttentionParams& p, int threads);
+template <class Params>
+bool run(const Operator<Params>& op, const Params& p, int threads);
 
 // Runs the instruction set's fused multiply-adds on `threads` threads at once; returns the operations done.
 int64_t run_fma_loops(const Kernels& kernels, int threads, int64_t steps);

@@ -5,6 +5,8 @@
 #include "attention_backward.h"
 #include "attention_decode.h"
 #include "dispatch.h"
+#include "linear_attention_backward.h"
+#include "linear_attention_forward.h"
 #include "peak.h"
 
 namespace efficient_attn {
@@ -102,6 +104,27 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
     });
 }
 
+// Calls f with the operator, linear::Forward or linear::Backward, of the accumulation type.
+template <template <class> class Op, class F>
+inline auto with_accumulator(const LinearAttentionParams& p, F f) {
+    return p.value_dtype == kFloat64 ? f(Op<double>{}) : f(Op<float>{});
+}
+
+template <template <class> class Op, int phases>
+constexpr Operator<LinearAttentionParams> linear_operator() {
+    using P = LinearAttentionParams;
+    return {
+        phases,
+        [](const P& p) { return with_accumulator<Op>(p, [&](auto op) { return op.shared_bytes(p); }); },
+        [](const P& p) { return with_accumulator<Op>(p, [&](auto op) { return op.thread_bytes(p); }); },
+        [](const P& p, int phase) { return with_accumulator<Op>(p, [&](auto op) { return op.task_count(p, phase); }); },
+        nullptr,
+        [](const P& p, int phase, int64_t task, char* memory, char* shared) {
+            with_accumulator<Op>(p, [&](auto op) { op.run_task(p, phase, task, memory, shared); });
+        },
+    };
+}
+
 }  // namespace
 
 #define EA_JOIN_(a, b) a##b
@@ -113,6 +136,8 @@ extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
     {2, forward_shared, forward_bytes, forward_tasks, nullptr, forward_run},
     {5, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
+    linear_operator<linear::Forward, linear::kForwardPhases>(),
+    linear_operator<linear::Backward, linear::kBackwardPhases>(),
     fma_loop,
 };
 

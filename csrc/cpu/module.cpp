@@ -92,6 +92,32 @@ AttentionParams read_params(const std::string& words, bool backward) {
     return p;
 }
 
+LinearAttentionParams read_linear_params(const std::string& words, int threads, bool backward) {
+    Reader in(words);
+    LinearAttentionParams p{};
+    p.feature_dtype = static_cast<int>(in.integer());
+    p.value_dtype = static_cast<int>(in.integer());
+    for (int64_t* size : {&p.B, &p.Hq, &p.Hkv, &p.Nq, &p.Nk, &p.D, &p.F, &p.Dv, &p.projection_heads, &p.feature_map,
+                          &p.is_causal, &p.causal_offset})
+        *size = in.integer();
+    for (double* number : {&p.root, &p.gain, &p.floor, &p.limit}) *number = in.take<double>();
+    for (TensorView* view : {&p.query, &p.key, &p.value, &p.out}) *view = in.view();
+    p.normaliser = in.pointer();
+    p.key_shift = in.pointer();
+    p.key_mask = in.pointer<const uint8_t>();
+    p.projection = in.pointer();
+    if (backward) {
+        for (TensorView* view : {&p.grad_out, &p.dq, &p.dk, &p.dv}) *view = in.view();
+        p.grad_normaliser = in.pointer();
+    }
+    in.finish();
+    // A call of some microseconds is done before a second thread is awake.
+    constexpr double kWorthThreads = 1e5;
+    const double products = static_cast<double>(p.B * p.Hq * (p.Nq + p.Nk)) * static_cast<double>(p.F * (p.D + p.Dv));
+    p.threads = threads < 1 || products < kWorthThreads ? 1 : threads;
+    return p;
+}
+
 const Kernels& kernels() {
     static const Kernels* chosen = [] {
         const char* name = std::getenv("EFFICIENT_ATTN_ISA");
@@ -107,10 +133,16 @@ const Kernels& kernels() {
     return *chosen;
 }
 
-void call(const Operator& op, const std::string& words, int threads, bool backward) {
+void call(const Operator<AttentionParams>& op, const std::string& words, int threads, bool backward) {
     const AttentionParams p = read_params(words, backward);
     py::gil_scoped_release release;
     if (!run(op, p, threads)) throw std::bad_alloc();
+}
+
+void call_linear(const Operator<LinearAttentionParams>& op, const std::string& words, int threads, bool backward) {
+    const LinearAttentionParams p = read_linear_params(words, threads, backward);
+    py::gil_scoped_release release;
+    if (!run(op, p, p.threads)) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -124,6 +156,10 @@ PYBIND11_MODULE(_cpu, module) {
                [](const std::string& w, int threads) { call(kernels().forward, w, threads, false); });
     module.def("attention_backward",
                [](const std::string& w, int threads) { call(kernels().backward, w, threads, true); });
+    module.def("linear_attention_forward",
+               [](const std::string& w, int threads) { call_linear(kernels().linear_forward, w, threads, false); });
+    module.def("linear_attention_backward",
+               [](const std::string& w, int threads) { call_linear(kernels().linear_backward, w, threads, true); });
     module.def(
         "fma_loop",
         [](int threads, int64_t steps) {

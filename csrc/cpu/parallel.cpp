@@ -28,7 +28,8 @@ struct ForkWatch {
 } fork_watch;
 #endif
 
-void run_on_plain_threads(const Operator& op, const AttentionParams& p, int phase, int64_t tasks, int threads,
+template <class Params>
+void run_on_plain_threads(const Operator<Params>& op, const Params& p, int phase, int64_t tasks, int threads,
                           char* memory, int64_t each, char* shared) {
     std::atomic<int64_t> next{0};
     auto work = [&](int thread) {
@@ -49,8 +50,9 @@ int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
-bool run(const Operator& op, const AttentionParams& given, int threads) {
-    AttentionParams p = given;
+template <class Params>
+bool run(const Operator<Params>& op, const Params& given, int threads) {
+    Params p = given;
     p.threads = threads;
     int64_t most = 0;
     for (int phase = 0; phase < op.phases; ++phase)
@@ -62,7 +64,7 @@ bool run(const Operator& op, const AttentionParams& given, int threads) {
     if (!memory) return false;
     for (int phase = 0; phase < op.phases; ++phase) {
         const int64_t tasks = op.task_count(p, phase);
-        if (threads == 1) {
+        if (threads == 1 || tasks == 1) {
             for (int64_t task = 0; task < tasks; ++task) op.run_task(p, phase, task, memory + shared, memory);
             continue;
         }
@@ -81,5 +83,8 @@ bool run(const Operator& op, const AttentionParams& given, int threads) {
     std::free(memory);
     return true;
 }
+
+template bool run(const Operator<AttentionParams>&, const AttentionParams&, int);
+template bool run(const Operator<LinearAttentionParams>&, const LinearAttentionParams&, int);
 
 }  // namespace efficient_attn

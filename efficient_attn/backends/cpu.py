@@ -29,9 +29,14 @@ FORWARD, BACKWARD = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
 
 def not_supported_reasons(call: Call) -> list[str]:
     """Why this backend cannot serve `call`."""
+    return device_reasons(call.device)
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why no kernel of this module can run on `device`."""
     reasons = [MISSING] if MISSING else []
-    if call.device.type != "cpu":
-        reasons.append(f"it runs on CPU tensors; these are on {call.device}")
+    if device.type != "cpu":
+        reasons.append(f"it runs on CPU tensors; these are on {device}")
     return reasons
 
 
@@ -46,7 +51,7 @@ def attention_forward(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`."""
-    query, key, value = _readable(query), _readable(key), _readable(value)
+    query, key, value = readable(query), readable(key), readable(value)
     B, Hq, Nq, _ = query.shape
     out = query.new_empty(B, Hq, Nq, value.shape[3])
     lse = query.new_empty(B, Hq, Nq, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
@@ -82,16 +87,16 @@ def attention_backward(
             if gradient is not None:
                 gradient.zero_()
         return dq, dk, dv, dbias
-    query, key, value, out, grad_out = map(_readable, (query, key, value, out, grad_out))
+    query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     kept, words = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
     words += BACKWARD.pack(
-        *_view(grad_out),
-        *_view(dq),
-        *_view(dk),
-        *_view(dv),
-        _pointer(grad_lse),
-        _pointer(dbias),
+        *view(grad_out),
+        *view(dq),
+        *view(dk),
+        *view(dv),
+        pointer(grad_lse),
+        pointer(dbias),
         *(dbias.shape if dbias is not None else (0, 0, 0, 0)),
     )
     _cpu.attention_backward(words, torch.get_num_threads())
@@ -127,33 +132,33 @@ def _pack(
         scale,
         dropout_p,
         0 if dropout_seed is None else int(dropout_seed),
-        *_view(query),
-        *_view(key),
-        *_view(value),
-        *_view(out),
-        _pointer(lse),
-        _pointer(bias),
+        *view(query),
+        *view(key),
+        *view(value),
+        *view(out),
+        pointer(lse),
+        pointer(bias),
         0 if bias is None else DTYPES[bias.dtype],
         *strides,
         *mask[:4],
         *mask[11:14],
         0 if lists[1] is None else lists[1].numel(),
         0 if lists[3] is None else lists[3].shape[0],
-        *map(_pointer, lists),
-        _pointer(lengths),
+        *map(pointer, lists),
+        pointer(lengths),
     )
     return (query, key, value, out, lse, *lists, lengths), words
 
 
-def _view(tensor: Tensor) -> tuple[int, ...]:
+def view(tensor: Tensor) -> tuple[int, ...]:
     """Pointer and strides of (B, H, N, D), in elements."""
     return (tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension has stride 1, else a contiguous copy."""
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import accumulation_dtype
+from ..backends.reference_linear import POINTWISE, map_features
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import autocast, check_alignment, check_inputs
 from ..ops import linear_attention as ops
@@ -24,6 +25,7 @@ def linear_attention(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
+    feature_map: str = "identity",
     return_normaliser: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -36,6 +38,7 @@ def linear_attention(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
+    feature_map: str = "identity",
     return_normaliser: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -49,38 +52,65 @@ def linear_attention(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
+    feature_map: str = "identity",
     return_normaliser: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention with the kernel a . b in place of exp(q . k), features mapped already: O(N F Dv) time, O(N) memory.
+    """Attention with the kernel a . b in place of exp(q . k): O(N F Dv) time, O(N) memory.
 
         out_i = sum_j (a_i . b_j) v_j / n_i,      n_i = sum_j a_i . b_j,      0 where n_i = 0
 
     Katharopoulos et al., "Transformers are RNNs", ICML 2020, eq. 5 and (causal) 9.
 
     Args:
-        query_features: a, (B, Hq, Nq, F), usually non-negative, in the value's dtype or float32.
+        query_features: a, (B, Hq, Nq, F), usually non-negative, in the value's dtype or float32; or what
+            `feature_map` makes a of.
         key_features: b, (B, Hkv, Nk, F), like query_features.
         value: (B, Hkv, Nk, Dv), float32, float64, bfloat16 or float16; sums are float32 (float64 for float64).
         key_mask, is_causal, causal_alignment: as in `efficient_attn.lowrank` and in `attention`.
+        feature_map: "identity", "elu" (elu(x) + 1) or "relu", applied by the kernel in the accumulation dtype: the
+            features are never in memory.
         return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add.
-        backend: "auto" or "reference".
+        backend: "auto", or one of `ops.linear_attention.BACKENDS`; an explicit choice that cannot serve raises.
 
     Returns:
         out (B, Hq, Nq, Dv) in the value's dtype, or (out, n). Differentiable once in features and value.
 
     Raises:
         InputError, InputTypeError: arguments that do not belong together.
+        UnsupportedError: the backend asked for cannot serve this call.
     """
+    if feature_map not in POINTWISE:
+        raise InputError(f"feature_map must be one of {tuple(POINTWISE)}, got {feature_map!r}")
     _check_features(query_features, key_features, value)
     check_key_mask(key_mask, value)
-    q_len, kv_len = query_features.shape[2], value.shape[2]
-    check_alignment(is_causal, causal_alignment, q_len, kv_len)
-    offset = kv_len - q_len if causal_alignment == "bottom_right" else 0
-    out, normaliser = torch.ops.efficient_attn.linear_attention_forward(
-        query_features, key_features, value, key_mask, is_causal, offset, ops.select(backend)
+    out, normaliser = run_operator(
+        query_features, key_features, value, key_mask, is_causal, causal_alignment, backend, feature_map
     )
     return (out, normaliser) if return_normaliser else out
+
+
+def run_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    causal_alignment: str | None,
+    backend: str,
+    feature_map: str,
+    projection: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """out and normaliser of checked inputs; the maps are those of `reference_linear.FEATURE_MAPS`."""
+    q_len, kv_len = query.shape[2], value.shape[2]
+    check_alignment(is_causal, causal_alignment, q_len, kv_len)
+    offset = kv_len - q_len if causal_alignment == "bottom_right" else 0
+    chosen = ops.select(backend, value.device, value.dtype)
+    out, normaliser, _ = torch.ops.efficient_attn.linear_attention_forward(
+        query, key, value, key_mask, projection, is_causal, offset, feature_map, scale, chosen
+    )
+    return out, normaliser
 
 
 def linear_attention_weights(
@@ -108,11 +138,6 @@ def linear_attention_weights(
     return (weights / total.masked_fill(total == 0, 1.0)).to(query_features.dtype)
 
 
-def elu_features(x: Tensor) -> Tensor:
-    """elu(x) + 1 = x + 1 for x > 0, e^x else; positive, without the rounding of e^x - 1 + 1."""
-    return torch.where(x > 0, x + 1.0, torch.exp(x.clamp(max=0.0)))
-
-
 def elu_attention(
     query: Tensor,
     key: Tensor,
@@ -137,17 +162,10 @@ def elu_attention(
     query, key, value = autocast(query, key, value)
     check_inputs(query, key, value)
     _refuse_scale(scale)
-    query, key = elu_qk(query, key, key_mask)
+    check_key_mask(key_mask, key)
     value = drop_keys(value, dropout_p, dropout_seed)
-    return linear_attention(
-        query,
-        key,
-        value,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        backend=backend,
-    )
+    out, _ = run_operator(query, key, value, key_mask, is_causal, causal_alignment, backend, "elu")
+    return out
 
 
 def elu_weights(
@@ -165,19 +183,12 @@ def elu_weights(
     query, key = autocast(query, key)
     check_inputs(query, key, key)
     _refuse_scale(scale)
-    features = elu_qk(query, key, key_mask)
+    check_key_mask(key_mask, key)
+    a, b, _ = map_features(query, key, key_mask, None, is_causal, "elu", 1.0)
     weights = linear_attention_weights(
-        *features, key_mask=key_mask, is_causal=is_causal, causal_alignment=causal_alignment
+        a, b, key_mask=key_mask, is_causal=is_causal, causal_alignment=causal_alignment
     ).to(query.dtype)
     return drop_columns(weights, key.shape[1], dropout_p, dropout_seed)
-
-
-def elu_qk(query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Features of queries and keys in the accumulation dtype; masked keys are cleared first."""
-    check_key_mask(key_mask, key)
-    (key,) = select_keys(key_mask, key)
-    dtype = accumulation_dtype(query.dtype)
-    return elu_features(query.to(dtype)), elu_features(key.to(dtype))
 
 
 def _refuse_scale(scale: float | None) -> None:

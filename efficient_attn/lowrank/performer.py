@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.reference import accumulation_dtype
+from ..backends.reference_linear import map_features
 from ..errors import InputError, InputTypeError
 from ..functional import autocast, check_alignment, check_inputs
-from ..padding import check_key_mask, select_keys
-from .common import by_group, drop_columns, drop_keys
-from .linear import linear_attention, linear_attention_weights
+from ..padding import check_key_mask
+from .common import drop_columns, drop_keys
+from .linear import linear_attention, linear_attention_weights, run_operator
 
 FEATURES = ("softmax", "relu")
-RELU_FLOOR = 1e-3  # added to relu features, so that a normaliser cannot vanish
-CAUSAL_EXPONENT_LIMIT = 60.0  # e^60: room for sums over a million keys in float32
 
 
 def performer_attention(
@@ -59,18 +57,25 @@ def performer_attention(
     query, key, value = autocast(query, key, value)
     check_inputs(query, key, value)
     check_alignment(is_causal, causal_alignment, query.shape[2], key.shape[2])
-    a, b = performer_features(
-        query, key, projection, feature=feature, key_mask=key_mask, is_causal=is_causal, scale=scale
+    scale = _check_features(query, key, projection, feature, key_mask, scale)
+    value = drop_keys(value, dropout_p, dropout_seed)
+    if projection.requires_grad:  # the operator does not differentiate it: the features go through autograd
+        a, b = performer_features(
+            query, key, projection, feature=feature, key_mask=key_mask, is_causal=is_causal, scale=scale
+        )
+        return linear_attention(
+            a,
+            b,
+            value,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            backend=backend,
+        )
+    out, _ = run_operator(
+        query, key, value, key_mask, is_causal, causal_alignment, backend, f"performer_{feature}", projection, scale
     )
-    return linear_attention(
-        a,
-        b,
-        drop_keys(value, dropout_p, dropout_seed),
-        key_mask=key_mask,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        backend=backend,
-    )
+    return out
 
 
 def performer_weights(
@@ -110,43 +115,15 @@ def performer_features(
 ) -> tuple[Tensor, Tensor]:
     """Features a (B, Hq, Nq, m) and b (B, Hkv, Nk, m), float32 (float64 for float64), for `linear_attention`.
 
-    Softmax features are scaled such that nothing overflows and a . b / n stays what it is: each row of a by a constant,
-    and, not causal, each feature by c_f in b and 1 / c_f in a, c_f from the largest visible key. That makes n >= 1 for
-    every row. With causality no factor may depend on keys to come, so there b saturates at e^60 instead.
+    How softmax features are scaled, so that nothing overflows, is said in `backends.reference_linear.map_features`.
 
     Raises:
         InputError, InputTypeError: an unknown feature, a projection or key_mask that does not fit, a scale <= 0.
     """
-    _check_projection(projection, query, key, feature)
-    check_key_mask(key_mask, key)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise InputError(f"Performer needs a positive scale (features take its square root), got {scale}")
-    (key,) = select_keys(key_mask, key)
-    dtype = accumulation_dtype(query.dtype)
-    projection = projection.to(dtype)
+    scale = _check_features(query, key, projection, feature, key_mask, scale)
     with torch.autocast(query.device.type, enabled=False):
-        query, key = query.to(dtype) * scale**0.5, key.to(dtype) * scale**0.5
-        per_group = projection if projection.dim() == 2 else projection.unsqueeze(1)
-        a = by_group(query, key) @ per_group.mT  # (B, Hkv, G, Nq, m)
-        b = key @ projection.mT  # (B, Hkv, Nk, m)
-        if feature == "relu":
-            root = projection.shape[-2] ** -0.5
-            return (a.relu() * root + RELU_FLOOR).flatten(1, 2), b.relu() * root + RELU_FLOOR
-        b = b - key.square().sum(-1, keepdim=True) / 2
-        if is_causal or key.shape[2] == 0:
-            b = b.clamp(max=CAUSAL_EXPONENT_LIMIT)
-        else:
-            largest = b.detach()
-            if key_mask is not None:
-                largest = largest.masked_fill(~key_mask[:, None, :, None], -torch.inf)
-            largest = largest.amax(2, keepdim=True)  # (B, Hkv, 1, m)
-            largest = largest.masked_fill(largest == -torch.inf, 0.0)
-            a, b = a + largest.unsqueeze(2), b - largest
-            if key_mask is not None:  # a cleared key may be far above the largest visible one
-                b = b.masked_fill(~key_mask[:, None, :, None], -torch.inf)
-        a = a - a.detach().amax(-1, keepdim=True)
-        return a.exp().flatten(1, 2), b.exp()
+        a, b, _ = map_features(query, key, key_mask, projection, is_causal, f"performer_{feature}", scale)
+    return a, b
 
 
 def random_projection(
@@ -176,6 +153,18 @@ def random_projection(
         q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over rotations
         gaussian = q.flatten(1, 2)[:, :features] * gaussian.norm(dim=-1, keepdim=True)
     return (gaussian[0] if num_heads is None else gaussian).to(device=device, dtype=dtype)
+
+
+def _check_features(
+    query: Tensor, key: Tensor, projection: Any, feature: str, key_mask: Tensor | None, scale: float | None
+) -> float:
+    """Return the scale; raise what `performer_features` raises."""
+    _check_projection(projection, query, key, feature)
+    check_key_mask(key_mask, key)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0.0 < scale < math.inf:
+        raise InputError(f"Performer needs a positive scale (features take its square root), got {scale}")
+    return scale
 
 
 def _check_projection(projection: Any, query: Tensor, key: Tensor, feature: str) -> None:

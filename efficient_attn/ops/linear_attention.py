@@ -1,7 +1,8 @@
 """`efficient_attn::linear_attention_forward` and `efficient_attn::linear_attention_backward`.
 
 Built like `ops.attention`: tensors and numbers only. Causal means that query i sees the keys j <= i + causal_offset.
-The backward operator has no derivative of its own: asking for one raises.
+The feature map is part of the operator, so that a kernel need not write the features to memory; a projection is not
+differentiated. The backward operator has no derivative of its own: asking for one raises.
 """
 
 from __future__ import annotations
@@ -12,68 +13,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import reference_linear
+from ..backends import cpu_linear, reference_linear
 from ..backends.reference import accumulation_dtype
 from ..errors import InputError, UnsupportedError
+from .attention import _one_by_one
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference_linear}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu_linear, "reference": reference_linear}  # fastest first
 
 _library = torch.library.Library("efficient_attn", "FRAGMENT")
 _library.define(
-    "linear_attention_forward(Tensor query_features, Tensor key_features, Tensor value, Tensor? key_mask, "
-    "bool is_causal, SymInt causal_offset, str backend) -> (Tensor out, Tensor normaliser)"
+    "linear_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? projection, "
+    "bool is_causal, SymInt causal_offset, str feature_map, float scale, str backend) "
+    "-> (Tensor out, Tensor normaliser, Tensor key_shift)"
 )
 _library.define(
-    "linear_attention_backward(Tensor grad_out, Tensor? grad_normaliser, Tensor query_features, Tensor key_features, "
-    "Tensor value, Tensor? key_mask, Tensor out, Tensor normaliser, bool is_causal, SymInt causal_offset, str backend) "
+    "linear_attention_backward(Tensor grad_out, Tensor? grad_normaliser, Tensor query, Tensor key, Tensor value, "
+    "Tensor? key_mask, Tensor? projection, Tensor out, Tensor normaliser, Tensor key_shift, bool is_causal, "
+    "SymInt causal_offset, str feature_map, float scale, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
-def select(backend: str) -> str:
-    """The backend that will serve: the one asked for, or with "auto" the first. InputError for an unknown name."""
-    if backend == "auto":
-        return next(iter(BACKENDS))
-    if backend not in BACKENDS:
+def not_supported_reasons(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
+    """Every backend with the reasons why it cannot serve values of this dtype there; an empty list: it can."""
+    return {name: module.not_supported_reasons(device, dtype) for name, module in BACKENDS.items()}
+
+
+def select(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that will serve: the one asked for, or with "auto" the first that can.
+
+    InputError for an unknown name, UnsupportedError with the reasons when the one asked for cannot serve.
+    """
+    if backend != "auto" and backend not in BACKENDS:
         raise InputError(f"backend={backend!r} does not exist for linear attention; choose from {['auto', *BACKENDS]}")
-    return backend
+    for name in BACKENDS if backend == "auto" else (backend,):
+        if not BACKENDS[name].not_supported_reasons(device, dtype):
+            return name
+    reasons = "; ".join(BACKENDS[backend].not_supported_reasons(device, dtype))
+    raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")
 
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
 
 def _forward(
-    query_features: Tensor,
-    key_features: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    causal_offset: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, projection: Tensor | None,
+    is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(value.device.type, enabled=False):  # the sums stay in the accumulation dtype
         return BACKENDS[backend].linear_attention_forward(
-            query_features, key_features, value, key_mask, is_causal, causal_offset
+            query, key, value, key_mask, projection, is_causal, causal_offset, feature_map, scale
         )
 
 
 def _backward(
-    grad_out: Tensor,
-    grad_normaliser: Tensor | None,
-    query_features: Tensor,
-    key_features: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    out: Tensor,
-    normaliser: Tensor,
-    is_causal: bool,
-    causal_offset: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_normaliser: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+    key_mask: Tensor | None, projection: Tensor | None, out: Tensor, normaliser: Tensor, key_shift: Tensor,
+    is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(value.device.type, enabled=False):
         return BACKENDS[backend].linear_attention_backward(
-            grad_out, grad_normaliser, query_features, key_features, value, key_mask, out, normaliser,
-            is_causal, causal_offset,
+            grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
+            is_causal, causal_offset, feature_map, scale,
         )  # fmt: skip
 
 
@@ -82,47 +83,46 @@ _library.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd
 
 
 @torch.library.register_fake("efficient_attn::linear_attention_forward", lib=_library)
-def _forward_fake(query_features: Tensor, key_features: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = query_features.shape[:3]
+def _forward_fake(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, projection: Tensor | None,
+    is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, dtype = query.shape[:3], accumulation_dtype(value.dtype)
+    shifted = feature_map == "performer_softmax" and not is_causal and projection is not None
+    features = projection.shape[-2] if shifted and projection is not None else 0
     out = value.new_empty(*rows, value.shape[-1])
-    return out, value.new_empty(rows, dtype=accumulation_dtype(value.dtype))
+    return out, value.new_empty(rows, dtype=dtype), value.new_empty(*key.shape[:2], features, dtype=dtype)
 
 
 @torch.library.register_fake("efficient_attn::linear_attention_backward", lib=_library)
 def _backward_fake(
-    grad_out: Tensor,
-    grad_normaliser: Tensor | None,
-    query_features: Tensor,
-    key_features: Tensor,
-    value: Tensor,
-    *_: Any,
+    grad_out: Tensor, grad_normaliser: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        query_features.new_empty(query_features.shape),
-        key_features.new_empty(key_features.shape),
-        value.new_empty(value.shape),
-    )
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.is_causal, ctx.causal_offset, ctx.backend = inputs
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.is_causal, ctx.causal_offset, ctx.feature_map, ctx.scale, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
-def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_normaliser: Tensor | None) -> tuple[Any, ...]:
-    query_features, key_features, value, key_mask, out, normaliser = ctx.saved_tensors
+def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_normaliser: Tensor | None, _: Any) -> tuple[Any, ...]:
+    query, key, value, key_mask, projection, out, normaliser, key_shift = ctx.saved_tensors
+    if ctx.needs_input_grad[4]:
+        raise UnsupportedError("the projection of a fused feature map has no gradient; map the features first")
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     gradients = torch.ops.efficient_attn.linear_attention_backward(
-        grad_out, grad_normaliser, query_features, key_features, value, key_mask, out, normaliser,
-        ctx.is_causal, ctx.causal_offset, ctx.backend,
+        grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
+        ctx.is_causal, ctx.causal_offset, ctx.feature_map, ctx.scale, ctx.backend,
     )  # fmt: skip
     wanted = ctx.needs_input_grad
-    return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), *([None] * 4))
+    return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), *([None] * 7))
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -146,8 +146,9 @@ torch.library.register_autograd(
 # --- vmap: the mapped dimension joins the batch ----------------------------------------------------------------------
 
 
-def _mapped(operator: Any, tensors: int) -> Any:
-    """A vmap rule for an operator whose first `tensors` arguments have the batch as their first dimension."""
+def _mapped(operator: Any, tensors: int, projection: int) -> Any:
+    """A vmap rule for an operator whose first `tensors` arguments have the batch as their first dimension, all but
+    number `projection`: mapped over that one, the calls run one by one."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
@@ -156,7 +157,10 @@ def _mapped(operator: Any, tensors: int) -> Any:
             tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             return tensor.flatten(0, 1)
 
-        folded = [fold(tensor, dim) for tensor, dim in zip(args[:tensors], in_dims[:tensors], strict=True)]
+        if args[projection] is not None and in_dims[projection] is not None:
+            return _one_by_one(operator, info, in_dims, args)
+        folded: list[Any] = list(map(fold, args[:tensors], in_dims[:tensors]))
+        folded[projection] = args[projection]
         results = operator(*folded, *args[tensors:])
         return tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results), (0,) * len(
             results
@@ -167,11 +171,11 @@ def _mapped(operator: Any, tensors: int) -> Any:
 
 torch.library.register_vmap(
     "efficient_attn::linear_attention_forward",
-    _mapped(torch.ops.efficient_attn.linear_attention_forward, 4),
+    _mapped(torch.ops.efficient_attn.linear_attention_forward, 5, 4),
     lib=_library,
 )
 torch.library.register_vmap(
     "efficient_attn::linear_attention_backward",
-    _mapped(torch.ops.efficient_attn.linear_attention_backward, 8),
+    _mapped(torch.ops.efficient_attn.linear_attention_backward, 10, 6),
     lib=_library,
 )

@@ -1,0 +1,246 @@
+// Linear attention, forward: out and the normaliser (see linear_attention.h for the timeline and its schedules).
+//
+//     state  S [F][Dvp] = sum_j b_j v_j^T,   z [Fp] = sum_j b_j,   and under a softmax map top [Fp], what S and z are
+//            relative to (see linear_attention_features.h); a record is S, z, top
+//     chunk  O = A S + tril(A B^T) V,   n = A z + the row sums of tril(A B^T),   out = O / n
+//
+// Floating-point operations a row and head: 4 F Dv; causal adds kChunk (F + Dv) for the triangle, and a stored schedule
+// another 2 F Dv. A projection costs 2 F D for each time a row is read.
+#pragma once
+
+#include "linear_attention_features.h"
+
+namespace efficient_attn {
+namespace {
+namespace linear {
+
+inline int64_t forward_sums(const Params& p, const Plan& s) { return p.F * s.Dvp + s.Fp; }
+inline int64_t forward_record(const Params& p, const Plan& s) { return forward_sums(p, s) + s.Fp; }
+
+template <class A>
+struct ForwardTile {
+    Features<A> map;
+    A *a, *b, *bt, *v, *T, *O, *saved;  // [kChunk] x Fp, Fp, [Fp][kChunk], Dvp, kChunk, Dvp, Dvp
+    A *partial, *n, *inverse;           // the normaliser by lanes [kChunk][lanes], its sums, 1 / n
+    A *prefix, *local, *state;          // records: P, L, P + L
+
+    ForwardTile(const Params& p, const Plan& s, Carver& carver) {
+        map = carve_features<A>(p, s, carver);
+        a = carver.take<A>(kChunk * s.Fp);
+        b = carver.take<A>(kChunk * s.Fp);
+        bt = carver.take<A>(kChunk * s.Fp);
+        v = carver.take<A>(kChunk * s.Dvp);
+        T = carver.take<A>(kChunk * kChunk);
+        O = carver.take<A>(kChunk * s.Dvp);
+        saved = carver.take<A>(kChunk * s.Dvp);
+        partial = carver.take<A>(kChunk * kLanes<A>);
+        n = carver.take<A>(kChunk);
+        inverse = carver.take<A>(kChunk);
+        prefix = carver.take<A>(forward_record(p, s));
+        local = carver.take<A>(forward_record(p, s));
+        state = carver.take<A>(forward_record(p, s));
+    }
+};
+
+// S += B^T V, z += the sum of the rows of B
+template <class A>
+inline void add_keys(const Params& p, const Plan& s, const Chunk& c, const A* b, const A* v, A* record, Ahead* ahead) {
+    product<A>(kAll, p.F, c.keys, s.Dvp, b, Unit{}, s.Fp, v, s.Dvp, record, s.Dvp, true, ahead);
+    A* z = record + p.F * s.Dvp;
+    for (int64_t k = 0; k < s.Fp; k += kLanes<A>) {
+        Vec<A> sum{};
+        for (int64_t r = 0; r < c.keys; ++r) sum += load<A>(b + r * s.Fp + k);
+        store(z + k, load<A>(z + k) + sum);
+    }
+}
+
+template <class A>
+inline void read_values(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t kv, A* v) {
+    read_rows<A>(p.value_dtype, p.value, b, kv, c.key, c.key_bits, p.Dv, s.Dvp, v);
+}
+
+// Phase 1: the sums of one segment.
+template <class A>
+inline void sum_segment(const Params& p, const Plan& s, int64_t task, const A* packed, A* records, char* memory) {
+    Carver carver{memory};
+    ForwardTile<A> t(p, s, carver);
+    const int64_t unit = task / s.segments, b = unit / p.Hkv, kv = unit % p.Hkv;
+    A* record = records + task * forward_record(p, s);
+    A *z = record + p.F * s.Dvp, *top = z + s.Fp;
+    fill<A>(record, forward_sums(p, s), 0);
+    fill<A>(top, s.Fp, -kInfinity<A>);
+    select_head<A>(p, s, kv, packed, nullptr, t.map);
+    const Range chunks = segment_chunks(s, task % s.segments);
+    for (int64_t index = chunks.begin; index < chunks.end; ++index) {
+        const Chunk c = chunk_at(p, s, b, index);
+        if (!c.key_bits) continue;
+        if (p.key_shift) {
+            read_keys_raising(p, s, c, b, kv, t.map, t.b, record, z, top);
+        } else {
+            read_keys(p, s, c, b, kv, t.map, t.b, static_cast<A*>(nullptr));
+        }
+        read_values(p, s, c, b, kv, t.v);
+        Ahead ahead;
+        if (index + 1 < chunks.end) queue_keys(p, chunk_at(p, s, b, index + 1), b, kv, ahead);
+        add_keys(p, s, c, t.b, t.v, record, &ahead);
+    }
+}
+
+// Bring the records of a (batch, head) to their common largest exponents, which become key_shift.
+template <class A>
+inline void align_records(const Params& p, const Plan& s, int64_t unit, A* records) {
+    const int64_t record = forward_record(p, s), z = p.F * s.Dvp, top = z + s.Fp;
+    A* shift = static_cast<A*>(p.key_shift) + unit * p.F;
+    for (int64_t f = 0; f < p.F; ++f) {
+        A best = -kInfinity<A>;
+        for (int64_t k = 0; k < s.segments; ++k)
+            best = records[k * record + top + f] > best ? records[k * record + top + f] : best;
+        shift[f] = best == -kInfinity<A> ? 0 : best;
+    }
+    for (int64_t k = 0; k < s.segments; ++k) {
+        A* own = records + k * record;
+        for (int64_t f = 0; f < p.F; ++f) {
+            const A factor = exp(broadcast<A>(own[top + f] - shift[f]))[0];
+            own[z + f] *= factor;
+            for (int64_t d = 0; d < s.Dvp; ++d) own[f * s.Dvp + d] *= factor;
+        }
+    }
+}
+
+// Phase 2: what the queries of each segment start from.
+template <class A>
+inline void combine_segments(const Params& p, const Plan& s, int64_t unit, A* records) {
+    const int64_t record = forward_record(p, s);
+    A* own = records + unit * s.segments * record;
+    if (p.is_causal) return sums_of_others<A>(own, s.segments, record, forward_sums(p, s), false);
+    if (p.key_shift) align_records(p, s, unit, own);
+    sum_of_all<A>(own, s.segments, record, forward_sums(p, s));
+}
+
+// partial[r] += A_r * z, by lanes; and the row sums of T, whose columns beyond the row are 0
+template <class A>
+inline void add_normaliser(const Plan& s, int64_t rows, const A* a, const A* z, const A* T, A* partial) {
+    for (int64_t r = 0; r < rows; ++r) {
+        Vec<A> sum{};
+        for (int64_t k = 0; k < s.Fp; k += kLanes<A>) sum += load<A>(a + r * s.Fp + k) * load<A>(z + k);
+        if (T)
+            for (int64_t k = 0; k <= r; k += kLanes<A>) sum += load<A>(T + r * kChunk + k);
+        store(partial + r * kLanes<A>, sum);
+    }
+}
+
+// The rows of one query head: `record` is what they see of earlier chunks; with `causal` t.bt and t.v are their own
+// chunk.
+template <class A>
+inline void write_outputs(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t h, const A* record,
+                          bool triangle, uint64_t poison, ForwardTile<A>& t, Ahead* ahead) {
+    const int64_t rows = c.query_end;
+    read_queries(p, s, c, b, h, t.map, t.a, static_cast<A*>(nullptr));
+    product<A>(kAll, rows, p.F, s.Dvp, t.a, s.Fp, Unit{}, record, s.Dvp, t.O, s.Dvp, false, ahead);
+    if (triangle) {
+        product<A>(kLowerColumns, rows, p.F, kChunk, t.a, s.Fp, Unit{}, t.bt, kChunk, t.T, kChunk, false);
+        clear_upper(rows, t.T);
+        triangle_product<A>(kLowerTerms, rows, c.keys, s.Dvp, t.T, t.v, s.Dvp, poison, t.saved, t.O, s.Dvp);
+    }
+    add_normaliser(s, rows, t.a, record + p.F * s.Dvp, triangle ? t.T : nullptr, t.partial);
+    sum_lanes(t.partial, round_up(rows, kLanes<A>), t.n);
+    A* normaliser = static_cast<A*>(p.normaliser) + (b * p.Hq + h) * p.Nq;
+    for (int64_t r = c.query_begin; r < rows; ++r) {
+        t.inverse[r] = t.n[r] == 0 ? 0 : 1 / t.n[r];
+        normaliser[c.query + r] = t.n[r];
+    }
+    write_rows<A>(p.value_dtype, p.out, b, h, c.query, c.query_begin, rows, c.query_bits, p.Dv, t.O, s.Dvp, t.inverse);
+}
+
+// Queries before the first key see nothing.
+template <class A>
+inline void clear_early_queries(const Params& p, const Plan& s, int64_t b, int64_t h) {
+    const int64_t count = min_of(p.Nq, max_of(0, -s.offset));
+    clear_rows<A>(p.value_dtype, p.out, b, h, count, p.Dv);
+    fill<A>(static_cast<A*>(p.normaliser) + (b * p.Hq + h) * p.Nq, count, 0);
+}
+
+// The queries of one segment; prefix is P. Without causality P is all there is.
+template <class A>
+inline void segment_outputs(const Params& p, const Plan& s, int64_t b, int64_t kv, int64_t segment, const A* prefix,
+                            ForwardTile<A>& t) {
+    if (p.is_causal) fill<A>(t.local, forward_sums(p, s), 0);
+    const Range chunks = segment_chunks(s, segment);
+    for (int64_t index = chunks.begin; index < chunks.end; ++index) {
+        const Chunk c = chunk_at(p, s, b, index);
+        const bool keys = p.is_causal && c.key_bits, more = index + 1 < chunks.end;
+        const Chunk next = chunk_at(p, s, b, index + 1);
+        uint64_t poison = 0;
+        if (keys) {
+            read_keys(p, s, c, b, kv, t.map, t.b, static_cast<A*>(nullptr));
+            read_values(p, s, c, b, kv, t.v);
+            poison = poisoned_rows(t.v, c.keys, s.Dvp);
+        }
+        if (c.has_queries()) {
+            if (keys) transpose(t.b, s.Fp, kChunk, s.Fp, t.bt, kChunk);
+            if (p.is_causal) add(prefix, t.local, forward_sums(p, s), t.state);
+            for (int64_t g = 0; g < s.group; ++g) {
+                Ahead ahead;
+                const int64_t h = kv * s.group + g;
+                if (more) ahead.queue(p.feature_dtype, p.query, b, h, next.first_query(), next.last_query(), p.D);
+                if (more && p.is_causal && g == 0) queue_keys(p, next, b, kv, ahead);
+                write_outputs(p, s, c, b, h, p.is_causal ? t.state : prefix, keys, poison, t, &ahead);
+            }
+        }
+        if (keys) add_keys(p, s, c, t.b, t.v, t.local, nullptr);
+    }
+}
+
+// Phase 3.
+template <class A>
+inline void output_task(const Params& p, const Plan& s, int64_t task, const A* packed, const A* records, char* memory) {
+    Carver carver{memory};
+    ForwardTile<A> t(p, s, carver);
+    const int64_t unit = s.stored ? task / s.segments : task, b = unit / p.Hkv, kv = unit % p.Hkv;
+    const int64_t record = forward_record(p, s);
+    select_head<A>(p, s, kv, packed, p.key_shift ? static_cast<const A*>(p.key_shift) + unit * p.F : nullptr, t.map);
+    if (!s.stored || task % s.segments == 0)
+        for (int64_t g = 0; g < s.group; ++g) clear_early_queries<A>(p, s, b, kv * s.group + g);
+    if (s.stored) {
+        const A* prefix = records + (p.is_causal ? task : unit * s.segments) * record;
+        return segment_outputs(p, s, b, kv, task % s.segments, prefix, t);
+    }
+    fill<A>(t.prefix, forward_sums(p, s), 0);
+    for (int64_t segment = 0; segment < s.segments; ++segment) {
+        segment_outputs(p, s, b, kv, segment, t.prefix, t);
+        add(t.prefix, t.local, forward_sums(p, s), t.prefix);
+    }
+}
+
+template <class A>
+struct Forward {
+    static int64_t shared_bytes(const Params& p) {
+        const Plan s = make_plan<A>(p);
+        const int64_t records = s.stored ? p.B * p.Hkv * s.segments * forward_record(p, s) : 0;
+        return static_cast<int64_t>(sizeof(A)) * (packed_size(p, s, false) + records);
+    }
+    static int64_t thread_bytes(const Params& p) {
+        Carver carver{nullptr};
+        ForwardTile<A>(p, make_plan<A>(p), carver);
+        return carver.used;
+    }
+    static int64_t task_count(const Params& p, int phase) {
+        const Plan s = make_plan<A>(p);
+        const int64_t units = p.B * p.Hkv;
+        if (phase == 0) return p.projection ? p.projection_heads : 0;
+        if (phase == 3) return s.stored ? units * s.segments : units;
+        return !s.stored ? 0 : phase == 1 ? units * s.segments : units;
+    }
+    static void run_task(const Params& p, int phase, int64_t task, char* memory, char* shared) {
+        const Plan s = make_plan<A>(p);
+        A *packed = reinterpret_cast<A*>(shared), *records = packed + packed_size(p, s, false);
+        if (phase == 0) return pack_projection(p, s, task, packed, false);
+        if (phase == 1) return sum_segment<A>(p, s, task, packed, records, memory);
+        if (phase == 2) return combine_segments(p, s, task, records);
+        output_task<A>(p, s, task, packed, records, memory);
+    }
+};
+
+}  // namespace linear
+}  // namespace
+}  // namespace efficient_attn

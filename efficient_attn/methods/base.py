@@ -1,0 +1,214 @@
+"""The attention methods that a user names: `parse("bigbird:block=64")`, `BigBird(block=64)`, or JSON.
+
+A spec is `name` or `name:key=value,key=value`. Tuples are written with x (`64x128`), nothing as `none`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import patterns, specs
+from ..errors import InputError, InputTypeError, UnsupportedError
+from ..masks import BlockMask
+
+METHODS: dict[str, type[Method]] = {}
+
+EXAMPLE = '{"method": "bigbird", "block": 64}'
+
+
+class Method:
+    """A way to attend. Subclasses are frozen dataclasses: their fields are the options, with usable defaults.
+
+    Class attributes say what it is: `name` (in specs), `formula`, `paper`, `complexity` (time), `exact` (softmax
+    attention over the pairs it looks at, none of them approximated), and what calls may ask of it: `accepts_causal`,
+    `accepts_mask` (any mask of pairs), `accepts_bias`.
+    """
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    paper: ClassVar[str]
+    complexity: ClassVar[str]
+    exact: ClassVar[bool] = False
+    accepts_causal: ClassVar[bool] = False
+    accepts_mask: ClassVar[bool] = False
+    accepts_bias: ClassVar[bool] = False
+
+    def build(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module | None:
+        """Make what `attend` needs as `state`: learned parameters and random features; None for methods without any.
+
+        Draws nothing from PyTorch's global generator: a model's other parameters start the same with any method.
+        """
+        return None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        state: nn.Module | None = None,
+        key_mask: Tensor | None = None,
+        mask: BlockMask | Tensor | None = None,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        causal_alignment: str | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: int | Tensor | None = None,
+        backend: str = "auto",
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend by this method.
+
+        Args:
+            query, key, value: (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv), as in `attention`.
+            state: what `build` returned.
+            key_mask: bool (B, Nk), True = attend: padding. What a masked key holds, NaN included, has no influence.
+            mask, bias, is_causal, causal_alignment, scale, dropout_p, dropout_seed, backend: as in `attention`.
+            need_weights: also return what this method multiplies the values with, dropout included: n x n memory.
+
+        Returns:
+            out (B, Hq, Nq, Dv) and weights (B, Hq, Nq, Nk) or None.
+
+        Raises:
+            UnsupportedError: what the class attributes say this method does not accept.
+            InputError, InputTypeError: arguments that do not belong together, or a missing state.
+        """
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The method with all its options as a JSON object, which `from_json` reads."""
+        return json.dumps({"method": self.name, **specs.options(self)})
+
+    def __str__(self) -> str:
+        """The shortest spec that `parse` turns into this method: options at their default are left out."""
+        changed = [
+            f"{field.name}={specs.write(getattr(self, field.name))}"
+            for field in dataclasses.fields(typing.cast(Any, self))
+            if getattr(self, field.name) != specs.default(field)
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method known to `parse`, `from_json` and the table."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+# --- from text and back ----------------------------------------------------------------------------------------------
+
+
+def parse(spec: str | Method | patterns.Pattern) -> Method:
+    """The method that a spec names; a `Method` is returned as it is, a `Pattern` as the method of the same name.
+
+    Raises:
+        InputError: unknown names or options, values out of range. InputTypeError: not a spec.
+        UnsupportedError: a hybrid `a+b`.
+    """
+    if isinstance(spec, Method):
+        return spec
+    if isinstance(spec, patterns.Pattern):
+        return _from_pattern(spec)
+    if not isinstance(spec, str):
+        raise InputTypeError(
+            f"a method is a spec such as 'bigbird:block=64', a Method or a Pattern; got {type(spec).__name__}"
+        )
+    if "+" in spec:
+        raise UnsupportedError(
+            f"{spec!r} joins methods with '+'; only single methods can be run. Choose one of the parts"
+        )
+    name, colon, rest = spec.strip().partition(":")
+    cls = _lookup(name.strip())
+    given: dict[str, str] = {}
+    for part in rest.split(",") if colon else []:
+        option, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals or not option or not text:
+            raise InputError(f"cannot read {part.strip()!r} in {spec!r}; write options as {name}:key=value,key=value")
+        if option in given:
+            raise InputError(f"{spec!r} gives {option} twice; give it once")
+        given[option] = text
+    kinds = specs.kinds(cls, given)
+    return cls(**{option: specs.read(text, kinds[option], cls.name, option) for option, text in given.items()})
+
+
+def from_json(text: str | Mapping[str, Any]) -> Method:
+    """The method that a JSON object (its text, or the decoded mapping) describes; options left out have their default.
+
+    Raises:
+        InputError: not such an object, unknown names or options, values out of range. InputTypeError: wrong types.
+    """
+    if isinstance(text, str):
+        try:
+            text = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"this is not JSON ({error}); a method is like {EXAMPLE}") from None
+    if not isinstance(text, Mapping) or not isinstance(text.get("method"), str):
+        raise InputError(f"a method in JSON is an object with a 'method' name, like {EXAMPLE}; got {text!r}")
+    given = {str(option): value for option, value in text.items() if option != "method"}
+    cls = _lookup(text["method"])
+    kinds = specs.kinds(cls, given)
+    return cls(**{option: specs.convert(value, kinds[option], cls.name, option) for option, value in given.items()})
+
+
+def methods_table() -> list[dict[str, str]]:
+    """One row a method, for documentation: name, formula, paper, complexity, exact, causal, mask, parameters."""
+    return [
+        {
+            "name": cls.name,
+            "formula": cls.formula,
+            "paper": cls.paper,
+            "complexity": cls.complexity,
+            "exact": "yes" if cls.exact else "no",
+            "causal": "yes" if cls.accepts_causal else "no",
+            "mask": "yes" if cls.accepts_mask else "padding only",
+            "parameters": ", ".join(f"{k}={specs.write(v)}" for k, v in specs.options(cls()).items()) or "-",
+        }
+        for cls in METHODS.values()
+    ]
+
+
+def _lookup(name: str) -> type[Method]:
+    if name not in METHODS:
+        raise InputError(
+            f"there is no method {name!r}{specs.hint(name, METHODS)}; choose from {', '.join(sorted(METHODS))}"
+        )
+    return METHODS[name]
+
+
+def _from_pattern(pattern: patterns.Pattern) -> Method:
+    for cls in METHODS.values():
+        if type(pattern) in cls.__bases__:
+            return cls(**specs.options(pattern))
+    raise UnsupportedError(f"{type(pattern).__name__} is no registered method; pass it as mask= to attention()")
+
+
+def check_range(method: Method, option: str, least: float, most: float = math.inf) -> None:
+    value = getattr(method, option)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"{method.name}: {option} must be an integer, got {value!r}")
+    if not least <= value <= most:
+        limit = f">= {least}" if most == math.inf else f"from {least} to {most}"
+        raise InputError(f"{method.name}: {option} must be {limit}, got {value}")
+
+
+def check_choice(method: Method, option: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(method, option)
+    if value not in allowed:
+        raise InputError(f"{method.name}: {option} must be one of {', '.join(allowed)}; got {value!r}")

@@ -23,7 +23,7 @@ PICTURE = ROOT / "docs" / "benchmark.png"
 def methods_markdown() -> str:
     """methods_table() as Markdown."""
     rows = methods_table()
-    columns = ("name", "formula", "complexity", "exact", "causal", "mask", "parameters", "paper")
+    columns = ("name", "formula", "complexity", "exact", "causal", "mask", "parameters", "backends", "paper")
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = [row[column].replace("|", "\\|") for column in columns]

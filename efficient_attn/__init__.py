@@ -4,22 +4,33 @@ from .backends import BACKENDS
 from .errors import EfficientAttnError, InputError, InputTypeError, MaskError, UnsupportedError
 from .explanation import Explanation, explain
 from .functional import attention, attention_weights, merge_attention
-from .lowrank import linear_attention, linformer_attention, nystrom_attention, performer_attention
+from .lowrank import (
+    linear_attention,
+    linformer_attention,
+    nystrom_attention,
+    performer_attention,
+    truncated_svd_attention,
+)
 from .masks import BlockMask
 from .methods import (
     METHODS,
     BigBird,
     Causal,
+    CentroidTail,
     Dense,
     Dilated,
+    Hybrid,
     Linear,
     Linformer,
     Longformer,
     Method,
     Nystrom,
+    NystromTail,
     Performer,
+    PerformerTail,
     SlidingWindow,
     Strided,
+    branch_share,
     parse,
 )
 from .multihead import MultiheadAttention, replace_attention
@@ -33,10 +44,12 @@ __all__ = [
     "BigBird",
     "BlockMask",
     "Causal",
+    "CentroidTail",
     "Dense",
     "Dilated",
     "EfficientAttnError",
     "Explanation",
+    "Hybrid",
     "InputError",
     "InputTypeError",
     "Linear",
@@ -46,13 +59,16 @@ __all__ = [
     "Method",
     "MultiheadAttention",
     "Nystrom",
+    "NystromTail",
     "Pattern",
     "Performer",
+    "PerformerTail",
     "SlidingWindow",
     "Strided",
     "UnsupportedError",
     "attention",
     "attention_weights",
+    "branch_share",
     "explain",
     "linear_attention",
     "linformer_attention",
@@ -61,4 +77,5 @@ __all__ = [
     "parse",
     "performer_attention",
     "replace_attention",
+    "truncated_svd_attention",
 ]

@@ -1,6 +1,7 @@
 """The attention methods that a user names: a spec like "bigbird:block=64", an object like `BigBird(block=64)`, or JSON.
 
-base.py: what a method is, and text to method and back; sparse.py: patterns; lowrank.py: those with fewer columns.
+base.py: what a method is, and text to method and back; sparse.py: patterns; lowrank.py: those with fewer columns;
+hybrid.py: a sparse method + a tail.
 """
 
 from .base import METHODS, Method, from_json, methods_table, parse, register
@@ -10,22 +11,31 @@ from .sparse import BigBird, Causal, Dense, Dilated, Longformer, SlidingWindow, 
 # isort: split
 from .lowrank import Linear, Linformer, LowRankMethod, Nystrom, Performer
 
+# isort: split
+from .hybrid import CentroidTail, Hybrid, NystromTail, PerformerTail, Tail, branch_share
+
 __all__ = [
     "METHODS",
     "BigBird",
     "Causal",
+    "CentroidTail",
     "Dense",
     "Dilated",
+    "Hybrid",
     "Linear",
     "Linformer",
     "Longformer",
     "LowRankMethod",
     "Method",
     "Nystrom",
+    "NystromTail",
     "Performer",
+    "PerformerTail",
     "SlidingWindow",
     "SparseMethod",
     "Strided",
+    "Tail",
+    "branch_share",
     "from_json",
     "methods_table",
     "parse",

@@ -9,18 +9,25 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import patterns, specs
+from .. import backends, patterns, specs
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..masks import BlockMask
+from ..ops import linear_attention
 
 METHODS: dict[str, type[Method]] = {}
+TAILS: dict[str, Any] = {}  # what may stand behind a +, see hybrid.py
+JOIN: dict[str, Callable[..., Method]] = {}  # "spec" and "json" of a hybrid, from hybrid.py
 
+PRIMITIVES: dict[str, Mapping[str, Any]] = {
+    "attention": backends.BACKENDS,
+    "linear_attention": linear_attention.BACKENDS,
+}
 EXAMPLE = '{"method": "bigbird", "block": 64}'
 
 
@@ -29,7 +36,8 @@ class Method:
 
     Class attributes say what it is: `name` (in specs), `formula`, `paper`, `complexity` (time), `exact` (softmax
     attention over the pairs it looks at, none of them approximated), and what calls may ask of it: `accepts_causal`,
-    `accepts_mask` (any mask of pairs), `accepts_bias`.
+    `accepts_mask` (any mask of pairs), `accepts_bias`. `primitive` is the operator that does the work, whose backends
+    serve the method.
     """
 
     name: ClassVar[str]
@@ -40,6 +48,12 @@ class Method:
     accepts_causal: ClassVar[bool] = False
     accepts_mask: ClassVar[bool] = False
     accepts_bias: ClassVar[bool] = False
+    primitive: ClassVar[str] = "attention"
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether the paper gives all layers of a model one state, which `replace_attention` then shares among them."""
+        return False
 
     def build(
         self,
@@ -120,7 +134,6 @@ def parse(spec: str | Method | patterns.Pattern) -> Method:
 
     Raises:
         InputError: unknown names or options, values out of range. InputTypeError: not a spec.
-        UnsupportedError: a hybrid `a+b`.
     """
     if isinstance(spec, Method):
         return spec
@@ -130,12 +143,13 @@ def parse(spec: str | Method | patterns.Pattern) -> Method:
         raise InputTypeError(
             f"a method is a spec such as 'bigbird:block=64', a Method or a Pattern; got {type(spec).__name__}"
         )
-    if "+" in spec:
-        raise UnsupportedError(
-            f"{spec!r} joins methods with '+'; only single methods can be run. Choose one of the parts"
-        )
+    return JOIN["spec"](spec) if "+" in spec else read_spec(spec, METHODS)
+
+
+def read_spec(spec: str, known: Mapping[str, Any]) -> Any:
+    """The object that `name:key=value,key=value` describes, of the class that `known` has for the name."""
     name, colon, rest = spec.strip().partition(":")
-    cls = _lookup(name.strip())
+    cls = _lookup(name.strip(), known)
     given: dict[str, str] = {}
     for part in rest.split(",") if colon else []:
         option, equals, text = (piece.strip() for piece in part.partition("="))
@@ -161,35 +175,48 @@ def from_json(text: str | Mapping[str, Any]) -> Method:
             raise InputError(f"this is not JSON ({error}); a method is like {EXAMPLE}") from None
     if not isinstance(text, Mapping) or not isinstance(text.get("method"), str):
         raise InputError(f"a method in JSON is an object with a 'method' name, like {EXAMPLE}; got {text!r}")
+    if text["method"] == "hybrid":
+        return JOIN["json"](text)
+    found: Method = read_json(text, METHODS)
+    return found
+
+
+def read_json(text: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
+    """The object that a decoded JSON object describes, of the class that `known` has for its "method"."""
     given = {str(option): value for option, value in text.items() if option != "method"}
-    cls = _lookup(text["method"])
+    cls = _lookup(text["method"], known)
     kinds = specs.kinds(cls, given)
     return cls(**{option: specs.convert(value, kinds[option], cls.name, option) for option, value in given.items()})
 
 
 def methods_table() -> list[dict[str, str]]:
-    """One row a method, for documentation: name, formula, paper, complexity, exact, causal, mask, parameters."""
-    return [
-        {
-            "name": cls.name,
-            "formula": cls.formula,
-            "paper": cls.paper,
-            "complexity": cls.complexity,
-            "exact": "yes" if cls.exact else "no",
-            "causal": "yes" if cls.accepts_causal else "no",
-            "mask": "yes" if cls.accepts_mask else "padding only",
-            "parameters": ", ".join(f"{k}={specs.write(v)}" for k, v in specs.options(cls()).items()) or "-",
-        }
-        for cls in METHODS.values()
-    ]
+    """One row a method and a tail, for documentation: what the class attributes say, parameters and backends."""
+    return [_row(cls.name, cls) for cls in METHODS.values()] + [_row(f"...+{cls.name}", cls) for cls in TAILS.values()]
 
 
-def _lookup(name: str) -> type[Method]:
-    if name not in METHODS:
+def _row(name: str, cls: Any) -> dict[str, str]:
+    return {
+        "name": name,
+        "formula": cls.formula,
+        "paper": cls.paper,
+        "complexity": cls.complexity,
+        "exact": "yes" if cls.exact else "no",
+        "causal": "yes" if cls.accepts_causal else "no",
+        "mask": "yes" if cls.accepts_mask else "padding only",
+        "parameters": ", ".join(f"{k}={specs.write(v)}" for k, v in specs.options(cls()).items()) or "-",
+        "backends": ", ".join(PRIMITIVES[cls.primitive]),
+    }
+
+
+def _lookup(name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        if name in TAILS and known is METHODS:
+            raise InputError(f"{name} stands behind an exact sparse method; write sliding_window+{name}")
+        kind = "method" if known is METHODS else "tail"
         raise InputError(
-            f"there is no method {name!r}{specs.hint(name, METHODS)}; choose from {', '.join(sorted(METHODS))}"
+            f"there is no {kind} {name!r}{specs.hint(name, known)}; choose from {', '.join(sorted(known))}"
         )
-    return METHODS[name]
+    return known[name]
 
 
 def _from_pattern(pattern: patterns.Pattern) -> Method:

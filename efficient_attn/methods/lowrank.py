@@ -76,7 +76,8 @@ class Linformer(LowRankMethod):
     Fields:
         rank: r, the number of mixtures.
         max_len: the longest sequence of keys.
-        share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "none": own for each.
+        share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "layerwise": that one
+            for all layers too (`replace_attention` shares it); "none": own E and F for each head.
         init: "pool" starts as means over max_len / rank consecutive positions: attention at a lower resolution;
             "normal" as random mixtures of N(0, 1 / max_len), which keep the scale of the keys.
         seed: of "normal".
@@ -97,12 +98,16 @@ class Linformer(LowRankMethod):
         check_range(self, "rank", 1)
         check_range(self, "max_len", 1)
         check_range(self, "seed", 0, 2**62)
-        check_choice(self, "share", ("headwise", "kv", "none"))
+        check_choice(self, "share", ("headwise", "kv", "layerwise", "none"))
         check_choice(self, "init", ("pool", "normal"))
         if self.rank > self.max_len:
             raise InputError(
                 f"linformer: rank={self.rank} exceeds max_len={self.max_len}; lower the rank or raise max_len"
             )
+
+    @property
+    def shares_state(self) -> bool:
+        return self.share == "layerwise"
 
     def build(
         self,
@@ -198,7 +203,8 @@ class Performer(LowRankMethod):
         features: m, the number of random features.
         feature: "softmax" or "relu".
         orthogonal: whether the features are orthogonal in blocks.
-        seed: of the features, which every head shares. `state.redraw()` draws new ones.
+        seed: of the features, which every head shares, and of every later draw.
+        redraw_interval: new features after so many forwards in training; 0: only when `state.redraw()` is called.
     """
 
     name = "performer"
@@ -206,14 +212,17 @@ class Performer(LowRankMethod):
     paper = "Choromanski et al. 2021"
     complexity = "n m d"
     accepts_causal = True
+    primitive = "linear_attention"
 
     features: int = 256
     feature: str = "softmax"
     orthogonal: bool = True
     seed: int = 0
+    redraw_interval: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "features", 1)
+        check_range(self, "redraw_interval", 0)
         check_range(self, "seed", 0, 2**62)
         check_choice(self, "feature", lowrank.FEATURES)
         if not isinstance(self.orthogonal, bool):
@@ -233,11 +242,13 @@ class Performer(LowRankMethod):
     def functions(
         self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None
     ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        projection = state.current()
+
         def form(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.performer_attention(query, key, value, state.projection, feature=self.feature, **keywords)
+            return lowrank.performer_attention(query, key, value, projection, feature=self.feature, **keywords)
 
         def weigh(query: Tensor, key: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.performer_weights(query, key, state.projection, feature=self.feature, **keywords)
+            return lowrank.performer_weights(query, key, projection, feature=self.feature, **keywords)
 
         return form, weigh
 
@@ -252,6 +263,7 @@ class Linear(LowRankMethod):
     paper = "Katharopoulos et al. 2020"
     complexity = "n d^2"
     accepts_causal = True
+    primitive = "linear_attention"
     needs_state = False
 
     def functions(
@@ -277,14 +289,14 @@ class LinformerState(nn.Module):
         heads = (num_heads,) if method.share == "none" else ()
         empty = torch.empty(*heads, method.rank, method.max_len, device=device, dtype=dtype)
         self.key_projection = nn.Parameter(empty)
-        if method.share == "kv":
+        if method.share in ("kv", "layerwise"):
             self.register_parameter("value_projection", None)
         else:
             self.value_projection = nn.Parameter(torch.empty_like(empty))
         self.reset_parameters()
 
     def value(self) -> Tensor:
-        """F, which is E with share="kv"."""
+        """F, which is E with share="kv" and "layerwise"."""
         return self.key_projection if self.value_projection is None else self.value_projection
 
     def reset_parameters(self) -> None:
@@ -317,9 +329,15 @@ class NystromState(nn.Module):
 
 
 class PerformerState(nn.Module):
-    """The random features of a Performer, (features, head_dim): a buffer, saved with the model, for it defines it."""
+    """The random features of a Performer, (features, head_dim): buffers, saved with the model, for they define it.
+
+    Draw number `draws` is a function of the method's seed and that number (unless `redraw` was given a generator);
+    `calls` counts the forwards in training since. Loading a checkpoint therefore goes on with the features, and the later draws, of the saved run.
+    """
 
     projection: Tensor
+    draws: Tensor
+    calls: Tensor
 
     def __init__(
         self, method: Performer, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None
@@ -327,15 +345,44 @@ class PerformerState(nn.Module):
         super().__init__()
         self.method = method
         self.register_buffer("projection", torch.empty(method.features, head_dim, device=device, dtype=dtype))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the features that the method's seed stands for."""
-        self.redraw(torch.Generator().manual_seed(self.method.seed))
+        """Start again with the features that the method's seed stands for."""
+        self._draw(0)
 
     def redraw(self, generator: torch.Generator | None = None) -> None:
-        """Draw new features in place, from PyTorch's global CPU generator unless one is given."""
+        """Draw new features in place: the next of the method's seed, or from a generator."""
+        self._draw(int(self.draws) + 1, generator)
+
+    def current(self) -> Tensor:
+        """The features for one forward, counted in training, and drawn anew when `redraw_interval` is over.
+
+        Raises:
+            UnsupportedError: redraw_interval under torch.compile, whose graphs cannot count.
+        """
+        interval = self.method.redraw_interval
+        if not interval or not self.training:
+            return self.projection
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                f"performer: redraw_interval={interval} cannot be counted under torch.compile; leave it 0 and call "
+                "redraw() on the module's method_state between steps"
+            )
+        if torch._C._current_graph_task_id() == -1:  # else activation checkpointing repeats an earlier forward
+            if int(self.calls) >= interval:
+                self.redraw()
+            self.calls += 1
+        return self.projection.clone()  # autograd keeps it, and the next draw is in place
+
+    def _draw(self, number: int, generator: torch.Generator | None = None) -> None:
+        if generator is None:
+            generator = torch.Generator().manual_seed((self.method.seed + number * 0x9E3779B97F4A7C15) % 2**63)
         features, head_dim = self.projection.shape
         drawn = lowrank.random_projection(features, head_dim, orthogonal=self.method.orthogonal, generator=generator)
         with torch.no_grad():
             self.projection.copy_(drawn)
+            self.draws.fill_(number)
+            self.calls.zero_()

@@ -226,7 +226,7 @@ def _from_pattern(pattern: patterns.Pattern) -> Method:
     raise UnsupportedError(f"{type(pattern).__name__} is no registered method; pass it as mask= to attention()")
 
 
-def check_range(method: Method, option: str, least: float, most: float = math.inf) -> None:
+def check_range(method: Any, option: str, least: float, most: float = math.inf) -> None:
     value = getattr(method, option)
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputTypeError(f"{method.name}: {option} must be an integer, got {value!r}")
@@ -235,7 +235,7 @@ def check_range(method: Method, option: str, least: float, most: float = math.in
         raise InputError(f"{method.name}: {option} must be {limit}, got {value}")
 
 
-def check_choice(method: Method, option: str, allowed: tuple[str, ...]) -> None:
+def check_choice(method: Any, option: str, allowed: tuple[str, ...]) -> None:
     value = getattr(method, option)
     if value not in allowed:
         raise InputError(f"{method.name}: {option} must be one of {', '.join(allowed)}; got {value!r}")

@@ -214,7 +214,7 @@ class PerformerTail(FeatureTail):
 
 @dataclass(frozen=True)
 class Hybrid(Method):
-    """A sparse method and a tail, one softmax over all keys: `Hybrid(SlidingWindow(left=64, right=64), CentroidTail())`.
+    """A sparse method and a tail in one softmax: `Hybrid(SlidingWindow(left=64, right=64), CentroidTail())`.
 
     Every allowed pair is counted once: exactly around the pattern, in whole blocks of `tail.block`, else by the tail.
 

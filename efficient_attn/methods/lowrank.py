@@ -332,7 +332,8 @@ class PerformerState(nn.Module):
     """The random features of a Performer, (features, head_dim): buffers, saved with the model, for they define it.
 
     Draw number `draws` is a function of the method's seed and that number (unless `redraw` was given a generator);
-    `calls` counts the forwards in training since. Loading a checkpoint therefore goes on with the features, and the later draws, of the saved run.
+    `calls` counts the forwards in training since. A loaded checkpoint goes on with the features, and the later draws,
+    of the run that saved it.
     """
 
     projection: Tensor

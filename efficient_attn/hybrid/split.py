@@ -64,8 +64,8 @@ def split(pattern: BlockMask, allowed: BlockMask, block: int) -> Split:
     in_allowed, whole = _blocks(allowed, block)
     exact = in_pattern | (in_allowed & ~whole)
     tail = whole & ~exact
-    batch, heads, _, n_k = exact.shape
-    rows = exact.view(-1, n_k)
+    batch, heads = exact.shape[:2]
+    rows = exact.flatten(0, 2)
     lists = BlockMask.from_csr(
         pointers(rows.sum(1)),
         rows.nonzero()[:, 1],

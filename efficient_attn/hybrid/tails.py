@@ -23,6 +23,10 @@ from ..padding import select_keys
 from .split import Split
 
 SECOND_ORDER = ("none", "diagonal", "full")
+QUADRATIC_ROWS = 256  # query rows whose outer products exist at a time
+
+
+LEAST = {torch.float32: 1e-30, torch.float64: 1e-200}  # of sums of terms up to 1: what is smaller counts as none
 
 
 class Branch(NamedTuple):
@@ -139,16 +143,14 @@ def _centroids(
 class _Quadratic(torch.autograd.Function):
     """q_i^T C_c q_i for queries (B, Hkv, G, Nq, D) and symmetric C (B, Hkv, C, D, D): (B, Hkv, G, Nq, C).
 
-    As q q^T, flat, times C, flat, for some rows at a time: O(ROWS D^2) memory, forward and backward.
+    As q q^T, flat, times C, flat, for some rows at a time: O(QUADRATIC_ROWS D^2) memory, forward and backward.
     """
-
-    ROWS = 256
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, matrices: Tensor) -> Tensor:
         ctx.save_for_backward(query, matrices)
         flat = matrices.flatten(-2).mT.unsqueeze(2)  # (B, Hkv, 1, D D, C)
-        parts = [_Quadratic._squares(rows) @ flat for rows in query.split(_Quadratic.ROWS, 3)]
+        parts = [_outer(rows) @ flat for rows in query.split(QUADRATIC_ROWS, 3)]
         return torch.cat(parts, 3)
 
     @staticmethod
@@ -156,15 +158,16 @@ class _Quadratic(torch.autograd.Function):
         query, matrices = ctx.saved_tensors
         flat = matrices.flatten(-2).unsqueeze(2)  # (B, Hkv, 1, C, D D)
         grad_query, grad_flat = [], torch.zeros_like(matrices.flatten(-2))
-        for rows, some in zip(query.split(_Quadratic.ROWS, 3), grad.split(_Quadratic.ROWS, 3), strict=True):
+        for rows, some in zip(query.split(QUADRATIC_ROWS, 3), grad.split(QUADRATIC_ROWS, 3), strict=True):
             mixed = (some @ flat).unflatten(-1, matrices.shape[-2:])
             grad_query.append(2.0 * (mixed @ rows.unsqueeze(-1)).squeeze(-1))
-            grad_flat += (some.mT @ _Quadratic._squares(rows)).sum(2)
+            grad_flat += (some.mT @ _outer(rows)).sum(2)
         return torch.cat(grad_query, 3), grad_flat.unflatten(-1, matrices.shape[-2:])
 
-    @staticmethod
-    def _squares(rows: Tensor) -> Tensor:
-        return (rows.unsqueeze(-1) * rows.unsqueeze(-2)).flatten(-2)
+
+def _outer(rows: Tensor) -> Tensor:
+    """(..., D) -> (..., D D)."""
+    return (rows.unsqueeze(-1) * rows.unsqueeze(-2)).flatten(-2)
 
 
 # --- feature maps ----------------------------------------------------------------------------------------------------
@@ -226,10 +229,10 @@ def nystrom_branch(
 
     Landmarks and the iteration for the pseudo-inverse are those of Xiong et al. 2021 (see `nystrom_attention`), but the
     kernel is not normalised by rows first, for the tail's mass must be comparable to the exact part's. This is ours.
-    An estimated mass may be negative, as any Nystrom entry may; such a row keeps its exact part alone.
+    An estimated mass may come out negative, as any Nystrom entry may; such a row keeps its exact part alone.
     """
     a, b, log_scale = _nystrom_features(query, key, landmarks, pinv_iterations, key_mask, query_mask, scale)
-    return _feature_branch(a, b, value, log_scale, split, key_mask)
+    return _feature_branch(a, b, value, log_scale, split, key_mask, signed=True)
 
 
 def nystrom_tail_weights(
@@ -263,7 +266,10 @@ def _nystrom_features(
     Every exponential is taken against the maximum of its row, so that none overflows.
     """
     dtype = accumulation_dtype(query.dtype)
-    m = max(min(landmarks, query.shape[2], key.shape[2]), 1)
+    m = min(landmarks, query.shape[2], key.shape[2])
+    if 0 in (m, *query.shape[:2]):
+        rows = by_group(query, key)[..., :1].to(dtype)
+        return torch.zeros_like(rows), rows.new_zeros(*rows.shape[:3], key.shape[2], 1), rows.flatten(1, 2).squeeze(-1)
     with torch.autocast(query.device.type, enabled=False):
         query, (key,) = query.to(dtype), select_keys(key_mask, key.to(dtype))
         near, near_used = segment_means(query, m, query_mask)
@@ -303,7 +309,14 @@ def _hide(scores: Tensor, used: Tensor | None, dim: int, fill: float = -torch.in
 
 
 def _feature_branch(
-    a: Tensor, b: Tensor, value: Tensor, log_scale: Tensor, split: Split, key_mask: Tensor | None
+    a: Tensor,
+    b: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    split: Split,
+    key_mask: Tensor | None,
+    *,
+    signed: bool = False,
 ) -> Branch:
     """Sum (a_i . b_j) [v_j, 1] over the tail, in a (B, Hkv, G, Nq, m) and b (B, Hkv, 1 | G, Nk, m).
 
@@ -327,7 +340,12 @@ def _feature_branch(
         rows = _in_blocks(a.flatten(1, 2), split.block).unflatten(1, a.shape[1:3])
         sums = (rows @ states).flatten(3, 4)[..., : a.shape[3], :].flatten(1, 2)
         mass = sums[..., -1]
-        empty = ~(mass > 0) & ~mass.isnan()
+        least = mass.new_full((), LEAST[mass.dtype])
+        if signed:  # what cancels down to rounding is no mass
+            of_ones = states[..., -1:].detach()
+            size = (rows.detach().abs() @ of_ones.abs()).flatten(3, 4)[..., : a.shape[3], 0].flatten(1, 2)
+            least = torch.maximum(least, size * (16 * torch.finfo(mass.dtype).eps))
+        empty = mass <= least
         mass = mass.masked_fill(empty, 1.0)
         out = (sums[..., :-1] / mass[..., None]).masked_fill(empty[..., None], 0.0)
         return Branch(out.to(value.dtype), (mass.log() + log_scale).masked_fill(empty, -torch.inf))

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from efficient_attn import lowrank, patterns
 from efficient_attn.errors import EfficientAttnError, InputError, InputTypeError, UnsupportedError
@@ -17,6 +19,7 @@ from efficient_attn.methods import (
     METHODS,
     BigBird,
     Dense,
+    Hybrid,
     Linear,
     Linformer,
     Method,
@@ -50,6 +53,11 @@ SPECS = [
 ]
 SPARSE = [spec for spec in SPECS if isinstance(parse(spec), SparseMethod)]
 LOW_RANK = [spec for spec in SPECS if spec not in SPARSE]
+HYBRIDS = [
+    "sliding_window:left=9,right=4+centroid:block=16,second_order=full",
+    "bigbird:block=16,window=1+nystrom:landmarks=8,block=16",
+    "longformer:window=16+performer:features=16,block=16",
+]
 
 
 def make(dtype=torch.float64, heads=(H, H), n=N):
@@ -73,14 +81,15 @@ def padding(name):
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *METHODS])
+@pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS, *METHODS])
 def test_specs_and_json_come_back(spec):
     method = parse(spec)
     assert parse(str(method)) == method and parse(method) is method
     assert from_json(method.to_json()) == method == from_json(json.loads(method.to_json()))
     assert str(parse(str(method))) == str(method)
     assert pickle.loads(pickle.dumps(method)) == method and hash(copy.deepcopy(method)) == hash(method)
-    assert str(type(method)()) == method.name == json.loads(method.to_json())["method"]
+    assert json.loads(method.to_json())["method"] == method.name
+    assert spec in HYBRIDS or str(type(method)()) == method.name
 
 
 def test_specs_are_short_and_forgiving():
@@ -237,7 +246,7 @@ def test_sparse_methods_equal_their_definition(spec, pad):
 
 @pytest.mark.parametrize("pad", ["tail", "holes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS])
 def test_what_padding_holds_changes_no_bit(spec, dtype, pad):
     method = parse(spec)
     state = state_of(method, dtype)
@@ -262,7 +271,7 @@ def test_what_padding_holds_changes_no_bit(spec, dtype, pad):
 
 def test_self_attention_ignores_padding_end_to_end():
     """Nystrom pools the queries: with a key mask and Nq = Nk, the padded ones do not count either."""
-    for spec in SPECS:
+    for spec in [*SPECS, *HYBRIDS]:
         method = parse(spec)
         state = state_of(method)
         key_mask = padding("tail")
@@ -286,7 +295,7 @@ def test_full_padding_mask_costs_nothing_and_changes_nothing():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS])
 def test_weights_are_what_multiplied_the_values(spec, dropout_p):
     method = parse(spec)
     state = state_of(method)
@@ -356,12 +365,12 @@ def test_options_reach_the_functions():
 
 def test_building_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    for spec in SPECS:
+    for spec in [*SPECS, *HYBRIDS]:
         state_of(parse(spec))
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("spec", LOW_RANK)
+@pytest.mark.parametrize("spec", [*LOW_RANK, HYBRIDS[-1]])
 def test_states_copy_pickle_save_and_train(spec):
     method = parse(spec)
     state = state_of(method)
@@ -371,7 +380,10 @@ def test_states_copy_pickle_save_and_train(spec):
     out = method.attend(q, k, v, state=state)[0]
     for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
         assert torch.equal(method.attend(q, k, v, state=twin)[0], out)
-    other = dataclasses.replace(method, seed=9) if hasattr(method, "seed") else method
+    if isinstance(method, Hybrid):
+        other = dataclasses.replace(method, tail=dataclasses.replace(method.tail, seed=9))
+    else:
+        other = dataclasses.replace(method, seed=9) if hasattr(method, "seed") else method
     loaded = other.build(H * D, H, D, dtype=torch.float64)
     loaded.load_state_dict(state.state_dict())
     assert torch.equal(method.attend(q, k, v, state=loaded)[0], out)
@@ -409,6 +421,67 @@ def test_performer_redraws_in_place():
     state.reset_parameters()
     assert torch.equal(state.projection, first)
     assert not list(state.parameters())
+    before = torch.get_rng_state()
+    state.redraw()
+    state.redraw()
+    again = method.build(H * D, H, D)
+    again.redraw()
+    assert not torch.equal(again.projection, state.projection) and not torch.equal(again.projection, first)
+    again.redraw()
+    assert torch.equal(again.projection, state.projection) and torch.equal(before, torch.get_rng_state())
+    assert int(state.draws) == 2
+
+
+@pytest.mark.parametrize(
+    "spec", ["performer:features=12,redraw_interval=3", "dense+performer:features=12,redraw_interval=3"]
+)
+def test_performer_redraws_at_an_interval(spec):
+    method = parse(spec)
+    q, k, v = make(torch.float32)
+    q.requires_grad_()
+
+    def run(state, calls):
+        seen = []
+        for _ in range(calls):
+            method.attend(q, k, v, state=state)
+            seen.append(state.projection.clone())
+        return torch.stack(seen)
+
+    seen = run(method.build(H * D, H, D), 7)
+    changes = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert changes == [False, False, True, False, False, True]
+    first = method.build(H * D, H, D)
+    half = run(first, 4)
+    resumed = method.build(H * D, H, D)
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(torch.cat([half, run(resumed, 3)]), seen)  # a checkpoint goes on where it was
+    still = run(method.build(H * D, H, D).eval(), 7)
+    assert (still == still[0]).all()
+
+
+def test_redrawing_leaves_gradients_right():
+    """Features are drawn in place, between forwards whose backward is yet to come, and never when one is repeated."""
+    method = Performer(features=12, redraw_interval=1)
+    q, k, v = make(torch.float32)
+    q.requires_grad_()
+    state, twin = method.build(H * D, H, D), method.build(H * D, H, D)
+    outs = [method.attend(q, k, v, state=state)[0].square().sum() for _ in range(3)]
+    found = torch.autograd.grad(sum(outs), q)[0]
+    for reentrant in (False, True):
+        twin.reset_parameters()
+        total = torch.zeros_like(found)
+        for _ in range(3):
+            out = torch.utils.checkpoint.checkpoint(
+                lambda q: method.attend(q, k, v, state=twin)[0].square().sum(), q, use_reentrant=reentrant
+            )
+            q.grad = None
+            out.backward()
+            total += q.grad
+        torch.testing.assert_close(total, found)
+        assert torch.equal(twin.projection, state.projection)
+    compiled = torch.compile(lambda q: method.attend(q, k, v, state=state)[0], backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="cannot be counted under"):
+        compiled(q)
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------
@@ -449,7 +522,7 @@ def test_compile_says_when_two_lists_cannot_be_joined():
 
 def test_wrong_padding_raises():
     q, k, v = make()
-    for spec in SPECS:
+    for spec in [*SPECS, *HYBRIDS]:
         method = parse(spec)
         with pytest.raises(InputError, match="key_mask must be"):
             method.attend(q, k, v, state=state_of(method), key_mask=torch.ones(B, 3, dtype=torch.bool))

@@ -19,8 +19,21 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from efficient_attn import MultiheadAttention
-from efficient_attn.benchmarks import cases, clock, inputs, memory, ops, plot, records, report, runner, targets, vit
+from efficient_attn import MultiheadAttention, lowrank
+from efficient_attn.benchmarks import (
+    cases,
+    clock,
+    inputs,
+    memory,
+    ops,
+    peers,
+    plot,
+    records,
+    report,
+    runner,
+    targets,
+    vit,
+)
 
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
 OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
@@ -284,6 +297,16 @@ def test_target_rows_name_what_exists():
 def test_random_block_masks_have_their_density(density):
     mask = targets.random_blocks(1280, 1280, density, torch.Generator().manual_seed(0))
     assert mask.density == pytest.approx(density)
+
+
+def test_the_plain_formulas_of_low_rank_methods_agree_with_ours():
+    q, k, v = (torch.randn(2, 3, 24, 8, dtype=torch.float64) for _ in range(3))
+    E, F = (torch.randn(5, 24, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(peers.linformer(q, k, v, E, F), lowrank.linformer_attention(q, k, v, E, F))
+    torch.testing.assert_close(peers.nystrom(q, k, v, 6), lowrank.nystrom_attention(q, k, v, landmarks=6))
+    W = lowrank.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = lowrank.performer_attention(q, k, v, W)
+    assert (peers.performer(q, k, v, W) - ours).norm() < 0.05 * ours.norm()  # it adds 1e-4 to each feature
 
 
 @pytest.mark.parametrize("target", cases.TARGETS, ids=lambda t: report.target_name(asdict(t)) + " " + t.peer)

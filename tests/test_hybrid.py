@@ -350,6 +350,16 @@ def test_compiles_without_graph_breaks(tail):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_vmap(tail):
+    method = parse(f"sliding_window:left=5,right=3+{tail}")
+    state = state_of(method)
+    q, k, v = (torch.stack([t.detach(), t.detach().flip(2)]) for t in make())
+    mapped = torch.vmap(lambda q, k: method.attend(q, k, v[0], state=state)[0])(q, k)
+    for n in range(2):
+        torch.testing.assert_close(mapped[n], method.attend(q[n], k[n], v[0], state=state)[0])
+
+
 # --- in a module -----------------------------------------------------------------------------------------------------
 
 

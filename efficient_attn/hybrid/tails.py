@@ -7,6 +7,7 @@ G = Hq / Hkv, m features or landmarks, C blocks of keys.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.reference import accumulation_dtype
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..functional import MAX_HEAD_DIM, attention, attention_weights
 from ..lowrank.common import by_group
 from ..lowrank.nystrom import iterative_pinv, segment_means
-from ..lowrank.performer import performer_features
 from ..padding import select_keys
 from .split import Split
 
 SECOND_ORDER = ("none", "diagonal", "full")
+CAUSAL_EXPONENT_LIMIT = 60.0  # e^60: room for sums over a million keys in float32
 QUADRATIC_ROWS = 256  # query rows whose outer products exist at a time
 
 
@@ -146,12 +147,17 @@ class _Quadratic(torch.autograd.Function):
     As q q^T, flat, times C, flat, for some rows at a time: O(QUADRATIC_ROWS D^2) memory, forward and backward.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, query: Tensor, matrices: Tensor) -> Tensor:
-        ctx.save_for_backward(query, matrices)
+    def forward(query: Tensor, matrices: Tensor) -> Tensor:
         flat = matrices.flatten(-2).mT.unsqueeze(2)  # (B, Hkv, 1, D D, C)
         parts = [_outer(rows) @ flat for rows in query.split(QUADRATIC_ROWS, 3)]
         return torch.cat(parts, 3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,10 +196,8 @@ def performer_branch(
     Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, section 4. The kernel estimate is
     FAVOR+'s, with its true scale: phi(q) . phi(k) has the expectation e^{scale q . k}.
     """
-    a, b, log_scale = performer_features(
-        query, key, projection, key_mask=key_mask, is_causal=is_causal, scale=scale, return_log_scale=True
-    )
-    return _feature_branch(by_group(a, key), b.unsqueeze(2), value, log_scale, split, key_mask)
+    a, b, log_scale = _random_features(query, key, projection, key_mask, is_causal, scale)
+    return _feature_branch(a, b, value, log_scale, split, key_mask)
 
 
 def performer_tail_weights(
@@ -207,8 +211,36 @@ def performer_tail_weights(
     scale: float,
 ) -> Tensor:
     """What multiplies the values in `performer_branch`, (B, Hq, Nq, Nk)."""
-    a, b = performer_features(query, key, projection, key_mask=key_mask, is_causal=is_causal, scale=scale)
-    return _feature_weights(by_group(a, key), b.unsqueeze(2), split, key_mask).to(query.dtype)
+    a, b, _ = _random_features(query, key, projection, key_mask, is_causal, scale)
+    return _feature_weights(a, b, split, key_mask).to(query.dtype)
+
+
+def _random_features(
+    query: Tensor, key: Tensor, projection: Tensor, key_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a (B, Hkv, G, Nq, m), b (B, Hkv, 1, Nk, m), log_scale (B, Hq, Nq): e^{log_scale} a . b = phi(q) . phi(k).
+
+    Stabilised as in `performer_features`: each feature against its largest key, or with causality, where no factor may
+    depend on keys to come, saturated at e^60.
+    """
+    if not 0.0 < scale < math.inf:
+        raise InputError(f"a performer tail needs a positive scale (features take its square root), got {scale}")
+    dtype = accumulation_dtype(query.dtype)
+    (key,) = select_keys(key_mask, key)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, projection = query.to(dtype) * scale**0.5, key.to(dtype) * scale**0.5, projection.to(dtype)
+        a = by_group(query, key) @ projection.mT
+        b = key @ projection.mT - key.square().sum(-1, keepdim=True) / 2
+        if is_causal or key.shape[2] == 0:
+            b = b.clamp(max=CAUSAL_EXPONENT_LIMIT)
+        else:
+            if key_mask is not None:
+                b = b.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+            highest = _largest(b.mT).mT  # (B, Hkv, 1, m)
+            a, b = a + highest.unsqueeze(2), b - highest
+        top = a.detach().amax(-1, keepdim=True)
+        log_scale = top.squeeze(-1).flatten(1, 2) - query.square().sum(-1) / 2 - math.log(projection.shape[0])
+        return (a - top).exp(), b.exp().unsqueeze(2), log_scale
 
 
 def nystrom_branch(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import accumulation_dtype
-from ..errors import InputError, InputTypeError, UnsupportedError
+from ..errors import InputError, InputTypeError
 from ..functional import autocast, check_alignment, check_inputs
 from ..padding import check_key_mask, select_keys
 from .common import by_group, drop_columns, drop_keys
@@ -107,26 +107,18 @@ def performer_features(
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-    return_log_scale: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """Features a (B, Hq, Nq, m) and b (B, Hkv, Nk, m), float32 (float64 for float64), for `linear_attention`.
 
     Softmax features are scaled such that nothing overflows and a . b / n stays what it is: each row of a by a constant,
     and, not causal, each feature by c_f in b and 1 / c_f in a, c_f from the largest visible key. That makes n >= 1 for
     every row. With causality no factor may depend on keys to come, so there b saturates at e^60 instead.
 
-    Args:
-        return_log_scale: also return (B, Hq, Nq), the logarithm of what each row of a was divided by, for softmax
-            features: e^log_scale a . b is phi(q) . phi(k) of the paper, whose expectation is e^{scale q . k}.
-
     Raises:
         InputError, InputTypeError: an unknown feature, a projection or key_mask that does not fit, a scale <= 0.
-        UnsupportedError: return_log_scale with relu features, which estimate no softmax kernel.
     """
     _check_projection(projection, query, key, feature)
     check_key_mask(key_mask, key)
-    if return_log_scale and feature != "softmax":
-        raise UnsupportedError(f"{feature} features estimate no softmax kernel, and have no scale; use 'softmax'")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0.0 < scale < math.inf:
         raise InputError(f"Performer needs a positive scale (features take its square root), got {scale}")
@@ -153,12 +145,8 @@ def performer_features(
             a, b = a + largest.unsqueeze(2), b - largest
             if key_mask is not None:  # a cleared key may be far above the largest visible one
                 b = b.masked_fill(~key_mask[:, None, :, None], -torch.inf)
-        top = a.detach().amax(-1, keepdim=True)
-        a = (a - top).exp().flatten(1, 2)
-        if not return_log_scale:
-            return a, b.exp()
-        log_scale = top.squeeze(-1).flatten(1, 2) - query.square().sum(-1) / 2 - math.log(projection.shape[-2])
-        return a, b.exp(), log_scale
+        a = a - a.detach().amax(-1, keepdim=True)
+        return a.exp().flatten(1, 2), b.exp()
 
 
 def random_projection(

@@ -7,36 +7,49 @@ from .functional import attention, attention_weights, merge_attention
 from .lowrank import linear_attention, linformer_attention, nystrom_attention, performer_attention
 from .masks import BlockMask
 from .methods import (
+    LSH,
     METHODS,
+    Axial,
     BigBird,
     Causal,
     Dense,
     Dilated,
+    Documents,
+    Fixed,
     Linear,
     Linformer,
     Longformer,
     Method,
+    Neighborhood,
     Nystrom,
     Performer,
+    PrefixLM,
     SlidingWindow,
+    SortedBuckets,
     Strided,
+    TopKBlocks,
+    TopPBlocks,
     parse,
 )
 from .multihead import MultiheadAttention, replace_attention
-from .patterns import Pattern
+from .patterns import Pattern, per_head
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "LSH",
     "METHODS",
+    "Axial",
     "BigBird",
     "BlockMask",
     "Causal",
     "Dense",
     "Dilated",
+    "Documents",
     "EfficientAttnError",
     "Explanation",
+    "Fixed",
     "InputError",
     "InputTypeError",
     "Linear",
@@ -45,11 +58,16 @@ __all__ = [
     "MaskError",
     "Method",
     "MultiheadAttention",
+    "Neighborhood",
     "Nystrom",
     "Pattern",
     "Performer",
+    "PrefixLM",
     "SlidingWindow",
+    "SortedBuckets",
     "Strided",
+    "TopKBlocks",
+    "TopPBlocks",
     "UnsupportedError",
     "attention",
     "attention_weights",
@@ -59,6 +77,7 @@ __all__ = [
     "merge_attention",
     "nystrom_attention",
     "parse",
+    "per_head",
     "performer_attention",
     "replace_attention",
 ]

@@ -1,31 +1,75 @@
 """The attention methods that a user names: a spec like "bigbird:block=64", an object like `BigBird(block=64)`, or JSON.
 
-base.py: what a method is, and text to method and back; sparse.py: patterns; lowrank.py: those with fewer columns.
+base.py: what a method is, and text to method and back; sparse.py: patterns; buckets.py: those that sort tokens;
+lowrank.py: those with fewer columns.
 """
 
 from .base import METHODS, Method, from_json, methods_table, parse, register
-from .sparse import BigBird, Causal, Dense, Dilated, Longformer, SlidingWindow, SparseMethod, Strided
+from .sparse import (
+    Axial,
+    BigBird,
+    Causal,
+    Combined,
+    DeepSpeedBigBird,
+    DeepSpeedBSLongformer,
+    DeepSpeedFixed,
+    DeepSpeedLocalSlidingWindow,
+    DeepSpeedVariable,
+    Dense,
+    Dilated,
+    Documents,
+    Fixed,
+    Longformer,
+    Neighborhood,
+    PerHead,
+    PrefixLM,
+    SlidingWindow,
+    SparseMethod,
+    Strided,
+    TopKBlocks,
+    TopPBlocks,
+)
 
 # Sparse before low-rank: the table of methods has the order in which they register.
+# isort: split
+from .buckets import LSH, BucketMethod, SortedBuckets
+
 # isort: split
 from .lowrank import Linear, Linformer, LowRankMethod, Nystrom, Performer
 
 __all__ = [
+    "LSH",
     "METHODS",
+    "Axial",
     "BigBird",
+    "BucketMethod",
     "Causal",
+    "Combined",
+    "DeepSpeedBSLongformer",
+    "DeepSpeedBigBird",
+    "DeepSpeedFixed",
+    "DeepSpeedLocalSlidingWindow",
+    "DeepSpeedVariable",
     "Dense",
     "Dilated",
+    "Documents",
+    "Fixed",
     "Linear",
     "Linformer",
     "Longformer",
     "LowRankMethod",
     "Method",
+    "Neighborhood",
     "Nystrom",
+    "PerHead",
     "Performer",
+    "PrefixLM",
     "SlidingWindow",
+    "SortedBuckets",
     "SparseMethod",
     "Strided",
+    "TopKBlocks",
+    "TopPBlocks",
     "from_json",
     "methods_table",
     "parse",

@@ -1,6 +1,7 @@
 """The attention methods that a user names: `parse("bigbird:block=64")`, `BigBird(block=64)`, or JSON.
 
-A spec is `name` or `name:key=value,key=value`. Tuples are written with x (`64x128`), nothing as `none`.
+A spec is `name` or `name:key=value,key=value`. Tuples are written with x (`64x128`), nothing as `none`. Sparse methods
+join as `a & b` and `a | b`, in parentheses where needed, and `per_head(a; b)` gives each head its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..masks import BlockMask
 
 METHODS: dict[str, type[Method]] = {}
 
+COMPOUNDS: dict[str, type[Method]] = {}  # made of other methods: known to JSON, without a spec of their own
 EXAMPLE = '{"method": "bigbird", "block": 64}'
 
 
@@ -112,6 +114,12 @@ def register(cls: type[Method]) -> type[Method]:
     return cls
 
 
+def register_compound(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method with a field `parts`, of other methods, known to `from_json` and patterns."""
+    COMPOUNDS[cls.name] = cls
+    return cls
+
+
 # --- from text and back ----------------------------------------------------------------------------------------------
 
 
@@ -130,22 +138,7 @@ def parse(spec: str | Method | patterns.Pattern) -> Method:
         raise InputTypeError(
             f"a method is a spec such as 'bigbird:block=64', a Method or a Pattern; got {type(spec).__name__}"
         )
-    if "+" in spec:
-        raise UnsupportedError(
-            f"{spec!r} joins methods with '+'; only single methods can be run. Choose one of the parts"
-        )
-    name, colon, rest = spec.strip().partition(":")
-    cls = _lookup(name.strip())
-    given: dict[str, str] = {}
-    for part in rest.split(",") if colon else []:
-        option, equals, text = (piece.strip() for piece in part.partition("="))
-        if not equals or not option or not text:
-            raise InputError(f"cannot read {part.strip()!r} in {spec!r}; write options as {name}:key=value,key=value")
-        if option in given:
-            raise InputError(f"{spec!r} gives {option} twice; give it once")
-        given[option] = text
-    kinds = specs.kinds(cls, given)
-    return cls(**{option: specs.read(text, kinds[option], cls.name, option) for option, text in given.items()})
+    return _parse(spec.strip(), 0)
 
 
 def from_json(text: str | Mapping[str, Any]) -> Method:
@@ -162,9 +155,19 @@ def from_json(text: str | Mapping[str, Any]) -> Method:
     if not isinstance(text, Mapping) or not isinstance(text.get("method"), str):
         raise InputError(f"a method in JSON is an object with a 'method' name, like {EXAMPLE}; got {text!r}")
     given = {str(option): value for option, value in text.items() if option != "method"}
+    if text["method"] in COMPOUNDS:
+        return _compound(text["method"], given)
     cls = _lookup(text["method"])
     kinds = specs.kinds(cls, given)
     return cls(**{option: specs.convert(value, kinds[option], cls.name, option) for option, value in given.items()})
+
+
+def _compound(name: str, given: dict[str, Any]) -> Method:
+    parts = given.get("parts")
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
+        raise InputError(f"{name} in JSON has parts, a list of objects like {EXAMPLE}; got {parts!r}")
+    specs.kinds(COMPOUNDS[name], given)
+    return COMPOUNDS[name](**{**given, "parts": tuple(from_json(part) for part in parts)})
 
 
 def methods_table() -> list[dict[str, str]]:
@@ -192,8 +195,67 @@ def _lookup(name: str) -> type[Method]:
     return METHODS[name]
 
 
+def _parse(text: str, depth: int) -> Method:
+    """One spec, or several with operators: | binds less than &, parentheses and per_head(a; b) hold further ones."""
+    if depth > patterns.MAX_DEPTH:
+        raise InputError(f"methods are combined more than {patterns.MAX_DEPTH} deep in {text!r}")
+    if len(_split(text, "+")) > 1:
+        raise UnsupportedError(
+            f"{text!r} joins methods with '+'; only single methods can be run. Choose one of the parts"
+        )
+    for symbol, operator in (("|", "or"), ("&", "and")):
+        parts = _split(text, symbol)
+        if len(parts) > 1:
+            return _from_pattern(patterns.Combined(operator, _patterns(parts, depth)))
+    name, bracket, inside = text.partition("(")
+    if bracket and name.strip() in ("", "per_head") and text.endswith(")"):
+        if not name:
+            return _parse(inside[:-1].strip(), depth + 1)
+        return _from_pattern(patterns.PerHead(_patterns(_split(inside[:-1], ";"), depth)))
+    return _single(text)
+
+
+def _single(spec: str) -> Method:
+    name, colon, rest = spec.partition(":")
+    cls = _lookup(name.strip())
+    given: dict[str, str] = {}
+    for part in rest.split(",") if colon else []:
+        option, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals or not option or not text:
+            raise InputError(f"cannot read {part.strip()!r} in {spec!r}; write options as {name}:key=value,key=value")
+        if option in given:
+            raise InputError(f"{spec!r} gives {option} twice; give it once")
+        given[option] = text
+    kinds = specs.kinds(cls, given)
+    return cls(**{option: specs.read(text, kinds[option], cls.name, option) for option, text in given.items()})
+
+
+def _patterns(texts: list[str], depth: int) -> tuple[patterns.Pattern, ...]:
+    parts = tuple(_parse(text, depth + 1) for text in texts)
+    for part in parts:
+        if not isinstance(part, patterns.Pattern):
+            raise UnsupportedError(f"{part} is no pattern of pairs; &, | and per_head join sparse methods only")
+    return typing.cast("tuple[patterns.Pattern, ...]", parts)
+
+
+def _split(text: str, symbol: str) -> list[str]:
+    """The parts of a text between symbols that stand outside of parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+        if letter == symbol and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth != 0:
+        raise InputError(f"the parentheses of {text!r} do not match")
+    return [part.strip() for part in parts]
+
+
 def _from_pattern(pattern: patterns.Pattern) -> Method:
-    for cls in METHODS.values():
+    for cls in (*METHODS.values(), *COMPOUNDS.values()):
         if type(pattern) in cls.__bases__:
             return cls(**specs.options(pattern))
     raise UnsupportedError(f"{type(pattern).__name__} is no registered method; pass it as mask= to attention()")

@@ -128,7 +128,7 @@ class Neighborhood(_OnGrid):
                 low, high = (start + self.prefix - 8 * eight).clamp(0, 8), (stop + self.prefix - 8 * eight).clamp(0, 8)
                 bits = torch.where(low < high, (1 << high) - (1 << low), 0).to(torch.uint8)
                 eight = eight.clamp(max=(grid.kv_len - 1) // 8)  # beyond the end there are no bits
-                place = slots[line[0] + eight // (grid.block_k // 8)].clamp(min=0) * tiles[0].numel()
+                place = slots[line[0] + eight // (grid.block_k // 8)].clamp(min=0) * (grid.block_q * grid.block_k // 8)
                 # Every pair comes once, so that adding its bit sets it.
                 tiles.view(-1).scatter_add_(0, place + line[1] + eight % (grid.block_k // 8), bits)
         rows, cols = touched.view(grid.n_q, grid.n_k).nonzero().unbind(1)

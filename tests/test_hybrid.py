@@ -28,6 +28,7 @@ SPARSE = [
     "sliding_window:left=5,right=3",
     "bigbird:block=16,window=1,global_blocks=1,random_blocks=1",
     "longformer:window=6",
+    "(longformer:window=2 | bigbird:block=16,window=1,global_blocks=0,random_blocks=1)",
 ]
 
 
@@ -105,13 +106,18 @@ def definition(method, q, k, v, kept, pattern, allowed, projection):
 def by_head(method, q, k, v, key_mask, allowed, state):
     Hq, Hkv = q.shape[1], k.shape[1]
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
-    pattern = method.sparse.visible(i, j, q.shape[2], k.shape[2]).expand(q.shape[2], k.shape[2])
-    kept = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
     allowed = allowed.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
+    if method.sparse.by_content:
+        within = BlockMask.from_dense(allowed)
+        pattern = method.sparse.for_inputs(q, k, scale=SCALE, key_mask=key_mask, within=within).to_dense()
+    else:
+        pattern = method.sparse.visible(i, j, q.shape[2], k.shape[2])
+    pattern = pattern.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
+    kept = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
     projection = None if state is None else state.projection
     rows = [
         definition(
-            method, q[b, h], k[b, h * Hkv // Hq], v[b, h * Hkv // Hq], kept[b], pattern, allowed[b, h], projection
+            method, q[b, h], k[b, h * Hkv // Hq], v[b, h * Hkv // Hq], kept[b], pattern[b, h], allowed[b, h], projection
         )
         for b in range(q.shape[0])
         for h in range(Hq)
@@ -200,6 +206,16 @@ def test_masks_of_pairs(tail, shape):
     same = method.attend(*make(), state=state, mask=BlockMask.from_dense(allowed, block_size=32))[0]
     torch.testing.assert_close(out, same)
     assert (out[:, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("pad", ["none", "holes"])
+def test_blocks_chosen_by_content(pad, is_causal):
+    """The best key blocks exactly, all others by their centroids."""
+    method = parse("topk_blocks:block=16,blocks=2+centroid:block=16")
+    allowed = torch.ones(N, N, dtype=torch.bool).tril() if is_causal else torch.ones(N, N, dtype=torch.bool)
+    share = check(method, make(), padding(pad), allowed[None, None], is_causal=is_causal)
+    assert (share[:, :, -5:, 1] > 0).all()
 
 
 def test_across_lengths():

@@ -87,30 +87,36 @@ def plan(
     mask: MaskLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Split:
-    """The split of a call; without a mask of the user's the last 32 are kept.
+    """The split of a call; of patterns of positions, and without a mask of the user's, the last 32 are kept.
+
+    Args:
+        key_mask, scale: what a pattern that is chosen by content goes by; others do not look at them.
 
     Raises:
-        UnsupportedError: a mask under torch.compile, for the lists depend on its values.
+        UnsupportedError: a mask or a pattern by content under torch.compile, for the lists depend on values.
         InputError, MaskError: a mask or an alignment that does not fit.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     check_alignment(is_causal, causal_alignment, q_len, kv_len)
     alignment = (causal_alignment or "top_left") if is_causal else None
-    if mask is None:
+    if mask is None and not pattern.by_content:
         facts = (q_len, kv_len, query.shape[1], block, alignment, str(query.device))
         if not torch.compiler.is_compiling():
             return _cached(pattern, *facts)
         return _traced(pattern, *facts)
     if torch.compiler.is_compiling():
         raise UnsupportedError(
-            "torch.compile cannot split a mask into an exact part and a tail, for both depend on its values; leave the "
-            "mask out (is_causal and padding are fine), or do not compile this call"
+            "torch.compile cannot split a mask, or a pattern that is chosen by content, into an exact part and a tail, "
+            "for both depend on values; leave the mask out (is_causal and padding are fine) and take a pattern of "
+            "positions, or do not compile this call"
         )
-    allowed = as_block_mask(mask, query, key)
+    allowed = BlockMask(q_len, kv_len, (block, block)) if mask is None else as_block_mask(mask, query, key)
     if alignment is not None:
         allowed = allowed.with_causal(alignment)
-    found = pattern.block_mask(q_len, kv_len, num_heads=query.shape[1], device=query.device)
+    found = pattern.for_inputs(query, key, scale=scale, key_mask=key_mask, within=allowed)
     return split(found, allowed, block)
 
 

@@ -1,6 +1,8 @@
 """The attention methods that a user names: `parse("bigbird:block=64")`, `BigBird(block=64)`, or JSON.
 
-A spec is `name` or `name:key=value,key=value`. Tuples are written with x (`64x128`), nothing as `none`.
+A spec is `name` or `name:key=value,key=value`. Tuples are written with x (`64x128`), nothing as `none`. Sparse methods
+join as `a & b` and `a | b`, in parentheses where needed, and `per_head(a; b)` gives each head its own. A hybrid is
+`a + b`, a sparse method and a tail.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ METHODS: dict[str, type[Method]] = {}
 TAILS: dict[str, Any] = {}  # what may stand behind a +, see hybrid.py
 JOIN: dict[str, Callable[..., Method]] = {}  # "spec" and "json" of a hybrid, from hybrid.py
 
+COMPOUNDS: dict[str, type[Method]] = {}  # made of other methods: known to JSON, without a spec of their own
 PRIMITIVES: dict[str, Mapping[str, Any]] = {
     "attention": backends.BACKENDS,
     "linear_attention": linear_attention.BACKENDS,
@@ -126,6 +129,12 @@ def register(cls: type[Method]) -> type[Method]:
     return cls
 
 
+def register_compound(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method with a field `parts`, of other methods, known to `from_json` and patterns."""
+    COMPOUNDS[cls.name] = cls
+    return cls
+
+
 # --- from text and back ----------------------------------------------------------------------------------------------
 
 
@@ -143,23 +152,7 @@ def parse(spec: str | Method | patterns.Pattern) -> Method:
         raise InputTypeError(
             f"a method is a spec such as 'bigbird:block=64', a Method or a Pattern; got {type(spec).__name__}"
         )
-    return JOIN["spec"](spec) if "+" in spec else read_spec(spec, METHODS)
-
-
-def read_spec(spec: str, known: Mapping[str, Any]) -> Any:
-    """The object that `name:key=value,key=value` describes, of the class that `known` has for the name."""
-    name, colon, rest = spec.strip().partition(":")
-    cls = _lookup(name.strip(), known)
-    given: dict[str, str] = {}
-    for part in rest.split(",") if colon else []:
-        option, equals, text = (piece.strip() for piece in part.partition("="))
-        if not equals or not option or not text:
-            raise InputError(f"cannot read {part.strip()!r} in {spec!r}; write options as {name}:key=value,key=value")
-        if option in given:
-            raise InputError(f"{spec!r} gives {option} twice; give it once")
-        given[option] = text
-    kinds = specs.kinds(cls, given)
-    return cls(**{option: specs.read(text, kinds[option], cls.name, option) for option, text in given.items()})
+    return _parse(spec.strip(), 0)
 
 
 def from_json(text: str | Mapping[str, Any]) -> Method:
@@ -184,9 +177,19 @@ def from_json(text: str | Mapping[str, Any]) -> Method:
 def read_json(text: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
     """The object that a decoded JSON object describes, of the class that `known` has for its "method"."""
     given = {str(option): value for option, value in text.items() if option != "method"}
+    if text["method"] in COMPOUNDS:
+        return _compound(text["method"], given)
     cls = _lookup(text["method"], known)
     kinds = specs.kinds(cls, given)
     return cls(**{option: specs.convert(value, kinds[option], cls.name, option) for option, value in given.items()})
+
+
+def _compound(name: str, given: dict[str, Any]) -> Method:
+    parts = given.get("parts")
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
+        raise InputError(f"{name} in JSON has parts, a list of objects like {EXAMPLE}; got {parts!r}")
+    specs.kinds(COMPOUNDS[name], given)
+    return COMPOUNDS[name](**{**given, "parts": tuple(from_json(part) for part in parts)})
 
 
 def methods_table() -> list[dict[str, str]]:
@@ -219,8 +222,68 @@ def _lookup(name: str, known: Mapping[str, Any]) -> Any:
     return known[name]
 
 
+def _parse(text: str, depth: int) -> Method:
+    """One spec, or several with operators: | binds less than &, parentheses and per_head(a; b) hold further ones."""
+    if depth > patterns.MAX_DEPTH:
+        raise InputError(f"methods are combined more than {patterns.MAX_DEPTH} deep in {text!r}")
+    joined = _split(text, "+")
+    if len(joined) > 1:
+        return JOIN["spec"](joined)
+    for symbol, operator in (("|", "or"), ("&", "and")):
+        parts = _split(text, symbol)
+        if len(parts) > 1:
+            return _from_pattern(patterns.Combined(operator, _patterns(parts, depth)))
+    name, bracket, inside = text.partition("(")
+    if bracket and name.strip() in ("", "per_head") and text.endswith(")"):
+        if not name:
+            return _parse(inside[:-1].strip(), depth + 1)
+        return _from_pattern(patterns.PerHead(_patterns(_split(inside[:-1], ";"), depth)))
+    found: Method = read_spec(text, METHODS)
+    return found
+
+
+def read_spec(spec: str, known: Mapping[str, Any]) -> Any:
+    """The object that `name:key=value,key=value` describes, of the class that `known` has for the name."""
+    name, colon, rest = spec.partition(":")
+    cls = _lookup(name.strip(), known)
+    given: dict[str, str] = {}
+    for part in rest.split(",") if colon else []:
+        option, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals or not option or not text:
+            raise InputError(f"cannot read {part.strip()!r} in {spec!r}; write options as {name}:key=value,key=value")
+        if option in given:
+            raise InputError(f"{spec!r} gives {option} twice; give it once")
+        given[option] = text
+    kinds = specs.kinds(cls, given)
+    return cls(**{option: specs.read(text, kinds[option], cls.name, option) for option, text in given.items()})
+
+
+def _patterns(texts: list[str], depth: int) -> tuple[patterns.Pattern, ...]:
+    parts = tuple(_parse(text, depth + 1) for text in texts)
+    for part in parts:
+        if not isinstance(part, patterns.Pattern):
+            raise UnsupportedError(f"{part} is no pattern of pairs; &, | and per_head join sparse methods only")
+    return typing.cast("tuple[patterns.Pattern, ...]", parts)
+
+
+def _split(text: str, symbol: str) -> list[str]:
+    """The parts of a text between symbols that stand outside of parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+        if letter == symbol and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth != 0:
+        raise InputError(f"the parentheses of {text!r} do not match")
+    return [part.strip() for part in parts]
+
+
 def _from_pattern(pattern: patterns.Pattern) -> Method:
-    for cls in METHODS.values():
+    for cls in (*METHODS.values(), *COMPOUNDS.values()):
         if type(pattern) in cls.__bases__:
             return cls(**specs.options(pattern))
     raise UnsupportedError(f"{type(pattern).__name__} is no registered method; pass it as mask= to attention()")

@@ -28,8 +28,7 @@ from ..functional import (
 from ..lowrank.common import drop_columns, drop_keys
 from ..masks import BlockMask
 from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
-from ..patterns import Pattern
-from .base import JOIN, METHODS, TAILS, Method, check_choice, check_range, parse, read_json, read_spec
+from .base import JOIN, TAILS, Method, check_choice, check_range, from_json, parse, read_json, read_spec
 from .lowrank import Performer, PerformerState
 from .sparse import SparseMethod
 
@@ -219,7 +218,7 @@ class Hybrid(Method):
     Every allowed pair is counted once: exactly around the pattern, in whole blocks of `tail.block`, else by the tail.
 
     Fields:
-        sparse: a sparse method whose pattern depends on positions alone.
+        sparse: a sparse method that is a pattern of pairs, of positions or chosen by content.
         tail: `CentroidTail`, `NystromTail` or `PerformerTail`.
     """
 
@@ -227,20 +226,21 @@ class Hybrid(Method):
     accepts_causal = True
     accepts_mask = True
 
-    sparse: Method
+    sparse: SparseMethod
     tail: Tail
 
     def __post_init__(self) -> None:
         if not isinstance(self.tail, Tail):
             raise InputTypeError(f"a hybrid ends with a tail, one of {', '.join(TAILS)}; got {self.tail!r}")
-        if not isinstance(self.sparse, SparseMethod) or not isinstance(self.sparse, Pattern):
+        if not isinstance(self.sparse, SparseMethod):
             raise InputError(
-                f"a hybrid starts with a sparse method whose pattern is known beforehand, got {self.sparse}; write for "
+                f"a hybrid starts with a sparse method that is a pattern of pairs, got {self.sparse}; write for "
                 f"instance sliding_window:left=64,right=64+{self.tail}"
             )
 
     def __str__(self) -> str:
-        return f"{self.sparse}+{self.tail}"
+        sparse = str(self.sparse)
+        return f"({sparse})+{self.tail}" if " " in sparse else f"{sparse}+{self.tail}"
 
     def to_json(self) -> str:
         """The method with all its options as a JSON object, which `from_json` reads."""
@@ -283,8 +283,9 @@ class Hybrid(Method):
         check_key_mask(key_mask, key)
         projection = self._projection(state, counted=True)
         check_dropout(dropout_p)
-        split = self._split(query, key, mask, is_causal, causal_alignment)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
+        split = hybrid.plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         exact: dict[str, Any] = {"mask": split.exact, "scale": scale, "dropout_p": dropout_p}
         exact["dropout_seed"] = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
         tail: dict[str, Any] = {"scale": scale, "projection": projection, "key_mask": key_mask, "is_causal": is_causal}
@@ -327,8 +328,9 @@ class Hybrid(Method):
         check_inputs(query, key, key)
         check_key_mask(key_mask, key)
         projection = self._projection(state, counted=False)
-        split = self._split(query, key, mask, is_causal, causal_alignment)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
+        split = hybrid.plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         value = torch.zeros_like(key[..., :1])
         _, near = padded_attention(
             query, key, value, key_mask, mask=split.exact, scale=scale, return_lse=True, backend=backend
@@ -337,15 +339,6 @@ class Hybrid(Method):
         far = self.tail.branch(query, key, value, split, dropout_p=0.0, dropout_seed=None, backend=backend, **call)
         lses = torch.stack([near, far.lse], -1)
         return torch.softmax(lses, -1).masked_fill((lses == -torch.inf).all(-1, keepdim=True), 0.0)
-
-    def _split(
-        self, query: Tensor, key: Tensor, mask: MaskLike, is_causal: bool, causal_alignment: str | None
-    ) -> hybrid.Split:
-        assert isinstance(self.sparse, Pattern)
-        return hybrid.plan(
-            self.sparse, query, key, self.tail.block,
-            mask=mask, is_causal=is_causal, causal_alignment=causal_alignment,
-        )  # fmt: skip
 
     def _projection(self, state: Any, *, counted: bool) -> Tensor | None:
         """The random features of the tail, if it has any; `counted` as a forward of training."""
@@ -369,12 +362,12 @@ def branch_share(query: Tensor, key: Tensor, method: str | Hybrid, **arguments: 
     return found.branch_share(query, key, **arguments)
 
 
-def _from_spec(spec: str) -> Hybrid:
-    """Read `a+b`."""
-    first, *rest = spec.split("+")
-    if len(rest) != 1:
-        raise InputError(f"{spec!r} joins {len(rest) + 1} parts; a hybrid is one sparse method + one tail")
-    return Hybrid(parse(first), read_spec(rest[0], TAILS))
+def _from_spec(parts: list[str]) -> Hybrid:
+    """Read the parts of `a+b`."""
+    if len(parts) != 2:
+        raise InputError(f"{'+'.join(parts)!r} joins {len(parts)} parts; a hybrid is one sparse method + one tail")
+    sparse: Any = parse(parts[0])
+    return Hybrid(sparse, read_spec(parts[1], TAILS))
 
 
 def _from_json(given: Mapping[str, Any]) -> Hybrid:
@@ -388,7 +381,8 @@ def _from_json(given: Mapping[str, Any]) -> Hybrid:
         )
     sparse, tail = parts
     assert sparse is not None and tail is not None
-    return Hybrid(read_json(sparse, METHODS), read_json(tail, TAILS))
+    exact: Any = from_json(sparse)
+    return Hybrid(exact, read_json(tail, TAILS))
 
 
 JOIN["spec"], JOIN["json"] = _from_spec, _from_json

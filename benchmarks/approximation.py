@@ -24,7 +24,7 @@ from efficient_attn.methods import Hybrid, SparseMethod
 
 from . import inputs, vit
 
-SIDE, STEPS, IMAGES = 16, 100, 8
+SIDE, STEPS, IMAGES = 16, 150, 8
 SEEDS = 4  # of random features; their errors are averaged
 
 # Families of methods; {} is the size: a rank, or keys to each side. SVD is what a rank can do at best.

@@ -290,6 +290,19 @@ def test_centroids_are_exact_for_equal_keys_and_second_order_for_normal_ones():
     assert (errors[0] > 2 * errors[1]) and errors[1] > errors[2], errors
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_visible_key_gives_zero(tail):
+    method = parse(f"sliding_window:left=5,right=3+{tail}")
+    inputs, state = make(), state_of(method)
+    key_mask = torch.ones(B, N, dtype=torch.bool)
+    key_mask[0] = False
+    out, weights = method.attend(*inputs, state=state, key_mask=key_mask, need_weights=True)
+    assert (out[0] == 0).all() and (weights[0] == 0).all() and out[1].isfinite().all()
+    for gradient in torch.autograd.grad(out.square().sum(), inputs):
+        assert (gradient[0] == 0).all() and gradient.isfinite().all()
+    assert (method.branch_share(*inputs[:2], state=state, key_mask=key_mask)[0] == 0).all()
+
+
 @pytest.mark.parametrize("poison", [9.0, math.inf, math.nan])
 @pytest.mark.parametrize("tail", [tail for tail in TAILS if not tail.startswith("nystrom")])
 def test_causal_hybrids_do_not_look_ahead(tail, poison):

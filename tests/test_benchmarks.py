@@ -305,8 +305,9 @@ def test_the_plain_formulas_of_low_rank_methods_agree_with_ours():
     torch.testing.assert_close(peers.linformer(q, k, v, E, F), lowrank.linformer_attention(q, k, v, E, F))
     torch.testing.assert_close(peers.nystrom(q, k, v, 6), lowrank.nystrom_attention(q, k, v, landmarks=6))
     W = lowrank.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k = q / 4, k / 4  # else the 1e-4 that the plain formula adds to each feature shows
     ours = lowrank.performer_attention(q, k, v, W)
-    assert (peers.performer(q, k, v, W) - ours).norm() < 0.05 * ours.norm()  # it adds 1e-4 to each feature
+    assert (peers.performer(q, k, v, W) - ours).norm() < 1e-3 * ours.norm()
 
 
 @pytest.mark.parametrize("target", cases.TARGETS, ids=lambda t: report.target_name(asdict(t)) + " " + t.peer)

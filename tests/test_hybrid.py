@@ -210,9 +210,12 @@ def test_masks_of_pairs(tail, shape):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("pad", ["none", "holes"])
-def test_blocks_chosen_by_content(pad, is_causal):
-    """The best key blocks exactly, all others by their centroids."""
-    method = parse("topk_blocks:block=16,blocks=2+centroid:block=16")
+@pytest.mark.parametrize(
+    "spec", ["topk_blocks:block=16,blocks=2+centroid:block=16", "topp_blocks:block=16,mass=0.3+" + TAILS[3]]
+)
+def test_blocks_chosen_by_content(spec, pad, is_causal):
+    """The best key blocks exactly, all others by the tail."""
+    method = parse(spec)
     allowed = torch.ones(N, N, dtype=torch.bool).tril() if is_causal else torch.ones(N, N, dtype=torch.bool)
     share = check(method, make(), padding(pad), allowed[None, None], is_causal=is_causal)
     assert (share[:, :, -5:, 1] > 0).all()

@@ -216,6 +216,8 @@ class Hybrid(Method):
     """A sparse method and a tail in one softmax: `Hybrid(SlidingWindow(left=64, right=64), CentroidTail())`.
 
     Every allowed pair is counted once: exactly around the pattern, in whole blocks of `tail.block`, else by the tail.
+    The pattern says what is exact, never what is hidden: pass is_causal, key_mask or mask for that. With a window of
+    right=0 alone the future is in the tail.
 
     Fields:
         sparse: a sparse method that is a pattern of pairs, of positions or chosen by content.
@@ -281,11 +283,11 @@ class Hybrid(Method):
         query, key, value = autocast(query, key, value)
         check_inputs(query, key, value)
         check_key_mask(key_mask, key)
-        projection = self._projection(state, counted=True)
         check_dropout(dropout_p)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
         split = hybrid.plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
+        projection = self._projection(state, counted=True)
         exact: dict[str, Any] = {"mask": split.exact, "scale": scale, "dropout_p": dropout_p}
         exact["dropout_seed"] = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
         tail: dict[str, Any] = {"scale": scale, "projection": projection, "key_mask": key_mask, "is_causal": is_causal}
@@ -338,7 +340,8 @@ class Hybrid(Method):
         call: dict[str, Any] = {"projection": projection, "key_mask": key_mask, "is_causal": is_causal, "scale": scale}
         far = self.tail.branch(query, key, value, split, dropout_p=0.0, dropout_seed=None, backend=backend, **call)
         lses = torch.stack([near, far.lse], -1)
-        return torch.softmax(lses, -1).masked_fill((lses == -torch.inf).all(-1, keepdim=True), 0.0)
+        empty = (lses == -torch.inf).all(-1, keepdim=True)
+        return torch.softmax(lses.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 
     def _projection(self, state: Any, *, counted: bool) -> Tensor | None:
         """The random features of the tail, if it has any; `counted` as a forward of training."""

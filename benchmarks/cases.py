@@ -16,6 +16,7 @@ OPERATOR_METHODS = (
     "nystrom:landmarks=64",
     "performer:features=128",
     "linear",
+    "sliding_window:left=128,right=128+centroid:block=64",
 )
 OPERATOR_SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 MODES = ("fwd", "fwd_bwd")
@@ -31,6 +32,7 @@ VIT_METHODS = (
     "nystrom:landmarks=16",
     "performer:features=64",
     "linear",
+    "sliding_window:left=4,right=4+centroid:block=16",
 )
 VIT_STEPS, QUICK_VIT_STEPS = 300, 120
 
@@ -52,12 +54,12 @@ class Target:
     the target, ``note`` is printed below the table.
     """
 
-    work: str  # attention | linear_attention | sparse_efficiency | overhead | module
+    work: str  # attention | linear_attention | low_rank | sparse_efficiency | overhead | module
     peer: str  # sdpa | sdpa_mask | flex | formula | dense | none | torch_module
     target: float | None
     mode: str = "fwd"
     dtype: str = "float32"
-    visible: str = "full"
+    visible: str = "full"  # with low_rank, the method
     q_len: int = 4096
     kv_len: int = 4096
     batch: int = 1
@@ -84,6 +86,7 @@ def _dense_rows() -> list[Target]:
 
 
 SPARSE = ("window", "bigbird", "random:10")
+LOW_RANK = ("linformer:rank=256", "nystrom:landmarks=64", "performer:features=256")
 TARGETS: tuple[Target, ...] = (
     *_dense_rows(),
     Target("attention", "sdpa", 1.25, dtype="bfloat16"),
@@ -111,6 +114,11 @@ TARGETS: tuple[Target, ...] = (
         heads=1,
         kv_heads=1,
         note="one head: the plain causal formula keeps a state a position, 1 GiB a head and more in backward",
+    ),
+    *(
+        Target("low_rank", peer, ratio, mode="fwd_bwd", visible=method, q_len=8192, kv_len=8192)
+        for method in LOW_RANK
+        for peer, ratio in (("dense", 8.0), ("formula", 2.0))
     ),
     *(
         Target("module", "torch_module", None, dtype=dtype, mode=mode, batch=4, q_len=1024, kv_len=1024)

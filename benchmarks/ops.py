@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficient_attn import functional, methods
+from efficient_attn import BlockMask, functional, hybrid, methods
 from efficient_attn.patterns import Pattern
 
 from . import clock, inputs, peers
@@ -47,13 +47,18 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
 
     plan: dict[str, Any] = {}
     with clock.PeakMemory() as peak:
-        if isinstance(method, Pattern) and method.name != "dense":
-            started = time.perf_counter()
-            mask = method.block_mask(config["seqlen"], config["seqlen"], num_heads=heads)
+        started = time.perf_counter()
+        masks: list[BlockMask] = []  # what a plan makes; the first is that of the exact pairs
+        if isinstance(method, methods.Hybrid):
+            split = hybrid.plan(method.sparse, qkv[0], qkv[1], method.tail.block, is_causal=config["causal"])
+            masks = [split.exact, split.over_blocks]
+        elif isinstance(method, Pattern) and method.name != "dense":
+            masks = [method.block_mask(config["seqlen"], config["seqlen"], num_heads=heads)]
+        if masks:
             plan = {
                 "plan_ms": round((time.perf_counter() - started) * 1e3, 4),
-                "density": round(mask.density, 6),
-                "mask_bytes": mask.nbytes,
+                "density": round(masks[0].density, 6),
+                "mask_bytes": sum(mask.nbytes for mask in masks),
             }
         call = bound(attend)
         call()

@@ -33,6 +33,44 @@ def torch_module(embed_dim: int, num_heads: int, **options: Any) -> torch.nn.Mul
     return torch.nn.MultiheadAttention(embed_dim, num_heads, batch_first=True, **options)
 
 
+# The papers' formulas as one writes them in PyTorch, which is what single-method packages run. Equal numbers of heads.
+
+
+def linformer(query: Tensor, key: Tensor, value: Tensor, E: Tensor, F: Tensor) -> Tensor:
+    """softmax(Q (E K)^T) (F V) with its (N, r) weights in memory."""
+    mixed_key, mixed_value = (torch.einsum("rn,bhnd->bhrd", m, x) for m, x in ((E, key), (F, value)))
+    scores = torch.einsum("bhnd,bhrd->bhnr", query * query.shape[-1] ** -0.5, mixed_key)
+    return torch.einsum("bhnr,bhrd->bhnd", scores.softmax(-1), mixed_value)
+
+
+def nystrom(query: Tensor, key: Tensor, value: Tensor, landmarks: int, iterations: int = 6) -> Tensor:
+    """The three softmax matrices of Nystromformer and its iterative pseudo-inverse; N a multiple of `landmarks`."""
+    query = query * query.shape[-1] ** -0.5
+    near, far = (x.unflatten(2, (landmarks, -1)).mean(3) for x in (query, key))
+    outer, middle, inner = ((a @ b.mT).softmax(-1) for a, b in ((query, far), (near, far), (near, key)))
+    norms = middle.abs().sum(-2).amax(-1) * middle.abs().sum(-1).amax(-1)
+    inverse, one = middle.mT / norms[..., None, None], torch.eye(landmarks, dtype=query.dtype)
+    for _ in range(iterations):
+        product = middle @ inverse
+        inverse = 0.25 * inverse @ (13 * one - product @ (15 * one - product @ (7 * one - product)))
+    return (outer @ inverse) @ (inner @ value)
+
+
+def performer(query: Tensor, key: Tensor, value: Tensor, projection: Tensor) -> Tensor:
+    """FAVOR+ with its (N, m) features in memory, stabilised by one maximum a query and one over the keys."""
+
+    def features(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        x = x * x.shape[-1] ** -0.25
+        scores = torch.einsum("bhnd,md->bhnm", x, projection)
+        top = scores.detach().amax(dims, keepdim=True)
+        return torch.exp(scores - x.square().sum(-1, keepdim=True) / 2 - top) + 1e-4
+
+    a, b = features(query, (-1,)), features(key, (-2, -1))
+    normaliser = torch.einsum("bhnm,bhm->bhn", a, b.sum(2))
+    context = torch.einsum("bhnm,bhnd->bhmd", b, value)
+    return torch.einsum("bhmd,bhnm,bhn->bhnd", context, a, 1.0 / normaliser)
+
+
 def absent_reason(peer: str) -> str | None:
     """Why a peer cannot run here, or None when it can."""
     if peer == "flex" and not (shutil.which("g++") or shutil.which("clang++")):

@@ -15,6 +15,7 @@ from torch import Tensor
 from efficient_attn import BigBird, BlockMask, MultiheadAttention, SlidingWindow, attention, linear_attention
 
 from . import clock, inputs, peers
+from .ops import sized
 
 Call = Callable[[], object]
 RANDOM_BLOCK = 64
@@ -46,6 +47,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         calls = _module_calls(config)
     elif config["work"] == "linear_attention":
         calls = _linear_calls(config)
+    elif config["work"] == "low_rank":
+        calls = _low_rank_calls(config)
     else:
         calls = _attention_calls(config, visible)
     with clock.PeakMemory() as peak:
@@ -134,7 +137,7 @@ def _visible(config: Mapping[str, Any]) -> Visible:
     kind, _, percent = config["visible"].partition(":")
     q_len, kv_len, heads = config["q_len"], config["kv_len"], config["heads"]
     generator = torch.Generator().manual_seed(0)
-    if kind == "full":
+    if kind == "full" or config["work"] == "low_rank":
         return Visible()
     if kind == "causal":
         return Visible(is_causal=True, density=(kv_len + 1) / (2 * kv_len))
@@ -212,6 +215,36 @@ def _linear_calls(config: Mapping[str, Any]) -> dict[str, Call]:
     return {name: _bound(config["mode"], call, qkv) for name, call in (("ours", ours), ("peer", formula))}
 
 
+def _low_rank_calls(config: Mapping[str, Any]) -> dict[str, Call]:
+    """A low-rank method with its parameters, and exact attention or the paper's formula in plain PyTorch."""
+    method: Any = sized(config["visible"], config["kv_len"])
+    heads, head_dim = config["heads"], config["head_dim"]
+    state: Any = method.build(heads * head_dim, heads, head_dim)
+    qkv = inputs.photograph_qkv(config["kv_len"], heads=heads, head_dim=head_dim)
+    parameters = () if state is None else tuple(state.parameters())
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = method.attend(q, k, v, state=state)[0]
+        return out
+
+    peer: Callable[..., Tensor] = attention
+    if config["peer"] == "formula":
+        match method.name:
+            case "linformer":
+                peer = partial(peers.linformer, E=state.key_projection, F=state.value())
+            case "nystrom":
+                peer = partial(peers.nystrom, landmarks=method.landmarks)
+            case "performer":
+                peer = partial(peers.performer, projection=state.projection)
+        wanted = parameters
+    else:
+        wanted = ()
+    return {
+        "ours": _bound(config["mode"], ours, qkv, parameters=parameters),
+        "peer": _bound(config["mode"], peer, qkv, parameters=wanted),
+    }
+
+
 def _module_calls(config: Mapping[str, Any]) -> dict[str, Call]:
     """One forward, or one training step without the optimizer, of the whole module."""
     dim, heads, dtype = config["heads"] * config["head_dim"], config["heads"], getattr(torch, config["dtype"])
@@ -231,12 +264,18 @@ def _module_calls(config: Mapping[str, Any]) -> dict[str, Call]:
     return {name: call(module) for name, module in modules.items()}
 
 
-def _bound(mode: str, operator: Callable[..., Tensor], tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> Call:
+def _bound(
+    mode: str,
+    operator: Callable[..., Tensor],
+    tensors: tuple[Tensor, ...],
+    bias: Tensor | None = None,
+    parameters: tuple[Tensor, ...] = (),
+) -> Call:
     """A call of no arguments: forward, both directions, or the backward alone on a graph that is kept."""
     if mode == "fwd":
         return torch.no_grad()(lambda: operator(*tensors))
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    wanted = leaves if bias is None else [*leaves, bias]
+    wanted = [*leaves, *parameters] if bias is None else [*leaves, bias]
     grad_out = tensors[0].roll(1, dims=2)
     if mode == "fwd_bwd":
         return lambda: torch.autograd.grad(operator(*leaves), wanted, grad_out)

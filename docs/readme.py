@@ -23,12 +23,17 @@ PICTURE = ROOT / "docs" / "benchmark.png"
 def methods_markdown() -> str:
     """methods_table() as Markdown."""
     rows = methods_table()
-    columns = ("name", "formula", "complexity", "exact", "causal", "mask", "parameters", "paper")
+    columns = ("name", "formula", "complexity", "exact", "causal", "mask", "parameters", "backends", "paper")
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = [row[column].replace("|", "\\|") for column in columns]
         cells[0], cells[1], cells[6] = (f"`{cell}`" if cell != "-" else cell for cell in (cells[0], cells[1], cells[6]))
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "`...+centroid` stands behind a sparse method: `sliding_window+centroid`. [docs/methods.md](docs/methods.md)",
+    ]
+    lines[-1] += " has the definitions, and what each method loses on the activations of a trained model."
     return "\n".join(lines)
 
 

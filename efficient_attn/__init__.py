@@ -4,39 +4,65 @@ from .backends import BACKENDS
 from .errors import EfficientAttnError, InputError, InputTypeError, MaskError, UnsupportedError
 from .explanation import Explanation, explain
 from .functional import attention, attention_weights, merge_attention
-from .lowrank import linear_attention, linformer_attention, nystrom_attention, performer_attention
+from .lowrank import (
+    linear_attention,
+    linformer_attention,
+    nystrom_attention,
+    performer_attention,
+    truncated_svd_attention,
+)
 from .masks import BlockMask
 from .methods import (
+    LSH,
     METHODS,
+    Axial,
     BigBird,
     Causal,
+    CentroidTail,
     Dense,
     Dilated,
+    Documents,
+    Fixed,
+    Hybrid,
     Linear,
     Linformer,
     Longformer,
     Method,
+    Neighborhood,
     Nystrom,
+    NystromTail,
     Performer,
+    PerformerTail,
+    PrefixLM,
     SlidingWindow,
+    SortedBuckets,
     Strided,
+    TopKBlocks,
+    TopPBlocks,
+    branch_share,
     parse,
 )
 from .multihead import MultiheadAttention, replace_attention
-from .patterns import Pattern
+from .patterns import Pattern, per_head
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "LSH",
     "METHODS",
+    "Axial",
     "BigBird",
     "BlockMask",
     "Causal",
+    "CentroidTail",
     "Dense",
     "Dilated",
+    "Documents",
     "EfficientAttnError",
     "Explanation",
+    "Fixed",
+    "Hybrid",
     "InputError",
     "InputTypeError",
     "Linear",
@@ -45,20 +71,30 @@ __all__ = [
     "MaskError",
     "Method",
     "MultiheadAttention",
+    "Neighborhood",
     "Nystrom",
+    "NystromTail",
     "Pattern",
     "Performer",
+    "PerformerTail",
+    "PrefixLM",
     "SlidingWindow",
+    "SortedBuckets",
     "Strided",
+    "TopKBlocks",
+    "TopPBlocks",
     "UnsupportedError",
     "attention",
     "attention_weights",
+    "branch_share",
     "explain",
     "linear_attention",
     "linformer_attention",
     "merge_attention",
     "nystrom_attention",
     "parse",
+    "per_head",
     "performer_attention",
     "replace_attention",
+    "truncated_svd_attention",
 ]

@@ -50,7 +50,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Expl
     bias = functional.check_bias(arguments.get("bias"), query, key)
     dropout_p = arguments.get("dropout_p", 0.0)
     functional.check_dropout(dropout_p)
-    block_mask = _block_mask(query, key, **{k: arguments.get(k) for k in ("mask", "is_causal", "causal_alignment")})
+    options = {name: arguments.get(name) for name in ("mask", "is_causal", "causal_alignment", "scale")}
+    block_mask = _block_mask(query, key, **options)
     call = functional.describe(query, key, value, bias, block_mask.arrays(False), dropout_p)
     reasons = backends.not_supported_reasons(call)
     serving = [name for name, why in reasons.items() if not why and backend in ("auto", name)]
@@ -64,10 +65,13 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Expl
 
 
 def _block_mask(
-    query: Tensor, key: Tensor, mask: Any, is_causal: bool | None, causal_alignment: str | None
+    query: Tensor, key: Tensor, mask: Any, is_causal: bool | None, causal_alignment: str | None, scale: float | None
 ) -> BlockMask:
     """The mask of the call as one object, also where a call would need none."""
     q_len, kv_len = query.shape[2], key.shape[2]
     functional.check_alignment(bool(is_causal), causal_alignment, q_len, kv_len)
-    block_mask = BlockMask(q_len, kv_len) if mask is None else functional.as_block_mask(mask, query, key)
-    return block_mask.with_causal(causal_alignment or "top_left") if is_causal else block_mask
+    causal = functional.causal_mask(q_len, kv_len, bool(is_causal), causal_alignment)
+    if mask is None:
+        return BlockMask(q_len, kv_len) if causal is None else causal
+    block_mask = functional.as_block_mask(mask, query, key, scale=scale, within=causal)
+    return block_mask if causal is None else block_mask & causal

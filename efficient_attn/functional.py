@@ -110,7 +110,7 @@ def attention(
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (query, key, value, bias)
     )
-    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=differentiable)
+    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=differentiable, scale=scale)
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
     chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p))
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
@@ -141,7 +141,7 @@ def attention_weights(
     check_inputs(query, key, key)
     bias = check_bias(bias, query, key)
     check_dropout(dropout_p)
-    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=False)
+    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=False, scale=scale)
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return reference.attention_weights(query, key, bias, arrays, scale, dropout_p, seed)
@@ -260,7 +260,14 @@ def check_alignment(is_causal: bool, causal_alignment: str | None, q_len: int, k
 
 
 def resolve_mask(
-    mask: MaskLike, query: Tensor, key: Tensor, is_causal: bool, causal_alignment: str | None, *, transposed: bool
+    mask: MaskLike,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool,
+    causal_alignment: str | None,
+    *,
+    transposed: bool,
+    scale: float | None = None,
 ) -> MaskArrays:
     """Turn mask and is_causal into the arrays that a backend reads; `transposed` adds what a backward needs.
 
@@ -274,18 +281,32 @@ def resolve_mask(
             return MaskArrays()
         offset = Nk - Nq if causal_alignment == "bottom_right" else 0
         return MaskArrays(window_right=0, window_offset=offset)
-    block_mask = as_block_mask(mask, query, key)
-    if is_causal:
-        block_mask = block_mask.with_causal(causal_alignment or "top_left")
-    return block_mask.arrays(transposed)
+    causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
+    block_mask = as_block_mask(mask, query, key, scale=scale, within=causal)
+    return (block_mask if causal is None else block_mask & causal).arrays(transposed)
 
 
-def as_block_mask(mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor) -> BlockMask:
-    """Turn what a user passes as `mask` into a BlockMask on the query's device that fits (B, Hq, Nq, Nk)."""
+def causal_mask(q_len: int, kv_len: int, is_causal: bool, causal_alignment: str | None) -> BlockMask | None:
+    """What is_causal=True allows, None otherwise."""
+    return BlockMask(q_len, kv_len).with_causal(causal_alignment or "top_left") if is_causal else None
+
+
+def as_block_mask(
+    mask: BlockMask | Pattern | Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    within: BlockMask | None = None,
+) -> BlockMask:
+    """Turn what a user passes as `mask` into a BlockMask on the query's device that fits (B, Hq, Nq, Nk).
+
+    `scale` and `within` are for patterns that look at queries and keys; see `Pattern.for_inputs`.
+    """
     B, Hq, Nq, _ = query.shape
     Nk = key.shape[2]
     if isinstance(mask, Pattern):
-        return mask.block_mask(Nq, Nk, num_heads=Hq, device=query.device)
+        return mask.for_inputs(query, key, scale=scale, within=within)
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise InputTypeError(

@@ -265,7 +265,7 @@ def build(
 def dense_lists(mask: Tensor, grid: Grid) -> BlockLists:
     """Lists of a bool tensor (batch, heads, q_len, kv_len), read a few query blocks at a time."""
     batch, heads = mask.shape[:2]
-    if grid.n_q > 1 and mask.stride(2) == 0:
+    if grid.n_q > 1 and grid.n_k > 0 and mask.stride(2) == 0:
         return _repeat_query_blocks(mask, grid)
     strip = grid.block_q * max(grid.n_k * grid.block_k, 1)
     per_strip = min(max(1, CHUNK // strip), max(grid.n_q, 1))

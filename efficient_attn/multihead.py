@@ -49,6 +49,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             `torch.nn.MultiheadAttention`; the same seed gives the same parameters.
         attention: a spec string such as "bigbird:block=64,window=3", a `Method` such as `Nystrom(landmarks=64)`, or a
             `Pattern` such as `SlidingWindow(left=64, right=0)`.
+        method_state: another module's `method_state` to use instead of an own one: the same parameters in both, as tied
+            weights are, in `state_dict` under both names. For methods that share them between layers
+            (linformer:share=layerwise), which `replace_attention` does by itself.
+
+    Raises:
+        InputError: a method_state that is none of this method.
 
     Attributes:
         attention: the `Method`. To change it, use `replace_attention` or `from_torch`.
@@ -74,27 +80,34 @@ class MultiheadAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         attention: str | Method | Pattern = "dense",
+        method_state: nn.Module | None = None,
     ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._set_method(parse(attention))
+        self._set_method(parse(attention), method_state)
 
     @classmethod
     def from_torch(
-        cls, module: nn.MultiheadAttention, attention: str | Method | Pattern = "dense"
+        cls,
+        module: nn.MultiheadAttention,
+        attention: str | Method | Pattern = "dense",
+        *,
+        method_state: nn.Module | None = None,
     ) -> MultiheadAttention:
         """Return a module that computes `attention` with `module`'s parameters: the same Parameter objects, no copies.
 
-        Everything else that `module` carries comes along: mode, hooks, attributes set by other code.
+        Everything else that `module` carries comes along: mode, hooks, attributes set by other code. `method_state` is
+        that of the constructor.
 
         Raises:
+            InputError: a method_state that is none of this method.
             UnsupportedError: `module` is of a subclass that computes something of its own.
         """
         method = parse(attention)
         check_replaceable("the module", module)
         clone: MultiheadAttention = _clone(module, cls)
-        clone._set_method(method)
+        clone._set_method(method, method_state)
         return clone
 
     def to_torch(self) -> nn.MultiheadAttention:
@@ -111,14 +124,18 @@ class MultiheadAttention(nn.MultiheadAttention):
                 del clone._forward_pre_hooks[key]
         return clone
 
-    def _set_method(self, method: Method) -> None:
+    def _set_method(self, method: Method, state: nn.Module | None = None) -> None:
         if (self.bias_k is not None or self.add_zero_attn) and not isinstance(method, Dense):
             raise UnsupportedError(
                 f"attention={str(method)!r} goes by the positions of keys, and the keys that add_bias_kv and "
                 "add_zero_attn append have none; use attention='dense', or neither of the two"
             )
         weight = self.out_proj.weight
-        state = method.build(self.embed_dim, self.num_heads, self.head_dim, device=weight.device, dtype=weight.dtype)
+        sizes = (self.embed_dim, self.num_heads, self.head_dim)
+        if state is None:
+            state = method.build(*sizes, device=weight.device, dtype=weight.dtype)
+        else:
+            _check_state(method, state, method.build(*sizes, device="meta"), weight.device)
         self.attention = method
         self.method_state = None if state is None else state.train(self.training)
         self._guard_own_forward()
@@ -182,7 +199,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         _check_mask_dtype("attn_mask", attn_mask)
         _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         promised = is_causal and attn_mask is not None
-        if promised and (not self.attention.accepts_mask or (key_padding_mask is None and not need_weights)):
+        as_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+        accepted = self.attention.accepts_bias if as_bias else self.attention.accepts_mask
+        if promised and (not accepted or (key_padding_mask is None and not need_weights)):
             read_mask, causal = None, True  # as the parent, without a look at the mask
         else:
             read_mask, causal = attn_mask, False
@@ -443,7 +462,8 @@ def replace_attention(
 
     Args:
         model: the module to search; itself not an attention module (use `MultiheadAttention.from_torch` for that).
-        attention: a spec string, `Method` or `Pattern`. Modules that have this method already stay as they are.
+        attention: a spec string, `Method` or `Pattern`. Modules that have this method already stay as they are. With
+            linformer:share=layerwise all of them get one projection: that of the first which has it, or a new one.
         predicate: called with (name, module); False leaves that module alone.
 
     Returns:
@@ -452,6 +472,7 @@ def replace_attention(
     Raises:
         InputError: `model` is an attention module itself.
         UnsupportedError: a module of a subclass that computes something of its own. Then nothing has been replaced.
+        InputError: layers on different devices that would share a state. Likewise.
     """
     method = parse(attention)
     if isinstance(model, _TorchMultiheadAttention):
@@ -460,16 +481,22 @@ def replace_attention(
             "use MultiheadAttention.from_torch(model, attention=...)"
         )
     found: dict[str, nn.MultiheadAttention] = {}
+    shared: Any = None  # the state of all modules, for a method that shares one
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, _TorchMultiheadAttention) or (predicate is not None and not predicate(name, module)):
             continue
         check_replaceable(repr(name), module)
-        if getattr(module, "attention", None) != method:
+        has_method = getattr(module, "attention", None) == method
+        if has_method and method.shares_state and shared is None:
+            shared = module.method_state
+        elif not has_method or (method.shares_state and module.method_state is not shared):
             found[name] = module
     replacements: dict[int, MultiheadAttention] = {}
     for module in found.values():
         if id(module) not in replacements:
-            replacements[id(module)] = MultiheadAttention.from_torch(module, method)
+            replacement = MultiheadAttention.from_torch(module, method, method_state=shared)
+            replacements[id(module)] = replacement
+            shared = replacement.method_state if method.shares_state else None
     for module in {id(m): m for m in found.values()}.values():
         _hand_over_hooks(module, replacements[id(module)])
     for name, module in found.items():
@@ -485,6 +512,20 @@ def check_replaceable(name: str, module: nn.Module) -> None:
             f"{name} is a {kind}, not a plain torch.nn.MultiheadAttention, and what it does differently would be lost. "
             "Replace before quantising or parametrising it, or leave it out with predicate="
         )
+
+
+def _check_state(method: Method, given: nn.Module, own: nn.Module | None, device: torch.device) -> None:
+    """Raise InputError unless `given` is a state like `own`, on the device."""
+    found = {name: tensor.shape for name, tensor in given.state_dict().items()}
+    wanted = {} if own is None else {name: tensor.shape for name, tensor in own.state_dict().items()}
+    if type(given) is not type(own) or found != wanted:
+        raise InputError(
+            f"method_state {type(given).__name__} of {found} is none of attention={str(method)!r}, which has "
+            f"{type(own).__name__} of {wanted}; pass another module's method_state, or leave it out"
+        )
+    for tensor in given.state_dict().values():
+        if tensor.device != device:
+            raise InputError(f"a method_state on {tensor.device} cannot serve a module on {device}; move one of them")
 
 
 def _clone(module: nn.Module, cls: type) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from .functional import MaskLike, as_block_mask, attention
 from .masks import BlockMask
 
 
+@overload
 def padded_attention(
     query: Tensor,
     key: Tensor,
@@ -23,8 +26,42 @@ def padded_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention`, in which keys where `key_mask` is False have no influence, whatever they hold.
 
     Padding at the end becomes lengths, and whole blocks are skipped. Holes become a bias of 0 and -inf, one number a
@@ -37,19 +74,11 @@ def padded_attention(
     if key_mask is not None:
         key, value = select_keys(key_mask, key, value)
         bias = add_to_bias(bias, key_mask, query)
-    return attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        backend=backend,
-    )
+    keywords: dict[str, Any] = {"mask": mask, "bias": bias, "is_causal": is_causal, "scale": scale}
+    keywords |= {"causal_alignment": causal_alignment, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
+    keywords |= {"return_lse": return_lse, "backend": backend}
+    found: Tensor | tuple[Tensor, Tensor] = attention(query, key, value, **keywords)
+    return found
 
 
 def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:

@@ -42,7 +42,7 @@ def default(field: dataclasses.Field[Any]) -> Any:
 
 
 def write(value: Any) -> str:
-    if value is None:
+    if value is None or value == ():
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
@@ -63,6 +63,8 @@ def read(text: str, kind: Any, name: str, option: str) -> Any:
                 return choice(text)
             except ValueError:
                 continue
+        if typing.get_origin(choice) is tuple and text == "none":
+            return ()
         if typing.get_origin(choice) is tuple:
             return convert(
                 [read(part, _element(choice), name, option) for part in text.split("x")], choice, name, option

@@ -21,8 +21,21 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from efficient_attn import MultiheadAttention
-from efficient_attn.benchmarks import cases, clock, inputs, memory, ops, plot, records, report, runner, targets, vit
+from efficient_attn import MultiheadAttention, lowrank
+from efficient_attn.benchmarks import (
+    cases,
+    clock,
+    inputs,
+    memory,
+    ops,
+    peers,
+    plot,
+    records,
+    report,
+    runner,
+    targets,
+    vit,
+)
 
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
 OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
@@ -372,6 +385,17 @@ def test_compilation_of_a_peer_is_timed_apart():
     config = asdict(target) | {"kv_len": 512, "q_len": 512, "budget_s": 0.1, "patience_s": 0.1, "threads": 1}
     record = targets.run_cell(config)
     assert record["samples"] >= 3 and record["peer_plan_ms"] > 10 * record["peer_ms"]
+
+
+def test_the_plain_formulas_of_low_rank_methods_agree_with_ours():
+    q, k, v = (torch.randn(2, 3, 24, 8, dtype=torch.float64) for _ in range(3))
+    E, F = (torch.randn(5, 24, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(peers.linformer(q, k, v, E, F), lowrank.linformer_attention(q, k, v, E, F))
+    torch.testing.assert_close(peers.nystrom(q, k, v, 6), lowrank.nystrom_attention(q, k, v, landmarks=6))
+    W = lowrank.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k = q / 4, k / 4  # else the 1e-4 that the plain formula adds to each feature shows
+    ours = lowrank.performer_attention(q, k, v, W)
+    assert (peers.performer(q, k, v, W) - ours).norm() < 1e-3 * ours.norm()
 
 
 @pytest.mark.parametrize("target", cases.TARGETS, ids=lambda t: report.target_name(asdict(t)) + " " + t.peer)

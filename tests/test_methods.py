@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from efficient_attn import lowrank, patterns
 from efficient_attn.errors import EfficientAttnError, InputError, InputTypeError, UnsupportedError
@@ -17,6 +19,7 @@ from efficient_attn.methods import (
     METHODS,
     BigBird,
     Dense,
+    Hybrid,
     Linear,
     Linformer,
     Method,
@@ -37,8 +40,23 @@ SPECS = [
     "sliding_window:left=9,right=4",
     "dilated:left=3,right=3,dilation=3",
     "strided:stride=16",
+    "fixed:stride=16,summary=3",
     "longformer:window=16",
+    "longformer:window=8,global_tokens=0,global_indices=3x70",
     "bigbird:block=16,window=1",
+    "prefix_lm:prefix=20",
+    "documents:lengths=40x30x20",
+    "neighborhood:size=9x10,kernel=3x5",
+    "axial:size=8x11,prefix=2",
+    "deepspeed_fixed:num_local_blocks=2",
+    "deepspeed_bigbird:different_layout_per_head=true,seed=3",
+    "per_head(strided:stride=16,part=local; fixed:stride=16,causal=false)",
+    "bigbird:block=16 & (causal | sliding_window:left=3,right=3)",
+    "topk_blocks:block=16,blocks=3",
+    "topp_blocks:block=16,mass=0.5,summary=minmax",
+    "lsh:n_buckets=4,rounds=2",
+    "lsh:n_buckets=4,shared_qk=true,chunk=8",
+    "sorted_buckets:size=30,rounds=2",
     "linformer:rank=8,max_len=100",
     "linformer:rank=8,max_len=100,share=none,init=normal",
     "linformer:rank=8,max_len=100,share=kv",
@@ -49,7 +67,13 @@ SPECS = [
     "linear",
 ]
 SPARSE = [spec for spec in SPECS if isinstance(parse(spec), SparseMethod)]
+STATIC = [spec for spec in SPARSE if not parse(spec).by_content]
 LOW_RANK = [spec for spec in SPECS if spec not in SPARSE]
+HYBRIDS = [
+    "sliding_window:left=9,right=4+centroid:block=16,second_order=full",
+    "bigbird:block=16,window=1+nystrom:landmarks=8,block=16",
+    "longformer:window=16+performer:features=16,block=16",
+]
 
 
 def make(dtype=torch.float64, heads=(H, H), n=N):
@@ -73,14 +97,15 @@ def padding(name):
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *METHODS])
+@pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS, *METHODS])
 def test_specs_and_json_come_back(spec):
     method = parse(spec)
     assert parse(str(method)) == method and parse(method) is method
     assert from_json(method.to_json()) == method == from_json(json.loads(method.to_json()))
     assert str(parse(str(method))) == str(method)
     assert pickle.loads(pickle.dumps(method)) == method and hash(copy.deepcopy(method)) == hash(method)
-    assert str(type(method)()) == method.name == json.loads(method.to_json())["method"]
+    assert json.loads(method.to_json())["method"] == method.name
+    assert method.name not in METHODS or str(type(method)()) == method.name
 
 
 def test_specs_are_short_and_forgiving():
@@ -96,21 +121,67 @@ def test_a_pattern_becomes_the_method_of_its_name():
     )
     q, k, v = make()
     torch.testing.assert_close(attention(q, k, v, mask=method), method.attend(q, k, v)[0])
+    both = parse(patterns.BigBird() & patterns.Causal())
+    assert both == parse("bigbird & causal") == parse(BigBird() & patterns.Causal()) and isinstance(both, SparseMethod)
+
+    class Own(patterns.Pattern):
+        name = "own"
+
     with pytest.raises(UnsupportedError, match="pass it as mask="):
-        parse(patterns.BigBird() & patterns.Causal())
+        parse(Own())
 
 
 def test_every_pattern_with_a_spec_is_a_method():
-    assert set(patterns.PATTERNS) - {"combined"} <= set(METHODS)
+    assert set(patterns.PATTERNS) - {"combined", "per_head"} <= set(METHODS)
     for name, cls in METHODS.items():
         if issubclass(cls, SparseMethod):
             assert issubclass(cls, patterns.PATTERNS[name])
 
 
+def test_specs_with_operators():
+    a, b, c = BigBird(block=32), SlidingWindow(left=3, right=4), Dense()
+    for text, pattern in (
+        ("bigbird:block=32&sliding_window:left=3,right=4", a & b),
+        ("bigbird:block=32 | sliding_window:left=3,right=4 & dense", a | (b & c)),
+        ("(bigbird:block=32 | sliding_window:left=3,right=4) & dense", (a | b) & c),
+        ("per_head(bigbird:block=32;(dense|causal))", patterns.per_head([a, c | patterns.Causal()])),
+        ("per_head(per_head(dense; causal); dense) | (dense)", None),
+    ):
+        method = parse(text)
+        assert pattern is None or method == parse(pattern), text
+        assert parse(str(method)) == method == from_json(method.to_json())
+        assert patterns.Pattern.from_json(patterns.Pattern.to_json(method)).block_mask(
+            50, 50, num_heads=4
+        ) == method.block_mask(50, 50, num_heads=4)
+    assert str(parse("longformer:global_indices=none")) == "longformer"
+    assert parse("deepspeed_bslongformer:global_block_indices=none").global_block_indices == ()
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "text"),
     [
-        ("nystorm", InputError, r"no method 'nystorm' \(did you mean 'nystrom'.*choose from bigbird, causal"),
+        ("bigbird & nystrom", UnsupportedError, "nystrom is no pattern"),
+        ("bigbird & ", InputError, "no method ''"),
+        ("(bigbird", InputError, "parentheses"),
+        ("bigbird)(", InputError, "parentheses"),
+        ("(" * 30 + "dense" + ")" * 30, InputError, "deep"),
+        ("per_head()", InputError, "no method ''"),
+        ("per_head", InputError, "no method 'per_head'"),
+        ("fixed:stride=16,summary=9,shift=1", InputError, "exceeds the segment"),
+        ("fixed:part=left", InputError, "part must be one of"),
+        ("documents:lengths=0", InputError, "ints >= 1"),
+        ("documents:lengths=none", InputError, "at least one document"),
+        ("neighborhood:size=3x4,kernel=3x3x3", InputError, "kernel needs one value"),
+        ("neighborhood:axes=3", InputError, "axes must be 1 or 2"),
+        ("neighborhood:causal=1", InputError, "is not"),
+        ("axial:size=3x4x5", InputError, "2 axes"),
+        ("topk_blocks:fraction=0", InputError, r"fraction must be a number in \(0, 1\]"),
+        ("topp_blocks:mass=none", InputError, "not a number"),
+        ("topk_blocks:summary=max", InputError, "summary must be one of mean, minmax"),
+        ("lsh:n_buckets=3", InputError, "n_buckets must be even"),
+        ("lsh:chunk=8", InputError, "shared_qk=true"),
+        ("deepspeed_fixed:num_local_blocks=4,num_global_blocks=3", InputError, "multiple of num_global_blocks"),
+        ("nystorm", InputError, r"no method 'nystorm' \(did you mean 'nystrom'.*choose from axial, bigbird, causal"),
         ("", InputError, "no method ''"),
         (
             "nystrom:landmark=3",
@@ -128,9 +199,14 @@ def test_every_pattern_with_a_spec_is_a_method():
         ("performer:feature=cosine", InputError, "feature must be one of softmax, relu"),
         ("performer:orthogonal=1", InputError, "orthogonal='1' is not true or false"),
         ("linformer:rank=600", InputError, "rank=600 exceeds max_len=512"),
-        ("linformer:share=all", InputError, "share must be one of headwise, kv, none"),
+        ("linformer:share=all", InputError, "share must be one of headwise, kv, layerwise, none"),
         ("bigbird:block=17", InputError, "block"),
-        ("sliding_window+nystrom", UnsupportedError, "joins methods"),
+        ("sliding_window+nystorm", InputError, r"no tail 'nystorm' \(did you mean 'nystrom'.*from centroid, nystrom"),
+        ("nystrom+nystrom", InputError, "starts with a sparse method"),
+        ("dense+centroid+centroid", InputError, "joins 3 parts"),
+        ("centroid:block=64", InputError, r"write sliding_window\+centroid"),
+        ("dense+centroid:block=17", InputError, "multiple of 16"),
+        ("dense+centroid:second_order=third", InputError, "one of none, diagonal, full"),
         ("__import__('os')", InputError, "no method"),
         (3, InputTypeError, "a method is a spec"),
         (None, InputTypeError, "a method is a spec"),
@@ -186,11 +262,13 @@ def test_option_values_of_every_kind():
 
 def test_the_table_has_a_row_for_each_method():
     rows = methods_table()
-    assert [row["name"] for row in rows] == list(METHODS)
+    assert [row["name"] for row in rows] == [*METHODS, "...+centroid", "...+nystrom", "...+performer"]
     assert all(isinstance(cell, str) and cell for row in rows for cell in row.values())
     by_name = {row["name"]: row for row in rows}
     assert by_name["nystrom"]["causal"] == "no" and by_name["performer"]["causal"] == "yes"
     assert by_name["bigbird"]["exact"] == "yes" and by_name["linear"]["exact"] == "no"
+    assert "cpu" in by_name["nystrom"]["backends"] and "reference" in by_name["linear"]["backends"]
+    assert by_name["...+nystrom"]["causal"] == "no" and by_name["...+performer"]["paper"].endswith("(Scatterbrain)")
     assert by_name["nystrom"]["parameters"] == "landmarks=32, pinv_iterations=6, conv=0"
 
 
@@ -198,7 +276,7 @@ def test_the_table_has_a_row_for_each_method():
 
 
 @pytest.mark.parametrize("pad", ["none", "tail", "holes"])
-@pytest.mark.parametrize("spec", SPARSE)
+@pytest.mark.parametrize("spec", STATIC)
 def test_sparse_methods_equal_their_definition(spec, pad):
     method = parse(spec)
     key_mask = padding(pad)
@@ -210,7 +288,8 @@ def test_sparse_methods_equal_their_definition(spec, pad):
         for extra in (None, bias):
             for is_causal in (False, True):
                 inputs = [t.requires_grad_() for t in make(heads=(H, 1))]
-                visible = method.visible(i[:, None], i[None], N, N).expand(B, 1, N, N).clone()
+                visible = torch.stack([method.visible(i[:, None], i[None], N, N, head) for head in range(H)])
+                visible = visible.expand(B, H, N, N).clone()
                 visible &= True if key_mask is None else key_mask[:, None, None, :]
                 visible &= True if mask is None else user
                 visible &= i[None] <= i[:, None] if is_causal else True
@@ -230,7 +309,7 @@ def test_sparse_methods_equal_their_definition(spec, pad):
 
 @pytest.mark.parametrize("pad", ["tail", "holes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS])
 def test_what_padding_holds_changes_no_bit(spec, dtype, pad):
     method = parse(spec)
     state = state_of(method, dtype)
@@ -243,7 +322,8 @@ def test_what_padding_holds_changes_no_bit(spec, dtype, pad):
         for t in inputs:
             t.requires_grad_()
         out, weights = method.attend(*inputs, state=state, key_mask=key_mask, need_weights=True)
-        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs, allow_unused="shared" in spec)
+        gradients = [torch.zeros_like(q) if g is None else g for g in gradients]  # shared queries and keys
         assert all((g.masked_select(hidden) == 0).all() for g in gradients[1:])
         assert (weights.masked_select(hidden.mT) == 0).all()
         results.append((out, weights, *gradients))
@@ -255,7 +335,7 @@ def test_what_padding_holds_changes_no_bit(spec, dtype, pad):
 
 def test_self_attention_ignores_padding_end_to_end():
     """Nystrom pools the queries: with a key mask and Nq = Nk, the padded ones do not count either."""
-    for spec in SPECS:
+    for spec in [*SPECS, *HYBRIDS]:
         method = parse(spec)
         state = state_of(method)
         key_mask = padding("tail")
@@ -279,7 +359,7 @@ def test_full_padding_mask_costs_nothing_and_changes_nothing():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS])
 def test_weights_are_what_multiplied_the_values(spec, dropout_p):
     method = parse(spec)
     state = state_of(method)
@@ -349,12 +429,12 @@ def test_options_reach_the_functions():
 
 def test_building_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    for spec in SPECS:
+    for spec in [*SPECS, *HYBRIDS]:
         state_of(parse(spec))
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("spec", LOW_RANK)
+@pytest.mark.parametrize("spec", [*LOW_RANK, HYBRIDS[-1]])
 def test_states_copy_pickle_save_and_train(spec):
     method = parse(spec)
     state = state_of(method)
@@ -364,7 +444,10 @@ def test_states_copy_pickle_save_and_train(spec):
     out = method.attend(q, k, v, state=state)[0]
     for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
         assert torch.equal(method.attend(q, k, v, state=twin)[0], out)
-    other = dataclasses.replace(method, seed=9) if hasattr(method, "seed") else method
+    if isinstance(method, Hybrid):
+        other = dataclasses.replace(method, tail=dataclasses.replace(method.tail, seed=9))
+    else:
+        other = dataclasses.replace(method, seed=9) if hasattr(method, "seed") else method
     loaded = other.build(H * D, H, D, dtype=torch.float64)
     loaded.load_state_dict(state.state_dict())
     assert torch.equal(method.attend(q, k, v, state=loaded)[0], out)
@@ -372,7 +455,8 @@ def test_states_copy_pickle_save_and_train(spec):
     if parameters:
         for gradient in torch.autograd.grad(out.square().sum(), parameters):
             assert gradient.isfinite().all() and (gradient != 0).any()
-    assert {t.dtype for t in method.build(H * D, H, D, dtype=torch.bfloat16).state_dict().values()} == {torch.bfloat16}
+    dtypes = {t.dtype for t in method.build(H * D, H, D, dtype=torch.bfloat16).state_dict().values()}
+    assert dtypes - {torch.int64} == {torch.bfloat16}
     meta = method.build(H * D, H, D, device="meta")
     assert all(t.device.type == "meta" for t in meta.state_dict().values())
     meta.to_empty(device="cpu").reset_parameters()
@@ -401,6 +485,67 @@ def test_performer_redraws_in_place():
     state.reset_parameters()
     assert torch.equal(state.projection, first)
     assert not list(state.parameters())
+    before = torch.get_rng_state()
+    state.redraw()
+    state.redraw()
+    again = method.build(H * D, H, D)
+    again.redraw()
+    assert not torch.equal(again.projection, state.projection) and not torch.equal(again.projection, first)
+    again.redraw()
+    assert torch.equal(again.projection, state.projection) and torch.equal(before, torch.get_rng_state())
+    assert int(state.draws) == 2
+
+
+@pytest.mark.parametrize(
+    "spec", ["performer:features=12,redraw_interval=3", "dense+performer:features=12,redraw_interval=3"]
+)
+def test_performer_redraws_at_an_interval(spec):
+    method = parse(spec)
+    q, k, v = make(torch.float32)
+    q.requires_grad_()
+
+    def run(state, calls):
+        seen = []
+        for _ in range(calls):
+            method.attend(q, k, v, state=state)
+            seen.append(state.projection.clone())
+        return torch.stack(seen)
+
+    seen = run(method.build(H * D, H, D), 7)
+    changes = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert changes == [False, False, True, False, False, True]
+    first = method.build(H * D, H, D)
+    half = run(first, 4)
+    resumed = method.build(H * D, H, D)
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(torch.cat([half, run(resumed, 3)]), seen)  # a checkpoint goes on where it was
+    still = run(method.build(H * D, H, D).eval(), 7)
+    assert (still == still[0]).all()
+
+
+def test_redrawing_leaves_gradients_right():
+    """Features are drawn in place, between forwards whose backward is yet to come, and never when one is repeated."""
+    method = Performer(features=12, redraw_interval=1)
+    q, k, v = make(torch.float32)
+    q.requires_grad_()
+    state, twin = method.build(H * D, H, D), method.build(H * D, H, D)
+    outs = [method.attend(q, k, v, state=state)[0].square().sum() for _ in range(3)]
+    found = torch.autograd.grad(sum(outs), q)[0]
+    for reentrant in (False, True):
+        twin.reset_parameters()
+        total = torch.zeros_like(found)
+        for _ in range(3):
+            out = torch.utils.checkpoint.checkpoint(
+                lambda q: method.attend(q, k, v, state=twin)[0].square().sum(), q, use_reentrant=reentrant
+            )
+            q.grad = None
+            out.backward()
+            total += q.grad
+        torch.testing.assert_close(total, found)
+        assert torch.equal(twin.projection, state.projection)
+    compiled = torch.compile(lambda q: method.attend(q, k, v, state=state)[0], backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="cannot be counted under"):
+        compiled(q)
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------
@@ -441,7 +586,7 @@ def test_compile_says_when_two_lists_cannot_be_joined():
 
 def test_wrong_padding_raises():
     q, k, v = make()
-    for spec in SPECS:
+    for spec in [*SPECS, *HYBRIDS]:
         method = parse(spec)
         with pytest.raises(InputError, match="key_mask must be"):
             method.attend(q, k, v, state=state_of(method), key_mask=torch.ones(B, 3, dtype=torch.bool))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -341,3 +343,84 @@ def test_quantizable_takes_to_torch() -> None:
     plain.qconfig = torch.ao.quantization.default_qconfig
     quantizable = torch.ao.nn.quantizable.MultiheadAttention.from_float(plain)
     assert_close(quantizable(X, X, X)[0], ours(X, X, X)[0], rtol=1e-5, atol=1e-6)
+
+
+LAYERWISE = "linformer:rank=4,max_len=16,share=layerwise"
+
+
+def encoder(layers: int = 3) -> nn.TransformerEncoder:
+    torch.manual_seed(3)
+    layer = nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+def projections(model: nn.Module) -> list[nn.Parameter]:
+    return [m.method_state.key_projection for m in model.modules() if isinstance(m, MultiheadAttention)]
+
+
+def test_layerwise_linformer_has_one_projection_for_the_model() -> None:
+    model, plain = encoder(), encoder()
+    before = sum(p.numel() for p in model.parameters())
+    replace_attention(model, LAYERWISE)
+    replace_attention(plain, LAYERWISE.replace("layerwise", "kv"))
+    assert len({id(p) for p in projections(model)}) == 1 and len(projections(model)) == 3
+    assert sum(p.numel() for p in model.parameters()) == before + 4 * 16
+    x = torch.randn(2, 9, E)
+    assert_close(model(x), plain(x))  # the same function, whose three equal matrices are one
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert_close(projections(model)[0].grad, sum(p.grad for p in projections(plain)))
+
+
+def test_layerwise_linformer_stays_one_in_checkpoints_and_copies() -> None:
+    model = encoder()
+    replace_attention(model, LAYERWISE)
+    with torch.no_grad():
+        projections(model)[0].normal_()
+    x = torch.randn(2, 9, E)
+    expected = model(x)
+    other = encoder()
+    replace_attention(other, LAYERWISE)
+    assert other.load_state_dict(model.state_dict()).missing_keys == []
+    for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
+        assert_close(twin(x), expected)
+        assert len({id(p) for p in projections(twin)}) == 1
+    plain = encoder().state_dict()
+    assert other.load_state_dict(plain, strict=True).missing_keys == []  # a checkpoint without it keeps the projection
+    assert_close(projections(other)[0], projections(model)[0])
+
+
+def test_layerwise_linformer_joins_layers_that_have_it() -> None:
+    model = encoder()
+    replace_attention(model, LAYERWISE, predicate=lambda name, _: name.startswith("layers.1"))
+    first = model.layers[1].self_attn.method_state
+    assert sorted(replace_attention(model, LAYERWISE)) == ["layers.0.self_attn", "layers.2.self_attn"]
+    assert all(layer.self_attn.method_state is first for layer in model.layers)
+    assert replace_attention(model, LAYERWISE) == {}
+    copied = nn.ModuleList(copy.deepcopy(model.layers[0]) for _ in range(2))  # as nn.TransformerEncoder copies a layer
+    assert len({id(p) for p in projections(copied)}) == 2
+    replace_attention(copied, LAYERWISE)
+    assert len({id(p) for p in projections(copied)}) == 1
+    one = MultiheadAttention(E, H, attention=LAYERWISE)
+    two = MultiheadAttention(E, H, attention=LAYERWISE, method_state=one.method_state)
+    assert two.method_state is one.method_state
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    one = MultiheadAttention(E, H, attention=LAYERWISE)
+    for attention in (
+        "linformer:rank=5,max_len=16,share=layerwise",
+        "linformer:rank=4,max_len=16",
+        "dense",
+        "performer",
+    ):
+        with pytest.raises(InputError, match="is none of attention="):
+            MultiheadAttention(E, H, attention=attention, method_state=one.method_state)
+    with pytest.raises(InputError, match="cannot serve a module on meta"):
+        MultiheadAttention(E, H, attention=LAYERWISE, method_state=one.method_state, device="meta")
+    model = encoder()
+    model.layers[2].to("meta")
+    before = [layer.self_attn for layer in model.layers]
+    with pytest.raises(InputError, match="cannot serve a module on meta"):
+        replace_attention(model, LAYERWISE)
+    assert [layer.self_attn for layer in model.layers] == before

@@ -14,9 +14,11 @@ from .linear import elu_attention, elu_weights, linear_attention, linear_attenti
 from .linformer import linformer_attention, linformer_weights
 from .nystrom import iterative_pinv, nystrom_attention, nystrom_weights, segment_means
 from .performer import FEATURES, performer_attention, performer_features, performer_weights, random_projection
+from .svd import LowRankOracle, truncated_svd_attention
 
 __all__ = [
     "FEATURES",
+    "LowRankOracle",
     "elu_attention",
     "elu_features",
     "elu_weights",
@@ -32,4 +34,5 @@ __all__ = [
     "performer_weights",
     "random_projection",
     "segment_means",
+    "truncated_svd_attention",
 ]

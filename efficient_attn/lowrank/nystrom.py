@@ -152,9 +152,11 @@ def segment_means(x: Tensor, segments: int, mask: Tensor | None = None) -> tuple
     Visible row number r of L belongs to segment r * s // L, s = min(segments, L): sizes differ by one at most.
     """
     N = x.shape[2]
-    if mask is None and N % segments == 0:
-        return x.unflatten(2, (segments, N // segments)).mean(3), None
     dtype = accumulation_dtype(x.dtype)
+    if mask is None and N % segments == 0:
+        parts = x.unflatten(2, (segments, N // segments))
+        # The gradient of a mean is divided where it is as long as x, that of a sum times a number where it is short.
+        return parts.sum(3) * (segments / N) if x.dtype == dtype else parts.mean(3), None
     row = torch.arange(segments, device=x.device)[:, None]
     if mask is None:
         member = torch.arange(N, device=x.device) * segments // N == row  # (segments, N)

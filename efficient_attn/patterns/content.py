@@ -1,0 +1,288 @@
+"""Patterns that look at queries and keys: blocks of keys chosen for each block of queries.
+
+Every block of keys is summarised, every block of queries too, and a product of the summaries stands for the scores
+between them: ceil(Nq / block) * ceil(Nk / block) numbers for each head, never one for each pair. What is chosen then is
+attended to exactly, and gradients are those of attention under the chosen mask; the choice itself has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from ..mask_algebra import how_cut
+from ..mask_build import FULL, all_blocks, entry_rows, expand, pointers
+from ..masks import BlockMask, BlockSize
+from .base import Pattern, register
+
+SUMMARIES = ("mean", "minmax")
+QUERIES = ("mean", "first")
+
+
+class ContentPattern(Pattern):
+    """A pattern that depends on what queries and keys hold: `for_inputs` makes its mask, lengths alone do not."""
+
+    @property
+    def by_content(self) -> bool:
+        return True
+
+    def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
+        raise self._refusal()
+
+    def block_mask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        num_heads: int = 1,
+        block_size: BlockSize | None = None,
+        device: torch.device | str | None = None,
+    ) -> BlockMask:
+        raise self._refusal()
+
+    def for_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+        within: BlockMask | None = None,
+    ) -> BlockMask:
+        raise NotImplementedError
+
+    def _refusal(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.name} chooses by what queries and keys hold; lengths do not say enough. Use attention(mask=...) or "
+            "for_inputs(query, key)"
+        )
+
+
+class _Blocks(ContentPattern):
+    """What the two choices of blocks share: scores of blocks, what counts, and the lists of what is chosen."""
+
+    block: int
+    sink: int
+    local: int
+    summary: str
+    queries: str
+
+    def _check_blocks(self) -> None:
+        self._check_block()
+        self._check(sink=0, local=1)
+        self._check_choice("summary", SUMMARIES)
+        self._check_choice("queries", QUERIES)
+
+    @property
+    def _own_block(self) -> tuple[int, int]:
+        return (self.block, self.block)
+
+    @torch.no_grad()
+    def for_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+        within: BlockMask | None = None,
+    ) -> BlockMask:
+        B, Hq, Nq, D = query.shape
+        Nk = key.shape[2]
+        n_q, n_k = -(-Nq // self.block), -(-Nk // self.block)
+        scores, counts = self._scores(query, key, D**-0.5 if scale is None else scale, key_mask)
+        seen = (counts > 0).expand(B, 1, n_q, n_k)
+        if within is not None:
+            seen = seen & blocks_seen(within, self.block)
+        seen = seen.expand(B, Hq, n_q, n_k)
+        forced = self._forced(n_q, n_k, within, query.device) & seen
+        # Chosen first, whatever their score; then by score; never what no query of the block may see.
+        scores = scores.masked_fill(~seen, -torch.inf)
+        order, chosen = self._choose(scores, forced, seen, counts)
+        return self._listed(order, chosen, query, Nk)
+
+    def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns (B, Hq, n_q, k), distinct, and which of them are chosen."""
+        raise NotImplementedError
+
+    def _scores(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Estimated scores (B, Hq, n_q, n_k), and how many keys count in each block, (B | 1, 1, 1, n_k)."""
+        Hq, Nq = query.shape[1:3]
+        Hkv, Nk = key.shape[1:3]
+        own = key_mask if Nq == Nk else None  # self-attention: the padding is that of the queries too
+        summed, of_query = self._reduced(query, own, torch.sum, 0.0)
+        mean = summed / of_query.clamp(min=1)
+        if self.queries == "first":
+            mean = query[:, :, :: self.block].to(summed.dtype)
+            mean = mean if own is None else mean.masked_fill(~own[:, None, :: self.block, None], 0.0)
+        mean = mean.unflatten(1, (Hkv, Hq // Hkv)) if Hkv else mean[:, :, None]
+        if self.summary == "mean":
+            summed, counts = self._reduced(key, key_mask, torch.sum, 0.0)
+            scores = mean @ (summed / counts.clamp(min=1))[:, :, None].mT
+        else:  # the largest product with a point of the box around the keys
+            low, counts = self._reduced(key, key_mask, torch.amin, torch.inf)
+            high, _ = self._reduced(key, key_mask, torch.amax, -torch.inf)
+            low, high = (torch.where(counts > 0, side, 0.0)[:, :, None].mT for side in (low, high))
+            scores = mean.clamp(min=0) @ high + mean.clamp(max=0) @ low
+        return scores.flatten(1, 2) * scale, counts[..., 0][:, :, None]
+
+    def _reduced(
+        self, x: Tensor, mask: Tensor | None, reduce: Callable[..., Tensor], neutral: float
+    ) -> tuple[Tensor, Tensor]:
+        """(B, H, N, D) reduced block by block, in float32 or better, and how many rows count, (B | 1, 1, n, 1)."""
+        N = x.shape[2]
+        n = -(-N // self.block)
+        short = n * self.block - N
+        there = torch.arange(n * self.block, device=x.device) < N
+        there = there[None] if mask is None else torch.nn.functional.pad(mask, (0, short))
+        x = torch.nn.functional.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, short))
+        x = x.masked_fill(~there[:, None, :, None], neutral)
+        return reduce(x.unflatten(2, (n, self.block)), dim=3), there.view(-1, 1, n, self.block).sum(-1, keepdim=True)
+
+    def _forced(self, n_q: int, n_k: int, within: BlockMask | None, device: torch.device) -> Tensor:
+        """The first blocks, and those around the diagonal, which starts where the window of `within` does."""
+        top = torch.arange(n_q, device=device)[:, None] * self.block + (0 if within is None else within.window_offset)
+        column = torch.arange(n_k, device=device)
+        near = column > top // self.block - self.local
+        near &= column < (top + self.block - 1) // self.block + self.local
+        return near | (column < self.sink)
+
+    def _listed(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
+        """The mask of the chosen columns."""
+        B, Hq, n_q, k = order.shape
+        device = order.device
+        order, at = order.sort(-1)
+        chosen = chosen.gather(-1, at)
+        fields: dict[str, Any] = {
+            "q_len": query.shape[2],
+            "kv_len": kv_len,
+            "block_size": self._own_block,
+            "batch": B,
+            "heads": Hq,
+        }
+        empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
+        if torch.compiler.is_compiling():  # no shape may depend on a value: what is not chosen is an empty tile
+            return BlockMask._trusted(
+                **fields,
+                indptr=torch.arange(B * Hq * n_q + 1, device=device) * k,
+                indices=order.flatten().int(),
+                tile_ids=torch.where(chosen.flatten(), FULL, 0).int(),
+                tiles=empty,
+            )
+        indices = order[chosen].int()
+        return BlockMask._trusted(
+            **fields,
+            indptr=pointers(chosen.sum(-1).flatten()),
+            indices=indices,
+            tile_ids=torch.full_like(indices, FULL),
+            tiles=empty[:0],
+        )
+
+
+@register
+@dataclass(frozen=True)
+class TopKBlocks(_Blocks):
+    """For each block of queries the blocks of keys with the largest estimated scores.
+
+    block: tokens of a block, of queries and of keys.
+    blocks: how many to keep for each block of queries, sink and local ones included; or
+    fraction: this share of those that it may see, rounded up, if given.
+    sink, local: the first `sink` blocks, and those nearer than `local` to the diagonal, are always kept.
+    summary: of a block of keys: "mean" (mean-pooled; MoBA, Lu et al. 2025, arXiv:2502.13189) or "minmax" (the largest
+        product with the box around the keys; Quest, Tang et al. 2024, arXiv:2406.10774).
+    queries: what stands for a block of queries: its "mean", or its "first" row. Only "first" is strictly causal: a mean
+        lets the later rows of a block influence which past blocks the earlier ones see.
+
+    Where causality or lengths are known (is_causal=True, `& Causal()`, padding), the choice is among what they show. In
+    self-attention (Nq = Nk) a key mask also says which queries count.
+    """
+
+    name: ClassVar[str] = "topk_blocks"
+    block: int = 64
+    blocks: int = 16
+    fraction: float | None = None
+    sink: int = 1
+    local: int = 1
+    summary: str = "mean"
+    queries: str = "mean"
+
+    def __post_init__(self) -> None:
+        self._check_blocks()
+        self._check(blocks=1)
+        _check_share(self, "fraction")
+
+    def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        n_k = scores.shape[-1]
+        wanted, most = torch.full_like(seen[..., 0], self.blocks, dtype=torch.int64), self.blocks
+        if self.fraction is not None:
+            wanted = (seen.sum(-1) * self.fraction - 1e-9).ceil().long()
+            most = math.ceil(n_k * self.fraction)
+        wanted = torch.maximum(wanted, forced.sum(-1))
+        most = min(n_k, max(most, self.sink + 2 * self.local))
+        order = scores.masked_fill(forced, torch.inf).topk(most, dim=-1).indices
+        rank = torch.arange(most, device=scores.device)
+        return order, (rank < wanted[..., None]) & seen.gather(-1, order)
+
+
+@register
+@dataclass(frozen=True)
+class TopPBlocks(_Blocks):
+    """For each block of queries the fewest blocks of keys that are estimated to hold the share `mass` of its softmax.
+
+    The estimate is softmax over blocks of score + log(number of keys), in the order of which blocks are taken until
+    their mass reaches `mass`; sink and local blocks come first. Twilight, Lin et al. 2025, arXiv:2502.02770, at blocks.
+
+    Other fields: as in `TopKBlocks`.
+    """
+
+    name: ClassVar[str] = "topp_blocks"
+    block: int = 64
+    mass: float = 0.9
+    sink: int = 1
+    local: int = 1
+    summary: str = "mean"
+    queries: str = "mean"
+
+    def __post_init__(self) -> None:
+        self._check_blocks()
+        _check_share(self, "mass")
+
+    def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        mass = torch.where(seen, scores + counts.clamp(min=1).log(), -torch.inf).softmax(-1)
+        order = scores.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
+        mass = mass.gather(-1, order)
+        before = mass.cumsum(-1) - mass
+        return order, (forced.gather(-1, order) | (before < self.mass)) & seen.gather(-1, order)
+
+
+def _check_share(pattern: Pattern, name: str) -> None:
+    value = getattr(pattern, name)
+    if value is None and name == "fraction":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise InputError(f"{pattern.name}: {name} must be a number in (0, 1], got {value!r}")
+
+
+def blocks_seen(mask: BlockMask, block: int) -> Tensor:
+    """bool (batch, heads, n_q, n_k): the blocks of a mask that it lists and that its window and lengths touch."""
+    mask = mask.reblock((block, block))
+    grid, lists, window, lengths = mask._parts
+    batch, heads = (lengths.numel(), 1) if lists is None else (max(lists.batch, lengths.numel()), lists.heads)
+    if lists is None:
+        rows, cols = all_blocks(grid, batch, heads, lengths.device)
+    else:
+        lists = expand(lists, grid.n_q, batch, heads)
+        rows, cols = entry_rows(lists), lists.indices.long()
+    ends = lengths.expand(batch)[rows // max(heads * grid.n_q, 1)]
+    touched = how_cut(grid, window, ends, rows, cols)[0]
+    if lists is None:
+        return touched.view(batch, heads, grid.n_q, grid.n_k)
+    seen = torch.zeros(batch * heads * grid.n_q, grid.n_k, dtype=torch.bool, device=rows.device)
+    seen[rows, cols] = touched
+    return seen.view(batch, heads, grid.n_q, grid.n_k)

@@ -1,0 +1,238 @@
+"""Patterns of grids: a sequence that is an image (or a line, or a video) in row-major order, after some prefix tokens.
+
+Prefix tokens, such as [CLS], stand before the grid, see everything and are seen by everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..mask_build import Grid, assemble
+from ..mask_check import MAX_LENGTH
+from ..masks import BlockMask
+from .base import Pattern, by_classes, cross, register
+
+
+class _OnGrid(Pattern):
+    """A pattern with fields `size` and `prefix`."""
+
+    size: tuple[int, ...] | None
+    prefix: int
+
+    def _check_size(self, axes: tuple[int, ...]) -> None:
+        self._check(prefix=0)
+        if self.size is not None:
+            self._check_tuples(size=1)
+            if len(self.size) not in axes or math.prod(self.size) > MAX_LENGTH:
+                raise InputError(
+                    f"{self.name}: size is that of a grid with {' or '.join(map(str, axes))} axes and at most "
+                    f"{MAX_LENGTH} tokens, got {self.size}"
+                )
+
+    def _shape(self, q_len: int, kv_len: int, axes: int = 2) -> tuple[int, ...]:
+        """The grid for these lengths: `size`, or the line or square that they hold."""
+        self._check_square(q_len, kv_len)
+        tokens = q_len - self.prefix
+        if self.size is not None:
+            if math.prod(self.size) != tokens:
+                raise InputError(
+                    f"{self.name}: size {'x'.join(map(str, self.size))} with prefix={self.prefix} is a sequence of "
+                    f"{math.prod(self.size) + self.prefix} tokens; got {q_len}"
+                )
+            return self.size
+        side = math.isqrt(max(tokens, 0))
+        if axes == 2 and side * side != tokens:
+            raise InputError(
+                f"{self.name}: {q_len} tokens with prefix={self.prefix} are no square image; say size=HEIGHTxWIDTH"
+            )
+        if tokens < 0:
+            raise InputError(f"{self.name}: prefix={self.prefix} exceeds the {q_len} tokens")
+        return (tokens,) if axes == 1 else (side, side)
+
+    def _with_prefix(self, mask: BlockMask) -> BlockMask:
+        return mask | cross(torch.arange(mask.q_len) < self.prefix, mask._grid) if self.prefix else mask
+
+    def _join_prefix(self, seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return seen | (i < self.prefix) | (j < self.prefix)
+
+
+@register
+@dataclass(frozen=True)
+class Neighborhood(_OnGrid):
+    """The `kernel` nearest tokens along each axis, in a grid. Hassani et al. 2023, arXiv:2204.07143 and 2209.15001.
+
+    Along an axis of n positions, in the part of the axis that shares x's residue modulo the dilation, with n' positions
+    and x at place p, a query sees the places s .. s + kernel - 1, s = min(max(p - kernel // 2, 0), n' - kernel): a
+    window of fixed size that is shifted, not cut, at the borders. On a causal axis it sees p - kernel + 1 .. p, cut.
+
+    size: of the grid, one to three axes; None: `axes` = 2 is the square image that the sequence is, 1 the line.
+    kernel, dilation, causal: of each axis, or one for all. kernel * dilation may not exceed the axis.
+    prefix: tokens before the grid that see and are seen by everything.
+    """
+
+    name: ClassVar[str] = "neighborhood"
+    size: tuple[int, ...] | None = None
+    kernel: tuple[int, ...] = (7,)
+    dilation: tuple[int, ...] = (1,)
+    causal: tuple[bool, ...] = (False,)
+    prefix: int = 0
+    axes: int = 2
+
+    def __post_init__(self) -> None:
+        self._check_size((1, 2, 3))
+        self._check_tuples(kernel=1, dilation=1)
+        if self.axes not in (1, 2):
+            raise InputError(f"{self.name}: axes must be 1 or 2, got {self.axes!r}; for others give the size")
+        if not isinstance(self.causal, tuple) or not all(isinstance(c, bool) for c in self.causal):
+            raise InputError(f"{self.name}: causal must be a tuple of bools, got {self.causal!r}")
+        count = self.axes if self.size is None else len(self.size)
+        for option in ("kernel", "dilation", "causal"):
+            given = getattr(self, option)
+            if len(given) not in (1, count):
+                raise InputError(f"{self.name}: {option} needs one value for each of {count} axes, or one for all")
+
+    def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
+        seen = torch.ones_like(i * j, dtype=torch.bool)
+        stride = q_len - self.prefix
+        for n, kernel, dilation, causal in self._per_axis(q_len, kv_len):
+            stride //= max(n, 1)
+            x, y = ((t - self.prefix) // max(stride, 1) % max(n, 1) for t in (i, j))
+            start, stop = _window(x, n, kernel, dilation, causal)
+            seen = seen & (x % dilation == y % dilation) & (y // dilation >= start) & (y // dilation < stop)
+        return self._join_prefix(seen, i, j)
+
+    def _build(self, grid: Grid, num_heads: int) -> BlockMask:
+        axes = self._per_axis(grid.q_len, grid.kv_len)
+        x = torch.arange(grid.q_len - self.prefix)
+        i, longest = x + self.prefix, axes[-1][1] if axes[-1][2] == 1 else 1
+        touched = torch.zeros(grid.n_q * grid.n_k, dtype=torch.bool)
+        for start, stop in _runs(x, axes):
+            first, last = start + self.prefix, torch.maximum(start, stop - 1) + self.prefix
+            for j in range(0, longest + grid.block_k - 1, grid.block_k):
+                key = torch.minimum(first + j, last)
+                touched[i // grid.block_q * grid.n_k + key // grid.block_k] = True
+        slots = touched.cumsum(0) - 1
+        tiles = torch.zeros(int(touched.sum()), grid.block_q, grid.block_k // 8, dtype=torch.uint8)
+        line = i // grid.block_q * grid.n_k, i % grid.block_q * (grid.block_k // 8)
+        for start, stop in _runs(x, axes):
+            for byte in range((longest + 6) // 8 + 1):
+                eight = (start + self.prefix) // 8 + byte
+                low, high = (start + self.prefix - 8 * eight).clamp(0, 8), (stop + self.prefix - 8 * eight).clamp(0, 8)
+                bits = torch.where(low < high, (1 << high) - (1 << low), 0).to(torch.uint8)
+                eight = eight.clamp(max=(grid.kv_len - 1) // 8)  # beyond the end there are no bits
+                place = slots[line[0] + eight // (grid.block_k // 8)].clamp(min=0) * (grid.block_q * grid.block_k // 8)
+                # Every pair comes once, so that adding its bit sets it.
+                tiles.view(-1).scatter_add_(0, place + line[1] + eight % (grid.block_k // 8), bits)
+        rows, cols = touched.view(grid.n_q, grid.n_k).nonzero().unbind(1)
+        lists = assemble(grid, 1, 1, rows, cols, torch.arange(rows.numel()), tiles)
+        return self._with_prefix(BlockMask._of_lists(grid, lists))
+
+    def _per_axis(self, q_len: int, kv_len: int) -> list[tuple[int, int, int, bool]]:
+        """(length, kernel, dilation, causal) of each axis."""
+        shape = self._shape(q_len, kv_len, self.axes)
+        options = (option * len(shape) if len(option) == 1 else option
+                   for option in (self.kernel, self.dilation, self.causal))  # fmt: skip
+        axes = list(zip(shape, *options, strict=True))
+        for n, kernel, dilation, _ in axes:
+            if n and kernel * dilation > n:
+                raise InputError(
+                    f"{self.name}: a kernel of {kernel} with dilation {dilation} spans {kernel * dilation} positions; "
+                    f"the axis has {n}"
+                )
+        return axes
+
+
+def _window(x: Tensor, n: int, kernel: int, dilation: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """The places start <= p < stop that positions x of an axis see among those with x's residue."""
+    place = x // dilation
+    if causal:
+        return (place - kernel + 1).clamp(min=0), place + 1
+    count = (n - x % dilation + dilation - 1) // dilation
+    start = torch.minimum((place - kernel // 2).clamp(min=0), count - kernel)
+    return start, start + kernel
+
+
+def _runs(x: Tensor, axes: list[tuple[int, int, int, bool]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The keys start <= y < stop that every token x of a grid sees, run by run."""
+    per_axis = []
+    stride = x.numel()
+    for n, kernel, dilation, causal in axes:
+        stride //= max(n, 1)
+        own = x // max(stride, 1) % max(n, 1)
+        start, stop = _window(own, n, kernel, dilation, causal)
+        per_axis.append((own % dilation, start, stop, dilation, stride))
+    in_one = axes[-1][2] == 1  # neighbours along the last axis are neighbours in the sequence
+    steps = [range(kernel) for _, kernel, _, _ in axes]
+    for chosen in itertools.product(*steps[:-1], range(1) if in_one else steps[-1]):
+        key, length = torch.zeros_like(x), torch.ones_like(x)
+        for step, (residue, start, stop, dilation, stride) in zip(chosen, per_axis, strict=True):
+            inside = start + step < stop  # a causal axis is cut
+            key = key + torch.where(inside, (start + step) * dilation + residue, 0) * stride
+            length = torch.where(inside, length, 0)
+        if in_one:
+            length = length * (per_axis[-1][2] - per_axis[-1][1])
+        yield key, key + length
+
+
+@register
+@dataclass(frozen=True)
+class Axial(_OnGrid):
+    """The tokens of one's own row and of one's own column of an image. Ho et al. 2019, arXiv:1912.12180.
+
+    size: (height, width); None: the square image that the sequence is.
+    part: "both" sees row and column in one softmax; "rows" and "columns" are the two attentions that the paper
+    alternates, for layers or heads of their own.
+    causal: only tokens up to oneself in row-major order.
+    prefix: tokens before the image that see and are seen by everything.
+    """
+
+    name: ClassVar[str] = "axial"
+    size: tuple[int, ...] | None = None
+    part: str = "both"
+    causal: bool = False
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_size((2,))
+        self._check_choice("part", ("both", "rows", "columns"))
+        self._check_bools("causal")
+
+    def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
+        width = max(self._shape(q_len, kv_len)[1], 1)
+        x, y = i - self.prefix, j - self.prefix
+        row, column = x // width == y // width, x % width == y % width
+        seen = {"both": row | column, "rows": row, "columns": column}[self.part]
+        return self._join_prefix(seen & (j <= i) if self.causal else seen, i, j)
+
+    def _build(self, grid: Grid, num_heads: int) -> BlockMask:
+        width = max(self._shape(grid.q_len, grid.kv_len)[1], 1)
+        top, left = torch.arange(grid.n_q)[:, None] * grid.block_q, torch.arange(grid.n_k) * grid.block_k
+        bottom, right = top + grid.block_q - 1, left + grid.block_k - 1
+        row = (top - self.prefix) // width <= (right - self.prefix) // width
+        row &= (bottom - self.prefix) // width >= (left - self.prefix) // width
+        column = (right - top) // width > (left - bottom - 1) // width  # j - i passes a multiple of the width
+        listed = {"both": row | column, "rows": row, "columns": column}[self.part]
+        listed = listed & (left <= bottom) if self.causal else listed
+        rows, cols = listed.nonzero().unbind(1)
+        top, left = rows * grid.block_q, cols * grid.block_k
+        # Beyond this distance no pair shares a row and the order is settled: only j - i modulo the width matters.
+        far = width + max(grid.block_q, grid.block_k)
+        shift = top - left
+        near = torch.where(shift.abs() < far, (top - self.prefix) % width, -1)
+        side = shift.clamp(-far, far)
+        cut = (self.prefix - top).clamp(0, grid.block_q) * (grid.block_k + 1) + (self.prefix - left).clamp(
+            0, grid.block_k
+        )
+        mask = by_classes(
+            lambda i, j: self.visible(i, j, grid.q_len, grid.kv_len),
+            grid, rows, cols, shift % width, side, near, cut,
+        )  # fmt: skip
+        return self._with_prefix(mask)

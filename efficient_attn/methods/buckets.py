@@ -58,7 +58,7 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
         backend: str = "auto",
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        self._check_tracing()
+        self._check_tracing(query)
         if is_causal and not self.accepts_causal:
             raise UnsupportedError(
                 f"{self} cannot be causal: where a token is put depends on the whole sequence. Use lsh, topk_blocks or "

@@ -7,7 +7,6 @@ their order, where a bucket is scattered over everything and the mask of one tak
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -90,11 +89,11 @@ class BucketPattern(ContentPattern):
         )
         return _or_oneself(mask, within, found.key[0, :, :1] >= 0) if self.shared_qk else mask
 
-    def _check_tracing(self) -> None:
-        if torch.compiler.is_compiling():
+    def _check_tracing(self, query: Tensor) -> None:
+        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(query):
             raise UnsupportedError(
-                f"{self.name} makes lists whose number depends on what queries and keys hold; torch.compile cannot "
-                "trace that. Compile around it (fullgraph=False), or use topk_blocks"
+                f"{self.name} makes lists whose number depends on what queries and keys hold; torch.compile and vmap "
+                "cannot trace that. Compile around it (fullgraph=False), or use topk_blocks"
             )
 
 
@@ -193,7 +192,7 @@ class LSH(BucketPattern):
             raise InputError(f"{self.name}: chunk={self.chunk} needs one order of queries and keys: shared_qk=true")
 
     def buckets(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Buckets:
-        self._check_tracing()
+        self._check_tracing(query)
         of_query = self._hash(query)
         if not self.shared_qk:
             of_key = self._hash(key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], 0.0))
@@ -237,7 +236,7 @@ class SortedBuckets(BucketPattern):
         self._check(size=1, rounds=1, seed=0)
 
     def buckets(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Buckets:
-        self._check_tracing()
+        self._check_tracing(query)
         n = max(-(-key.shape[2] // self.size), 1)
         own = key_mask if query.shape[2] == key.shape[2] else None
         return Buckets(self._places(query, own, n).clamp(min=0), _hide(self._places(key, key_mask, n), key_mask))
@@ -257,8 +256,6 @@ def _hide(buckets: Tensor, key_mask: Tensor | None) -> Tensor:
     return buckets if key_mask is None else buckets.masked_fill(~key_mask[:, None], -1)
 
 
-@functools.lru_cache(maxsize=32)
 def _rotations(head_dim: int, rounds: int, columns: int, seed: int) -> Tensor:
     """Gaussian (head_dim, rounds, columns), the same on every device."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        return torch.randn(head_dim, rounds, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(head_dim, rounds, columns, generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -19,6 +19,7 @@ from efficient_attn import (
     parse,
     patterns,
 )
+from efficient_attn.benchmarks.inputs import photograph_qkv
 from efficient_attn.patterns import (
     LSH,
     Causal,
@@ -317,6 +318,10 @@ def test_rectangles_of_buckets():
         same_with_gradients(parse(pattern).attend(q, k, v)[0], attend(q, k, v, visible), inputs)
         empty = parse(pattern).attend(q, k[:, :, :0], v[:, :, :0])[0]
         assert empty.shape == q.shape and not empty.any()
+        for none in (q[:, :, :0], q[:0]):
+            few = k[: none.shape[0]], v[: none.shape[0]]
+            out, weights = parse(pattern).attend(none, *few, need_weights=True)
+            assert out.shape == none.shape and weights.shape == (*none.shape[:3], 150)
 
 
 # --- in general ------------------------------------------------------------------------------------------------------
@@ -403,3 +408,17 @@ def test_the_module_attends_as_masked_dense_attention(spec):
     expected = (expected + ours.out_proj.bias)[~hidden]
     out = ours(x, x, x, key_padding_mask=hidden, need_weights=False)[0][~hidden]
     same_with_gradients(out, expected, [x, w, b, ours.out_proj.weight])
+
+
+def test_the_error_falls_as_more_blocks_are_kept():
+    """On queries and keys made from a photograph, whose neighbourhoods are alike as those of real activations are."""
+    q, k, v = photograph_qkv(1024, batch=1, heads=4, head_dim=64, dtype=torch.float32)
+    exact = attention(q, k, v)
+    shares = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+    for make_pattern in (
+        lambda share: TopKBlocks(16, fraction=share),
+        lambda share: TopKBlocks(16, fraction=share, summary="minmax"),
+        lambda share: TopPBlocks(16, mass=share),
+    ):
+        errors = [float((attention(q, k, v, mask=make_pattern(s)) - exact).norm() / exact.norm()) for s in shares]
+        assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-5 and errors[0] > 0.01, errors

@@ -96,7 +96,7 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
             outs.append(_taken(out, back))
             lses.append(lse.gather(-1, back))
             if need_weights:
-                columns = by_key.argsort(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)
+                columns = by_key.argsort(-1).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
                 part = _taken(attention_weights(*sorted_qkv[:2], **options), back)
                 weights.append(part.gather(-1, columns[:, :, None].expand_as(part)))
         out, lse = merge_attention(outs, lses)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import clock, inputs
-from .ops import WARM_UP_LENGTH, binder, sized
+from .ops import WARM_UP_LENGTH, binder, shaped, sized
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     qkv = inputs.photograph_qkv(config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = method.attend(query, key, value, state=state)[0]
+        out: torch.Tensor = shaped(method, query.shape[2]).attend(query, key, value, state=state)[0]
         return out
 
     binder(config["mode"], [t[:, :, :WARM_UP_LENGTH] for t in qkv], state)(attend)()

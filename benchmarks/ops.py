@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from efficient_attn import BlockMask, functional, hybrid, methods
+from efficient_attn import functional, hybrid, methods
+from efficient_attn.masks import BlockMask
 from efficient_attn.patterns import Pattern
 
 from . import clock, inputs, peers
@@ -18,6 +21,7 @@ from . import clock, inputs, peers
 # The error is taken over this many queries, spread evenly; their exact outputs are computed in float64.
 ERROR_ROWS = 256
 WARM_UP_LENGTH = 256
+UNPLANNED = ("dense", "lsh", "sorted_buckets")  # no mask, or one of sorted tokens, made anew in every call
 
 Call = Callable[[], object]
 Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +41,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     qkv = inputs.photograph_qkv(config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = method.attend(query, key, value, state=state, is_causal=config["causal"])[0]
+        fitted = shaped(method, query.shape[2])
+        out: Tensor = fitted.attend(query, key, value, state=state, is_causal=config["causal"])[0]
         return out
 
     bound = binder(config["mode"], qkv, state)
@@ -52,8 +57,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(method, methods.Hybrid):
             split = hybrid.plan(method.sparse, qkv[0], qkv[1], method.tail.block, is_causal=config["causal"])
             masks = [split.exact, split.over_blocks]
-        elif isinstance(method, Pattern) and method.name != "dense":
-            masks = [method.block_mask(config["seqlen"], config["seqlen"], num_heads=heads)]
+        elif isinstance(method, Pattern) and method.name not in UNPLANNED:
+            masks = [planned(method, *qkv[:2])]
         if masks:
             plan = {
                 "plan_ms": round((time.perf_counter() - started) * 1e3, 4),
@@ -89,6 +94,21 @@ def sized(spec: str, length: int) -> methods.Method:
     method: Any = methods.parse(spec)
     resized: methods.Method = dataclasses.replace(method, max_len=length) if hasattr(method, "max_len") else method
     return resized
+
+
+def shaped(method: methods.Method, length: int) -> methods.Method:
+    """The method for so many tokens; an image that is no square becomes the rectangle nearest to one."""
+    if getattr(method, "size", 0) is not None or getattr(method, "axes", 2) != 2 or math.isqrt(length) ** 2 == length:
+        return method
+    height = next(h for h in range(math.isqrt(length), 0, -1) if length % h == 0)
+    resized: methods.Method = dataclasses.replace(typing.cast(Any, method), size=(height, length // height))
+    return resized
+
+
+def planned(method: methods.Method, query: Tensor, key: Tensor) -> BlockMask:
+    """The mask that a sparse method makes before it attends."""
+    pattern = typing.cast(Pattern, shaped(method, query.shape[2]))
+    return pattern.for_inputs(query, key)
 
 
 def relative_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> float:

@@ -49,6 +49,10 @@ def invoke(*arguments):
         ("bigbird:block=64,window=3,dense", ["bigbird:block=64,window=3", "dense"]),
         ("strided:a=1,b=2+linear:c=3, linear", ["strided:a=1,b=2+linear:c=3", "linear"]),
         (",dense,", ["dense"]),
+        (
+            "per_head(strided:stride=16,part=local; fixed:stride=16,causal=false),bigbird & causal",
+            ["per_head(strided:stride=16,part=local; fixed:stride=16,causal=false)", "bigbird & causal"],
+        ),
     ],
 )
 def test_specs_in_a_list_keep_their_own_commas(text, specs):

@@ -4,10 +4,10 @@
 //
 // Phases, each parallel over tasks that own what they write (no atomics, the same bits for any number of threads):
 //     0  delta            a tile of queries
-//     1  dQ, dK, dV       one (batch, key/value head): five products a tile, where there are heads enough for the threads
-//     2  dK, dV           else a tile of keys of one (batch, key/value head), over the query heads of its group, and
-//     3  dQ               a tile of queries of one (batch, head): seven products, but one long sequence uses every core
-//     4  dbias            a tile of the bias, over every dimension that it broadcasts
+//     1  dQ, dK, dV       one (batch, key/value head): five products a tile, where there are heads enough for the
+//     threads 2  dK, dV           else a tile of keys of one (batch, key/value head), over the query heads of its
+//     group, and 3  dQ               a tile of queries of one (batch, head): seven products, but one long sequence uses
+//     every core 4  dbias            a tile of the bias, over every dimension that it broadcasts
 // One pass or two give the same bits: every sum runs over the same terms in the same order.
 #pragma once
 

@@ -1,12 +1,12 @@
-// Attention forward for a few queries (decoding with a key/value cache): bound by the reading of K and V, so that they are
-// read once for all query heads of a group, and split along the keys, so that one sequence uses every core.
+// Attention forward for a few queries (decoding with a key/value cache): bound by the reading of K and V, so that they
+// are read once for all query heads of a group, and split along the keys, so that one sequence uses every core.
 //
 // Phases:
 //     0  partial results      one (batch, key/value head, some of its query heads, span of keys)
 //     1  merge                one (batch, key/value head, some of its query heads): the spans in order
 //
-// Rows are pairs (query head, query), at most 64 of them: S [keys][w] has a row in each lane, O [rows][Dv] an accumulator.
-// The cut depends on the sizes alone, so the bits do not depend on the threads.
+// Rows are pairs (query head, query), at most 64 of them: S [keys][w] has a row in each lane, O [rows][Dv] an
+// accumulator. The cut depends on the sizes alone, so the bits do not depend on the threads.
 #pragma once
 
 #include "attention_forward.h"
@@ -104,12 +104,12 @@ EA_NOINLINE void dot_tile(const T* K, int64_t k_stride, const A* Q, int64_t widt
     }
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k)
-        store_sums<A>(acc[k][0], acc[k][MR > 1], MR > 2 ? acc[k][MR - 2] : Vec<A>{}, MR > 2 ? acc[k][MR - 1] : Vec<A>{}, MR,
-                      S + k * w);
+        store_sums<A>(acc[k][0], acc[k][MR > 1], MR > 2 ? acc[k][MR - 2] : Vec<A>{}, MR > 2 ? acc[k][MR - 1] : Vec<A>{},
+                      MR, S + k * w);
 }
 
-// Rows that will be wanted soon: fetched a few at a time beside the arithmetic, since no hardware prefetcher follows the
-// turns between K and V.
+// Rows that will be wanted soon: fetched a few at a time beside the arithmetic, since no hardware prefetcher follows
+// the turns between K and V.
 struct Ahead {
     const char *K, *V;
     int64_t K_stride, V_stride, K_bytes, V_bytes;
@@ -196,8 +196,7 @@ inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, 
     for (int64_t g = 0; g < task.heads; ++g) {
         const bool some = visible_bits(p, task.b, queries, 0, keys, segment.tile, segment.tile_key, t.part);
         for (int64_t k = 0; k < n && !some; ++k) t.part[k] = low_bits(p.Nq);
-        const bool hidden =
-            has_bias(p) && add_decode_bias<T>(p, task.b, task.h + g, keys, w, t.S + g * p.Nq, t.part);
+        const bool hidden = has_bias(p) && add_decode_bias<T>(p, task.b, task.h + g, keys, w, t.S + g * p.Nq, t.part);
         masked |= some || hidden;
         for (int64_t k = 0; k < n; ++k) t.bits[k] |= t.part[k] << (g * p.Nq);
     }

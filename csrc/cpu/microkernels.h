@@ -2,8 +2,9 @@
 //
 //     acc[m][n] += sum_k a[m * m_stride + k * k_stride] * b[k * ldb + n]        m < MR, n < NV vectors
 //
-// a is read by broadcast and so needs no packing, b by vectors (of half precision, too). MR x NV accumulators plus NV values of b fill the
-// registers (4 x 3 of 16, 8 x 3 of 32), and MR divides every block size, NV vectors every tile of queries.
+// a is read by broadcast and so needs no packing, b by vectors (of half precision, too). MR x NV accumulators plus NV
+// values of b fill the registers (4 x 3 of 16, 8 x 3 of 32), and MR divides every block size, NV vectors every tile of
+// queries.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +51,8 @@ EA_INLINE void multiply_accumulate(Vec<A> (&acc)[MR][NV], int64_t k_count, const
     }
 }
 
-// Calls f(Int<rows>, first) over [0, count) in groups of kTileRows, and the rest in groups of half, a quarter, ... of it.
+// Calls f(Int<rows>, first) over [0, count) in groups of kTileRows, and the rest in groups of half, a quarter, ... of
+// it.
 template <int MR, class F>
 EA_INLINE void rest_of_rows(int64_t rest, int64_t first, F& f) {
     if constexpr (MR > 0) {
@@ -132,7 +134,7 @@ inline void product(int64_t rows, int64_t vectors, int64_t depth, const A* a, MS
             A* place = out + first * ldo + lane;
             const int64_t run = depth < kRun ? depth : kRun;
             product_tile<A, kInto, MR, NV>(run, left, m_stride, k_stride, b + lane, ldb, place, ldo,
-                                            kInto == Into::kFade ? fade + lane : nullptr);
+                                           kInto == Into::kFade ? fade + lane : nullptr);
             for (int64_t k = run; k < depth; k += kRun) {
                 product_tile<A, Into::kAdd, MR, NV>(depth - k < kRun ? depth - k : kRun, left + k * k_stride, m_stride,
                                                     k_stride, b + k * ldb + lane, ldb, place, ldo, nullptr);

@@ -1,5 +1,5 @@
-// Rows of a (B, H, N, D) tensor into tiles and back: widened to the accumulation type, transposed so that a row becomes a
-// lane, or in place where neither is needed.
+// Rows of a (B, H, N, D) tensor into tiles and back: widened to the accumulation type, transposed so that a row becomes
+// a lane, or in place where neither is needed.
 #pragma once
 
 #include "../common/block_mask.h"
@@ -86,14 +86,16 @@ struct Unscaled {
 template <class A>
 struct Scaled {
     A high, low;
-    explicit Scaled(double factor) : high(static_cast<A>(factor)), low(static_cast<A>(factor - static_cast<double>(high))) {}
+    explicit Scaled(double factor)
+        : high(static_cast<A>(factor)), low(static_cast<A>(factor - static_cast<double>(high))) {}
     EA_INLINE Vec<A> operator()(Vec<A> x) const {
         if constexpr (sizeof(A) == sizeof(double)) return x * high;
         return x * high + x * low;
     }
 };
 
-// out[c][r] = by(in[r][c]) for a square of lanes, of which `rows` exist (the others count as 0) and `columns` are wanted.
+// out[c][r] = by(in[r][c]) for a square of lanes, of which `rows` exist (the others count as 0) and `columns` are
+// wanted.
 template <class A, class By>
 EA_NOINLINE void transpose_block(const A* in, int64_t in_stride, int64_t rows, By by, A* out, int64_t out_stride,
                                  int64_t columns) {

@@ -156,9 +156,9 @@ EA_INLINE uint64_t bits_from_lanes(Mask<A> lanes) {
 template <class A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
-// 2^t for t <= 0 or a little above; 0 below -126.5 (double: -1022.5), NaN for NaN. 2^t = 2^n 2^f with |f| <= 1/2: n falls
-// out of the low bits of t + magic, which also hold the exponent's offset, so that one shift makes 2^n. The polynomial's
-// relative error is 5e-9 (float), 1e-19 (double).
+// 2^t for t <= 0 or a little above; 0 below -126.5 (double: -1022.5), NaN for NaN. 2^t = 2^n 2^f with |f| <= 1/2: n
+// falls out of the low bits of t + magic, which also hold the exponent's offset, so that one shift makes 2^n. The
+// polynomial's relative error is 5e-9 (float), 1e-19 (double).
 EA_INLINE Vec<float> exp2(Vec<float> t) {
     constexpr float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23 + the exponent's offset
     t = larger(broadcast(-127.0f), t);
@@ -208,7 +208,8 @@ EA_INLINE Vec<A> exchange(Vec<A> x, Vec<A> y, Lanes<I...>) {
     return __builtin_shufflevector(x, y, (kSecond ? (I & S ? L + I : I + S) : (I & S ? L + I - S : I))...);
 }
 
-// Transposes a square of kLanes x kLanes elements in registers: blocks of 1, 2, 4, ... lanes change places (Eklundh 1972).
+// Transposes a square of kLanes x kLanes elements in registers: blocks of 1, 2, 4, ... lanes change places (Eklundh
+// 1972).
 template <class A, int S = 1>
 EA_INLINE void transpose_square(Vec<A> (&row)[kLanes<A>]) {
     if constexpr (S < kLanes<A>) {

@@ -42,7 +42,8 @@ inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries
     product<A, Into::kAdd, 64>(keys, padded / kLanes<A>, queries, P, w, Unit{}, rows.data, rows.stride, out, padded);
 }
 
-// Scores are kept in units of the exponent of two: queries are packed times scale * log2(e), biases are added times log2(e).
+// Scores are kept in units of the exponent of two: queries are packed times scale * log2(e), biases are added times
+// log2(e).
 template <class A>
 inline Scaled<A> score_scale(const AttentionParams& p) {
     return Scaled<A>(p.scale * kLog2e);
@@ -84,7 +85,8 @@ inline void with_bias_type(const AttentionParams& p, F f) {
     f(T{});
 }
 
-// The bias of the tile times log2(e), [keys][w], into `out`. Along the keys it is contiguous or broadcast (backends/cpu.py sees to it).
+// The bias of the tile times log2(e), [keys][w], into `out`. Along the keys it is contiguous or broadcast
+// (backends/cpu.py sees to it).
 template <class T, class A>
 inline void load_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* scratch,
                       A* out) {
@@ -192,12 +194,13 @@ inline void accumulate_rows_masked(const A* P, int64_t keys, int64_t w, int64_t 
         const int64_t r = poison.index[n];
         for (int64_t k = 0; k < keys; ++k)
             if (bits[k] >> r & 1)
-                for (int64_t d = 0; d < padded; ++d) out[k * padded + d] += P[k * w + r] * rows.data[r * rows.stride + d];
+                for (int64_t d = 0; d < padded; ++d)
+                    out[k * padded + d] += P[k * w + r] * rows.data[r * rows.stride + d];
     }
 }
 
-// Calls visit(keys, segment) for the pieces that the queries `rows` see inside `limits`. Pieces end at multiples of kKeys,
-// so that sums are grouped alike however the keys are divided among passes.
+// Calls visit(keys, segment) for the pieces that the queries `rows` see inside `limits`. Pieces end at multiples of
+// kKeys, so that sums are grouped alike however the keys are divided among passes.
 template <class Visit>
 inline void for_each_chunk(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Range limits,
                            Visit visit) {

@@ -58,7 +58,7 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
         backend: str = "auto",
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        self._check_tracing()
+        self._check_tracing(query)
         if is_causal and not self.accepts_causal:
             raise UnsupportedError(
                 f"{self} cannot be causal: where a token is put depends on the whole sequence. Use lsh, topk_blocks or "
@@ -96,7 +96,7 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
             outs.append(_taken(out, back))
             lses.append(lse.gather(-1, back))
             if need_weights:
-                columns = by_key.argsort(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)
+                columns = by_key.argsort(-1).repeat_interleave(query.shape[1] // max(key.shape[1], 1), 1)
                 part = _taken(attention_weights(*sorted_qkv[:2], **options), back)
                 weights.append(part.gather(-1, columns[:, :, None].expand_as(part)))
         out, lse = merge_attention(outs, lses)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..mask_build import Grid, predicate_lists
 from ..mask_check import ALIGNMENTS, check_block_size, check_sizes, is_int
 from ..masks import BlockMask, BlockSize
@@ -68,6 +68,8 @@ class Pattern:
             MaskError: lengths or a block size out of range. InputError: lengths for which the pattern is not defined.
             UnsupportedError: a pattern that looks at queries and keys; see `for_inputs`.
         """
+        if self.by_content:
+            raise self._refusal()
         size = self._own_block if block_size is None else check_block_size(block_size)
         heads = num_heads if self._heads_differ else 1
         check_sizes(q_len, kv_len, 1, heads)
@@ -114,6 +116,12 @@ class Pattern:
     def by_content(self) -> bool:
         """Whether the mask depends on what queries and keys hold."""
         return False
+
+    def _refusal(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.name} chooses by what queries and keys hold; lengths do not say enough. Use attention(mask=...) or "
+            "for_inputs(query, key)"
+        )
 
     @property
     def _analytic(self) -> bool:

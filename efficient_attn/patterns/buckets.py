@@ -7,7 +7,6 @@ their order, where a bucket is scattered over everything and the mask of one tak
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -90,11 +89,11 @@ class BucketPattern(ContentPattern):
         )
         return _or_oneself(mask, within, found.key[0, :, :1] >= 0) if self.shared_qk else mask
 
-    def _check_tracing(self) -> None:
-        if torch.compiler.is_compiling():
+    def _check_tracing(self, query: Tensor) -> None:
+        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(query):
             raise UnsupportedError(
-                f"{self.name} makes lists whose number depends on what queries and keys hold; torch.compile cannot "
-                "trace that. Compile around it (fullgraph=False), or use topk_blocks"
+                f"{self.name} makes lists whose number depends on what queries and keys hold; torch.compile and vmap "
+                "cannot trace that. Compile around it (fullgraph=False), or use topk_blocks"
             )
 
 
@@ -107,7 +106,7 @@ def _or_oneself(mask: BlockMask, within: BlockMask | None, there: Tensor) -> Blo
     rows.index_add_(0, entry_rows(lists), some[lists.tile_ids.long()].int())
     alone = (rows == 0).view(lists.batch, lists.heads, -1)[..., : grid.q_len] & there
     diagonal = BlockMask.from_predicate(
-        lambda b, h, i, j: (i == j) & alone[b.clamp(max=lists.batch - 1), h, i],
+        lambda b, h, i, j: (i == j) & alone[b, h, i],
         q_len=grid.q_len,
         kv_len=grid.kv_len,
         batch=lists.batch,
@@ -130,7 +129,7 @@ def sorted_lists(
     """
     found = found.ordered(query_order, key_order)
     _, batch, heads, q_len = found.query.shape
-    group = heads // found.key.shape[2]
+    group = heads // max(found.key.shape[2], 1)
     grid = Grid(q_len, found.key.shape[-1], block, block)
     low_q, high_q = _ends(found.query[r], grid.block_q)
     low_k, high_k = (x.repeat_interleave(group, 1) for x in _ends(found.key[r], grid.block_k))
@@ -162,18 +161,19 @@ def _ends(buckets: Tensor, size: int) -> tuple[Tensor, Tensor]:
 @register
 @dataclass(frozen=True)
 class LSH(BucketPattern):
-    """Tokens that a random rotation sends to the same of `buckets`. Reformer, Kitaev et al. 2020, arXiv:2001.04451.
+    """Tokens that a random rotation sends to the same of n_buckets. Reformer, Kitaev et al. 2020, arXiv:2001.04451.
 
-        h(x) = argmax([x R; -x R]),  R of shape (D, buckets / 2)        query i sees key j  <=>  h(q_i) = h(k_j)
+        h(x) = argmax([x R; -x R]),  R of shape (D, n_buckets / 2)        query i sees key j  <=>  h(q_i) = h(k_j)
 
     rounds: of independent R; a pair is visible when one round puts it together. The paper's weights exp(lse_r - lse),
         with its correction by the number of rounds N_ij, make of these exactly one softmax over the union.
     shared_qk: the paper's attention: keys are the queries, of length one (k_j = q_j / |q_j|), and a token sees itself
         only when it sees no other. The method `lsh` puts these in the place of the keys of the call; the pattern alone
-        leaves them as they are. False: queries and keys keep their own vectors, both hashed by h, and i sees i.
-    chunk: 0: whole buckets. m > 0: the paper's batches (equation 5): in the order of (bucket, position) the token at
-        place s sees those of its own and of the preceding chunk of m; needs shared_qk. What is to the right of a token
-        moves its place, so that with chunks the past is not wholly blind to the future.
+        leaves them as they are. False: queries and keys keep their own vectors, both hashed by h; a query whose bucket
+        holds no key gives 0.
+    chunk: 0: whole buckets. m > 0: the paper's batches: in the order of (bucket, position) the token at place s sees
+        those of its own and of the preceding chunk of m; needs shared_qk. What is to the right of a token moves its
+        place, so that with chunks the past is not wholly blind to the future.
     seed: of the rotations, the same for all heads.
     """
 
@@ -193,7 +193,7 @@ class LSH(BucketPattern):
             raise InputError(f"{self.name}: chunk={self.chunk} needs one order of queries and keys: shared_qk=true")
 
     def buckets(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Buckets:
-        self._check_tracing()
+        self._check_tracing(query)
         of_query = self._hash(query)
         if not self.shared_qk:
             of_key = self._hash(key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], 0.0))
@@ -237,7 +237,7 @@ class SortedBuckets(BucketPattern):
         self._check(size=1, rounds=1, seed=0)
 
     def buckets(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Buckets:
-        self._check_tracing()
+        self._check_tracing(query)
         n = max(-(-key.shape[2] // self.size), 1)
         own = key_mask if query.shape[2] == key.shape[2] else None
         return Buckets(self._places(query, own, n).clamp(min=0), _hide(self._places(key, key_mask, n), key_mask))
@@ -257,8 +257,6 @@ def _hide(buckets: Tensor, key_mask: Tensor | None) -> Tensor:
     return buckets if key_mask is None else buckets.masked_fill(~key_mask[:, None], -1)
 
 
-@functools.lru_cache(maxsize=32)
 def _rotations(head_dim: int, rounds: int, columns: int, seed: int) -> Tensor:
     """Gaussian (head_dim, rounds, columns), the same on every device."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        return torch.randn(head_dim, rounds, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(head_dim, rounds, columns, generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
 from ..mask_algebra import how_cut
 from ..mask_build import FULL, all_blocks, entry_rows, expand, pointers
-from ..masks import BlockMask, BlockSize
+from ..masks import BlockMask
 from .base import Pattern, register
 
 SUMMARIES = ("mean", "minmax")
@@ -35,17 +35,6 @@ class ContentPattern(Pattern):
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         raise self._refusal()
 
-    def block_mask(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        num_heads: int = 1,
-        block_size: BlockSize | None = None,
-        device: torch.device | str | None = None,
-    ) -> BlockMask:
-        raise self._refusal()
-
     def for_inputs(
         self,
         query: Tensor,
@@ -56,12 +45,6 @@ class ContentPattern(Pattern):
         within: BlockMask | None = None,
     ) -> BlockMask:
         raise NotImplementedError
-
-    def _refusal(self) -> UnsupportedError:
-        return UnsupportedError(
-            f"{self.name} chooses by what queries and keys hold; lengths do not say enough. Use attention(mask=...) or "
-            "for_inputs(query, key)"
-        )
 
 
 class _Blocks(ContentPattern):
@@ -96,6 +79,9 @@ class _Blocks(ContentPattern):
         B, Hq, Nq, D = query.shape
         Nk = key.shape[2]
         n_q, n_k = -(-Nq // self.block), -(-Nk // self.block)
+        if n_q * n_k == 0:
+            nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
+            return self._listed(nothing, nothing.bool(), query, Nk)
         scores, counts = self._scores(query, key, D**-0.5 if scale is None else scale, key_mask)
         seen = (counts > 0).expand(B, 1, n_q, n_k)
         if within is not None:
@@ -119,8 +105,7 @@ class _Blocks(ContentPattern):
         summed, of_query = self._reduced(query, own, torch.sum, 0.0)
         mean = summed / of_query.clamp(min=1)
         if self.queries == "first":
-            mean = query[:, :, :: self.block].to(summed.dtype)
-            mean = mean if own is None else mean.masked_fill(~own[:, None, :: self.block, None], 0.0)
+            mean = self._first(query, own).to(summed.dtype)
         mean = mean.unflatten(1, (Hkv, Hq // Hkv)) if Hkv else mean[:, :, None]
         if self.summary == "mean":
             summed, counts = self._reduced(key, key_mask, torch.sum, 0.0)
@@ -131,6 +116,16 @@ class _Blocks(ContentPattern):
             low, high = (torch.where(counts > 0, side, 0.0)[:, :, None].mT for side in (low, high))
             scores = mean.clamp(min=0) @ high + mean.clamp(max=0) @ low
         return scores.flatten(1, 2) * scale, counts[..., 0][:, :, None]
+
+    def _first(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The first row of each block that counts, (B, H, n, D); zeros where none does."""
+        if mask is None:
+            return x[:, :, :: self.block]
+        N = x.shape[2]
+        there = torch.nn.functional.pad(mask, (0, -N % self.block)).unflatten(1, (-1, self.block))
+        at = there.int().argmax(-1) + torch.arange(there.shape[1], device=x.device) * self.block  # [B, n]
+        rows = x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return rows.masked_fill(~there.any(-1)[:, None, :, None], 0.0)
 
     def _reduced(
         self, x: Tensor, mask: Tensor | None, reduce: Callable[..., Tensor], neutral: float
@@ -143,7 +138,8 @@ class _Blocks(ContentPattern):
         there = there[None] if mask is None else torch.nn.functional.pad(mask, (0, short))
         x = torch.nn.functional.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, short))
         x = x.masked_fill(~there[:, None, :, None], neutral)
-        return reduce(x.unflatten(2, (n, self.block)), dim=3), there.view(-1, 1, n, self.block).sum(-1, keepdim=True)
+        counts = there.unflatten(1, (n, self.block)).sum(-1)[:, None, :, None]
+        return reduce(x.unflatten(2, (n, self.block)), dim=3), counts
 
     def _forced(self, n_q: int, n_k: int, within: BlockMask | None, device: torch.device) -> Tensor:
         """The first blocks, and those around the diagonal, which starts where the window of `within` does."""
@@ -167,7 +163,8 @@ class _Blocks(ContentPattern):
             "heads": Hq,
         }
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
-        if torch.compiler.is_compiling():  # no shape may depend on a value: what is not chosen is an empty tile
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            # No shape may depend on a value: what is not chosen is an empty tile.
             return BlockMask._trusted(
                 **fields,
                 indptr=torch.arange(B * Hq * n_q + 1, device=device) * k,

@@ -187,9 +187,12 @@ struct Definition {
             const double* v = value.data() + (keys + j) * c.Dv;
             for (int64_t d = 0; d < c.Dv; ++d) out[d] += w * v[d], out_off[d] += off * std::fabs(v[d]);
         }
-        if (*n == 0 && *n_off == 0) return;
-        const bool sure = std::fabs(*n) > 2 * *n_off && std::fabs(*n) > 1e3 * tiny;
+        // A row that is not finite itself is NaN even where it sees nothing.
+        const bool finite = std::all_of(x, x + c.F, [](double y) { return std::isfinite(y); });
+        if (*n == 0 && *n_off == 0 && finite) return;
+        const bool sure = finite && std::fabs(*n) > 2 * *n_off && std::fabs(*n) > 1e3 * tiny;
         known[static_cast<size_t>(at)] = sure;
+        if (!finite) *n_off = INFINITY;
         for (int64_t d = 0; d < c.Dv; ++d) {
             out[d] /= *n;
             out_off[d] = sure ? (out_off[d] + std::fabs(out[d]) * *n_off) / (std::fabs(*n) - *n_off) +
@@ -223,6 +226,7 @@ struct Definition {
         make_u(at);
         const double *x = a.phi.values(at * c.F), *x_off = a.phi.errors(at * c.F);
         double *dx = da.values(at * c.F), *dx_off = da.errors(at * c.F);
+        if (!known[static_cast<size_t>(at)]) std::fill(dx_off, dx_off + c.F, INFINITY);
         for (int64_t j = 0; j < c.Nk; ++j) {
             if (!c.visible(batch, i, j)) continue;
             const double* v = value.data() + (keys + j) * c.Dv;

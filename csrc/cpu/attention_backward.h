@@ -104,7 +104,7 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
         // Lanes without a row, and rows without a visible key, get weight 0 through an infinite lse.
         const A lse = r < q.count ? static_cast<const A*>(p.lse)[row + r] : kInfinity<A>;
         const bool empty = lse == -kInfinity<A> || lse == kInfinity<A>;
-        const double exponent = static_cast<double>(lse) * kLog2e;
+        const double exponent = static_cast<double>(lse) / score_unit(p);
         t.top[r] = empty ? kInfinity<A> : static_cast<A>(exponent);
         t.rest[r] = empty ? 0 : static_cast<A>(exponent - static_cast<double>(t.top[r]));
         t.delta[r] = r < q.count ? delta[row + r] : 0;
@@ -112,13 +112,13 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
 }
 
 // S becomes Z P, dP becomes dS.
-template <class A, bool kMasked, bool kDropped>
+template <class A, bool kNatural, bool kMasked, bool kDropped>
 EA_NOINLINE void weight_gradients(int64_t keys, int64_t w, const BackwardTile<A>& t, A rescale) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
         const Vec<A> top = load(t.top + lane), rest = load(t.rest + lane), delta = load(t.delta + lane);
         for (int64_t k = 0; k < keys; ++k) {
             A *s = t.S + k * w + lane, *g = t.dP + k * w + lane;
-            const Vec<A> P = exp2((load(s) - top) - rest);
+            const Vec<A> P = exponential<kNatural>((load(s) - top) - rest);
             Vec<A> gradient = load(g), weight = P;
             if constexpr (kDropped) {
                 const Mask<A> kept = lanes_from_bits<A>(t.keep[k] >> lane);
@@ -146,13 +146,17 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
     score_tile(V, n, p.Dv, t.dOt, w, t.dP);
     bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
     if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
-    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    if (p.dropout_p > 0) {
+    const bool dropped = p.dropout_p > 0;
+    if (dropped)
         dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
-        masked ? weight_gradients<A, true, true>(n, w, t, rescale) : weight_gradients<A, false, true>(n, w, t, rescale);
-    } else {
-        masked ? weight_gradients<A, true, false>(n, w, t, 1) : weight_gradients<A, false, false>(n, w, t, 1);
-    }
+    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
+    with_bool(has_bias(p), [&](auto natural) {
+        with_bool(masked, [&](auto some_masked) {
+            with_bool(dropped, [&](auto some_dropped) {
+                weight_gradients<A, natural.value, some_masked.value, some_dropped.value>(n, w, t, rescale);
+            });
+        });
+    });
     return masked;
 }
 

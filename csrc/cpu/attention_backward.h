@@ -61,7 +61,7 @@ struct BackwardTile {
         V_buffer = arena.take<A>(kKeys * p.Dv);
         buffer = arena.take<A>(kKeys * widest);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, widest)));
-        dQt = arena.take<A>((one_pass(p) ? p.Hq / p.Hkv * query_tiling(p, kQueries).count : 1) * p.D * kQueries);
+        dQt = arena.take<A>((one_pass(p) ? p.Hq / max_of(1, p.Hkv) * query_tiling(p, kQueries).count : 1) * p.D * kQueries);
         dK = arena.take<A>(key_span<A>(p) * D);
         dV = arena.take<A>(key_span<A>(p) * Dv);
         sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);

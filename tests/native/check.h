@@ -43,6 +43,20 @@ struct Result {
     Placed Call::* place;
 };
 
+// Where two results differ.
+inline std::string first_difference(const Image& now, const std::vector<char>& before) {
+    Image other = now;
+    other.bytes = before;
+    const std::vector<double> ours = Image(now).values(), theirs = other.values();
+    for (size_t n = 0; n < ours.size(); ++n) {
+        if (!std::memcmp(&ours[n], &theirs[n], sizeof(double))) continue;
+        char text[128];
+        std::snprintf(text, sizeof text, "[%zu] has other bits, %.17g instead of %.17g,", n, ours[n], theirs[n]);
+        return text;
+    }
+    return " has other bits between its elements";
+}
+
 // Call: Call(case, flush), run(kernels, threads), inputs().
 template <class Call, class Case>
 std::string check_on(const efficient_attn::Kernels& kernels, const char* family, const Case& c,
@@ -62,7 +76,7 @@ std::string check_on(const efficient_attn::Kernels& kernels, const char* family,
                 const std::string wrong = compare(all[n].name, now.values(), *all[n].expected, context);
                 if (!wrong.empty()) return wrong + place;
             } else if (now.bytes != first[n]) {
-                return std::string(all[n].name) + " has other bits than on one thread" + place;
+                return std::string(all[n].name) + first_difference(now, first[n]) + " than on one thread" + place;
             }
             if (!(made.*all[n].place).slack_is_unwritten() || !now.gaps_are_unwritten())
                 return std::string(all[n].name) + " was written beside its elements" + place;

@@ -355,6 +355,30 @@ inline void query_task(const AttentionParams& p, int64_t task, const A* delta, c
     store_query_gradients<T>(p, q, w, t.dQt, t);
 }
 
+// How many blocks the lists name for the tasks of phases 1 and 2.
+inline double head_cost(const AttentionParams& p, int64_t task) {
+    const int64_t group = p.Hq / p.Hkv, kv = task % p.Hkv, b = task / p.Hkv, blocks = ceil_div(p.Nq, p.mask.block_q);
+    double cost = 0;
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        const int64_t first = list_row(p.mask, b, h, blocks, 0);
+        cost += static_cast<double>(p.mask.indptr[first + blocks] - p.mask.indptr[first]);
+    }
+    return cost;
+}
+
+inline double key_tile_cost(const AttentionParams& p, int64_t task) {
+    const KeyTiling tiling = key_tiling(p);
+    const int64_t block = task % tiling.count / ceil_div(p.mask.block_k, tiling.tile);
+    const int64_t group = p.Hq / p.Hkv, kv = task / tiling.count % p.Hkv, b = task / tiling.count / p.Hkv;
+    double cost = 0;
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        const int64_t row = list_row(p.mask, b, h, ceil_div(p.Nk, p.mask.block_k), block);
+        const Range entries = list_entries(p.mask, p.mask.t_indptr, row);
+        cost += static_cast<double>(entries.end - entries.begin);
+    }
+    return cost;
+}
+
 // How the gradient of the bias is cut: by tiles of queries and keys where the bias has them, else in one piece.
 struct BiasTiling {
     int64_t query_tiles, key_tiles, count;

@@ -128,6 +128,16 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
                         [&](Vec<A> x, int64_t r) { return t.total[r] == 0 ? Vec<A>{} : x / t.total[r]; });
 }
 
+// How many blocks the list of a tile of queries names, for tasks numbered as in forward_task.
+inline double query_tile_cost(const AttentionParams& p, int64_t task) {
+    const QueryTiling tiling = query_tiling(p, kQueries);
+    const int64_t tile = tiling.count - 1 - task % tiling.count;
+    const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq;
+    const int64_t row = list_row(p.mask, b, h, ceil_div(p.Nq, p.mask.block_q), tile / tiling.tiles_per_block);
+    const Range entries = list_entries(p.mask, p.mask.indptr, row);
+    return static_cast<double>(entries.end - entries.begin);
+}
+
 inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * query_tiling(p, kQueries).count; }
 
 }  // namespace

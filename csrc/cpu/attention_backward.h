@@ -34,7 +34,7 @@ template <class A>
 inline int64_t key_span(const AttentionParams& p) {
     constexpr int64_t cache = 512 * 1024;
     const int64_t bytes = 2 * static_cast<int64_t>(sizeof(A)) * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
-    const int64_t wanted = ceil_div(2 * max_of(1, p.threads), p.B * p.Hkv);
+    const int64_t wanted = ceil_div(2 * max_of(1, p.threads), max_of(1, p.B * p.Hkv));
     const int64_t span = min_of(cache / bytes, ceil_div(p.Nk, wanted));
     return max_of(span / kKeys, 1) * kKeys;
 }
@@ -47,7 +47,7 @@ struct Pipeline {
     static Pipeline of(const AttentionParams& p) {
         const int64_t heads = p.B * p.Hkv;
         return {ceil_div(p.Nk, key_span<A>(p)), heads, min_of(heads, max_of(1, p.threads) + 1),
-                p.Hq / p.Hkv * query_tiling(p, kQueries).count};
+                p.Hq / max_of(1, p.Hkv) * query_tiling(p, kQueries).count};
     }
 };
 

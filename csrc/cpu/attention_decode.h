@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kDecodeQueries = 16;
 constexpr int64_t kDecodeSpan = 1024;  // keys of one task
 
-inline bool is_decode(const AttentionParams& p) { return p.Nq <= kDecodeQueries; }
+// Without a query, a key or a head there is nothing to cut.
+inline bool is_decode(const AttentionParams& p) { return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0; }
 
 // How the work is cut. Heads with lists of their own are walked one by one.
 struct DecodeCut {

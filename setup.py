@@ -1,7 +1,7 @@
 """Builds the native CPU module with ninja: one object per instruction set, chosen at run time, without PyTorch.
 
-EFFICIENT_ATTN_CPU=0 skips the build, 1 insists on it; CXX names the compiler. Without a compiler the package still installs, with a
-warning, and the reference backend serves.
+EFFICIENT_ATTN_CPU=0 skips the build, 1 insists on it; CXX names the compiler. Without a compiler the package still
+installs, with a warning, and the reference backend serves.
 """
 
 import os

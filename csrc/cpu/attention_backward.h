@@ -3,11 +3,12 @@
 //     dV = (Z P)^T dO      dS = P (Z (dO V^T) - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
 //
 // Phases, each parallel over tasks that own what they write (no atomics, the same bits for any number of threads):
-//     0  delta            a tile of queries
+//     0  delta            a tile of queries; clears its rows of a dbias that the passes store on the way
 //     1  dQ, dK, dV       one (batch, key/value head): five products a tile, where there are heads enough for the
-//     threads 2  dK, dV           else a tile of keys of one (batch, key/value head), over the query heads of its
-//     group, and 3  dQ               a tile of queries of one (batch, head): seven products, but one long sequence uses
-//     every core 4  dbias            a tile of the bias, over every dimension that it broadcasts
+//                               threads
+//     2  dK, dV           else a tile of keys of one (batch, key/value head), over the query heads of its group, and
+//     3  dQ               a tile of queries of one (batch, head): seven products, but one long sequence uses every core
+//     4  dbias            a tile of the bias, over every dimension that it broadcasts
 // One pass or two give the same bits: every sum runs over the same terms in the same order.
 #pragma once
 
@@ -103,7 +104,7 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
         // Lanes without a row, and rows without a visible key, get weight 0 through an infinite lse.
         const A lse = r < q.count ? static_cast<const A*>(p.lse)[row + r] : kInfinity<A>;
         const bool empty = lse == -kInfinity<A> || lse == kInfinity<A>;
-        const double exponent = static_cast<double>(lse) * kLog2e;
+        const double exponent = static_cast<double>(lse) / score_unit(p);
         t.top[r] = empty ? kInfinity<A> : static_cast<A>(exponent);
         t.rest[r] = empty ? 0 : static_cast<A>(exponent - static_cast<double>(t.top[r]));
         t.delta[r] = r < q.count ? delta[row + r] : 0;
@@ -111,13 +112,13 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
 }
 
 // S becomes Z P, dP becomes dS.
-template <class A, bool kMasked, bool kDropped>
+template <class A, bool kNatural, bool kMasked, bool kDropped>
 EA_NOINLINE void weight_gradients(int64_t keys, int64_t w, const BackwardTile<A>& t, A rescale) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
         const Vec<A> top = load(t.top + lane), rest = load(t.rest + lane), delta = load(t.delta + lane);
         for (int64_t k = 0; k < keys; ++k) {
             A *s = t.S + k * w + lane, *g = t.dP + k * w + lane;
-            const Vec<A> P = exp2((load(s) - top) - rest);
+            const Vec<A> P = exponential<kNatural>((load(s) - top) - rest);
             Vec<A> gradient = load(g), weight = P;
             if constexpr (kDropped) {
                 const Mask<A> kept = lanes_from_bits<A>(t.keep[k] >> lane);
@@ -145,14 +146,32 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
     score_tile(V, n, p.Dv, t.dOt, w, t.dP);
     bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
     if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
-    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    if (p.dropout_p > 0) {
+    const bool dropped = p.dropout_p > 0;
+    if (dropped)
         dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
-        masked ? weight_gradients<A, true, true>(n, w, t, rescale) : weight_gradients<A, false, true>(n, w, t, rescale);
-    } else {
-        masked ? weight_gradients<A, true, false>(n, w, t, 1) : weight_gradients<A, false, false>(n, w, t, 1);
-    }
+    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
+    with_bool(has_bias(p), [&](auto natural) {
+        with_bool(masked, [&](auto some_masked) {
+            with_bool(dropped, [&](auto some_dropped) {
+                weight_gradients<A, natural.value, some_masked.value, some_dropped.value>(n, w, t, rescale);
+            });
+        });
+    });
     return masked;
+}
+
+inline bool may_hide_pairs(const AttentionParams& p) {
+    return p.mask.indptr || p.mask.kv_lengths || p.mask.window_left >= 0 || p.mask.window_right >= 0;
+}
+
+// The gradient of the bias is 0 for pairs that no pass comes to.
+template <class T>
+inline void clear_bias_rows(const AttentionParams& p, int64_t row, int64_t rows) {
+    with_bias_type<T>(p, [&](auto element) {
+        using E = decltype(element);
+        const size_t bytes = static_cast<size_t>(rows * p.Nk) * sizeof(E);
+        __builtin_memset(static_cast<E*>(p.dbias.data) + row * p.Nk, 0, bytes);
+    });
 }
 
 // Phase 0.
@@ -160,7 +179,9 @@ template <class T, class A>
 inline void delta_task(const AttentionParams& p, int64_t task, A* delta) {
     const int64_t tiles = ceil_div(p.Nq, kQueries), tile = task % tiles, head = task / tiles;
     const int64_t h = head % p.Hq, b = head / p.Hq;
-    for (int64_t i = tile * kQueries; i < min_of(p.Nq, (tile + 1) * kQueries); ++i) {
+    const Range rows{tile * kQueries, min_of(p.Nq, (tile + 1) * kQueries)};
+    if (bias_is_full(p) && may_hide_pairs(p)) clear_bias_rows<T>(p, head * p.Nq + rows.begin, rows.end - rows.begin);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
         const A sum = row_product<A>(row_pointer<T>(p.out, b, h, i), row_pointer<T>(p.grad_out, b, h, i), p.Dv);
         const int64_t row = head * p.Nq + i;
         delta[row] = p.grad_lse ? sum - static_cast<const A*>(p.grad_lse)[row] : sum;
@@ -361,7 +382,7 @@ inline double head_cost(const AttentionParams& p, int64_t task) {
     double cost = 0;
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         const int64_t first = list_row(p.mask, b, h, blocks, 0);
-        cost += static_cast<double>(p.mask.indptr[first + blocks] - p.mask.indptr[first]);
+        cost += static_cast<double>(p.mask.indptr[first + blocks]) - static_cast<double>(p.mask.indptr[first]);
     }
     return cost;
 }

@@ -83,7 +83,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
-    dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias is not None and bias_requires_grad else None
+    dbias = torch.zeros(bias.shape, dtype=bias.dtype) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         for gradient in (dq, dk, dv, dbias):
             if gradient is not None:

@@ -1,0 +1,1 @@
+"""This package inside other libraries. Importing this imports none of them."""

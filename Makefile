@@ -17,7 +17,7 @@ setup: $(STAMP)
 # editable install holds what they compile to. Build isolation keeps PyTorch out of the build.
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	EFFICIENT_ATTN_CPU=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
 	touch $@
 
 test: $(STAMP)

@@ -1,7 +1,7 @@
 """Builds the native CPU module with ninja: one object per instruction set, chosen at run time, without PyTorch.
 
-EFFICIENT_ATTN_CPU=0 skips the build; CXX names the compiler. Without a compiler the package still installs, with a
-warning, and the reference backend serves.
+EFFICIENT_ATTN_CPU=0 skips the build, 1 insists on it; CXX names the compiler. Without a compiler the package still
+installs, with a warning, and the reference backend serves.
 """
 
 import os
@@ -129,12 +129,14 @@ def packages() -> tuple[list[str], dict[str, str]]:
 
 
 if __name__ == "__main__":
-    skip = os.environ.get("EFFICIENT_ATTN_CPU") == "0"
+    wanted = os.environ.get("EFFICIENT_ATTN_CPU", "auto")
     names, places = packages()
     setup(
         packages=names,
         package_dir=places,
         package_data={"efficient_attn": ["py.typed"]},
-        ext_modules=[] if skip else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=True)],
+        ext_modules=[]
+        if wanted == "0"
+        else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=wanted != "1")],
         cmdclass={"build_ext": NinjaBuild},
     )

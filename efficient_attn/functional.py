@@ -107,15 +107,19 @@ def attention(
     check_inputs(query, key, value)
     bias = check_bias(bias, query, key)
     check_dropout(dropout_p)
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, key, value, bias)
+    differentiable = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     )
     arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=differentiable, scale=scale)
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
     chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p))
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, chosen)
+    if differentiable or not ops.is_plain(query, key, value, bias):
+        out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, chosen)
+    else:  # nobody watches: the dispatcher would cost more than a short call
+        forward = backends.BACKENDS[chosen].attention_forward
+        out, lse = forward(query, key, value, bias, arrays, scale, dropout_p, seed)
     return (out, lse) if return_lse else out
 
 

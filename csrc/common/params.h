@@ -94,7 +94,7 @@ struct Operator {
     int64_t (*shared_bytes)(const Params&);
     int64_t (*thread_bytes)(const Params&);
     int64_t (*task_count)(const Params&, int phase);
-    double (*task_cost)(const Params&, int phase, int64_t task);  // null: take tasks in their own order
+    double (*task_cost)(const Params&, int phase, int64_t task);  // null, or below 0: tasks in their own order
     void (*run_task)(const Params&, int phase, int64_t task, char* thread_memory, char* shared_memory);
 };
 

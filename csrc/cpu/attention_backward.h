@@ -103,7 +103,7 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
         // Lanes without a row, and rows without a visible key, get weight 0 through an infinite lse.
         const A lse = r < q.count ? static_cast<const A*>(p.lse)[row + r] : kInfinity<A>;
         const bool empty = lse == -kInfinity<A> || lse == kInfinity<A>;
-        const double exponent = static_cast<double>(lse) * kLog2e;
+        const double exponent = static_cast<double>(lse) / score_unit(p);
         t.top[r] = empty ? kInfinity<A> : static_cast<A>(exponent);
         t.rest[r] = empty ? 0 : static_cast<A>(exponent - static_cast<double>(t.top[r]));
         t.delta[r] = r < q.count ? delta[row + r] : 0;
@@ -111,13 +111,13 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
 }
 
 // S becomes Z P, dP becomes dS.
-template <class A, bool kMasked, bool kDropped>
+template <class A, bool kNatural, bool kMasked, bool kDropped>
 EA_NOINLINE void weight_gradients(int64_t keys, int64_t w, const BackwardTile<A>& t, A rescale) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
         const Vec<A> top = load(t.top + lane), rest = load(t.rest + lane), delta = load(t.delta + lane);
         for (int64_t k = 0; k < keys; ++k) {
             A *s = t.S + k * w + lane, *g = t.dP + k * w + lane;
-            const Vec<A> P = exp2((load(s) - top) - rest);
+            const Vec<A> P = exponential<kNatural>((load(s) - top) - rest);
             Vec<A> gradient = load(g), weight = P;
             if constexpr (kDropped) {
                 const Mask<A> kept = lanes_from_bits<A>(t.keep[k] >> lane);
@@ -145,13 +145,17 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
     score_tile(V, n, p.Dv, t.dOt, w, t.dP);
     bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
     if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
-    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    if (p.dropout_p > 0) {
+    const bool dropped = p.dropout_p > 0;
+    if (dropped)
         dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
-        masked ? weight_gradients<A, true, true>(n, w, t, rescale) : weight_gradients<A, false, true>(n, w, t, rescale);
-    } else {
-        masked ? weight_gradients<A, true, false>(n, w, t, 1) : weight_gradients<A, false, false>(n, w, t, 1);
-    }
+    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
+    with_bool(has_bias(p), [&](auto natural) {
+        with_bool(masked, [&](auto some_masked) {
+            with_bool(dropped, [&](auto some_dropped) {
+                weight_gradients<A, natural.value, some_masked.value, some_dropped.value>(n, w, t, rescale);
+            });
+        });
+    });
     return masked;
 }
 
@@ -353,6 +357,30 @@ inline void query_task(const AttentionParams& p, int64_t task, const A* delta, c
     const auto begin = [&] { load_query_tile<T>(p, q, delta, w, t); };
     add_query_gradients<T>(p, q, {0, p.Nk}, w, t, t.dQt, begin, [](Range, bool) {});
     store_query_gradients<T>(p, q, w, t.dQt, t);
+}
+
+// How many blocks the lists name for the tasks of phases 1 and 2.
+inline double head_cost(const AttentionParams& p, int64_t task) {
+    const int64_t group = p.Hq / p.Hkv, kv = task % p.Hkv, b = task / p.Hkv, blocks = ceil_div(p.Nq, p.mask.block_q);
+    double cost = 0;
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        const int64_t first = list_row(p.mask, b, h, blocks, 0);
+        cost += static_cast<double>(p.mask.indptr[first + blocks] - p.mask.indptr[first]);
+    }
+    return cost;
+}
+
+inline double key_tile_cost(const AttentionParams& p, int64_t task) {
+    const KeyTiling tiling = key_tiling(p);
+    const int64_t block = task % tiling.count / ceil_div(p.mask.block_k, tiling.tile);
+    const int64_t group = p.Hq / p.Hkv, kv = task / tiling.count % p.Hkv, b = task / tiling.count / p.Hkv;
+    double cost = 0;
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        const int64_t row = list_row(p.mask, b, h, ceil_div(p.Nk, p.mask.block_k), block);
+        const Range entries = list_entries(p.mask, p.mask.t_indptr, row);
+        cost += static_cast<double>(entries.end - entries.begin);
+    }
+    return cost;
 }
 
 // How the gradient of the bias is cut: by tiles of queries and keys where the bias has them, else in one piece.

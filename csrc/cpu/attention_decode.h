@@ -160,7 +160,7 @@ inline Ahead rows_ahead(const AttentionParams& p, int64_t b, int64_t kv, Range k
             p.Dv * size};
 }
 
-// Adds log2(e) bias to S; a bias of -inf hides the pair in `part`. Returns whether it hid any.
+// Adds the bias to S; one of -inf hides the pair in `part`. Returns whether it hid any.
 template <class T, class A>
 inline bool add_decode_bias(const AttentionParams& p, int64_t b, int64_t h, Range keys, int64_t w, A* S,
                             uint64_t* part) {
@@ -172,7 +172,7 @@ inline bool add_decode_bias(const AttentionParams& p, int64_t b, int64_t h, Rang
             const E* row = static_cast<const E*>(p.bias.data) + b * stride[0] + h * stride[1] + i * stride[2];
             for (int64_t j = keys.begin; j < keys.end; ++j) {
                 const A value = widen<A>(row[j * stride[3]]);
-                S[(j - keys.begin) * w + i] += value * static_cast<A>(kLog2e);
+                S[(j - keys.begin) * w + i] += value;
                 if (value == -kInfinity<A>) {
                     part[j - keys.begin] &= ~(uint64_t{1} << i);
                     hidden = true;
@@ -271,7 +271,7 @@ inline void decode_span(const AttentionParams& p, int64_t index, char* memory, A
         }
         const bool masked = decode_visibility<T>(p, task, keys, segment, w, t);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
-        online_softmax_update(n, w, t.S, result.top, result.total, t.fade);
+        online_softmax_update(p, n, w, t.S, result.top, result.total, t.fade);
         if (p.dropout_p > 0) decode_dropout(p, task, keys, w, t);
         add_decode_values<T>(p, task, keys, rows, w, masked, t, result.O);
     });
@@ -295,7 +295,7 @@ inline void decode_merge(const AttentionParams& p, int64_t index, char* memory, 
         for (int64_t s = 0; s < cut.spans; ++s) {
             const DecodePartial<A> part(p, cut, shared, index * cut.spans + s);
             if (part.total[r] == 0) continue;
-            const Vec<A> weight = exp2(broadcast(part.top[r] - top));
+            const Vec<A> below = broadcast(part.top[r] - top), weight = has_bias(p) ? exp(below) : exp2(below);
             total += static_cast<double>(part.total[r]) * static_cast<double>(weight[0]);
             for (int64_t d = 0; d < Dv; d += kLanes<A>)
                 store(sum + d, load(sum + d) + load(part.O + r * Dv + d) * weight);
@@ -305,7 +305,8 @@ inline void decode_merge(const AttentionParams& p, int64_t index, char* memory, 
         const int64_t h = task.h + r / p.Nq, i = r % p.Nq;
         narrow_row(sum, p.Dv, row_pointer<T>(p.out, task.b, h, i));
         static_cast<A*>(p.lse)[(task.b * p.Hq + h) * p.Nq + i] =
-            total == 0 ? -kInfinity<A> : static_cast<A>(static_cast<double>(top) * kLn2 + __builtin_log(total));
+            total == 0 ? -kInfinity<A>
+                       : static_cast<A>(static_cast<double>(top) * score_unit(p) + __builtin_log(total));
     }
 }
 

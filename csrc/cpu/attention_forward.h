@@ -49,37 +49,44 @@ EA_INLINE Vec<A> column_maximum(const A* S, int64_t keys, int64_t w, Vec<A> befo
     return larger(larger(best[0], best[1]), larger(best[2], best[3]));
 }
 
-// S becomes 2^(S - top) for `count` keys of a column; their sum is returned, added up in pairs of pairs.
-template <class A, int kCount>
+// S becomes exp(S - top), in the unit of the scores, for kCount keys of a column; their sum is returned, added up in
+// pairs of pairs.
+template <class A, bool kNatural, int kCount>
 EA_INLINE Vec<A> exponentials(A* S, int64_t w, Vec<A> top) {
     Vec<A> weight[kCount];
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
-        weight[k] = exp2(load(S + k * w) - top);
+        weight[k] = exponential<kNatural>(load(S + k * w) - top);
         store(S + k * w, weight[k]);
     }
     if constexpr (kCount == 4) return (weight[0] + weight[1]) + (weight[2] + weight[3]);
     return weight[0];
 }
 
-// S becomes 2^(S - top); top, total and the fade of what was accumulated before are updated.
-template <class A>
+// S becomes exp(S - top); top, total and the fade of what was accumulated before are updated.
+template <class A, bool kNatural>
 EA_NOINLINE void online_softmax_update(int64_t keys, int64_t w, A* S, A* top, A* total, A* fade) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
         const Vec<A> before = load<A>(top + lane), best = column_maximum<A>(S + lane, keys, w, before);
         const Vec<A> reference = select<A>(best == -kInfinity<A>, Vec<A>{}, best);  // a row without visible keys so far
-        const Vec<A> shrink = exp2(before - reference);
+        const Vec<A> shrink = exponential<kNatural>(before - reference);
         Vec<A> sum[2] = {};
         int64_t k = 0;
         for (; k + 8 <= keys; k += 8) {
-            sum[0] += exponentials<A, 4>(S + k * w + lane, w, reference);
-            sum[1] += exponentials<A, 4>(S + (k + 4) * w + lane, w, reference);
+            sum[0] += exponentials<A, kNatural, 4>(S + k * w + lane, w, reference);
+            sum[1] += exponentials<A, kNatural, 4>(S + (k + 4) * w + lane, w, reference);
         }
-        for (; k < keys; ++k) sum[0] += exponentials<A, 1>(S + k * w + lane, w, reference);
+        for (; k < keys; ++k) sum[0] += exponentials<A, kNatural, 1>(S + k * w + lane, w, reference);
         store(fade + lane, shrink);
         store(total + lane, load<A>(total + lane) * shrink + (sum[0] + sum[1]));
         store(top + lane, best);
     }
+}
+
+template <class A>
+inline void online_softmax_update(const AttentionParams& p, int64_t keys, int64_t w, A* S, A* top, A* total, A* fade) {
+    has_bias(p) ? online_softmax_update<A, true>(keys, w, S, top, total, fade)
+                : online_softmax_update<A, false>(keys, w, S, top, total, fade);
 }
 
 template <class T, class A>
@@ -105,7 +112,7 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
         bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
         if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
-        online_softmax_update(n, w, t.S, t.top, t.total, t.fade);
+        online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
         if (p.dropout_p > 0) {
             dropout_bits(p.dropout_seed, p.dropout_p, b, h, rows.begin, count, keys.begin, keys.end, t.keep);
             fill_masked(t.keep, n, w, A{0}, t.S);
@@ -121,11 +128,22 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
     for (int64_t r = 0; r < count; ++r) {
         const double total = static_cast<double>(t.total[r]);
         static_cast<A*>(p.lse)[(b * p.Hq + h) * p.Nq + rows.begin + r] =
-            total == 0 ? -kInfinity<A> : static_cast<A>(static_cast<double>(t.top[r]) * kLn2 + __builtin_log(total));
+            total == 0 ? -kInfinity<A>
+                       : static_cast<A>(static_cast<double>(t.top[r]) * score_unit(p) + __builtin_log(total));
         t.total[r] = static_cast<A>(total * (1.0 - p.dropout_p));
     }
     store_transposed<T>(t.Ot, w, p.out, b, h, rows.begin, count, p.Dv, t.scratch,
                         [&](Vec<A> x, int64_t r) { return t.total[r] == 0 ? Vec<A>{} : x / t.total[r]; });
+}
+
+// How many blocks the list of a tile of queries names, for tasks numbered as in forward_task.
+inline double query_tile_cost(const AttentionParams& p, int64_t task) {
+    const QueryTiling tiling = query_tiling(p, kQueries);
+    const int64_t tile = tiling.count - 1 - task % tiling.count;
+    const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq;
+    const int64_t row = list_row(p.mask, b, h, ceil_div(p.Nq, p.mask.block_q), tile / tiling.tiles_per_block);
+    const Range entries = list_entries(p.mask, p.mask.indptr, row);
+    return static_cast<double>(entries.end - entries.begin);
 }
 
 inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * query_tiling(p, kQueries).count; }

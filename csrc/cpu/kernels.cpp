@@ -56,6 +56,9 @@ int64_t forward_tasks(const AttentionParams& p, int phase) {
     if (is_decode(p)) return decode_merges(p) * (phase == 0 ? DecodeCut(p).spans : 1);
     return phase == 0 ? forward_task_count(p) : 0;
 }
+double forward_cost(const AttentionParams& p, int, int64_t task) {
+    return p.mask.indptr && !is_decode(p) ? query_tile_cost(p, task) : -1;
+}
 void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
     with_types(p, [&](auto types) {
         using T = typename decltype(types)::Storage;
@@ -83,6 +86,10 @@ int64_t backward_tasks(const AttentionParams& p, int phase) {
         default:
             return p.dbias.data && !bias_is_full(p) ? bias_tiling(p).count : 0;
     }
+}
+double backward_cost(const AttentionParams& p, int phase, int64_t task) {
+    if (!p.mask.indptr || phase == 0 || phase == 4) return -1;
+    return phase == 1 ? head_cost(p, task) : phase == 2 ? key_tile_cost(p, task) : query_tile_cost(p, task);
 }
 void backward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
     with_types(p, [&](auto types) {
@@ -134,8 +141,8 @@ constexpr Operator<LinearAttentionParams> linear_operator() {
 
 extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
-    {2, forward_shared, forward_bytes, forward_tasks, nullptr, forward_run},
-    {5, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
+    {2, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_run},
+    {5, backward_shared, backward_bytes, backward_tasks, backward_cost, backward_run},
     linear_operator<linear::Forward, linear::kForwardPhases>(),
     linear_operator<linear::Backward, linear::kBackwardPhases>(),
     fma_loop,

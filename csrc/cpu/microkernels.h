@@ -24,6 +24,17 @@ struct Int {
     static constexpr int value = N;
 };
 
+template <bool B>
+struct Bool {
+    static constexpr bool value = B;
+};
+
+// Calls f with a condition as a type.
+template <class F>
+EA_INLINE void with_bool(bool condition, F f) {
+    condition ? f(Bool<true>{}) : f(Bool<false>{});
+}
+
 template <class A, int MR, int NV>
 EA_INLINE void clear(Vec<A> (&acc)[MR][NV]) {
 #pragma GCC unroll 8

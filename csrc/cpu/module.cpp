@@ -92,7 +92,7 @@ AttentionParams read_params(const std::string& words, bool backward) {
     return p;
 }
 
-LinearAttentionParams read_linear_params(const std::string& words, int threads, bool backward) {
+LinearAttentionParams read_linear_params(const std::string& words, bool backward) {
     Reader in(words);
     LinearAttentionParams p{};
     p.feature_dtype = static_cast<int>(in.integer());
@@ -111,10 +111,6 @@ LinearAttentionParams read_linear_params(const std::string& words, int threads, 
         p.grad_normaliser = in.pointer();
     }
     in.finish();
-    // A call of some microseconds is done before a second thread is awake.
-    constexpr double kWorthThreads = 1e5;
-    const double products = static_cast<double>(p.B * p.Hq * (p.Nq + p.Nk)) * static_cast<double>(p.F * (p.D + p.Dv));
-    p.threads = threads < 1 || products < kWorthThreads ? 1 : threads;
     return p;
 }
 
@@ -133,16 +129,22 @@ const Kernels& kernels() {
     return *chosen;
 }
 
+// A call of some microseconds is done before a second thread is awake.
+int worth_threads(int threads, int64_t rows, int64_t products) {
+    constexpr double few = 1e5;
+    return threads < 1 || static_cast<double>(rows) * static_cast<double>(products) < few ? 1 : threads;
+}
+
 void call(const Operator<AttentionParams>& op, const std::string& words, int threads, bool backward) {
     const AttentionParams p = read_params(words, backward);
     py::gil_scoped_release release;
-    if (!run(op, p, threads)) throw std::bad_alloc();
+    if (!run(op, p, worth_threads(threads, p.B * p.Hq * p.Nq, p.Nk * (p.D + p.Dv)))) throw std::bad_alloc();
 }
 
 void call_linear(const Operator<LinearAttentionParams>& op, const std::string& words, int threads, bool backward) {
-    const LinearAttentionParams p = read_linear_params(words, threads, backward);
+    const LinearAttentionParams p = read_linear_params(words, backward);
     py::gil_scoped_release release;
-    if (!run(op, p, p.threads)) throw std::bad_alloc();
+    if (!run(op, p, worth_threads(threads, p.B * p.Hq * (p.Nq + p.Nk), p.F * (p.D + p.Dv)))) throw std::bad_alloc();
 }
 
 }  // namespace

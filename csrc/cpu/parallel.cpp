@@ -1,6 +1,9 @@
 // Threads: OpenMP where the compiler has it (the process then has one libgomp, PyTorch's, which is loaded before us).
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <new>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -28,13 +31,12 @@ struct ForkWatch {
 } fork_watch;
 #endif
 
-template <class Params>
-void run_on_plain_threads(const Operator<Params>& op, const Params& p, int phase, int64_t tasks, int threads,
-                          char* memory, int64_t each, char* shared) {
+// run_task(position, thread) for every position, each taken by one thread.
+template <class F>
+void run_on_plain_threads(int64_t tasks, int threads, const F& run_task) {
     std::atomic<int64_t> next{0};
     auto work = [&](int thread) {
-        for (int64_t task = next++; task < tasks; task = next++)
-            op.run_task(p, phase, task, memory + thread * each, shared);
+        for (int64_t position = next++; position < tasks; position = next++) run_task(position, thread);
     };
     std::vector<std::thread> helpers;
     try {
@@ -47,6 +49,24 @@ void run_on_plain_threads(const Operator<Params>& op, const Params& p, int phase
 }
 
 int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The tasks of a phase, the longest first where they differ, so that no thread is left with a long one at the end.
+// False when memory is refused.
+template <class Params>
+bool order_tasks(const Operator<Params>& op, const Params& p, int phase, int64_t tasks,
+                 std::vector<int64_t>* order) try {
+    order->clear();
+    if (!op.task_cost || op.task_cost(p, phase, 0) < 0) return true;
+    std::vector<double> cost(static_cast<size_t>(tasks));
+    for (int64_t task = 0; task < tasks; ++task) cost[static_cast<size_t>(task)] = op.task_cost(p, phase, task);
+    order->resize(static_cast<size_t>(tasks));
+    std::iota(order->begin(), order->end(), int64_t{0});
+    std::stable_sort(order->begin(), order->end(),
+                     [&](int64_t a, int64_t b) { return cost[static_cast<size_t>(a)] > cost[static_cast<size_t>(b)]; });
+    return true;
+} catch (const std::bad_alloc&) {
+    return false;
+}
 
 }  // namespace
 
@@ -62,22 +82,27 @@ bool run(const Operator<Params>& op, const Params& given, int threads) {
     const int64_t shared = cache_lines(op.shared_bytes(p)), each = cache_lines(op.thread_bytes(p));
     char* memory = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(shared + threads * each + 64)));
     if (!memory) return false;
+    std::vector<int64_t> order;
     for (int phase = 0; phase < op.phases; ++phase) {
         const int64_t tasks = op.task_count(p, phase);
+        if (threads > 1 && tasks > 1 && !order_tasks(op, p, phase, tasks, &order)) order.clear();
         if (threads == 1 || tasks == 1) {
             for (int64_t task = 0; task < tasks; ++task) op.run_task(p, phase, task, memory + shared, memory);
             continue;
         }
+        auto run_task = [&](int64_t position, int thread) {
+            const int64_t task = order.empty() ? position : order[static_cast<size_t>(position)];
+            op.run_task(p, phase, task, memory + shared + thread * each, memory);
+        };
         if (is_forked_child) {
-            run_on_plain_threads(op, p, phase, tasks, threads, memory + shared, each, memory);
+            run_on_plain_threads(tasks, threads, run_task);
             continue;
         }
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int64_t task = 0; task < tasks; ++task)
-            op.run_task(p, phase, task, memory + shared + omp_get_thread_num() * each, memory);
+        for (int64_t position = 0; position < tasks; ++position) run_task(position, omp_get_thread_num());
 #else
-        run_on_plain_threads(op, p, phase, tasks, threads, memory + shared, each, memory);
+        run_on_plain_threads(tasks, threads, run_task);
 #endif
     }
     std::free(memory);

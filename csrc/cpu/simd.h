@@ -156,14 +156,12 @@ EA_INLINE uint64_t bits_from_lanes(Mask<A> lanes) {
 template <class A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
-// 2^t for t <= 0 or a little above; 0 below -126.5 (double: -1022.5), NaN for NaN. 2^t = 2^n 2^f with |f| <= 1/2: n
-// falls out of the low bits of t + magic, which also hold the exponent's offset, so that one shift makes 2^n. The
-// polynomial's relative error is 5e-9 (float), 1e-19 (double).
-EA_INLINE Vec<float> exp2(Vec<float> t) {
-    constexpr float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23 + the exponent's offset
-    t = larger(broadcast(-127.0f), t);
-    const Vec<float> shifted = t + magic;
-    const Vec<float> f = t - (shifted - magic);
+// 1.5 * 2^23 (2^52) and the exponent's offset: the low bits of x + magic are the nearest integer to x plus the offset.
+constexpr float kMagicFloat = 12582912.0f + 127.0f;
+constexpr double kMagicDouble = 6755399441055744.0 + 1023.0;
+
+// 2^(n + f), |f| <= 1/2, where `shifted` is n + magic. The polynomial's relative error is 5e-9 (float), 1e-19 (double).
+EA_INLINE Vec<float> power_of_two(Vec<float> shifted, Vec<float> f) {
     Vec<float> p = broadcast(1.5453162950e-4f);
     p = p * f + 1.3390863665e-3f;
     p = p * f + 9.6180825773e-3f;
@@ -173,21 +171,41 @@ EA_INLINE Vec<float> exp2(Vec<float> t) {
     p = p * f + 1.0f;
     return p * (Vec<float>)((Mask<float>)shifted << 23);
 }
-
-EA_INLINE Vec<double> exp2(Vec<double> t) {
-    constexpr double magic = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 + the exponent's offset
+EA_INLINE Vec<double> power_of_two(Vec<double> shifted, Vec<double> f) {
     constexpr double c[] = {0.69314718055994530925,     0.24022650695910071233,   0.055504108664821627039,
                             0.0096181291076284794928,   0.0013333558146406470697, 0.00015403530393370733411,
                             0.000015252733841556772589, 1.321548680870556279e-6,  1.0178057087733941105e-7,
                             7.0548973041554992774e-9,   4.455817908336064493e-10, 2.5729324177362304214e-11};
-    t = larger(broadcast(-1023.0), t);
-    const Vec<double> shifted = t + magic;
-    const Vec<double> f = t - (shifted - magic);
     Vec<double> p = broadcast(c[11]);
 #pragma GCC unroll 16
     for (int k = 10; k >= 0; --k) p = p * f + c[k];
     p = p * f + 1.0;
     return p * (Vec<double>)((Mask<double>)shifted << 52);
+}
+
+// 2^t for t <= 0 or a little above; 0 below -126.5 (double: -1022.5), NaN for NaN.
+EA_INLINE Vec<float> exp2(Vec<float> t) {
+    t = larger(broadcast(-127.0f), t);
+    const Vec<float> shifted = t + kMagicFloat;
+    return power_of_two(shifted, t - (shifted - kMagicFloat));
+}
+EA_INLINE Vec<double> exp2(Vec<double> t) {
+    t = larger(broadcast(-1023.0), t);
+    const Vec<double> shifted = t + kMagicDouble;
+    return power_of_two(shifted, t - (shifted - kMagicDouble));
+}
+
+// e^x likewise. n ln2 is taken off in two parts, of which the first is exact, so that large |x| cost no accuracy.
+EA_INLINE Vec<float> exp(Vec<float> x) {
+    x = larger(broadcast(-88.029692f), x);
+    const Vec<float> shifted = x * 1.44269504f + kMagicFloat, n = shifted - kMagicFloat;
+    return power_of_two(shifted, ((x - n * 0.693145751953125f) - n * 1.42860682e-6f) * 1.44269504f);
+}
+EA_INLINE Vec<double> exp(Vec<double> x) {
+    x = larger(broadcast(-709.08956571282405), x);
+    const Vec<double> shifted = x * 1.4426950408889634074 + kMagicDouble, n = shifted - kMagicDouble;
+    return power_of_two(shifted,
+                        ((x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10) * 1.4426950408889634074);
 }
 
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;

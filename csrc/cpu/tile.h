@@ -42,11 +42,21 @@ inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries
     product<A, Into::kAdd, 64>(keys, padded / kLanes<A>, queries, P, w, Unit{}, rows.data, rows.stride, out, padded);
 }
 
-// Scores are kept in units of the exponent of two: queries are packed times scale * log2(e), biases are added times
-// log2(e).
+inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; }
+
+// Scores are kept in units of the exponent of two, or of e where there is a bias, which as finite as it comes must stay
+// finite; this is what one of them is worth in natural units.
+inline double score_unit(const AttentionParams& p) { return has_bias(p) ? 1.0 : kLn2; }
+
 template <class A>
 inline Scaled<A> score_scale(const AttentionParams& p) {
-    return Scaled<A>(p.scale * kLog2e);
+    return Scaled<A>(has_bias(p) ? p.scale : p.scale * kLog2e);
+}
+
+// What a difference of scores means as a factor.
+template <bool kNatural, class V>
+EA_INLINE V exponential(V difference) {
+    return kNatural ? exp(difference) : exp2(difference);
 }
 
 inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
@@ -75,8 +85,6 @@ inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_
     return true;
 }
 
-inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; }
-
 // Calls f with an element of the bias's type: the call's own, or float32 beside half precision.
 template <class T, class F>
 inline void with_bias_type(const AttentionParams& p, F f) {
@@ -85,7 +93,7 @@ inline void with_bias_type(const AttentionParams& p, F f) {
     f(T{});
 }
 
-// The bias of the tile times log2(e), [keys][w], into `out`. Along the keys it is contiguous or broadcast
+// The bias of the tile, [keys][w], into `out`. Along the keys it is contiguous or broadcast
 // (backends/cpu.py sees to it).
 template <class T, class A>
 inline void load_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* scratch,
@@ -95,7 +103,7 @@ inline void load_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows
     const T* data = static_cast<const T*>(p.bias.data) + keys.begin * stride[3];
     const TensorView view{const_cast<T*>(data), stride[0], stride[1], stride[2]};
     const int64_t count = rows.end - rows.begin, n = keys.end - keys.begin;
-    pack_transposed<T>(view, b, h, rows.begin, count, by_key ? n : 1, Scaled<A>(kLog2e), w, scratch, out);
+    pack_transposed<T>(view, b, h, rows.begin, count, by_key ? n : 1, Unscaled{}, w, scratch, out);
     for (int64_t k = 1; k < n && !by_key; ++k)
         for (int64_t lane = 0; lane < w; ++lane) out[k * w + lane] = out[lane];
 }

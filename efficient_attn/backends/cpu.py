@@ -24,6 +24,7 @@ except ImportError as error:
     MISSING = f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NO_LISTS, _NO_BIAS = (0,) * 9, (0,) * 6
 FORWARD, BACKWARD = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
 
 
@@ -53,8 +54,9 @@ def attention_forward(
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`."""
     query, key, value = readable(query), readable(key), readable(value)
     B, Hq, Nq, _ = query.shape
-    out = query.new_empty(B, Hq, Nq, value.shape[3])
-    lse = query.new_empty(B, Hq, Nq, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    dtype = query.dtype
+    out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype)
+    lse = torch.empty((B, Hq, Nq), dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     if out.numel() > 0:
@@ -81,7 +83,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
-    dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias is not None and bias_requires_grad else None
+    dbias = torch.zeros(bias.shape, dtype=bias.dtype) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         for gradient in (dq, dk, dv, dbias):
             if gradient is not None:
@@ -117,18 +119,30 @@ def _pack(
     dropout_seed: Tensor | None,
 ) -> tuple[tuple[Tensor | None, ...], bytes]:
     """The words that csrc/cpu/module.cpp reads, and the tensors that must live until it is done."""
-    lists = tuple(None if t is None else t.contiguous() for t in mask[4:11])
+    lists: tuple[Tensor | None, ...] = ()
+    list_words = _NO_LISTS
+    if mask.indptr is not None:
+        lists = tuple(None if t is None else t.contiguous() for t in mask[4:11])
+        entries, tiles = (0 if t is None else t.shape[0] for t in (lists[1], lists[3]))
+        list_words = (entries, tiles, *map(pointer, lists))
     lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(query.shape[0]).contiguous()
-    strides = [0, 0, 0, 0]
+    bias_words = _NO_BIAS
     if bias is not None:
-        strides = [0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True)]
+        if bias.stride(3) != 1 and bias.shape[3] != 1:
+            bias = bias.contiguous()
+        strides = (0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
+        bias_words = (bias.data_ptr(), DTYPES[bias.dtype], *strides)
+    B, Hq, Nq, D = query.shape
+    _, Hkv, Nk, Dv = value.shape
     words = FORWARD.pack(
         DTYPES[query.dtype],
-        *query.shape[:2],
-        key.shape[1],
-        query.shape[2],
-        *key.shape[2:],
-        value.shape[3],
+        B,
+        Hq,
+        Hkv,
+        Nq,
+        Nk,
+        D,
+        Dv,
         scale,
         dropout_p,
         0 if dropout_seed is None else int(dropout_seed),
@@ -136,18 +150,14 @@ def _pack(
         *view(key),
         *view(value),
         *view(out),
-        pointer(lse),
-        pointer(bias),
-        0 if bias is None else DTYPES[bias.dtype],
-        *strides,
+        lse.data_ptr(),
+        *bias_words,
         *mask[:4],
         *mask[11:14],
-        0 if lists[1] is None else lists[1].numel(),
-        0 if lists[3] is None else lists[3].shape[0],
-        *map(pointer, lists),
+        *list_words,
         pointer(lengths),
     )
-    return (query, key, value, out, lse, *lists, lengths), words
+    return (query, key, value, out, lse, bias, *lists, lengths), words
 
 
 def view(tensor: Tensor) -> tuple[int, ...]:

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import mask_build
 from ..backends import BACKENDS, reference
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 DOUBLE_BACKWARD_ROWS = 256  # query rows replayed at a time
 
 MASK = (
@@ -248,6 +250,21 @@ class _Backward(torch.autograd.Function):
     setup_context = staticmethod(_backward_setup)
     backward = staticmethod(_backward_grad)
     vmap = staticmethod(_backward_vmap)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors can pass the dispatcher by: no subclass, transformation, mode, tracer or profiler
+    would see anything of it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or any(type(t) not in _PLAIN for t in tensors)
+    )
 
 
 def attention_forward(*operands: Any) -> tuple[Tensor, Tensor]:

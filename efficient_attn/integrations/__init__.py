@@ -1,1 +1,5 @@
-"""This package inside other libraries. Importing this imports none of them."""
+"""This package inside other libraries: `convert` for any model, huggingface.py for transformers. Imports none of them."""
+
+from .convert import Conversion, convert
+
+__all__ = ["Conversion", "convert"]

@@ -27,10 +27,11 @@ NAME = "efficient_attn"
 
 # What layers are passed besides and need no answer: bookkeeping, and what the mask says already.
 HARMLESS = frozenset(
-    "cache_position position_ids position_embeddings output_attentions output_hidden_states output_router_logits "
-    "return_dict use_cache past_key_values past_key_value num_items_in_batch token_type_ids mm_token_type_ids labels "
-    "logits_to_keep input_ids inputs_embeds decoder_input_ids interpolate_pos_encoding deterministic layer_idx "
-    "max_length_q max_length_k sliding_window".split()
+    ("cache_position", "position_ids", "position_embeddings", "output_attentions", "output_hidden_states")
+    + ("output_router_logits", "return_dict", "use_cache", "past_key_values", "past_key_value", "num_items_in_batch")
+    + ("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "input_ids", "inputs_embeds")
+    + ("decoder_input_ids", "interpolate_pos_encoding", "deterministic", "layer_idx", "sliding_window")
+    + ("max_length_q", "max_length_k")  # beside cu_seq_lens, which raises
 )
 ADVICE = {
     "cu_seq_lens_q": "pack sequences by position_ids that start anew instead",
@@ -58,9 +59,7 @@ def register() -> None:
         return
 
     @functools.wraps(original)
-    def get_correct_attn_implementation(
-        self: Any, requested_attention: str | None, is_init_check: bool = False
-    ) -> Any:
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> Any:
         if requested_attention is not None and requested_attention.partition(":")[0] == NAME:
             _add(requested_attention)
             if not self._can_set_attn_implementation():
@@ -167,7 +166,7 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
             continue
         advice = ADVICE.get(name, "use attn_implementation='eager' for this model")
         raise UnsupportedError(
-            f"the model passes {name} to its attention, which efficient_attn does not know and must not ignore; {advice}"
+            f"the model passes {name} to its attention, which efficient_attn does not know; {advice}"
         )
 
 
@@ -254,7 +253,7 @@ def _among_earlier(
 
 @functools.lru_cache(maxsize=4)  # the layers of a model ask for the same one in turn
 def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
-    """A pattern over a whole sequence, of which there are q_len queries from `first` on and kv_len keys from `offset`."""
+    """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on."""
     length = offset + kv_len
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -265,7 +264,12 @@ def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int
 
     with torch.inference_mode(False):
         return BlockMask.from_predicate(
-            visible, q_len=q_len, kv_len=kv_len, heads=heads, block_size=(16, 128) if q_len <= 16 else 128, device=device
+            visible,
+            q_len=q_len,
+            kv_len=kv_len,
+            heads=heads,
+            block_size=(16, 128) if q_len <= 16 else 128,
+            device=device,
         )
 
 

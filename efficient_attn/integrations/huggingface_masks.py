@@ -73,8 +73,13 @@ class PairMask:
     def _refuse(what: str) -> NoReturn:
         raise UnsupportedError(
             f"this model {what} its attention mask, which it expects to be a tensor; efficient_attn keeps masks "
-            "without n x n memory. Use attn_implementation='sdpa' for this model, or pass it a 4-D bool mask of your own"
+            "without n x n memory. Use attn_implementation='sdpa' for it, or pass it a 4-D bool mask of your own"
         )
+
+
+def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The function of a mask that is asked for without one."""
+    return j <= i
 
 
 def pair_mask(
@@ -83,7 +88,7 @@ def pair_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
+    mask_function: Callable[..., Any] = causal,
     attention_mask: Tensor | PairMask | None = None,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
@@ -94,7 +99,7 @@ def pair_mask(
 
     Args:
         q_offset, kv_offset: positions of the first query and the first key.
-        mask_function: of (batch, head, query, key) positions; None is causal.
+        mask_function: of (batch, head, query, key) positions.
         attention_mask: padding, bool (B, keys seen so far), or a mask that this function made before.
         allow_is_bidirectional_skip: whether None may stand for a mask that hides nothing.
         use_vmap: whether mask_function may ask about single positions only.
@@ -104,8 +109,6 @@ def pair_mask(
     """
     if isinstance(attention_mask, PairMask):
         return attention_mask
-    if mask_function is None:
-        from transformers.masking_utils import causal_mask_function as mask_function
     key_mask = _padding(attention_mask, batch_size, kv_length, kv_offset)
     tracing = torch.compiler.is_compiling()
     if isinstance(q_offset, Tensor) and not tracing:
@@ -159,6 +162,8 @@ def _interval(mask_function: Callable[..., Any]) -> Interval | None:
     transformers joins its functions from closures; their names and variables say which. A name that is not known here
     costs speed and never correctness: the function is asked instead.
     """
+    if mask_function is causal:
+        return (None, 0)
     name = getattr(mask_function, "__qualname__", "")
     if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
         return None

@@ -1,4 +1,4 @@
-"""This package inside other libraries: `convert` for any model, huggingface.py for transformers. Imports none of them."""
+"""This package inside other libraries, none of which is imported here: `convert` any model; huggingface.py."""
 
 from .convert import Conversion, convert
 

@@ -79,7 +79,8 @@ def convert(
         model: itself none of torch.nn.MultiheadAttention.
         attention: a spec string, `Method` or `Pattern`.
         sample: an input: a tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it in
-            eval mode without gradients: as it was, with dense attention, which must give the same, and converted.
+            eval mode without gradients: as it was, with dense attention, which must give the same (unless the model
+            has another method of this package already), and converted.
             transformers' layers make the parameters of methods that have some (linformer) in that run.
         tolerance: of that comparison, relative to the largest output; default by dtype, 1e-4 in float32.
         predicate: called with (name, module) for each of the above; False leaves it alone.
@@ -104,11 +105,12 @@ def convert(
     before = None if sample is None else _outputs(model, sample)
     report = Conversion(method)
     try:
-        if before is not None and method != Dense():
+        comparable = before is not None and _is_dense(model)
+        if comparable and method != Dense():
             dense = Conversion(Dense())
             try:
                 _convert(model, dense, predicate)
-                report.dense_error = _compared(before, _outputs(model, sample), tolerance)
+                report.dense_error = _compared(before or [], _outputs(model, sample), tolerance)
             finally:
                 dense.undo()
         _convert(model, report, predicate)
@@ -117,7 +119,7 @@ def convert(
             raise InputError(f"the model has no attention that can be converted{': ' + found if found else ''}")
         if before is not None:
             after = _outputs(model, sample)
-            if method == Dense():
+            if method == Dense() and comparable:
                 report.dense_error = _compared(before, after, tolerance)
             else:
                 report.error = _difference(before, after)
@@ -125,6 +127,19 @@ def convert(
         report.undo()
         raise
     return report
+
+
+def _is_dense(model: nn.Module) -> bool:
+    """Whether no module of the model has a method of this package other than dense."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        name, colon, spec = str(getattr(config, "_attn_implementation", "")).partition(":")
+        if name == "efficient_attn" and colon and parse(spec) != Dense():
+            return False
+        own = getattr(module, "attention", None)
+        if (isinstance(module, MultiheadAttention) or _has_setter(module)) and parse(own) != Dense():  # type: ignore[arg-type]
+            return False
+    return True
 
 
 # --- kinds of modules ------------------------------------------------------------------------------------------------
@@ -179,7 +194,8 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
         states = [(m, m._modules.get("method_state"), vars(m).get("method_state_of")) for m in module.modules()]
         report._undo.append(_restorer(old, states))
         wished = huggingface.implementation_name(report.attention)
-        module.set_attn_implementation(wished)
+        pretrained: Any = module
+        pretrained.set_attn_implementation(wished)
         deaf = sorted({type(part).__name__ for part in parts if part.config._attn_implementation != wished})
         if not deaf:
             report.converted[name] = f"{type(module).__name__} of transformers, {wished!r}"
@@ -225,7 +241,7 @@ def _explain_rest(model: nn.Module, report: Conversion) -> None:
             report.skipped[name] = f"{kind} is of no kind that convert knows"
 
 
-def _has_setter(module: nn.Module) -> bool:
+def _has_setter(module: Any) -> bool:
     return callable(getattr(module, "set_attention", None)) and hasattr(module, "attention")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -27,11 +28,32 @@ NAME = "efficient_attn"
 
 # What layers are passed besides and need no answer: bookkeeping, and what the mask says already.
 HARMLESS = frozenset(
-    ("cache_position", "position_ids", "position_embeddings", "output_attentions", "output_hidden_states")
-    + ("output_router_logits", "return_dict", "use_cache", "past_key_values", "past_key_value", "num_items_in_batch")
-    + ("token_type_ids", "mm_token_type_ids", "labels", "logits_to_keep", "input_ids", "inputs_embeds")
-    + ("decoder_input_ids", "interpolate_pos_encoding", "deterministic", "layer_idx", "sliding_window")
-    + ("max_length_q", "max_length_k")  # beside cu_seq_lens, which raises
+    {
+        "cache_position",
+        "position_ids",
+        "position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_cache",
+        "past_key_values",
+        "past_key_value",
+        "num_items_in_batch",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "labels",
+        "logits_to_keep",
+        "input_ids",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "interpolate_pos_encoding",
+        "deterministic",
+        "layer_idx",
+        "sliding_window",
+        "max_length_q",
+        "max_length_k",
+    }
 )
 ADVICE = {
     "cu_seq_lens_q": "pack sequences by position_ids that start anew instead",
@@ -152,7 +174,7 @@ def _forward(
         key,
         value,
         state=_state(method, module, query),
-        scale=scaling,
+        scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
         need_weights=_weights_wanted(kwargs),
         **call,

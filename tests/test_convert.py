@@ -111,10 +111,6 @@ def test_what_is_left_alone_is_named():
     assert type(model["c"]) is Special and "left alone: 3" in str(report)
 
 
-class Changed(MultiheadAttention):
-    pass
-
-
 class DependsOnType(nn.Module):
     """A model that computes something else when its attention is not PyTorch's own."""
 
@@ -143,7 +139,7 @@ def test_a_method_that_fails_on_the_sample_leaves_the_model_as_before():
     with pytest.raises(InputError, match="max_len"):
         convert(model, "linformer:rank=4,max_len=8", sample=X)
     assert [layer.self_attn for layer in model.layers] == before
-    with pytest.raises(UnsupportedError, match="causal|mask"):
+    with pytest.raises(UnsupportedError, match="mask of pairs"):
         convert(model, "nystrom", sample=(X, torch.ones(12, 12).triu(1).bool()))
     assert [layer.self_attn for layer in model.layers] == before
 
@@ -216,7 +212,7 @@ def test_transformers_inside_another_model(transformers):
 
 
 def test_parameters_of_layers_come_and_go(transformers):
-    model = bert(transformers)
+    model = bert(transformers).eval()
     names = set(model.state_dict())
     report = convert(model, "linformer:rank=4,max_len=16", sample=IDS)
     added = set(model.state_dict()) - names
@@ -225,7 +221,7 @@ def test_parameters_of_layers_come_and_go(transformers):
     second = convert(model, "linformer:rank=2,max_len=16", sample=IDS)
     assert model.encoder.layer[0].attention.self.method_state.key_projection.shape == (2, 16)
     second.undo()
-    assert torch.equal(model(IDS)[0], copied(IDS)[0]) or model.training
+    assert torch.equal(model(IDS)[0], copied(IDS)[0])
     assert model.encoder.layer[0].attention.self.method_state.key_projection.shape == (4, 16)
     report.undo()
     assert set(model.state_dict()) == names and model.config._attn_implementation == "sdpa"

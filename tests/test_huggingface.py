@@ -1,4 +1,4 @@
-"""Models of transformers with attn_implementation="efficient_attn" against "eager": small ones, and a real checkpoint."""
+"""Models of transformers with attn_implementation="efficient_attn" against "eager": small ones and a real one."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def assert_close(actual, expected, what="output"):
 
 @pytest.fixture(autouse=True)
 def native_backend():
-    """The reference repeats eager's operations bit by bit, so that equality with it would say nothing of the kernels."""
+    """The reference repeats eager's operations bit by bit: equality with it would say nothing of the kernels."""
     query = torch.randn(1, 2, 8, 8)
     chosen = str(explain(query, query, query))
     assert "backend: cpu" in chosen or os.environ.get("EFFICIENT_ATTN_CPU") == "0", chosen
@@ -364,8 +364,9 @@ def layer_call(name="efficient_attn", mask=None, length=N, **kwargs):
         {"s_aux": torch.zeros(4)},
         {"cu_seq_lens_q": torch.tensor([0, 20])},
         {"indices": torch.zeros(1)},
-    ]
-    + [{"cache": object()}, {"something_new": 1}],
+        {"cache": object()},
+        {"something_new": 1},
+    ],
     ids=lambda a: next(iter(a)),
 )
 def test_arguments_with_a_meaning_raise(arguments):
@@ -410,6 +411,12 @@ def test_names():
         model.set_attn_implementation("efficient_attention")
     assert huggingface.implementation_name("dense") == "efficient_attn"
     assert huggingface.implementation_name(efficient_attn.BigBird(block=32)) == "efficient_attn:bigbird:block=32"
+
+
+def test_without_transformers_registering_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"efficient-attn\[models\]"):
+        huggingface.register()
 
 
 def test_registering_twice_is_registering_once():
@@ -464,9 +471,16 @@ def test_queries_of_batch_one_broadcast():
 
 
 @pytest.mark.parametrize(
-    "spec", ["sliding_window:left=5,right=0", "longformer:window=6", "strided:stride=4", "performer", "linear"]
-    + ["per_head(sliding_window:left=3,right=0; strided:stride=4)"],
-)  # fmt: skip
+    "spec",
+    [
+        "sliding_window:left=5,right=0",
+        "longformer:window=6",
+        "strided:stride=4",
+        "per_head(sliding_window:left=3,right=0; strided:stride=4)",
+        "performer",
+        "linear",
+    ],
+)
 def test_a_cache_changes_nothing(spec):
     model = make("llama", f"efficient_attn:{spec}")
     whole = model(IDS, attention_mask=PADDING["left"], use_cache=False).logits

@@ -73,7 +73,7 @@ def convert(
 
     * torch.nn.MultiheadAttention, also inside torch.nn's Transformers, and this package's: by `replace_attention`.
     * models of transformers, anywhere in the model: by `set_attn_implementation`, see `integrations.huggingface`.
-    * modules with a method `set_attention(spec)` and an attribute `attention`, as this package's models have: by that.
+    * modules with a method `set_attention(spec)` and an attribute `attention` with what they have, as this package's models have: by that.
 
     Args:
         model: itself none of torch.nn.MultiheadAttention.
@@ -242,7 +242,8 @@ def _explain_rest(model: nn.Module, report: Conversion) -> None:
 
 
 def _has_setter(module: Any) -> bool:
-    return callable(getattr(module, "set_attention", None)) and hasattr(module, "attention")
+    own = getattr(module, "attention", None)
+    return callable(getattr(module, "set_attention", None)) and isinstance(own, (str, Method, Pattern))
 
 
 def _topmost(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:

@@ -1,20 +1,11 @@
-#include <cstdio>
-
 #include "attention_reference.h"
-#include "families.h"
+#include "check.h"
 
 namespace harness {
 namespace {
 
 using efficient_attn::AttentionParams;
 using efficient_attn::Kernels;
-
-template <class X>
-Guarded place(const std::vector<X>& numbers, Flush flush) {
-    Guarded memory(numbers.size() * sizeof(X), flush);
-    if (!numbers.empty()) std::memcpy(memory.data(), numbers.data(), numbers.size() * sizeof(X));
-    return memory;
-}
 
 // A case's tensors and mask between guard pages, and the arguments that point at them.
 struct Call {
@@ -78,94 +69,24 @@ struct Call {
         view.t_tile_ids = list(mask.t_tile_ids, flush);
     }
 
-    std::string inputs_changed() const {
-        const std::pair<const char*, const Placed*> inputs[] = {{"query", &query}, {"key", &key},
-                                                                {"value", &value}, {"grad_out", &grad_out},
-                                                                {"bias", &bias},   {"grad_lse", &grad_lse}};
-        for (const auto& [name, placed] : inputs)
-            if (!placed->unchanged()) return std::string(name) + ", an input, was written";
-        return "";
+    Inputs inputs() const {
+        return {{"query", &query},       {"key", &key},   {"value", &value},
+                {"grad_out", &grad_out}, {"bias", &bias}, {"grad_lse", &grad_lse}};
     }
-};
-
-struct Result {
-    const char* name;
-    const Bounded* expected;
-    Placed Call::* place;
+    bool run(const Kernels& kernels, int threads) const {
+        return efficient_attn::run(kernels.forward, p, threads) && efficient_attn::run(kernels.backward, p, threads);
+    }
 };
 
 // The results that a case has, with what the definition says of each.
-std::vector<Result> results(const AttentionCase& c, const AttentionResults& expected) {
-    std::vector<Result> all = {{"out", &expected.out, &Call::out},
-                               {"lse", &expected.lse, &Call::lse},
-                               {"dq", &expected.dq, &Call::dq},
-                               {"dk", &expected.dk, &Call::dk},
-                               {"dv", &expected.dv, &Call::dv}};
+std::vector<Result<Call>> results(const AttentionCase& c, const AttentionResults& expected) {
+    std::vector<Result<Call>> all = {{"out", &expected.out, &Call::out},
+                                     {"lse", &expected.lse, &Call::lse},
+                                     {"dq", &expected.dq, &Call::dq},
+                                     {"dk", &expected.dk, &Call::dk},
+                                     {"dv", &expected.dv, &Call::dv}};
     if (c.wants_bias_gradient) all.push_back({"dbias", &expected.dbias, &Call::dbias});
     return all;
-}
-
-std::string compare(const char* name, const std::vector<double>& ours, const Bounded& expected, Context& context) {
-    for (size_t n = 0; n < ours.size(); ++n) {
-        const double want = expected.value[n], error = expected.error[n];
-        if (ours[n] == want) continue;  // also infinities
-        // Where the definition itself meets NaN or infinity that a pair does see, anything goes.
-        if (std::isnan(want) || std::isnan(error) || std::isinf(error)) continue;
-        if (std::isinf(want) && want > 0) continue;
-        const double difference = std::fabs(ours[n] - want);
-        if (!(difference <= error)) {
-            char text[256];
-            std::snprintf(text, sizeof text, "%s[%zu] = %.9g, should be %.9g within %.3g", name, n, ours[n], want,
-                          error);
-            return text;
-        }
-        if (difference / error > context.worst) context.worst = difference / error;
-    }
-    context.elements += static_cast<int64_t>(ours.size());
-    return "";
-}
-
-bool call(const Kernels& kernels, const Call& made, int threads, Context& context) {
-    context.calls += 2;
-    return efficient_attn::run(kernels.forward, made.p, threads) &&
-           efficient_attn::run(kernels.backward, made.p, threads);
-}
-
-struct Run {
-    int threads;
-    Flush flush;
-};
-constexpr Run kRuns[] = {{1, Flush::kEnd}, {2, Flush::kStart}, {3, Flush::kEnd}};
-
-std::string where(const Kernels& kernels, const Run& run) {
-    return std::string(" [") + kernels.name + ", " + std::to_string(run.threads) +
-           " threads, tensors flush against the " + (run.flush == Flush::kEnd ? "end" : "start") + "]";
-}
-
-std::string check_on(const Kernels& kernels, const AttentionCase& c, const AttentionResults& expected,
-                     Context& context) {
-    const std::vector<Result> all = results(c, expected);
-    std::vector<std::vector<char>> first;
-    for (const Run& how : kRuns) {
-        const std::string place = where(kernels, how);
-        context.now("attention: " + c.describe() + place);
-        const Call made(c, how.flush);
-        if (!call(kernels, made, how.threads, context)) return "run() was refused memory" + place;
-        if (const std::string changed = made.inputs_changed(); !changed.empty()) return changed + place;
-        for (size_t n = 0; n < all.size(); ++n) {
-            Image now = (made.*all[n].place).now();
-            if (how.threads == 1) {
-                first.push_back(now.bytes);
-                const std::string wrong = compare(all[n].name, now.values(), *all[n].expected, context);
-                if (!wrong.empty()) return wrong + place;
-            } else if (now.bytes != first[n]) {
-                return std::string(all[n].name) + " has other bits than on one thread" + place;
-            }
-            if (!(made.*all[n].place).slack_is_unwritten() || !now.gaps_are_unwritten())
-                return std::string(all[n].name) + " was written beside its elements" + place;
-        }
-    }
-    return "";
 }
 
 }  // namespace
@@ -174,7 +95,7 @@ std::string check_attention(uint64_t seed, Context& context) {
     AttentionCase c = random_attention_case(seed);
     const AttentionResults expected = attention_reference(c);
     for (const Kernels* kernels : context.kernels) {
-        const std::string wrong = check_on(*kernels, c, expected, context);
+        const std::string wrong = check_on<Call>(*kernels, "attention", c, results(c, expected), context);
         if (!wrong.empty()) return wrong + "\n  " + c.describe();
     }
     return "";
@@ -190,8 +111,9 @@ std::string check_malformed_lists(uint64_t seed, Context& context) {
             const std::string place = where(*kernels, how);
             context.now("malformed lists: " + c.describe() + place);
             const Call made(c, how.flush);
-            if (!call(*kernels, made, how.threads, context)) return "run() was refused memory" + place;
-            if (const std::string changed = made.inputs_changed(); !changed.empty()) return changed + place;
+            context.calls += 2;
+            if (!made.run(*kernels, how.threads)) return "run() was refused memory" + place;
+            if (const std::string changed = written(made.inputs()); !changed.empty()) return changed + place;
             for (const Placed* result : {&made.out, &made.lse, &made.dq, &made.dk, &made.dv, &made.dbias})
                 if (!result->slack_is_unwritten() || !result->now().gaps_are_unwritten())
                     return "a result was written beside its elements" + place;

@@ -12,8 +12,6 @@
 namespace harness {
 namespace {
 
-constexpr double kUnits = 16;  // units in the last place that a score or a sum may be off by
-
 // Philox4x32-10 (Salmon et al., SC 2011), one counter, as the paper writes it.
 void philox(uint64_t seed, uint32_t (&c)[4]) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -149,12 +147,6 @@ struct Definition {
         }
     }
 };
-
-// The result is stored in `dtype`, half a unit off at most; what is below its range may be flushed.
-void round_to(int dtype, double range, Bounded& result) {
-    for (size_t n = 0; n < result.value.size(); ++n)
-        result.error[n] += epsilon(dtype) * std::fabs(result.value[n]) + range * smallest(dtype);
-}
 
 }  // namespace
 

@@ -20,12 +20,14 @@ struct Context {
 // Returns what is wrong, or an empty string.
 std::string check_attention(uint64_t seed, Context& context);
 std::string check_malformed_lists(uint64_t seed, Context& context);
+std::string check_linear_attention(uint64_t seed, Context& context);
 
 struct Family {
     const char* name;
     std::string (*check)(uint64_t seed, Context& context);
 };
 
-constexpr Family kFamilies[] = {{"attention", check_attention}, {"malformed", check_malformed_lists}};
+constexpr Family kFamilies[] = {
+    {"attention", check_attention}, {"malformed", check_malformed_lists}, {"linear_attention", check_linear_attention}};
 
 }  // namespace harness

@@ -26,6 +26,8 @@ inline double epsilon(int dtype) {
 }
 inline double smallest(int dtype) { return dtype == kFloat64 ? 0x1p-1022 : dtype == kFloat16 ? 0x1p-24 : 0x1p-126; }
 
+inline double largest(int dtype) { return dtype == kFloat64 ? 1e308 : dtype == kFloat16 ? 65504 : 3.3e38; }
+
 inline double read_element(const char* place, int dtype) {
     if (dtype == kFloat64) {
         double x;

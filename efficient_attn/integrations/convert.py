@@ -73,7 +73,7 @@ def convert(
 
     * torch.nn.MultiheadAttention, also inside torch.nn's Transformers, and this package's: by `replace_attention`.
     * models of transformers, anywhere in the model: by `set_attn_implementation`, see `integrations.huggingface`.
-    * modules with a method `set_attention(spec)` and an attribute `attention` with what they have: by that.
+    * modules with a method `set_attention(spec)` beside an `attention` of this package, as its models have: by that.
 
     Args:
         model: itself none of torch.nn.MultiheadAttention.

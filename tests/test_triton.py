@@ -1,0 +1,68 @@
+"""The Triton kernels in Triton's interpreter: conformance in processes of their own, for Triton reads the switch at import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficient_attn import BlockMask, UnsupportedError, attention, explain
+
+pytest.importorskip("triton")
+TESTS = Path(__file__).parent
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+
+
+def pytest_passes(*arguments: str) -> None:
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_conformance(dtype: str) -> None:
+    pytest_passes(str(TESTS / "test_conformance.py"), "-k", dtype)
+
+
+@pytest.mark.slow
+def test_conformance_bfloat16() -> None:
+    pytest_passes(str(TESTS / "test_conformance.py"), "-k", "bfloat16")
+
+
+def test_what_only_the_kernels_promise() -> None:
+    pytest_passes(str(TESTS / "interpreted_kernels.py"))
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
+    q = torch.randn(1, 1, 8, 8)
+    with pytest.raises(UnsupportedError, match="TRITON_INTERPRET=1"):
+        attention(q, q, q, backend="triton")
+    answer = explain(q, q, q)
+    assert answer.backend != "triton" and "CUDA tensors" in answer.reasons["triton"][0]
+
+
+def test_the_interpreter_is_taken_by_name_only() -> None:
+    program = (
+        "import torch, efficient_attn as ea; q = torch.randn(1, 1, 8, 8); "
+        "print(ea.explain(q, q, q).backend, ea.explain(q, q, q, backend='triton').backend)"
+    )
+    auto, named = run("-c", program).stdout.split()
+    assert auto in ("cpu", "reference") and named == "triton"
+
+
+def test_lists_on_a_cuda_call_are_not_looked_at() -> None:
+    """What the backend derives from a mask comes from shapes: a mask on the meta device, without data, will do."""
+    from efficient_attn.backends import triton as backend
+
+    mask = BlockMask.from_dense(torch.rand(200, 300) < 0.5, block_size=(48, 32)).to("meta").arrays(False)
+    assert backend._list_blocks(mask) == (48, 32)
+    assert backend._tiles(200, 16, mask, 0) == 15
+    assert 0 <= backend._key_tiles(300, 32, mask, 1, 1) <= 10

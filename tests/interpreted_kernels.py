@@ -1,4 +1,4 @@
-"""What the conformance cases do not reach, run by test_triton.py with TRITON_INTERPRET=1: every path of the Triton kernels."""
+"""Paths of the Triton kernels that no conformance case takes, run by test_triton.py with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, quicker: at every call of a device function it patches triton.language anew, a third of its time."""
+"""Triton's interpreter, quicker: it spends a third of its time on patching triton.language anew at every call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: conformance in processes of their own, for Triton reads the switch at import."""
+"""The Triton kernels in Triton's interpreter, in processes of their own: Triton reads the switch when it is imported."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def test_conformance_bfloat16() -> None:
     pytest_passes(str(TESTS / "test_conformance.py"), "-k", "bfloat16")
 
 
-def test_what_only_the_kernels_promise() -> None:
-    pytest_passes(str(TESTS / "interpreted_kernels.py"))
+@pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_linear.py"])
+def test_what_only_the_kernels_promise(file: str) -> None:
+    pytest_passes(str(TESTS / file))
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:

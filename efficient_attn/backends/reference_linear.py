@@ -24,6 +24,11 @@ from .reference import accumulation_dtype
 CHUNK = 128  # rows of a causal step: a tile of CHUNK x CHUNK weights beside the state
 
 
+def not_supported_reasons(query_features: Tensor, key_features: Tensor, value: Tensor) -> list[str]:
+    """Why this backend cannot serve these features and values: never, it is the definition."""
+    return []
+
+
 def linear_attention_forward(
     query_features: Tensor,  # (B, Hq, Nq, F)
     key_features: Tensor,  # (B, Hkv, Nk, F)

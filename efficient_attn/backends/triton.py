@@ -39,9 +39,13 @@ def installed() -> bool:
 @cache
 def kernels() -> Any:
     """The kernels, imported at first use: importing Triton takes a while and needs no GPU to succeed."""
-    from ..kernels import attention, attention_backward, configs, tiles
+    from ..kernels import attention, attention_backward, configs, linear_attention, tiles
 
-    names = {k: v for module in (tiles, configs, attention, attention_backward) for k, v in vars(module).items()}
+    names = {
+        k: v
+        for module in (tiles, configs, attention, attention_backward, linear_attention)
+        for k, v in vars(module).items()
+    }
     return type("Kernels", (), {k: v for k, v in names.items() if not k.startswith("_")})
 
 
@@ -61,19 +65,25 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def not_supported_reasons(call: Call) -> list[str]:
-    """Why this backend cannot serve `call`."""
+def device_reasons(device: torch.device) -> list[str]:
+    """Why the kernels cannot run on tensors of this device."""
     reasons = []
     if not installed():
         reasons.append("Triton is not installed; pip install triton (Linux, NVIDIA GPU)")
-    if call.device.type == "cpu" and not interpreted():
+    if device.type == "cpu" and not interpreted():
         reasons.append("it runs on CUDA tensors; these are on cpu (TRITON_INTERPRET=1 runs it there, for tests)")
-    elif call.device.type not in ("cpu", "cuda"):
-        reasons.append(f"it runs on CUDA tensors; these are on {call.device}")
-    elif call.device.type == "cuda" and interpreted():
+    elif device.type not in ("cpu", "cuda"):
+        reasons.append(f"it runs on CUDA tensors; these are on {device}")
+    elif device.type == "cuda" and interpreted():
         reasons.append("TRITON_INTERPRET=1 is set, under which Triton runs on CPU tensors only")
-    elif call.device.type == "cuda" and torch.version.hip is None and capability(call.device) < 80:
-        reasons.append(f"it needs compute capability 8.0 or newer; this GPU has {capability(call.device) / 10}")
+    elif device.type == "cuda" and torch.version.hip is None and capability(device) < 80:
+        reasons.append(f"it needs compute capability 8.0 or newer; this GPU has {capability(device) / 10}")
+    return reasons
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    """Why this backend cannot serve `call`."""
+    reasons = device_reasons(call.device)
     if call.dtype == torch.float64:
         reasons.append("it computes in float32, which float64 inputs do not allow")
     return reasons

@@ -64,7 +64,7 @@ def linear_attention(
         value: (B, Hkv, Nk, Dv), float32, float64, bfloat16 or float16; sums are float32 (float64 for float64).
         key_mask, is_causal, causal_alignment: as in `efficient_attn.lowrank` and in `attention`.
         return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add.
-        backend: "auto" or "reference".
+        backend: "auto", "triton" (CUDA tensors, up to 256 features) or "reference".
 
     Returns:
         out (B, Hq, Nq, Dv) in the value's dtype, or (out, n). Differentiable once in features and value.
@@ -78,7 +78,13 @@ def linear_attention(
     check_alignment(is_causal, causal_alignment, q_len, kv_len)
     offset = kv_len - q_len if causal_alignment == "bottom_right" else 0
     out, normaliser = torch.ops.efficient_attn.linear_attention_forward(
-        query_features, key_features, value, key_mask, is_causal, offset, ops.select(backend)
+        query_features,
+        key_features,
+        value,
+        key_mask,
+        is_causal,
+        offset,
+        ops.select(backend, query_features, key_features, value),
     )
     return (out, normaliser) if return_normaliser else out
 

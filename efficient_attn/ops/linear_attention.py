@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import reference_linear
+from ..backends import reference_linear, triton_linear
 from ..backends.reference import accumulation_dtype
 from ..errors import InputError, UnsupportedError
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference_linear}
+BACKENDS: dict[str, ModuleType] = {"triton": triton_linear, "reference": reference_linear}
 
 _library = torch.library.Library("efficient_attn", "FRAGMENT")
 _library.define(
@@ -30,12 +30,27 @@ _library.define(
 )
 
 
-def select(backend: str) -> str:
-    """The backend that will serve: the one asked for, or with "auto" the first. InputError for an unknown name."""
-    if backend == "auto":
-        return next(iter(BACKENDS))
-    if backend not in BACKENDS:
+def not_supported_reasons(query_features: Tensor, key_features: Tensor, value: Tensor) -> dict[str, list[str]]:
+    """Every backend with the reasons why it cannot serve; an empty list means that it can."""
+    return {
+        name: module.not_supported_reasons(query_features, key_features, value) for name, module in BACKENDS.items()
+    }
+
+
+def select(backend: str, query_features: Tensor, key_features: Tensor, value: Tensor) -> str:
+    """The backend that will serve: the one asked for, or with "auto" the first that can (on CPU tensors the definition).
+
+    Raises InputError for an unknown name and UnsupportedError, with the reasons, when the one asked for cannot serve.
+    """
+    if backend != "auto" and backend not in BACKENDS:
         raise InputError(f"backend={backend!r} does not exist for linear attention; choose from {['auto', *BACKENDS]}")
+    reasons = not_supported_reasons(query_features, key_features, value)
+    if backend == "auto":
+        return "reference" if value.device.type == "cpu" or reasons["triton"] else "triton"
+    if reasons[backend]:
+        raise UnsupportedError(
+            f"backend={backend!r} cannot serve this call: {'; '.join(reasons[backend])}. Use backend='auto' or 'reference'"
+        )
     return backend
 
 

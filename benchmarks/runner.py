@@ -27,7 +27,7 @@ from . import records
 from .records import Record
 
 # Each suite is a module beside this one, or elsewhere under its dotted name, with ``run_cell(config) -> dict`` of JSON.
-SUITES = ("ops", "vit", "memory", "targets")
+SUITES = ("ops", "vit", "memory", "targets", "gpu")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def attend(
     PARTS: tl.constexpr = LIST_K // BLOCK_K
     if MODE == LISTED:
         block, tile = list_entry(mask, entry_begin + first // PARTS, entry_end - 1)
-        any_first, any_end, all_first, all_end = visible_keys(mask, tl.min(o_i), tl.max(o_i), keys, LOW, HIGH)
+        _first, _end, all_first, all_end = visible_keys(mask, tl.min(o_i), tl.max(o_i), keys, LOW, HIGH)
     for t in range(first, end):
         if MODE == LISTED:
             j_first = block * LIST_K + t % PARTS * BLOCK_K
@@ -115,7 +115,8 @@ def forward_tile(
     GROUP: tl.constexpr, PACK: tl.constexpr, SIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SAFE: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SAFE:
+    tl.constexpr,
 ):  # fmt: skip
     """Compute and store one tile of out and lse; returns 1 if it is not finite."""
     LISTS: tl.constexpr = mask.indptr is not None
@@ -200,8 +201,9 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """Grid: programs = tiles * lines * splits; SAFE: fewer, each with every so many of them.
 
-    A line is a batch element and PACK query heads; `heads` counts lines a batch. scale is positive and in units of log2;
-    SIGN (-1, 0, 1) times it is the true one. SPLIT: out (splits * B, ..) and lse (splits * B, ..) hold a partial result
+    A line is a batch element and PACK query heads; `heads` counts lines a batch. scale is positive and in units of
+    log2; SIGN (-1, 0, 1) times it is the true one. SPLIT: out (splits * B, ..) and lse (splits * B,
+    ..) hold a partial result
     for each of the splits. flags [programs], None without a mask: which tiles are not finite.
     """
     i_program = tl.program_id(0)

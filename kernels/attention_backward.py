@@ -6,8 +6,9 @@
 Dao, "FlashAttention-2", ICLR 2024, section 3. `delta_kernel` prepares delta. `key_gradient_kernel` owns BLOCK_K keys of
 one key head and walks the queries of its whole group, so that grouped queries need no sum afterwards; scores are taken
 transposed, keys along the rows, so that P^T and dS^T come out of one product as the left operand of the next.
-`query_gradient_kernel` owns BLOCK_Q queries and walks the keys as the forward does. `bias_gradient_kernel` owns a tile of
-the bias and walks everything that was broadcast over it. Only lse and delta are read besides the inputs: O(n) memory.
+`query_gradient_kernel` owns BLOCK_Q queries and walks the keys as the forward does. `bias_gradient_kernel` owns a
+tile of the bias and walks everything that was broadcast over it. Only lse and delta are read besides the inputs: O(n)
+memory.
 
 Masks and NaN: as in attention.py. A query without a visible key has lse = -inf, read as +inf here: its weights are 0.
 """
@@ -101,9 +102,7 @@ def gather_key_gradient(
     o_line = (tl.cast(i_b, tl.int64) * heads + i_h) * Nq
     if MODE == LISTED:
         block, tile = list_entry(mask, entry_begin + first // PARTS, entry_end - 1)
-        any_first, any_end, all_first, all_end = visible_queries(
-            mask, j_first, j_first + BLOCK_K - 1, keys, Nq, LOW, HIGH
-        )
+        _first, _end, all_first, all_end = visible_queries(mask, j_first, j_first + BLOCK_K - 1, keys, Nq, LOW, HIGH)
     for t in range(first, end):
         if MODE == LISTED:
             i_first = block * LIST_Q + t % PARTS * BLOCK_Q
@@ -190,20 +189,23 @@ def key_gradient_tile(
             end = ((stop - begin) * (LIST_Q // BLOCK_Q)).to(tl.int32)
             b_dk, b_dv = gather_key_gradient(
                 b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
-                i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, 0, end, 0, 0, begin, stop,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, LISTED, SAFE,
+                i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, 0, end, 0, 0, begin,
+                stop, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION,
+                LISTED, SAFE,
             )  # fmt: skip
         else:
             if not SAFE:
                 b_dk, b_dv = gather_key_gradient(
                     b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
-                    i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, full_first, full_end, full_end, 0, 0, 0,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
+                    i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, full_first,
+                    full_end, full_end, 0, 0, 0, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW,
+                    HIGH, DROPOUT, PRECISION, FULL, SAFE,
                 )  # fmt: skip
             b_dk, b_dv = gather_key_gradient(
                 b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
-                i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, first, end - skip, full_first, skip, 0, 0,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
+                i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, first, end - skip,
+                full_first, skip, 0, 0, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH,
+                DROPOUT, PRECISION, PARTIAL, SAFE,
             )  # fmt: skip
 
     m_dead = (m_read == 0)[:, None]
@@ -221,7 +223,8 @@ def key_gradient_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_K keys a program. Grid: programs = tiles * lines; SAFE: fewer, each with every so many of them, as in attention.py.
+    """dK and dV of BLOCK_K keys a program. Grid: programs = tiles * lines; SAFE: fewer, each with every so many of
+    them, as in attention.py.
 
     A line is a batch element and one of `heads` key heads. mask is the transposed list.
     scale as in the forward; grad_scale is the true one.
@@ -263,7 +266,7 @@ def gather_query_gradient(
     PARTS: tl.constexpr = LIST_K // BLOCK_K
     if MODE == LISTED:
         block, tile = list_entry(mask, entry_begin + first // PARTS, entry_end - 1)
-        any_first, any_end, all_first, all_end = visible_keys(mask, i_first, i_first + BLOCK_Q - 1, keys, LOW, HIGH)
+        _first, _end, all_first, all_end = visible_keys(mask, i_first, i_first + BLOCK_Q - 1, keys, LOW, HIGH)
     for t in range(first, end):
         if MODE == LISTED:
             j_first = block * LIST_K + t % PARTS * BLOCK_K
@@ -301,7 +304,7 @@ def gather_query_gradient(
         m_kept = b_p != 0.0
         if DROPOUT:
             m_kept = kept_pairs(p_seed, i_b, i_h, i_first, j_first, threshold, BLOCK_Q, BLOCK_K)
-        b_zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, keep_scale, DROPOUT)
+        _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, keep_scale, DROPOUT)
         b_dq = select_dot(b_ds, m_visible, b_k, b_dq, PRECISION, SAFE)
     return b_dq
 
@@ -354,14 +357,16 @@ def query_gradient_tile(
         if not SAFE:
             b_dq = gather_query_gradient(
                 b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
-                i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale, full_first, full_end, full_end, 0, begin, stop,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
+                i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale, full_first, full_end, full_end, 0,
+                begin, stop, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT,
+                PRECISION, FULL, SAFE,
             )  # fmt: skip
         skip = 0 if SAFE else full_end - full_first
         b_dq = gather_query_gradient(
             b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
-            i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale, first, end - skip, full_first, skip, begin, stop,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
+            i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale, first, end - skip, full_first, skip,
+            begin, stop, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION,
+            PARTIAL, SAFE,
         )  # fmt: skip
     store_tile(dq, i_b, i_h, o_i, m_i, b_dq * grad_scale, D, BLOCK_D)
     return any_not_finite(b_dq)
@@ -376,7 +381,8 @@ def query_gradient_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_Q queries a program. Grid: programs = tiles * lines; SAFE: fewer, each with every so many of them, as in attention.py.
+    """dQ of BLOCK_Q queries a program. Grid: programs = tiles * lines; SAFE: fewer, each with every so many of them,
+    as in attention.py.
 
     A line is a batch element and one of `heads` query heads; scale as in the forward; grad_scale is the true one.
     """
@@ -434,7 +440,7 @@ def bias_gradient_kernel(
         i_first, j_first = i_q * BLOCK_Q, i_k * BLOCK_K
         o_i, o_j = i_first + tl.arange(0, BLOCK_Q), j_first + tl.arange(0, BLOCK_K)
         keys = key_count(mask, i_b, Nk)
-        any_first, any_end, all_first, all_end = visible_keys(mask, i_first, i_first + BLOCK_Q - 1, keys, LOW, HIGH)
+        any_first, any_end, _first, _end = visible_keys(mask, i_first, i_first + BLOCK_Q - 1, keys, LOW, HIGH)
         needed = (i_first < Nq) & (j_first < any_end) & (j_first + BLOCK_K > any_first)
         tile = -1
         if LISTS:
@@ -464,7 +470,7 @@ def bias_gradient_kernel(
             m_kept = m_visible
             if DROPOUT:
                 m_kept = kept_pairs(p_seed, i_b, i_h, i_first, j_first, threshold, BLOCK_Q, BLOCK_K)
-            b_zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, keep_scale, DROPOUT)
+            _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, keep_scale, DROPOUT)
             b_sum += tl.where(m_visible, b_ds, 0.0)
 
     o_q = tl.where(SUM_Q, 0, out_q * BLOCK_Q + tl.arange(0, BLOCK_Q))

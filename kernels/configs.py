@@ -27,44 +27,59 @@ INTERPRETER = Config(64, 64, 4, 1)  # few, large steps: the interpreter pays for
 TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
     "forward": {
         80: {
-            True: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 4, 2)},
-            False: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 8, 2)},
+            True: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+            False: {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
         },
         90: {
-            True: {64: Config(128, 128, 4, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
-            False: {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 8, 2)},
+            True: {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+            False: {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
         },
     },
     "key_gradient": {
         80: {
-            True: {64: Config(64, 128, 8, 2), 128: Config(32, 64, 4, 2), 256: Config(32, 64, 8, 1)},
-            False: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+            True: {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 64, 16, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
-            True: {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 64, 8, 1)},
-            False: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+            True: {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 64, 16, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
     "query_gradient": {
         80: {
-            True: {64: Config(128, 64, 8, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
-            False: {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            True: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
             True: {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-            False: {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
     "bias_gradient": {
         80: {
-            True: {64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 8, 1)},
-            False: {64: Config(32, 32, 4, 1), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 8, 1)},
+            True: {64: Config(64, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
-            True: {64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 8, 1)},
-            False: {64: Config(32, 32, 4, 1), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 8, 1)},
+            True: {64: Config(64, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
+}
+# What takes registers of its own, halved or replaced: kernel, capability, half precision?, padded size -> with a
+# list, with bias or dropout, None where the row above serves.
+VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] = {
+    ("forward", 90, True, 64): (None, Config(128, 64, 8, 3)),
+    ("forward", 90, True, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
+    ("forward", 90, True, 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    ("forward", 80, True, 64): (None, Config(64, 64, 4, 2)),
+    ("forward", 80, True, 128): (None, Config(64, 32, 4, 2)),
+    ("key_gradient", 90, True, 64): (None, Config(32, 64, 4, 2)),
+    ("key_gradient", 90, True, 128): (None, Config(32, 64, 8, 2)),
+    ("query_gradient", 90, True, 64): (None, Config(64, 64, 8, 2)),
+    ("query_gradient", 90, True, 128): (None, Config(64, 64, 8, 2)),
+    ("key_gradient", 80, True, 64): (None, Config(32, 64, 8, 2)),
+    ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),
 }
 
 
@@ -73,12 +88,20 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def default_config(kernel: str, head_dim: int, half: bool, capability: int) -> Config:
-    """The table's configuration; `capability` is 80 or 90 (anything newer than 90 uses that of 90), 0 the interpreter."""
+def default_config(
+    kernel: str, head_dim: int, half: bool, capability: int, listed: bool = False, extras: bool = False
+) -> Config:
+    """The table's configuration; `capability` is 80 or 90 (anything newer than 90 uses that of 90), 0 the interpreter.
+
+    listed: under a list. extras: with a bias or dropout.
+    """
     if capability == 0:
         return INTERPRETER
-    sizes = TABLE[kernel][90 if capability >= 90 else 80][half]
-    return sizes[next(size for size in sizes if head_dim <= size)]
+    capability = 90 if capability >= 90 else 80
+    sizes = TABLE[kernel][capability][half]
+    size = next(size for size in sizes if head_dim <= size)
+    with_list, with_extras = VARIANTS.get((kernel, capability, half, size), (None, None))
+    return (extras and with_extras) or (listed and with_list) or sizes[size]
 
 
 def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
@@ -90,8 +113,8 @@ def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
     return config
 
 
-def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -> Config:
+def safe(config: Config, head_dim: int, walk_q: int | None = None, walk_k: int | None = None) -> Config:
     """The configuration for the second launch of a masked call: the same results a program, in smaller steps."""
     block_q = config.block_q if walk_q is None else min(walk_q, config.block_q)
     block_k = config.block_k if walk_k is None else min(walk_k, config.block_k)
-    return Config(block_q, block_k, 8, 1)
+    return Config(block_q, block_k, 8 if head_dim <= 64 else 16, 1)

@@ -1,18 +1,18 @@
 """Linear attention on given features, forward and backward, causal and not: O(N) time and memory.
 
-    n_i = sum_j a_i . b_j        out_i = sum_j (a_i . b_j) v_j / n_i        over visible keys j (causal: j <= i + offset)
+    n_i = sum_j a_i . b_j      out_i = sum_j (a_i . b_j) v_j / n_i      over visible keys j (causal: j <= i + offset)
 
-Katharopoulos et al., "Transformers are RNNs", ICML 2020; chunks as in Sun et al., "Retentive Network", 2023, section 2.3.
-With g_i = dout_i / n_i and h_i = dn_i - g_i . out_i every gradient is a sum of the forward's form,
+Katharopoulos et al., "Transformers are RNNs", ICML 2020; chunks as in Sun et al., "Retentive Network", 2023, section
+2.3. With g_i = dout_i / n_i and h_i = dn_i - g_i . out_i every gradient is a sum of the forward's form,
 
     da_i = sum_j (g_i . v_j + h_i) b_j      db_j = sum_i (v_j . g_i + h_i) a_i      dv_j = sum_i (b_j . a_i) g_i
 
 so one kernel serves all four: out_s = sum_t (x_s . y_t + e_s f_t) u_t over t <= s, or over t >= s (REVERSE: the keys'
 gradients). Rows that x and y share a time with are aligned: query t beside key t + offset, times cut into segments of
-`chunks` chunks of CHUNK rows. `state_kernel` adds up y_t^T u_t (and f_t u_t or y_t) of each segment, `scan_kernel` turns
-them into what was seen before (or comes after) each segment, and `sums_kernel` walks one segment chunk by chunk with that
-state in registers: the part of a chunk within itself is a masked CHUNK x CHUNK product. Each program owns BLOCK_R
-columns of u; grouped query heads are walked in turn where keys are written. No atomics.
+`chunks` chunks of CHUNK rows. `state_kernel` adds up y_t^T u_t (and f_t u_t or y_t) of each segment, `scan_kernel`
+turns them into what was seen before (or comes after) each segment, and `sums_kernel` walks one segment chunk by chunk
+with that state in registers: the part of a chunk within itself is a masked CHUNK x CHUNK product. Each program owns
+BLOCK_R columns of u; grouped query heads are walked in turn where keys are written. No atomics.
 
 Products are of float32 tiles: exact "ieee", or "tf32", which holds any float16 or bfloat16 exactly.
 """
@@ -98,8 +98,10 @@ def state_offsets(
 
 
 @triton.jit
-def vector_offsets(i_line, i_slot, slots, i_r, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-                   NORMALISE: tl.constexpr):  # fmt: skip
+def vector_offsets(
+    i_line, i_slot, slots, i_r, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):  # fmt: skip
     """Likewise of the vector beside the state: (lines, slots, E) with NORMALISE, else (lines, slots, R)."""
     if NORMALISE:
         o_e = tl.arange(0, BLOCK_E)
@@ -119,8 +121,8 @@ def state_kernel(
 ):  # fmt: skip
     """The state of every segment. Grid: lines * slots * r_tiles; a line is a batch element and a key head.
 
-    y and u have `heads` heads; SPREAD of them (a key head's group for queries, 1 for keys) belong to a line. Row of y at time t:
-    t + shift; the first segment starts at first_time.
+    y and u have `heads` heads; SPREAD of them (a key head's group for queries, 1 for keys) belong to a line. Row of y
+    at time t: t + shift; the first segment starts at first_time.
     """
     i_program = tl.program_id(0)
     i_r = i_program % r_tiles
@@ -176,7 +178,8 @@ def sums_kernel(
 ):  # fmt: skip
     """out_s = sum_t (x_s . y_t + e_s f_t) u_t, with NORMALISE divided by sum_t x_s . y_t, which is written too.
 
-    Grid: B * x_heads * slots * r_tiles. SPREAD heads of y and u (a key head's group for queries, 1 for keys) are summed over.
+    Grid: B * x_heads * slots * r_tiles. SPREAD heads of y and u (a key head's group for queries, 1 for keys) are
+    summed over.
     """
     i_program = tl.program_id(0)
     i_r = i_program % r_tiles

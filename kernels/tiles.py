@@ -20,8 +20,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
-# The interpreter's products are numpy's, with its order of summation, and of bfloat16 it multiplies the bit patterns; there
-# a product is taken in float64 and rounded once.
+# The interpreter's products are numpy's, with its order of summation, and of bfloat16 it multiplies the bit patterns;
+# there a product is taken in float64 and rounded once.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # How a walk over key (or query) tiles masks them.
@@ -50,7 +50,8 @@ class Bias(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The arrays of a BlockMask, or those of its transpose. `blocks`: rows of the list for one batch element and head."""
+    """The arrays of a BlockMask, or those of its transpose. `blocks`: rows of the list for one batch element and
+    head."""
 
     indptr: Any  # None: no list
     indices: Any
@@ -139,7 +140,8 @@ def any_not_finite(b_x):
 
 @triton.jit
 def any_flag(p_flags, first, programs, step):
-    """Whether one of the flags first, first + step, .. below `programs` is set; the first 4096 of them are looked at."""
+    """Whether one of the flags first, first + step, .. below `programs` is set; the first 4096 of them are looked
+    at."""
     o_flag = first + tl.arange(0, 4096) * step
     return tl.max(tl.load(p_flags + o_flag, mask=o_flag < programs, other=0)) > 0
 
@@ -242,8 +244,8 @@ def tile_bits(
 ):
     """What bit tile `tile` says of its queries o_row and its keys first_key .. first_key + N.
 
-    Keys run along AXIS. Bits come as words of 32 keys (16 where a row of bits is no multiple of 32), one a query, so that
-    a thread loads a word once for all its keys.
+    Keys run along AXIS. Bits come as words of 32 keys (16 where a row of bits is no multiple of 32), one a query, so
+    that a thread loads a word once for all its keys.
     """
     WORD: tl.constexpr = 32 if N % 32 == 0 else 16
     p_words = mask.tiles.to(tl.pointer_type(tl.int32 if WORD == 32 else tl.int16))
@@ -303,10 +305,11 @@ def kept_pairs(p_seed, i_b, i_h, i_first, j_first, threshold, BLOCK_Q: tl.conste
 
 @triton.jit
 def online_softmax_update(b_s, b_m, b_l, scale):
-    """Take scores [Q, K] (times scale: log2) into the running maximum and sum of each row (Milakov and Gimelshein, 2018).
+    """Take scores [Q, K] (times scale: log2) into the running maximum and sum of each row (Milakov and Gimelshein,
+    2018).
 
-    Returns the weights exp2(scale * b_s - maximum), the factor for what was summed before, and the new maximum and sum. A
-    row without a visible key keeps its maximum at -inf and gets weights of 0.
+    Returns the weights exp2(scale * b_s - maximum), the factor for what was summed before, and the new maximum and
+    sum. A row without a visible key keeps its maximum at -inf and gets weights of 0.
     """
     b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_shift = tl.where(b_new == -INF, 0.0, b_new)
@@ -322,8 +325,8 @@ def online_softmax_update(b_s, b_m, b_l, scale):
 def locate(i_program, tiles, lines, section, LAST_FIRST: tl.constexpr):
     """Tile and line (batch element and head) of a program.
 
-    A section of lines is worked off together, so that its keys and values stay in the L2 cache; within it the tiles with
-    most work start first: the last ones under a causal window.
+    A section of lines is worked off together, so that its keys and values stay in the L2 cache; within it the tiles
+    with most work start first: the last ones under a causal window.
     """
     i_section = i_program // (section * tiles)
     rest = i_program - i_section * section * tiles

@@ -1,7 +1,7 @@
 """Fixtures for every test: uninitialised memory is NaN, and a backend that is not built skips with its reason.
 
-Triton's kernels are one of the backends in two cases: on a machine with a GPU (marked gpu), and in a process that was started
-with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes).
+Triton's kernels are one of the backends in two cases: on a machine with a GPU (marked gpu), and in a process that was
+started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes).
 """
 
 import os
@@ -56,3 +56,11 @@ def backend(request):
         pytest.skip("; ".join(reasons))
     assert not reasons, f"backend {request.param} should serve a plain call: {reasons}"
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    """EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side."""
+    share = os.environ.get("EFFICIENT_ATTN_SHARD")
+    if share:
+        first, step = map(int, share.split("/"))
+        items[:] = items[first::step]

@@ -69,7 +69,10 @@ def test_nan_is_not_met_before_its_time() -> None:
     ours, expected = run(triton_linear, case, *drawn), run(reference_linear, case, *drawn)
     assert ours[0][:, :, :20].isfinite().all() and ours[0][:, :, 75:].isnan().any()
     assert torch.equal(ours[0].isfinite(), expected[0].isfinite())
-    assert all(torch.equal(g[:, :, 91:].isfinite(), e[:, :, 91:].isfinite()) for g, e in zip(ours[3:], expected[3:]))
+    assert all(
+        torch.equal(g[:, :, 91:].isfinite(), e[:, :, 91:].isfinite())
+        for g, e in zip(ours[3:], expected[3:], strict=True)
+    )
 
 
 def test_nan_in_a_masked_key_changes_no_bit() -> None:

@@ -1,4 +1,5 @@
-"""The Triton kernels in Triton's interpreter, in processes of their own: Triton reads the switch when it is imported."""
+"""The Triton kernels in Triton's interpreter, in processes of their own: Triton reads the switch when it is
+imported."""
 
 from __future__ import annotations
 

@@ -123,9 +123,7 @@ def attention_forward(
         return out.zero_(), lse.fill_(-torch.inf)
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
-    config = k.fit(
-        k.default_config("forward", max(D, Dv), query.dtype in HALF, capability(query.device)), *_list_blocks(mask)
-    )
+    config = _config("forward", query, Dv, mask, bias is not None or dropout_p > 0.0)
     group = Hq // Hkv
     pack = group if mask.indptr is None and dropout_p == 0.0 and 2 * Nq <= config.block_q else 1
     if mask.indptr is None:
@@ -139,7 +137,8 @@ def attention_forward(
     with _on(query.device):
         _launch(
             k.attention_forward_kernel, tiles * lines * splits, config, query.device, _hides(mask, bias),
-            (*map(_rows, (query, key, value, part_out)), part_lse, _bias(bias), _mask(mask, B, False, problem), problem.seed),
+            (*map(_rows, (query, key, value, part_out)), part_lse, _bias(bias), _mask(mask, B, False, problem),
+            problem.seed),
             (lines, Hq // pack, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale,
              _section(lines, Nk, key, value, group // pack), splits, group, pack, problem.sign),
             (D, Dv, mask, problem, splits > 1), {} if splits > 1 else {"walk_k": 32},
@@ -182,10 +181,10 @@ def attention_backward(
     lse = lse.contiguous()
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
-    group, half = Hq // Hkv, query.dtype in HALF
+    group = Hq // Hkv
     delta = torch.empty_like(lse)
     configs = {
-        name: k.fit(k.default_config(name, max(D, Dv), half, capability(query.device)), *_list_blocks(mask))
+        name: _config(name, query, Dv, mask, bias is not None or dropout_p > 0.0)
         for name in ("key_gradient", "query_gradient", "bias_gradient")
     }
     views = tuple(map(_rows, (query, key, value, grad_out)))
@@ -230,7 +229,7 @@ def _launch(
     """Launch a kernel, and where the mask hides pairs once more for the tiles that a NaN behind it has spoiled."""
     flags = torch.empty(programs, dtype=torch.int32, device=device) if hides else None
     for safe in (False, True) if hides else (False,):
-        config = kernels().safe(config, **steps) if safe else config
+        config = kernels().safe(config, max(constants[:2]), **steps) if safe else config
         grid = min(programs, processors(device)) if safe else programs
         kernel[(grid,)](
             *tensors, flags, programs, *numbers, *_constants(config, *constants), safe,
@@ -342,6 +341,14 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 # --- sizes of the grids ---
+
+
+def _config(kernel: str, query: Tensor, Dv: int, mask: MaskArrays, extras: bool) -> Any:
+    k, listed = kernels(), mask.indptr is not None
+    head_dim, half = max(query.shape[3], Dv), query.dtype in HALF
+    return k.fit(
+        k.default_config(kernel, head_dim, half, capability(query.device), listed, extras), *_list_blocks(mask)
+    )
 
 
 def _hides(mask: MaskArrays, bias: Tensor | None) -> bool:

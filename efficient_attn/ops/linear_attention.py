@@ -38,7 +38,8 @@ def not_supported_reasons(query_features: Tensor, key_features: Tensor, value: T
 
 
 def select(backend: str, query_features: Tensor, key_features: Tensor, value: Tensor) -> str:
-    """The backend that will serve: the one asked for, or with "auto" the first that can (on CPU tensors the definition).
+    """The backend that will serve: the one asked for, or with "auto" the first that can (on CPU tensors the
+    definition).
 
     Raises InputError for an unknown name and UnsupportedError, with the reasons, when the one asked for cannot serve.
     """
@@ -49,7 +50,8 @@ def select(backend: str, query_features: Tensor, key_features: Tensor, value: Te
         return "reference" if value.device.type == "cpu" or reasons["triton"] else "triton"
     if reasons[backend]:
         raise UnsupportedError(
-            f"backend={backend!r} cannot serve this call: {'; '.join(reasons[backend])}. Use backend='auto' or 'reference'"
+            f"backend={backend!r} cannot serve this call: {'; '.join(reasons[backend])}. "
+            "Use backend='auto' or 'reference'"
         )
     return backend
 

@@ -2,7 +2,7 @@
 
 Defaults come from a small table, checked without a GPU by tests/test_triton_compile.py (no spills, shared memory within
 the limit). EFFICIENT_ATTN_AUTOTUNE=1 times the candidates of `candidates` once for each case on the machine at hand and
-keeps the winner in a private directory (see autotune.py).
+keeps the winner in a private directory (efficient_attn/backends/autotune.py).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
     },
     "key_gradient": {
         80: {
-            True: {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 64, 16, 1)},
+            True: {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 32, 8, 1)},
             False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
-            True: {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 64, 16, 1)},
+            True: {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 32, 8, 1)},
             False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
@@ -51,13 +51,13 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
             False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
-            True: {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+            True: {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 64, 4, 1)},
             False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
     "bias_gradient": {
         80: {
-            True: {64: Config(64, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+            True: {64: Config(64, 64, 8, 1), 128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
             False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
@@ -79,6 +79,7 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
     ("query_gradient", 90, True, 64): (None, Config(64, 64, 8, 2)),
     ("query_gradient", 90, True, 128): (None, Config(64, 64, 8, 2)),
     ("key_gradient", 80, True, 64): (None, Config(32, 64, 8, 2)),
+    ("query_gradient", 80, True, 64): (None, Config(64, 32, 4, 2)),
     ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),
 }
 
@@ -113,8 +114,28 @@ def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
     return config
 
 
-def safe(config: Config, head_dim: int, walk_q: int | None = None, walk_k: int | None = None) -> Config:
+def short(config: Config, rows: int) -> Config:
+    """The configuration with a query tile of at most `rows`, a power of two; a small tile has work for four warps."""
+    return config._replace(block_q=min(config.block_q, rows), warps=4 if rows <= 32 else config.warps)
+
+
+def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -> Config:
     """The configuration for the second launch of a masked call: the same results a program, in smaller steps."""
     block_q = config.block_q if walk_q is None else min(walk_q, config.block_q)
     block_k = config.block_k if walk_k is None else min(walk_k, config.block_k)
-    return Config(block_q, block_k, 8 if head_dim <= 64 else 16, 1)
+    return Config(block_q, block_k, 8, 1)
+
+
+def candidates(default: Config, head_dim: int, element_size: int, capability: int) -> list[Config]:
+    """What autotuning tries: the default first, then what fits the shared memory by a rough count of tiles in
+    flight."""
+    limit = SHARED_MEMORY[90 if capability >= 90 else 80]
+    found = [default]
+    for block_q in (32, 64, 128):
+        for block_k in (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (1, 2, 3, 4):
+                    tiles = 2 * max(block_q, block_k) * stages + 2 * min(block_q, block_k)
+                    if tiles * padded(head_dim) * element_size <= limit and block_q * block_k >= 32 * 64:
+                        found.append(Config(block_q, block_k, warps, stages))
+    return list(dict.fromkeys(found))

@@ -140,10 +140,12 @@ def any_not_finite(b_x):
 
 @triton.jit
 def any_flag(p_flags, first, programs, step):
-    """Whether one of the flags first, first + step, .. below `programs` is set; the first 4096 of them are looked
-    at."""
-    o_flag = first + tl.arange(0, 4096) * step
-    return tl.max(tl.load(p_flags + o_flag, mask=o_flag < programs, other=0)) > 0
+    """Whether one of the flags first, first + step, .. below `programs` is set: a scalar."""
+    found = tl.zeros([], tl.int32)
+    for start in range(first, programs, step * 1024):
+        o_flag = start + tl.arange(0, 1024) * step
+        found = tl.maximum(found, tl.max(tl.load(p_flags + o_flag, mask=o_flag < programs, other=0)))
+    return found > 0
 
 
 # --- which pairs are visible ---

@@ -60,11 +60,42 @@ def test_the_interpreter_is_taken_by_name_only() -> None:
     assert auto in ("cpu", "reference") and named == "triton"
 
 
-def test_lists_on_a_cuda_call_are_not_looked_at() -> None:
-    """What the backend derives from a mask comes from shapes: a mask on the meta device, without data, will do."""
+def test_grids_come_from_shapes_alone() -> None:
+    """A mask on the meta device, without data, will do: nothing that sizes a launch waits for the GPU."""
     from efficient_attn.backends import triton as backend
 
     mask = BlockMask.from_dense(torch.rand(200, 300) < 0.5, block_size=(48, 32)).to("meta").arrays(False)
-    assert backend._list_blocks(mask) == (48, 32)
     assert backend._tiles(200, 16, mask, 0) == 15
-    assert 0 <= backend._key_tiles(300, 32, mask, 1, 1) <= 10
+    assert 0 <= backend._key_tiles(300, 32, mask) <= 10
+    assert not backend._lists_nothing(mask) and backend._hides(mask, None)
+
+
+def test_autotuning_measures_once_and_keeps_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from efficient_attn.backends import autotune
+
+    monkeypatch.setenv("EFFICIENT_ATTN_CACHE", str(tmp_path / "cache"))
+    measured = []
+    candidates = [(64, 64, 4, 2), (128, 64, 8, 3), (32, 32, 4, 1)]
+
+    def measure(candidate: tuple[int, ...]) -> float:
+        measured.append(candidate)
+        return {64: 2.0, 128: 1.0, 32: float("inf")}[candidate[0]]
+
+    assert autotune.best("case", candidates, measure) == (128, 64, 8, 3) and len(measured) == 3
+    assert autotune.best("case", candidates, measure) == (128, 64, 8, 3) and len(measured) == 3
+    file = tmp_path / "cache" / "triton.json"
+    assert (file.parent.stat().st_mode & 0o777) == 0o700 and list(file.parent.iterdir()) == [file]
+    autotune._known.cache_clear()  # another process
+    assert autotune.best("case", candidates, measure) == (128, 64, 8, 3) and len(measured) == 3
+    assert autotune.best("case", candidates[2:], measure) == (
+        32,
+        32,
+        4,
+        1,
+    )  # a kept choice that is no candidate any more
+    file.write_text("{torn")
+    autotune._known.cache_clear()
+    assert autotune.best("case", candidates, measure) == (128, 64, 8, 3)
+    file.parent.chmod(0o777)
+    with pytest.raises(UnsupportedError, match="chmod 700"):
+        autotune.best("case", candidates, measure)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskArrays
+from . import autotune
 from .call import Call
 
 LOG2E = math.log2(math.e)
@@ -39,6 +41,8 @@ def installed() -> bool:
 @cache
 def kernels() -> Any:
     """The kernels, imported at first use: importing Triton takes a while and needs no GPU to succeed."""
+    import triton
+
     from ..kernels import attention, attention_backward, configs, linear_attention, tiles
 
     names = {
@@ -46,7 +50,7 @@ def kernels() -> Any:
         for module in (tiles, configs, attention, attention_backward, linear_attention)
         for k, v in vars(module).items()
     }
-    return type("Kernels", (), {k: v for k, v in names.items() if not k.startswith("_")})
+    return type("Kernels", (), {k: v for k, v in names.items() if not k.startswith("_")} | {"triton": triton})
 
 
 @lru_cache(maxsize=64)
@@ -123,22 +127,22 @@ def attention_forward(
         return out.zero_(), lse.fill_(-torch.inf)
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
-    config = _config("forward", query, Dv, mask, bias is not None or dropout_p > 0.0)
     group = Hq // Hkv
-    pack = group if mask.indptr is None and dropout_p == 0.0 and 2 * Nq <= config.block_q else 1
-    if mask.indptr is None:
-        config = config._replace(block_q=min(config.block_q, k.padded(Nq * pack)))
-    lines, tiles = B * Hq // pack, _tiles(Nq * pack, config.block_q, mask, 0)
-    splits = _splits(lines * tiles, _key_tiles(Nk, config.block_k, mask, B, Hq), processors(query.device))
-    part_out, part_lse = out, lse
-    if splits > 1:
-        part_out = query.new_empty(splits * B, Hq, Nq, Dv, dtype=torch.float32)
-        part_lse = query.new_empty(splits * B, Hq, Nq, dtype=torch.float32)
-    with _on(query.device):
+
+    def run(config: Any) -> None:
+        pack = group if mask.indptr is None and dropout_p == 0.0 and 2 * Nq <= config.block_q else 1
+        if mask.indptr is None:
+            config = k.short(config, k.padded(Nq * pack))
+        lines, tiles = B * Hq // pack, _tiles(Nq * pack, config.block_q, mask, 0)
+        splits = _splits(lines * tiles, _key_tiles(Nk, config.block_k, mask), processors(query.device))
+        part_out, part_lse = out, lse
+        if splits > 1:
+            part_out = query.new_empty(splits * B, Hq, Nq, Dv, dtype=torch.float32)
+            part_lse = query.new_empty(splits * B, Hq, Nq, dtype=torch.float32)
         _launch(
             k.attention_forward_kernel, tiles * lines * splits, config, query.device, _hides(mask, bias),
             (*map(_rows, (query, key, value, part_out)), part_lse, _bias(bias), _mask(mask, B, False, problem),
-            problem.seed),
+             problem.seed),
             (lines, Hq // pack, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale,
              _section(lines, Nk, key, value, group // pack), splits, group, pack, problem.sign),
             (D, Dv, mask, problem, splits > 1), {} if splits > 1 else {"walk_k": 32},
@@ -148,6 +152,9 @@ def attention_forward(
             k.merge_kernel[(-(-rows // block),)](
                 part_out, part_lse, _rows(out), lse, rows, Hq, Nq, splits, Dv, k.padded(Dv), block, num_warps=4
             )
+
+    with _on(query.device):
+        run(_config("forward", query, Dv, mask, problem, bias is not None, run))
     return out, lse
 
 
@@ -183,35 +190,37 @@ def attention_backward(
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
     group = Hq // Hkv
     delta = torch.empty_like(lse)
-    configs = {
-        name: _config(name, query, Dv, mask, bias is not None or dropout_p > 0.0)
-        for name in ("key_gradient", "query_gradient", "bias_gradient")
-    }
     views = tuple(map(_rows, (query, key, value, grad_out)))
     numbers = (problem.scale, scale, problem.threshold, problem.keep_scale)
     hides = _hides(mask, bias)
-    with _on(query.device):
-        rows, block = B * Hq * Nq, 32
-        k.delta_kernel[(-(-rows // block),)](
-            _rows(out), _rows(grad_out), grad_lse, delta, rows, Hq, Nq, Dv, k.padded(Dv), block, num_warps=4
-        )
-        config = configs["key_gradient"]
+
+    def run_keys(config: Any) -> None:
         _launch(
             k.key_gradient_kernel, _tiles(Nk, config.block_k, mask, 1) * B * Hkv, config, query.device, hides,
             (*views, _rows(dk), _rows(dv), lse, delta, _bias(bias), _mask(mask, B, True, problem), problem.seed),
             (B * Hkv, Hkv, Nq, Nk, *numbers, _section(B * Hkv, Nq * group, query, grad_out, 1), group, problem.sign),
             (D, Dv, mask, problem), {"walk_q": 32},
         )  # fmt: skip
-        config = configs["query_gradient"]
+
+    def run_queries(config: Any) -> None:
         _launch(
             k.query_gradient_kernel, _tiles(Nq, config.block_q, mask, 0) * B * Hq, config, query.device, hides,
             (*views, _rows(dq), lse, delta, _bias(bias), _mask(mask, B, False, problem), problem.seed),
             (B * Hq, Hq, Nq, Nk, *numbers, _section(B * Hq, Nk, key, value, group), group, problem.sign),
             (D, Dv, mask, problem), {"walk_k": 32},
         )  # fmt: skip
+
+    with _on(query.device):
+        rows, block = B * Hq * Nq, 32
+        k.delta_kernel[(-(-rows // block),)](
+            _rows(out), _rows(grad_out), grad_lse, delta, rows, Hq, Nq, Dv, k.padded(Dv), block, num_warps=4
+        )
+        run_keys(_config("key_gradient", query, Dv, mask, problem, bias is not None, run_keys))
+        run_queries(_config("query_gradient", query, Dv, mask, problem, bias is not None, run_queries))
         if dbias is not None:
             assert bias is not None
-            _bias_gradient(k, configs["bias_gradient"], views, lse, delta, bias, dbias, mask, problem)
+            config = _config("bias_gradient", query, Dv, mask, problem, True)
+            _bias_gradient(k, config, views, lse, delta, bias, dbias, mask, problem)
     return dq, dk, dv, dbias
 
 
@@ -229,7 +238,7 @@ def _launch(
     """Launch a kernel, and where the mask hides pairs once more for the tiles that a NaN behind it has spoiled."""
     flags = torch.empty(programs, dtype=torch.int32, device=device) if hides else None
     for safe in (False, True) if hides else (False,):
-        config = kernels().safe(config, max(constants[:2]), **steps) if safe else config
+        config = kernels().safe(config, **steps) if safe else config
         grid = min(programs, processors(device)) if safe else programs
         kernel[(grid,)](
             *tensors, flags, programs, *numbers, *_constants(config, *constants), safe,
@@ -322,8 +331,8 @@ def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem) -> 
     if mask.indptr is None:
         return kernels().Mask(None, None, None, None, lengths, 1, 1, 0, 0, 0, low, high)
     lists = mask[8:11] if transposed else mask[4:7]
-    indptr, indices, tile_ids = (t.contiguous() for t in lists)
-    assert mask.tiles is not None
+    assert mask.tiles is not None and lists[0] is not None
+    indptr, indices, tile_ids = (t.contiguous() for t in lists if t is not None)
     tiles = mask.tiles.contiguous()
     tiles = tiles if tiles.data_ptr() % 16 == 0 else tiles.clone()  # bits are read in words
     blocks = (indptr.numel() - 1) // (mask.batch * mask.heads)
@@ -343,12 +352,37 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 # --- sizes of the grids ---
 
 
-def _config(kernel: str, query: Tensor, Dv: int, mask: MaskArrays, extras: bool) -> Any:
-    k, listed = kernels(), mask.indptr is not None
-    head_dim, half = max(query.shape[3], Dv), query.dtype in HALF
-    return k.fit(
-        k.default_config(kernel, head_dim, half, capability(query.device), listed, extras), *_list_blocks(mask)
-    )
+def _config(
+    kernel: str,
+    query: Tensor,
+    Dv: int,
+    mask: MaskArrays,
+    problem: _Problem,
+    biased: bool,
+    run: Callable[[Any], None] | None = None,
+) -> Any:
+    """The kernel's configuration: the table's, or where autotuning is on the one with which `run` is fastest."""
+    k, listed, chip = kernels(), mask.indptr is not None, capability(query.device)
+    head_dim, half, extras = max(query.shape[3], Dv), query.dtype in HALF, biased or problem.seed is not None
+    blocks = (mask.block_q, mask.block_k) if listed else (None, None)
+    default = k.fit(k.default_config(kernel, head_dim, half, chip, listed, extras), *blocks)
+    if run is None or chip == 0 or not autotune.enabled() or torch.cuda.is_current_stream_capturing():
+        return default
+    B, Hq, Hkv, Nq, Nk = problem.sizes[:5]
+    case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.seed is None, blocks, problem.low is None)
+    size = (problem.high is None, Hq // Hkv, *(n.bit_length() for n in (B * Hq, Nq, Nk)))
+    key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, *size)))
+    candidates = k.candidates(default, head_dim, query.element_size(), chip)
+    return k.Config(*autotune.best(key, [k.fit(c, *blocks) for c in candidates], lambda c: _time(run, k.Config(*c))))
+
+
+def _time(run: Callable[[Any], None], config: Any) -> float:
+    """Median milliseconds of a launch; infinity where this GPU has not the resources for the configuration."""
+    k = kernels()
+    try:
+        return float(k.triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median"))
+    except (k.triton.runtime.errors.OutOfResources, k.triton.runtime.errors.PTXASError):
+        return math.inf
 
 
 def _hides(mask: MaskArrays, bias: Tensor | None) -> bool:
@@ -360,10 +394,6 @@ def _lists_nothing(mask: MaskArrays) -> bool:
     return mask.indices is not None and mask.indices.numel() == 0
 
 
-def _list_blocks(mask: MaskArrays) -> tuple[int | None, int | None]:
-    return (None, None) if mask.indptr is None else (mask.block_q, mask.block_k)
-
-
 def _tiles(length: int, tile: int, mask: MaskArrays, axis: int) -> int:
     """Tiles of `tile` rows that cover the queries (axis 0) or keys (axis 1); a list's blocks are covered whole."""
     if mask.indptr is None:
@@ -372,7 +402,7 @@ def _tiles(length: int, tile: int, mask: MaskArrays, axis: int) -> int:
     return -(-length // block) * (block // tile)
 
 
-def _key_tiles(kv_len: int, tile: int, mask: MaskArrays, batch: int, heads: int) -> int:
+def _key_tiles(kv_len: int, tile: int, mask: MaskArrays) -> int:
     """Key tiles that a program walks, on average under a list."""
     if mask.indptr is None or mask.indices is None:
         return -(-kv_len // tile)

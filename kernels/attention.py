@@ -138,7 +138,7 @@ def forward_tile(
 
     b_q = load_tile(q, i_b, o_h, o_i, m_i, D, BLOCK_D)
     if SIGN != 1:
-        b_q = (b_q * SIGN).to(b_q.dtype)
+        b_q = (b_q.to(tl.float32) * SIGN).to(b_q.dtype)
     p_k = k.ptr + row_offsets(k, i_b, i_h // GROUP, 0)
     p_v = v.ptr + row_offsets(v, i_b, i_h // GROUP, 0)
     b_acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)

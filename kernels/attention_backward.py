@@ -174,7 +174,7 @@ def key_gradient_tile(
     m_read = o_j < keys
     b_k = load_tile(k, i_b, i_h, o_j, m_read, D, BLOCK_D)
     if SIGN != 1:
-        b_k = (b_k * SIGN).to(b_k.dtype)
+        b_k = (b_k.to(tl.float32) * SIGN).to(b_k.dtype)
     b_v = load_tile(v, i_b, i_h, o_j, m_read, DV, BLOCK_DV)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
@@ -335,7 +335,7 @@ def query_gradient_tile(
 
     b_q = load_tile(q, i_b, i_h, o_i, m_i, D, BLOCK_D)
     if SIGN != 1:
-        b_q = (b_q * SIGN).to(b_q.dtype)
+        b_q = (b_q.to(tl.float32) * SIGN).to(b_q.dtype)
     b_do = load_tile(grad_out, i_b, i_h, o_i, m_i, DV, BLOCK_DV)
     b_lse, b_delta = load_rows(lse, delta, (tl.cast(i_b, tl.int64) * heads + i_h) * Nq + o_i, m_i)
     p_k = k.ptr + row_offsets(k, i_b, i_h // GROUP, 0)
@@ -452,7 +452,7 @@ def bias_gradient_kernel(
             m_i, m_j = o_i < Nq, o_j < keys
             b_q = load_tile(q, i_b, i_h, o_i, m_i, D, BLOCK_D)
             if SIGN != 1:
-                b_q = (b_q * SIGN).to(b_q.dtype)
+                b_q = (b_q.to(tl.float32) * SIGN).to(b_q.dtype)
             b_do = load_tile(grad_out, i_b, i_h, o_i, m_i, DV, BLOCK_DV)
             b_k = load_tile(k, i_b, i_h // GROUP, o_j, m_j, D, BLOCK_D)
             b_v = load_tile(v, i_b, i_h // GROUP, o_j, m_j, DV, BLOCK_DV)

@@ -59,7 +59,15 @@ def backend(request):
 
 
 def pytest_collection_modifyitems(items):
-    """EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side."""
+    """Tests that place their tensors on no device leave the GPU's kernels to those that do.
+
+    EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side.
+    """
+    if not INTERPRETED:
+        on_gpu = [
+            item for item in items if getattr(item, "callspec", None) and "triton" in item.callspec.params.values()
+        ]
+        items[:] = [item for item in items if item not in on_gpu or "device" in item.fixturenames]
     share = os.environ.get("EFFICIENT_ATTN_SHARD")
     if share:
         first, step = map(int, share.split("/"))

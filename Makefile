@@ -1,4 +1,4 @@
-# make setup | test | test-slow | fuzz | sanitize | test-upstream | lint | bench | bench-cpu | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# make setup | test | test-slow | test-triton | fuzz | sanitize | test-upstream | lint | bench | bench-cpu | gpu-check | triton-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: setup test test-slow fuzz sanitize test-upstream lint format bench bench-cpu readme clean
+.PHONY: setup test test-slow test-triton fuzz sanitize test-upstream lint format bench bench-cpu gpu-check triton-table readme clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'slow and not gpu' $(ARGS) tests
+
+# Every case and dtype on the Triton kernels in Triton's interpreter, then every configuration compiled for sm_80 and sm_90.
+test-triton: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -W ignore $(ARGS) tests/test_conformance.py tests/interpreted_*.py
+	$(BIN)/python -m pytest -q $(ARGS) tests/test_triton_compile.py
 
 # Random calls of the native kernel against the definition: make fuzz CASES=100000
 CASES ?= 20000
@@ -58,6 +63,15 @@ bench: $(STAMP)
 
 bench-cpu: $(STAMP)
 	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
+
+# Needs a GPU and a Python with PyTorch and Triton; no network, no .venv: make gpu-check PYTHON=python3 OUT=dir
+OUT ?= bench-results/gpu-check
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(ARGS)
+
+# Registers, spills and shared memory of every kernel for sm_80 and sm_90: benchmarks/results/triton/compile.jsonl
+triton-table: $(STAMP)
+	$(BIN)/python -m efficient_attn.benchmarks.triton_table $(ARGS)
 
 # Writes the generated parts of README.md anew: the table of methods, and with ARGS=<results.jsonl> the picture and figures.
 readme: $(STAMP)

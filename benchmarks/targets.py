@@ -47,13 +47,17 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         calls = _module_calls(config)
     elif config["work"] == "linear_attention":
         calls = _linear_calls(config)
-    elif config["work"] == "low_rank":
-        calls = _low_rank_calls(config)
+    elif config["work"] == "method":
+        calls = _method_calls(config)
     else:
         calls = _attention_calls(config, visible)
     with clock.PeakMemory() as peak:
         calls["ours"]()
-    peer_plan_ms = None
+    peer_plan_ms = peer_bytes = None
+    if config["peer"] == "formula":
+        with clock.PeakMemory() as theirs:
+            calls["peer"]()
+        peer_bytes = theirs.bytes
     if config["peer"] == "flex":  # compiles at its first call
         started = time.perf_counter()
         calls["peer"]()
@@ -77,6 +81,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "peer_plan_ms": peer_plan_ms,
         "density": round(visible.density, 6),
         "peak_bytes": peak.bytes,
+        "peer_peak_bytes": peer_bytes,
         **_shares(config, visible, ceilings, times),
     }
 
@@ -137,7 +142,7 @@ def _visible(config: Mapping[str, Any]) -> Visible:
     kind, _, percent = config["visible"].partition(":")
     q_len, kv_len, heads = config["q_len"], config["kv_len"], config["heads"]
     generator = torch.Generator().manual_seed(0)
-    if kind == "full" or config["work"] == "low_rank":
+    if kind == "full" or config["work"] == "method":
         return Visible()
     if kind == "causal":
         return Visible(is_causal=True, density=(kv_len + 1) / (2 * kv_len))
@@ -215,8 +220,8 @@ def _linear_calls(config: Mapping[str, Any]) -> dict[str, Call]:
     return {name: _bound(config["mode"], call, qkv) for name, call in (("ours", ours), ("peer", formula))}
 
 
-def _low_rank_calls(config: Mapping[str, Any]) -> dict[str, Call]:
-    """A low-rank method with its parameters, and exact attention or the paper's formula in plain PyTorch."""
+def _method_calls(config: Mapping[str, Any]) -> dict[str, Call]:
+    """A method with its parameters, and exact attention or the paper's formula in plain PyTorch."""
     method: Any = sized(config["visible"], config["kv_len"])
     heads, head_dim = config["heads"], config["head_dim"]
     state: Any = method.build(heads * head_dim, heads, head_dim)

@@ -54,7 +54,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Expl
     block_mask = _block_mask(query, key, **options)
     call = functional.describe(query, key, value, bias, block_mask.arrays(False), dropout_p)
     reasons = backends.not_supported_reasons(call)
-    serving = [name for name, why in reasons.items() if not why and backend in ("auto", name)]
+    wanted = (n for n in reasons if n == backend or (backend == "auto" and backends.automatic(n, call.device)))
+    serving = [name for name in wanted if not reasons[name]]
     density = block_mask.density
     pairs = round(density * call.B * call.Hq * call.Nq * call.Nk)
     size = query.element_size()

@@ -1,4 +1,8 @@
-"""Fixtures for every test: uninitialised memory is NaN, and a backend that is not built skips with its reason."""
+"""Fixtures for every test: uninitialised memory is NaN, and a backend that is not built skips with its reason.
+
+Triton's kernels are one of the backends in two cases: on a machine with a GPU (marked gpu), and in a process that was
+started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes).
+"""
 
 import os
 
@@ -22,11 +26,49 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=list(backends.BACKENDS))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from interpreter import patch_once
+
+    patch_once()
+
+
+def tested_backends():
+    """The backends that this process tests, as parameters."""
+    if INTERPRETED:
+        return [pytest.param("triton", marks=pytest.mark.interpreter)]
+    others = [name for name in backends.BACKENDS if name != "triton"]
+    return [*others, pytest.param("triton", marks=pytest.mark.gpu)] if torch.cuda.is_available() else others
+
+
+@pytest.fixture
+def device(backend):
+    """Where the backend computes."""
+    return torch.device("cuda" if backend == "triton" and not INTERPRETED else "cpu")
+
+
+@pytest.fixture(params=tested_backends())
 def backend(request):
     """Each backend in turn. Only a build without native code (EFFICIENT_ATTN_CPU=0) may skip the CPU one."""
-    reasons = backends.BACKENDS[request.param].not_supported_reasons(PLAIN_CALL)
+    place = "cuda" if request.param == "triton" and not INTERPRETED else "cpu"
+    reasons = backends.BACKENDS[request.param].not_supported_reasons(PLAIN_CALL._replace(device=torch.device(place)))
     if reasons and os.environ.get("EFFICIENT_ATTN_CPU") == "0":
         pytest.skip("; ".join(reasons))
     assert not reasons, f"backend {request.param} should serve a plain call: {reasons}"
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that place their tensors on no device leave the GPU's kernels to those that do.
+
+    EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side.
+    """
+    if not INTERPRETED:
+        on_gpu = [
+            item for item in items if getattr(item, "callspec", None) and "triton" in item.callspec.params.values()
+        ]
+        items[:] = [item for item in items if item not in on_gpu or "device" in item.fixturenames]
+    share = os.environ.get("EFFICIENT_ATTN_SHARD")
+    if share:
+        first, step = map(int, share.split("/"))
+        items[:] = items[first::step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import pytest
@@ -13,9 +14,13 @@ from efficient_attn.errors import UnsupportedError
 from efficient_attn.lowrank import linear_attention, performer_attention, random_projection
 from efficient_attn.ops import linear_attention as ops
 
+REASONS = ops.not_supported_reasons(torch.device("cpu"), torch.float32)
+# Triton's interpreter is slow: test_triton.py runs a few of these cases, for Triton only, in a process of its own.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
-    for name, why in ops.not_supported_reasons(torch.device("cpu"), torch.float32).items()
+    for name, why in REASONS.items()
+    if (name == "triton") == INTERPRETED
 ]
 KERNELS = [backend for backend in BACKENDS if backend.values != ("reference",)]
 MAPS = reference_linear.FEATURE_MAPS

@@ -117,8 +117,8 @@ struct Ahead {
 
     EA_INLINE void fetch(int64_t first, int64_t count) const {
         for (int64_t k = first; k < first + count; ++k) {
-            for (int64_t byte = 0; byte < K_bytes; byte += 64) __builtin_prefetch(K + k * K_stride + byte);
-            for (int64_t byte = 0; byte < V_bytes; byte += 64) __builtin_prefetch(V + k * V_stride + byte);
+            for (int64_t byte = 0; byte < K_bytes; byte += 64) __builtin_prefetch(K + k * K_stride + byte, 0, 2);
+            for (int64_t byte = 0; byte < V_bytes; byte += 64) __builtin_prefetch(V + k * V_stride + byte, 0, 2);
         }
     }
 };

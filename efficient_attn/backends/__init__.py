@@ -9,17 +9,24 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
+import torch
+
 from ..errors import InputError, UnsupportedError
-from . import cpu, reference
+from . import cpu, reference, triton
 from .call import Call
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
 
 
 def check_name(backend: str) -> None:
     """Raise InputError unless `backend` is "auto" or the name of a backend."""
     if backend != "auto" and backend not in BACKENDS:
         raise InputError(f"backend={backend!r} does not exist; choose from {['auto', *BACKENDS]}")
+
+
+def automatic(name: str, device: torch.device) -> bool:
+    """Whether backend="auto" may take a backend that can serve: Triton's interpreter serves tests, and only by name."""
+    return name != "triton" or device.type != "cpu"
 
 
 def not_supported_reasons(call: Call) -> dict[str, list[str]]:
@@ -34,8 +41,9 @@ def select(backend: str, call: Call) -> str:
     """
     check_name(backend)
     for name in BACKENDS if backend == "auto" else (backend,):
-        if not BACKENDS[name].not_supported_reasons(call):
-            return name
+        if (backend == "auto" and not automatic(name, call.device)) or BACKENDS[name].not_supported_reasons(call):
+            continue
+        return name
     reasons = "; ".join(BACKENDS[backend].not_supported_reasons(call))
     raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")
 

@@ -15,8 +15,8 @@ FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "perfor
 FORWARD, BACKWARD = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 
 
-def not_supported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Why this backend cannot serve values of this dtype on this device."""
+def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> list[str]:
+    """Why this backend cannot serve values of this dtype on this device; any width will do."""
     reasons = cpu.device_reasons(device)
     if dtype not in cpu.DTYPES:
         reasons.append(f"it computes float32, float64, bfloat16 and float16, not {dtype}")

@@ -36,7 +36,7 @@ RELU_FLOOR = 1e-3  # added to Performer's relu features, so that a normaliser ca
 CAUSAL_EXPONENT_LIMIT = 60.0  # e^60: room for sums over a million keys in float32
 
 
-def not_supported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> list[str]:
     """The reference serves every call."""
     return []
 

@@ -106,7 +106,8 @@ def run_operator(
     q_len, kv_len = query.shape[2], value.shape[2]
     check_alignment(is_causal, causal_alignment, q_len, kv_len)
     offset = kv_len - q_len if causal_alignment == "bottom_right" else 0
-    chosen = ops.select(backend, value.device, value.dtype)
+    features = key.shape[3] if projection is None else projection.shape[-2]
+    chosen = ops.select(backend, value.device, value.dtype, max(features, value.shape[3]))
     out, normaliser, _ = torch.ops.efficient_attn.linear_attention_forward(
         query, key, value, key_mask, projection, is_causal, offset, feature_map, scale, chosen
     )

@@ -53,11 +53,10 @@ def linformer_attention(
     if E.shape[-2] != F_.shape[-2]:
         raise InputError(f"key_projection has rank {E.shape[-2]}, value_projection {F_.shape[-2]}; they must be equal")
     key, value = select_keys(key_mask, key, value)
-    # Contiguous, for the product with a broadcast matrix may come back transposed.
     return attention(
         query,
-        (E @ key).contiguous(),
-        (F_ @ value).contiguous(),
+        _mixed(E, key),
+        _mixed(F_, value),
         scale=scale,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
@@ -88,6 +87,16 @@ def linformer_weights(
     weights = attention_weights(query, E @ key, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed)
     weights = weights @ (F_ if F_.dim() == 2 else F_.repeat_interleave(query.shape[1] // max(key.shape[1], 1), 0))
     return weights if key_mask is None else weights.masked_fill(~key_mask[:, None, None, :], 0.0)
+
+
+def _mixed(projection: Tensor, x: Tensor) -> Tensor:
+    """(r, N) or (H, r, N) times (B, H, N, D): contiguous (B, H, r, D)."""
+    if projection.dim() == 3:
+        return (projection @ x).contiguous()
+    # One product for all heads, in the layout that a module's projections have: there nothing is copied.
+    B, H, N, D = x.shape
+    mixed = projection @ x.permute(2, 0, 1, 3).reshape(N, B * H * D)
+    return mixed.view(projection.shape[0], B, H, D).permute(1, 2, 0, 3).contiguous()
 
 
 def _sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:

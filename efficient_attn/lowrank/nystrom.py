@@ -115,15 +115,16 @@ def iterative_pinv(matrix: Tensor, iterations: int = 6) -> Tensor:
     Xiong et al. 2021, eq. 11. Rows and columns of zeros stay zero.
     """
     with torch.autocast(matrix.device.type, enabled=False):
-        a = matrix.to(accumulation_dtype(matrix.dtype))
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        a = matrix.to(accumulation_dtype(matrix.dtype)).reshape(-1, *matrix.shape[-2:])
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
         columns, rows = a.abs().sum(-2).amax(-1), a.abs().sum(-1).amax(-1)
         norms = (columns * rows)[..., None, None]
         z = a.mT / norms.masked_fill(norms == 0, 1.0)
-        for _ in range(iterations):
-            az = a @ z
-            z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
-        return z
+        for _ in range(iterations):  # numbers and differences inside the products: a step is five small kernels
+            az = torch.bmm(a, z)
+            inner = torch.baddbmm(eye, az, 7 * eye - az, beta=15, alpha=-1)
+            z = torch.bmm(z, torch.baddbmm(eye, az, inner, beta=3.25, alpha=-0.25))
+        return z.view(matrix.shape)
 
 
 def _nystrom_landmarks(
@@ -136,9 +137,10 @@ def _nystrom_landmarks(
     far_bias = None if far_used is None else add_to_bias(None, far_used, query)
     dtype = accumulation_dtype(query.dtype)
     with torch.autocast(query.device.type, enabled=False):  # the pseudo-inverse wants more than half precision
-        middle = attention_weights(
-            near.to(dtype), far.to(dtype), bias=None if far_bias is None else far_bias.to(dtype), scale=scale
-        )
+        if far_bias is None:
+            middle = torch.softmax((near.to(dtype) @ far.to(dtype).mT) * scale, -1)
+        else:  # rows without a landmark are the definition's business
+            middle = attention_weights(near.to(dtype), far.to(dtype), bias=far_bias.to(dtype), scale=scale)
     if near_used is not None:
         middle = middle.masked_fill(~near_used[:, None, :, None], 0.0)
     return near, far, middle, far_bias

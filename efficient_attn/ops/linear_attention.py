@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import cpu_linear, reference_linear
+from ..backends import automatic, cpu_linear, reference_linear, triton_linear
 from ..backends.reference import accumulation_dtype
 from ..errors import InputError, UnsupportedError
 from .attention import _one_by_one
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu_linear, "reference": reference_linear}  # fastest first
+BACKENDS: dict[str, ModuleType] = {  # fastest first
+    "triton": triton_linear,
+    "cpu": cpu_linear,
+    "reference": reference_linear,
+}
 
 _library = torch.library.Library("efficient_attn", "FRAGMENT")
 _library.define(
@@ -34,12 +38,15 @@ _library.define(
 )
 
 
-def not_supported_reasons(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
-    """Every backend with the reasons why it cannot serve values of this dtype there; an empty list: it can."""
-    return {name: module.not_supported_reasons(device, dtype) for name, module in BACKENDS.items()}
+def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> dict[str, list[str]]:
+    """Every backend with the reasons why it cannot serve values of this dtype there; an empty list: it can.
+
+    width: the larger one of the number of features and the value's last dimension; 0 leaves it open.
+    """
+    return {name: module.not_supported_reasons(device, dtype, width) for name, module in BACKENDS.items()}
 
 
-def select(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def select(backend: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
     """The backend that will serve: the one asked for, or with "auto" the first that can.
 
     InputError for an unknown name, UnsupportedError with the reasons when the one asked for cannot serve.
@@ -47,9 +54,11 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend != "auto" and backend not in BACKENDS:
         raise InputError(f"backend={backend!r} does not exist for linear attention; choose from {['auto', *BACKENDS]}")
     for name in BACKENDS if backend == "auto" else (backend,):
-        if not BACKENDS[name].not_supported_reasons(device, dtype):
+        if backend == "auto" and not automatic(name, device):
+            continue
+        if not BACKENDS[name].not_supported_reasons(device, dtype, width):
             return name
-    reasons = "; ".join(BACKENDS[backend].not_supported_reasons(device, dtype))
+    reasons = "; ".join(BACKENDS[backend].not_supported_reasons(device, dtype, width))
     raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")
 
 

@@ -1,0 +1,168 @@
+"""`make gpu-check`: build, conformance and benchmarks on a machine with a GPU and no network. Installs nothing.
+
+Run from a checkout with the Python that has PyTorch and Triton. Python files are used where they lie, through a folder
+of links, for kernels/ and benchmarks/ belong below the package; the C++ module is compiled beside them where that is
+possible. Only the standard library is needed to start. On a machine without a GPU it says so, shows its plan and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOTAL_S = 470  # the whole of it stays below eight minutes
+BUILD_S, CONFORMANCE_S = 60, 200
+NEEDED = {"torch": "the tensors", "triton": "the kernels"}
+HELPFUL = {
+    "pytest": "without it conformance is not run",
+    "pybind11": "without it the CPU backend is not built",
+    "ninja": "without it the CPU backend is not built",
+    "matplotlib": "without it there is no picture",
+}
+
+
+def without_gpu() -> str:
+    """Why there is nothing to check here, or ''."""
+    for name, what in NEEDED.items():
+        if importlib.util.find_spec(name) is None:
+            return f"{sys.executable} has no {name} ({what}); name a Python that has it: make gpu-check PYTHON=..."
+    probe = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 3)"
+    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode != 0:
+        return "PyTorch sees no CUDA GPU on this machine"
+    return ""
+
+
+def plan(out: Path) -> list[str]:
+    """What a run does, in order."""
+    return [
+        f"link the package together in {out / 'site'}",
+        f"compile the C++ module there, at most {BUILD_S} s (skipped without a compiler, pybind11 or ninja)",
+        f"pytest -m gpu in {shards()} processes, at most {CONFORMANCE_S} s",
+        "benchmarks against SDPA (flash, cuDNN, efficient) and compiled FlexAttention in the time that is left",
+        f"{out / 'results.jsonl'}, {out / 'results.png'} and the summary",
+    ]
+
+
+def shards() -> int:
+    return max(1, min(12, (os.cpu_count() or 1) - 2))
+
+
+def link(site: Path) -> None:
+    """efficient_attn below `site`, made of links to the checkout."""
+    package = site / "efficient_attn"
+    if package.exists():
+        shutil.rmtree(package)
+    package.mkdir(parents=True)
+    for source in (ROOT / "efficient_attn").iterdir():
+        if source.name != "__pycache__":
+            (package / source.name).symlink_to(source)
+    for name in ("kernels", "benchmarks"):
+        (package / name).symlink_to(ROOT / name)
+
+
+def build(site: Path, log: Path) -> str:
+    """Compile the C++ module into `site`; returns what to say about it."""
+    if any((site / "efficient_attn").glob("_cpu*.so")):
+        return "C++ module: the one that lies in the checkout"
+    missing = [name for name in ("pybind11", "ninja", "setuptools") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"C++ module: not built, {', '.join(missing)} missing; the CPU backend is not part of this check"
+    work = site.parent / "build"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(work / "lib"), "--build-temp", str(work)]
+    with log.open("w") as file:
+        try:
+            subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=BUILD_S, check=True)
+        except (subprocess.SubprocessError, OSError) as error:
+            return f"C++ module: not built ({error}); see {log}"
+    for module in work.glob("lib/efficient_attn/_cpu*.so"):
+        shutil.copy(module, site / "efficient_attn")
+        return "C++ module: built"
+    return f"C++ module: not built; see {log}"
+
+
+def conformance(environment: dict[str, str], out: Path) -> str:
+    """The tests marked gpu, in processes that each take a share of them; returns what to say about it."""
+    if importlib.util.find_spec("pytest") is None:
+        return f"conformance: NOT RUN, {sys.executable} has no pytest"
+    count = shards()
+    running = []
+    for k in range(count):
+        log = (out / f"conformance-{k}.log").open("w")
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
+        shard = environment | {"EFFICIENT_ATTN_SHARD": f"{k}/{count}", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=out, env=shard, stdout=log, stderr=subprocess.STDOUT)
+        running.append((process, log, k))
+    until, said, failed = time.monotonic() + CONFORMANCE_S, [], 0
+    for process, log, k in running:
+        try:
+            code = process.wait(max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = -1
+        log.close()
+        last = (out / f"conformance-{k}.log").read_text().strip().splitlines()[-1:] or ["no output"]
+        if code not in (0, 5):
+            failed += 1
+            said.append(f"  share {k}: {'out of time' if code == -1 else 'FAILED'}: {last[0]}")
+        else:
+            said.append(f"  share {k}: {last[0]}")
+    return "\n".join([f"conformance: {'passed' if failed == 0 else f'{failed} of {count} shares FAILED'}", *said])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench-results" / "gpu-check")
+    parser.add_argument("--dry-run", action="store_true", help="link and compile, then show the plan")
+    options = parser.parse_args()
+    started, out = time.monotonic(), options.out.resolve()
+    steps = "\n".join(f"  {k}. {step}" for k, step in enumerate(plan(out), 1))
+    reason = without_gpu()
+    if reason and not options.dry_run:
+        print(f"gpu-check: skipped: {reason}.\nOn a machine with one it would:\n{steps}")
+        return 0
+    for name, effect in HELPFUL.items():
+        if importlib.util.find_spec(name) is None:
+            print(f"gpu-check: {name} is missing: {effect}")
+    out.mkdir(parents=True, exist_ok=True)
+    site = out / "site"
+    link(site)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("TRITON_INTERPRET", None)
+    built = build(site, out / "build.log")
+    print(f"gpu-check: {built}", flush=True)
+    probe = "import efficient_attn, efficient_attn.benchmarks.gpu as g; print(efficient_attn.__file__, len(g.cells()))"
+    imported = subprocess.run([sys.executable, "-c", probe], cwd=out, env=environment, capture_output=True, text=True)
+    if imported.returncode != 0:
+        print(f"gpu-check: the package cannot be imported:\n{imported.stderr[-2000:]}")
+        return 1
+    print(f"gpu-check: {imported.stdout.split()[1]} benchmark cells with {Path(imported.stdout.split()[0]).parent}")
+    if options.dry_run:
+        print(f"gpu-check: dry run{f' ({reason})' if reason else ''}; a run would:\n{steps}")
+        return 0
+    tested = conformance(environment, out)
+    print(f"gpu-check: {tested}", flush=True)
+    left = TOTAL_S - (time.monotonic() - started)
+    command = [
+        sys.executable,
+        "-m",
+        "efficient_attn.benchmarks.gpu",
+        "--out",
+        str(out),
+        "--seconds",
+        f"{left - 30:.0f}",
+    ]
+    measured = subprocess.run(command, cwd=out, env=environment, timeout=max(left, 30)).returncode
+    print(f"\n{built}\n{tested.splitlines()[0]}\n{time.monotonic() - started:.0f} s; results in {out}")
+    return 1 if measured or "FAILED" in tested or "NOT RUN" in tested else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Block sizes, warps and stages of every kernel, by head dimension, dtype and compute capability.
+
+Defaults come from a small table, checked without a GPU by tests/test_triton_compile.py (no spills, shared memory within
+the limit). EFFICIENT_ATTN_AUTOTUNE=1 times the candidates of `candidates` once for each case on the machine at hand and
+keeps the winner in a private directory (efficient_attn/backends/autotune.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
+
+
+class Config(NamedTuple):
+    """Queries and keys of a tile, warps of a program, tiles in flight."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+INTERPRETER = Config(64, 64, 4, 1)  # few, large steps: the interpreter pays for every operation
+
+# kernel -> capability -> half precision? -> largest of D and Dv, padded -> configuration
+TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
+    "forward": {
+        80: {
+            True: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+            False: {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+        },
+        90: {
+            True: {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+            False: {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+        },
+    },
+    "key_gradient": {
+        80: {
+            True: {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+        90: {
+            True: {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+    },
+    "query_gradient": {
+        80: {
+            True: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+        90: {
+            True: {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 64, 4, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+    },
+    "bias_gradient": {
+        80: {
+            True: {64: Config(64, 64, 8, 1), 128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+        90: {
+            True: {64: Config(64, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+    },
+}
+# What takes registers of its own, halved or replaced: kernel, capability, half precision?, padded size -> with a
+# list, with bias or dropout, None where the row above serves.
+VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] = {
+    ("forward", 90, True, 64): (None, Config(128, 64, 8, 3)),
+    ("forward", 90, True, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
+    ("forward", 90, True, 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    ("forward", 80, True, 64): (None, Config(64, 64, 4, 2)),
+    ("forward", 80, True, 128): (None, Config(64, 32, 4, 2)),
+    ("key_gradient", 90, True, 64): (None, Config(32, 64, 4, 2)),
+    ("key_gradient", 90, True, 128): (None, Config(32, 64, 8, 2)),
+    ("query_gradient", 90, True, 64): (None, Config(64, 64, 8, 2)),
+    ("query_gradient", 90, True, 128): (None, Config(64, 64, 8, 2)),
+    ("key_gradient", 80, True, 64): (None, Config(32, 64, 8, 2)),
+    ("query_gradient", 80, True, 64): (None, Config(64, 32, 4, 2)),
+    ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),
+}
+
+
+def padded(size: int) -> int:
+    """The power of two that holds a head dimension, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def default_config(
+    kernel: str, head_dim: int, half: bool, capability: int, listed: bool = False, extras: bool = False
+) -> Config:
+    """The table's configuration; `capability` is 80 or 90 (anything newer than 90 uses that of 90), 0 the interpreter.
+
+    listed: under a list. extras: with a bias or dropout.
+    """
+    if capability == 0:
+        return INTERPRETER
+    capability = 90 if capability >= 90 else 80
+    sizes = TABLE[kernel][capability][half]
+    size = next(size for size in sizes if head_dim <= size)
+    with_list, with_extras = VARIANTS.get((kernel, capability, half, size), (None, None))
+    return (extras and with_extras) or (listed and with_list) or sizes[size]
+
+
+def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
+    """The configuration with tiles that divide blocks of (block_q, block_k); None: there is no list."""
+    if block_q is not None:
+        config = config._replace(block_q=min(config.block_q, block_q & -block_q))
+    if block_k is not None:
+        config = config._replace(block_k=min(config.block_k, block_k & -block_k))
+    return config
+
+
+def short(config: Config, rows: int) -> Config:
+    """The configuration with a query tile of at most `rows`, a power of two; a small tile has work for four warps."""
+    return config._replace(block_q=min(config.block_q, rows), warps=4 if rows <= 32 else config.warps)
+
+
+def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -> Config:
+    """The configuration for the second launch of a masked call: the same results a program, in smaller steps."""
+    block_q = config.block_q if walk_q is None else min(walk_q, config.block_q)
+    block_k = config.block_k if walk_k is None else min(walk_k, config.block_k)
+    return Config(block_q, block_k, 8, 1)
+
+
+def candidates(default: Config, head_dim: int, element_size: int, capability: int) -> list[Config]:
+    """What autotuning tries: the default first, then what fits the shared memory by a rough count of tiles in
+    flight."""
+    limit = SHARED_MEMORY[90 if capability >= 90 else 80]
+    found = [default]
+    for block_q in (32, 64, 128):
+        for block_k in (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (1, 2, 3, 4):
+                    tiles = 2 * max(block_q, block_k) * stages + 2 * min(block_q, block_k)
+                    if tiles * padded(head_dim) * element_size <= limit and block_q * block_k >= 32 * 64:
+                        found.append(Config(block_q, block_k, warps, stages))
+    return list(dict.fromkeys(found))

@@ -46,7 +46,7 @@ struct Pipeline {
     template <class A>
     static Pipeline of(const AttentionParams& p) {
         const int64_t heads = p.B * p.Hkv;
-        return {ceil_div(p.Nk, key_span<A>(p)), heads, min_of(heads, max_of(1, p.threads) + 1),
+        return {max_of(1, ceil_div(p.Nk, key_span<A>(p))), heads, min_of(heads, max_of(1, p.threads) + 1),
                 p.Hq / max_of(1, p.Hkv) * query_tiling(p, kQueries).count};
     }
 };
@@ -217,6 +217,9 @@ inline void clear_bias_rows(const AttentionParams& p, int64_t row, int64_t rows)
     });
 }
 
+// Of one head; without queries there is still a task, to start the counters.
+inline int64_t delta_tiles(const AttentionParams& p) { return max_of(1, ceil_div(p.Nq, kQueries)); }
+
 // Phase 0.
 template <class T, class A>
 inline void delta_task(const AttentionParams& p, int64_t task, const BackwardShared<A>& shared) {
@@ -224,7 +227,7 @@ inline void delta_task(const AttentionParams& p, int64_t task, const BackwardSha
         const Pipeline line = Pipeline::of<A>(p);
         for (int64_t k = 0; k < line.heads * line.spans; ++k) shared.done[k] = 0;
     }
-    const int64_t tiles = ceil_div(p.Nq, kQueries), tile = task % tiles, head = task / tiles;
+    const int64_t tiles = delta_tiles(p), tile = task % tiles, head = task / tiles;
     const int64_t h = head % p.Hq, b = head / p.Hq;
     const Range rows{tile * kQueries, min_of(p.Nq, (tile + 1) * kQueries)};
     if (bias_is_full(p) && may_hide_pairs(p)) clear_bias_rows<T>(p, head * p.Nq + rows.begin, rows.end - rows.begin);

@@ -76,7 +76,7 @@ int64_t backward_bytes(const AttentionParams& p) {
     return with_accumulator(p, [&](auto a) { return BackwardTile<decltype(a)>::bytes(p); });
 }
 int64_t backward_tasks(const AttentionParams& p, int phase) {
-    if (phase == 0) return p.B * p.Hq * ceil_div(p.Nq, kQueries);
+    if (phase == 0) return p.B * p.Hq * delta_tiles(p);
     if (phase == 2) return p.dbias.data && !bias_is_full(p) ? bias_tiling(p).count : 0;
     return with_accumulator(p, [&](auto a) {
         const Pipeline line = Pipeline::of<decltype(a)>(p);

@@ -24,7 +24,7 @@ struct Features {
 struct Definition {
     LinearAttentionCase& c;
     const std::vector<double> query, key, value, projection, grad_out, grad_normaliser;
-    const double unit, tiny;  // of the accumulator
+    const double unit, tiny;  // of the accumulator; long sums of this definition are off themselves, in double
     Features a, b;
     Bounded shift, da, db;
     LinearAttentionResults results;
@@ -40,7 +40,7 @@ struct Definition {
           projection(c.projection_heads ? c.projection.values() : std::vector<double>()),
           grad_out(c.grad_out.values()),
           grad_normaliser(c.has_grad_normaliser ? c.grad_normaliser.values() : std::vector<double>()),
-          unit(epsilon(c.accumulator())),
+          unit(epsilon(c.accumulator()) + 0x1p-56 * std::sqrt(static_cast<double>(c.Nq + c.Nk))),
           tiny(smallest(c.accumulator())),
           a(c.B * c.Hq * c.Nq * c.F),
           b(c.B * c.Hkv * c.Nk * c.F),

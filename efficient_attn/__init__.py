@@ -1,9 +1,10 @@
 """efficient-attn: exact, block-sparse and low-rank attention with one operator, one mask and one drop-in module."""
 
 from .backends import BACKENDS
-from .errors import EfficientAttnError, InputError, InputTypeError, MaskError, UnsupportedError
+from .errors import ConversionError, EfficientAttnError, InputError, InputTypeError, MaskError, UnsupportedError
 from .explanation import Explanation, explain
 from .functional import attention, attention_weights, merge_attention
+from .integrations import Conversion, convert
 from .lowrank import (
     linear_attention,
     linformer_attention,
@@ -56,6 +57,8 @@ __all__ = [
     "BlockMask",
     "Causal",
     "CentroidTail",
+    "Conversion",
+    "ConversionError",
     "Dense",
     "Dilated",
     "Documents",
@@ -87,6 +90,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "branch_share",
+    "convert",
     "explain",
     "linear_attention",
     "linformer_attention",

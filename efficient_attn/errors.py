@@ -19,3 +19,7 @@ class MaskError(InputError):
 
 class UnsupportedError(EfficientAttnError, NotImplementedError):
     """A well-defined request that the chosen method or backend cannot serve."""
+
+
+class ConversionError(EfficientAttnError, RuntimeError):
+    """A converted model that does not compute, with dense attention, what the original computed."""

@@ -110,7 +110,8 @@ def attention(
     differentiable = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     )
-    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=differentiable, scale=scale)
+    transposed = differentiable and query.device.type != "cpu"  # the CPU's backward walks the lists as they are
+    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=transposed, scale=scale)
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
     chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p))
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None

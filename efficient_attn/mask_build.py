@@ -190,13 +190,19 @@ def expand(lists: BlockLists, n_q: int, batch: int, heads: int) -> BlockLists:
 
 def transpose(lists: BlockLists, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """The query blocks of each key block: indptr int64 [batch * heads * n_k + 1], indices and tile ids int32 [nnz]."""
-    rows = entry_rows(lists)
-    line, i_block = rows // max(grid.n_q, 1), rows % max(grid.n_q, 1)
-    t_rows = line * grid.n_k + lists.indices
-    order = t_rows.argsort(stable=True)  # stable: query blocks stay ascending
-    counts = t_rows.new_zeros(lists.batch * lists.heads * grid.n_k)
-    counts = counts.scatter_add(0, t_rows, torch.ones_like(t_rows))
-    return pointers(counts), i_block[order].int(), lists.tile_ids[order]
+    lines, device, nnz = lists.batch * lists.heads, lists.indices.device, lists.indices.numel()
+    counts, size = lists.indptr.diff(), lines * grid.n_k
+    i_block = torch.arange(grid.n_q, dtype=torch.int32, device=device).repeat(lines)
+    i_block = torch.repeat_interleave(i_block, counts, output_size=nnz)
+    # A radix sort takes as many passes as its keys have bytes.
+    width = torch.int16 if size < 2**15 else torch.int32 if size < 2**31 else torch.int64
+    t_rows = lists.indices.to(width)
+    if lines != 1:
+        first = torch.arange(lines, dtype=width, device=device).mul_(grid.n_k).repeat_interleave(grid.n_q)
+        t_rows = t_rows + torch.repeat_interleave(first, counts, output_size=nnz)
+    t_rows, order = t_rows.sort(stable=True)  # stable: query blocks stay ascending
+    indptr = torch.searchsorted(t_rows, torch.arange(size + 1, dtype=width, device=device))
+    return indptr, i_block[order], lists.tile_ids[order]
 
 
 def swap(lists: BlockLists, grid: Grid) -> BlockLists:

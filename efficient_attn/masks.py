@@ -384,7 +384,8 @@ class BlockMask:
         if torch.compiler.is_compiling():
             return mask_build.transpose(self._listed, self._grid)
         with torch.inference_mode(False):  # what is kept must serve training too
-            return self._transposed.setdefault("lists", mask_build.transpose(self._listed, self._grid))
+            made = mask_build.transpose(self._listed, self._grid)
+        return self._transposed.setdefault("lists", made) if _outlasts_the_call(made[0]) else made
 
     def to_dense(self, *, max_pairs: int = MAX_DENSE_PAIRS) -> Tensor:
         """bool (batch, heads, q_len, kv_len) with window and lengths; batch and heads of 1 broadcast.
@@ -570,6 +571,11 @@ class BlockMask:
     def plot(self, ax: Any = None, *, batch: int = 0, head: int = 0) -> Any:
         """Draw the visible pairs of one batch element and head with matplotlib; returns the axes."""
         return mask_picture.plot(self, ax, batch, head)
+
+
+def _outlasts_the_call(tensor: Tensor) -> bool:
+    """Whether a tensor has a value of its own, and is not one that a mode or a transformation lends."""
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _rebuild(cls: type[BlockMask], fields: dict[str, Any]) -> BlockMask:

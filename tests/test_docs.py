@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("methods.md",)
+PAGES = ("integrations.md", "methods.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_runs_from_top_to_bottom(page):
+    if page == "integrations.md":
+        pytest.importorskip("transformers")
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 5
     names = {}

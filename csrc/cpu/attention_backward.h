@@ -2,25 +2,25 @@
 //
 //     dV = (Z P)^T dO      dS = P (Z (dO V^T) - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
 //
-// Phases, each parallel over tasks that own what they write (no atomics, the same bits for any number of threads):
-//     0  delta            a tile of queries; clears its rows of a dbias that the passes store on the way
-//     1  dQ, dK, dV       one (batch, key/value head): five products a tile, where there are heads enough for the
-//                               threads
-//     2  dK, dV           else a tile of keys of one (batch, key/value head), over the query heads of its group, and
-//     3  dQ               a tile of queries of one (batch, head): seven products, but one long sequence uses every core
-//     4  dbias            a tile of the bias, over every dimension that it broadcasts
-// One pass or two give the same bits: every sum runs over the same terms in the same order.
+// Phases, each parallel over tasks:
+//     0  delta            a tile of queries
+//     1  dQ, dK, dV       a span of keys of one (batch, key/value head): five products a tile
+//     2  dbias            a tile of the bias, over every dimension that it broadcasts, unless phase 1 stored it on its
+//     way
+//
+// A task of phase 1 owns dK and dV of its span and adds to dQ, tile by tile of queries, after the span before it has
+// added to the same tile: the spans of a head run behind one another like the stages of a pipeline, so that one long
+// sequence uses every core. Every sum has its terms in one order whatever the spans and the threads: the same bits.
 #pragma once
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#endif
 
 #include "attention_forward.h"
 
 namespace efficient_attn {
 namespace {
-
-inline bool one_pass(const AttentionParams& p) {
-    const int64_t heads = p.B * p.Hkv, threads = max_of(1, p.threads);
-    return ceil_div(heads, threads) * threads * 5 <= heads * 7;
-}
 
 // The bias has an element for every pair: its gradient is dS itself, stored on the way.
 inline bool bias_is_full(const AttentionParams& p) {
@@ -28,22 +28,66 @@ inline bool bias_is_full(const AttentionParams& p) {
     return p.dbias.data && size[0] == p.B && size[1] == p.Hq && size[2] == p.Nq && size[3] == p.Nk;
 }
 
-// In one pass: keys whose K, V, dK and dV stay in the second cache level while every query comes by.
+// Keys of one task: few enough that their K, V, dK and dV stay in the second cache level while every query comes by,
+// and that there is a task for each thread. Spans end where pieces of keys do.
 template <class A>
 inline int64_t key_span(const AttentionParams& p) {
     constexpr int64_t cache = 512 * 1024;
-    if (!one_pass(p)) return kKeys;
     const int64_t bytes = 2 * static_cast<int64_t>(sizeof(A)) * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
-    return min_of(max_of(cache / bytes / kKeys, 1) * kKeys, round_up(p.Nk, kKeys));
+    const int64_t wanted = ceil_div(2 * max_of(1, p.threads), max_of(1, p.B * p.Hkv));
+    const int64_t span = min_of(cache / bytes, ceil_div(p.Nk, wanted));
+    return max_of(span / kKeys, 1) * kKeys;
+}
+
+// Of all heads, only so many are under way that the accumulators of dQ stay few.
+struct Pipeline {
+    int64_t spans, heads, slots, tiles;
+
+    template <class A>
+    static Pipeline of(const AttentionParams& p) {
+        const int64_t heads = p.B * p.Hkv;
+        return {ceil_div(p.Nk, key_span<A>(p)), heads, min_of(heads, max_of(1, p.threads) + 1),
+                p.Hq / max_of(1, p.Hkv) * query_tiling(p, kQueries).count};
+    }
+};
+
+// What the tasks share: delta, how many tiles of queries each span is done with, and dQt of the heads under way.
+template <class A>
+struct BackwardShared {
+    A *delta, *dQt;
+    int64_t* done;
+
+    BackwardShared(const AttentionParams& p, char* memory) {
+        const Pipeline line = Pipeline::of<A>(p);
+        Arena arena{memory};
+        delta = arena.take<A>(p.B * p.Hq * p.Nq);
+        done = arena.take<int64_t>(line.heads * line.spans);
+        dQt = arena.take<A>(line.slots * line.tiles * p.D * kQueries);
+        end = arena.next;
+    }
+    static int64_t bytes(const AttentionParams& p) { return BackwardShared(p, kNoMemory).end - kNoMemory; }
+
+  private:
+    char* end;
+};
+
+inline void wait_until(const int64_t* counter, int64_t least) {
+    for (int64_t turn = 1; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < least; ++turn) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+        if (turn % 64 == 0) sched_yield();  // the other thread may be waiting for this core
+#endif
+    }
 }
 
 template <class A>
 struct BackwardTile {
-    A *Qt, *dOt, *Q, *dO, *S, *dP, *bias, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dQt, *dK, *dV;
+    A *Qt, *dOt, *Q, *dO, *S, *dP, *bias, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
     double* sum;
     uint64_t *bits, *keep;
 
-    // In one pass dQt holds every query of the group.
     BackwardTile(const AttentionParams& p, char* memory) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), widest = max_of(D, Dv);
         Arena arena{memory};
@@ -61,7 +105,6 @@ struct BackwardTile {
         V_buffer = arena.take<A>(kKeys * p.Dv);
         buffer = arena.take<A>(kKeys * widest);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, widest)));
-        dQt = arena.take<A>((one_pass(p) ? p.Hq / p.Hkv * query_tiling(p, kQueries).count : 1) * p.D * kQueries);
         dK = arena.take<A>(key_span<A>(p) * D);
         dV = arena.take<A>(key_span<A>(p) * Dv);
         sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);
@@ -176,7 +219,11 @@ inline void clear_bias_rows(const AttentionParams& p, int64_t row, int64_t rows)
 
 // Phase 0.
 template <class T, class A>
-inline void delta_task(const AttentionParams& p, int64_t task, A* delta) {
+inline void delta_task(const AttentionParams& p, int64_t task, const BackwardShared<A>& shared) {
+    if (task == 0) {
+        const Pipeline line = Pipeline::of<A>(p);
+        for (int64_t k = 0; k < line.heads * line.spans; ++k) shared.done[k] = 0;
+    }
     const int64_t tiles = ceil_div(p.Nq, kQueries), tile = task % tiles, head = task / tiles;
     const int64_t h = head % p.Hq, b = head / p.Hq;
     const Range rows{tile * kQueries, min_of(p.Nq, (tile + 1) * kQueries)};
@@ -184,7 +231,7 @@ inline void delta_task(const AttentionParams& p, int64_t task, A* delta) {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
         const A sum = row_product<A>(row_pointer<T>(p.out, b, h, i), row_pointer<T>(p.grad_out, b, h, i), p.Dv);
         const int64_t row = head * p.Nq + i;
-        delta[row] = p.grad_lse ? sum - static_cast<const A*>(p.grad_lse)[row] : sum;
+        shared.delta[row] = p.grad_lse ? sum - static_cast<const A*>(p.grad_lse)[row] : sum;
     }
 }
 
@@ -260,144 +307,44 @@ inline void store_query_gradients(const AttentionParams& p, const QueryTile& q, 
 
 // Phase 1.
 template <class T, class A>
-inline void head_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
-    const int64_t kv = task % p.Hkv, b = task / p.Hkv, group = p.Hq / p.Hkv;
-    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), span = key_span<A>(p);
+inline void span_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
+    const Pipeline line = Pipeline::of<A>(p);
+    const int64_t head = task / line.spans, span = task % line.spans, kv = head % p.Hkv, b = head / p.Hkv;
+    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), size = key_span<A>(p);
+    const Range keys{span * size, min_of((span + 1) * size, p.Nk)};
     const QueryTiling tiling = query_tiling(p, kQueries);
+    int64_t* done = shared.done + head * line.spans + span;
     BackwardTile<A> t(p, memory);
+    fill_zero(t.dK, size * D);
+    fill_zero(t.dV, size * Dv);
+    // Tasks are taken in order, so what is waited for is done or being done.
+    if (span == 0 && head >= line.slots) wait_until(done - line.slots * line.spans + line.spans - 1, line.tiles);
 
-    auto for_each_tile = [&](auto visit) {  // visit(tile of queries, its lanes, its dQt)
-        for (int64_t index = 0; index < group * tiling.count; ++index) {
-            const QueryTile q = query_tile(p, tiling, b, kv * group + index / tiling.count, index % tiling.count);
-            if (q.count > 0) visit(q, whole_vectors<A>(q.count), t.dQt + index * p.D * kQueries);
-        }
-    };
-    fill_zero(t.dQt, group * tiling.count * p.D * kQueries);
-    for (int64_t first = 0; first < p.Nk; first += span) {
-        const Range keys{first, min_of(first + span, p.Nk)};
-        fill_zero(t.dK, span * D);
-        fill_zero(t.dV, span * Dv);
-        for_each_tile([&](const QueryTile& q, int64_t w, A* dQt) {
-            Rows<A> Q, dO;
-            auto begin = [&] {
-                load_query_tile<T>(p, q, delta, w, t);
-                Q = load_padded_rows<T>(p.query, b, q.h, q.rows.begin, q.count, p.D, t.Q);
-                dO = load_padded_rows<T>(p.grad_out, b, q.h, q.rows.begin, q.count, p.Dv, t.dO);
-            };
-            add_query_gradients<T>(p, q, keys, w, t, dQt, begin, [&](Range part, bool masked) {
-                add_key_gradients<T>(p, q, part.end - part.begin, w, masked, Q, dO, t, t.dK + (part.begin - first) * D,
-                                     t.dV + (part.begin - first) * Dv);
-            });
-        });
-        store_key_gradients<T>(p, b, kv, keys, t.dK, t.dV);
-    }
-    for_each_tile([&](const QueryTile& q, int64_t w, A* dQt) { store_query_gradients<T>(p, q, w, dQt, t); });
-}
-
-struct KeyTiling {
-    int64_t tile, count;
-};
-
-// A tile of keys lies inside one block of the list.
-inline KeyTiling key_tiling(const AttentionParams& p) {
-    const int64_t tile =
-        p.mask.indptr ? (p.mask.block_k > kKeys ? round_up(ceil_div(p.mask.block_k, 2), 16) : p.mask.block_k) : kKeys;
-    if (!p.mask.indptr) return {tile, ceil_div(p.Nk, tile)};
-    return {tile, ceil_div(p.Nk, p.mask.block_k) * ceil_div(p.mask.block_k, tile)};
-}
-
-inline Range key_tile(const AttentionParams& p, const KeyTiling& tiling, int64_t index) {
-    if (!p.mask.indptr) return {index * tiling.tile, min_of((index + 1) * tiling.tile, p.Nk)};
-    const int64_t parts = ceil_div(p.mask.block_k, tiling.tile), block = index / parts;
-    const int64_t begin = block * p.mask.block_k + index % parts * tiling.tile;
-    const int64_t end = min_of(begin + tiling.tile, min_of((block + 1) * p.mask.block_k, p.Nk));
-    return {begin, max_of(begin, end)};
-}
-
-// Phase 2.
-template <class T, class A>
-inline void key_value_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
-    const KeyTiling tiling = key_tiling(p);
-    const QueryTiling queries = query_tiling(p, kQueries);
-    const Range keys = key_tile(p, tiling, task % tiling.count);
-    const int64_t kv = task / tiling.count % p.Hkv, b = task / tiling.count / p.Hkv, n = keys.end - keys.begin;
-    if (n <= 0) return;
-    const int64_t group = p.Hq / p.Hkv;
-    BackwardTile<A> t(p, memory);
-    const Rows<A> K = load_rows<T>(p.key, b, kv, keys.begin, n, p.D, t.K_buffer);
-    const Rows<A> V = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
-    fill_zero(t.dK, n * whole_vectors<A>(p.D));
-    fill_zero(t.dV, n * whole_vectors<A>(p.Dv));
-
-    auto visit = [&](int64_t h, int64_t tile_index, const uint8_t* tile, int64_t tile_key) {
-        const QueryTile q = query_tile(p, queries, b, h, tile_index);
-        if (q.count <= 0) return;
-        const Range seen = intersect(any_visible(p, b, q.rows.begin, q.rows.end), keys);
-        if (seen.begin >= seen.end) return;
+    for (int64_t index = 0; index < line.tiles; ++index) {
+        const QueryTile q = query_tile(p, tiling, b, kv * (p.Hq / p.Hkv) + index / tiling.count, index % tiling.count);
+        A* dQt = shared.dQt + (head % line.slots * line.tiles + index) * p.D * kQueries;
         const int64_t w = whole_vectors<A>(q.count);
-        load_query_tile<T>(p, q, delta, w, t);
-        const Rows<A> Q = load_padded_rows<T>(p.query, b, h, q.rows.begin, q.count, p.D, t.Q);
-        const Rows<A> dO = load_padded_rows<T>(p.grad_out, b, h, q.rows.begin, q.count, p.Dv, t.dO);
-        const bool masked = score_gradients<T>(p, q, keys, tile, tile_key, K, V, w, t);
-        add_key_gradients<T>(p, q, n, w, masked, Q, dO, t, t.dK, t.dV);
-    };
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        if (!p.mask.indptr) {
-            for (int64_t tile = 0; tile < queries.count; ++tile) visit(h, tile, nullptr, 0);
-            continue;
+        Rows<A> Q, dO;
+        auto begin = [&] {
+            load_query_tile<T>(p, q, shared.delta, w, t);
+            Q = load_padded_rows<T>(p.query, b, q.h, q.rows.begin, q.count, p.D, t.Q);
+            dO = load_padded_rows<T>(p.grad_out, b, q.h, q.rows.begin, q.count, p.Dv, t.dO);
+        };
+        if (span == 0) {
+            fill_zero(dQt, p.D * w);
+        } else {
+            wait_until(done - 1, index + 1);
         }
-        const MaskView& mask = p.mask;
-        const int64_t block = keys.begin / mask.block_k, q_blocks = ceil_div(p.Nq, mask.block_q);
-        const int64_t row = list_row(mask, b, h, ceil_div(p.Nk, mask.block_k), block);
-        const Range entries = list_entries(mask, mask.t_indptr, row);
-        for (int64_t e = entries.begin; e < entries.end; ++e) {
-            const int64_t q_block = mask.t_indices[e];
-            if (q_block < 0 || q_block >= q_blocks) continue;
-            for (int64_t part = 0; part < queries.tiles_per_block; ++part)
-                visit(h, q_block * queries.tiles_per_block + part, bit_tile(mask, mask.t_tile_ids[e]),
-                      block * mask.block_k);
+        if (q.count > 0) {
+            add_query_gradients<T>(p, q, keys, w, t, dQt, begin, [&](Range part, bool masked) {
+                add_key_gradients<T>(p, q, part.end - part.begin, w, masked, Q, dO, t,
+                                     t.dK + (part.begin - keys.begin) * D, t.dV + (part.begin - keys.begin) * Dv);
+            });
+            if (span == line.spans - 1) store_query_gradients<T>(p, q, w, dQt, t);
         }
+        __atomic_store_n(done, index + 1, __ATOMIC_RELEASE);
     }
     store_key_gradients<T>(p, b, kv, keys, t.dK, t.dV);
-}
-
-// Phase 3.
-template <class T, class A>
-inline void query_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
-    const QueryTiling tiling = query_tiling(p, kQueries);
-    const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq;
-    const QueryTile q = query_tile(p, tiling, b, h, tiling.count - 1 - task % tiling.count);
-    if (q.count <= 0) return;
-    const int64_t w = whole_vectors<A>(q.count);
-    BackwardTile<A> t(p, memory);
-    fill_zero(t.dQt, p.D * w);
-    const auto begin = [&] { load_query_tile<T>(p, q, delta, w, t); };
-    add_query_gradients<T>(p, q, {0, p.Nk}, w, t, t.dQt, begin, [](Range, bool) {});
-    store_query_gradients<T>(p, q, w, t.dQt, t);
-}
-
-// How many blocks the lists name for the tasks of phases 1 and 2.
-inline double head_cost(const AttentionParams& p, int64_t task) {
-    const int64_t group = p.Hq / p.Hkv, kv = task % p.Hkv, b = task / p.Hkv, blocks = ceil_div(p.Nq, p.mask.block_q);
-    double cost = 0;
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        const int64_t first = list_row(p.mask, b, h, blocks, 0);
-        cost += static_cast<double>(p.mask.indptr[first + blocks]) - static_cast<double>(p.mask.indptr[first]);
-    }
-    return cost;
-}
-
-inline double key_tile_cost(const AttentionParams& p, int64_t task) {
-    const KeyTiling tiling = key_tiling(p);
-    const int64_t block = task % tiling.count / ceil_div(p.mask.block_k, tiling.tile);
-    const int64_t group = p.Hq / p.Hkv, kv = task / tiling.count % p.Hkv, b = task / tiling.count / p.Hkv;
-    double cost = 0;
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        const int64_t row = list_row(p.mask, b, h, ceil_div(p.Nk, p.mask.block_k), block);
-        const Range entries = list_entries(p.mask, p.mask.t_indptr, row);
-        cost += static_cast<double>(entries.end - entries.begin);
-    }
-    return cost;
 }
 
 // How the gradient of the bias is cut: by tiles of queries and keys where the bias has them, else in one piece.
@@ -435,7 +382,7 @@ inline void store_bias(const AttentionParams& p, int64_t at, double value) {
     }
 }
 
-// Phase 4.
+// Phase 2.
 template <class T, class A>
 inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
     const BiasTiling cut = bias_tiling(p);

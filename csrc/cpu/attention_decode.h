@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kDecodeQueries = 16;
 constexpr int64_t kDecodeSpan = 1024;  // keys of one task
 
-inline bool is_decode(const AttentionParams& p) { return p.Nq <= kDecodeQueries; }
+// Without a query, a key or a head there is nothing to cut.
+inline bool is_decode(const AttentionParams& p) { return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0; }
 
 // How the work is cut. Heads with lists of their own are walked one by one.
 struct DecodeCut {
@@ -116,8 +117,8 @@ struct Ahead {
 
     EA_INLINE void fetch(int64_t first, int64_t count) const {
         for (int64_t k = first; k < first + count; ++k) {
-            for (int64_t byte = 0; byte < K_bytes; byte += 64) __builtin_prefetch(K + k * K_stride + byte);
-            for (int64_t byte = 0; byte < V_bytes; byte += 64) __builtin_prefetch(V + k * V_stride + byte);
+            for (int64_t byte = 0; byte < K_bytes; byte += 64) __builtin_prefetch(K + k * K_stride + byte, 0, 2);
+            for (int64_t byte = 0; byte < V_bytes; byte += 64) __builtin_prefetch(V + k * V_stride + byte, 0, 2);
         }
     }
 };

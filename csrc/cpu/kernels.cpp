@@ -69,45 +69,28 @@ void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory
     });
 }
 
-int64_t backward_shared(const AttentionParams& p) { return p.B * p.Hq * p.Nq * (p.dtype == kFloat64 ? 8 : 4); }
+int64_t backward_shared(const AttentionParams& p) {
+    return with_accumulator(p, [&](auto a) { return BackwardShared<decltype(a)>::bytes(p); });
+}
 int64_t backward_bytes(const AttentionParams& p) {
     return with_accumulator(p, [&](auto a) { return BackwardTile<decltype(a)>::bytes(p); });
 }
 int64_t backward_tasks(const AttentionParams& p, int phase) {
-    switch (phase) {
-        case 0:
-            return p.B * p.Hq * ceil_div(p.Nq, kQueries);
-        case 1:
-            return one_pass(p) ? p.B * p.Hkv : 0;
-        case 2:
-            return one_pass(p) ? 0 : p.B * p.Hkv * key_tiling(p).count;
-        case 3:
-            return one_pass(p) ? 0 : forward_task_count(p);
-        default:
-            return p.dbias.data && !bias_is_full(p) ? bias_tiling(p).count : 0;
-    }
+    if (phase == 0) return p.B * p.Hq * ceil_div(p.Nq, kQueries);
+    if (phase == 2) return p.dbias.data && !bias_is_full(p) ? bias_tiling(p).count : 0;
+    return with_accumulator(p, [&](auto a) {
+        const Pipeline line = Pipeline::of<decltype(a)>(p);
+        return line.heads * line.spans;
+    });
 }
-double backward_cost(const AttentionParams& p, int phase, int64_t task) {
-    if (!p.mask.indptr || phase == 0 || phase == 4) return -1;
-    return phase == 1 ? head_cost(p, task) : phase == 2 ? key_tile_cost(p, task) : query_tile_cost(p, task);
-}
-void backward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
+void backward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared_memory) {
     with_types(p, [&](auto types) {
         using T = typename decltype(types)::Storage;
         using A = typename decltype(types)::Accumulator;
-        A* delta = reinterpret_cast<A*>(shared);
-        switch (phase) {
-            case 0:
-                return delta_task<T, A>(p, task, delta);
-            case 1:
-                return head_task<T, A>(p, task, delta, memory);
-            case 2:
-                return key_value_task<T, A>(p, task, delta, memory);
-            case 3:
-                return query_task<T, A>(p, task, delta, memory);
-            default:
-                return bias_task<T, A>(p, task, delta, memory);
-        }
+        const BackwardShared<A> shared(p, shared_memory);
+        if (phase == 0) return delta_task<T, A>(p, task, shared);
+        if (phase == 1) return span_task<T, A>(p, task, memory, shared);
+        bias_task<T, A>(p, task, shared.delta, memory);
     });
 }
 
@@ -142,7 +125,7 @@ constexpr Operator<LinearAttentionParams> linear_operator() {
 extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
     {2, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_run},
-    {5, backward_shared, backward_bytes, backward_tasks, backward_cost, backward_run},
+    {3, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
     linear_operator<linear::Forward, linear::kForwardPhases>(),
     linear_operator<linear::Backward, linear::kBackwardPhases>(),
     fma_loop,

@@ -49,7 +49,7 @@ constexpr int64_t kStoredCost = 130;
 template <class A>
 inline Plan make_plan(const Params& p) {
     Plan s;
-    s.group = p.Hq / p.Hkv;
+    s.group = p.Hq / max_of(1, p.Hkv);
     s.offset = p.is_causal ? max_of(-p.Nq, min_of(p.causal_offset, p.Nk)) : 0;  // beyond these, nothing changes
     const int64_t length = max_of(p.Nk, p.Nq + s.offset);
     s.chunks = ceil_div(length, kChunk);

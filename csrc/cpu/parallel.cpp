@@ -99,7 +99,7 @@ bool run(const Operator<Params>& op, const Params& given, int threads) {
             continue;
         }
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(monotonic : dynamic) num_threads(threads)
         for (int64_t position = 0; position < tasks; ++position) run_task(position, omp_get_thread_num());
 #else
         run_on_plain_threads(tasks, threads, run_task);

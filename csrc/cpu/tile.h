@@ -29,9 +29,9 @@ template <class A>
 inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* fade,
                                A* out) {
     if (fade) {
-        product<A, Into::kFade, 32>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
+        product<A, Into::kFade, 64>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
     } else {
-        product<A, Into::kAdd, 32>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
+        product<A, Into::kAdd, 64>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
     }
 }
 

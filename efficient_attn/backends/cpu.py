@@ -24,7 +24,8 @@ except ImportError as error:
     MISSING = f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NO_LISTS, _NO_BIAS = (0,) * 9, (0,) * 6
+_NO_LISTS: tuple[int, ...] = (0,) * 9
+_NO_BIAS: tuple[int, ...] = (0,) * 6
 FORWARD, BACKWARD = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
 
 

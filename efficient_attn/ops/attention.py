@@ -118,8 +118,8 @@ def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
     block_shape, window, scale, dropout_p, bias_requires_grad, backend = ctx.numbers
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    if lists[0] is not None and lists[4] is None:
-        batch, heads, block_q, block_k = block_shape  # the forward was called without thought of a gradient
+    if lists[0] is not None and lists[4] is None and backend not in ("cpu", "reference"):
+        batch, heads, block_q, block_k = block_shape
         grid = mask_build.Grid(query.shape[2], key.shape[2], block_q, block_k)
         lists[4:] = mask_build.transpose(mask_build.BlockLists(batch, heads, *lists[:4]), grid)
     dq, dk, dv, dbias = attention_backward(

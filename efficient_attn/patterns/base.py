@@ -24,6 +24,7 @@ from ..masks import BlockMask, BlockSize
 
 MAX_OPTION = 2**31 - 1
 MAX_DEPTH = 16  # of combined patterns in JSON
+MANY_BLOCKS = 2**20  # to transpose more takes a while: done when a backward asks for it first
 EXAMPLE = '{"pattern": "bigbird", "block": 64}'
 
 PATTERNS: dict[str, type[Pattern]] = {}
@@ -318,7 +319,7 @@ def _cached(
 def _make(pattern: Pattern, grid: Grid, heads: int, device: str, explicit: bool) -> BlockMask:
     mask = pattern._build(grid, heads).reblock((grid.block_q, grid.block_k))
     mask = (mask.explicit() if explicit else mask).to(device)
-    if mask.indptr is not None:
+    if mask.indices is not None and (explicit or mask.indices.numel() < MANY_BLOCKS):
         mask._transposed["lists"] = mask.transposed()  # by itself it keeps nothing while anything is being traced
     return mask
 

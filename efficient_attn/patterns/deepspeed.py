@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..mask_build import Grid, pointers, ragged_range
+from ..mask_build import FULL, BlockLists, Grid, pointers, ragged_range
 from ..masks import BlockMask
 from .base import OPTIONS, Pattern, register
 
 DIRECTIONS = ("bidirectional", "unidirectional")
+STRIP = 1 << 21  # blocks of a layout in a table at a time
+STRIPS_FROM = 32  # a table costs less than a sort where one block in so many is listed
 Rectangle = tuple[slice, slice]  # rows and columns of a layout
 
 
@@ -76,18 +78,14 @@ class _Layout(Pattern):
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         self._check_square(grid.q_len, grid.kv_len)
         n = -(-grid.q_len // self.block)
-        listed, drawn = [], self._drawn(n, num_heads)
-        for head, columns in zip(range(num_heads), drawn, strict=True):
-            parts = [(torch.arange(n)[:, None] * n + columns).flatten()]
-            parts += _blocks(self._rectangles(n, head), n)
-            blocks = torch.cat(parts).unique()
-            blocks = blocks[blocks % max(n, 1) <= blocks // max(n, 1)] if self._lower else blocks
-            listed.append(blocks + head * n * n)
-        blocks = torch.cat(listed)
-        indptr = pointers(torch.bincount(blocks // max(n, 1), minlength=num_heads * n))
-        return BlockMask.from_csr(
-            indptr, blocks % max(n, 1), q_len=grid.q_len, kv_len=grid.kv_len, block_size=self.block, heads=num_heads
-        )
+        heads = [
+            _rows(_edges(self._rectangles(n, head), n), columns, n, self._lower)
+            for head, columns in zip(range(num_heads), self._drawn(n, num_heads), strict=True)
+        ]
+        counts, indices = (torch.cat(parts) for parts in zip(*heads, strict=True))
+        none = torch.empty(0, self.block, self.block // 8, dtype=torch.uint8)
+        lists = BlockLists(1, num_heads, pointers(counts), indices, torch.full_like(indices, FULL), none)
+        return BlockMask._of_lists(Grid(grid.q_len, grid.kv_len, self.block, self.block), lists)
 
     def _check_common(self) -> None:
         self._check_block()
@@ -114,16 +112,62 @@ class _Layout(Pattern):
             )
 
 
-def _blocks(rectangles: Iterable[Rectangle], n: int) -> list[Tensor]:
-    """row * n + column of the blocks of some rectangles."""
+def _edges(rectangles: Iterable[Rectangle], n: int) -> Tensor:
+    """Top, bottom, left and right of some rectangles in a layout of n x n blocks, int64 [4, how many]."""
     sides = [(range(n)[rows], range(n)[cols]) for rows, cols in rectangles]
-    edges = [(r.start, len(r), c.start, len(c)) for r, c in sides if r and c]
-    if not edges:
-        return []
-    top, height, left, width = torch.tensor(edges).unbind(1)
-    which, rows = ragged_range(top, height)
-    each, cols = ragged_range(left[which], width[which])
-    return [rows[each] * n + cols]
+    edges = [(r.start, r.stop, c.start, c.stop) for r, c in sides if r and c]
+    return torch.tensor(edges, dtype=torch.int64).view(-1, 4).T
+
+
+def _rows(edges: Tensor, drawn: Tensor, n: int, lower: bool) -> tuple[Tensor, Tensor]:
+    """How many blocks each row of a layout has, and their columns, int32: of rectangles, and `drawn` (n, how many)."""
+    top, bottom, left, right = edges
+    area = int(((bottom - top) * (right - left)).sum()) + drawn.numel()
+    of_strips = _strips if area * STRIPS_FROM > n * n else _sorted
+    return of_strips(edges, drawn, n, lower)
+
+
+def _sorted(edges: Tensor, drawn: Tensor, n: int, lower: bool) -> tuple[Tensor, Tensor]:
+    """`_rows` of a sparse layout: every block is listed, and blocks listed twice are found by sorting."""
+    top, bottom, left, right = edges
+    which, rows = ragged_range(top, bottom - top)
+    each, cols = ragged_range(left[which], (right - left)[which])
+    blocks = torch.cat([rows[each] * n + cols, (torch.arange(n)[:, None] * n + drawn).flatten()]).unique()
+    rows, cols = blocks // max(n, 1), blocks % max(n, 1)
+    if lower:
+        rows, cols = rows[cols <= rows], cols[cols <= rows]
+    return torch.bincount(rows, minlength=n), cols.int()
+
+
+def _strips(edges: Tensor, drawn: Tensor, n: int, lower: bool) -> tuple[Tensor, Tensor]:
+    """`_rows` of a layout with many blocks, from a table of a few rows at a time.
+
+    What changes from a row to the next, and from a column to the next, is summed to the number of rectangles over each
+    block.
+    """
+    top, bottom, left, right = edges
+    rows, order = torch.cat([top, top, bottom, bottom]).sort()
+    cols = torch.cat([left, right, right, left])[order]
+    steps = torch.ones(4, top.numel(), dtype=torch.int32)
+    steps[1::2] = -1
+    steps = steps.flatten()[order]
+    counts, indices = [], []
+    above = torch.zeros(n + 1, dtype=torch.int32)
+    height = max(1, STRIP // (n + 1))
+    for first in range(0, n, height):
+        count = min(height, n - first)
+        part = slice(*torch.searchsorted(rows, torch.tensor([first, first + count])).tolist())
+        table = torch.zeros(count, n + 1, dtype=torch.int32)
+        table.view(-1).scatter_add_(0, (rows[part] - first) * (n + 1) + cols[part], steps[part])
+        for row in table:  # PyTorch's cumsum is slow down the columns
+            above = row.add_(above)
+        seen = table.cumsum(1, dtype=torch.int32)[:, :n] > 0
+        seen.scatter_(1, drawn[first : first + count], True)
+        if lower:
+            seen = seen.tril_(first)
+        counts.append(seen.sum(1))
+        indices.append(seen.nonzero()[:, 1].int())
+    return torch.cat(counts), torch.cat(indices)
 
 
 def _windows(lengths: Iterable[int], n: int) -> Iterator[tuple[int, int]]:

@@ -283,6 +283,19 @@ struct Definition {
         }
     }
 
+    // The gradients of a key that is not finite may be NaN even where no query sees it.
+    void doubt_poisoned_keys() {
+        const auto is_finite = [](double x) { return std::isfinite(x); };
+        for (int64_t row = 0; row < c.B * c.Hkv * c.Nk; ++row) {
+            if (!c.key_is_there(row / c.Nk / c.Hkv, row % c.Nk)) continue;
+            const double *phi = b.phi.values(row * c.F), *v = value.data() + row * c.Dv;
+            const bool finite = std::all_of(phi, phi + c.F, is_finite);
+            double *dk = db.errors(row * c.F), *dv = results.dv.errors(row * c.Dv);
+            if (!finite || !std::all_of(v, v + c.Dv, is_finite)) std::fill(dk, dk + c.F, INFINITY);
+            if (!finite) std::fill(dv, dv + c.Dv, INFINITY);
+        }
+    }
+
     // How many terms of a sum may have been flushed to 0, each on its own, in units of the smallest stored number.
     double range(int dtype) const { return dtype == kFloat16 ? 1 : 64 * static_cast<double>(c.Nq + c.Nk + c.F); }
 
@@ -300,6 +313,7 @@ struct Definition {
         }
         for (int64_t row = 0; row < c.B * c.Hq * c.Nq; ++row)
             input_gradient(a, da, row, row / c.Nq % c.Hq / (c.Hq / c.Hkv), nullptr, results.dq);
+        doubt_poisoned_keys();
         for (int64_t row = 0; row < c.B * c.Hkv * c.Nk; ++row)
             if (c.key_is_there(row / c.Nk / c.Hkv, row % c.Nk))
                 input_gradient(b, db, row, row / c.Nk % c.Hkv, key.data() + row * c.D, results.dk);

@@ -1,0 +1,325 @@
+"""transformers: `register()` makes attn_implementation="efficient_attn", or "efficient_attn:<spec>", known to it.
+
+    register()
+    model = AutoModel.from_pretrained(path, attn_implementation="efficient_attn:bigbird:block=64")
+    model.set_attn_implementation("efficient_attn")         # dense
+
+Whatever stands behind the first colon is a spec of this package. A model's layers call `_forward` below, its mask code
+`huggingface_masks.pair_mask`; nothing n x n is made on the way. What a layer asks for and we do not have raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, UnsupportedError
+from ..masks import BlockMask
+from ..methods import Dense, Hybrid, Method, SparseMethod, parse
+from ..patterns import Pattern
+from .huggingface_masks import PairMask, pair_mask
+
+NAME = "efficient_attn"
+
+# What layers are passed besides and need no answer: bookkeeping, and what the mask says already.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "position_ids",
+        "position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_cache",
+        "past_key_values",
+        "past_key_value",
+        "num_items_in_batch",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "labels",
+        "logits_to_keep",
+        "input_ids",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "interpolate_pos_encoding",
+        "deterministic",
+        "layer_idx",
+        "sliding_window",
+        "max_length_q",
+        "max_length_k",
+    }
+)
+ADVICE = {
+    "cu_seq_lens_q": "pack sequences by position_ids that start anew instead",
+    "cu_seq_lens_k": "pack sequences by position_ids that start anew instead",
+    "cache": "use generate() with a dynamic or static cache",
+}
+
+
+def register() -> None:
+    """Make "efficient_attn" and "efficient_attn:<spec>" attention implementations of transformers, for every model.
+
+    Call it once, before a model is made with that name or gets it by `set_attn_implementation`; again does nothing.
+    Models that do not go through transformers' attention interface then raise for such a name instead of ignoring it.
+
+    Raises:
+        UnsupportedError: transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UnsupportedError("transformers is not installed; pip install 'efficient-attn[models]'")
+    from transformers import PreTrainedModel
+
+    _add(NAME)
+    original = PreTrainedModel.get_correct_attn_implementation
+    if getattr(original, "knows_efficient_attn", False):
+        return
+
+    @functools.wraps(original)
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> Any:
+        if requested_attention is not None and requested_attention.partition(":")[0] == NAME:
+            _add(requested_attention)
+            if not self._can_set_attn_implementation():
+                raise UnsupportedError(
+                    f"{type(self).__name__} does not go through transformers' attention interface, so "
+                    f"attn_implementation={requested_attention!r} would be ignored; use 'eager'"
+                )
+        return original(self, requested_attention, is_init_check)
+
+    get_correct_attn_implementation.knows_efficient_attn = True  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def implementation_name(attention: str | Method | Pattern) -> str:
+    """The attn_implementation that stands for a spec, a `Method` or a `Pattern`, such as "efficient_attn:linear"."""
+    method = parse(attention)
+    return NAME if method == Dense() else f"{NAME}:{method}"
+
+
+def _add(name: str) -> None:
+    """Put a name into both interfaces; a name in the first alone would lose padding and causality."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if name not in AttentionInterface._global_mapping:
+        spec = name.partition(":")[2]
+        method = parse(spec) if spec else Dense()
+        AttentionInterface.register(name, functools.partial(_forward, method))
+        AttentionMaskInterface.register(name, pair_mask)
+
+
+def _forward(
+    method: Method,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | PairMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend for a transformers layer.
+
+    Args:
+        query, key, value: (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv); query may have batch 1.
+        attention_mask: what `pair_mask` made; or 4-D, bool with True = attend, or float to add to the scores.
+        is_causal: counts only without a mask; None: what the module says.
+        position_bias: (B | 1, Hq, Nq, Nk), added to the scores.
+
+    Returns:
+        out (B, Nq, Hq, Dv), and weights (B, Hq, Nq, Nk) if the call asked for them (output_attentions).
+
+    Raises:
+        UnsupportedError: arguments with a meaning that this package does not have, such as softcap, or that the method
+            cannot serve. InputError: what does not fit together.
+    """
+    _check_arguments(kwargs)
+    if query.shape[0] == 1 != key.shape[0]:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    Nq, Nk = query.shape[2], key.shape[2]
+    call: dict[str, Any]
+    place: tuple[int, int] | None = None  # positions of query 0 and key 0
+    if attention_mask is None:
+        causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and Nq > 1
+        _check_window(kwargs.get("sliding_window"), Nk)
+        call = {"is_causal": True, "causal_alignment": "top_left"} if causal else {}
+        place = (0, 0) if causal else None
+    elif isinstance(attention_mask, PairMask):
+        call = _from_pairs(attention_mask, method, Nq, Nk)
+        if attention_mask.start is not None:
+            place = (attention_mask.start + attention_mask.offset, attention_mask.offset)
+    else:
+        call = _from_tensor(attention_mask, method, query, Nk)
+        if Nq != Nk and getattr(module, "is_causal", False) and not isinstance(method, Dense):
+            raise UnsupportedError(
+                f"{method} needs to know where {Nq} queries stand among {Nk} keys, which a 4-D mask does not say; pass "
+                "attention_mask as (batch, keys)"
+            )
+    if call.get("key_mask") is not None:
+        call["key_mask"] = call["key_mask"].expand(key.shape[0], -1)
+    if position_bias is not None:
+        bias = call.get("bias")
+        call["bias"] = (position_bias if bias is None else position_bias + bias).to(query.dtype)
+    if place is not None and (place[0] != place[1] or Nq != Nk):
+        method, call = _among_earlier(method, call, query, key, place)
+    out, weights = method.attend(
+        query,
+        key,
+        value,
+        state=_state(method, module, query),
+        scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
+        dropout_p=float(dropout),
+        need_weights=_weights_wanted(kwargs),
+        **call,
+    )
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if value is None or value is False or name in HARMLESS:
+            continue
+        advice = ADVICE.get(name, "use attn_implementation='eager' for this model")
+        raise UnsupportedError(
+            f"the model passes {name} to its attention, which efficient_attn does not know; {advice}"
+        )
+
+
+def _check_window(window: int | None, Nk: int) -> None:
+    if window is not None and Nk > window:
+        raise UnsupportedError(
+            f"the layer has sliding_window={window} for {Nk} keys and no mask that says so; call the model, not the "
+            "layer, so that transformers makes one"
+        )
+
+
+def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+    """Whether a model was called with output_attentions: as an argument, or by transformers' recording of outputs."""
+    if kwargs.get("output_attentions"):
+        return True
+    from transformers.utils.output_capturing import _active_collector
+
+    recorded = _active_collector.get()
+    return recorded is not None and any("attentions" in name for name in recorded)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, Any]:
+    if mask.shape[2:] != (Nq, Nk):
+        raise InputError(
+            f"the mask is for {mask.shape[2]} queries and {mask.shape[3]} keys; the layer has {Nq} and {Nk}"
+        )
+    call: dict[str, Any] = {"key_mask": mask.key_mask}
+    if mask.causal and mask.start in (0, Nk - Nq):
+        return call | {"is_causal": True, "causal_alignment": "bottom_right" if mask.start else "top_left"}
+    return call if mask.pairs is None else call | {"mask": mask.pairs}
+
+
+def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[str, Any]:
+    """A 4-D tensor mask: as one bit a key where it is the same for all queries and heads, as bias where it is float."""
+    if mask.dim() != 4 or (mask.dtype != torch.bool and not mask.is_floating_point()):
+        raise InputError(
+            f"a mask tensor must be (batch, heads, queries, keys), bool or float; got {mask.dtype} {tuple(mask.shape)}"
+        )
+    mask = mask[..., :Nk]
+    if mask.is_floating_point() and not method.accepts_bias:
+        mask = _as_bool(mask)
+    if mask.is_floating_point():
+        return {"bias": mask.to(query.dtype)}
+    same = all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2))
+    if same and mask.shape[-1] == Nk:
+        return {"key_mask": mask[:, 0, 0]}
+    return {"mask": mask}
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    """A float mask of 0 and the dtype's smallest number (or -inf) as True = attend; others stay, and are refused."""
+    hidden = mask <= torch.finfo(mask.dtype).min
+    if torch.compiler.is_compiling() or not bool((hidden | (mask == 0)).all()):
+        return mask
+    return ~hidden
+
+
+# --- queries that continue a sequence: cached generation -------------------------------------------------------------
+
+
+def _among_earlier(
+    method: Method, call: dict[str, Any], query: Tensor, key: Tensor, place: tuple[int, int]
+) -> tuple[Method, dict[str, Any]]:
+    """The call for queries that are not the whole sequence: a pattern is that of the sequence, at their rows."""
+    if isinstance(method, Hybrid):
+        raise UnsupportedError(
+            f"{method} cannot continue a cached sequence ({query.shape[2]} queries, {key.shape[2]} keys); call "
+            "generate(use_cache=False)"
+        )
+    if not isinstance(method, SparseMethod) or isinstance(method, Dense) or method.by_content:
+        return method, call
+    if torch.compiler.is_compiling():
+        raise UnsupportedError(f"torch.compile cannot place {method} in a cached sequence; compile dense, or no cache")
+    heads = query.shape[1] if method._heads_differ else 1
+    rows = _rows(method, query.shape[2], key.shape[2], *place, heads, str(query.device))
+    mask = call.get("mask")
+    if isinstance(mask, Tensor):
+        mask = BlockMask.from_dense(mask)
+    return Dense(), call | {"mask": rows if mask is None else rows & mask}
+
+
+@functools.lru_cache(maxsize=4)  # the layers of a model ask for the same one in turn
+def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
+    """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on."""
+    length = offset + kv_len
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = method.visible(i + first, j + offset, length, length, 0)
+        for head in range(1, heads):
+            seen = torch.where(h == head, method.visible(i + first, j + offset, length, length, head), seen)
+        return seen
+
+    with torch.inference_mode(False):
+        return BlockMask.from_predicate(
+            visible,
+            q_len=q_len,
+            kv_len=kv_len,
+            heads=heads,
+            block_size=(16, 128) if q_len <= 16 else 128,
+            device=device,
+        )
+
+
+# --- parameters of methods -------------------------------------------------------------------------------------------
+
+
+def _state(method: Method, module: nn.Module, query: Tensor) -> nn.Module | None:
+    """The method's state for a layer, which holds it as `method_state` from its first call on.
+
+    Raises:
+        UnsupportedError: one state for all layers, or parameters that would appear while training.
+    """
+    if type(method).build is Method.build:
+        return None
+    held = getattr(module, "method_state", None)
+    if isinstance(held, nn.Module) and getattr(module, "method_state_of", None) == method:
+        return held
+    if method.shares_state:
+        raise UnsupportedError(f"transformers' layers cannot share one state as {method} does; choose another share=")
+    heads, head_dim = query.shape[1], query.shape[3]
+    like = next((p for p in module.parameters() if p.is_floating_point()), query)
+    state = method.build(heads * head_dim, heads, head_dim, device=like.device, dtype=like.dtype)
+    if state is None:
+        return None
+    if module.training and torch.is_grad_enabled() and any(True for _ in state.parameters()):
+        raise UnsupportedError(
+            f"{method} has parameters, and an optimiser made before them would not train them; make them first with "
+            "efficient_attn.convert(model, attention=..., sample=...)"
+        )
+    module.method_state, module.method_state_of = state.train(module.training), method  # type: ignore[assignment]
+    return state

@@ -1,0 +1,225 @@
+"""What transformers asks a mask function for, without the n x n tensor: padding as one bit a key, the rest analytic.
+
+transformers describes a mask by a function of (batch, head, query, key) indices, a padding mask (B, keys), and where
+queries and keys start. Causal and sliding-window functions become an interval of key - query, which costs no memory;
+for one query any function is one bit a key; every other function is asked tile by tile for an exact `BlockMask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from ..masks import BlockMask
+
+Interval = tuple[int | None, int | None]  # of key - query, both ends included; None: unlimited
+
+
+@dataclass(frozen=True, eq=False)
+class PairMask:
+    """A mask on its way from a model's mask function to its attention layers.
+
+    Attributes:
+        shape: (B, 1, Nq, Nk), as a tensor in its place would have.
+        key_mask: bool (B, Nk), True = attend, or None: padding.
+        pairs: what is visible besides, or None for everything. A bool tensor only under torch.compile.
+        start: the key that stands where query 0 does, for layers that attend to their own past; else None.
+        offset: the position of key 0 in the sequence; not 0 where a cache has dropped the oldest keys.
+        causal: whether `pairs` is exactly j <= i + start.
+    """
+
+    shape: tuple[int, int, int, int]
+    key_mask: Tensor | None = None
+    pairs: BlockMask | Tensor | None = None
+    start: int | None = None
+    offset: int = 0
+    causal: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def dim(self) -> int:
+        return 4
+
+    def contiguous(self) -> PairMask:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> PairMask:
+        """A mask in another place, as tensors have it; a dtype is of no meaning here and ignored."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is None:
+            return self
+        moved = {name: getattr(self, name) for name in ("key_mask", "pairs")}
+        moved = {name: value if value is None else value.to(device) for name, value in moved.items()}
+        return PairMask(self.shape, **moved, start=self.start, offset=self.offset, causal=self.causal)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self._refuse("slices")
+
+    def __bool__(self) -> bool:
+        return True
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        cls._refuse(f"calls {getattr(func, '__name__', func)} on")
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise UnsupportedError(
+            f"this model {what} its attention mask, which it expects to be a tensor; efficient_attn keeps masks "
+            "without n x n memory. Use attn_implementation='sdpa' for it, or pass it a 4-D bool mask of your own"
+        )
+
+
+def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The function of a mask that is asked for without one."""
+    return j <= i
+
+
+def pair_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal,
+    attention_mask: Tensor | PairMask | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **ignored: Any,
+) -> PairMask | None:
+    """The mask function to register in transformers' AttentionMaskInterface; its signature is transformers'.
+
+    Args:
+        q_offset, kv_offset: positions of the first query and the first key.
+        mask_function: of (batch, head, query, key) positions.
+        attention_mask: padding, bool (B, keys seen so far), or a mask that this function made before.
+        allow_is_bidirectional_skip: whether None may stand for a mask that hides nothing.
+        use_vmap: whether mask_function may ask about single positions only.
+
+    Raises:
+        InputError: a padding mask that is not (B, keys).
+    """
+    if isinstance(attention_mask, PairMask):
+        return attention_mask
+    key_mask = _padding(attention_mask, batch_size, kv_length, kv_offset)
+    tracing = torch.compiler.is_compiling()
+    if isinstance(q_offset, Tensor) and not tracing:
+        q_offset = int(q_offset)
+    shape = (batch_size, 1, q_length, kv_length)
+    interval = _interval(mask_function)
+    if interval == (None, None):
+        return None if key_mask is None and allow_is_bidirectional_skip else PairMask(shape, key_mask)
+    start = None if isinstance(q_offset, Tensor) else q_offset - kv_offset
+    if q_length == 1 and interval is not None and start is not None and _reaches_all(interval, start, kv_length):
+        return PairMask(shape, key_mask, None, start, kv_offset)
+    if q_length == 1:
+        seen = _asked(mask_function, batch_size, 1, kv_length, q_offset, kv_offset, use_vmap, device)[:, 0, 0]
+        return PairMask(shape, seen if key_mask is None else seen & key_mask, None, start, kv_offset)
+    if interval is not None and start is not None:
+        window = tuple(-1 if end is None else abs(end) for end in interval)
+        pairs = BlockMask(q_length, kv_length, window=(window[0], window[1]), window_offset=start)
+        return PairMask(shape, key_mask, pairs, start, kv_offset, causal=interval == (None, 0))
+    if tracing:  # how many blocks a mask lists is not known while tracing: one bool a pair
+        asked = _asked(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
+        return PairMask(shape, key_mask, asked, start, kv_offset)
+    ask = _one_by_one(mask_function) if use_vmap else mask_function
+    pairs = BlockMask.from_predicate(
+        lambda b, h, i, j: ask(b, h, i + q_offset, j + kv_offset),
+        q_len=q_length,
+        kv_len=kv_length,
+        batch=batch_size,
+        device=device,
+    )
+    return PairMask(shape, key_mask, pairs, start, kv_offset)
+
+
+def _padding(attention_mask: Tensor | None, batch_size: int, kv_length: int, kv_offset: int) -> Tensor | None:
+    """bool (B, kv_length), or None where no key is padding; keys that the mask does not reach are hidden."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, batch_size):
+        raise InputError(
+            f"attention_mask must be (batch, keys) with batch {batch_size}, or 4-D; got {tuple(attention_mask.shape)}"
+        )
+    found = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if found.shape[1] < kv_length:
+        found = torch.nn.functional.pad(found, (0, kv_length - found.shape[1]))
+    found = found.expand(batch_size, -1)
+    return None if not torch.compiler.is_compiling() and bool(found.all()) else found
+
+
+def _interval(mask_function: Callable[..., Any]) -> Interval | None:
+    """The interval of key - query that a function stands for, or None if it is not known to be one.
+
+    transformers joins its functions from closures; their names and variables say which. A name that is not known here
+    costs speed and never correctness: the function is asked instead.
+    """
+    if mask_function is causal:
+        return (None, 0)
+    name = getattr(mask_function, "__qualname__", "")
+    if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
+        return None
+    if name == "causal_mask_function":
+        return (None, 0)
+    if name == "bidirectional_mask_function":
+        return (None, None)
+    variables = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__ or (), strict=True))
+    if name == "sliding_window_overlay.<locals>.inner_mask":
+        return (1 - int(variables["sliding_window"].cell_contents), None)
+    if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+        size = int(variables["sliding_window"].cell_contents)
+        return (-size, size)
+    if name != "and_masks.<locals>.and_mask":
+        return None
+    parts = [_interval(part) for part in variables["mask_functions"].cell_contents]
+    if None in parts:
+        return None
+    lows = [part[0] for part in parts if part is not None and part[0] is not None]
+    highs = [part[1] for part in parts if part is not None and part[1] is not None]
+    return (max(lows) if lows else None, min(highs) if highs else None)
+
+
+def _reaches_all(interval: Interval, start: int, kv_length: int) -> bool:
+    """Whether a query at key `start` sees every key."""
+    low, high = interval
+    return (low is None or start + low <= 0) and (high is None or start + high >= kv_length - 1)
+
+
+def _asked(
+    mask_function: Callable[..., Any],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> Tensor:
+    """What a function says about every pair, bool (B, 1, q_length, kv_length)."""
+    b = torch.arange(batch_size, device=device)[:, None, None, None]
+    h = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+    i = (torch.arange(q_length, device=device) + q_offset)[:, None]
+    j = torch.arange(kv_length, device=device) + kv_offset
+    seen: Tensor = (_one_by_one(mask_function) if use_vmap else mask_function)(b, h, i[None, None], j[None, None, None])
+    return seen.expand(batch_size, 1, q_length, kv_length)
+
+
+def _one_by_one(mask_function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The function for index tensors, from one for single positions."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    def ask(*positions: Tensor) -> Tensor:
+        spread = torch.broadcast_tensors(*positions)
+        with TransformGetItemToIndex():
+            seen: Tensor = torch.vmap(mask_function)(*(p.reshape(-1) for p in spread))
+        return seen.reshape(spread[0].shape)
+
+    return ask

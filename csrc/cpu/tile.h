@@ -18,6 +18,13 @@ namespace {
 constexpr int64_t kQueries = 64;  // at most 64: a key's visible queries are the bits of one word
 constexpr int64_t kKeys = 128;
 
+// Weights and values summed in one go: fewer where a product is rounded before it is added.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int64_t kValueRun = 64;
+#else
+constexpr int64_t kValueRun = 32;
+#endif
+
 // S[key][query] = sum_d rows[key][d] * columns[d][query]
 template <class A>
 inline void score_tile(const Rows<A>& rows, int64_t keys, int64_t width, const A* columns, int64_t w, A* S) {
@@ -29,9 +36,9 @@ template <class A>
 inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* fade,
                                A* out) {
     if (fade) {
-        product<A, Into::kFade, 64>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
+        product<A, Into::kFade, kValueRun>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
     } else {
-        product<A, Into::kAdd, 64>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
+        product<A, Into::kAdd, kValueRun>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
     }
 }
 

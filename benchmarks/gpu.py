@@ -197,9 +197,8 @@ def _figures(
     ours = times["ours"]
     figures: dict[str, Any] = {f"vs {name}": round(ms / ours, 4) for name, ms in times.items() if name != "ours"}
     if config["visible"].startswith("linear") or query.shape[2] == 1:
-        moved = (
-            sum(t.numel() * t.element_size() for t in tensors) + query.shape[2] * query.shape[1] * 2 * value.shape[3]
-        )
+        written = query.numel() // query.shape[3] * value.shape[3] * value.element_size()
+        moved = sum(t.numel() * t.element_size() for t in tensors) + written
         block = torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
         target = torch.empty_like(block)
         copy = interleaved({"ours": lambda: target.copy_(block)}, 0.3)["ours"]

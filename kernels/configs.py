@@ -38,26 +38,26 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
     "key_gradient": {
         80: {
             True: {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 32, 8, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
             True: {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 32, 8, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
     "query_gradient": {
         80: {
             True: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
             True: {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 64, 4, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
     "bias_gradient": {
         80: {
-            True: {64: Config(64, 64, 8, 1), 128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+            True: {64: Config(64, 64, 8, 1), 128: Config(32, 64, 8, 1), 256: Config(16, 32, 8, 1)},
             False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
@@ -79,9 +79,25 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
     ("query_gradient", 90, True, 64): (None, Config(64, 64, 8, 2)),
     ("query_gradient", 90, True, 128): (None, Config(64, 64, 8, 2)),
     ("key_gradient", 80, True, 64): (None, Config(32, 64, 8, 2)),
+    ("query_gradient", 90, True, 256): (None, Config(32, 32, 8, 1)),
     ("query_gradient", 80, True, 64): (None, Config(64, 32, 4, 2)),
     ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),
 }
+
+
+# half precision? -> largest of features and Dv -> rows of a chunk, columns of a program, warps; see linear_attention.py
+LINEAR: dict[int, dict[bool, dict[int, tuple[int, int, int]]]] = {
+    80: {True: {64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)}, False: {64: (16, 16, 4), 256: (16, 16, 8)}},
+    90: {True: {64: (64, 64, 8), 128: (64, 32, 8), 256: (16, 32, 8)}, False: {64: (16, 16, 4), 256: (16, 16, 8)}},
+}
+
+
+def linear_config(features: int, half: bool, capability: int) -> tuple[int, int, int]:
+    """Rows of a chunk, columns of a program and its warps, for linear attention."""
+    if capability == 0:
+        return (64, 64, 4)
+    sizes = LINEAR[90 if capability >= 90 else 80][half]
+    return sizes[next(size for size in sizes if features <= size)]
 
 
 def padded(size: int) -> int:

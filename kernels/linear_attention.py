@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_tile, row_offsets, select_dot
+from .tiles import dot, load_tile, row_offsets
 
 
 @triton.jit
@@ -222,12 +222,14 @@ def sums_kernel(
                 if NORMALISE:
                     b_n += tl.sum(b_w, 1)
                     b_vector += tl.sum(b_y, 0)
-                # What is not finite must not be met before its time.
-                if tl.max(tl.where(tl.abs(b_u) < float("inf"), 0, 1)) > 0:
-                    b_out = select_dot(b_w, m_pairs & m_y[None, :], b_u, b_out, PRECISION, True)
-                else:
-                    b_out += dot(b_w, b_u, PRECISION)
                 b_state += dot(tl.trans(b_y), b_u, PRECISION)
+                # What is not finite must not be met before its time.
+                m_bad = (tl.abs(b_u) < float("inf")) == 0
+                b_out += dot(b_w, tl.where(m_bad, 0.0, b_u), PRECISION)
+                if tl.max(m_bad.to(tl.int32)) > 0:
+                    m_seen = m_pairs & m_y[None, :]
+                    b_seen = tl.dot(m_seen.to(tl.float16), m_bad.to(tl.float16))
+                    b_out = tl.where(b_seen > 0.0, float("nan"), b_out)
         if NORMALISE:
             b_out = tl.where((b_n == 0.0)[:, None], 0.0, b_out / tl.where(b_n == 0.0, 1.0, b_n)[:, None])
             m_row = (o_x >= 0) & (o_x < Nx) & (i_r == 0)

@@ -30,12 +30,12 @@ def pytest_passes(*arguments: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_conformance(dtype: str) -> None:
-    pytest_passes(str(TESTS / "test_conformance.py"), "-k", f"{dtype}] and not b{dtype}]")
+    pytest_passes(str(TESTS / "test_conformance.py"), f"-k-{dtype}]")
 
 
 @pytest.mark.slow
 def test_conformance_bfloat16() -> None:
-    pytest_passes(str(TESTS / "test_conformance.py"), "-k", "bfloat16]")
+    pytest_passes(str(TESTS / "test_conformance.py"), "-k-bfloat16]")
 
 
 @pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_linear.py"])

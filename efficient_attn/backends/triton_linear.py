@@ -139,6 +139,10 @@ def _some(rows: Tensor) -> Tensor:
     return rows if rows.shape[3] else rows.new_zeros(*rows.shape[:3], 1)
 
 
+def _half(*tensors: Tensor) -> bool:
+    return all(tensor.dtype in shared.HALF for tensor in tensors)
+
+
 class _Side(NamedTuple):
     """Rows of one operand: divided by `norm` (B, H, N), with the factor `extra` (B, H, N), left out where not alive."""
 
@@ -164,10 +168,10 @@ def _times(a: Tensor, b: Tensor, v: Tensor, is_causal: bool, offset: int) -> _Ti
     B, _, Nq, F = a.shape
     Hkv, Nk = b.shape[1:3]
     offset = min(max(offset, -Nq), Nk) if is_causal else 0  # beyond these bounds nothing changes
-    chunk = 64 if max(F, v.shape[3]) <= 128 else 32
+    chunk, _, _ = shared.kernels().linear_config(max(F, v.shape[3]), _half(a, b, v), shared.capability(a.device))
     first, last = min(0, -offset), max(Nq, Nk - offset)
     wanted = -(-PROGRAMS_PER_PROCESSOR * shared.processors(a.device) // max(B * Hkv, 1))
-    chunks = max(1, min(32, (last - first) // (chunk * wanted)))
+    chunks = max(1, min(2048 // chunk, (last - first) // (chunk * wanted)))
     return _Times(offset, first, -(-(last - first) // (chunk * chunks)), chunks, chunk)
 
 
@@ -191,11 +195,12 @@ def _sums(
     states = torch.empty(lines, times.slots, E, R, dtype=torch.float32, device=device)
     wide = E if normaliser is not None else R
     vectors = torch.empty(lines, times.slots, wide, dtype=torch.float32, device=device)
-    blocks = (k.padded(E), min(64, k.padded(R)))
+    half = _half(x.rows, y.rows, u.rows)
+    _, block_r, warps = k.linear_config(max(E, R), half, shared.capability(device))
+    blocks = (k.padded(E), min(block_r, k.padded(R)))
     r_tiles = -(-R // blocks[1])
-    half = all(side.rows.dtype in shared.HALF for side in (x, y, u))
     precision = "tf32" if half or torch.get_float32_matmul_precision() != "highest" else "ieee"
-    config = {"num_warps": 8 if E > 64 else 4, "num_stages": 1}
+    config = {"num_warps": warps, "num_stages": 1}
     sizes = (E, R, *blocks, times.chunk)
     k.state_kernel[(lines * times.slots * r_tiles,)](
         shared._rows(y.rows), shared._rows(u.rows), y.norm, u.norm, y.extra, y.alive, states, vectors,

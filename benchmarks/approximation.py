@@ -25,15 +25,16 @@ from efficient_attn.methods import Hybrid, SparseMethod
 from . import inputs, vit
 
 SIDE, STEPS, IMAGES = 16, 150, 8
-SEEDS = 4  # of random features; their errors are averaged
+SEEDS = 4  # of random features, blocks and planes; their errors are averaged
+DRAWN = ("performer", "bigbird", "lsh")
 
-# Families of methods; {} is the size: a rank, or keys to each side. SVD is what a rank can do at best.
-CURVES: Mapping[str, tuple[str, tuple[int, ...]]] = {
+# Families of methods; {} is the size: a rank, keys to each side, blocks or rounds. SVD is what a rank can do at best.
+Family = tuple[str, tuple[float, ...]]
+LOW_RANK: Mapping[str, Family] = {
     "best rank (SVD)": ("svd", (2, 4, 8, 16, 32, 64)),
     "Linformer": ("linformer:rank={}", (4, 8, 16, 32, 64, 128)),
     "Nystrom": ("nystrom:landmarks={}", (4, 8, 16, 32, 64, 128)),
     "Performer": ("performer:features={}", (8, 32, 128, 512)),
-    "window": ("sliding_window:left={0},right={0}", (7, 15, 31, 47, 63, 95)),
     "window + centroids": ("sliding_window:left={0},right={0}+centroid:block=16", (0, 15, 31, 47, 63, 95)),
     "window + Nystrom": ("sliding_window:left={0},right={0}+nystrom:landmarks=16,block=16", (0, 15, 31, 47, 63, 95)),
     "window + Performer": (
@@ -41,6 +42,17 @@ CURVES: Mapping[str, tuple[str, tuple[int, ...]]] = {
         (0, 15, 31, 47, 63, 95),
     ),
 }
+SPARSE: Mapping[str, Family] = {
+    "window": ("sliding_window:left={0},right={0}", (7, 15, 31, 47, 63, 95)),
+    "dilated window": ("dilated:left={0},right={0},dilation=2", (4, 8, 16, 24, 32, 48)),
+    "Longformer": ("longformer:window={0},global_tokens=4", (2, 8, 16, 32, 64, 96)),
+    "BigBird": ("bigbird:block=16,window=1,global_blocks=1,random_blocks={}", (0, 1, 2, 4, 6, 8)),
+    "neighborhood 2-D": ("neighborhood:kernel={}", (3, 5, 7, 9, 11)),
+    "top-k blocks": ("topk_blocks:block=16,blocks={},sink=0", (1, 2, 3, 4, 6, 8, 12)),
+    "top-p blocks": ("topp_blocks:block=16,mass={},sink=0", (0.2, 0.4, 0.6, 0.8, 0.9)),
+    "LSH buckets": ("lsh:n_buckets=8,rounds={}", (1, 2, 3, 4, 6)),
+}
+CURVES: Mapping[str, Family] = {**LOW_RANK, **SPARSE}
 
 
 class Point(NamedTuple):
@@ -75,7 +87,7 @@ def activations(side: int = SIDE, steps: int = STEPS, images: int = IMAGES) -> t
 
 @torch.no_grad()
 def curve(name: str, query: Tensor, key: Tensor, value: Tensor) -> list[Point]:
-    """The points of one family that make sense for this length."""
+    """The points of one family that make sense for this length: up to all of it."""
     template, sizes = CURVES[name]
     exact = attention(query, key, value)
     length = query.shape[2]
@@ -86,13 +98,17 @@ def curve(name: str, query: Tensor, key: Tensor, value: Tensor) -> list[Point]:
     points = []
     for size in sizes:
         spec = template.format(size)
+        if spec.startswith("neighborhood") and size > length**0.5:
+            continue
         if template == "svd":
             points.append(Point(f"svd:rank={size}", size, error(truncated_svd_attention(query, key, value, size).out)))
-        elif "performer" in spec:
-            runs = [_attend(f"{spec},seed={seed}", query, key, value) for seed in range(SEEDS)]
-            points.append(Point(spec, _scores(spec, size, length), sum(map(error, runs)) / SEEDS))
+        elif any(word in spec for word in DRAWN):
+            drawn = [f"{spec},seed={seed}" for seed in range(SEEDS)]
+            errors = [error(_attend(each, query, key, value)) for each in drawn]
+            scores = [_scores(each, size, query, key) for each in drawn]
+            points.append(Point(spec, sum(scores) / SEEDS, sum(errors) / SEEDS))
         elif size < length:
-            points.append(Point(spec, _scores(spec, size, length), error(_attend(spec, query, key, value))))
+            points.append(Point(spec, _scores(spec, size, query, key), error(_attend(spec, query, key, value))))
     return points
 
 
@@ -105,10 +121,11 @@ def _attend(spec: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return method.attend(query, key, value, state=state)[0]
 
 
-def _scores(spec: str, size: int, length: int) -> float:
+def _scores(spec: str, size: float, query: Tensor, key: Tensor) -> float:
     method: Any = parse(spec)
+    length = query.shape[2]
     if isinstance(method, SparseMethod):
-        mask: BlockMask = method.block_mask(length, length)  # type: ignore[attr-defined, unused-ignore]
+        mask: BlockMask = method.for_inputs(query, key)  # type: ignore[attr-defined, unused-ignore]
         return mask.density * length
     if isinstance(method, Hybrid):
         tail: Any = method.tail
@@ -120,19 +137,22 @@ def _scores(spec: str, size: int, length: int) -> float:
 
 
 def draw(curves: Mapping[str, list[Point]], path: Path, about: str) -> None:
-    """One line a family: error over scores a query, both on logarithmic axes."""
+    """Two panels, low-rank methods and sparse ones: error over scores a query, both on logarithmic axes."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for name, points in curves.items():
-        style = "k--" if name.startswith("best") else "o-" if "+" in name else ".-"
-        shown = [point for point in points if point.error > 1e-4]
-        axes.loglog([p.scores for p in shown], [p.error for p in shown], style, label=name, markersize=5, linewidth=1.3)
-    axes.set(xlabel="scores a query (exact keys + columns of the approximation)", ylabel="relative error of the output")
-    axes.set_title(about, fontsize=9)
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 4.8), layout="constrained", sharey=True)
+    for axes, families, title in zip(panels, (LOW_RANK, SPARSE), ("low-rank and hybrid", "sparse"), strict=True):
+        for name in families:
+            style = "k--" if name.startswith("best") else "o-" if "+" in name else ".-"
+            shown = [point for point in curves[name] if point.error > 1e-4]
+            x, y = [p.scores for p in shown], [p.error for p in shown]
+            axes.loglog(x, y, style, label=name, markersize=5, linewidth=1.3)
+        axes.set(title=title, xlabel="scores a query (exact keys + columns of the approximation)")
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("relative error of the output")
+    figure.suptitle(about, fontsize=9)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

@@ -31,7 +31,7 @@ def curves(trained):
 @pytest.mark.parametrize("name", approximation.CURVES)
 def test_error_falls_as_rank_and_density_rise(name, curves):
     points = curves[name]
-    assert len(points) >= 4
+    assert len(points) >= 3
     errors = [point.error for point in points]
     assert all(later <= earlier * 1.02 + 1e-12 for earlier, later in itertools.pairwise(errors)), errors
     assert errors[-1] < 0.5 * errors[0], errors

@@ -363,7 +363,9 @@ def test_empty_dimensions(tail, shape):
     assert method.branch_share(q, k, state=state).shape == (b, h, nq, 2)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    "tail", [pytest.param(tail, marks=[pytest.mark.slow] if tail in TAILS[1:3] else []) for tail in TAILS]
+)
 def test_compiles_without_graph_breaks(tail):
     method = parse(f"bigbird:block=16,window=1,global_blocks=1,random_blocks=1+{tail}")
     state, key_mask, is_causal = state_of(method), padding("holes"), not tail.startswith("nystrom")

@@ -177,8 +177,10 @@ def masks_of(name, key_mask):
     return {"key_mask": key_mask, **({"query_mask": key_mask} if name.startswith("nystrom") else {})}
 
 
-@pytest.mark.parametrize("padding", ["none", "tail", "holes", "one"])
-@pytest.mark.parametrize(("hq", "hkv"), HEADS)
+@pytest.mark.parametrize(
+    ("hq", "hkv", "padding"),
+    [*((*heads, "holes") for heads in HEADS), *((*HEADS[-1], padding) for padding in ("none", "tail", "one"))],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_forward_gradients_and_weights_equal_the_paper(name, hq, hkv, padding):
     function, weights, paper = CASES[name]
@@ -588,11 +590,11 @@ def test_primitive_gradcheck(backend, feature_map, is_causal, offset, masked):
     operands = (key_mask, projection_for(feature_map), is_causal, offset, feature_map, 0.5, backend)
     # With a key shift the normaliser is only defined up to a factor that has no gradient.
     results = 1 if feature_map == "performer_softmax" else 2
-    assert torch.autograd.gradcheck(lambda *t: FORWARD(*t, *operands)[:results], inputs)
+    # Fast: along random directions, which a wrong element does not survive, instead of element by element.
+    assert torch.autograd.gradcheck(lambda *t: FORWARD(*t, *operands)[:results], inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("feature_map", ["identity", "performer_softmax"])
+@pytest.mark.parametrize(("feature_map", "is_causal"), [("identity", True), ("performer_softmax", False)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_primitive_opcheck(backend, feature_map, is_causal):
     inputs = features(4, 2, 5, 7)

@@ -810,6 +810,13 @@ def test_lists_kept_in_inference_mode_still_train():
     assert not mask.transposed()[0].is_inference()
 
 
+def test_lists_of_a_transformation_are_not_kept():
+    mask = BlockMask.from_dense(random_bits(20, 20)[:1, :1])
+    seen = torch.func.grad(lambda x: (x * mask.transposed()[1].sum()).sum())(torch.ones(2))
+    assert torch.equal(seen, mask.transposed()[1].sum().expand(2).float())
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(mask.transposed()[0])
+
+
 # --- size and time -------------------------------------------------------------------------------------------------
 
 

@@ -307,8 +307,9 @@ def test_sparse_methods_equal_their_definition(spec, pad):
         torch.testing.assert_close(ours, theirs.nan_to_num(0.0))
 
 
-@pytest.mark.parametrize("pad", ["tail", "holes"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "pad"), [(torch.float32, "tail"), (torch.float64, "holes"), (torch.bfloat16, "holes")]
+)
 @pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS])
 def test_what_padding_holds_changes_no_bit(spec, dtype, pad):
     method = parse(spec)

@@ -16,6 +16,7 @@ from efficient_attn.patterns import (
     DeepSpeedLocalSlidingWindow,
     DeepSpeedVariable,
     Dense,
+    deepspeed,
 )
 from efficient_attn.patterns.deepspeed import from_config
 
@@ -258,3 +259,23 @@ def test_configurations_carry_over(config, pattern):
 def test_what_is_not_defined_raises(make, why):
     with pytest.raises(InputError, match=why):
         make()
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_rows_by_sorting_and_from_strips_are_the_same(lower, monkeypatch):
+    monkeypatch.setattr(deepspeed, "STRIP", 100)  # strips of three rows
+    draw = random.Random(0)
+    for n in (1, 7, 31):
+        rectangles = [
+            tuple(slice(*sorted(draw.sample(range(n + 1), 2))) for _ in range(2)) for _ in range(draw.randint(1, 12))
+        ]
+        edges = deepspeed._edges(rectangles, n)
+        drawn = torch.randint(n, (n, 2), generator=torch.Generator().manual_seed(n))
+        seen = torch.zeros(n, n, dtype=torch.bool).scatter_(1, drawn, True)
+        for rows, cols in rectangles:
+            seen[rows, cols] = True
+        seen = seen.tril() if lower else seen
+        for rows_of in (deepspeed._sorted, deepspeed._strips):
+            counts, columns = rows_of(edges, drawn, n, lower)
+            assert torch.equal(counts, seen.sum(1)) and columns.dtype == torch.int32
+            assert torch.equal(columns.long(), seen.nonzero()[:, 1])

@@ -22,10 +22,7 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", OTHERS)
 def test_conformance(isa: str) -> None:
     suite = [str(TESTS / name) for name in ("test_conformance.py", "test_fuzz.py", "test_linear_attention.py")]
-    # Without fused multiply-add each product is rounded too: in float32 these two exceed eager's error, by up to 1.25.
-    known = ["blocks_grouped-float32", "large_scores-float32"] if isa == "baseline" else []
-    skipped = [f"--deselect={TESTS / 'test_conformance.py'}::test_forward_and_backward[cpu-{case}]" for case in known]
-    result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite, *skipped, "-k", "cpu or random")
+    result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite, "-k", "cpu or random")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     assert " passed" in result.stdout
 

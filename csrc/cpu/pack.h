@@ -82,7 +82,8 @@ struct Unscaled {
     }
 };
 
-// Times a factor in two parts: rounding it to one would be the same error in every product.
+// Times a factor in two parts, where that is rounded once: rounding the factor to one would be the same error in every
+// product.
 template <class A>
 struct Scaled {
     A high, low;
@@ -90,7 +91,13 @@ struct Scaled {
         : high(static_cast<A>(factor)), low(static_cast<A>(factor - static_cast<double>(high))) {}
     EA_INLINE Vec<A> operator()(Vec<A> x) const {
         if constexpr (sizeof(A) == sizeof(double)) return x * high;
+#if defined(__FMA__) || defined(__aarch64__)
         return x * high + x * low;
+#else
+        const double factor = static_cast<double>(high) + static_cast<double>(low);
+        for (int lane = 0; lane < kLanes<A>; ++lane) x[lane] = static_cast<A>(static_cast<double>(x[lane]) * factor);
+        return x;
+#endif
     }
 };
 

@@ -18,17 +18,17 @@ namespace {
 constexpr int64_t kQueries = 64;  // at most 64: a key's visible queries are the bits of one word
 constexpr int64_t kKeys = 128;
 
-// Weights and values summed in one go: fewer where a product is rounded before it is added.
+// Terms summed in one go: fewer where a product is rounded before it is added.
 #if defined(__FMA__) || defined(__aarch64__)
-constexpr int64_t kValueRun = 64;
+constexpr int64_t kTerms = 64;
 #else
-constexpr int64_t kValueRun = 32;
+constexpr int64_t kTerms = 8;
 #endif
 
 // S[key][query] = sum_d rows[key][d] * columns[d][query]
 template <class A>
 inline void score_tile(const Rows<A>& rows, int64_t keys, int64_t width, const A* columns, int64_t w, A* S) {
-    product<A, Into::kReplace, 64>(keys, w / kLanes<A>, width, rows.data, rows.stride, Unit{}, columns, w, S, w);
+    product<A, Into::kReplace, kTerms>(keys, w / kLanes<A>, width, rows.data, rows.stride, Unit{}, columns, w, S, w);
 }
 
 // out[d][query] = out[d][query] * fade[query] + sum_key rows[key][d] * P[key][query]; fade null: 1
@@ -36,9 +36,9 @@ template <class A>
 inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w, const A* fade,
                                A* out) {
     if (fade) {
-        product<A, Into::kFade, kValueRun>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
+        product<A, Into::kFade, kTerms>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w, fade);
     } else {
-        product<A, Into::kAdd, kValueRun>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
+        product<A, Into::kAdd, kTerms>(width, w / kLanes<A>, keys, rows.data, Unit{}, rows.stride, P, w, out, w);
     }
 }
 
@@ -46,7 +46,8 @@ inline void accumulate_columns(const Rows<A>& rows, int64_t keys, int64_t width,
 template <class A>
 inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries, const Rows<A>& rows, int64_t padded,
                             A* out) {
-    product<A, Into::kAdd, 64>(keys, padded / kLanes<A>, queries, P, w, Unit{}, rows.data, rows.stride, out, padded);
+    product<A, Into::kAdd, kTerms>(keys, padded / kLanes<A>, queries, P, w, Unit{}, rows.data, rows.stride, out,
+                                   padded);
 }
 
 inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; }

@@ -121,11 +121,11 @@ def draw(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor
 
 def reachable_blocks(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, cols) of the blocks that a window and the lengths of each batch element touch."""
-    first, counts = _reach(grid, window, lengths)
+    first, counts = reach(grid, window, lengths)
     return ragged_range(first.reshape(-1), counts.reshape(-1))
 
 
-def _reach(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def reach(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """For each query block the first key block that a window and the lengths touch, and how many: [batch, n_q]."""
     top = torch.arange(grid.n_q, device=lengths.device) * grid.block_q
     bottom = (top + grid.block_q).clamp(max=grid.q_len) - 1
@@ -281,7 +281,7 @@ def visited_pairs(grid: Grid, lists: BlockLists | None, window: Interval, length
     total = 0
     for part, length, times in _per_batch(grid, lists, lengths):
         if part is None:
-            first, counts = _reach(grid, window, length)
+            first, counts = reach(grid, window, length)
             keys = ((first + counts) * grid.block_k).clamp(max=grid.kv_len) - first * grid.block_k
             rows = torch.arange(grid.n_q, device=length.device)
             heights = (grid.q_len - rows * grid.block_q).clamp(max=grid.block_q)

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..benchmarks.inputs import photograph_qkv
 from ..errors import InputError, UnsupportedError
 from ..integrations import convert
 from ..masks import BlockMask
+from ..multihead import MultiheadAttention
 from ..ops.attention import MASK_OPERANDS, mask_arrays
 from .counts import as_mask
+from .model import run
 
 KINDS = ("random", "photographs")
 ERROR_ROWS = 256  # queries, spread evenly, over which an error is taken
@@ -78,16 +81,13 @@ def load(config: Mapping[str, Any]) -> list[Layer]:
         config[name] for name in ("batch", "heads", "kv_heads", "seqlen", "head_dim")
     )
     if kind == "photographs":
-        from ..benchmarks.inputs import photograph_qkv
-
-        found = photograph_qkv(length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-    else:
-        found = (
-            torch.randn(batch, heads, length, head_dim, dtype=dtype),
-            torch.randn(batch, kv_heads, length, head_dim, dtype=dtype),
-            torch.randn(batch, kv_heads, length, head_dim, dtype=dtype),
+        query, key, value = photograph_qkv(
+            length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
         )
-    return [Layer(*found, is_causal=config["causal"])]
+    else:
+        query = torch.randn(batch, heads, length, head_dim, dtype=dtype)
+        key, value = (torch.randn(batch, kv_heads, length, head_dim, dtype=dtype) for _ in range(2))
+    return [Layer(query, key, value, is_causal=config["causal"])]
 
 
 # --- from a model ----------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def load(config: Mapping[str, Any]) -> list[Layer]:
 
 class _Capture(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layers: list[Layer] = []
 
     def __torch_dispatch__(
@@ -116,18 +116,14 @@ def captured(model: nn.Module, sample: Any, layers: int = MAX_LAYERS) -> list[La
     Raises:
         InputError, ConversionError, UnsupportedError: the model cannot be converted, or a layer adds a bias to scores.
     """
-    from .model import run
-
-    twin = copy.deepcopy(model).eval()
-    if isinstance(twin, nn.MultiheadAttention):
-        twin = nn.ModuleDict({"attention": twin})
-        model_call = twin["attention"]
+    if isinstance(model, nn.MultiheadAttention):
+        twin: nn.Module = MultiheadAttention.from_torch(copy.deepcopy(model)).eval()
     else:
-        model_call = twin
-    convert(twin, "dense")
+        twin = copy.deepcopy(model).eval()
+        convert(twin, "dense")
     capture = _Capture()
     with torch.no_grad(), capture:
-        run(twin["attention"] if model_call is not twin else twin, sample)
+        run(twin, sample)
     found = capture.layers
     if not found:
         raise InputError("no attention layer of the model ran on the sample")
@@ -137,15 +133,11 @@ def captured(model: nn.Module, sample: Any, layers: int = MAX_LAYERS) -> list[La
 
 def _layer(args: tuple[Any, ...]) -> Layer:
     query, key, value, bias, *mask = args[: 4 + MASK_OPERANDS]
-    if bias is not None:
-        bias, padding = _as_padding(bias)
-        if bias is not None:
-            raise UnsupportedError("a layer of this model adds a bias to its scores, which only dense attention can do")
-    else:
-        padding = None
+    padding = None if bias is None else _as_padding(bias)
     arrays = mask_arrays(*mask)
     q_len, kv_len = query.shape[2], key.shape[2]
-    layer = Layer(*(t.detach().clone() for t in (query, key, value)), key_mask=padding, scale=float(args[4 + MASK_OPERANDS]))
+    query, key, value = (t.detach().clone() for t in (query, key, value))
+    layer = Layer(query, key, value, key_mask=padding, scale=float(args[4 + MASK_OPERANDS]))
     if arrays.kv_lengths is not None:
         inside = torch.arange(kv_len) < arrays.kv_lengths.cpu()[:, None]
         layer.key_mask = inside.expand(query.shape[0], -1).clone()
@@ -160,11 +152,11 @@ def _layer(args: tuple[Any, ...]) -> Layer:
     return layer
 
 
-def _as_padding(bias: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(bias or None, padding): a bias of 0 and -inf, one number a key, is padding with holes."""
+def _as_padding(bias: Tensor) -> Tensor:
+    """Padding (B, Nk) that came as a bias of 0 and -inf, one number a key."""
     if bias.shape[1] == bias.shape[2] == 1 and bool(((bias == 0) | (bias == -torch.inf)).all()):
-        return None, (bias == 0)[:, 0, 0]
-    return bias, None
+        return (bias == 0)[:, 0, 0]
+    raise UnsupportedError("a layer of this model adds a bias to its scores, which only dense attention can do")
 
 
 def save(layers: Sequence[Layer], path: Path) -> None:

@@ -31,13 +31,12 @@ _ATTENTION = {  # where query, key and value begin, and where the operands of th
 }
 
 
-
-def _cpu_sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+def _cpu_sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     B, H, Nq, D = query.shape
     return 2 * B * H * Nq * key.shape[2] * (D + value.shape[3])
 
 
-def _cpu_sdpa_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+def _cpu_sdpa_backward(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     B, H, Nq, D = query.shape
     return 2 * B * H * Nq * key.shape[2] * (3 * D + 2 * value.shape[3])  # as in ops.flops
 
@@ -68,7 +67,7 @@ class Count:
 
 class _Counter(TorchDispatchMode):
     def __init__(self, count: Count) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = count
 
     def __torch_dispatch__(
@@ -110,9 +109,8 @@ def _moved(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
     arrays = mask_arrays(*args[mask : mask + MASK_OPERANDS])
     rows = visited_keys(arrays, query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2])
     hidden = key.shape[0] * key.shape[1] * key.shape[2] - rows  # rows of keys and values that nobody reads
-    width = key.shape[3] * key.element_size() + value.shape[3] * value.element_size()
-    unread = hidden * width
-    return total - unread
+    apart = {id(t): t for t in (key, value) if t is not query}
+    return total - sum(hidden * int(t.shape[3] * t.element_size()) for t in apart.values())
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -120,7 +118,7 @@ def _nbytes(tensor: Tensor) -> int:
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1
-    return elements * tensor.element_size()
+    return int(elements * tensor.element_size())
 
 
 def visited_keys(arrays: MaskArrays, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int) -> int:

@@ -33,7 +33,7 @@ class PowerLaw:
 
     def at(self, length: float) -> float:
         """The value predicted for a length."""
-        return self.value * (length / self.longest) ** self.exponent
+        return float(self.value * (length / self.longest) ** self.exponent)
 
     def length_for(self, value: float) -> float:
         """The length at which the value is predicted; infinite where it does not grow."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..benchmarks import clock
 from ..errors import InputError, InputTypeError, UnsupportedError
 from . import counts, phases
+from .shapes import MODES, check_choice
 
 PROFILED_S = 2.0
-MODES = ("fwd", "fwd_bwd")
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,13 +133,12 @@ def caller(model: nn.Module, sample: Any, mode: str) -> Callable[[], object]:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if mode not in MODES:
-        raise InputError(f"mode {mode!r} does not exist; choose from {', '.join(MODES)}")
+    check_choice("mode", mode, MODES)
     places = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu"}
     if places:
         raise UnsupportedError(
-            f"the model is on {', '.join(sorted(places))}; clocks and memory counters here are those of the CPU. Profile "
-            "a copy: copy.deepcopy(model).cpu()"
+            f"the model is on {', '.join(sorted(places))}; clocks and memory counters here are those of the CPU. "
+            "Profile a copy: copy.deepcopy(model).cpu()"
         )
     if mode == "fwd":
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, hybrid, methods
+from ..benchmarks import clock
+from ..benchmarks.ops import UNPLANNED, shaped, sized
 from ..masks import BlockMask
 from ..patterns import Pattern
 from . import activations, counts, phases
@@ -30,8 +32,6 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     threads, budget_s, dense (whether to time dense attention beside it), and optionally trace (a path), error (whether
     to compare with dense attention in float64), activations (see `activations.load`).
     """
-    from ..benchmarks import clock
-
     layers = activations.load(config)
     calls = [Bound(config["method"], layer, config) for layer in layers]
     for call in calls:
@@ -68,8 +68,6 @@ class Bound:
     """A method bound to one layer's query, key and value: calling it runs forward, or forward and backward."""
 
     def __init__(self, spec: str, layer: activations.Layer, config: Mapping[str, Any]) -> None:
-        from ..benchmarks.ops import shaped, sized
-
         self.layer = layer
         heads, _, head_dim = layer.query.shape[1:]
         self.method = shaped(sized(spec, layer.key.shape[2]), layer.query.shape[2])
@@ -81,7 +79,10 @@ class Bound:
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """The method's output on other tensors of the same kind."""
-        return self.method.attend(*tensors, state=self.state, **self.layer.options(tensors[0].shape[2]))[0]
+        query, key, value = tensors
+        options = self.layer.options(query.shape[2])
+        out: Tensor = self.method.attend(query, key, value, state=self.state, **options)[0]
+        return out
 
     def __call__(self) -> object:
         if not self.backward:
@@ -94,12 +95,10 @@ class Bound:
         """Thread pools, code pages and caches of the library are not a call's memory."""
         if self.layer.is_plain:
             short = [t.detach()[:, :, :WARM_UP_LENGTH].requires_grad_(self.backward) for t in self.tensors]
-            from ..benchmarks.ops import shaped
-
             method = shaped(self.method, short[0].shape[2])
             out = method.attend(*short, state=self.state, **self.layer.options(short[0].shape[2]))[0]
             if self.backward:
-                torch.autograd.grad(out.sum(), short, allow_unused=True)
+                torch.autograd.grad(out, short, torch.ones_like(out), allow_unused=True)
 
     def plan(self) -> dict[str, Any]:
         """Make the mask as a first call does, and say what that cost; nothing for methods without one."""
@@ -113,8 +112,6 @@ class Bound:
 
 def planned(method: methods.Method, layer: activations.Layer) -> list[BlockMask]:
     """The masks that a method makes before it attends, that of the exact pairs first."""
-    from ..benchmarks.ops import UNPLANNED
-
     options = layer.options(layer.query.shape[2])
     causal = functional.causal_mask(
         layer.query.shape[2], layer.key.shape[2], options["is_causal"], options["causal_alignment"]

@@ -19,8 +19,8 @@ SHADES = dict(zip(PHASES, ("#c44e52", "#4c72b0", "#55a868", "#8172b2", "#b0b0b0"
 
 def profile_picture(profile: Profile, path: Path) -> Path:
     """Time, memory, phases of the longest calls, and the roofline."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(2, 2, figsize=(11.5, 8.2), layout="constrained")
+    figure = _figure(11.5, 8.2)
+    axes = figure.subplots(2, 2)
     series = profile.series()
     colours = {key: f"C{number}" for number, key in enumerate(series)}
     labels = {key: ", ".join(key) for key in series}
@@ -60,7 +60,7 @@ def _lengths(axis: Any, lengths: Sequence[int]) -> None:
 
 def _phases(axis: Any, series: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> None:
     """One bar for each series: where the time of its longest call goes."""
-    for position, (key, rows) in enumerate(reversed(series.items())):
+    for position, (key, rows) in enumerate(reversed(list(series.items()))):
         left = 0.0
         for name, colour in SHADES.items():
             share = 100 * rows[-1]["phases"].get(name, 0.0)
@@ -92,19 +92,23 @@ def _roof(axis: Any, profile: Profile, series: Any, colours: Mapping[Any, str]) 
 
 def recommendation_picture(found: Recommendation, path: Path) -> Path:
     """Error against time of every candidate, the front as a line, the budget and the pick marked."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    figure = _figure(7.5, 5)
+    axis = figure.subplots()
     floor = 1e-8
     for candidate in found.candidates:
         on_front = candidate in found.front
-        at = (candidate.ms, max(candidate.error, floor))
+        at = (candidate.relative, max(candidate.error, floor))
         axis.scatter(*at, color="C0" if on_front else "0.6", s=60 if candidate is found.pick else 28)
         weight = "bold" if candidate is found.pick else "normal"
-        axis.annotate(candidate.method.partition(":")[0], at, (4, 4), textcoords="offset points", fontsize=8, weight=weight)
-    front = sorted((c.ms, max(c.error, floor)) for c in found.front)
+        axis.annotate(
+            candidate.method.partition(":")[0], at, (4, 4), textcoords="offset points", fontsize=8, weight=weight
+        )
+    front = sorted((c.relative, max(c.error, floor)) for c in found.front)
     axis.plot(*zip(*front, strict=True), color="C0", linewidth=1, drawstyle="steps-post")
     axis.axhline(found.budget, color="C3", linestyle="--", linewidth=1)
-    axis.set(title=found.title, xlabel="ms", ylabel="error against dense", xscale="log", yscale="log")
+    axis.set(
+        title=found.title, xlabel="time relative to dense", ylabel="error against dense", xscale="log", yscale="log"
+    )
     axis.grid(True, alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     return _saved(figure, path, found.environment)
@@ -117,16 +121,13 @@ def _saved(figure: Any, path: Path, environment: Mapping[str, Any]) -> Path:
         figure.suptitle(describe(environment), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    _pyplot().close(figure)
     return path
 
 
-def _pyplot() -> Any:
+def _figure(width: float, height: float) -> Any:
+    """A figure of its own, beside whatever pyplot holds."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"pictures need {error.name}; pip install 'efficient-attn[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height), layout="constrained")

@@ -22,7 +22,7 @@ class Growth:
     """How one series grows, and what is predicted from that.
 
     Attributes:
-        label, mode: the series.
+        label, mode: the series. shortest: its first length.
         time, memory: power laws of milliseconds and of bytes (inputs and parameters, and the peak of a call above
             them), fitted to the longer half of the lengths; None for fewer than two.
         memory_end: the longest length for which memory is predicted to suffice; None without a limit or a law.
@@ -31,6 +31,7 @@ class Growth:
 
     label: str
     mode: str
+    shortest: int
     time: PowerLaw | None
     memory: PowerLaw | None
     memory_end: float | None
@@ -42,10 +43,10 @@ class Profile:
     """Measurements of a method or model against length.
 
     Attributes:
-        rows: one dictionary a cell: ``label``, ``mode``, ``seqlen``, ``status`` ("ok", or why there are no figures, then
-            ``message``), ``ms`` with its ``spread``, ``peak_bytes``, ``input_bytes``, ``flops``, ``bytes``,
-            ``attention_flops``, ``attention_bytes``, ``phases`` (shares of the time), and where there are: ``dense_ms``,
-            ``plan_ms``, ``density``, ``mask_bytes``, ``modules``.
+        rows: one dictionary a cell: ``label``, ``mode``, ``seqlen``, ``status`` ("ok", or why there are no figures,
+            then ``message``), ``ms`` with its ``spread``, ``peak_bytes``, ``input_bytes``, ``flops``, ``bytes``,
+            ``attention_flops``, ``attention_bytes``, ``phases`` (shares of the time), and where there are:
+            ``dense_ms``, ``plan_ms``, ``density``, ``mask_bytes``, ``modules``.
         ceilings: what the machine can do, None where that was not measured.
         memory_bytes: what a process may take, for `Growth.memory_end`.
         environment: machine, versions, code, limits.
@@ -76,7 +77,7 @@ class Profile:
         time = fit_tail(lengths, [row["ms"] for row in rows])
         memory = fit_tail(lengths, [row["input_bytes"] + max(row["peak_bytes"], 0) for row in rows])
         end = memory.length_for(self.memory_bytes) if memory and self.memory_bytes else None
-        return Growth(label, mode, time, memory, end, self._overtakes(label, mode, rows, series))
+        return Growth(label, mode, lengths[0], time, memory, end, self._overtakes(label, mode, rows, series))
 
     def _overtakes(
         self, label: str, mode: str, rows: Sequence[Record], series: Mapping[Any, list[Record]]
@@ -92,8 +93,8 @@ class Profile:
         )
 
     def roofline(self, row: Mapping[str, Any]) -> Roofline | None:
-        """A row under the machine's ceilings: all of a method's matrix operations, of a model those of attention over the
-        time of its kernels. None without ceilings or without such work."""
+        """A row under the machine's ceilings: all of a method's matrix operations, of a model those of attention over
+        the time of its kernels. None without ceilings or without such work."""
         if self.ceilings is None or row["status"] != "ok":
             return None
         part, ms = ("", row["ms"]) if self.kind == "op" else ("attention_", row["ms"] * row["phases"]["kernel"])

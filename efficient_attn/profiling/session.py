@@ -1,6 +1,6 @@
 """Runs the cells of a profile, shortest lengths first, and decides what longer ones are worth.
 
-Every finished cell is a line of a JSONL file before the next one starts. Once a series (a method and a mode, or a model)
+Every finished cell is a line of a JSONL file before the next one starts. Once a series (a method or model in a mode)
 ran out of time or memory, its longer lengths get a row that says so without a run.
 """
 
@@ -104,7 +104,9 @@ class Session:
             return self.skip(suite, config, last["status"], why)
         expected = _expected(before, length, "ms")
         if expected is not None and CALLS * expected > 2e3 * self.limits.seconds:
-            why = f"a call was expected to take {expected / 1e3:.0f} s, the limit of a cell is {self.limits.seconds:g} s"
+            why = (
+                f"a call was expected to take {expected / 1e3:.0f} s, the limit of a cell is {self.limits.seconds:g} s"
+            )
             return self.skip(suite, config, "timeout", why)
         return self.run(suite, config)
 

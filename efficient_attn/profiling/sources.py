@@ -95,9 +95,7 @@ def _checkpoint(folder: str, config: Mapping[str, Any]) -> tuple[nn.Module, Any]
     if limit is not None and length > limit:
         raise UnsupportedError(f"{folder} has positions for {limit} tokens, not {length}")
     weights = any(Path(folder).glob("*.safetensors"))
-    model = (
-        transformers.AutoModel.from_pretrained(folder) if weights else transformers.AutoModel.from_config(settings)
-    )
+    model = transformers.AutoModel.from_pretrained(folder) if weights else transformers.AutoModel.from_config(settings)
     return model, {"input_ids": torch.randint(settings.vocab_size, (config["batch"], length))}
 
 

@@ -50,23 +50,25 @@ def profile_table(profile: Profile) -> Any:
 
 def _measurements(profile: Profile) -> Any:
     model = profile.kind == "model"
-    names = PHASES if model else PHASES[:-1]
-    shown = [name for name in names if any(row["phases"][name] >= 0.005 for rows in profile.series().values() for row in rows)]
+    done = [row for rows in profile.series().values() for row in rows]
+    shown = [name for name in (PHASES if model else PHASES[:-1]) if any(row["phases"][name] >= 0.005 for row in done)]
     columns = ["N", "ms", "slope", "MiB", *([] if model else ["vs dense", "plan ms", "density"])]
     columns += [f"{name} %" for name in shown] + ["GFLOP", "GFLOP/s", "of limit", "bound"]
-    table = _table(_title(profile), columns, _caption(profile))
-    for (label, mode), rows in profile.series().items():
-        table.add_section()
-        table.add_row(f"[bold]{label}, {mode}[/]")
+    parts: list[Any] = [_title(profile)]
+    series = list(profile.series().items())
+    for number, ((label, mode), rows) in enumerate(series):
+        last = number == len(series) - 1
+        table = _table(f"{label}, {mode}", columns, _caption(profile) if last else None)
         before: Mapping[str, Any] | None = None
         for row in rows:
-            figures = [_ms(row), _slope(before, row), f"{max(row['peak_bytes'], 0) / MIB:.1f}"]
+            figures = [size(row["seqlen"]), _ms(row), _slope(before, row), f"{max(row['peak_bytes'], 0) / MIB:.1f}"]
             if not model:
                 figures += [_ratio(row), _number(row.get("plan_ms"), ".2f"), _number(row.get("density"), ".3f")]
             figures += [f"{100 * row['phases'][name]:.0f}" for name in shown]
-            table.add_row(size(row["seqlen"]), *figures, *_roof(profile, row))
+            table.add_row(*figures, *_roof(profile, row))
             before = row
-    return table
+        parts.append(table)
+    return Group(*parts)
 
 
 def _roof(profile: Profile, row: Mapping[str, Any]) -> list[str]:
@@ -76,8 +78,7 @@ def _roof(profile: Profile, row: Mapping[str, Any]) -> list[str]:
 
 
 def _growth(profile: Profile) -> Any:
-    columns = ["mode", "time", "memory", "memory ends at N", "overtakes dense at N"]
-    table = _table("Growth", columns, None)
+    table = _table("Growth", ["", "mode", "time", "memory", "memory ends at N", "overtakes dense at N"], None)
     for found in profile.growth():
         law = [("" if x is None else str(x)) for x in (found.time, found.memory)]
         table.add_row(found.label, found.mode, *law, _end(found), _overtakes(found))
@@ -95,16 +96,17 @@ def _end(found: Growth) -> str:
 def _overtakes(found: Growth) -> str:
     if found.overtakes is None:
         return "" if found.label == "dense" else "-"
-    how = "measured" if found.overtakes.measured else "predicted"
-    return f"{size(found.overtakes.length)} ({how})"
+    if not found.overtakes.measured:
+        return f"{size(found.overtakes.length)} (predicted)"
+    return ("up to " if found.overtakes.length == found.shortest else "") + size(found.overtakes.length)
 
 
 def _modules(profile: Profile) -> Any:
     """The attention modules of the longest row of each series."""
-    table = _table("Attention modules at the longest length", ["kind", "ms", "share %"], None)
+    table = _table("Attention modules at the longest length", ["", "kind", "ms", "share %"], None)
     for (label, mode), rows in profile.series().items():
         table.add_section()
-        table.add_row(f"[bold]{label}, {mode}, N = {size(rows[-1]['seqlen'])}[/]")
+        table.add_row(f"[bold]{label}, {mode}, N = {size(rows[-1]['seqlen'])}[/]", "", "", "")
         for name, module in rows[-1]["modules"].items():
             share = module["share"]
             table.add_row(name or "(the model)", module["kind"], f"{share * rows[-1]['ms']:.3g}", f"{100 * share:.1f}")
@@ -113,7 +115,7 @@ def _modules(profile: Profile) -> Any:
 
 def recommendation_table(found: Recommendation) -> Any:
     """Every candidate, fastest first, those of the front marked, and the pick with its reason."""
-    table = _table(found.title, ["ms", "vs dense", "error", "MiB", "front", "within budget"], found.caption)
+    table = _table(found.title, ["", "ms", "vs dense", "error", "MiB", "front", "within budget"], found.caption)
     for candidate in found.candidates:
         name = f"[bold]{candidate.method}[/]" if candidate is found.pick else candidate.method
         table.add_row(
@@ -160,8 +162,9 @@ def _caption(profile: Profile) -> str:
     if ceilings is not None:
         what = "attention's operations over kernel time" if profile.kind == "model" else "matrix operations"
         text += (
-            f"GFLOP/s: {what}, counted by visited blocks; of limit: of the lower ceiling, {ceilings.gflops:.4g} GFLOP/s "
-            f"({ceilings.kind}) or {ceilings.gbytes:.3g} GB/s (copy), {ceilings.threads} threads. "
+            f"GFLOP/s: {what}, counted by visited blocks; of limit: of the lower ceiling, {ceilings.gflops:.4g} "
+            f"GFLOP/s ({ceilings.kind}) or {ceilings.gbytes:.3g} GB/s (copy), {ceilings.threads} threads; beyond 100 % "
+            "caches served what the memory ceiling counts. "
         )
     text += f"~ spread above {NOISY:.0%}. "
     slower = [row for rows in profile.series().values() for row in rows if row.get("watched_ms", 0) > 1.25 * row["ms"]]
@@ -172,9 +175,8 @@ def _caption(profile: Profile) -> str:
 
 def _table(title: str, columns: Sequence[str], caption: str | None) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("")
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     return table
 
 

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..benchmarks import records, runner
 from ..errors import EfficientAttnError, InputError
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
-from .recommend import CANDIDATES, from_rows, recommend
+from .recommendation import CANDIDATES, from_rows, recommend
 from .results import from_records
-from .session import Report
+from .session import MODEL, OPERATOR, Report
 from .shapes import read_lengths
 
 Text = str | None
@@ -82,7 +82,10 @@ def profile(
         except KeyboardInterrupt:
             code = 130
             console.print(f"[yellow]interrupted[/]; to go on, repeat the command with --out {folder} --resume")
-            found = from_records(records.read(folder / "results.jsonl"))
+            rows = list(records.read(folder / "results.jsonl"))
+            if not any(row.get("suite") in (OPERATOR, MODEL) for row in rows):
+                raise typer.Exit(code) from None
+            found = from_records(rows)
         _show(found, folder / "profile.png", as_json)
     raise typer.Exit(code)
 

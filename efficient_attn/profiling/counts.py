@@ -110,7 +110,7 @@ def _moved(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
     rows = visited_keys(arrays, query.shape[0], query.shape[1], key.shape[1], query.shape[2], key.shape[2])
     hidden = key.shape[0] * key.shape[1] * key.shape[2] - rows  # rows of keys and values that nobody reads
     apart = {id(t): t for t in (key, value) if t is not query}
-    return total - sum(hidden * int(t.shape[3] * t.element_size()) for t in apart.values())
+    return total - int(sum(hidden * t.shape[3] * t.element_size() for t in apart.values()))
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -63,14 +63,14 @@ def measured(
             count = counts.count(call)
         rounds = max(1, min(10, int(PROFILED_S * 1e3 / times["ms"])))
         with phases.watched(modules):
-            watched_ms = clock.interleaved({"model": call}, budget_s / 2)["model"]["ms"]
             shares, by_module = phases.profiled(call, rounds, trace)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         **times,
-        "watched_ms": watched_ms,
         "peak_bytes": peak.bytes,
         "input_bytes": parameters,
+        "fixed_bytes": parameters,
+        "fast_path": mode == "fwd" and has_fast_path(model),
         **count.as_dict(),
         "phases": {name: round(share, 4) for name, share in shares.items()},
         "modules": {
@@ -181,6 +181,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def has_fast_path(model: nn.Module) -> bool:
+    """Whether torch.nn runs whole layers of this model as single operators in inference, unless they are watched."""
+    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    return torch.backends.mha.get_fastpath_enabled() and any(type(m.self_attn) is nn.MultiheadAttention for m in layers)
 
 
 @contextlib.contextmanager

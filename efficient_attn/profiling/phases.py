@@ -66,25 +66,25 @@ def split(events: Sequence[Any], inside: str = "rest") -> tuple[dict[str, float]
     times: dict[str, float] = defaultdict(float)
     modules: dict[str, float] = defaultdict(float)
     for event in calls:
-        for phase, module, duration in _walk(event, inside, "", forwards):
+        for phase, module, duration in _walk(event, inside, None, forwards):
             times[phase] += duration
-            if module:
+            if module is not None:
                 modules[module] += duration
     return {phase: times[phase] / total for phase in PHASES}, {name: t / total for name, t in modules.items()}
 
 
-class _Forwards(dict[int, tuple[str, str]]):
+class _Forwards(dict[int, tuple[str, str | None]]):
     """Sequence number of a forward operator -> its phase and module."""
 
 
-def _walk(event: Any, phase: str, module: str, forwards: _Forwards) -> Iterator[tuple[str, str, float]]:
+def _walk(event: Any, phase: str, module: str | None, forwards: _Forwards) -> Iterator[tuple[str, str | None, float]]:
     """(phase, module, own time) of an event and all below it, in the order of their start."""
     name, number = event.name, event.sequence_nr
     if name.startswith(_BACKWARD):
         phase, module = forwards.get(number, (phase, module))
     elif name.startswith(MODULE):
-        module = module or name[len(MODULE) :]
-    phase = _phase(name, phase, bool(module))
+        module = name[len(MODULE) :] if module is None else module
+    phase = _phase(name, phase, module is not None)
     if number >= 0 and not name.startswith(_BACKWARD):
         forwards.setdefault(number, (phase, module))
     children = sorted(event.cpu_children, key=lambda child: child.time_range.start)

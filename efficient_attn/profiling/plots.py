@@ -11,7 +11,7 @@ from .phases import PHASES
 from .tables import MIB, size
 
 if TYPE_CHECKING:
-    from .recommend import Recommendation
+    from .recommendation import Recommendation
     from .results import Profile
 
 SHADES = dict(zip(PHASES, ("#c44e52", "#4c72b0", "#55a868", "#8172b2", "#b0b0b0"), strict=True))

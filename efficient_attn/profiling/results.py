@@ -23,8 +23,8 @@ class Growth:
 
     Attributes:
         label, mode: the series. shortest: its first length.
-        time, memory: power laws of milliseconds and of bytes (inputs and parameters, and the peak of a call above
-            them), fitted to the longer half of the lengths; None for fewer than two.
+        time, memory: power laws of milliseconds and of bytes (inputs, and the peak of a call above them; parameters of
+            a model do not grow and are left out), fitted to the longer half of the lengths; None for fewer than two.
         memory_end: the longest length for which memory is predicted to suffice; None without a limit or a law.
         overtakes: where the series becomes faster than dense attention; None if it does not, or is dense itself.
     """
@@ -46,7 +46,7 @@ class Profile:
         rows: one dictionary a cell: ``label``, ``mode``, ``seqlen``, ``status`` ("ok", or why there are no figures,
             then ``message``), ``ms`` with its ``spread``, ``peak_bytes``, ``input_bytes``, ``flops``, ``bytes``,
             ``attention_flops``, ``attention_bytes``, ``phases`` (shares of the time), and where there are:
-            ``dense_ms``, ``plan_ms``, ``density``, ``mask_bytes``, ``modules``.
+            ``dense_ms``, ``plan_ms``, ``density``, ``mask_bytes``, ``modules``, ``fixed_bytes`` (parameters).
         ceilings: what the machine can do, None where that was not measured.
         memory_bytes: what a process may take, for `Growth.memory_end`.
         environment: machine, versions, code, limits.
@@ -75,8 +75,11 @@ class Profile:
     def _growth(self, label: str, mode: str, rows: Sequence[Record], series: Mapping[Any, list[Record]]) -> Growth:
         lengths = [row["seqlen"] for row in rows]
         time = fit_tail(lengths, [row["ms"] for row in rows])
-        memory = fit_tail(lengths, [row["input_bytes"] + max(row["peak_bytes"], 0) for row in rows])
-        end = memory.length_for(self.memory_bytes) if memory and self.memory_bytes else None
+        fixed = rows[-1].get("fixed_bytes", 0)
+        memory = fit_tail(lengths, [row["input_bytes"] + max(row["peak_bytes"], 0) - fixed for row in rows])
+        end = None
+        if memory is not None and self.memory_bytes is not None:
+            end = memory.length_for(max(self.memory_bytes - fixed, 1))
         return Growth(label, mode, lengths[0], time, memory, end, self._overtakes(label, mode, rows, series))
 
     def _overtakes(

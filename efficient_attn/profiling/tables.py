@@ -11,7 +11,7 @@ from ..errors import UnsupportedError
 from .phases import PHASES
 
 if TYPE_CHECKING:
-    from .recommend import Recommendation
+    from .recommendation import Recommendation
     from .results import Growth, Profile
 
 try:
@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
 MIB, GIB = 2**20, 2**30
 WIDTH = 118
 NOISY = 0.25
+FAR = 1024  # how many times the longest measured length a prediction is printed
 
 
 def as_text(renderable: Any, width: int = WIDTH) -> str:
@@ -90,6 +91,8 @@ def _end(found: Growth) -> str:
         return ""
     if found.memory_end == math.inf:
         return "no growth"
+    if found.memory_end > FAR * found.memory.longest:
+        return f"beyond {size(FAR * found.memory.longest)}"
     return f"{size(found.memory_end)} (predicted)" if found.memory_end > found.memory.longest else "reached"
 
 
@@ -167,9 +170,8 @@ def _caption(profile: Profile) -> str:
             "caches served what the memory ceiling counts. "
         )
     text += f"~ spread above {NOISY:.0%}. "
-    slower = [row for rows in profile.series().values() for row in rows if row.get("watched_ms", 0) > 1.25 * row["ms"]]
-    if slower:
-        text += "While modules are watched torch.nn cannot take its fast path, and shares are those of the slower one."
+    if any(row.get("fast_path") for rows in profile.series().values() for row in rows):
+        text += "While it is looked into, torch.nn cannot take its fast path: shares are those of the other one."
     return text
 
 

@@ -7,6 +7,7 @@ what a layer attends to, with padding, causality and mask as the model sets them
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,20 +181,34 @@ def _restored(found: Sequence[Mapping[str, Any]]) -> list[Layer]:
 
 def relative_error(out: Tensor, layer: Layer) -> float:
     """|out - exact| / |exact| (Frobenius) over `ERROR_ROWS` queries, exact being dense attention in float64."""
-    length, kv_len = layer.query.shape[2], layer.key.shape[2]
+    length = layer.query.shape[2]
     rows = torch.linspace(0, length - 1, min(length, ERROR_ROWS)).round().long()
+    visible = _visible(layer, rows)
     group = layer.query.shape[1] // layer.key.shape[1]
-    key, value = (t.double().repeat_interleave(group, dim=1) for t in (layer.key, layer.value))
     scale = layer.query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
-    scores = layer.query[:, :, rows].double() @ key.mT * scale
+    difference = norm = 0.0
+    for b, h in itertools.product(*map(range, layer.query.shape[:2])):  # one head at a time: rows x keys in float64
+        value = layer.value[b, h // group].double()
+        scores = layer.query[b, h, rows].double() @ layer.key[b, h // group].double().mT * scale
+        if visible is not None:
+            scores = scores.masked_fill(~visible[b % visible.shape[0], h % visible.shape[1]], -torch.inf)
+        if layer.key_mask is not None:
+            scores = scores.masked_fill(~layer.key_mask[b], -torch.inf)
+            value = value.masked_fill(~layer.key_mask[b, :, None], 0.0)
+        exact = scores.softmax(dim=-1).nan_to_num(0.0) @ value  # a row without keys is 0
+        difference += (out[b, h, rows].double() - exact).square().sum().item()
+        norm += exact.square().sum().item()
+    return float(f"{(difference / norm) ** 0.5:.3g}") if norm else float(difference > 0)
+
+
+def _visible(layer: Layer, rows: Tensor) -> Tensor | None:
+    """The pairs of some queries that causality and mask allow, bool (1 | B, 1 | Hq, rows, Nk); None: all."""
+    length, kv_len = layer.query.shape[2], layer.key.shape[2]
+    visible = None
     if layer.is_causal:
         offset = kv_len - length if layer.causal_alignment == "bottom_right" else 0
-        scores = scores.masked_fill(torch.arange(kv_len) > rows[:, None] + offset, -torch.inf)
-    if layer.key_mask is not None:
-        scores = scores.masked_fill(~layer.key_mask[:, None, None], -torch.inf)
-        value = value.masked_fill(~layer.key_mask[:, None, :, None], 0.0)
+        visible = (torch.arange(kv_len) <= rows[:, None] + offset)[None, None]
     if layer.mask is not None:
-        scores = scores.masked_fill(~layer.mask.to_dense()[:, :, rows], -torch.inf)
-    exact = scores.softmax(dim=-1).nan_to_num(0.0) @ value  # a row without keys is 0
-    error = (out[:, :, rows].double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    return float(f"{error.item():.3g}")
+        drawn = layer.mask.to_dense()[:, :, rows]
+        visible = drawn if visible is None else drawn & visible
+    return visible

@@ -198,7 +198,7 @@ def profile_model(
     make: Callable[[Any], Any] = sample if lengths is not None else lambda _: sample
     chosen: Sequence[int | None] = [None] if lengths is None else check_lengths(lengths)
     names = None if attention is None else list(attention)
-    find_attention(model, names) if isinstance(model, nn.Module) else None
+    find_attention(model, names)
     found: list[Record] = [records.environment(threads=torch.get_num_threads())]
     with ExitStack() as stack:
         folder = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())

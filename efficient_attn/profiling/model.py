@@ -61,7 +61,7 @@ def measured(
         times = clock.interleaved({"model": call}, budget_s)["model"]
         with without_fast_path():
             count = counts.count(call)
-        rounds = max(1, min(10, int(PROFILED_S * 1e3 / times["ms"])))
+        rounds = max(1, min(5, int(PROFILED_S * 1e3 / times["ms"])))
         with phases.watched(modules):
             shares, by_module = phases.profiled(call, rounds, trace)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -87,8 +87,10 @@ def find_attention(model: nn.Module, names: Iterable[str] | None = None) -> dict
     "attention" or "attn" in the name of their class and parameters of their own or below, as transformers' and timm's.
 
     Raises:
-        InputError: a name that the model does not have, or no attention in the model.
+        InputTypeError: not a module. InputError: a name that the model does not have, or no attention in the model.
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     known = dict(model.named_modules())
     if names is not None:
         given = list(names)
@@ -128,11 +130,9 @@ def caller(model: nn.Module, sample: Any, mode: str) -> Callable[[], object]:
     """A call of no arguments that runs the model forward, or forward and backward.
 
     Raises:
-        InputTypeError, InputError: not a module, or a mode that does not exist.
+        InputError: a mode that does not exist, or nothing to differentiate.
         UnsupportedError: a model elsewhere than on the CPU.
     """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     check_choice("mode", mode, MODES)
     places = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu"}
     if places:

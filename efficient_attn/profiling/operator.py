@@ -59,7 +59,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
 
     result |= counts.count(timed["method"]).as_dict()
     trace = config.get("trace")
-    rounds = max(1, min(20, int(PROFILED_S * 1e3 / result["ms"])))
+    rounds = max(1, min(10, int(PROFILED_S * 1e3 / result["ms"])))
     shares, _ = phases.profiled(timed["method"], rounds, None if trace is None else Path(trace), inside="other")
     return {**result, "phases": {name: round(share, 4) for name, share in shares.items() if name != "rest"}}
 

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -36,26 +35,19 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 
 
 def profiled(call: Callable[[], object], rounds: int = 1, trace: Path | None = None, *, inside: str = "rest") -> Any:
-    """Run a call under torch.profiler after one run without it; returns (phases, milliseconds of each module).
+    """Run a call under torch.profiler; returns (phases, attention modules), both as shares of the calls' time.
 
-    Both are shares of a call's time. `inside` is the phase of what stands outside of attention modules: "other" for a
-    call that is attention. With `trace`, a Chrome trace (chrome://tracing, ui.perfetto.dev) is written there.
+    `inside` is the phase of what stands outside of attention modules: "other" for a call that is attention. With
+    `trace`, a Chrome trace (chrome://tracing, ui.perfetto.dev) is written there.
     """
-    call()
-    with profile(activities=_activities(), record_shapes=trace is not None) as found:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=trace is not None) as found:
         for _ in range(rounds):
             with record_function(CALL):
                 call()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(trace))
     return split(found.events(), inside)
-
-
-def _activities() -> list[ProfilerActivity]:
-    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
 
 
 def split(events: Sequence[Any], inside: str = "rest") -> tuple[dict[str, float], dict[str, float]]:

@@ -134,7 +134,7 @@ def test_rows_of_the_benchmark_suite_serve_too(tmp_path) -> None:
 
 def test_candidates_are_measured_on_random_activations(tmp_path) -> None:
     call = {"budget": 0.5, "length": 128, "heads": 2, "head_dim": 16, "threads": 1, "budget_s": 0.01, "out": tmp_path}
-    specs = ["sliding_window:left=1000,right=1000", "linear", "linformer:rank=8"]
+    specs = ["sliding_window:left=1000,right=1000", "linear"]
     found = recommend(candidates=specs, **call)
     errors = {c.method: c.error for c in found.candidates}
     assert sorted(errors) == sorted(["dense", *specs])
@@ -191,8 +191,9 @@ def test_a_models_activations_are_what_its_layers_attend_to(kind, tmp_path) -> N
     first = model if kind == "bare" else model.layers[0]
     query, key, value = nn.functional.linear(x, first.in_proj_weight, first.in_proj_bias).chunk(3, -1)
     heads = [t.unflatten(-1, (2, 16)).transpose(1, 2) for t in (query, key, value)]
+    seen = sample.get("padding", torch.zeros(2, 40, dtype=torch.bool)).logical_not()[:, None, :, None]
     for ours, theirs in zip(layers[0].qkv, heads, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+        assert torch.allclose(ours * seen, theirs * seen, atol=1e-5)
     assert layers[0].is_causal == (kind == "causal")
     assert (layers[0].key_mask is not None) == (kind in ("padded", "holes"))
     if kind in ("padded", "holes"):
@@ -240,14 +241,16 @@ def test_recommend_for_a_model_takes_its_largest_error() -> None:
         model,
         {"x": torch.randn(2, 64, 32), "padding": padding_of([64, 30], 64)},
         budget=0.2,
-        candidates=["sliding_window:left=8,right=8", "linear"],
+        candidates=["sliding_window:left=63,right=63", "linear"],
         threads=1,
         budget_s=0.01,
     )
     assert [type(layer) for layer in model.layers] == before
     assert "B2 H2 N64 D16" in found.title and "2 layers of Net" in found.caption
     dense = next(c for c in found.candidates if c.method == "dense")
-    assert dense.error < 1e-5 and len(found.candidates) == 3
+    assert dense.error < 1e-5 and len(found.candidates) == 3, found.failed
+    # Of a window over everything only the padding, which does not count, would differ.
+    assert min(c.error for c in found.candidates if c is not dense) < 1e-5
 
 
 def test_the_error_of_several_layers_is_the_largest() -> None:

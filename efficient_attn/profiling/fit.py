@@ -37,9 +37,9 @@ class PowerLaw:
 
     def length_for(self, value: float) -> float:
         """The length at which the value is predicted; infinite where it does not grow."""
-        if self.exponent <= 0:
-            return math.inf
-        return float(self.longest * (value / self.value) ** (1 / self.exponent))
+        if value <= 0 or self.exponent <= 0:
+            return 0.0 if value <= 0 else math.inf
+        return self.longest * _exp(math.log(value / self.value) / self.exponent)
 
     def __str__(self) -> str:
         spread = (self.high - self.low) / 2
@@ -108,4 +108,10 @@ def crossing(lengths: Sequence[float], ours: Sequence[float], theirs: Sequence[f
     laws = [fit_tail([p[0] for p in points], [p[k] for p in points]) for k in (1, 2)]
     if laws[0] is None or laws[1] is None or laws[0].exponent >= laws[1].exponent:
         return None
-    return Crossing(points[-1][0] * math.exp(gaps[-1][1] / (laws[1].exponent - laws[0].exponent)), False)
+    length = points[-1][0] * _exp(gaps[-1][1] / (laws[1].exponent - laws[0].exponent))
+    return Crossing(length, False) if math.isfinite(length) else None
+
+
+def _exp(x: float) -> float:
+    """e^x, infinite where it is too large for a float."""
+    return math.exp(x) if x < 700 else math.inf

@@ -89,8 +89,6 @@ def _growth(profile: Profile) -> Any:
 def _end(found: Growth) -> str:
     if found.memory_end is None or found.memory is None:
         return ""
-    if found.memory_end == math.inf:
-        return "no growth"
     if found.memory_end > FAR * found.memory.longest:
         return f"beyond {size(FAR * found.memory.longest)}"
     return f"{size(found.memory_end)} (predicted)" if found.memory_end > found.memory.longest else "reached"

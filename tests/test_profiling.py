@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -391,7 +396,7 @@ def test_methods_are_measured_in_workers_and_kept(tmp_path) -> None:
 
 
 def test_out_of_memory_is_a_row_and_longer_lengths_are_not_run() -> None:
-    limits = runner.Limits(60, 400 * 2**20)
+    limits = runner.Limits(3600, 400 * 2**20)
     found = profile_op("dense", lengths=(256, 65536, 131072), heads=8, threads=1, budget_s=0.01, limits=limits)
     assert [row["status"] for row in found.rows] == ["ok", "oom", "oom"], str(found)
     assert "not run" in found.rows[2]["message"] and "oom: dense, N = 64k" in str(found)
@@ -504,3 +509,46 @@ def test_lengths(text, lengths) -> None:
 def test_wrong_lengths_are_explained(text) -> None:
     with pytest.raises(InputError, match="lengths"):
         shapes.read_lengths(text)
+
+
+# --- docs/profiling.md ---
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "profiling.md"
+
+
+def test_the_page_runs_and_its_links_lead_somewhere() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {"__name__": "page"}  # what starts processes is for scripts
+    for block in blocks:
+        exec(compile(block, PAGE.name, "exec"), names)
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (PAGE.parent / target).exists(), target
+
+
+def test_the_options_that_the_page_names_exist() -> None:
+    from efficient_attn.profiling import commands
+
+    known = inspect.getsource(commands)
+    lines = re.findall(
+        r"^\$? ?efficient-attn .*(?:\n      --.*)*", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    options = {option for line in lines for option in re.findall(r"--([a-z-]+)", line)}
+    assert len(options) > 10
+    for option in options:
+        parameter = rf"^    {option.replace('-', '_')}: Annotated"
+        assert f'"--{option}"' in known or re.search(parameter, known, re.MULTILINE), option
+
+
+def test_profiles_need_no_extra_until_they_are_shown() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('typer', 'rich', 'matplotlib', 'sklearn', 'psutil', 'scipy'): sys.modules[name] = None\n"
+        "from efficient_attn import UnsupportedError\nfrom efficient_attn.profiling import Profile\n"
+        "for show in (str, lambda p: p.plot('x.png')):\n"
+        "    try:\n        show(Profile([]))\n    except UnsupportedError as error:\n        print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("pip install 'efficient-attn[bench]'") == 2

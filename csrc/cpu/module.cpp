@@ -170,12 +170,13 @@ PYBIND11_MODULE(_cpu, module) {
         },
         "Fused multiply-adds without memory on so many threads at once, for benchmarks; returns the operations done.");
     module.def(
-        "instruction_set", [] { return kernels().name; }, "The instruction set in use: baseline, avx2 or avx512.");
+        "instruction_set", [] { return kernels().name; },
+        "The instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
     module.def(
         "instruction_sets",
         [] {
             py::list names;
-            for (const char* name : {"baseline", "avx2", "avx512"})
+            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"})
                 if (find_kernels(name)) names.append(name);
             return names;
         },

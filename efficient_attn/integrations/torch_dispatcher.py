@@ -5,9 +5,9 @@ scaled_dot_product_attention chooses a kernel for each call. Where it chooses fl
     CPU   aten::_scaled_dot_product_flash_attention_for_cpu, and its _backward
     CUDA  aten::_scaled_dot_product_flash_attention, and its _backward
 
-`activate` registers these four operators anew through PyTorch's own registry of flash attention implementations, so calls
-from C++, from compiled graphs, other threads and recomputations arrive here too. What our kernels do not serve goes on to
-the kernel that was there before; both save the same logsumexp, so either can do the backward of the other.
+`activate` registers these four operators anew through PyTorch's own registry of flash attention implementations, so
+calls from C++, from compiled graphs, other threads and recomputations arrive here too. What our kernels do not serve
+goes on to the kernel that was there before; both save the same logsumexp, so either can do the backward of the other.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _guarded(function: Any, original: Any) -> Any:
             return result
         if original is None:
             raise UnsupportedError(
-                f"{function.__name__} cannot serve this call, and PyTorch was built without a flash attention that could"
+                f"{function.__name__} cannot serve this call, and PyTorch was built without a kernel that could"
             )
         return original.call_boxed(keyset, *args, **kwargs)
 
@@ -134,7 +134,12 @@ def _cpu_forward(
 ) -> Any:
     """(out, logsumexp), laid out in memory as PyTorch's are."""
     found = _forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return found if found is NotImplemented else (_like(found[0], query), _tokens_first(found[1]))
+    if found is NotImplemented:
+        return found
+    out, logsumexp = found
+    if attn_mask is not None:  # for a query that sees nothing, PyTorch's backward wants 0
+        logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+    return _like(out, query), _tokens_first(logsumexp)
 
 
 def _cpu_backward(
@@ -261,10 +266,15 @@ def _mask(is_causal: bool) -> MaskArrays:
 
 
 def _like(found: Tensor, tensor: Tensor) -> Tensor:
-    """`found` with the strides of `tensor`."""
-    return found if found.stride() == tensor.stride() else torch.empty_like(tensor).copy_(found)
+    """`found` laid out as torch.empty_like(tensor) would be."""
+    return _copied(found, torch.empty_like(tensor))
 
 
 def _tokens_first(found: Tensor) -> Tensor:
     """(B, H, N, ...) as a view of memory in the order (B, N, H, ...)."""
-    return found.transpose(1, 2).contiguous().transpose(1, 2)
+    B, H, N, *rest = found.shape
+    return _copied(found, found.new_empty(B, N, H, *rest).transpose(1, 2))
+
+
+def _copied(found: Tensor, place: Tensor) -> Tensor:
+    return found if found.stride() == place.stride() else place.copy_(found)

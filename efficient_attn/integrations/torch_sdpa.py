@@ -5,13 +5,14 @@
 
     activate()                              # in the whole process, until restore(): see torch_dispatcher.py
 
-`use_for_sdpa` sees every call from Python through a TorchFunctionMode. A dense call that this package cannot serve goes on
-to PyTorch with the very same arguments. Letters as in `functional`.
+`use_for_sdpa` sees every call from Python through a TorchFunctionMode. A dense call that this package cannot serve goes
+on to PyTorch with the very same arguments. Letters as in `functional`.
 """
 
 from __future__ import annotations
 
 import collections
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -32,12 +33,52 @@ __all__ = ["activate", "restore", "use_for_sdpa"]
 _SDPA = F.scaled_dot_product_attention
 
 
-class use_for_sdpa(TorchFunctionMode):  # noqa: N801 - used like a function, as torch.no_grad is
+class SDPAMode(TorchFunctionMode):
+    """Serves calls of scaled_dot_product_attention by a method. Subclasses say more: which call, and by what state."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def method_for(self, call: dict[str, Any]) -> Method:
+        return self.method
+
+    def state_for(self, method: Method, query: Tensor) -> nn.Module | None:
+        return None
+
+    def seen(self, reason: str | None) -> None:
+        """Take note of a call, and why it is not served."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Serve the call, and let functions of PyTorch that call it themselves do so: this mode is off in here."""
+        kwargs = kwargs or {}
+        if func is _SDPA:
+            return self._serve(*args, **kwargs)
+        if func is F.multi_head_attention_forward and not torch.compiler.is_compiling():  # which looks into it
+            own = {**func.__globals__, "scaled_dot_product_attention": self._serve}
+            return FunctionType(func.__code__, own, func.__name__, func.__defaults__)(*args, **kwargs)
+        if func is Tensor.unflatten:  # the one that torch.compile can only trace as a method
+            return args[0].unflatten(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _serve(self, *args: Any, **kwargs: Any) -> Any:
+        call = bound(*args, **kwargs)
+        method = self.method_for(call)
+        reason = why_left(method, **call)
+        self.seen(reason)
+        if reason is None:
+            return attend(method, **call, state=self.state_for(method, call["query"]))
+        if method != Dense():
+            raise UnsupportedError(f"{method} cannot serve a call of scaled_dot_product_attention: {reason}")
+        return _SDPA(*args, **kwargs)
+
+
+class use_for_sdpa(SDPAMode):
     """Within a with block, `torch.nn.functional.scaled_dot_product_attention` is computed by this package.
 
     It holds for calls from Python in this thread, so not for the fused path that nn.TransformerEncoderLayer takes in
-    eval mode without gradients, nor for what a backward recomputes after the block (activation checkpointing): run the
-    backward inside too.
+    eval mode without gradients (`replace_attention` serves that).
+    Activation checkpointing computes anew in the backward, where it does not hold, and raises; `activate` serves that.
 
     Args:
         attention: a spec string, `Method` or `Pattern`. With "dense" nothing changes but who computes: a call that is
@@ -56,8 +97,7 @@ class use_for_sdpa(TorchFunctionMode):  # noqa: N801 - used like a function, as 
     """
 
     def __init__(self, attention: str | Method | Pattern = "dense") -> None:
-        super().__init__()
-        self.method = parse(attention)
+        super().__init__(parse(attention))
         if needs_state(self.method):
             raise UnsupportedError(
                 f"{self.method} has parameters or random features, and a call of scaled_dot_product_attention has no "
@@ -66,21 +106,21 @@ class use_for_sdpa(TorchFunctionMode):  # noqa: N801 - used like a function, as 
         self.served = 0
         self.left: collections.Counter[str] = collections.Counter()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not _SDPA:
-            return func(*args, **(kwargs or {}))
-        call = bound(*args, **(kwargs or {}))
-        reason = why_left(self.method, **call)
-        if reason is None and self.method != Dense() and call["query"].shape[-2] != call["key"].shape[-2]:
-            reason = "as many queries as keys are needed to know where the queries stand"
+    def method_for(self, call: dict[str, Any]) -> Method:
+        if self.method == Dense() or call["query"].is_nested:
+            return self.method
+        Nq, Nk = call["query"].shape[-2], call["key"].shape[-2]
+        if Nq != Nk:
+            raise UnsupportedError(
+                f"{self.method} needs to know where {Nq} queries stand among {Nk} keys, which a call of "
+                "scaled_dot_product_attention does not say; use efficient_attn.convert, or 'dense'"
+            )
+        return self.method
+
+    def seen(self, reason: str | None) -> None:
         if not torch.compiler.is_compiling():
             self.served += reason is None
             self.left.update([] if reason is None else [reason])
-        if reason is None:
-            return attend(self.method, **call)
-        if self.method != Dense():
-            raise UnsupportedError(f"{self.method} cannot serve a call of scaled_dot_product_attention: {reason}")
-        return func(*args, **(kwargs or {}))
 
     def __str__(self) -> str:
         lines = [f"scaled_dot_product_attention: {self.served} calls served by {self.method}"]
@@ -134,13 +174,14 @@ def why_left(
     reason = _why_other_tensors(tensors)
     if reason is not None:
         return reason
+    if query.device.type not in ("cpu", "cuda"):
+        return f"tensors on {query.device.type}"
     query, key, value = functional.autocast(query, key, value)
     for found, why in (
         (min(t.dim() for t in tensors[:3]) < 3, "query, key and value need 3 dimensions"),
         (query.dtype not in functional.DTYPES, f"{query.dtype}"),
         (len({t.dtype for t in (query, key, value)}) > 1, "query, key and value differ in dtype"),
         (len({t.device for t in tensors}) > 1, "tensors on different devices"),
-        (query.device.type not in ("cpu", "cuda"), f"tensors on {query.device.type}"),
         (any(size == 0 for t in tensors for size in t.shape), "an empty tensor"),
         (not 0.0 <= dropout_p < 1.0, f"dropout_p={dropout_p}"),
         (is_causal and attn_mask is not None, "both is_causal and attn_mask"),
@@ -189,7 +230,7 @@ def _why_other_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> str | None
 
 def _why_not_faster(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> str | None:
     """Dense calls that PyTorch's own kernels serve better, or were asked to."""
-    if not torch.backends.cuda.flash_sdp_enabled():
+    if not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled():
         return "flash attention is turned off (sdpa_kernel)"
     call = functional.describe(*_four_dims(query, key, value), None, MaskArrays(), dropout_p)
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select

@@ -65,8 +65,8 @@ class EfficientAttnProcessor:
 
 def _call(processor: EfficientAttnProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
     within: Any = processor.processor
-    cross = bool(getattr(attn, "is_cross_attention", False))
-    with LayerMode(attn, processor.attention, cross=cross) as mode:
+    mode = LayerMode(attn, processor.attention, cross=bool(getattr(attn, "is_cross_attention", False)))
+    with mode:
         result = within(attn, *args, **kwargs)
     if not mode.reached:
         raise UnsupportedError(

@@ -93,7 +93,8 @@ def _routed_forward(module: nn.Module, own: Callable[..., Any] | None, /, *args:
     """A module's forward, its attention served by the method that it holds."""
     held: Any = module
     method: Method = held.efficient_attn_method
-    with LayerMode(module, method, cross=bool(getattr(module, "is_cross_attention", False))) as mode:
+    mode = LayerMode(module, method, cross=bool(getattr(module, "is_cross_attention", False)))
+    with mode:  # torch.compile loses its attributes behind an `as`
         result = type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
     if not mode.reached:
         raise UnsupportedError(

@@ -301,7 +301,8 @@ def _explain_rest(model: nn.Module, report: Conversion) -> None:
     """Name what looks like attention and was left."""
     known = {**report.converted, **report.skipped}
     for name, module in _topmost(model, lambda m: "attention" in type(m).__name__.lower()):
-        if not _inside(name, known) and not any(other.startswith(f"{name}.") for other in known):
+        holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
+        if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             report.skipped[name] = f"{kind} is of no kind that convert knows"
 

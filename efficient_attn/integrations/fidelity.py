@@ -317,7 +317,9 @@ def _draw_layers(axis: Any, layers: Mapping[str, LayerFidelity]) -> None:
 
 def _draw_pair(axis: Any, title: str, before: float, after: float) -> None:
     bars = axis.bar(["original", "converted"], [before, after], color=["0.6", "C0"])
-    axis.bar_label(bars, fmt="%.3g")
+    axis.bar_label(bars, fmt=lambda value: f"{value:.3g}" if value < 1000 else f"{value:.0f}")
     axis.set_title(title)
+    axis.set_yticks([])
+    axis.tick_params(axis="x", labelsize=8)
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,9 @@ and be undone.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -183,3 +186,12 @@ def test_a_block_for_every_model_at_once():
     with efficient_attn.integrations.use_for_sdpa() as mode:
         torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-5)
     assert mode.served == 2
+
+
+def test_the_block_of_the_documentation_runs():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python timm\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 1
+    names = {}
+    exec(compile(blocks[0], "integrations.md", "exec"), names)
+    assert len(names["report"].converted) == 2

@@ -232,7 +232,8 @@ def _why_not_faster(query: Tensor, key: Tensor, value: Tensor, dropout_p: float)
     """Dense calls that PyTorch's own kernels serve better, or were asked to."""
     if not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled():
         return "flash attention is turned off (sdpa_kernel)"
-    call = functional.describe(*_four_dims(query, key, value), None, MaskArrays(), dropout_p)
+    query, key, value = _four_dims(query, key, value)
+    call = functional.describe(query, key, value, None, MaskArrays(), dropout_p)
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
     return "only the reference backend can serve it" if select("auto", call) == "reference" else None
 

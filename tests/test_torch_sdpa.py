@@ -314,6 +314,16 @@ def test_the_block_is_this_threads_and_the_process_is_everyones(native):
     assert native["forward"] == 1
 
 
+def test_calls_from_torchscript_arrive_through_the_dispatcher(native):
+    query, key, value = tensors(m=N)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(F.scaled_dot_product_attention, (query, key, value))
+    activate()
+    traced(query, key, value)
+    assert native["forward"] == 1
+
+
 def test_nn_multihead_attention_is_served(native):
     torch.manual_seed(0)
     module = nn.MultiheadAttention(32, 4, batch_first=True)

@@ -106,8 +106,8 @@ def convert(
         model: itself none of torch.nn.MultiheadAttention.
         attention: a spec string, `Method` or `Pattern`.
         sample: an input: a tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it in
-            eval mode without gradients: as it was, with dense attention, which must give the same (unless the model
-            has another method of this package already), and converted.
+            eval mode without gradients, more than once: as it was, with dense attention, which must give the same
+            (unless the model has another method of this package already), and converted.
             Layers of other libraries make the parameters of methods that have some (linformer) in that run.
         tolerance: of that comparison, relative to the largest output; default by dtype, 1e-4 in float32.
         predicate: called with (name, module) for each of the above; False leaves it alone.
@@ -277,9 +277,18 @@ def _convert_own(model: nn.Module, report: Conversion, wanted: Callable[[str, nn
             report.skipped[name] = "left out by predicate"
             continue
         own: Any = module
-        report._undo.append(functools.partial(own.set_attention, own.attention))
+        if getattr(own, "cross", False) is True:  # of this package's models, whose own set_attention leaves it too
+            report.skipped[name] = "attends to a memory, which patterns and low-rank methods are not for"
+            continue
+        report._undo.append(functools.partial(_set_back, own, own.attention, own._modules.get("method_state")))
         own.set_attention(report.attention)
         report.converted[name] = f"{type(module).__name__}, by set_attention"
+
+
+def _set_back(module: Any, attention: str | Method | Pattern, state: nn.Module | None) -> None:
+    module.set_attention(attention)
+    if state is not None:  # the parameters that it had, not fresh ones
+        module.method_state = state
 
 
 def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:

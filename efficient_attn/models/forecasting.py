@@ -5,6 +5,7 @@ Series are (..., time) here, so that the functions serve one series and batches 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,7 @@ def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
         InputError: none, not increasing, or not between 0 and 1.
     """
     levels = tuple(float(q) for q in quantiles)
-    increasing = all(low < high for low, high in zip(levels, levels[1:], strict=False))
+    increasing = all(low < high for low, high in itertools.pairwise(levels))
     if not levels or not increasing or levels[0] <= 0 or levels[-1] >= 1:
         raise InputError(f"quantiles must be increasing and between 0 and 1, such as (0.1, 0.5, 0.9); got {levels}")
     return levels

@@ -105,12 +105,12 @@ def sinusoidal_2d(width: int, grid: Size) -> Tensor:
 
 
 def resize_positions(positions: Tensor, old: Size, new: Size) -> Tensor:
-    """(1, old rows * columns, E) -> (1, new rows * columns, E): bicubic, as for ViT on other image sizes."""
+    """(old rows * columns, E) -> (new rows * columns, E): bicubic, as ViT does for images of other sizes."""
     if old == new:
         return positions
     as_image = positions.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
     resized = F.interpolate(as_image, size=new, mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(1, math.prod(new), -1).to(positions.dtype)
+    return resized.permute(0, 2, 3, 1).reshape(math.prod(new), -1).to(positions.dtype)
 
 
 class PatchEmbedding(nn.Module):

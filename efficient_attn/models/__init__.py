@@ -1,6 +1,6 @@
 """Reference models on one shared Transformer, each with any attention: `model.set_attention("bigbird:block=64")`."""
 
-from . import vision_checkpoints as vision_checkpoints
+from . import huggingface_vision
 from .augment import Augmentation
 from .base import Model
 from .cache import Cache
@@ -30,4 +30,5 @@ __all__ = [
     "TransformerConfig",
     "ViT",
     "ViTConfig",
+    "huggingface_vision",
 ]

@@ -132,18 +132,19 @@ class Model(nn.Module):
         """
         folder = checkpoints.locate(path, revision=revision, local_files_only=local_files_only)
         text = checkpoints.read_config(folder)
-        if "efficient_attn" in text:
-            found, config, mapping = _own(text, folder)
-        else:
-            family = checkpoints.family_of(text, folder)
-            found, mapping = MODELS[family.model], family
-            config = configs.from_dict(found.config_class, family.config(text))
+        family = None if "efficient_attn" in text else checkpoints.family_of(text, folder)
+        found = MODELS[family.model] if family else _own_class(text, folder)
         if not issubclass(found, cls):
             raise CheckpointError(f"{folder} holds a {found.__name__}; use {found.__name__}.from_pretrained")
-        if changes:
-            config = configs.from_dict(found.config_class, configs.to_dict(config) | changes)
-        model: Any = found(config)
-        _load(model, checkpoints.read_weights(folder), mapping, folder, fresh_heads=bool(changes))
+        tensors = checkpoints.read_weights(folder)
+        if family is None:
+            fields = text.get("config", {})
+        else:
+            tensors = family.bare(tensors)
+            fields = family.config(text, tensors)
+            tensors = family.translate(tensors, text, folder)
+        model: Any = found(configs.from_dict(found.config_class, fields | changes))
+        _load(model, tensors, folder, own=family is None, fresh_heads=bool(changes))
         if attention is not None:
             model.set_attention(attention)
         return model.to(device=device, dtype=dtype).eval()  # type: ignore[no-any-return]
@@ -153,54 +154,44 @@ class Model(nn.Module):
         return ()
 
 
-def _own(text: Mapping[str, Any], folder: Path) -> tuple[type[Model], Any, None]:
-    """Class and config of a checkpoint of `save_pretrained`."""
+def _own_class(text: Mapping[str, Any], folder: Path) -> type[Model]:
+    """The class of a checkpoint of `save_pretrained`."""
     if text["efficient_attn"] != FORMAT:
         raise CheckpointError(f"{folder} has format {text['efficient_attn']}, this version reads {FORMAT}; update")
     if text.get("model") not in MODELS:
         raise CheckpointError(f"{folder} holds a {text.get('model')!r}; this version has {', '.join(MODELS)}")
-    found = MODELS[text["model"]]
-    return found, configs.from_dict(found.config_class, text.get("config", {})), None
+    return MODELS[text["model"]]
 
 
-def _load(
-    model: Model,
-    tensors: dict[str, Tensor],
-    mapping: checkpoints.Family | None,
-    folder: Path,
-    *,
-    fresh_heads: bool,
-) -> None:
-    """Copy a checkpoint's tensors into a model, all of them and all of its parameters.
+def _load(model: Model, tensors: dict[str, Tensor], folder: Path, *, own: bool, fresh_heads: bool) -> None:
+    """Copy a checkpoint's tensors into a model: all of them, into all of its parameters. `own`: of save_pretrained.
 
     Raises:
         CheckpointError: what is missing, left over or of another shape.
     """
-    if mapping is not None:
-        tensors = mapping.translate(tensors, folder)
-    own = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
     heads = model.head_prefixes() if fresh_heads else ()
     for name in [name for name in tensors if heads and name.startswith(heads)]:
-        if name not in own or own[name].shape != tensors[name].shape:
+        if name not in state or state[name].shape != tensors[name].shape:
             del tensors[name]
-    loaded = {id(own[name]) for name in tensors if name in own}  # layers may share a parameter, saved once
+    loaded = {id(state[name]) for name in tensors if name in state}  # layers may share a parameter, saved once
     missing = [
         name
-        for name, tensor in own.items()
+        for name, tensor in state.items()
         if name not in tensors and id(tensor) not in loaded and not (heads and name.startswith(heads))
     ]
-    if mapping is not None:  # transformers' checkpoints know nothing of our methods' parameters
+    if not own:  # transformers' checkpoints know nothing of our methods' parameters
         missing = [name for name in missing if ".method_state." not in name]
     wrong = [
-        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(state[name].shape)}"
         for name in tensors
-        if name in own and own[name].shape != tensors[name].shape
+        if name in state and state[name].shape != tensors[name].shape
     ]
     problems = [
         f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
         for what, names in (
             ("missing", missing),
-            ("not in the model", [name for name in tensors if name not in own]),
+            ("not in the model", [name for name in tensors if name not in state]),
             ("of another shape", wrong),
         )
         if names
@@ -209,7 +200,7 @@ def _load(
         raise CheckpointError(f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(problems)}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            state[name].copy_(tensor)
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from ..errors import CheckpointError, UnsupportedError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 
@@ -32,24 +34,29 @@ class Family:
 
     Fields:
         model: the name of our class.
-        config: their config.json -> the fields of our config; raises for what our model does not compute.
+        config: (their config.json, their tensors without prefixes) -> the fields of our config, as a dictionary; raises
+            CheckpointError for what our model does not compute. "generation_config" in the first is that file.
         names: theirs -> ours, see the head of this file.
         prefixes: what stands before all names in models with a head, and is taken off ("bert.").
         transposed: names, as in `names`, of weights (in, out) instead of (out, in).
         ignored: regular expressions of names that carry nothing for us: buffers, tied copies, heads of other tasks.
-        adjust: ours -> ours, after all of that, for what a table cannot say.
+        adjust: (ours, their config.json) -> ours, after all of that, for what a table cannot say.
     """
 
     model: str
-    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    config: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any]]
     names: Mapping[str, str | tuple[str, ...]]
     prefixes: tuple[str, ...] = ()
     transposed: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
-    adjust: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = field(default=None)
+    adjust: Callable[[dict[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
 
-    def translate(self, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-        """Their tensors under our names.
+    def bare(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their tensors without prefixes, and with the names of today's transformers."""
+        return {self._without_prefix(_modern(name)): tensor for name, tensor in tensors.items()}
+
+    def translate(self, tensors: Mapping[str, Tensor], text: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+        """Bare tensors under our names.
 
         Raises:
             CheckpointError: names that are neither in the table nor ignored.
@@ -57,21 +64,20 @@ class Family:
         found: dict[str, Tensor] = {}
         unknown = []
         for name, tensor in tensors.items():
-            bare = self._without_prefix(_modern(name))
-            numbers = re.findall(r"(?<=\.)\d+(?=\.)", bare)
-            generic = re.sub(r"(?<=\.)\d+(?=\.)", "{}", bare)
+            numbers = re.findall(LAYER_NUMBER, name)
+            generic = re.sub(LAYER_NUMBER, "{}", name)
             if generic in self.names:
                 ours = self.names[generic]
                 targets = (ours,) if isinstance(ours, str) else ours
                 tensor = tensor.T if generic in self.transposed else tensor
                 shares = tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)
                 found |= {ours.format(*numbers): share for ours, share in zip(targets, shares, strict=True)}
-            elif not any(re.fullmatch(pattern, bare) for pattern in self.ignored):
+            elif not any(re.fullmatch(pattern, name) for pattern in self.ignored):
                 unknown.append(name)
         if unknown:
             more = " ..." if len(unknown) > 8 else ""
             raise CheckpointError(f"unexpected weights in {folder}: {', '.join(unknown[:8])}{more}")
-        return found if self.adjust is None else self.adjust(found)
+        return found if self.adjust is None else self.adjust(found, text)
 
     def _without_prefix(self, name: str) -> str:
         for prefix in self.prefixes:
@@ -189,14 +195,20 @@ def locate(path: str | os.PathLike[str], *, revision: str | None, local_files_on
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a dictionary.
+    """config.json as a dictionary, with generation_config.json, where there is one, as "generation_config".
 
     Raises:
-        CheckpointError: there is none, or it is not JSON.
+        CheckpointError: there is no config.json, or one of the two is not JSON.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}; a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
+    text = _read_json(folder / CONFIG)
+    if (folder / GENERATION).is_file():
+        text["generation_config"] = _read_json(folder / GENERATION)
+    return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -220,7 +232,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{folder} has no {WEIGHTS}; {found}load it with transformers and save_pretrained() it again"
             )
-        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        listed = _read_json(folder / INDEX).get("weight_map", {}).values()
         files = [folder / Path(name).name for name in sorted(set(listed))]
     tensors: dict[str, Tensor] = {}
     for file in files:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import typing
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import patterns
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, UnsupportedError
 from ..methods import Hybrid
 from .base import Model
 from .patches import PatchEmbedding, Size, as_size, grid_of, resize_positions, sinusoidal_2d
-from .transformer import Transformer, TransformerConfig, each_layer
+from .transformer import Outputs, Transformer, TransformerConfig, each_layer
 
 POOLS = ("cls", "mean")
 POSITIONS = ("learned", "sinusoidal")
@@ -142,6 +141,13 @@ class ImageBackbone(nn.Module):
         """(B, C, H, W) -> (B, 1 + N, E): the class token, then the patches row by row. Raises as `embed` does."""
         return self.encode(self.embed(images)[0])
 
+    def inspect(self, images: Tensor, *, need_weights: bool = True) -> Outputs:
+        """The outputs of all layers, and with need_weights what each attends to: (1 + N) x (1 + N) memory a head."""
+        tokens = self.embed(images)[0]
+        tokens = tokens if self.embedding_norm is None else self.embedding_norm(tokens)
+        found: Outputs = self.encoder(self.dropout(tokens), return_hidden=True, need_weights=need_weights)
+        return found
+
     def pooled(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, E): the class token, or with pool="mean" the mean of the patches."""
         return self.pool(self.forward(images))
@@ -169,18 +175,18 @@ class ViTConfig:
 
     Fields:
         backbone: of images.
-        num_labels: classes; 0 for features instead of logits.
+        num_labels: classes; None for a model of features, without a head.
 
     Raises:
-        InputError: fewer than no classes.
+        InputError: fewer than one class.
     """
 
     backbone: ImageConfig = field(default_factory=ImageConfig)
-    num_labels: int = 1000
+    num_labels: int | None = 1000
 
     def __post_init__(self) -> None:
-        if self.num_labels < 0:
-            raise InputError(f"num_labels must be at least 0, got {self.num_labels}")
+        if self.num_labels is not None and self.num_labels < 1:
+            raise InputError(f"num_labels must be at least 1, or None; got {self.num_labels}")
 
 
 class ViT(Model):
@@ -198,8 +204,9 @@ class ViT(Model):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.backbone = ImageBackbone(config.backbone)
-        self.head = nn.Linear(config.backbone.encoder.hidden_dim, config.num_labels) if config.num_labels else None
-        if self.head is not None:
+        self.head = None
+        if config.num_labels is not None:
+            self.head = nn.Linear(config.backbone.encoder.hidden_dim, config.num_labels)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
         self._frozen = False
@@ -256,13 +263,19 @@ class ViT(Model):
             images: (B, C, H, W), floating point; H and W multiples of the patch.
 
         Returns:
-            (B, num_labels); with num_labels=0 the features (B, E).
+            (B, num_labels).
 
         Raises:
-            InputTypeError, InputError: no such images.
+            InputTypeError, InputError: no such images. UnsupportedError: a model without a head.
         """
-        features = self.features(images)
-        return features if self.head is None else typing.cast(Tensor, self.head(features))
+        if self.head is None:
+            raise UnsupportedError("the model has no head; use features(), or from_pretrained(..., num_labels=10)")
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def inspect(self, images: Tensor, *, need_weights: bool = True) -> Outputs:
+        """The outputs of all layers, and what each attends to. Images as in `forward`."""
+        return self.backbone.inspect(images, need_weights=need_weights)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy, a scalar.
@@ -271,10 +284,8 @@ class ViT(Model):
             images: as in `forward`. labels: int64 (B), below num_labels.
 
         Raises:
-            InputTypeError, InputError: images or labels that are none, or a model without a head.
+            InputTypeError, InputError: images or labels that are none. UnsupportedError: a model without a head.
         """
-        if self.head is None:
-            raise InputError("num_labels=0 is a model of features; give it num_labels to train it")
         check_labels(labels, images.shape[0])
         return F.cross_entropy(self.forward(images), labels)
 

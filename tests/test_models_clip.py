@@ -93,6 +93,8 @@ def test_contrastive_loss_equals_its_definition():
         column = [math.exp(scale * image[j] @ text[i]) for j in range(4)]
         total -= math.log(row[i] / sum(row)) + math.log(column[i] / sum(column))
     assert contrastive_loss(image, text, scale).item() == pytest.approx(total / 8, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert contrastive_loss(image, text, scale).item() == pytest.approx(total / 8, rel=1e-5)
     with pytest.raises(InputError, match="one shape"):
         contrastive_loss(image, text[:3], scale)
 

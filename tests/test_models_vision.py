@@ -143,6 +143,8 @@ def test_nt_xent_equals_its_definition():
         others = sum(math.exp(z[i] @ z[k] / t) for k in range(8) if k != i)
         losses.append(-math.log(math.exp(z[i] @ z[j] / t) / others))
     assert nt_xent(first, second, t).item() == pytest.approx(sum(losses) / 8, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nt_xent(first, second, t).item() == pytest.approx(sum(losses) / 8, rel=1e-5)
     with pytest.raises(InputError, match="one shape"):
         nt_xent(first, second[:3])
     with pytest.raises(InputError, match="temperature"):

@@ -60,6 +60,23 @@ LEFT = RIGHT.flip(1)
 PADDING = {"none": None, "right": RIGHT, "left": LEFT}
 
 
+@torch.no_grad()
+def randomise(model, seed=7):
+    """Weights with which attention is far from uniform, and targets of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            if "decoder.layers.1.final_layer_norm.weight" in name:
+                parameter.copy_(5 * noise)  # around 0: else a tied output layer repeats the token that it was given
+            else:
+                parameter.add_(noise)
+    bias = dict(model.named_buffers()).get("final_logits_bias")
+    if bias is not None:
+        bias.normal_(generator=generator)
+        bias[0, 2] = 2.0  # of the end token
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A function: name -> (transformers' model, the folder of its checkpoint), each made once."""
@@ -70,14 +87,7 @@ def checkpoint(tmp_path_factory):
             kind, config, sizes = CHECKPOINTS[name]
             torch.manual_seed(0)
             model = getattr(transformers, kind)(getattr(transformers, config)(**copy.deepcopy(sizes))).eval()
-            generator = torch.Generator().manual_seed(7)
-            with torch.no_grad():  # with transformers' own small weights the attention would be nearly uniform
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-                for name_, buffer in model.named_buffers():
-                    if name_ == "final_logits_bias":
-                        buffer.normal_(generator=generator)
+            randomise(model)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             made[name] = (model, folder)
@@ -257,7 +267,7 @@ BEAMS = {
 def test_seq2seq_generation(checkpoint, name, settings):
     theirs, folder = checkpoint(name)
     ours = Seq2Seq.from_pretrained(folder)
-    options = {"max_new_tokens": 24, **BEAMS[settings]}
+    options = {"max_new_tokens": 16, **BEAMS[settings]}
     for mask in (torch.ones_like(IDS), RIGHT):
         wanted = theirs.generate(IDS, attention_mask=mask, do_sample=False, **options)
         assert torch.equal(ours.generate(IDS, mask, **options), wanted)
@@ -265,19 +275,40 @@ def test_seq2seq_generation(checkpoint, name, settings):
             assert torch.equal(ours.generate(IDS, mask, use_cache=False, **options), wanted)
 
 
+def test_beam_search_with_many_weights(tmp_path):
+    """Targets that end early, late and not at all, in one batch, for several models."""
+    lengths, differ = set(), 0
+    for seed in range(4):
+        torch.manual_seed(0)
+        config = transformers.MarianConfig(**CHECKPOINTS["marian"][2])
+        theirs = transformers.MarianMTModel(config).eval()
+        randomise(theirs, seed)
+        theirs.save_pretrained(tmp_path)
+        ours = Seq2Seq.from_pretrained(tmp_path)
+        targets = []
+        for settings in BEAMS.values():
+            options = {"max_new_tokens": 14, **settings}
+            wanted = theirs.generate(IDS, attention_mask=RIGHT, do_sample=False, **options)
+            assert torch.equal(ours.generate(IDS, RIGHT, **options), wanted)
+            lengths |= set((wanted != 3).sum(-1).tolist())
+            targets.append(wanted)
+        differ += not torch.equal(targets[0], targets[1])
+    assert len(lengths) > 4 and differ > 2
+
+
 def test_generation_settings_of_a_checkpoint(checkpoint, tmp_path):
     """Beams, penalty, banned words and renormalisation as generation_config.json says, as in the real OPUS-MT ones."""
-    theirs, _ = checkpoint("marian")
-    theirs = copy.deepcopy(theirs)
+    theirs = copy.deepcopy(checkpoint("marian")[0])
+    theirs.final_logits_bias[0, 2] = 0.0
     free = theirs.generate(IDS, num_beams=2, max_new_tokens=20)
-    banned = int(free[:, 1:].flatten().mode().values)
+    banned = int(free[0, 2])
     theirs.generation_config.update(num_beams=4, length_penalty=0.5, bad_words_ids=[[banned]], renormalize_logits=True)
     theirs.save_pretrained(tmp_path)
     ours = Seq2Seq.from_pretrained(tmp_path)
     assert ours.config.banned_token_ids == (banned,) and ours.config.num_beams == 4
     wanted = theirs.generate(IDS, max_new_tokens=20)
     assert torch.equal(ours.generate(IDS, max_new_tokens=20), wanted)
-    assert banned not in wanted and not torch.equal(wanted, free)
+    assert banned not in (2, 3) and banned not in wanted and not torch.equal(wanted, free)
     theirs.generation_config.update(no_repeat_ngram_size=3)
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="no_repeat_ngram_size=3"):

@@ -141,7 +141,7 @@ class Model(nn.Module):
             fields = text.get("config", {})
         else:
             tensors = family.bare(tensors)
-            fields = family.config(text, tensors)
+            fields = family.fields(text, tensors, folder)
             tensors = family.translate(tensors, text, folder)
         model: Any = found(configs.from_dict(found.config_class, fields | changes))
         _load(model, tensors, folder, own=family is None, fresh_heads=bool(changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 
@@ -355,6 +356,9 @@ def test_fine_tuning_starts_a_fresh_head_when_asked(tmp_path):
     assert torch.equal(found.pooler.weight, model.pooler.weight)
     bare = TextClassifier.from_pretrained(tmp_path, num_labels=None)
     assert bare.classifier is None and torch.equal(bare.encode(IDS), model.encode(IDS))
+    dropped = TextClassifier.from_pretrained(tmp_path, encoder={"dropout": 0.5})
+    assert dropped.config.encoder == dataclasses.replace(model.config.encoder, dropout=0.5)
+    assert torch.equal(dropped(IDS), model(IDS))
     with pytest.raises(CheckpointError, match=r"positions.weight is \(64, 32\) instead of \(65, 32\)"):
         TextClassifier.from_pretrained(tmp_path, max_len=65)
     with pytest.raises(InputError, match="num_label"):

@@ -41,6 +41,7 @@ CHECKPOINTS = {
     "bert-mlm": ("BertForMaskedLM", "BertConfig", BERT),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "roberta-bare": ("RobertaModel", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt2-bare": ("GPT2Model", "GPT2Config", GPT2),
     "gpt2-untied": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "tie_word_embeddings": False, "n_inner": 40}),
@@ -52,6 +53,8 @@ CHECKPOINTS = {
         {**SEQ2SEQ, "share_encoder_decoder_embeddings": False, "decoder_vocab_size": 44, "tie_word_embeddings": False},
     ),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**SEQ2SEQ, "forced_bos_token_id": 1}),
+    "mbart": ("MBartForConditionalGeneration", "MBartConfig", {**SEQ2SEQ, "activation_function": "relu"}),
+    "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", SEQ2SEQ),
 }
 
 IDS = torch.randint(4, 44, (B, N), generator=torch.Generator().manual_seed(1))
@@ -106,8 +109,8 @@ def close(ours, theirs, mask=None):
 # --- equal to transformers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", ["none", "right"])
-@pytest.mark.parametrize("name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare"])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare", "xlm-roberta"])
 @torch.no_grad()
 def test_encoders(checkpoint, name, padding):
     theirs, folder = checkpoint(name)
@@ -122,7 +125,7 @@ def test_encoders(checkpoint, name, padding):
     if ours.classifier is not None:
         close(ours(ids, mask, types), theirs(ids, attention_mask=mask, token_type_ids=types).logits)
         assert ours(ids, mask, types).shape[1] == (3 if name == "bert" else 2)
-    elif name != "bert-mlm":
+    elif ours.pooler is not None:
         close(ours.pool(ours.encode(ids, mask, types), mask), hidden.pooler_output)
     if theirs.config.type_vocab_size > 1 and mask is None:
         assert (ours.encode(ids, mask, types) - ours.encode(ids, mask)).abs().max() > 0.1
@@ -146,7 +149,7 @@ def test_causal_lm(checkpoint, name, padding):
 
 
 @pytest.mark.parametrize("padding", ["none", "right"])
-@pytest.mark.parametrize("name", ["marian", "marian-bare", "marian-apart", "bart"])
+@pytest.mark.parametrize("name", ["marian", "marian-bare", "marian-apart", "bart", "mbart", "pegasus"])
 @torch.no_grad()
 def test_seq2seq(checkpoint, name, padding):
     theirs, folder = checkpoint(name)
@@ -309,9 +312,18 @@ def test_generation_settings_of_a_checkpoint(checkpoint, tmp_path):
     wanted = theirs.generate(IDS, max_new_tokens=20)
     assert torch.equal(ours.generate(IDS, max_new_tokens=20), wanted)
     assert banned not in (2, 3) and banned not in wanted and not torch.equal(wanted, free)
-    theirs.generation_config.update(no_repeat_ngram_size=3)
+    for size, least in ((1, 0), (2, 12)):
+        theirs.generation_config.update(no_repeat_ngram_size=size, min_length=least)
+        theirs.save_pretrained(tmp_path)
+        for beams in (1, 3):
+            other = theirs.generate(IDS, max_new_tokens=20, num_beams=beams)
+            assert torch.equal(
+                Seq2Seq.from_pretrained(tmp_path).generate(IDS, max_new_tokens=20, num_beams=beams), other
+            )
+            assert not torch.equal(other, wanted) and ((other != 3).sum(-1) >= least - 1).all()
+    theirs.generation_config.update(repetition_penalty=2.0)
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no_repeat_ngram_size=3"):
+    with pytest.warns(UserWarning, match=r"repetition_penalty=2\.0"):
         Seq2Seq.from_pretrained(tmp_path)
 
 

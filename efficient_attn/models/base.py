@@ -122,8 +122,9 @@ class Model(nn.Module):
             attention: for `set_attention`, after loading.
             revision, local_files_only: for the hub.
             dtype, device: of the parameters, default float32 on the CPU.
-            changes: fields of the config to change. A head that they ask for and the checkpoint lacks, or has in
-                another size (num_labels=3), starts fresh; nothing else may be missing.
+            changes: fields of the config to change, also in parts: encoder={"dropout": 0.2}. A head that they ask for
+                and the checkpoint lacks, or has in another size (num_labels=3), starts fresh; nothing else may be
+                missing.
 
         Raises:
             CheckpointError: no such checkpoint; one without safetensors; an unknown architecture, or one of another
@@ -143,7 +144,7 @@ class Model(nn.Module):
             tensors = family.bare(tensors)
             fields = family.fields(text, tensors, folder)
             tensors = family.translate(tensors, text, folder)
-        model: Any = found(configs.from_dict(found.config_class, fields | changes))
+        model: Any = found(configs.from_dict(found.config_class, configs.merge(fields, changes)))
         _load(model, tensors, folder, own=family is None, fresh_heads=bool(changes))
         if attention is not None:
             model.set_attention(attention)

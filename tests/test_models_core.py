@@ -332,6 +332,17 @@ def test_a_saved_model_comes_back(tmp_path):
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["config.json", "model.safetensors"]
 
 
+def test_a_subclass_of_a_model(tmp_path):
+    class OwnClassifier(TextClassifier):
+        pass
+
+    classifier().save_pretrained(tmp_path)
+    found = OwnClassifier.from_pretrained(tmp_path)
+    assert type(found) is OwnClassifier
+    found.save_pretrained(tmp_path)
+    assert type(Model.from_pretrained(tmp_path)) is OwnClassifier
+
+
 def test_saving_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     model = classifier()
     model.save_pretrained(tmp_path)

@@ -441,6 +441,21 @@ def test_copies_and_compiled_models_compute_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "lm", "seq2seq"])
+def test_half_precision_and_autocast(kind):
+    model = small(kind).eval()
+    model.set_attention("sliding_window:left=3,right=3")
+    wanted = loss_of(model, RIGHT)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss_of(model, RIGHT)
+    mixed.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(mixed.float(), wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(loss_of(model.bfloat16(), RIGHT).float(), wanted, rtol=0.05, atol=0.05)
+    if kind != "classifier":
+        assert model.generate(IDS, max_new_tokens=3).dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["classifier", "lm", "seq2seq"])
 def test_wrong_input_is_named(kind):
     model = small(kind)
     call = (lambda ids, mask=None: model(ids, IDS, mask)) if kind == "seq2seq" else model

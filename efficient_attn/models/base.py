@@ -34,8 +34,7 @@ class Model(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "config_class" in vars(cls):
-            MODELS[cls.__name__] = cls
+        MODELS[cls.__name__] = cls
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -135,6 +134,8 @@ class Model(nn.Module):
         text = checkpoints.read_config(folder)
         family = None if "efficient_attn" in text else checkpoints.family_of(text, folder)
         found = MODELS[family.model] if family else _own_class(text, folder)
+        if issubclass(cls, found):
+            found = cls
         if not issubclass(found, cls):
             raise CheckpointError(f"{folder} holds a {found.__name__}; use {found.__name__}.from_pretrained")
         tensors = checkpoints.read_weights(folder)

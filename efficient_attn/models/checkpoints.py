@@ -196,7 +196,7 @@ def locate(path: str | os.PathLike[str], *, revision: str | None, local_files_on
             str(path),
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.spm"],
+            allow_patterns=[CONFIG, GENERATION, INDEX, "model*.safetensors"],
         )
     except Exception as error:  # the hub's, its HTTP client's and the file system's own kinds
         raise CheckpointError(

@@ -8,7 +8,7 @@ import torch
 from model_checks import check_round_trip, check_trains
 
 from efficient_attn.errors import CheckpointError, InputError, InputTypeError, UnsupportedError
-from efficient_attn.models import CLIP, CLIPConfig, ImageConfig, TextTowerConfig, TransformerConfig
+from efficient_attn.models import CLIP, CLIPConfig, ImageConfig, TextTowerConfig, TransformerConfig, ViT
 from efficient_attn.models.clip import recall_at, retrieve
 from efficient_attn.models.contrastive import contrastive_loss
 
@@ -164,6 +164,16 @@ def test_zero_shot_classification():
         model.class_embeddings(ids[:2], torch.tensor([0, 2]))
     with pytest.raises(InputError, match="labels must be int64"):
         model.class_embeddings(ids, labels[:3])
+    with pytest.raises(InputError, match="from 0 on"):
+        model.class_embeddings(ids, labels - 1)
+
+
+def test_a_classifier_starts_from_the_image_tower():
+    torch.manual_seed(0)
+    model, images = clip("axial:prefix=1"), torch.rand(3, 1, 16, 16)
+    classifier = ViT.from_backbone(model.image, num_labels=4)
+    assert torch.equal(classifier.features(images), model.image.pooled(images))
+    assert classifier(images).shape == (3, 4)
 
 
 def test_retrieval():

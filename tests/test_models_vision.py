@@ -463,7 +463,12 @@ def test_fine_tuning_starts_from_the_trained_backbone(source, tmp_path):
     assert torch.equal(model.features(images), trained.backbone(images)[:, 1:].mean(1))
     check_trains(model, lambda m: m.loss(images, labels))
     assert torch.equal(model.backbone(images), trained.backbone(images)) and not model.backbone.training
+    thawed = ViT.from_backbone(model, num_labels=2)
     model.freeze(False)
+    for other in (thawed, model):
+        assert [n for n, p in other.backbone.named_parameters() if p.requires_grad] == [
+            n for n, p in trained.backbone.named_parameters() if p.requires_grad
+        ]
     before = model.backbone(images).detach()
     check_trains(model, lambda m: m.loss(images, labels))
     assert (model.backbone(images) - before).abs().max() > 1e-4

@@ -179,8 +179,10 @@ class CLIP(Model):
         Raises:
             InputTypeError, InputError: as `encode_text`, or labels that are none.
         """
-        if labels.dtype != torch.int64 or labels.shape != input_ids.shape[:1]:
-            raise InputError(f"labels must be int64 ({input_ids.shape[0]},), got {labels.dtype} {tuple(labels.shape)}")
+        if labels.dtype != torch.int64 or labels.shape != input_ids.shape[:1] or not (labels >= 0).all():
+            raise InputError(
+                f"labels must be int64 ({input_ids.shape[0]},), from 0 on; got {labels.dtype} {tuple(labels.shape)}"
+            )
         counts = torch.bincount(labels)
         if not (counts > 0).all():
             raise InputError(f"classes {(counts == 0).nonzero().flatten().tolist()} have no prompt")

@@ -209,7 +209,7 @@ class ViT(Model):
             self.head = nn.Linear(config.backbone.encoder.hidden_dim, config.num_labels)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-        self._frozen = False
+        self._frozen: frozenset[str] = frozenset()  # parameters of the backbone that train when it is frozen no more
 
     @classmethod
     def from_backbone(cls, source: nn.Module, num_labels: int, *, frozen: bool = False, pool: str | None = None) -> ViT:
@@ -231,6 +231,8 @@ class ViT(Model):
         model = cls(ViTConfig(config, num_labels))
         trained = copy.deepcopy(backbone)
         trained._config = config
+        for name in getattr(source, "_frozen", ()):
+            trained.get_parameter(name).requires_grad_(True)
         model.backbone = trained
         model.to(device=trained.class_token.device, dtype=trained.class_token.dtype)
         if frozen:
@@ -239,10 +241,12 @@ class ViT(Model):
 
     def freeze(self, frozen: bool = True) -> None:
         """Leave the backbone as it is: no gradients, no dropout; only the head trains. False: train it again."""
-        self._frozen = frozen
-        for name, parameter in self.backbone.named_parameters():
-            fixed = name == "positions" and self.config.backbone.positions == "sinusoidal"
-            parameter.requires_grad_(not frozen and not fixed)
+        parameters = dict(self.backbone.named_parameters())
+        if frozen:
+            self._frozen |= {name for name, parameter in parameters.items() if parameter.requires_grad}
+        for name in self._frozen & parameters.keys():
+            parameters[name].requires_grad_(not frozen)
+        self._frozen = self._frozen if frozen else frozenset()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ViT:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from model_checks import check_round_trip, check_trains
+from model_checks import check_half_precision, check_round_trip, check_trains
 
 from efficient_attn.errors import CheckpointError, InputError, InputTypeError, UnsupportedError
 from efficient_attn.models import (
@@ -270,6 +270,16 @@ def test_vit_trains_and_comes_back(attention, tmp_path):
     check_round_trip(model, lambda m: m(images), tmp_path)
 
 
+def test_half_precision():
+    torch.manual_seed(0)
+    images, labels, noise = torch.rand(6, 1, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2]), torch.rand(6, 16)
+    vit, wide = ViT(ViTConfig(image_config(), num_labels=3)), torch.rand(6, 1, 24, 24)
+    check_half_precision(vit, lambda m, dtype: m.loss(images.to(dtype), labels) + m.loss(wide.to(dtype), labels))
+    check_half_precision(mae(), lambda m, dtype: m.loss(images.to(dtype), noise))
+    views = images, images.flip(2)
+    check_half_precision(simclr(), lambda m, dtype: m.loss_of_views(*(view.to(dtype) for view in views)))
+
+
 def test_vit_loss_is_the_cross_entropy_of_its_logits():
     model = ViT(ViTConfig(image_config(), num_labels=3)).eval()
     images, labels = torch.randn(4, 1, 16, 16), torch.tensor([0, 2, 1, 1])
@@ -305,6 +315,16 @@ def test_set_attention_changes_the_method_and_keeps_the_parameters():
     with pytest.raises(InputError, match="no square image"):
         model.set_attention("neighborhood:kernel=3")
         model(images)
+
+
+def test_inspect_shows_layers_and_weights():
+    torch.manual_seed(0)
+    model, images = ViT(ViTConfig(image_config("axial:prefix=1"), num_labels=3)).eval(), torch.rand(2, 1, 16, 16)
+    found = model.inspect(images)
+    assert torch.equal(found.last, model.backbone(images)) and len(found.hidden) == 3
+    assert [tuple(weights.shape) for weights in found.weights] == [(2, 4, 17, 17)] * 2
+    seen = found.weights[0][0, 0, 6] > 0  # the patch in row 1, column 1
+    assert seen.nonzero().flatten().tolist() == [0, 2, 5, 6, 7, 8, 10, 14]
 
 
 def test_pooling():

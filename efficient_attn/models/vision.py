@@ -132,10 +132,12 @@ class ImageBackbone(nn.Module):
         Args:
             key_padding_mask: bool (B, M), True = a token that none sees.
         """
-        if self.embedding_norm is not None:
-            tokens = self.embedding_norm(tokens)
-        encoded: Tensor = self.encoder(self.dropout(tokens), key_padding_mask=key_padding_mask)
+        encoded: Tensor = self.encoder(self._prepared(tokens), key_padding_mask=key_padding_mask)
         return encoded
+
+    def _prepared(self, tokens: Tensor) -> Tensor:
+        prepared: Tensor = self.dropout(tokens if self.embedding_norm is None else self.embedding_norm(tokens))
+        return prepared
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1 + N, E): the class token, then the patches row by row. Raises as `embed` does."""
@@ -143,9 +145,8 @@ class ImageBackbone(nn.Module):
 
     def inspect(self, images: Tensor, *, need_weights: bool = True) -> Outputs:
         """The outputs of all layers, and with need_weights what each attends to: (1 + N) x (1 + N) memory a head."""
-        tokens = self.embed(images)[0]
-        tokens = tokens if self.embedding_norm is None else self.embedding_norm(tokens)
-        found: Outputs = self.encoder(self.dropout(tokens), return_hidden=True, need_weights=need_weights)
+        tokens = self._prepared(self.embed(images)[0])
+        found: Outputs = self.encoder(tokens, return_hidden=True, need_weights=need_weights)
         return found
 
     def pooled(self, images: Tensor) -> Tensor:

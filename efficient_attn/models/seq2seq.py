@@ -42,7 +42,7 @@ class Seq2SeqConfig:
         min_length: tokens, the start token among them, before generation may end a target.
         no_repeat_ngram: generation writes no run of so many tokens twice; 0: it may.
         renormalize: beam search renormalises probabilities after banning.
-        num_beams, length_penalty, early_stopping: defaults of `generate`.
+        num_beams, length_penalty, early_stopping, max_new_tokens: defaults of `generate`; the last None: max_len - 1.
     """
 
     vocab_size: int = 32000
@@ -70,6 +70,7 @@ class Seq2SeqConfig:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.encoder.causal or self.encoder.cross_attention:
@@ -214,8 +215,8 @@ class Seq2Seq(Model):
         Args:
             input_ids: int64 (B, M).
             attention_mask: bool or int (B, M), 1 = a token, 0 = padding.
-            max_new_tokens: T at most; default: as far as positions go.
-            num_beams, length_penalty, early_stopping: see `generation.beam_search`; default: the config's.
+            max_new_tokens: T at most.
+            num_beams, length_penalty, early_stopping: see `generation.beam_search`. These four default to the config's.
             use_cache: keep keys and values of earlier tokens, else run the whole target again for each token.
 
         Returns:
@@ -228,7 +229,7 @@ class Seq2Seq(Model):
         config = self._config
         beams = config.num_beams if num_beams is None else num_beams
         if max_new_tokens is None:
-            max_new_tokens = config.max_len - 1
+            max_new_tokens = config.max_len - 1 if config.max_new_tokens is None else config.max_new_tokens
         if beams < 1 or max_new_tokens < 1:
             raise InputError(f"num_beams and max_new_tokens must be at least 1, got {beams} and {max_new_tokens}")
         if self.target.positions is not None:

@@ -486,3 +486,17 @@ def test_weights_on_request():
         assert weights.shape == (B, 4, N, N) and weights[2, :, :, 3:].abs().max() == 0
         torch.testing.assert_close(weights.sum(-1), torch.ones(B, 4, N))
     assert model.inspect(IDS, need_weights=False).weights == ()
+
+
+def test_alignments_of_a_translation(checkpoint):
+    theirs, folder = checkpoint("marian")
+    theirs.set_attn_implementation("eager")
+    target = IDS[:, :5]
+    with torch.no_grad():
+        wanted = theirs(IDS, attention_mask=RIGHT, decoder_input_ids=target, output_attentions=True)
+        source, written = Seq2Seq.from_pretrained(folder).inspect(IDS, target, RIGHT)
+    for one, other in zip(written.memory_weights, wanted.cross_attentions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    for one, other in zip(written.weights, wanted.decoder_attentions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert len(source.weights) == 2 and source.memory_weights == ()

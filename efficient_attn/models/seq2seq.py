@@ -6,6 +6,7 @@ Letters: B batch, M source tokens, N target tokens, E features, V vocabulary of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .cache import Cache
 from .embeddings import Embeddings, as_padding
 from .generation import beam_search, padded, repeating, stop_at
 from .positions import check_length
-from .transformer import Transformer, TransformerConfig
+from .transformer import Outputs, Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,7 @@ class Seq2Seq(Model):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's output (B, M, E)."""
-        positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-        padding = as_padding("attention_mask", attention_mask, input_ids)
-        found: Tensor = self.encoder(self.source(input_ids, positions), key_padding_mask=padding)
+        found: Tensor = self._read(input_ids, attention_mask)
         return found
 
     def decode(
@@ -166,21 +165,56 @@ class Seq2Seq(Model):
             decoder_attention_mask: (B, cache.length + N).
             cache: of the target's tokens before (`model.decoder.make_cache()`).
         """
-        past, N = 0 if cache is None else cache.length, decoder_input_ids.shape[-1]
-        if self.target.positions is not None:
-            check_length(past + N, self._config.max_len)
-        positions = torch.arange(past, past + N, device=decoder_input_ids.device)
-        x = self.target(decoder_input_ids, positions, table=self._target_table())
-        hidden = self.decoder(
-            x,
-            key_padding_mask=as_padding("decoder_attention_mask", decoder_attention_mask, decoder_input_ids, past),
-            memory=memory,
-            memory_padding_mask=None if attention_mask is None else attention_mask == 0,
-            cache=cache,
-            positions=positions,
-        )
+        hidden = self._write(decoder_input_ids, memory, attention_mask, decoder_attention_mask, cache=cache)
         weight = self._target_table() if self.head is None else self.head.weight
         return F.linear(hidden, weight, self.logits_bias)
+
+    def inspect(
+        self,
+        input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        need_weights: bool = True,
+    ) -> tuple[Outputs, Outputs]:
+        """The outputs of all layers of encoder and decoder, and what each attends to. Arguments as in `forward`.
+
+        The decoder's memory_weights (B, H, N, M) align target and source.
+        """
+        options: dict[str, Any] = {"return_hidden": True, "need_weights": need_weights}
+        source: Outputs = self._read(input_ids, attention_mask, **options)
+        target = self._write(decoder_input_ids, source.last, attention_mask, decoder_attention_mask, **options)
+        return source, target
+
+    def _read(self, ids: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        positions = torch.arange(ids.shape[-1], device=ids.device)
+        padding = as_padding("attention_mask", mask, ids)
+        return self.encoder(self.source(ids, positions), key_padding_mask=padding, **options)
+
+    def _write(
+        self,
+        ids: Tensor,
+        memory: Tensor | None,
+        mask: Tensor | None,
+        target_mask: Tensor | None,
+        *,
+        cache: Cache | None = None,
+        **options: Any,
+    ) -> Any:
+        past, N = 0 if cache is None else cache.length, ids.shape[-1]
+        if self.target.positions is not None:
+            check_length(past + N, self._config.max_len)
+        positions = torch.arange(past, past + N, device=ids.device)
+        return self.decoder(
+            self.target(ids, positions, table=self._target_table()),
+            key_padding_mask=as_padding("decoder_attention_mask", target_mask, ids, past),
+            memory=memory,
+            memory_padding_mask=None if mask is None else mask == 0,
+            cache=cache,
+            positions=positions,
+            **options,
+        )
 
     def shift_right(self, target: Tensor) -> Tensor:
         """The decoder's input for a target (B, N) that it shall learn: the start token, then the target but its last.

@@ -42,6 +42,7 @@ CHECKPOINTS = {
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "roberta-bare": ("RobertaModel", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
+    "camembert": ("CamembertForSequenceClassification", "CamembertConfig", {**BERT, "pad_token_id": 1}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt2-bare": ("GPT2Model", "GPT2Config", GPT2),
     "gpt2-untied": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "tie_word_embeddings": False, "n_inner": 40}),
@@ -110,7 +111,9 @@ def close(ours, theirs, mask=None):
 
 
 @pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare", "xlm-roberta"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare", "xlm-roberta", "camembert"]
+)
 @torch.no_grad()
 def test_encoders(checkpoint, name, padding):
     theirs, folder = checkpoint(name)

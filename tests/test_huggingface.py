@@ -200,8 +200,10 @@ def test_agrees_with_eager(family, padding, monkeypatch):
     expected, actual = results["eager"][1], results["efficient_attn"][1]
     assert actual.keys() == expected.keys()
     largest = max(g.abs().max() for g in expected.values())
-    for name, gradient in expected.items():  # a key's bias has the gradient 0, so the scale is that of them all
-        assert (actual[name] - gradient).abs().max() <= 2e-5 * largest, name
+    # A key's bias has the gradient 0, so the scale is that of them all; T5, which does not scale its scores, is the
+    # worst: eager itself is 1.4e-5 away from float64 there.
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).abs().max() <= 5e-5 * largest, name
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mistral", "t5", "bart"])

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
-from ..methods import Dense, Hybrid, Method, SparseMethod, parse
+from ..methods import Dense, Method, parse
+from ..methods.continuation import continuation
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
@@ -250,40 +251,13 @@ def _among_earlier(
     method: Method, call: dict[str, Any], query: Tensor, key: Tensor, place: tuple[int, int]
 ) -> tuple[Method, dict[str, Any]]:
     """The call for queries that are not the whole sequence: a pattern is that of the sequence, at their rows."""
-    if isinstance(method, Hybrid):
-        raise UnsupportedError(
-            f"{method} cannot continue a cached sequence ({query.shape[2]} queries, {key.shape[2]} keys); call "
-            "generate(use_cache=False)"
-        )
-    if not isinstance(method, SparseMethod) or isinstance(method, Dense) or method.by_content:
-        return method, call
-    if torch.compiler.is_compiling():
-        raise UnsupportedError(f"torch.compile cannot place {method} in a cached sequence; compile dense, or no cache")
-    heads = query.shape[1] if method._heads_differ else 1
-    rows = _rows(method, query.shape[2], key.shape[2], *place, heads, str(query.device))
+    first, offset = place
+    chosen, rows = continuation(
+        method, query.shape[2], key.shape[2], num_heads=query.shape[1], first=first, offset=offset, device=query.device
+    )
+    if rows is None:
+        return chosen, call
     mask = call.get("mask")
     if isinstance(mask, Tensor):
         mask = BlockMask.from_dense(mask)
-    return Dense(), call | {"mask": rows if mask is None else rows & mask}
-
-
-@functools.lru_cache(maxsize=4)  # the layers of a model ask for the same one in turn
-def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
-    """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on."""
-    length = offset + kv_len
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = method.visible(i + first, j + offset, length, length, 0)
-        for head in range(1, heads):
-            seen = torch.where(h == head, method.visible(i + first, j + offset, length, length, head), seen)
-        return seen
-
-    with torch.inference_mode(False):
-        return BlockMask.from_predicate(
-            visible,
-            q_len=q_len,
-            kv_len=kv_len,
-            heads=heads,
-            block_size=(16, 128) if q_len <= 16 else 128,
-            device=device,
-        )
+    return chosen, call | {"mask": rows if mask is None else rows & mask}

@@ -41,7 +41,7 @@ def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_p
 
     Args:
         data: a folder with a folder of text files for each class; a .csv or .tsv file with a column for the text and
-            one for the label; the id of a data set on the Hugging Face hub (needs the package ``datasets``); or None: which
+            one for the label; the id of a data set on the Hugging Face hub (needs the package ``datasets``); None: which
             part of Python's standard library is a piece of source from?
         max_length: bytes of a text that are read.
         labels_per_class: use only so many training examples of each class.

@@ -48,11 +48,11 @@ class LayerCache:
     def _space(like: Tensor, capacity: int) -> Tensor:
         return like.new_zeros(*like.shape[:2], capacity, like.shape[3])
 
-    def select(self, rows: Tensor) -> None:
-        """Make row b of the batch what row `rows[b]` was."""
+    def select(self, rows: Tensor, *, memory: bool = True) -> None:
+        """Make row b of the batch what row `rows[b]` was; without `memory`, in the tokens alone."""
         if self.store is not None:
             self.store = (self.store[0].index_select(0, rows), self.store[1].index_select(0, rows))
-        if self.memory is not None:
+        if memory and self.memory is not None:
             self.memory = (self.memory[0].index_select(0, rows), self.memory[1].index_select(0, rows))
 
 
@@ -72,11 +72,12 @@ class Cache:
         """How many tokens it holds."""
         return self.layers[0].length if self.layers else 0
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, *, memory: bool = True) -> None:
         """Make row b of the batch what row `rows[b]` was, as beam search does when it picks its best beams.
 
         Args:
             rows: int64 (B'), from 0 to B - 1.
+            memory: also in the keys and values of the memory; not needed where rows of one memory change places.
         """
         for layer in self.layers:
-            layer.select(rows)
+            layer.select(rows, memory=memory)

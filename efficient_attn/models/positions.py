@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-KINDS = ("none", "learned", "sinusoidal")
+KINDS = ("none", "learned", "sinusoidal", "sinusoidal_halves")
 
 
 class LearnedPositions(nn.Module):
@@ -51,8 +51,10 @@ class SinusoidalPositions(nn.Module):
         return nn.functional.embedding(positions, self.weight)
 
 
-def make_positions(kind: str, max_len: int, dim: int) -> LearnedPositions | SinusoidalPositions | None:
-    """The module of a kind in `KINDS`; None for "none".
+def make_positions(
+    kind: str, max_len: int, dim: int, *, offset: int = 0
+) -> LearnedPositions | SinusoidalPositions | None:
+    """The module of a kind in `KINDS`; None for "none". "sinusoidal_halves" is Marian's order; offset: of learned ones.
 
     Raises:
         InputError: an unknown kind.
@@ -61,7 +63,9 @@ def make_positions(kind: str, max_len: int, dim: int) -> LearnedPositions | Sinu
         raise InputError(f"positions must be one of {', '.join(KINDS)}; got {kind!r}")
     if kind == "none":
         return None
-    return LearnedPositions(max_len, dim) if kind == "learned" else SinusoidalPositions(max_len, dim)
+    if kind == "learned":
+        return LearnedPositions(max_len, dim, offset=offset)
+    return SinusoidalPositions(max_len, dim, interleaved=kind == "sinusoidal")
 
 
 def check_length(length: int, max_len: int) -> None:

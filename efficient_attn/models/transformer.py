@@ -25,8 +25,8 @@ from .attention import Attention, check_causal
 from .cache import Cache, LayerCache
 from .positions import Rotary
 
-Spec: TypeAlias = "str | Method | Pattern"
-Specs: TypeAlias = "Spec | Sequence[Spec]"
+Spec: TypeAlias = str | Method | Pattern
+Specs: TypeAlias = str | Method | Pattern | Sequence[str | Method | Pattern]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

@@ -20,12 +20,13 @@ class TrainOptions:
     """Options of a run.
 
     Attributes:
-        out: folder of the run: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``result.json``, ``model/``.
+        out: folder of the run: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``result.json`` and
+            ``model/``, the best parameters for ``from_pretrained``.
         steps: optimizer steps; or give ``epochs``, passes over the training data.
         batch: examples at once in each process. A step takes ``batch * accumulate * processes`` examples.
         accumulate: batches whose gradients make one step.
-        lr: highest learning rate, reached after the part ``warmup`` of the steps, from where it falls as a cosine to the
-            part ``final_lr`` of it.
+        lr: highest learning rate, reached after the part ``warmup`` of the steps, from where it falls as a cosine to
+            the part ``final_lr`` of it.
         weight_decay: of AdamW, for matrices; vectors (biases, norms) have none.
         clip: greatest norm of the gradient; 0 for no limit.
         precision: ``float32``, or ``bfloat16`` for mixed precision by autocast; parameters stay float32.
@@ -96,7 +97,7 @@ class TrainOptions:
         return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * steps_per_epoch))  # type: ignore[operator]
 
 
-# What a resumed run may choose anew, since it does not change what is computed (the length of a run does: its schedule).
+# What a resumed run may choose anew, since it does not change what is computed. A run's length does: its schedule.
 FREE_ON_RESUME = frozenset({"out", "steps", "epochs", "save_every", "device", "tensorboard"})
 
 

@@ -25,7 +25,7 @@ def adopt(task: Task, model: nn.Module, path: Path) -> list[str]:
     found = task.adopt(saved, model)
     if not found:
         raise CheckpointError(
-            f"none of the {len(saved)} tensors of {path} fits the model; give both the same sizes (--dim, --layers, ...)"
+            f"none of the {len(saved)} tensors of {path} fits the model; give both the same sizes (--dim, ...)"
         )
     model.load_state_dict(found, strict=False)
     fresh = [name for name in model.state_dict() if name not in found]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -81,10 +80,6 @@ class Task(ABC):
         own = model.state_dict()
         return {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
 
-    def baselines(self, splits: Splits) -> dict[str, float]:
-        """What a model must beat on the test, to be reported beside it."""
-        return {}
-
 
 class Objective(nn.Module):
     """A model with its task, as one module: what DDP and FSDP wrap, since they act when it is called."""
@@ -96,8 +91,3 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, evaluate: bool = False) -> Any:
         """The loss, or what :meth:`Task.evaluate` gives."""
         return self.task.evaluate(self.model, batch, self.about) if evaluate else self.task.loss(self.model, batch)
-
-
-def majority(train: Tensor, test: Tensor, classes: int) -> float:
-    """The accuracy on the test labels of always naming the class most frequent in training."""
-    return (test == torch.bincount(train, minlength=classes).argmax()).double().mean().item()

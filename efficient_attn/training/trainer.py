@@ -73,7 +73,7 @@ class Silent:
 def train(
     task: Task, chosen: TrainOptions, *, resume: bool = False, reporter: Reporter | None = None
 ) -> dict[str, Any]:
-    """Train, evaluate on the test with the parameters that were best in validation, and return ``result.json``'s content.
+    """Train, evaluate on the test with the parameters that were best in validation, and return ``result.json``.
 
     Under ``torchrun`` every process calls this; the first one writes and reports.
 
@@ -275,7 +275,7 @@ class _Run:
             "training_seconds": round(self.seconds, 1),
             "valid": valid,
             "test": test,
-            "baselines": self.task.baselines(self.splits),
+            "baselines": self.splits.about.get("baselines", {}),
         }
         weights = checkpoint.weights(self.model)
         if self.here.first:
@@ -314,9 +314,6 @@ class _Run:
             raise InputError(f"the run has {self.step} steps behind it already, more than the {self.total} asked for")
         if state["total"] != self.total:
             self.notes.append(f"the run is {self.total} steps long now instead of {state['total']}: so is its schedule")
-            self.evaluated_at = (
-                min(self.evaluated_at, self.step - 1) if self.step == state["total"] else self.evaluated_at
-            )
         if len(state["random"]) == self.here.world:
             checkpoint.set_random_state(state["random"][self.here.rank])
         else:

@@ -6,7 +6,7 @@ a batch can be made ahead of time in another thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +33,8 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test examples, and what a model must know about them (classes, vocabulary, ...)."""
+    """Training, validation and test examples, and what a model must know about them (classes, vocabulary, ...);
+    ``about["baselines"]`` holds test metrics that a model must beat."""
 
     train: Dataset
     valid: Dataset
@@ -134,14 +135,13 @@ def few_per_class(labels: Tensor, indices: Tensor, count: int, seed: int) -> Ten
     return torch.cat(kept)
 
 
+def majority(train: Tensor, test: Tensor) -> float:
+    """The accuracy on the test labels of always naming the class that is most frequent in training."""
+    return (test == torch.bincount(train).argmax()).double().mean().item()
+
+
 def existing(path: Path, what: str) -> Path:
     """``path``, or ``InputError`` when nothing is there."""
     if not path.exists():
         raise InputError(f"--data {path} does not exist; name {what}")
     return path
-
-
-def passes(data: Dataset, batch: int, wrap: Callable[[Batch], Batch] = lambda batch: batch) -> Iterator[Batch]:
-    """Every example once, in order."""
-    for start in range(0, len(data), batch):
-        yield wrap(data.batch(torch.arange(start, min(start + batch, len(data)))))

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Batch, Dataset, Splits, Subset, Tensors, existing, few_per_class, split_indices
+from .base import Batch, Dataset, Splits, Subset, Tensors, existing, few_per_class, majority, split_indices
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 DECODERS = 4
 
 
 def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_per_class: int | None = None) -> Splits:
-    """Batches have ``image`` float32 ``[B, C, H, W]`` in [-1, 1] and ``label`` int64 ``[B]``.
+    """Batches have ``image`` float32 ``[B, C, H, W]`` in [0, 1] and ``label`` int64 ``[B]``.
 
     Args:
         data: a folder with a folder of images for each class; None for the digits (8 x 8, one channel; 20 % are
@@ -45,17 +45,18 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_pe
         about = {"channels": 3, "image_size": image_size, "classes": len(classes), "names": classes}
     if labels_per_class is not None:
         train = few_per_class(labels, train, labels_per_class, seed)
+    about["baselines"] = {"majority": majority(labels[train], labels[test])}
     return Splits(Subset(found, train), Subset(found, valid), Subset(found, test), about)
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's handwritten digits: images float32 ``[1797, 1, 8, 8]`` in [-1, 1] and labels int64 ``[1797]``."""
+    """scikit-learn's handwritten digits: images float32 ``[1797, 1, 8, 8]`` in [0, 1] and labels int64 ``[1797]``."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise UnsupportedError("the digits come with scikit-learn; pip install 'efficient-attn[train]'") from error
     found = load_digits()
-    images = torch.from_numpy(found.images).float() / 8 - 1
+    images = torch.from_numpy(found.images).float() / 16
     return images.unsqueeze(1), torch.from_numpy(found.target).long()
 
 
@@ -77,7 +78,7 @@ class ImageFiles:
     def batch(self, indices: Tensor) -> Batch:
         with ThreadPoolExecutor(DECODERS) as decoders:
             images = torch.stack(list(decoders.map(self._decode, indices.tolist())))
-        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = images.permute(0, 3, 1, 2).float() / 255
         return {"image": pixels.contiguous(), **{name: other[indices] for name, other in self.others.items()}}
 
 

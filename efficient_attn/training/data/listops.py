@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import InputError
-from .base import Sequences, Splits
+from .base import Sequences, Splits, majority
 
 Ints = NDArray[np.int64]
 
@@ -104,7 +104,9 @@ def load(
     sizes = {"min_length": min_length, "max_length": max_length, "max_depth": max_depth, "max_args": max_args}
     counts = (train, held_out, held_out)
     parts = [generate(count, 3 * seed + part, **sizes) for part, count in enumerate(counts)]
-    return Splits(*parts, about={"vocabulary": len(VOCABULARY), "classes": 10, "max_length": max_length})
+    baselines = {"majority": majority(parts[0].others["label"], parts[2].others["label"])}
+    about = {"vocabulary": len(VOCABULARY), "classes": 10, "max_length": max_length, "baselines": baselines}
+    return Splits(*parts, about=about)
 
 
 def text(tokens: torch.Tensor) -> str:

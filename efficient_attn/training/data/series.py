@@ -81,6 +81,8 @@ def load(
     total = len(values)
     test_from = total - max(horizon, round(total * held_out))
     valid_from = test_from - max(horizon, round(total * held_out / 2))
+    if context < season:
+        raise InputError(f"context {context} must reach back a season, {season}, as the naive forecast does")
     if valid_from < context + horizon or valid_from <= season:
         raise InputError(
             f"{total} observations are too few for context {context}, horizon {horizon} and season {season}: the "
@@ -97,15 +99,6 @@ def load(
         raise InputError(f"a column of {series} repeats itself exactly each season: there is nothing to forecast")
     about = {"channels": values.shape[1], "season": season, "scale": scale, "context": context, "horizon": horizon}
     return Splits(windows(0, valid_from), windows(valid_from, test_from), windows(test_from, total), about)
-
-
-def seasonal_naive(past: Tensor, horizon: int, season: int) -> Tensor:
-    """The forecast that repeats the last season: ``past`` ``[B, context, C]`` -> ``[B, horizon, C]``.
-
-    A context shorter than a season repeats its last value.
-    """
-    season = season if past.shape[1] >= season else 1
-    return past[:, past.shape[1] - season + torch.arange(horizon) % season]
 
 
 def read_table(path: Path, columns: str | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Sequences, Splits, existing, few_per_class, split_indices
+from .base import Sequences, Splits, existing, few_per_class, majority, split_indices
 
 # Byte b is token b + 3.
 BEGIN, END, FIRST_BYTE = 1, 2, 3
@@ -41,7 +41,7 @@ def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_p
 
     Args:
         data: a folder with a folder of text files for each class; a .csv or .tsv file with a column for the text and
-            one for the label; the id of a data set on the Hugging Face hub (needs the package ``datasets``); None: which
+            one for the label; the id of a data set on the Hugging Face hub (with the package ``datasets``); None: which
             part of Python's standard library is a piece of source from?
         max_length: bytes of a text that are read.
         labels_per_class: use only so many training examples of each class.
@@ -145,7 +145,9 @@ def _splits(
     train, valid, test = parts
     if labels_per_class is not None:
         train = few_per_class(labels, train, labels_per_class, seed)
-    about = {"vocabulary": BYTE_VOCABULARY, "classes": len(classes), "names": list(classes), "max_length": max_length}
+    about: dict[str, object] = {"vocabulary": BYTE_VOCABULARY, "max_length": max_length}
+    about |= {"classes": len(classes), "names": list(classes)}
+    about["baselines"] = {"majority": majority(labels[train], labels[test])}
     return Splits(data.subset(train), data.subset(valid), data.subset(test), about)
 
 

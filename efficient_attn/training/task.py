@@ -16,9 +16,9 @@ from .data.base import Batch, Splits
 Values = dict[str, Tensor]
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a task, with what the command line says about it."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, least: int = 1) -> Any:
+    """A field of a task, with what the command line says about it, and its least value if it is a whole number."""
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Task(ABC):
         """Raise InputError for options that cannot be; called before anything is loaded."""
         parse(self.attention)
         for one in fields(self):
-            value = getattr(self, one.name)
-            if one.type in ("int", "int | None") and value is not None and value < 1:
-                raise InputError(f"--{one.name.replace('_', '-')} must be at least 1, given {value}")
+            value, least = getattr(self, one.name), one.metadata.get("least", 1)
+            if one.type in ("int", "int | None") and value is not None and value < least:
+                raise InputError(f"--{one.name.replace('_', '-')} must be at least {least}, given {value}")
         if hasattr(self, "dropout") and not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is a part, from 0 to below 1, given {self.dropout}")
 

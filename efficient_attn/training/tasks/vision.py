@@ -43,7 +43,7 @@ class OfImages(Task):
     data: str | None = None
     image_size: int = option(32, "Height and width to which images of a folder are resized.")
     patch_size: int = option(2, "Height and width of a patch, which is a token.")
-    overlap: int = option(0, "Pixels that a patch reaches into its neighbours.")
+    overlap: int = option(0, "Pixels that a patch reaches into its neighbours.", least=0)
     dim: int = option(64, "Features of the model.")
     layers: int = option(4, "Layers of the model.")
     heads: int = option(4, "Attention heads.")

@@ -55,7 +55,7 @@ class Metrics:
         if installed and tensorboard is not False:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, record: Record) -> None:
         """Append a line; ``type`` and ``step`` say where it belongs."""

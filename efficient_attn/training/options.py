@@ -33,6 +33,7 @@ class TrainOptions:
         seed: of the data's division and order, the first parameters, dropout and augmentation.
         eval_every, save_every: steps between validations and checkpoints. Default: a tenth of the run.
         log_every: steps between lines of ``metrics.jsonl``.
+        threads: of the CPU; None for PyTorch's number. Sums may be rounded otherwise with another number.
         device: ``cpu``, ``cuda`` or ``auto``.
         parallel: with more than one process, ``ddp`` copies the model to each, ``fsdp`` shards it.
         start: parameters to start from: the folder of another run, a ``.pt`` of one, or one of ``save_pretrained``.
@@ -55,6 +56,7 @@ class TrainOptions:
     eval_every: int | None = None
     save_every: int | None = None
     log_every: int = 1
+    threads: int | None = None
     device: str = "auto"
     parallel: str = "ddp"
     start: Path | None = None
@@ -65,7 +67,14 @@ class TrainOptions:
         """Raise InputError for what no run can have."""
         if (self.steps is None) == (self.epochs is None):
             raise InputError("give --steps or --epochs, and not both")
-        for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("log_every", 1), ("seed", 0)):
+        for name, least in (
+            ("steps", 1),
+            ("batch", 1),
+            ("accumulate", 1),
+            ("log_every", 1),
+            ("seed", 0),
+            ("threads", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{_flag(name)} must be at least {least}, given {value}")
@@ -98,7 +107,7 @@ class TrainOptions:
 
 
 # What a resumed run may choose anew, since it does not change what is computed. A run's length does: its schedule.
-FREE_ON_RESUME = frozenset({"out", "steps", "epochs", "save_every", "device", "tensorboard"})
+FREE_ON_RESUME = frozenset({"out", "steps", "epochs", "save_every", "threads", "device", "tensorboard"})
 
 
 def describe(options: TrainOptions) -> dict[str, Any]:

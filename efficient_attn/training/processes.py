@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -35,7 +34,7 @@ class Processes:
         # MPS aside, every device has float64; gloo and nccl sum in the order of ranks, the same on each.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        return tensor.tolist()  # type: ignore[no-any-return]
+        return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in order of rank."""
@@ -103,10 +102,16 @@ def accumulating(model: nn.Module, more: bool) -> Any:
 def whole(value: Tensor) -> Tensor:
     """A parameter or buffer with all of its shards, on the CPU."""
     value = value.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+    gather = getattr(value, "full_tensor", None)  # a DTensor's; its module is slow to import for who needs none
+    return (value if gather is None else gather()).cpu()
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
     """The whole ``value`` as this process holds ``target``: its shard, device and dtype."""
     value = value.to(device=target.device, dtype=target.dtype)
-    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(value, target.device_mesh, target.placements)

@@ -15,21 +15,22 @@ from .task import Task
 
 
 def adopt(task: Task, model: nn.Module, path: Path) -> list[str]:
-    """Load what fits of a checkpoint into a fresh model; returns a note on what did.
+    """Load what a checkpoint has of a fresh model; returns a note on what that was.
 
     Raises:
         InputError: no checkpoint there.
-        CheckpointError: none of its weights fits.
+        CheckpointError: it has nothing of the model, or, but for the head, in another size.
     """
-    saved = read(path)
-    found = task.adopt(saved, model)
-    if not found:
-        raise CheckpointError(
-            f"none of the {len(saved)} tensors of {path} fits the model; give both the same sizes (--dim, ...)"
-        )
-    model.load_state_dict(found, strict=False)
-    fresh = [name for name in model.state_dict() if name not in found]
-    return [f"{len(found)} tensors start from {path}, {len(fresh)} fresh" + (f": {_short(fresh)}" if fresh else "")]
+    saved, own = task.adopt(read(path)), model.state_dict()
+    heads = tuple(getattr(model, "head_prefixes", tuple)())
+    same = {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
+    other = [name for name in saved if name in own and name not in same and not (heads and name.startswith(heads))]
+    if other or not same:
+        what = f"{_short(other)} of other sizes" if other else "no tensor that the model has"
+        raise CheckpointError(f"{path} holds {what}; give both the same sizes (--dim, --layers, --patch-size, ...)")
+    model.load_state_dict(same, strict=False)
+    fresh = [name for name in own if name not in same]
+    return [f"{len(same)} tensors start from {path}, {len(fresh)} fresh" + (f": {_short(fresh)}" if fresh else "")]
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -41,7 +42,7 @@ def read(path: Path) -> dict[str, Tensor]:
     for name in (checkpoint.BEST, checkpoint.LAST):
         if (path / name).exists():
             return checkpoint.read(path / name)["model"]  # type: ignore[no-any-return]
-    return checkpoints.read_weights(checkpoints.locate(path))
+    return checkpoints.read_weights(checkpoints.locate(path, revision=None, local_files_only=True))
 
 
 def save_model(task: Task, about: Mapping[str, Any], weights: dict[str, Tensor], folder: Path) -> None:

@@ -75,10 +75,9 @@ class Task(ABC):
         """The metrics of a split, from what :meth:`evaluate` gave for all of its examples."""
         return {name: value.double().mean().item() for name, value in values.items()}
 
-    def adopt(self, saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """Of a checkpoint's weights, those that this task's model can start from, under its own names."""
-        own = model.state_dict()
-        return {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
+    def adopt(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's weights under the names that this task's model has for them."""
+        return saved
 
 
 class Objective(nn.Module):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..benchmarks import records
 from ..errors import EfficientAttnError, InputError
 from . import checkpoint, optimizer, options, start
 from .data.base import Batch, Dataset
@@ -83,6 +84,8 @@ def train(
         DivergedError: a loss that is no number.
         Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
     """
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
     with processes(chosen.device) as here, _stops() as stops:
         run = _Run(task, chosen, here, resume, (reporter if here.first else None) or Silent(), stops)
         try:
@@ -271,7 +274,7 @@ class _Run:
             "parameters": trained,
             "processes": self.here.world,
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "environment": records.environment(),
             "training_seconds": round(self.seconds, 1),
             "valid": valid,
             "test": test,

@@ -32,7 +32,7 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, max_lengt
         InputError: no such folder, or nothing usable in it.
         UnsupportedError: scikit-learn or Pillow is not installed.
     """
-    about = {"vocabulary": BYTE_VOCABULARY, "max_length": max_length}
+    about: dict[str, object] = {"vocabulary": BYTE_VOCABULARY, "max_length": max_length}
     if data is not None:
         return _folder(seed, existing(data, "a folder of images with captions"), image_size, max_length, about)
     images, labels = digits()
@@ -41,9 +41,9 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, max_lengt
     captions = [TEMPLATES[template].format(NAMES[label]) for template, label in zip(chosen, labels, strict=True)]
     found = Tensors(image=images, label=labels, **pad([encode(text, max_length, marks=True) for text in captions]))
     prompts = [encode(template.format(name), max_length, marks=True) for name in NAMES for template in TEMPLATES]
-    parts = split_indices(len(labels), seed, test=0.2)
+    train, valid, test = split_indices(len(labels), seed, test=0.2)
     about |= {"channels": 1, "image_size": 8, "classes": len(NAMES), "prompts": pad(prompts)}
-    return Splits(*(found.subset(part) for part in parts), about)
+    return Splits(found.subset(train), found.subset(valid), found.subset(test), about)
 
 
 def pad(texts: list[Tensor]) -> dict[str, Tensor]:
@@ -57,9 +57,9 @@ def _folder(seed: int, root: Path, image_size: int, max_length: int, about: dict
     pairs = _from_table(table) if table.exists() else _from_text_files(root)
     texts = pad([encode(caption, max_length, marks=True) for _, caption in pairs])
     found = ImageFiles([file for file, _ in pairs], image_size, **texts)
-    parts = split_indices(len(pairs), seed)
+    train, valid, test = split_indices(len(pairs), seed)
     about |= {"channels": 3, "image_size": image_size}
-    return Splits(*(Subset(found, part) for part in parts), about)
+    return Splits(Subset(found, train), Subset(found, valid), Subset(found, test), about)
 
 
 def _from_text_files(root: Path) -> list[tuple[Path, str]]:

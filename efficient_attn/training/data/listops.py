@@ -103,10 +103,10 @@ def load(
     """Training examples, and ``held_out`` for validation and for test, from independent streams of random numbers."""
     sizes = {"min_length": min_length, "max_length": max_length, "max_depth": max_depth, "max_args": max_args}
     counts = (train, held_out, held_out)
-    parts = [generate(count, 3 * seed + part, **sizes) for part, count in enumerate(counts)]
-    baselines = {"majority": majority(parts[0].others["label"], parts[2].others["label"])}
+    first, valid, test = (generate(count, 3 * seed + part, **sizes) for part, count in enumerate(counts))
+    baselines = {"majority": majority(first.others["label"], test.others["label"])}
     about = {"vocabulary": len(VOCABULARY), "classes": 10, "max_length": max_length, "baselines": baselines}
-    return Splits(*parts, about=about)
+    return Splits(first, valid, test, about)
 
 
 def text(tokens: torch.Tensor) -> str:

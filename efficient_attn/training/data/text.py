@@ -54,6 +54,7 @@ def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_p
         return _libraries(seed, max_length, labels_per_class)
     path = Path(data)
     if path.is_dir():
+        texts: Sequence[str | bytes]
         texts, names = folder_per_class(path)
     elif path.suffix.lower() in (".csv", ".tsv"):
         texts, names = table(existing(path, "a table with columns text and label"))
@@ -115,12 +116,12 @@ def _libraries(seed: int, max_length: int, labels_per_class: int | None) -> Spli
     classes = [name for name in LIBRARIES if len(_files(root / name, "*.py")) >= 3]
     if len(classes) < 2:
         raise InputError(f"there is no source of Python's standard library in {root}; name texts with --data")
-    for label, name in enumerate(classes):
+    for place, name in enumerate(classes):
         for file in _files(root / name, "*.py"):
             source = file.read_bytes()
             for start in range(0, len(source), max_length):
                 pieces.append(encode(source[start : start + max_length], max_length))
-                labels.append(label)
+                labels.append(place)
                 files.append(hash_of(str(file.relative_to(root))))
     which = torch.tensor([(number + seed) % 10 for number in files])
     parts = (which > 1).nonzero()[:, 0], (which == 0).nonzero()[:, 0], (which == 1).nonzero()[:, 0]

@@ -9,6 +9,7 @@ the tens. Every number below a million is an example, so that the test can hold 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -107,6 +108,7 @@ def load(
     longest = max(len(name.encode()) for name in names)
     if below > 1000:
         longest = 2 * longest + len(" thousand ")
-    parts = numbers[:train], numbers[train : train + held_out], numbers[train + held_out : train + 2 * held_out]
+    bounds = (0, train, train + held_out, train + 2 * held_out)
     about = {"vocabulary": BYTE_VOCABULARY, "max_length": longest + 2}
-    return Splits(*(Numbers(part, source, target, longest + 2) for part in parts), about)
+    first, valid, test = (Numbers(numbers[start:end], source, target, longest + 2) for start, end in pairwise(bounds))
+    return Splits(first, valid, test, about)

@@ -73,7 +73,8 @@ class Forecast(Task):
         low, high = (quantiles[..., levels.index(level)] for level in COVERED)
 
         def scaled(forecast: Tensor) -> Tensor:
-            return ((forecast - future).abs() / scale).mean(dim=(1, 2))
+            errors: Tensor = ((forecast - future).abs() / scale).mean(dim=(1, 2))
+            return errors
 
         return {
             "loss": model.loss(past, future).expand(len(past)),

@@ -43,7 +43,7 @@ class OfImages(Task):
     data: str | None = None
     image_size: int = option(32, "Height and width to which images of a folder are resized.")
     patch_size: int = option(2, "Height and width of a patch, which is a token.")
-    overlap: int = option(0, "Pixels that a patch reaches into its neighbours.", least=0)
+    overlap: int = option(1, "Pixels that a patch reaches into its neighbours.", least=0)
     dim: int = option(64, "Features of the model.")
     layers: int = option(4, "Layers of the model.")
     heads: int = option(4, "Attention heads.")
@@ -93,12 +93,9 @@ class ImageClassification(OfImages):
     def evaluate(self, model: ViT, batch: Batch, about: Mapping[str, Any]) -> Values:
         return classified(model(batch["image"]), batch["label"])
 
-    def adopt(self, saved: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
-        """The backbone of MAE, SimCLR or another ViT has the same names; CLIP calls it ``image``."""
-        renamed = {
-            f"backbone.{name[6:]}" if name.startswith("image.") else name: value for name, value in saved.items()
-        }
-        return super().adopt(renamed, model)
+    def adopt(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The backbone has the same name in MAE, SimCLR and ViT; CLIP calls it ``image``."""
+        return {f"backbone.{name[6:]}" if name.startswith("image.") else name: value for name, value in saved.items()}
 
 
 @dataclass(frozen=True)
@@ -155,6 +152,7 @@ class MaskedAutoencoding(Pretraining):
     help: ClassVar[str] = "Pre-training: images from a part of their patches (masked autoencoder)."
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 60, "batch": 64, "lr": 2e-3}
 
+    overlap: int = option(0, "Must be 0: hidden patches would show at the edges of their neighbours.", least=0)
     mask_ratio: float = option(0.6, "Part of the patches that is hidden.")
     decoder_layers: int = option(1, "Layers of the decoder.")
 

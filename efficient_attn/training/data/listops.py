@@ -70,7 +70,9 @@ def generate(
     labels: list[Ints] = []
     found = grown = 0
     while found < count:
-        levels, sizes = _of_length(_grow(rng, max_depth, max_args), min_length, max_length)
+        # A single digit has one token: where that is too few, only trees that begin with an operator are grown.
+        trees = _grow(rng, max_depth, max_args, root_is_operator=min_length > 1 and max_depth > 1)
+        levels, sizes = _of_length(trees, min_length, max_length)
         grown += TREES_AT_ONCE
         if grown >= FRUITLESS_TREES and found + len(sizes) == 0:
             raise InputError(
@@ -114,13 +116,15 @@ def text(tokens: torch.Tensor) -> str:
     return " ".join(VOCABULARY[token] for token in tokens.tolist() if token)
 
 
-def _grow(rng: np.random.Generator, max_depth: int, max_args: int) -> list[Level]:
-    """Random trees, all of them, top level first."""
+def _grow(rng: np.random.Generator, max_depth: int, max_args: int, *, root_is_operator: bool) -> list[Level]:
+    """Random trees, of whatever size, top level first."""
     tree = np.arange(TREES_AT_ONCE)
     levels: list[Level] = []
     for depth in range(1, max_depth + 1):
         nodes = len(tree)
         operator = (rng.random(nodes) < OPERATOR_SHARE) & (depth < max_depth)
+        if depth == 1 and root_is_operator:
+            operator[:] = True
         arguments = np.where(operator, rng.integers(2, max_args + 1, nodes), 0)
         kind = np.where(operator, rng.integers(len(OPERATORS), size=nodes), rng.integers(10, size=nodes))
         levels.append(Level(tree, arguments, kind))

@@ -54,7 +54,8 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no checkpoint that can be read ({str(error).splitlines()[0]})") from error
+        why = (str(error).splitlines() or ["it ends too early"])[0]
+        raise CheckpointError(f"{path} is no checkpoint that can be read ({why})") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of efficient-attn train, or of another version of it")
     return found

@@ -189,8 +189,9 @@ def resumed(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> tup
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Print the metrics of a finished run."""
     best = "" if result["best_step"] is None else f", parameters of step {result['best_step']}"
+    seconds, cpu = result["training_seconds"], result["training_cpu_seconds"]
     console.print(
-        f"{result['steps']} steps in {result['training_seconds']:.0f} s, {result['parameters']:,} parameters{best}"
+        f"{result['steps']} steps in {seconds:.0f} s ({cpu:.0f} s of CPU), {result['parameters']:,} parameters{best}"
     )
     table = Table("", "validation", "test", box=None, padding=(0, 2, 0, 0))
     for name, value in result["test"].items():

@@ -101,7 +101,7 @@ class _Run:
         self, task: Task, chosen: TrainOptions, here: Processes, resume: bool, reporter: Reporter, stops: _Stops
     ) -> None:
         self.task, self.options, self.here, self.reporter, self.stops = task, chosen, here, reporter, stops
-        self.step, self.evaluated_at, self.seconds = 0, -1, 0.0
+        self.step, self.evaluated_at, self.seconds, self.cpu_seconds = 0, -1, 0.0, 0.0
         self.best: dict[str, float] | None = None
         _seed(chosen.seed)
         self.splits = task.splits(chosen.seed)
@@ -173,7 +173,7 @@ class _Run:
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def _train_step(self) -> None:
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         chosen, here = self.options, self.here
         self.parallel.train()
         batches = [self._placed(batch) for batch in self.ahead.step(self.step)]
@@ -202,6 +202,7 @@ class _Run:
         self.optimizer.step()
         self.step += 1
         self.seconds += time.perf_counter() - begun
+        self.cpu_seconds += time.process_time() - begun_cpu
         record = {"type": "train", "step": self.step, "loss": loss_all, "lr": lr, "grad_norm": norm.item()}
         record["seconds"] = round(self.seconds, 3)
         if self.metrics is not None and (self.step % chosen.log_every == 0 or self.step == self.total):
@@ -276,6 +277,7 @@ class _Run:
             "threads": torch.get_num_threads(),
             "environment": records.environment(),
             "training_seconds": round(self.seconds, 1),
+            "training_cpu_seconds": round(self.cpu_seconds, 1),
             "valid": valid,
             "test": test,
             "baselines": self.splits.about.get("baselines", {}),
@@ -295,6 +297,7 @@ class _Run:
             "step": self.step,
             "evaluated_at": self.evaluated_at,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "best": self.best,
             "total": self.total,
             "config": self.config,
@@ -312,7 +315,7 @@ class _Run:
         checkpoint.load_weights(self.model, state["model"])
         checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
-        self.seconds, self.best = state["seconds"], state["best"]
+        self.seconds, self.cpu_seconds, self.best = state["seconds"], state["cpu_seconds"], state["best"]
         if self.step > self.total:
             raise InputError(f"the run has {self.step} steps behind it already, more than the {self.total} asked for")
         if state["total"] != self.total:

@@ -158,10 +158,20 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
 
 
 def test_the_command_ends_with_the_signals_code_and_says_how_to_go_on(tmp_path):
-    task, options = Digits(**SMALL), {"steps": 150, "batch": 8, "eval_every": 50, "threads": 1}
+    task, options = Digits(**SMALL), {"steps": 150, "batch": 8, "eval_every": 50, "threads": 1, "lr": 1e-3}
     run(task, tmp_path / "whole", **options)
     arguments = ["digits", "--dim", "16", "--layers", "1", "--heads", "2", "--steps", "150", "--batch", "8"]
-    arguments += ["--threads", "1", "--no-tensorboard", "--eval-every", "50", "--out", str(tmp_path / "a")]
+    arguments += [
+        "--threads",
+        "1",
+        "--lr",
+        "1e-3",
+        "--no-tensorboard",
+        "--eval-every",
+        "50",
+        "--out",
+        str(tmp_path / "a"),
+    ]
     command = [sys.executable, "-m", "efficient_attn.cli", "train", *arguments]
     for number, more, lines in [(signal.SIGINT, [], 20), (signal.SIGTERM, ["--resume"], 40)]:
         process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -410,7 +420,7 @@ def test_bad_tasks_are_refused(tmp_path):
 
 FEW = {
     "listops": {"min_length": 5, "max_length": 30, "examples": 40, "held_out": 8},
-    "bytes": {"max_length": 32, "labels_per_class": 5},
+    "bytes": {"max_length": 32},
     "translate": {"below": 60, "examples": 40},
     "lm": {"length": 2000},
     "forecast": {"context": 12, "patch": 4, "stride": 4},
@@ -423,7 +433,9 @@ def test_every_parameter_of_every_task_learns(tmp_path, name, attention):
     """A gradient for each, as DDP requires; and every metric is a number."""
     if name == "forecast":
         pytest.importorskip("statsmodels")
-    task = TASKS[name](attention=attention, **SMALL, **FEW.get(name, {}))
+    (tmp_path / "texts.csv").write_text("text,label\n" + "a short text,a\nanother one,b\n" * 20)
+    data = {"data": str(tmp_path / "texts.csv")} if name == "bytes" else {}
+    task = TASKS[name](attention=attention, **SMALL, **FEW.get(name, {}), **data)
     result = run(task, tmp_path / "a", steps=1, batch=2 if name == "lm" else 8)
     assert all(math.isfinite(value) for split in ("valid", "test") for value in result[split].values())
     assert task.metric in result["valid"]

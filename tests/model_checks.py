@@ -1,5 +1,7 @@
 """What every reference model must do, whatever it computes."""
 
+import copy
+
 import torch
 
 from efficient_attn.models import Model
@@ -21,6 +23,18 @@ def check_trains(model, loss, *, steps=8, lr=3e-3):
         optimizer.step()
         losses.append(value.item())
     assert losses[-1] < losses[0]
+
+
+def check_half_precision(model, loss):
+    """Under autocast, and with bfloat16 parameters, the loss is that of float32 but for rounding."""
+    model.eval()
+    expected = loss(model, torch.float32).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(loss(model, torch.float32).item() - expected) < 0.05 * abs(expected) + 0.02
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    found = loss(half, torch.bfloat16)
+    assert abs(found.item() - expected) < 0.1 * abs(expected) + 0.05
+    found.backward()
 
 
 def check_round_trip(model, call, folder):

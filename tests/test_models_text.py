@@ -41,6 +41,7 @@ CHECKPOINTS = {
     "bert-mlm": ("BertForMaskedLM", "BertConfig", BERT),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "roberta-bare": ("RobertaModel", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt2-bare": ("GPT2Model", "GPT2Config", GPT2),
     "gpt2-untied": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "tie_word_embeddings": False, "n_inner": 40}),
@@ -52,12 +53,31 @@ CHECKPOINTS = {
         {**SEQ2SEQ, "share_encoder_decoder_embeddings": False, "decoder_vocab_size": 44, "tie_word_embeddings": False},
     ),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**SEQ2SEQ, "forced_bos_token_id": 1}),
+    "mbart": ("MBartForConditionalGeneration", "MBartConfig", {**SEQ2SEQ, "activation_function": "relu"}),
+    "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", SEQ2SEQ),
 }
 
 IDS = torch.randint(4, 44, (B, N), generator=torch.Generator().manual_seed(1))
 RIGHT = (torch.arange(N) < torch.tensor([N, 8, 3])[:, None]).long()
 LEFT = RIGHT.flip(1)
 PADDING = {"none": None, "right": RIGHT, "left": LEFT}
+
+
+@torch.no_grad()
+def randomise(model, seed=7):
+    """Weights with which attention is far from uniform, and targets of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            if "decoder.layers.1.final_layer_norm.weight" in name:
+                parameter.copy_(5 * noise)  # around 0: else a tied output layer repeats the token that it was given
+            else:
+                parameter.add_(noise)
+    bias = dict(model.named_buffers()).get("final_logits_bias")
+    if bias is not None:
+        bias.normal_(generator=generator)
+        bias[0, 2] = 2.0  # of the end token
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +90,7 @@ def checkpoint(tmp_path_factory):
             kind, config, sizes = CHECKPOINTS[name]
             torch.manual_seed(0)
             model = getattr(transformers, kind)(getattr(transformers, config)(**copy.deepcopy(sizes))).eval()
-            generator = torch.Generator().manual_seed(7)
-            with torch.no_grad():  # with transformers' own small weights the attention would be nearly uniform
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-                for name_, buffer in model.named_buffers():
-                    if name_ == "final_logits_bias":
-                        buffer.normal_(generator=generator)
+            randomise(model)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             made[name] = (model, folder)
@@ -96,8 +109,8 @@ def close(ours, theirs, mask=None):
 # --- equal to transformers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", ["none", "right"])
-@pytest.mark.parametrize("name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare"])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare", "xlm-roberta"])
 @torch.no_grad()
 def test_encoders(checkpoint, name, padding):
     theirs, folder = checkpoint(name)
@@ -112,7 +125,7 @@ def test_encoders(checkpoint, name, padding):
     if ours.classifier is not None:
         close(ours(ids, mask, types), theirs(ids, attention_mask=mask, token_type_ids=types).logits)
         assert ours(ids, mask, types).shape[1] == (3 if name == "bert" else 2)
-    elif name != "bert-mlm":
+    elif ours.pooler is not None:
         close(ours.pool(ours.encode(ids, mask, types), mask), hidden.pooler_output)
     if theirs.config.type_vocab_size > 1 and mask is None:
         assert (ours.encode(ids, mask, types) - ours.encode(ids, mask)).abs().max() > 0.1
@@ -136,7 +149,7 @@ def test_causal_lm(checkpoint, name, padding):
 
 
 @pytest.mark.parametrize("padding", ["none", "right"])
-@pytest.mark.parametrize("name", ["marian", "marian-bare", "marian-apart", "bart"])
+@pytest.mark.parametrize("name", ["marian", "marian-bare", "marian-apart", "bart", "mbart", "pegasus"])
 @torch.no_grad()
 def test_seq2seq(checkpoint, name, padding):
     theirs, folder = checkpoint(name)
@@ -257,7 +270,7 @@ BEAMS = {
 def test_seq2seq_generation(checkpoint, name, settings):
     theirs, folder = checkpoint(name)
     ours = Seq2Seq.from_pretrained(folder)
-    options = {"max_new_tokens": 24, **BEAMS[settings]}
+    options = {"max_new_tokens": 16, **BEAMS[settings]}
     for mask in (torch.ones_like(IDS), RIGHT):
         wanted = theirs.generate(IDS, attention_mask=mask, do_sample=False, **options)
         assert torch.equal(ours.generate(IDS, mask, **options), wanted)
@@ -265,22 +278,52 @@ def test_seq2seq_generation(checkpoint, name, settings):
             assert torch.equal(ours.generate(IDS, mask, use_cache=False, **options), wanted)
 
 
+def test_beam_search_with_many_weights(tmp_path):
+    """Targets that end early, late and not at all, in one batch, for several models."""
+    lengths, differ = set(), 0
+    for seed in range(4):
+        torch.manual_seed(0)
+        config = transformers.MarianConfig(**CHECKPOINTS["marian"][2])
+        theirs = transformers.MarianMTModel(config).eval()
+        randomise(theirs, seed)
+        theirs.save_pretrained(tmp_path)
+        ours = Seq2Seq.from_pretrained(tmp_path)
+        targets = []
+        for settings in BEAMS.values():
+            options = {"max_new_tokens": 14, **settings}
+            wanted = theirs.generate(IDS, attention_mask=RIGHT, do_sample=False, **options)
+            assert torch.equal(ours.generate(IDS, RIGHT, **options), wanted)
+            lengths |= set((wanted != 3).sum(-1).tolist())
+            targets.append(wanted)
+        differ += not torch.equal(targets[0], targets[1])
+    assert len(lengths) > 4 and differ > 2
+
+
 def test_generation_settings_of_a_checkpoint(checkpoint, tmp_path):
     """Beams, penalty, banned words and renormalisation as generation_config.json says, as in the real OPUS-MT ones."""
-    theirs, _ = checkpoint("marian")
-    theirs = copy.deepcopy(theirs)
+    theirs = copy.deepcopy(checkpoint("marian")[0])
+    theirs.final_logits_bias[0, 2] = 0.0
     free = theirs.generate(IDS, num_beams=2, max_new_tokens=20)
-    banned = int(free[:, 1:].flatten().mode().values)
+    banned = int(free[0, 2])
     theirs.generation_config.update(num_beams=4, length_penalty=0.5, bad_words_ids=[[banned]], renormalize_logits=True)
     theirs.save_pretrained(tmp_path)
     ours = Seq2Seq.from_pretrained(tmp_path)
     assert ours.config.banned_token_ids == (banned,) and ours.config.num_beams == 4
     wanted = theirs.generate(IDS, max_new_tokens=20)
     assert torch.equal(ours.generate(IDS, max_new_tokens=20), wanted)
-    assert banned not in wanted and not torch.equal(wanted, free)
-    theirs.generation_config.update(no_repeat_ngram_size=3)
+    assert banned not in (2, 3) and banned not in wanted and not torch.equal(wanted, free)
+    for size, least in ((1, 0), (2, 12)):
+        theirs.generation_config.update(no_repeat_ngram_size=size, min_length=least)
+        theirs.save_pretrained(tmp_path)
+        for beams in (1, 3):
+            other = theirs.generate(IDS, max_new_tokens=20, num_beams=beams)
+            assert torch.equal(
+                Seq2Seq.from_pretrained(tmp_path).generate(IDS, max_new_tokens=20, num_beams=beams), other
+            )
+            assert not torch.equal(other, wanted) and ((other != 3).sum(-1) >= least - 1).all()
+    theirs.generation_config.update(repetition_penalty=2.0)
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no_repeat_ngram_size=3"):
+    with pytest.warns(UserWarning, match=r"repetition_penalty=2\.0"):
         Seq2Seq.from_pretrained(tmp_path)
 
 
@@ -395,6 +438,21 @@ def test_copies_and_compiled_models_compute_the_same(kind):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     arguments = (IDS, model.shift_right(IDS), RIGHT) if kind == "seq2seq" else (IDS, RIGHT)
     torch.testing.assert_close(compiled(*arguments), model(*arguments))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "lm", "seq2seq"])
+def test_half_precision_and_autocast(kind):
+    model = small(kind).eval()
+    model.set_attention("sliding_window:left=3,right=3")
+    wanted = loss_of(model, RIGHT)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss_of(model, RIGHT)
+    mixed.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(mixed.float(), wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(loss_of(model.bfloat16(), RIGHT).float(), wanted, rtol=0.05, atol=0.05)
+    if kind != "classifier":
+        assert model.generate(IDS, max_new_tokens=3).dtype == torch.int64
 
 
 @pytest.mark.parametrize("kind", ["classifier", "lm", "seq2seq"])

@@ -1,13 +1,14 @@
 """Images: patches, positions, augmentations and losses against their definitions, then ViT, MAE and SimCLR."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
-from model_checks import check_round_trip, check_trains
+from model_checks import check_half_precision, check_round_trip, check_trains
 
-from efficient_attn.errors import CheckpointError, InputError, InputTypeError
+from efficient_attn.errors import CheckpointError, InputError, InputTypeError, UnsupportedError
 from efficient_attn.models import (
     MAE,
     Augmentation,
@@ -142,6 +143,8 @@ def test_nt_xent_equals_its_definition():
         others = sum(math.exp(z[i] @ z[k] / t) for k in range(8) if k != i)
         losses.append(-math.log(math.exp(z[i] @ z[j] / t) / others))
     assert nt_xent(first, second, t).item() == pytest.approx(sum(losses) / 8, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nt_xent(first, second, t).item() == pytest.approx(sum(losses) / 8, rel=1e-5)
     with pytest.raises(InputError, match="one shape"):
         nt_xent(first, second[:3])
     with pytest.raises(InputError, match="temperature"):
@@ -195,8 +198,16 @@ def test_wrong_augmentations_are_named():
 
 # --- ViT ----------------------------------------------------------------------------------------------------------
 
-SPECS = ["dense", "neighborhood:kernel=3,prefix=1", "axial:prefix=1", "bigbird:block=16", "nystrom:landmarks=4",
-         "linformer:rank=4,max_len=64", "performer:features=16", "sliding_window:left=3,right=3+centroid:block=16"]  # fmt: skip
+SPECS = [
+    "dense",
+    "neighborhood:kernel=3,prefix=1",
+    "axial:prefix=1",
+    "bigbird:block=16",
+    "nystrom:landmarks=4",
+    "linformer:rank=4,max_len=64",
+    "performer:features=16",
+    "sliding_window:left=3,right=3+centroid:block=16",
+]
 
 
 def image_config(attention="dense", **options):
@@ -238,7 +249,7 @@ def test_vit_without_a_head_and_with_a_new_one(tmp_path):
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = model(images).last_hidden_state[:, 0]
-        torch.testing.assert_close(ViT.from_pretrained(tmp_path)(images), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ViT.from_pretrained(tmp_path).features(images), expected, atol=1e-4, rtol=1e-4)
         tuned = ViT.from_pretrained(tmp_path, num_labels=7, attention="neighborhood:kernel=3,prefix=1")
         assert tuned(images).shape == (2, 7)
     assert tuned.config.backbone.encoder.attention == "neighborhood:kernel=3,prefix=1"
@@ -259,6 +270,16 @@ def test_vit_trains_and_comes_back(attention, tmp_path):
     check_round_trip(model, lambda m: m(images), tmp_path)
 
 
+def test_half_precision():
+    torch.manual_seed(0)
+    images, labels, noise = torch.rand(6, 1, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2]), torch.rand(6, 16)
+    vit, wide = ViT(ViTConfig(image_config(), num_labels=3)), torch.rand(6, 1, 24, 24)
+    check_half_precision(vit, lambda m, dtype: m.loss(images.to(dtype), labels) + m.loss(wide.to(dtype), labels))
+    check_half_precision(mae(), lambda m, dtype: m.loss(images.to(dtype), noise))
+    views = images, images.flip(2)
+    check_half_precision(simclr(), lambda m, dtype: m.loss_of_views(*(view.to(dtype) for view in views)))
+
+
 def test_vit_loss_is_the_cross_entropy_of_its_logits():
     model = ViT(ViTConfig(image_config(), num_labels=3)).eval()
     images, labels = torch.randn(4, 1, 16, 16), torch.tensor([0, 2, 1, 1])
@@ -267,19 +288,17 @@ def test_vit_loss_is_the_cross_entropy_of_its_logits():
 
 
 def test_two_dimensional_attention_sees_the_grid_after_the_class_token():
-    """With a neighbourhood of 3 x 3 and two layers, a patch hears of those at most 2 away, or through the class token
-    from anywhere; of the class token's row in the first layer alone, one."""
+    """In one layer a neighbourhood of 3 x 3 tells a patch's neighbours and the class token of a change, no other."""
     torch.manual_seed(0)
     encoder = TransformerConfig(hidden_dim=32, num_layers=1, num_heads=4, attention="neighborhood:kernel=3,prefix=1")
-    model = ViT(ViTConfig(image_config(encoder=encoder, image_size=20), num_labels=3)).double().eval()
-    images = torch.randn(1, 1, 20, 20, dtype=torch.float64)
+    model = ViT(ViTConfig(image_config(encoder=encoder, image_size=28), num_labels=3)).double().eval()
+    images = torch.randn(1, 1, 28, 28, dtype=torch.float64)
     changed = images.clone()
-    changed[:, :, 8:12, 8:12] += 1  # the patch in the middle of 5 x 5
+    changed[:, :, 12:16, 12:16] += 1  # the patch in the middle of 7 x 7
     moved = (model.backbone(images) - model.backbone(changed)).abs().amax(dim=2)[0] > 1e-12
-    grid = moved[1:].reshape(5, 5)
-    expected = torch.zeros(5, 5, dtype=torch.bool)
-    expected[1:4, 1:4] = True
-    assert moved[0] and torch.equal(grid, expected)
+    expected = torch.zeros(7, 7, dtype=torch.bool)
+    expected[2:5, 2:5] = True
+    assert moved[0] and torch.equal(moved[1:].reshape(7, 7), expected)
 
 
 def test_set_attention_changes_the_method_and_keeps_the_parameters():
@@ -296,6 +315,16 @@ def test_set_attention_changes_the_method_and_keeps_the_parameters():
     with pytest.raises(InputError, match="no square image"):
         model.set_attention("neighborhood:kernel=3")
         model(images)
+
+
+def test_inspect_shows_layers_and_weights():
+    torch.manual_seed(0)
+    model, images = ViT(ViTConfig(image_config("axial:prefix=1"), num_labels=3)).eval(), torch.rand(2, 1, 16, 16)
+    found = model.inspect(images)
+    assert torch.equal(found.last, model.backbone(images)) and len(found.hidden) == 3
+    assert [tuple(weights.shape) for weights in found.weights] == [(2, 4, 17, 17)] * 2
+    seen = found.weights[0][0, 0, 6] > 0  # the patch in row 1, column 1
+    assert seen.nonzero().flatten().tolist() == [0, 2, 5, 6, 7, 8, 10, 14]
 
 
 def test_pooling():
@@ -330,8 +359,8 @@ def test_vit_names_wrong_input():
         model.loss(images, torch.zeros(2))
     with pytest.raises(InputError, match=r"labels must be \(2,\)"):
         model.loss(images, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(InputError, match="model of features"):
-        ViT(ViTConfig(image_config(), num_labels=0)).loss(images, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(UnsupportedError, match="no head"):
+        ViT(ViTConfig(image_config(), num_labels=None))(images)
     with pytest.raises(InputTypeError, match="no ImageBackbone"):
         ViT.from_backbone(MultiheadAttention(32, 4), num_labels=3)
 
@@ -352,8 +381,9 @@ def mae(attention="dense", **options):
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_mae_equals_transformers(normalised, tmp_path):
-    model = theirs("ViTMAEForPreTraining", tmp_path, norm_pix_loss=normalised, decoder_hidden_size=16,
-                   decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=24)  # fmt: skip
+    decoder = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    decoder = {f"decoder_{name}": size for name, size in decoder.items()}
+    model = theirs("ViTMAEForPreTraining", tmp_path, norm_pix_loss=normalised, **decoder)
     ours = MAE.from_pretrained(tmp_path)
     images, noise = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
     with torch.no_grad():
@@ -364,11 +394,11 @@ def test_mae_equals_transformers(normalised, tmp_path):
         torch.testing.assert_close(ours.loss(images, noise), expected.loss, atol=1e-4, rtol=1e-4)
 
 
-def test_fresh_mae_has_the_fixed_positions_of_transformers(tmp_path):
-    model = theirs("ViTMAEForPreTraining", tmp_path, decoder_hidden_size=16, decoder_num_attention_heads=2)
-    fresh = ViT(ViTConfig(image_config(positions="sinusoidal"))).backbone
-    torch.testing.assert_close(fresh.positions.data, model.vit.embeddings.position_embeddings.data[0])
-    assert not fresh.positions.requires_grad
+def test_sinusoidal_positions_are_fixed():
+    model = mae()
+    for positions, width in ((model.backbone.positions, 32), (model.decoder_positions, 16)):
+        assert not positions.requires_grad and torch.equal(positions[1:], sinusoidal_2d(width, (4, 4)))
+        assert not positions[0].any()
 
 
 @pytest.mark.parametrize("attention", SPECS)
@@ -446,16 +476,21 @@ def test_simclr_loss_is_nt_xent_of_its_views():
 def test_fine_tuning_starts_from_the_trained_backbone(source, tmp_path):
     torch.manual_seed(0)
     trained, images = source("bigbird:block=16"), torch.rand(4, 1, 16, 16)
-    labels = torch.tensor([0, 1, 0, 1])
+    labels, state = torch.tensor([0, 1, 0, 1]), copy.deepcopy(trained.state_dict())
     model = ViT.from_backbone(trained, num_labels=2, frozen=True, pool="mean")
     assert torch.equal(model.backbone(images), trained.backbone(images))
     assert model.config.backbone.encoder.attention == "bigbird:block=16" and model.config.backbone.pool == "mean"
     assert torch.equal(model.features(images), trained.backbone(images)[:, 1:].mean(1))
     check_trains(model, lambda m: m.loss(images, labels))
     assert torch.equal(model.backbone(images), trained.backbone(images)) and not model.backbone.training
+    thawed = ViT.from_backbone(model, num_labels=2)
     model.freeze(False)
+    for other in (thawed, model):
+        assert [n for n, p in other.backbone.named_parameters() if p.requires_grad] == [
+            n for n, p in trained.backbone.named_parameters() if p.requires_grad
+        ]
     before = model.backbone(images).detach()
     check_trains(model, lambda m: m.loss(images, labels))
     assert (model.backbone(images) - before).abs().max() > 1e-4
-    assert torch.equal(trained.backbone.positions, source("dense").backbone.positions) or source is simclr
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trained.state_dict().items())
     check_round_trip(model, lambda m: m(images), tmp_path)

@@ -34,8 +34,7 @@ class Model(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "config_class" in vars(cls):
-            MODELS[cls.__name__] = cls
+        MODELS[cls.__name__] = cls
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -122,8 +121,9 @@ class Model(nn.Module):
             attention: for `set_attention`, after loading.
             revision, local_files_only: for the hub.
             dtype, device: of the parameters, default float32 on the CPU.
-            changes: fields of the config to change. A head that they ask for and the checkpoint lacks, or has in
-                another size (num_labels=3), starts fresh; nothing else may be missing.
+            changes: fields of the config to change, also in parts: encoder={"dropout": 0.2}. A head that they ask for
+                and the checkpoint lacks, or has in another size (num_labels=3), starts fresh; nothing else may be
+                missing.
 
         Raises:
             CheckpointError: no such checkpoint; one without safetensors; an unknown architecture, or one of another
@@ -134,6 +134,8 @@ class Model(nn.Module):
         text = checkpoints.read_config(folder)
         family = None if "efficient_attn" in text else checkpoints.family_of(text, folder)
         found = MODELS[family.model] if family else _own_class(text, folder)
+        if issubclass(cls, found):
+            found = cls
         if not issubclass(found, cls):
             raise CheckpointError(f"{folder} holds a {found.__name__}; use {found.__name__}.from_pretrained")
         tensors = checkpoints.read_weights(folder)
@@ -141,9 +143,9 @@ class Model(nn.Module):
             fields = text.get("config", {})
         else:
             tensors = family.bare(tensors)
-            fields = family.config(text, tensors)
+            fields = family.fields(text, tensors, folder)
             tensors = family.translate(tensors, text, folder)
-        model: Any = found(configs.from_dict(found.config_class, fields | changes))
+        model: Any = found(configs.from_dict(found.config_class, configs.merge(fields, changes)))
         _load(model, tensors, folder, own=family is None, fresh_heads=bool(changes))
         if attention is not None:
             model.set_attention(attention)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +92,10 @@ class CausalLM(Model):
     def inspect(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, need_weights: bool = True) -> Outputs:
         """The outputs of all layers, and what each attends to. Arguments as in `forward`."""
         x, padding, positions = self._embed(input_ids, attention_mask, None, None)
-        found: Any = self.decoder(
+        found: Outputs = self.decoder(
             x, key_padding_mask=padding, positions=positions, return_hidden=True, need_weights=need_weights
         )
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _embed(
         self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None, positions: Tensor | None

@@ -51,6 +51,17 @@ class Family:
     ignored: tuple[str, ...] = ()
     adjust: Callable[[dict[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
 
+    def fields(self, text: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        """The fields of our config, of their config.json and their bare tensors.
+
+        Raises:
+            CheckpointError: settings that are missing, or that our model does not compute.
+        """
+        try:
+            return self.config(text, tensors)
+        except KeyError as error:
+            raise CheckpointError(f"{folder / CONFIG} has no {error}, which a {self.model} needs") from None
+
     def bare(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors without prefixes, and with the names of today's transformers."""
         return {self._without_prefix(_modern(name)): tensor for name, tensor in tensors.items()}
@@ -185,7 +196,7 @@ def locate(path: str | os.PathLike[str], *, revision: str | None, local_files_on
             str(path),
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.spm"],
+            allow_patterns=[CONFIG, GENERATION, INDEX, "model*.safetensors"],
         )
     except Exception as error:  # the hub's, its HTTP client's and the file system's own kinds
         raise CheckpointError(

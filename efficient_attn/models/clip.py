@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError, InputTypeError
+from ..errors import InputError
 from .base import Model
 from .contrastive import contrastive_loss
+from .embeddings import as_padding, check_ids
 from .positions import LearnedPositions, check_length
 from .transformer import Transformer, TransformerConfig
 from .vision import ImageBackbone, ImageConfig
@@ -58,22 +59,21 @@ class TextTower(nn.Module):
         self.encoder = Transformer(config.encoder)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, ids: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N) ids -> (B, E). Arguments and errors are those of `CLIP.encode_text`."""
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise InputTypeError(f"ids must be int64 or int32, got {ids.dtype}")
-        if ids.dim() != 2 or ids.shape[1] < 1:
-            raise InputError(f"ids must be (batch, tokens), got {tuple(ids.shape)}")
-        check_length(ids.shape[1], self._config.max_len)
-        x = self.embedding(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        hidden: Tensor = self.encoder(x, key_padding_mask=key_padding_mask)
-        return hidden[torch.arange(ids.shape[0], device=ids.device), self._ends(ids, key_padding_mask)]
+        config, N = self._config, input_ids.shape[-1]
+        check_ids("input_ids", input_ids, config.vocab_size)
+        check_length(N, config.max_len)
+        padding = as_padding("attention_mask", attention_mask, input_ids)
+        x = self.embedding(input_ids) + self.positions(torch.arange(N, device=input_ids.device))
+        hidden: Tensor = self.encoder(x, key_padding_mask=padding)
+        return hidden[torch.arange(input_ids.shape[0], device=input_ids.device), self._ends(input_ids)]
 
-    def _ends(self, ids: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _ends(self, input_ids: Tensor) -> Tensor:
         """(B): where each text ends. Without its end token, argmax says 0, as transformers does."""
         if self._config.eos_token_id is None:
-            return ids.argmax(dim=1)
-        return (ids == self._config.eos_token_id).int().argmax(dim=1)
+            return input_ids.argmax(dim=1)
+        return (input_ids == self._config.eos_token_id).int().argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -132,24 +132,24 @@ class CLIP(Model):
         """
         return F.normalize(self.image_projection(self.image.pooled(images)), dim=1)
 
-    def encode_text(self, ids: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids to unit vectors (B, P).
 
         Args:
-            ids: int (B, N), N <= max_len, each row with its end token, padded on the right.
-            key_padding_mask: bool (B, N), True = padding; a causal tower needs none.
+            input_ids: int64 (B, N), N <= max_len, each row with its end token, padded on the right.
+            attention_mask: bool or int (B, N), 1 = a token, 0 = padding; a causal tower needs none.
 
         Raises:
             InputTypeError, InputError: no such ids, or too many tokens.
         """
-        return F.normalize(self.text_projection(self.text(ids, key_padding_mask=key_padding_mask)), dim=1)
+        return F.normalize(self.text_projection(self.text(input_ids, attention_mask=attention_mask)), dim=1)
 
-    def forward(self, images: Tensor, ids: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (images, texts): e^logit_scale times the cosine. Arguments and errors are those of the encoders."""
-        image, text = self.encode_image(images), self.encode_text(ids, key_padding_mask=key_padding_mask)
+        image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask=attention_mask)
         return self.logit_scale.exp() * image @ text.T
 
-    def loss(self, images: Tensor, ids: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def loss(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The contrastive loss of a batch of pairs, a scalar; image b belongs to text b.
 
         In training it first puts logit_scale back to at most log(max_scale), as the paper does after each step.
@@ -160,17 +160,17 @@ class CLIP(Model):
         if self.training:
             with torch.no_grad():
                 self.logit_scale.clamp_(max=math.log(self._config.max_scale))
-        image, text = self.encode_image(images), self.encode_text(ids, key_padding_mask=key_padding_mask)
+        image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask=attention_mask)
         return contrastive_loss(image, text, self.logit_scale.exp())
 
     # --- zero-shot classification and retrieval -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def class_embeddings(self, ids: Tensor, labels: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def class_embeddings(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """A unit vector for each class, the mean of its prompts: the weights of a zero-shot classifier.
 
         Args:
-            ids, key_padding_mask: prompts, as in `encode_text`.
+            input_ids, attention_mask: prompts, as in `encode_text`.
             labels: int64 (prompts): the class of each, 0 .. classes - 1, each with at least one prompt.
 
         Returns:
@@ -179,12 +179,14 @@ class CLIP(Model):
         Raises:
             InputTypeError, InputError: as `encode_text`, or labels that are none.
         """
-        if labels.dtype != torch.int64 or labels.shape != ids.shape[:1]:
-            raise InputError(f"labels must be int64 ({ids.shape[0]},), got {labels.dtype} {tuple(labels.shape)}")
+        if labels.dtype != torch.int64 or labels.shape != input_ids.shape[:1] or not (labels >= 0).all():
+            raise InputError(
+                f"labels must be int64 ({input_ids.shape[0]},), from 0 on; got {labels.dtype} {tuple(labels.shape)}"
+            )
         counts = torch.bincount(labels)
         if not (counts > 0).all():
             raise InputError(f"classes {(counts == 0).nonzero().flatten().tolist()} have no prompt")
-        text = self.encode_text(ids, key_padding_mask=key_padding_mask)
+        text = self.encode_text(input_ids, attention_mask=attention_mask)
         sums = text.new_zeros(counts.numel(), text.shape[1]).index_add_(0, labels, text)
         return F.normalize(sums, dim=1)
 

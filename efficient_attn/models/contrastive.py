@@ -25,10 +25,11 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
     if not temperature > 0:
         raise InputError(f"temperature must be positive, got {temperature}")
     B = first.shape[0]
-    z = F.normalize(torch.cat([first, second]).float(), dim=1)
-    scores = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
-    partner = torch.arange(2 * B, device=z.device).roll(B)
-    return F.cross_entropy(scores, partner)
+    with torch.autocast(first.device.type, enabled=False):  # it would compute the product in half precision
+        z = F.normalize(torch.cat([first, second]).float(), dim=1)
+        scores = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+        partner = torch.arange(2 * B, device=z.device).roll(B)
+        return F.cross_entropy(scores, partner)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
@@ -43,9 +44,10 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tens
         InputError: other shapes or an empty batch.
     """
     _check_pairs(image, text)
-    logits = scale * image.float() @ text.float().T
-    own = torch.arange(image.shape[0], device=image.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    with torch.autocast(image.device.type, enabled=False):  # it would compute the product in half precision
+        logits = scale * image.float() @ text.float().T
+        own = torch.arange(image.shape[0], device=image.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def _check_pairs(first: Tensor, second: Tensor) -> None:

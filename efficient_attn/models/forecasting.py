@@ -77,7 +77,8 @@ def seasonal_naive(history: Tensor, horizon: int, season: int) -> Tensor:
 def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> Tensor:
     """Mean absolute scaled error of each series, (...): below 1 the forecast errs less than seasonal-naive steps did.
 
-    mean |y - f| / mean |y_t - y_{t - season}|, the latter over the history. Hyndman and Koehler 2006.
+    mean |y - f| / mean |y_t - y_{t - season}|, the latter over the history. Hyndman and Koehler 2006. Infinite
+    where the history repeats itself exactly.
 
     Args:
         forecast, target: (..., horizon). history: (..., time), what was known before; longer than the season.

@@ -72,6 +72,18 @@ def stop_at(tokens: Tensor, done: Tensor, eos: int | None, pad: int | None) -> t
     return tokens, done | (tokens == eos)
 
 
+def repeating(written: Tensor, size: int, vocab_size: int) -> Tensor:
+    """Bool (B, V): tokens that would complete a run of `size` tokens which is in written (B, N) already."""
+    B, N = written.shape
+    counts = torch.zeros(B, vocab_size, dtype=torch.int64, device=written.device)
+    if size > N:
+        return counts > 0
+    runs = written.unfold(1, size, 1)  # [B, N - size + 1, size]
+    end = written[:, N - size + 1 :]  # [B, size - 1]
+    same = (runs[..., :-1] == end[:, None]).all(-1)
+    return counts.scatter_add(1, runs[..., -1], same.long()) > 0
+
+
 Step = Callable[[Tensor, "Tensor | None"], Tensor]
 
 

@@ -100,7 +100,8 @@ BERT_IGNORED = (
     r"lm_head\..*",
 )
 register("bert", Family("TextClassifier", bert_config, BERT_NAMES, prefixes=("bert.",), ignored=BERT_IGNORED))
-register("roberta", Family("TextClassifier", roberta_config, BERT_NAMES, prefixes=("roberta.",), ignored=BERT_IGNORED))
+for kind in ("roberta", "xlm-roberta", "camembert"):
+    register(kind, Family("TextClassifier", roberta_config, BERT_NAMES, prefixes=("roberta.",), ignored=BERT_IGNORED))
 
 
 # --- GPT-2 -----------------------------------------------------------------------------------------------------------
@@ -190,6 +191,7 @@ BART_NAMES: dict[str, str | tuple[str, ...]] = {
 }
 for side in ("encoder", "decoder"):
     here = f"{side}.layers.{{}}"
+    BART_NAMES |= both(f"{side}.layer_norm", f"{side}.norm")  # mBART and Pegasus, which are pre-norm
     for name in ATTENTION:
         BART_NAMES |= both(f"{here}.self_attn.{name}", f"{here}.attention.{name}")
     for theirs, ours in (
@@ -205,8 +207,8 @@ for name in ATTENTION:
 
 # What generate() of transformers would do and ours does not: named in a warning when a checkpoint asks for it.
 IGNORED_GENERATION = {
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
     "repetition_penalty": 1.0,
     "num_beam_groups": 1,
     "do_sample": False,
@@ -214,10 +216,9 @@ IGNORED_GENERATION = {
 
 
 def bart_config(text: Text, tensors: Tensors) -> dict[str, Any]:
-    expect(text, normalize_before=False, add_final_layer_norm=False, add_bias_logits=False)
     shared = text.get("share_encoder_decoder_embeddings", True)
-    settings = {name: _generation(text, name) for name in IGNORED_GENERATION}
-    odd = [f"{name}={value}" for name, value in settings.items() if value not in (None, IGNORED_GENERATION[name])]
+    asked = {name: _generation(text, name) for name in IGNORED_GENERATION}
+    odd = [f"{name}={value}" for name, value in asked.items() if value not in (None, IGNORED_GENERATION[name])]
     if odd:
         warnings.warn(f"generate() does not apply the checkpoint's {', '.join(odd)}", stacklevel=3)
 
@@ -254,6 +255,8 @@ def bart_config(text: Text, tensors: Tensors) -> dict[str, Any]:
         "banned_token_ids": tuple(
             _only_one(words, "bad_words_ids") for words in _generation(text, "bad_words_ids") or ()
         ),
+        "min_length": _generation(text, "min_length") or 0,
+        "no_repeat_ngram": _generation(text, "no_repeat_ngram_size") or 0,
         "renormalize": bool(_generation(text, "renormalize_logits")),
         "num_beams": _generation(text, "num_beams") or 1,
         "length_penalty": 1.0 if _generation(text, "length_penalty") is None else _generation(text, "length_penalty"),
@@ -265,9 +268,23 @@ def bart_config(text: Text, tensors: Tensors) -> dict[str, Any]:
 
 def marian_config(text: Text, tensors: Tensors) -> dict[str, Any]:
     """Marian: BART with sinusoidal positions and no norm of embeddings."""
-    expect(text, static_position_embeddings=True, normalize_embedding=False)
     kinds = {"positions": "sinusoidal_halves", "position_offset": 0, "embedding_norm": False}
     return bart_config(text, tensors) | kinds
+
+
+def pre_norm(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with norms before each part, and one at the end."""
+    return fields | {side: fields[side] | {"norm_first": True} for side in ("encoder", "decoder")}
+
+
+def mbart_config(text: Text, tensors: Tensors) -> dict[str, Any]:
+    """mBART: BART with its norms before each part."""
+    return pre_norm(bart_config(text, tensors))
+
+
+def pegasus_config(text: Text, tensors: Tensors) -> dict[str, Any]:
+    """Pegasus: Marian with its norms before each part."""
+    return pre_norm(marian_config(text, tensors))
 
 
 def bart_adjust(tensors: dict[str, Tensor], text: Text) -> dict[str, Tensor]:
@@ -294,8 +311,13 @@ def marian_adjust(tensors: dict[str, Tensor], text: Text) -> dict[str, Tensor]:
     return bart_adjust(tensors, text)
 
 
-register("marian", Family("Seq2Seq", marian_config, BART_NAMES, prefixes=("model.",), adjust=marian_adjust))
-register("bart", Family("Seq2Seq", bart_config, BART_NAMES, prefixes=("model.",), adjust=bart_adjust))
+for kind, settings, adjust in (
+    ("marian", marian_config, marian_adjust),
+    ("pegasus", pegasus_config, marian_adjust),
+    ("bart", bart_config, bart_adjust),
+    ("mbart", mbart_config, bart_adjust),
+):
+    register(kind, Family("Seq2Seq", settings, BART_NAMES, prefixes=("model.",), adjust=adjust))
 
 
 def _generation(text: Text, name: str) -> Any:

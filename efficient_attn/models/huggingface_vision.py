@@ -83,25 +83,18 @@ def _image(config: Mapping[str, Any], patch: int, defaults: Mapping[str, Any]) -
     }
 
 
-def _vit(config: Mapping[str, Any]) -> dict[str, Any]:
+def _vit(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     expect(config, qkv_bias=True)
-    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-    with_head = "ViTForImageClassification" in (config.get("architectures") or ["ViTForImageClassification"])
-    return {"backbone": _image(config, 16, _VIT), "num_labels": labels if with_head else 0}
+    head = tensors.get("classifier.weight")
+    return {"backbone": _image(config, 16, _VIT), "num_labels": None if head is None else head.shape[0]}
 
 
-def _without_batch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_batch(tensors: dict[str, Tensor], _: Mapping[str, Any]) -> dict[str, Tensor]:
     """Class token and positions without their leading 1."""
-    shapes = {
-        "backbone.class_token": (-1,),
-        "mask_token": (-1,),
-        "decoder_positions": (-1, 0),
-        "backbone.positions": (-1, 0),
-    }
-    for name, shape in shapes.items():
+    leading = {"backbone.class_token": 2, "mask_token": 2, "backbone.positions": 1, "decoder_positions": 1}
+    for name, count in leading.items():
         if name in tensors:
-            width = tensors[name].shape[-1]
-            tensors[name] = tensors[name].reshape(*(width if size == 0 else size for size in shape))
+            tensors[name] = tensors[name].reshape(tensors[name].shape[count:])
     return tensors
 
 
@@ -118,9 +111,9 @@ register(
 )
 
 
-def _mae(config: Mapping[str, Any]) -> dict[str, Any]:
+def _mae(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     expect(config, qkv_bias=True)
-    if "ViTMAEForPreTraining" not in (config.get("architectures") or ["ViTMAEForPreTraining"]):
+    if "decoder.mask_token" not in tensors:
         raise CheckpointError("this ViTMAE checkpoint has no decoder; save a ViTMAEForPreTraining")
     decoder = {
         "hidden_size": 512,
@@ -185,7 +178,7 @@ def _tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**(config.get(f"{name}_config") or {}), **(config.get(f"{name}_config_dict") or {})}
 
 
-def _clip(config: Mapping[str, Any]) -> dict[str, Any]:
+def _clip(config: Mapping[str, Any], _: Mapping[str, Tensor]) -> dict[str, Any]:
     both = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     text, image = _tower(config, "text"), _tower(config, "vision")
     small = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}

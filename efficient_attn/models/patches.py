@@ -108,7 +108,8 @@ def resize_positions(positions: Tensor, old: Size, new: Size) -> Tensor:
     """(old rows * columns, E) -> (new rows * columns, E): bicubic, as ViT does for images of other sizes."""
     if old == new:
         return positions
-    as_image = positions.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    half = positions.dtype in (torch.float16, torch.bfloat16)
+    as_image = (positions.float() if half else positions).reshape(1, *old, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(as_image, size=new, mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1).reshape(math.prod(new), -1).to(positions.dtype)
 

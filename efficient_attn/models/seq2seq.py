@@ -6,7 +6,6 @@ Letters: B batch, M source tokens, N target tokens, E features, V vocabulary of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from ..errors import InputError
 from .base import Model
 from .cache import Cache
 from .embeddings import Embeddings, as_padding
-from .generation import beam_search, padded, stop_at
+from .generation import beam_search, padded, repeating, stop_at
 from .positions import check_length
 from .transformer import Transformer, TransformerConfig
 
@@ -40,6 +39,8 @@ class Seq2SeqConfig:
         pad_token_id, eos_token_id, start_token_id: fills up, ends, and begins a target.
         forced_bos_token_id, forced_eos_token_id: what generation writes first, and at the greatest length.
         banned_token_ids: what generation never writes.
+        min_length: tokens, the start token among them, before generation may end a target.
+        no_repeat_ngram: generation writes no run of so many tokens twice; 0: it may.
         renormalize: beam search renormalises probabilities after banning.
         num_beams, length_penalty, early_stopping: defaults of `generate`.
     """
@@ -63,6 +64,8 @@ class Seq2SeqConfig:
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
     banned_token_ids: tuple[int, ...] = ()
+    min_length: int = 0
+    no_repeat_ngram: int = 0
     renormalize: bool = True
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -142,8 +145,8 @@ class Seq2Seq(Model):
         """The encoder's output (B, M, E)."""
         positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
         padding = as_padding("attention_mask", attention_mask, input_ids)
-        found: Any = self.encoder(self.source(input_ids, positions), key_padding_mask=padding)
-        return found  # type: ignore[no-any-return]
+        found: Tensor = self.encoder(self.source(input_ids, positions), key_padding_mask=padding)
+        return found
 
     def decode(
         self,
@@ -280,6 +283,7 @@ class _Writer:
         self.written: Tensor | None = None
         self.banned = torch.zeros(self.config.target_tokens, dtype=torch.bool, device=memory.device)
         self.banned[list(self.config.banned_token_ids)] = True
+        self.end = torch.tensor([self.config.eos_token_id], device=memory.device)
 
     def step(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
         """Log-probabilities (R, V) after `tokens` (R, 1), where row r continues what row rows[r] was."""
@@ -294,15 +298,22 @@ class _Writer:
 
     def _adjusted(self, log_probs: Tensor, length: int) -> Tensor:
         """Banned and forced tokens, for the token at place `length`."""
-        if self.config.banned_token_ids:
+        config = self.config
+        if config.banned_token_ids:
             log_probs = log_probs.masked_fill(self.banned, -torch.inf)
-        forced = self.config.forced_bos_token_id if length == 1 else None
-        if length == self.max_new_tokens and self.config.forced_eos_token_id is not None:
-            forced = self.config.forced_eos_token_id
+        if config.no_repeat_ngram and self.written is not None:
+            log_probs = log_probs.masked_fill(
+                repeating(self.written, config.no_repeat_ngram, log_probs.shape[1]), -torch.inf
+            )
+        if length < config.min_length:
+            log_probs = log_probs.index_fill(1, self.end, -torch.inf)
+        forced = config.forced_bos_token_id if length == 1 else None
+        if length == self.max_new_tokens and config.forced_eos_token_id is not None:
+            forced = config.forced_eos_token_id
         if forced is not None:
             log_probs = torch.full_like(log_probs, -torch.inf)
             log_probs[:, forced] = 0.0
-        return log_probs.log_softmax(-1) if self.config.renormalize else log_probs
+        return log_probs.log_softmax(-1) if config.renormalize else log_probs
 
     def _reorder(self, rows: Tensor) -> None:
         """Beams change places, those of one source among themselves; at first each source becomes its beams."""

@@ -8,7 +8,6 @@ Letters: B batch, N tokens, E features, L labels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +121,8 @@ class TextClassifier(Model):
     ) -> Tensor:
         """The encoder's output (B, N, E). Arguments as in `forward`."""
         x, padding = self._embed(input_ids, attention_mask, token_type_ids)
-        return self.encoder(x, key_padding_mask=padding)  # type: ignore[no-any-return]
+        found: Tensor = self.encoder(x, key_padding_mask=padding)
+        return found
 
     def inspect(
         self,
@@ -134,8 +134,8 @@ class TextClassifier(Model):
     ) -> Outputs:
         """The outputs of all layers, and what each attends to. Arguments as in `forward`."""
         x, padding = self._embed(input_ids, attention_mask, token_type_ids)
-        found: Any = self.encoder(x, key_padding_mask=padding, return_hidden=True, need_weights=need_weights)
-        return found  # type: ignore[no-any-return]
+        found: Outputs = self.encoder(x, key_padding_mask=padding, return_hidden=True, need_weights=need_weights)
+        return found
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What stands for each text, (B, E), of the encoder's output (B, N, E)."""

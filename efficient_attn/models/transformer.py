@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, overload
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -305,32 +305,6 @@ class Transformer(nn.Module):
         """An empty cache for this decoder; `capacity`: tokens to make room for at once."""
         return Cache(self._config.num_layers, capacity=capacity)
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        key_padding_mask: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_padding_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        positions: Tensor | None = None,
-        return_hidden: Literal[False] = False,
-        need_weights: bool = False,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        key_padding_mask: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_padding_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        positions: Tensor | None = None,
-        return_hidden: Literal[True],
-        need_weights: bool = False,
-    ) -> Outputs: ...
     def forward(
         self,
         x: Tensor,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import typing
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import patterns
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, UnsupportedError
 from ..methods import Hybrid
 from .base import Model
 from .patches import PatchEmbedding, Size, as_size, grid_of, resize_positions, sinusoidal_2d
-from .transformer import Transformer, TransformerConfig, each_layer
+from .transformer import Outputs, Transformer, TransformerConfig, each_layer
 
 POOLS = ("cls", "mean")
 POSITIONS = ("learned", "sinusoidal")
@@ -133,14 +132,22 @@ class ImageBackbone(nn.Module):
         Args:
             key_padding_mask: bool (B, M), True = a token that none sees.
         """
-        if self.embedding_norm is not None:
-            tokens = self.embedding_norm(tokens)
-        encoded: Tensor = self.encoder(self.dropout(tokens), key_padding_mask=key_padding_mask)
+        encoded: Tensor = self.encoder(self._prepared(tokens), key_padding_mask=key_padding_mask)
         return encoded
+
+    def _prepared(self, tokens: Tensor) -> Tensor:
+        prepared: Tensor = self.dropout(tokens if self.embedding_norm is None else self.embedding_norm(tokens))
+        return prepared
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1 + N, E): the class token, then the patches row by row. Raises as `embed` does."""
         return self.encode(self.embed(images)[0])
+
+    def inspect(self, images: Tensor, *, need_weights: bool = True) -> Outputs:
+        """The outputs of all layers, and with need_weights what each attends to: (1 + N) x (1 + N) memory a head."""
+        tokens = self._prepared(self.embed(images)[0])
+        found: Outputs = self.encoder(tokens, return_hidden=True, need_weights=need_weights)
+        return found
 
     def pooled(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, E): the class token, or with pool="mean" the mean of the patches."""
@@ -169,18 +176,18 @@ class ViTConfig:
 
     Fields:
         backbone: of images.
-        num_labels: classes; 0 for features instead of logits.
+        num_labels: classes; None for a model of features, without a head.
 
     Raises:
-        InputError: fewer than no classes.
+        InputError: fewer than one class.
     """
 
     backbone: ImageConfig = field(default_factory=ImageConfig)
-    num_labels: int = 1000
+    num_labels: int | None = 1000
 
     def __post_init__(self) -> None:
-        if self.num_labels < 0:
-            raise InputError(f"num_labels must be at least 0, got {self.num_labels}")
+        if self.num_labels is not None and self.num_labels < 1:
+            raise InputError(f"num_labels must be at least 1, or None; got {self.num_labels}")
 
 
 class ViT(Model):
@@ -198,11 +205,12 @@ class ViT(Model):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.backbone = ImageBackbone(config.backbone)
-        self.head = nn.Linear(config.backbone.encoder.hidden_dim, config.num_labels) if config.num_labels else None
-        if self.head is not None:
+        self.head = None
+        if config.num_labels is not None:
+            self.head = nn.Linear(config.backbone.encoder.hidden_dim, config.num_labels)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-        self._frozen = False
+        self._frozen: frozenset[str] = frozenset()  # parameters of the backbone that train when it is frozen no more
 
     @classmethod
     def from_backbone(cls, source: nn.Module, num_labels: int, *, frozen: bool = False, pool: str | None = None) -> ViT:
@@ -224,6 +232,8 @@ class ViT(Model):
         model = cls(ViTConfig(config, num_labels))
         trained = copy.deepcopy(backbone)
         trained._config = config
+        for name in getattr(source, "_frozen", ()):
+            trained.get_parameter(name).requires_grad_(True)
         model.backbone = trained
         model.to(device=trained.class_token.device, dtype=trained.class_token.dtype)
         if frozen:
@@ -232,10 +242,12 @@ class ViT(Model):
 
     def freeze(self, frozen: bool = True) -> None:
         """Leave the backbone as it is: no gradients, no dropout; only the head trains. False: train it again."""
-        self._frozen = frozen
-        for name, parameter in self.backbone.named_parameters():
-            fixed = name == "positions" and self.config.backbone.positions == "sinusoidal"
-            parameter.requires_grad_(not frozen and not fixed)
+        parameters = dict(self.backbone.named_parameters())
+        if frozen:
+            self._frozen |= {name for name, parameter in parameters.items() if parameter.requires_grad}
+        for name in self._frozen & parameters.keys():
+            parameters[name].requires_grad_(not frozen)
+        self._frozen = self._frozen if frozen else frozenset()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ViT:
@@ -256,13 +268,19 @@ class ViT(Model):
             images: (B, C, H, W), floating point; H and W multiples of the patch.
 
         Returns:
-            (B, num_labels); with num_labels=0 the features (B, E).
+            (B, num_labels).
 
         Raises:
-            InputTypeError, InputError: no such images.
+            InputTypeError, InputError: no such images. UnsupportedError: a model without a head.
         """
-        features = self.features(images)
-        return features if self.head is None else typing.cast(Tensor, self.head(features))
+        if self.head is None:
+            raise UnsupportedError("the model has no head; use features(), or from_pretrained(..., num_labels=10)")
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def inspect(self, images: Tensor, *, need_weights: bool = True) -> Outputs:
+        """The outputs of all layers, and what each attends to. Images as in `forward`."""
+        return self.backbone.inspect(images, need_weights=need_weights)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy, a scalar.
@@ -271,10 +289,8 @@ class ViT(Model):
             images: as in `forward`. labels: int64 (B), below num_labels.
 
         Raises:
-            InputTypeError, InputError: images or labels that are none, or a model without a head.
+            InputTypeError, InputError: images or labels that are none. UnsupportedError: a model without a head.
         """
-        if self.head is None:
-            raise InputError("num_labels=0 is a model of features; give it num_labels to train it")
         check_labels(labels, images.shape[0])
         return F.cross_entropy(self.forward(images), labels)
 

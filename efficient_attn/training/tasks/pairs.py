@@ -35,6 +35,7 @@ class Clip(Task):
     data: str | None = None
     image_size: int = option(32, "Height and width to which images of a folder are resized.")
     patch_size: int = option(2, "Height and width of a patch, which is a token.")
+    overlap: int = option(1, "Pixels that a patch reaches into its neighbours.", least=0)
     max_length: int = option(32, "Bytes of a text that are read, with the marks around it.")
     dim: int = option(64, "Features of both towers.")
     layers: int = option(2, "Layers of each tower.")
@@ -59,6 +60,7 @@ class Clip(Task):
             about["image_size"],
             self.patch_size,
             about["channels"],
+            overlap=self.overlap,
             positions="sinusoidal",
             pool="mean",
             encoder=tower(self.attention, False),

@@ -42,6 +42,7 @@ CHECKPOINTS = {
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "roberta-bare": ("RobertaModel", "RobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", {**BERT, "pad_token_id": 1, "type_vocab_size": 1}),
+    "camembert": ("CamembertForSequenceClassification", "CamembertConfig", {**BERT, "pad_token_id": 1}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt2-bare": ("GPT2Model", "GPT2Config", GPT2),
     "gpt2-untied": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "tie_word_embeddings": False, "n_inner": 40}),
@@ -110,7 +111,9 @@ def close(ours, theirs, mask=None):
 
 
 @pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare", "xlm-roberta"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bert-bare", "bert-mlm", "roberta", "roberta-bare", "xlm-roberta", "camembert"]
+)
 @torch.no_grad()
 def test_encoders(checkpoint, name, padding):
     theirs, folder = checkpoint(name)
@@ -306,11 +309,12 @@ def test_generation_settings_of_a_checkpoint(checkpoint, tmp_path):
     free = theirs.generate(IDS, num_beams=2, max_new_tokens=20)
     banned = int(free[0, 2])
     theirs.generation_config.update(num_beams=4, length_penalty=0.5, bad_words_ids=[[banned]], renormalize_logits=True)
+    theirs.generation_config.max_length = 21
     theirs.save_pretrained(tmp_path)
     ours = Seq2Seq.from_pretrained(tmp_path)
     assert ours.config.banned_token_ids == (banned,) and ours.config.num_beams == 4
-    wanted = theirs.generate(IDS, max_new_tokens=20)
-    assert torch.equal(ours.generate(IDS, max_new_tokens=20), wanted)
+    wanted = theirs.generate(IDS)
+    assert torch.equal(ours.generate(IDS), wanted)
     assert banned not in (2, 3) and banned not in wanted and not torch.equal(wanted, free)
     for size, least in ((1, 0), (2, 12)):
         theirs.generation_config.update(no_repeat_ngram_size=size, min_length=least)
@@ -485,3 +489,17 @@ def test_weights_on_request():
         assert weights.shape == (B, 4, N, N) and weights[2, :, :, 3:].abs().max() == 0
         torch.testing.assert_close(weights.sum(-1), torch.ones(B, 4, N))
     assert model.inspect(IDS, need_weights=False).weights == ()
+
+
+def test_alignments_of_a_translation(checkpoint):
+    theirs, folder = checkpoint("marian")
+    theirs.set_attn_implementation("eager")
+    target = IDS[:, :5]
+    with torch.no_grad():
+        wanted = theirs(IDS, attention_mask=RIGHT, decoder_input_ids=target, output_attentions=True)
+        source, written = Seq2Seq.from_pretrained(folder).inspect(IDS, target, RIGHT)
+    for one, other in zip(written.memory_weights, wanted.cross_attentions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    for one, other in zip(written.weights, wanted.decoder_attentions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert len(source.weights) == 2 and source.memory_weights == ()

@@ -178,5 +178,8 @@ def beam_search(
 
 def padded(sequences: list[list[int]], pad: int, device: torch.device) -> Tensor:
     """Sequences as one tensor (B, T), filled with `pad` on the right."""
-    width = max(len(sequence) for sequence in sequences)
-    return torch.tensor([sequence + [pad] * (width - len(sequence)) for sequence in sequences], device=device)
+    width = max((len(sequence) for sequence in sequences), default=0)
+    found = torch.full((len(sequences), width), pad, device=device)
+    for row, sequence in zip(found, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence, device=device)
+    return found

@@ -235,6 +235,9 @@ def bart_config(text: Text, tensors: Tensors) -> dict[str, Any]:
             "activation_dropout": text.get("activation_dropout", 0.0),
         }
 
+    longest = _generation(text, "max_new_tokens")
+    if longest is None and _generation(text, "max_length") is not None:
+        longest = _generation(text, "max_length") - 1  # theirs counts the start token
     return {
         "vocab_size": text["vocab_size"],
         "target_vocab_size": None if shared else text.get("decoder_vocab_size") or text["vocab_size"],
@@ -261,6 +264,7 @@ def bart_config(text: Text, tensors: Tensors) -> dict[str, Any]:
         "num_beams": _generation(text, "num_beams") or 1,
         "length_penalty": 1.0 if _generation(text, "length_penalty") is None else _generation(text, "length_penalty"),
         "early_stopping": _generation(text, "early_stopping") or False,
+        "max_new_tokens": longest,
         "encoder": side("encoder"),
         "decoder": side("decoder") | {"causal": True, "cross_attention": True},
     }

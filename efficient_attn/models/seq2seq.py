@@ -6,6 +6,7 @@ Letters: B batch, M source tokens, N target tokens, E features, V vocabulary of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .cache import Cache
 from .embeddings import Embeddings, as_padding
 from .generation import beam_search, padded, repeating, stop_at
 from .positions import check_length
-from .transformer import Transformer, TransformerConfig
+from .transformer import Outputs, Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Seq2SeqConfig:
         min_length: tokens, the start token among them, before generation may end a target.
         no_repeat_ngram: generation writes no run of so many tokens twice; 0: it may.
         renormalize: beam search renormalises probabilities after banning.
-        num_beams, length_penalty, early_stopping: defaults of `generate`.
+        num_beams, length_penalty, early_stopping, max_new_tokens: defaults of `generate`; the last None: max_len - 1.
     """
 
     vocab_size: int = 32000
@@ -70,6 +71,7 @@ class Seq2SeqConfig:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.encoder.causal or self.encoder.cross_attention:
@@ -143,9 +145,7 @@ class Seq2Seq(Model):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's output (B, M, E)."""
-        positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-        padding = as_padding("attention_mask", attention_mask, input_ids)
-        found: Tensor = self.encoder(self.source(input_ids, positions), key_padding_mask=padding)
+        found: Tensor = self._read(input_ids, attention_mask)
         return found
 
     def decode(
@@ -165,21 +165,56 @@ class Seq2Seq(Model):
             decoder_attention_mask: (B, cache.length + N).
             cache: of the target's tokens before (`model.decoder.make_cache()`).
         """
-        past, N = 0 if cache is None else cache.length, decoder_input_ids.shape[-1]
-        if self.target.positions is not None:
-            check_length(past + N, self._config.max_len)
-        positions = torch.arange(past, past + N, device=decoder_input_ids.device)
-        x = self.target(decoder_input_ids, positions, table=self._target_table())
-        hidden = self.decoder(
-            x,
-            key_padding_mask=as_padding("decoder_attention_mask", decoder_attention_mask, decoder_input_ids, past),
-            memory=memory,
-            memory_padding_mask=None if attention_mask is None else attention_mask == 0,
-            cache=cache,
-            positions=positions,
-        )
+        hidden = self._write(decoder_input_ids, memory, attention_mask, decoder_attention_mask, cache=cache)
         weight = self._target_table() if self.head is None else self.head.weight
         return F.linear(hidden, weight, self.logits_bias)
+
+    def inspect(
+        self,
+        input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        need_weights: bool = True,
+    ) -> tuple[Outputs, Outputs]:
+        """The outputs of all layers of encoder and decoder, and what each attends to. Arguments as in `forward`.
+
+        The decoder's memory_weights (B, H, N, M) align target and source.
+        """
+        options: dict[str, Any] = {"return_hidden": True, "need_weights": need_weights}
+        source: Outputs = self._read(input_ids, attention_mask, **options)
+        target = self._write(decoder_input_ids, source.last, attention_mask, decoder_attention_mask, **options)
+        return source, target
+
+    def _read(self, ids: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        positions = torch.arange(ids.shape[-1], device=ids.device)
+        padding = as_padding("attention_mask", mask, ids)
+        return self.encoder(self.source(ids, positions), key_padding_mask=padding, **options)
+
+    def _write(
+        self,
+        ids: Tensor,
+        memory: Tensor | None,
+        mask: Tensor | None,
+        target_mask: Tensor | None,
+        *,
+        cache: Cache | None = None,
+        **options: Any,
+    ) -> Any:
+        past, N = 0 if cache is None else cache.length, ids.shape[-1]
+        if self.target.positions is not None:
+            check_length(past + N, self._config.max_len)
+        positions = torch.arange(past, past + N, device=ids.device)
+        return self.decoder(
+            self.target(ids, positions, table=self._target_table()),
+            key_padding_mask=as_padding("decoder_attention_mask", target_mask, ids, past),
+            memory=memory,
+            memory_padding_mask=None if mask is None else mask == 0,
+            cache=cache,
+            positions=positions,
+            **options,
+        )
 
     def shift_right(self, target: Tensor) -> Tensor:
         """The decoder's input for a target (B, N) that it shall learn: the start token, then the target but its last.
@@ -214,8 +249,8 @@ class Seq2Seq(Model):
         Args:
             input_ids: int64 (B, M).
             attention_mask: bool or int (B, M), 1 = a token, 0 = padding.
-            max_new_tokens: T at most; default: as far as positions go.
-            num_beams, length_penalty, early_stopping: see `generation.beam_search`; default: the config's.
+            max_new_tokens: T at most.
+            num_beams, length_penalty, early_stopping: see `generation.beam_search`. These four default to the config's.
             use_cache: keep keys and values of earlier tokens, else run the whole target again for each token.
 
         Returns:
@@ -228,7 +263,7 @@ class Seq2Seq(Model):
         config = self._config
         beams = config.num_beams if num_beams is None else num_beams
         if max_new_tokens is None:
-            max_new_tokens = config.max_len - 1
+            max_new_tokens = config.max_len - 1 if config.max_new_tokens is None else config.max_new_tokens
         if beams < 1 or max_new_tokens < 1:
             raise InputError(f"num_beams and max_new_tokens must be at least 1, got {beams} and {max_new_tokens}")
         if self.target.positions is not None:

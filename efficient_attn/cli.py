@@ -1,4 +1,4 @@
-"""The command line: ``efficient-attn info | bench | report``."""
+"""The command line: ``efficient-attn info | bench | report | train``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from efficient_attn import EfficientAttnError, explain, parse
 from efficient_attn.backends import cpu
 from efficient_attn.benchmarks import cases, plot, records, runner
 from efficient_attn.benchmarks import report as reporting
+from efficient_attn.training import command as training
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a suite is called on the command line, and the suites of a plain ``bench``.
@@ -50,6 +51,7 @@ app = typer.Typer(
     add_completion=False,
     help="Attention: exact, block-sparse and low-rank.",
 )
+app.add_typer(training.app)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``efficient-attn info | bench | report | train``."""
+"""The command line: ``efficient-attn info | bench | report | profile | recommend | train``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from efficient_attn import EfficientAttnError, explain, parse
 from efficient_attn.backends import cpu
 from efficient_attn.benchmarks import cases, plot, records, runner
 from efficient_attn.benchmarks import report as reporting
+from efficient_attn.profiling import commands as profiling
 from efficient_attn.training import command as training
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -106,6 +107,10 @@ def bench(
     free = records.available_memory()
     limit = int(memory_limit * 2**30) if memory_limit else (None if free is None else int(0.8 * free))
     raise typer.Exit(_run(cells, folder, runner.Limits(timeout, limit)))
+
+
+app.command("profile")(profiling.profile)
+app.command("recommend")(profiling.recommend_command)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from .errors import InputError, InputTypeError
 from .masks import BlockMask, MaskArrays
 from .ops import attention as ops
 from .patterns import Pattern
+from .tracing import PLAN, named
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -286,7 +287,18 @@ def resolve_mask(
             return MaskArrays()
         offset = Nk - Nq if causal_alignment == "bottom_right" else 0
         return MaskArrays(window_right=0, window_offset=offset)
-    causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
+    return _planned_mask(mask, query, key, causal_mask(Nq, Nk, is_causal, causal_alignment), transposed, scale)
+
+
+@named(PLAN)
+def _planned_mask(
+    mask: BlockMask | Pattern | Tensor,
+    query: Tensor,
+    key: Tensor,
+    causal: BlockMask | None,
+    transposed: bool,
+    scale: float | None,
+) -> MaskArrays:
     block_mask = as_block_mask(mask, query, key, scale=scale, within=causal)
     return (block_mask if causal is None else block_mask & causal).arrays(transposed)
 

@@ -121,6 +121,12 @@ def draw(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor
 
 def reachable_blocks(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, cols) of the blocks that a window and the lengths of each batch element touch."""
+    first, counts = reach(grid, window, lengths)
+    return ragged_range(first.reshape(-1), counts.reshape(-1))
+
+
+def reach(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query block the first key block that a window and the lengths touch, and how many: [batch, n_q]."""
     top = torch.arange(grid.n_q, device=lengths.device) * grid.block_q
     bottom = (top + grid.block_q).clamp(max=grid.q_len) - 1
     low, high = window
@@ -128,7 +134,7 @@ def reachable_blocks(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Ten
     last = torch.full_like(top, grid.kv_len) if high is None else bottom + high
     last = torch.minimum(last, lengths[:, None] - 1)  # [batch, n_q]
     counts = torch.where(first <= last, last // grid.block_k - first // grid.block_k + 1, 0)
-    return ragged_range((first // grid.block_k).expand_as(last).reshape(-1), counts.reshape(-1))
+    return (first // grid.block_k).expand_as(last), counts
 
 
 def how_cut(grid: Grid, window: Interval, ends: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,6 +273,23 @@ def count_blocks(grid: Grid, lists: BlockLists | None, window: Interval, lengths
         else:
             touched, _, _ = how_cut(grid, window, length, entry_rows(part), part.indices.long())
             total += times * int(touched.sum())
+    return total
+
+
+def visited_pairs(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor) -> int:
+    """Number of pairs in the blocks of `count_blocks`, visible or not, those beyond q_len and kv_len left out."""
+    total = 0
+    for part, length, times in _per_batch(grid, lists, lengths):
+        if part is None:
+            first, counts = reach(grid, window, length)
+            keys = ((first + counts) * grid.block_k).clamp(max=grid.kv_len) - first * grid.block_k
+            rows = torch.arange(grid.n_q, device=length.device)
+            heights = (grid.q_len - rows * grid.block_q).clamp(max=grid.block_q)
+            total += times * int((heights * torch.where(counts > 0, keys, 0)).sum())
+        else:
+            rows, cols = entry_rows(part), part.indices.long()
+            touched, _, _ = how_cut(grid, window, length, rows, cols)
+            total += times * int(torch.where(touched, grid.pairs(rows, cols), 0).sum())
     return total
 
 

@@ -27,6 +27,7 @@ from ..functional import MaskLike, as_block_mask, check_alignment
 from ..mask_build import FULL, entry_rows, pointers
 from ..masks import BlockMask
 from ..patterns import Pattern
+from ..tracing import PLAN, named
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ def split(pattern: BlockMask, allowed: BlockMask, block: int) -> Split:
     return Split(lists & allowed, tail, block)
 
 
+@named(PLAN)
 def plan(
     pattern: Pattern,
     query: Tensor,

@@ -31,6 +31,7 @@ from ..functional import (
 from ..masks import BlockMask
 from ..padding import check_key_mask, select_keys
 from ..patterns.buckets import sorted_lists
+from ..tracing import PLAN, span
 from .base import register
 from .sparse import SparseMethod
 
@@ -79,7 +80,7 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
             options |= {"dropout_seed": dropout_seed, "backend": backend, "need_weights": need_weights}
             return super().attend(query, key, value, key_mask=key_mask, **options)
         offset = (Nk - Nq if causal_alignment == "bottom_right" else 0) if is_causal else None
-        with torch.no_grad():
+        with torch.no_grad(), span(PLAN):
             found = self.buckets(query.detach(), key.detach(), key_mask)
         key, value = select_keys(key_mask, key, value)
         seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
@@ -88,9 +89,10 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
             by_query, by_key = (buckets[r].argsort(dim=-1, stable=True) for buckets in (found.query, found.key))
             back = by_query.argsort(-1)
             sorted_qkv = [_taken(t, order) for t, order in ((query, by_query), (key, by_key), (value, by_key))]
-            options["mask"] = sorted_lists(
-                found, r, by_query, by_key, offset=offset, others=self.shared_qk, block=self.sorted_block
-            )
+            with span(PLAN):
+                options["mask"] = sorted_lists(
+                    found, r, by_query, by_key, offset=offset, others=self.shared_qk, block=self.sorted_block
+                )
             options["dropout_seed"] = None if seed is None else seed + r
             out, lse = attention(*sorted_qkv, **options, return_lse=True, backend=backend)
             outs.append(_taken(out, back))

@@ -13,6 +13,7 @@ from ..errors import UnsupportedError
 from ..functional import as_block_mask, attention_weights, causal_mask, check_alignment, resolve_seed
 from ..masks import BlockMask
 from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
+from ..tracing import PLAN, named
 from .base import Method, parse, register, register_compound
 
 
@@ -64,6 +65,7 @@ class SparseMethod(Method, patterns.Pattern):
             bias = add_to_bias(bias, key_mask, query)
         return out, attention_weights(query, key, bias=bias, **shared)
 
+    @named(PLAN)
     def _restricted(
         self,
         mask: BlockMask | Tensor | None,

@@ -25,7 +25,7 @@ from ..backends import BACKENDS, reference
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 DOUBLE_BACKWARD_ROWS = 256  # query rows replayed at a time
 
 MASK = (
@@ -263,7 +263,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or any(type(t) not in _PLAIN for t in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -1,0 +1,31 @@
+"""Where time and memory go, and which attention to use: `profile_op`, `profile_model`, `recommend`.
+
+api.py          the calls; commands.py: the same on the command line
+session.py      cells in worker processes, shortest lengths first; operator.py, model.py, roofline.py: what a cell runs
+counts.py       operations and bytes by operator; phases.py: time by phase, from torch.profiler
+fit.py          power laws, predictions, crossings; results.py: a profile; recommendation.py: the pick
+activations.py, sources.py, shapes.py       what is measured on; tables.py, plots.py: how it is shown
+"""
+
+from .api import profile_model, profile_op, profile_source
+from .model import find_attention
+from .recommendation import Candidate, Recommendation, from_rows, pareto, recommend
+from .results import Growth, Profile, from_records
+from .roofline import Ceilings, Roofline
+
+__all__ = [
+    "Candidate",
+    "Ceilings",
+    "Growth",
+    "Profile",
+    "Recommendation",
+    "Roofline",
+    "find_attention",
+    "from_records",
+    "from_rows",
+    "pareto",
+    "profile_model",
+    "profile_op",
+    "profile_source",
+    "recommend",
+]

@@ -1,0 +1,222 @@
+"""``efficient-attn profile`` and ``efficient-attn recommend``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..benchmarks import records, runner
+from ..errors import EfficientAttnError, InputError
+from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
+from .recommendation import CANDIDATES, from_rows, recommend
+from .results import from_records
+from .session import MODEL, OPERATOR, Report
+from .shapes import read_lengths
+
+Text = str | None
+
+
+def profile(
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="A method's spec, e.g. bigbird:block=64. Repeatable.")
+    ] = None,
+    model: Annotated[
+        Text,
+        typer.Option(help="encoder, decoder, bert, a folder with transformers' config.json, or file.py:function."),
+    ] = None,
+    lengths: Annotated[Text, typer.Option(help="1k..256k (doubling), or 512,2k,16k.")] = None,
+    mode: Annotated[str, typer.Option(help="fwd, fwd_bwd or fwd,fwd_bwd.")] = "fwd",
+    attention: Annotated[
+        list[str] | None, typer.Option(help="With --model: a spec to put into it, each a series. Repeatable.")
+    ] = None,
+    batch: Annotated[int, typer.Option()] = 1,
+    heads: Annotated[int, typer.Option()] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Grouped queries. Default: --heads.")] = None,
+    head_dim: Annotated[int, typer.Option()] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    causal: Annotated[bool, typer.Option("--causal", help="With --op: causal attention.")] = False,
+    activations: Annotated[str, typer.Option(help="With --op: random or photographs.")] = "random",
+    seed: Annotated[int, typer.Option(help="Of activations and weights.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
+    budget: Annotated[float, typer.Option(min=0.05, help="Seconds of timing a cell.")] = 1.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one cell may take.")] = 120.0,
+    memory_limit: Annotated[
+        float | None, typer.Option(min=0.1, help="GiB that one cell may use. Default: 80 % of what is free.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="A Chrome trace (ui.perfetto.dev) of the longest length, into this file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.jsonl and profile.png. Default: profile-results/<time>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out, skipping what is done.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Time, memory, phases and roofline of a method or model against length, with what they predict."""
+    with _named_errors():
+        if (op is None) == (model is None):
+            raise InputError("give --op SPEC or --model NAME, one of the two")
+        chosen = read_lengths(lengths) if lengths else (LENGTHS if model is None else MODEL_LENGTHS)
+        folder = _folder(out, resume)
+        common: dict[str, Any] = {"lengths": chosen, "mode": mode.split(","), "batch": batch, "dtype": dtype}
+        common |= {"seed": seed, "threads": threads, "budget_s": budget, "limits": _limits(timeout, memory_limit)}
+        common |= {"out": folder, "trace": trace}
+        console = Console(stderr=as_json)
+        code = 0
+        try:
+            with _progress(console) as report:
+                if op is not None:
+                    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+                    shape |= {"causal": causal, "activations": activations}
+                    found = profile_op(op, **shape, **common, report=report)
+                else:
+                    found = profile_source(model or "", attention=attention or (), **common, report=report)
+        except KeyboardInterrupt:
+            code = 130
+            console.print(f"[yellow]interrupted[/]; to go on, repeat the command with --out {folder} --resume")
+            rows = list(records.read(folder / "results.jsonl"))
+            if not any(row.get("suite") in (OPERATOR, MODEL) for row in rows):
+                raise typer.Exit(code) from None
+            found = from_records(rows)
+        _show(found, folder / "profile.png", as_json)
+    raise typer.Exit(code)
+
+
+def recommend_command(
+    length: Annotated[str | None, typer.Option(help="Sequence length: 4096 or 4k.")] = None,
+    error: Annotated[float, typer.Option("--budget", help="The error allowed, |out - dense| / |dense|.")] = 0.1,
+    model: Annotated[Text, typer.Option(help="Measure on the activations of this model; see profile.")] = None,
+    rows: Annotated[
+        list[Path] | None, typer.Option("--from", help="Recommend from result files instead. Repeatable.")
+    ] = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help=f"A spec. Repeatable. Default: {len(CANDIDATES)} of them.")
+    ] = None,
+    mode: Annotated[Text, typer.Option(help="fwd or fwd_bwd. Default: fwd.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Default: 1.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Default: 8.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Grouped queries. Default: --heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Default: 64.")] = None,
+    dtype: Annotated[Text, typer.Option(help="float32, float64, bfloat16 or float16. Default: float32.")] = None,
+    causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="Causal attention.")] = None,
+    activations: Annotated[str, typer.Option(help="random or photographs.")] = "random",
+    seed: Annotated[int, typer.Option(help="Of activations and weights.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu; other devices by --from.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Seconds of timing a candidate.")] = 1.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one candidate may take.")] = 120.0,
+    memory_limit: Annotated[
+        float | None, typer.Option(min=0.1, help="GiB that one candidate may use. Default: 80 % of what is free.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.jsonl and recommend.png. Default: profile-results/<time>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out, skipping what is done.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Which attention to use: the measured front of time against error, and the fastest within a budget."""
+    with _named_errors():
+        shape: dict[str, Any] = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        shape |= {"dtype": dtype, "causal": causal, "mode": mode}
+        given = {name: value for name, value in shape.items() if value is not None}
+        sizes = read_lengths(length) if length else ()
+        if len(sizes) > 1:
+            raise InputError(f"--length {length!r} names {len(sizes)} lengths; recommend is for one")
+        if rows is not None:
+            found = from_rows(rows, budget=error, **given, seqlen=sizes[0] if sizes else None)
+            _print(found, as_json)
+            return
+        if not sizes:
+            raise InputError("give --length N (with --model: of its sample), or --from FILE")
+        folder = _folder(out, resume)
+        options: dict[str, Any] = {"budget": error, "candidates": candidate or CANDIDATES, "device": device}
+        options |= {"seed": seed, "threads": threads, "budget_s": seconds, "limits": _limits(timeout, memory_limit)}
+        console = Console(stderr=as_json)
+        try:
+            with _progress(console) as report:
+                if model is None:
+                    options |= {"activations": activations, "length": sizes[0], **given}
+                    found = recommend(**options, out=folder, report=report)
+                else:
+                    found = _recommend_for(model, sizes[0], given, {**options, "out": folder, "report": report})
+        except KeyboardInterrupt:
+            console.print(f"[yellow]interrupted[/]; to go on, repeat the command with --out {folder} --resume")
+            raise typer.Exit(130) from None
+        _print(found, as_json)
+        Console(stderr=True).print(f"{found.plot(folder / 'recommend.png')}", highlight=False)
+
+
+def _recommend_for(model: str, length: int, given: dict[str, Any], options: dict[str, Any]) -> Any:
+    sources = importlib.import_module(f"{__package__}.sources")
+    wrong = [name for name in given if name not in ("batch", "dtype", "mode")]
+    if wrong:
+        raise InputError(f"--{wrong[0].replace('_', '-')} is the model's own; leave it out with --model")
+    config = {"model": model, "seqlen": length, "batch": given.get("batch", 1), "seed": options["seed"]}
+    network, sample = sources.load({**config, "dtype": given.get("dtype", "float32")})
+    return recommend(network, sample, mode=given.get("mode", "fwd"), **options)
+
+
+def _folder(out: Path | None, resume: bool) -> Path:
+    """The folder of this run. An existing result file is only continued when asked for."""
+    if out is None:
+        if resume:
+            raise InputError("--resume goes on in a folder: name it with --out")
+        out = Path("profile-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    elif (out / "results.jsonl").exists() and not resume:
+        raise InputError(f"--out {out} holds a run already; add --resume to go on with it, or name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {out} cannot be made: {error.strerror}; name a folder that you may write to"
+        ) from error
+    return out
+
+
+def _limits(timeout: float, memory_limit: float | None) -> runner.Limits:
+    free = records.available_memory()
+    limit = int(memory_limit * 2**30) if memory_limit else (None if free is None else int(0.8 * free))
+    return runner.Limits(timeout, limit)
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Report]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """This package's errors as errors of the command: what was given, what is allowed, exit code 2."""
+    try:
+        yield
+    except EfficientAttnError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _show(found: Any, png: Path, as_json: bool) -> None:
+    _print(found, as_json)
+    if found.series():
+        Console(stderr=True).print(f"{found.plot(png)}", highlight=False)
+
+
+def _print(found: Any, as_json: bool) -> None:
+    if as_json:
+        print(found.to_json())
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a file or pipe has no edge to wrap at
+    if found.environment:
+        console.print(records.describe(found.environment))
+    console.print(found.table())

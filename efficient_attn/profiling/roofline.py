@@ -1,0 +1,71 @@
+"""The roofline: how fast a call could be on this machine, and which ceiling it would meet (Williams et al., 2009)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine was measured to do: float32 operations and copied bytes per second, in units of 10^9.
+
+    kind: what was measured: "fma" (fused multiply-adds in registers), or "sgemm" without the native module.
+    """
+
+    gflops: float
+    gbytes: float
+    kind: str = "fma"
+    threads: int = 1
+
+    def flops_for(self, dtype: str) -> float:
+        """The compute ceiling of a dtype. Halves are multiplied in float32; float64 has half as many lanes."""
+        return self.gflops / 2 if dtype == "float64" else self.gflops
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """One call under the ceilings.
+
+    Attributes:
+        intensity: operations for each byte.
+        attained: 10^9 operations a second.
+        limit: what the lower one of the two ceilings allows at this intensity, likewise.
+        bound: "compute" or "memory", which ceiling that is.
+        share: attained / limit.
+    """
+
+    intensity: float
+    attained: float
+    limit: float
+    bound: str
+    share: float
+
+
+def roofline(flops: float, moved: float, ms: float, ceilings: Ceilings, dtype: str = "float32") -> Roofline:
+    """Place a call of `flops` operations and `moved` bytes that takes `ms` under the ceilings."""
+    peak = ceilings.flops_for(dtype)
+    intensity = flops / max(moved, 1)
+    limit = min(peak, intensity * ceilings.gbytes)
+    attained = flops / ms / 1e6
+    return Roofline(
+        intensity, attained, limit, "compute" if limit == peak else "memory", attained / limit if limit else 0.0
+    )
+
+
+def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure the ceilings with ``config``'s threads for ``budget_s`` seconds: a suite of the benchmark runner."""
+    from ..benchmarks import clock
+
+    compute, copy = clock.fma_ceiling(), clock.copy_ceiling()
+    times = clock.interleaved({"compute": compute.call, "copy": copy.call}, config["budget_s"])
+    return {
+        "gflops": compute.giga_per_second(times["compute"]["ms"]),
+        "gbytes": copy.giga_per_second(times["copy"]["ms"]),
+        "kind": compute.name,
+        "threads": torch.get_num_threads(),
+        "spread": {name: found["spread"] for name, found in times.items()},
+    }

@@ -81,9 +81,11 @@ def test_wrong_lengths_are_explained(text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "choose from ops, vit, memory, cpu"),
+        (["nonsense"], "choose from all, cpu,"),
+        (["all", "ops"], "'all' stands alone"),
+        (["--backend", "gpu"], "choose from auto, triton, cpu"),
         (["--dtype", "int8"], "choose from float32"),
-        (["--mode", "backward"], "choose from fwd, fwd_bwd"),
+        (["--mode", "backward"], "choose from fwd, fwd_bwd, decode"),
         (["--methods", "bigbirt"], "did you mean 'bigbird'"),
         (["--methods", "bigbird:blocks=64"], "no option 'blocks'"),
         (["--seqlens", "many"], "not a length"),

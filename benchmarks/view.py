@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import suites
@@ -64,7 +65,11 @@ def claims(found: Sequence[Row]) -> list[tuple[str, Claim]]:
     result = []
     for suite in shown(found):
         ready = done(found, suite.name)
-        result += [(suite.name, claim) for claim in (suite.claims(ready) if ready else ())]
+        noisy = {row["id"] for row in ready if row["noisy"]}
+        for claim in suite.claims(ready) if ready else ():
+            if noisy.intersection(claim.rows):
+                claim = replace(claim, text=f"{claim.text} Noisy: measured on a busy machine.")
+            result.append((suite.name, claim))
     return result
 
 

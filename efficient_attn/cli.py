@@ -34,7 +34,7 @@ import torch
 
 from efficient_attn import EfficientAttnError, explain, parse
 from efficient_attn.backends import BACKENDS, cpu
-from efficient_attn.benchmarks import cases, clock, html_report, plot, records, runner, suites
+from efficient_attn.benchmarks import cases, clock, html_report, peers, plot, records, runner, suites
 from efficient_attn.benchmarks import compare as comparing
 from efficient_attn.benchmarks import report as reporting
 
@@ -88,6 +88,9 @@ def bench(
     methods: Annotated[
         list[str] | None, typer.Option(help="Specs, e.g. dense,bigbird:block=64,window=3. Repeatable.")
     ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peers", help="Of the peers suite, e.g. sdpa_flash,linformer. Repeatable.")
+    ] = None,
     seqlens: Annotated[str | None, typer.Option(help="Lengths: 512,2k,16k or 512:65536:x2.")] = None,
     mode: Annotated[str | None, typer.Option(help=f"Any of {','.join(cases.MODES)}.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Any of {','.join(DTYPES)}.")] = "float32",
@@ -118,7 +121,9 @@ def bench(
     for file in load or ():
         suites.load(file)
     wanted = names or list(DEFAULT_SUITES)
-    cells = plan(wanted, quick, methods, seqlens, mode, dtype, causal, threads, seed=seed, backend=backend)
+    chosen_peers = tuple(name for text in peer or () for name in text.split(","))
+    more: dict[str, Any] = {"seed": seed, "backend": backend, "peer_names": chosen_peers}
+    cells = plan(wanted, quick, methods, seqlens, mode, dtype, causal, threads, **more)
     folder = _folder(out, resume)
     free = records.available_memory()
     limit = int(memory_limit * 2**30) if memory_limit else (None if free is None else int(0.8 * free))
@@ -191,6 +196,7 @@ def plan(
     *,
     seed: int = 0,
     backend: str = "auto",
+    peer_names: tuple[str, ...] = (),
 ) -> list[runner.Cell]:
     """The cells of a run, an equal share of each suite at any time; raises ``typer.BadParameter`` for anything wrong
     before any of them starts."""
@@ -205,6 +211,8 @@ def plan(
     for name in dtype.split(","):
         _one_of("--dtype", name, DTYPES)
     _one_of("--backend", backend, ("auto", *BACKENDS))
+    for name in peer_names:
+        _one_of("--peers", name, peers.names())
     modes = tuple(mode.split(",")) if mode else None
     for name in modes or ():
         _one_of("--mode", name, cases.MODES)
@@ -217,6 +225,7 @@ def plan(
     options = suites.Options(
         quick=quick,
         methods=chosen,
+        peers=peer_names,
         seqlens=parse_lengths(seqlens) if seqlens else None,
         modes=modes,
         dtypes=tuple(dtype.split(",")),

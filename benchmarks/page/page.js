@@ -116,7 +116,7 @@ function reset() {
 function niceTicks(low, high, logarithmic, values) {
   if (logarithmic) {
     const distinct = [...new Set(values)].sort((a, b) => a - b);
-    if (distinct.length <= 7) return distinct;
+    if (distinct.length && distinct.length <= 7) return apart(distinct);
     const found = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
       for (const lead of Math.log10(high / low) < 2 ? [1, 2, 5] : [1]) {
@@ -131,6 +131,11 @@ function niceTicks(low, high, logarithmic, values) {
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) found.push(Number(value.toPrecision(12)));
   return found;
+}
+
+// Ticks at the values themselves where they do not run into each other.
+function apart(values) {
+  return values.filter((value, index) => index === 0 || value / values[index - 1] > 1.12);
 }
 
 function scale(values, logarithmic, start, end, own) {

@@ -30,6 +30,7 @@ class Options:
 
     quick: bool = False
     methods: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
     seqlens: tuple[int, ...] | None = None
     modes: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] = ("float32",)

@@ -76,10 +76,10 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:
-    lengths = options.seqlens or ((1024,) if options.quick else (1024, 4096))
+    lengths = options.seqlens or ((2048,) if options.quick else (1024, 4096))
     modes = tuple(mode for mode in options.modes or ("fwd", "fwd_bwd") if mode != "decode")
-    found = (peers.get(name) for name in peers.names())
-    chosen = [peer for peer in found if not (peer.compiles and options.quick)]
+    found = (peers.get(name) for name in options.peers or peers.names())
+    chosen = [peer for peer in found if options.peers or not (peer.compiles and options.quick)]
     present = tuple(peer.name for peer in chosen if peer.absent() is None)
     absent = tuple(peer.name for peer in chosen if peer.absent() is not None)
     common = {"dtype": options.dtypes, **SHAPE, **options.common()}

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 
 from efficient_attn.benchmarks import html_report, records
 
+SHAPE = {"batch": 1, "heads": 4, "head_dim": 64, "dtype": "float32", "threads": 1}
 METHODS = ("dense", "bigbird:block=64,window=3", "linear")
 
 
@@ -26,20 +27,13 @@ def a_run():
     for number, method in enumerate(METHODS):
         for seqlen in (512, 1024, 2048):
             for mode in ("fwd", "fwd_bwd"):
-                config = {
-                    "method": method,
-                    "seqlen": seqlen,
-                    "mode": mode,
-                    "dtype": "float32",
-                    "heads": 4,
-                    "threads": 1,
-                }
+                config = {"method": method, "seqlen": seqlen, "mode": mode, **SHAPE}
                 ms = (1 + number) * seqlen / 512 * (3 if mode == "fwd_bwd" else 1)
                 metrics = {"ms": ms, "spread": 0.4 if seqlen == 512 else 0.02, "samples": 9, "dense_ms": 2 * ms}
                 metrics |= {"sdpa_ms": 3 * ms, "speedup_dense": 2.0 - (method == "dense"), "speedup_sdpa": 3.0}
                 metrics |= {"peak_bytes": seqlen * 4096, "error": 0.03 * number + 1e-7, "times": [ms] * 9}
                 cells.append({"suite": "ops", "status": "ok", "config": config, **metrics})
-    broken = {"method": "linear", "seqlen": 4096, "mode": "fwd", "dtype": "float32", "heads": 4, "threads": 1}
+    broken = {**cells[0]["config"], "method": "linear", "seqlen": 4096}
     cells.append({"suite": "ops", "status": "oom", "config": broken, "message": "no room </script><b>&"})
     for percent in (50, 10):
         config = {"pattern": "random", "percent": percent, "seqlen": 2048, "mode": "fwd", "dtype": "float32"}
@@ -79,7 +73,7 @@ def test_the_page_is_one_file_without_a_network(report):
 def test_every_row_is_in_the_page_with_what_it_depends_on(report):
     data = embedded(report[0])
     assert [row["id"] for row in data["rows"]] == [f"id{number}" for number in range(22)]
-    assert data["rows"][0]["shape"] == "H4 N512" and data["rows"][2]["series"] == "dense"
+    assert data["rows"][0]["shape"] == "B1 H4 N512 D64" and data["rows"][2]["series"] == "dense"
     assert data["rows"][18]["message"] == "no room </script><b>&" and data["rows"][21]["ms"] is None
     (environment,) = data["environments"]
     assert environment["torch"] and environment["code"] and environment["threads"] == "1"

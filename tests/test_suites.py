@@ -18,8 +18,10 @@ from efficient_attn import attention
 from efficient_attn.benchmarks import peers, records, suites, view
 from efficient_attn.benchmarks.suites import fidelity
 
+TOYS = 8
 TOY_SUITE = """
 import os, time
+TOYS = 8
 from efficient_attn.benchmarks.suites import Chart, Claim, Column, Suite, register
 
 def run_cell(config):
@@ -28,7 +30,7 @@ def run_cell(config):
 
 register(Suite(
     name="toy", about="Sleeps.", series="kind", run_cell=run_cell,
-    configs=lambda options: [{"number": n, "kind": "a", **options.common()} for n in range(1, 25)],
+    configs=lambda options: [{"number": n, "kind": "a", **options.common()} for n in range(1, TOYS + 1)],
     key=(Column("number", "number", "integer"),), columns=(Column("ms", "ms", "ms"),),
     charts=(Chart("Toy", "number", "ms", "number", "ms"),),
     claims=lambda rows: [Claim(f"{len(rows)} toys.", tuple(row["id"] for row in rows))],
@@ -107,7 +109,7 @@ def test_a_method_a_peer_and_a_suite_are_one_file_each(tmp_path, write):
     assert result.returncode == 0, result.stderr + result.stdout
     found = cells(tmp_path / "run")
     by_suite = {suite: [c for c in found if c["suite"] == suite] for suite in ("ops", "peers", "toy")}
-    assert len(by_suite["toy"]) == 24 and {c["status"] for c in by_suite["toy"]} == {"ok"}
+    assert len(by_suite["toy"]) == TOYS and {c["status"] for c in by_suite["toy"]} == {"ok"}
     (method,) = by_suite["ops"]
     assert method["status"] == "ok" and method["config"]["method"] == "toy_mean" and method["error"] > 0.01
     compared = {c["config"]["peer"]: c for c in by_suite["peers"]}
@@ -146,7 +148,7 @@ def test_each_injected_fault_is_one_row_and_the_run_ends_normally(tmp_path, writ
 # --- kill -9 ---
 
 
-def kill_and_resume(folder, load, tries, seed):
+def kill_and_resume(folder, load, *, toys, tries, seed):
     """Kills a run at random points; checks after each that no finished cell is lost; ends the run normally."""
     chance = random.Random(seed)
     command = [
@@ -184,19 +186,19 @@ def kill_and_resume(folder, load, tries, seed):
     result = subprocess.run([*command, *resume], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     found = cells(folder)
-    assert len({cell["id"] for cell in found}) == len(found) == 24
+    assert len({cell["id"] for cell in found}) == len(found) == toys
     assert [cell["id"] for cell in found][: len(kept)] == kept
     return killed_inside
 
 
 def test_no_finished_cell_is_lost_by_kill_9(tmp_path, write):
-    assert kill_and_resume(tmp_path / "run", write(toy=TOY_SUITE), tries=2, seed=1) >= 1
+    assert kill_and_resume(tmp_path / "run", write(toy=TOY_SUITE), toys=TOYS, tries=2, seed=1) >= 1
 
 
 @pytest.mark.slow
 def test_no_finished_cell_is_lost_by_kill_9_at_20_points(tmp_path, write):
-    write_toy = write(toy=TOY_SUITE.replace("0.03", "0.2"))
-    assert kill_and_resume(tmp_path / "run", write_toy, tries=20, seed=2) >= 10
+    load = write(toy=TOY_SUITE.replace("TOYS = 8", "TOYS = 40"))
+    assert kill_and_resume(tmp_path / "run", load, toys=40, tries=20, seed=2) >= 10
 
 
 # --- time and order ---
@@ -205,7 +207,7 @@ def test_no_finished_cell_is_lost_by_kill_9_at_20_points(tmp_path, write):
 def test_a_budget_ends_a_run_normally_and_resume_goes_on(tmp_path, write):
     load = write(toy=TOY_SUITE)
     result = bench("toy", *load, "--budget", "0", "--out", tmp_path / "run")
-    assert result.returncode == 0 and "24 cells are left" in result.stdout, result.stdout
+    assert result.returncode == 0 and f"{TOYS} cells are left" in result.stdout, result.stdout
     assert cells(tmp_path / "run") == []
 
 

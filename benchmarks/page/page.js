@@ -277,7 +277,7 @@ function untip() {
 function drawTable(suite, rows) {
   const columns = [...suite.key, ...suite.columns, { label: "run", key: "run", form: "integer" }];
   const order = sorted.get(suite.name);
-  const shown = order ? [...rows].sort((a, b) => compare(a[order.key], b[order.key]) * (order.down ? -1 : 1)) : rows;
+  const shown = order ? [...rows].sort((a, b) => compare(a[order.key], b[order.key], order.down)) : rows;
   const head = element("tr");
   for (const column of columns) {
     const sort = () => {
@@ -311,11 +311,12 @@ function kind(column, row) {
   return (text ? "text" : "") + (text && String(row[column.key] || "").length > 30 ? " long" : "");
 }
 
-function compare(a, b) {
-  if (a === b) return 0;
-  if (a === null || a === undefined) return 1;
-  if (b === null || b === undefined) return -1;
-  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
+// Cells without a value come last in both directions.
+function compare(a, b, down) {
+  const [empty, other] = [a, b].map((value) => value === null || value === undefined);
+  if (empty || other) return empty - other;
+  const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
+  return down ? -order : order;
 }
 
 function plainTable(rows) {

@@ -3,7 +3,7 @@
 suites/    one suite a file: its grid, its measurement, its table and charts; the registry
 peers/     one implementation by others a file, with the check that it computes what ours does
 cases.py   methods and sizes of the suites, and the CPU targets, as tables of data
-inputs.py, clock.py, approximation.py                real inputs; clocks and memory counters; error against rank
+inputs.py, ops.py, clock.py, approximation.py        real inputs; methods as calls; clocks; error against rank
 runner.py, records.py                                workers with limits; the append-only JSONL
 view.py, report.py, plot.py, figures.py, html_report.py, page/    what is made of the rows
 compare.py                                           two runs, cell by cell

@@ -37,7 +37,7 @@ OPERATOR_SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 # decode: one query at the end of a cache of the length.
 MODES = ("fwd", "fwd_bwd", "decode")
 SEQLENS = (128, 512, 1024, 2048, 4096, 8192, 16384)
-QUICK_SEQLENS = (128, 1024)
+QUICK_SEQLENS = (128, 2048)
 # The methods that one query alone can use: causal, and not defined over the whole sequence.
 DECODES = (
     "dense",

@@ -13,8 +13,8 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("sklearn")
 
 from efficient_attn import attention
-from efficient_attn.benchmarks import cases, inputs
-from efficient_attn.benchmarks.suites import ops, sparsity
+from efficient_attn.benchmarks import cases, inputs, ops
+from efficient_attn.benchmarks.suites import sparsity
 
 LENGTH = 2048
 METHODS = (

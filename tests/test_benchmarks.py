@@ -22,8 +22,8 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from efficient_attn import MultiheadAttention, lowrank, parse
-from efficient_attn.benchmarks import cases, clock, inputs, peers, plot, records, report, runner, suites
-from efficient_attn.benchmarks.suites import memory, ops, sparsity, targets, vit
+from efficient_attn.benchmarks import cases, clock, inputs, ops, peers, plot, records, report, runner, suites
+from efficient_attn.benchmarks.suites import memory, sparsity, targets, vit
 
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
 OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
@@ -339,7 +339,7 @@ def test_causal_cells_compare_with_causal_attention(tmp_path):
 
 
 def run_operator(method, **changes):
-    return ops.run_cell({**OPS, "method": method, **changes})
+    return suites.get("ops").run_cell({**OPS, "method": method, **changes})
 
 
 @pytest.mark.parametrize("method", cases.VIT_METHODS)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .. import cases, clock, inputs
+from ..ops import WARM_UP_LENGTH, binder, shaped, sized
 from . import Chart, Claim, Column, Options, Row, Suite, grid
-from .ops import WARM_UP_LENGTH, binder, shaped, sized
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import clock, peers, records
+from ..ops import binder
 from . import Chart, Claim, Column, Options, Row, Suite, grid
-from .ops import binder
 
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 

@@ -14,8 +14,8 @@ import torch
 from efficient_attn import BlockMask, SlidingWindow, attention
 
 from .. import clock, inputs, peers
+from ..ops import binder
 from . import Chart, Claim, Column, Options, Row, Suite, grid
-from .ops import binder
 
 BLOCK = 64
 PERCENTS, QUICK_PERCENTS = (75, 50, 25, 10, 5, 2), (50, 25, 10, 5)

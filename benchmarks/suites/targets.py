@@ -15,8 +15,8 @@ from torch import Tensor
 from efficient_attn import BigBird, BlockMask, MultiheadAttention, SlidingWindow, attention, linear_attention
 
 from .. import cases, clock, inputs, peers
+from ..ops import sized
 from . import Claim, Column, Options, Row, Suite
-from .ops import sized
 from .sparsity import random_blocks
 
 Call = Callable[[], object]

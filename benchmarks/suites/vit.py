@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from efficient_attn import MultiheadAttention
 
 from .. import cases, clock, inputs, peers
+from ..ops import sized
 from . import Chart, Claim, Column, Options, Row, Suite, grid
-from .ops import sized
 
 DIM, HEADS, DEPTH = 64, 4, 2
 TOKENS, CLASSES = 64, 10

@@ -1,4 +1,4 @@
-"""The command line: ``efficient-attn info | bench | report``."""
+"""The command line: ``efficient-attn info | bench | report | train``."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from efficient_attn.backends import BACKENDS, cpu
 from efficient_attn.benchmarks import cases, clock, html_report, peers, plot, records, runner, suites
 from efficient_attn.benchmarks import compare as comparing
 from efficient_attn.benchmarks import report as reporting
+from efficient_attn.training import command as training
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # The suites of a plain ``bench``.
@@ -51,6 +52,7 @@ app = typer.Typer(
     add_completion=False,
     help="Attention: exact, block-sparse and low-rank.",
 )
+app.add_typer(training.app)
 
 
 def main() -> None:

@@ -7,10 +7,7 @@ a method, so that Linformer stands for what pooling does.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +18,7 @@ from torch import Tensor
 from efficient_attn import attention
 
 from .. import approximation, clock, inputs
+from ..cache import cached
 from . import Chart, Claim, Column, Options, Row, Suite, grid, vit
 
 SOURCES = ("digits", "minilm")
@@ -78,19 +76,10 @@ def _times(spec: str, qkv: Sequence[Tensor], budget_s: float) -> dict[str, Any]:
 
 
 def activations(source: str, steps: int, seed: int) -> Activations:
-    """The source's activations, made once and kept in the user's cache: every cell is a process of its own."""
+    """The source's activations, made once and kept."""
     make = {"digits": _digits, "minilm": _minilm}[source]
-    code = "".join(map(inspect.getsource, (make, approximation, vit, inputs)))
-    name = hashlib.sha256(f"{source} {steps} {seed} {torch.__version__} {code}".encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efficient-attn" / f"{source}-{name}.pt"
-    if path.exists():
-        return Activations(*torch.load(path, weights_only=True))
-    made = make(steps, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        torch.save(tuple(made), file)
-    os.replace(file.name, path)
-    return made
+    code = (make, approximation, vit, inputs)
+    return Activations(*cached(source, lambda: tuple(make(steps, seed)), key=(source, steps, seed), code=code))
 
 
 def _digits(steps: int, seed: int) -> Activations:

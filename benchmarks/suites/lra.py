@@ -101,8 +101,8 @@ class Pixels(Classification):
         tokens = 1 + (gray * GRAYS).long().clamp(max=GRAYS - 1).flatten(1)  # token 0 pads
         data = Sequences(tokens.flatten(), torch.full((len(labels),), self.size**2), label=labels)
         train, valid, test = split_indices(len(labels), seed, test=0.2)
-        about = {"vocabulary": GRAYS + 1, "classes": 10, "max_length": self.size**2}
-        about |= {"baselines": {"majority": majority(labels[train], labels[test])}}  # type: ignore[dict-item]
+        baselines = {"majority": majority(labels[train], labels[test])}
+        about = {"vocabulary": GRAYS + 1, "classes": 10, "max_length": self.size**2, "baselines": baselines}
         return Splits(data.subset(train), data.subset(valid), data.subset(test), about)
 
 

@@ -77,7 +77,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 SUITE = Suite(
     name="models",
     about="Models end to end, trained for some steps with the same seed and data order for every method. score: the "
-    "task's own metric on held-out examples (accuracy and zero_shot accuracy: higher is better; mase: lower is better).",
+    "task's metric on held-out examples (accuracy, of zero_shot too: higher is better; mase: lower is better).",
     configs=configs,
     run_cell=run_cell,
     key=(

@@ -54,8 +54,8 @@ def load(
         generate(count, 3 * seed + part, size=size, dashes=dashes, distractors=distractors)
         for part, count in enumerate(counts)
     )
-    about = {"vocabulary": GRAYS + 1, "classes": 2, "max_length": size * size, "image_size": size}
-    about["baselines"] = {"majority": majority(first.others["label"], test.others["label"])}
+    baselines = {"majority": majority(first.others["label"], test.others["label"])}
+    about = {"vocabulary": GRAYS + 1, "classes": 2, "max_length": size * size, "baselines": baselines}
     return Splits(first, valid, test, about)
 
 

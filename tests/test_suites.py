@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,24 +38,10 @@ register(Suite(
     claims=lambda rows: [Claim(f"{len(rows)} toys.", tuple(row["id"] for row in rows))],
 ))
 """
-TOY_METHOD = """
-from dataclasses import dataclass
-from efficient_attn.methods import Method, register
-
-@register
-@dataclass(frozen=True)
-class ToyMean(Method):
-    name = "toy_mean"
-    formula, paper, complexity = "mean(V)", "none", "O(N)"
-
-    def attend(self, query, key, value, **options):
-        return value.mean(2, keepdim=True).expand(-1, -1, query.shape[2], -1), None
-"""
-TOY_PEER = """
+TOY_PEERS = """
 from efficient_attn import attention
 from efficient_attn.benchmarks.peers import Pair, Peer, register
 
-register(Peer("toy_peer", "exact attention", lambda shape: Pair(shape.qkv(), attention, attention, 0.0)))
 register(Peer("toy_wrong", "exact attention", lambda shape: Pair(shape.qkv(), attention, lambda q, k, v: v, 1e-3)))
 register(Peer("toy_absent", "nothing", None, absent=lambda: "toys are sold out"))
 """
@@ -102,24 +90,46 @@ def cells(folder):
 # --- one file each ---
 
 
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+
+
 def test_a_method_a_peer_and_a_suite_are_one_file_each(tmp_path, write):
-    load = write(toy_suite=TOY_SUITE, toy_method=TOY_METHOD, toy_peer=TOY_PEER)
-    chosen = ["--methods", "toy_mean", "--peers", "toy_peer,toy_wrong,toy_absent", "--seqlens", "64", "--mode", "fwd"]
-    result = bench("ops", "peers", "toy", *load, *chosen, "--out", tmp_path / "run")
+    """The three files of the documentation, in one run and its report."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    method, peer, suite = blocks
+    load = write(method=method, peer=peer, suite=suite, more=TOY_PEERS)
+    chosen = ["--methods", "mean_of_all", "--peers", "eager,toy_wrong,toy_absent", "--seqlens", "64", "--mode", "fwd"]
+    result = bench("ops", "peers", "heads", *load, *chosen, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr + result.stdout
     found = cells(tmp_path / "run")
-    by_suite = {suite: [c for c in found if c["suite"] == suite] for suite in ("ops", "peers", "toy")}
-    assert len(by_suite["toy"]) == TOYS and {c["status"] for c in by_suite["toy"]} == {"ok"}
-    (method,) = by_suite["ops"]
-    assert method["status"] == "ok" and method["config"]["method"] == "toy_mean" and method["error"] > 0.01
+    by_suite = {suite: [c for c in found if c["suite"] == suite] for suite in ("ops", "peers", "heads")}
+    assert [c["config"]["heads"] for c in by_suite["heads"]] == [1, 2, 4, 8]
+    assert {c["status"] for c in by_suite["heads"]} == {"ok"}
+    (mean,) = by_suite["ops"]
+    assert mean["status"] == "ok" and mean["config"]["method"] == "mean_of_all" and mean["error"] > 0.01
     compared = {c["config"]["peer"]: c for c in by_suite["peers"]}
-    assert compared["toy_peer"]["equal"] is True and compared["toy_wrong"]["equal"] is False
+    assert compared["eager"]["equal"] is True and compared["toy_wrong"]["equal"] is False
     assert compared["toy_absent"]["status"] == "unsupported" and "sold out" in compared["toy_absent"]["message"]
-    assert "Sleeps." in result.stdout and "toy_mean" in result.stdout
+    shown = " ".join(result.stdout.split())
+    assert "against the number of heads" in shown and "mean_of_all" in shown
+
+    page = tmp_path / "page.html"
+    command = [sys.executable, "-m", "efficient_attn.cli", "report", str(tmp_path / "run" / "results.jsonl")]
+    result = subprocess.run([*command, "--html", str(page), *load], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "heads take" in page.read_text() and (tmp_path / "page_files" / "heads-1.png").exists()
+
+
+def test_documentation_links_lead_somewhere_and_name_every_suite():
+    text = DOCS.read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (DOCS.parent / target).exists(), target
+    shown = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
+    assert shown == {"cpu" if name == "targets" else name for name in suites.names()}
 
 
 def test_every_suite_is_found_by_its_file_name():
-    assert {"ops", "sparsity", "fidelity", "peers", "vit", "memory", "targets"} <= set(suites.names())
+    assert {"ops", "sparsity", "fidelity", "peers", "models", "lra", "vit", "memory", "targets"} <= set(suites.names())
     for name in suites.names():
         suite = suites.get(name)
         assert suite.name == name and suite.about

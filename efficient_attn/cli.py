@@ -1,4 +1,4 @@
-"""The command line: ``efficient-attn info | bench | report | train``."""
+"""The command line: ``efficient-attn info | bench | report | compare | train``."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def bench(
     seqlens: Annotated[str | None, typer.Option(help="Lengths: 512,2k,16k or 512:65536:x2.")] = None,
     mode: Annotated[str | None, typer.Option(help=f"Any of {','.join(cases.MODES)}.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Any of {','.join(DTYPES)}.")] = "float32",
-    backend: Annotated[str, typer.Option(help="Of the ops suite: auto, reference, cpu, triton or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"Of the ops suite: auto, {', '.join(BACKENDS)}.")] = "auto",
     causal: Annotated[bool, typer.Option("--causal", help="Causal attention in the ops suite.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, random features and training.")] = 0,
@@ -120,8 +120,7 @@ def bench(
     ] = None,
 ) -> None:
     """Compares methods x lengths on this machine: time, peak memory, and error or accuracy against dense attention."""
-    for file in load or ():
-        suites.load(file)
+    _load(load)
     wanted = names or list(DEFAULT_SUITES)
     chosen_peers = tuple(name for text in peer or () for name in text.split(","))
     more: dict[str, Any] = {"seed": seed, "backend": backend, "peer_names": chosen_peers}
@@ -149,8 +148,7 @@ def report(
     ] = None,
 ) -> None:
     """Prints the tables of result files and draws them."""
-    for file in load or ():
-        suites.load(file)
+    _load(load)
     try:
         found = [record for file in files for record in records.read(file)]
     except ValueError as error:
@@ -278,6 +276,14 @@ def _length(text: str) -> int:
     if value < 1:
         raise typer.BadParameter(f"--seqlens: {text!r} is not a length; write 512, 2k, 512,2k,16k or 512:65536:x2")
     return value
+
+
+def _load(files: Sequence[Path] | None) -> None:
+    for file in files or ():
+        try:
+            suites.load(file)
+        except Exception as error:  # whatever a user's file raises
+            raise typer.BadParameter(f"--load {file}: {type(error).__name__}: {error}") from error
 
 
 def _one_of(what: str, given: str, allowed: Sequence[str]) -> None:

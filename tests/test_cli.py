@@ -100,6 +100,13 @@ def test_wrong_options_stop_before_any_work(tmp_path, monkeypatch, arguments, me
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("raise OSError('no toys')")
+    result = invoke("bench", "--load", str(tmp_path / "broken.py"), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2 and "OSError: no toys" in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_not_written_over(tmp_path):
     (tmp_path / "results.jsonl").write_text("")
     result = invoke("bench", "--out", str(tmp_path))

@@ -126,7 +126,7 @@ def packages() -> tuple[list[str], dict[str, str]]:
     for folder in ("kernels", "benchmarks"):
         names.append(f"efficient_attn.{folder}")
         names += [
-            f"efficient_attn.{folder}.{name}" for name in find_namespace_packages(folder, exclude=[*hidden, "results*"])
+            f"efficient_attn.{folder}.{name}" for name in find_namespace_packages(folder, exclude=[*hidden, "results*", "page"])
         ]
         places[f"efficient_attn.{folder}"] = folder
     return names, places
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     setup(
         packages=names,
         package_dir=places,
-        package_data={"efficient_attn": ["py.typed"]},
+        package_data={"efficient_attn": ["py.typed"], "efficient_attn.benchmarks": ["page/*"]},
         ext_modules=[]
         if wanted == "0"
         else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=wanted != "1")],

@@ -126,7 +126,8 @@ def packages() -> tuple[list[str], dict[str, str]]:
     for folder in ("kernels", "benchmarks"):
         names.append(f"efficient_attn.{folder}")
         names += [
-            f"efficient_attn.{folder}.{name}" for name in find_namespace_packages(folder, exclude=[*hidden, "results*", "page"])
+            f"efficient_attn.{folder}.{name}"
+            for name in find_namespace_packages(folder, exclude=[*hidden, "results*", "page"])
         ]
         places[f"efficient_attn.{folder}"] = folder
     return names, places

@@ -1,4 +1,4 @@
-# make setup | test | test-slow | test-triton | fuzz | sanitize | test-upstream | lint | bench | bench-cpu | gpu-check | triton-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# make setup | test | test-slow | test-triton | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | triton-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: setup test test-slow test-triton fuzz sanitize test-upstream lint format bench bench-cpu gpu-check triton-table readme clean
+.PHONY: setup test test-slow test-triton test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check triton-table readme clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,18 @@ test-slow: $(STAMP)
 test-triton: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -W ignore $(ARGS) tests/test_conformance.py tests/interpreted_*.py
 	$(BIN)/python -m pytest -q $(ARGS) tests/test_triton_compile.py
+
+# timm, open_clip and torchvision. They need torchvision, whose wheels want PyTorch's CUDA build (=== keeps 2.13.0+cpu out), so
+# they get an environment of their own: 5 GB, minutes to download.
+TIMM_VENV ?= .venv-timm
+$(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(TIMM_VENV)/bin/python || $(PYTHON) -m venv $(TIMM_VENV)
+	EFFICIENT_ATTN_CPU=1 $(TIMM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		'torch===2.13.0' torchvision timm open_clip_torch pytest matplotlib -e .
+	touch $@
+
+test-timm: $(TIMM_VENV)/.installed
+	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/test_timm.py
 
 # Random calls of the native kernel against the definition: make fuzz CASES=100000
 CASES ?= 20000
@@ -60,6 +72,12 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/efficient-attn bench $(ARGS)
+
+# Every suite for BUDGET minutes, and the report: make bench-all ARGS=--quick; once more with OUT=<folder> ARGS="--quick --resume" goes on.
+BUDGET ?= 10
+bench-all: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)
+bench-all: $(STAMP)
+	@out="$(OUT)" && $(BIN)/efficient-attn bench all --budget $(BUDGET) --out "$$out" $(ARGS) && $(BIN)/efficient-attn report "$$out/results.jsonl" --html "$$out/report.html"
 
 bench-cpu: $(STAMP)
 	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)

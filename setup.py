@@ -24,11 +24,15 @@ COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psab
 ISA_FLAGS = "-fno-exceptions -fno-rtti -fno-threadsafe-statics"
 
 
-def instruction_sets() -> dict[str, str]:
-    """Name of each instruction set to build -> the compiler flags for it."""
+def instruction_sets(build_dir: Path) -> dict[str, str]:
+    """Name of each instruction set to build -> the compiler flags for it; what the compiler does not know is left
+    out."""
+    sets = {"baseline": ""}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return {"baseline": "", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
-    return {"baseline": ""}
+        sets["avx2"] = "-march=x86-64-v3"
+        sets["avx512"] = "-march=x86-64-v4 -mprefer-vector-width=512"
+        sets["avx512_bf16"] = f"{sets['avx512']} -mavx512bf16"
+    return {name: flags for name, flags in sets.items() if accepts(find_compiler(), flags, build_dir)}
 
 
 def find_compiler() -> str:
@@ -71,7 +75,7 @@ def ninja_file(
     )
     openmp = "-fopenmp" if accepts(compiler, "-fopenmp", build_dir) else ""
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-    sets = instruction_sets() if sets is None else sets
+    sets = instruction_sets(build_dir) if sets is None else sets
     known = " ".join(f"-DEFFICIENT_ATTN_HAVE_{name.upper()}=1" for name in sets)
     lines = [
         f"cxx = {compiler}",
@@ -122,7 +126,8 @@ def packages() -> tuple[list[str], dict[str, str]]:
     for folder in ("kernels", "benchmarks"):
         names.append(f"efficient_attn.{folder}")
         names += [
-            f"efficient_attn.{folder}.{name}" for name in find_namespace_packages(folder, exclude=[*hidden, "results*"])
+            f"efficient_attn.{folder}.{name}"
+            for name in find_namespace_packages(folder, exclude=[*hidden, "results*", "page"])
         ]
         places[f"efficient_attn.{folder}"] = folder
     return names, places
@@ -134,7 +139,7 @@ if __name__ == "__main__":
     setup(
         packages=names,
         package_dir=places,
-        package_data={"efficient_attn": ["py.typed"]},
+        package_data={"efficient_attn": ["py.typed"], "efficient_attn.benchmarks": ["page/*"]},
         ext_modules=[]
         if wanted == "0"
         else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=wanted != "1")],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from torch.nn.functional import interpolate
 from efficient_attn import BlockMask, MultiheadAttention, attention, parse, truncated_svd_attention
 from efficient_attn.methods import Hybrid, SparseMethod
 
-from . import inputs, vit
+from . import inputs
+from .suites import vit
 
 SIDE, STEPS, IMAGES = 16, 150, 8
 SEEDS = 4  # of random features, blocks and planes; their errors are averaged
@@ -63,12 +64,14 @@ class Point(NamedTuple):
     error: float
 
 
-def activations(side: int = SIDE, steps: int = STEPS, images: int = IMAGES) -> tuple[Tensor, Tensor, Tensor, float]:
+def activations(
+    side: int = SIDE, steps: int = STEPS, images: int = IMAGES, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Query, key and value (images, heads, side * side, head_dim) of the last block on held-out images, float64, and
     the accuracy that the trained model reaches on them all."""
     train, labels, test, test_labels = inputs.digits()
     train, test = (interpolate(x[:, None], (side, side), mode="bilinear")[:, 0] for x in (train, test))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = vit.DigitsViT(lambda: MultiheadAttention(vit.DIM, vit.HEADS, batch_first=True))
     model.positions = nn.Parameter(torch.randn(side * side, vit.DIM) * 0.1)
     step = vit.trainer(model, train, labels, steps=steps)
@@ -85,40 +88,54 @@ def activations(side: int = SIDE, steps: int = STEPS, images: int = IMAGES) -> t
     return query, key, value, accuracy
 
 
-@torch.no_grad()
 def curve(name: str, query: Tensor, key: Tensor, value: Tensor) -> list[Point]:
     """The points of one family that make sense for this length: up to all of it."""
-    template, sizes = CURVES[name]
     exact = attention(query, key, value)
+    found = (point(name, size, query, key, value, exact) for size in CURVES[name][1])
+    return [each for each in found if each is not None]
+
+
+@torch.no_grad()
+def point(name: str, size: float, query: Tensor, key: Tensor, value: Tensor, exact: Tensor) -> Point | None:
+    """One size of a family; None where it makes no sense for this length."""
+    template = CURVES[name][0]
     length = query.shape[2]
+    spec = template.format(size)
 
     def error(out: Tensor) -> float:
         return float((out - exact).norm() / exact.norm())
 
-    points = []
-    for size in sizes:
-        spec = template.format(size)
-        if spec.startswith("neighborhood") and size > length**0.5:
-            continue
-        if template == "svd":
-            points.append(Point(f"svd:rank={size}", size, error(truncated_svd_attention(query, key, value, size).out)))
-        elif any(word in spec for word in DRAWN):
-            drawn = [f"{spec},seed={seed}" for seed in range(SEEDS)]
-            errors = [error(_attend(each, query, key, value)) for each in drawn]
-            scores = [_scores(each, size, query, key) for each in drawn]
-            points.append(Point(spec, sum(scores) / SEEDS, sum(errors) / SEEDS))
-        elif size < length:
-            points.append(Point(spec, _scores(spec, size, query, key), error(_attend(spec, query, key, value))))
-    return points
+    if spec.startswith("neighborhood") and size > length**0.5:
+        return None
+    if template == "svd":
+        return Point(f"svd:rank={size}", size, error(truncated_svd_attention(query, key, value, int(size)).out))
+    if any(word in spec for word in DRAWN):
+        drawn = [f"{spec},seed={seed}" for seed in range(SEEDS)]
+        errors = [error(attend(each, query, key, value)) for each in drawn]
+        scores = [_scores(each, size, query, key) for each in drawn]
+        return Point(spec, sum(scores) / SEEDS, sum(errors) / SEEDS)
+    if size >= length:
+        return None
+    return Point(spec, _scores(spec, size, query, key), error(attend(spec, query, key, value)))
 
 
-def _attend(spec: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(spec: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return prepared(spec, query, key)(query, key, value)
+
+
+def prepared(spec: str, query: Tensor, key: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The method of a spec with its state, for inputs of these shapes and this dtype."""
     if spec.startswith("linformer"):
         spec += f",max_len={key.shape[2]}"
     method = parse(spec)
     heads, head_dim = query.shape[1], query.shape[3]
     state = method.build(heads * head_dim, heads, head_dim, dtype=query.dtype)
-    return method.attend(query, key, value, state=state)[0]
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = method.attend(query, key, value, state=state)[0]
+        return out
+
+    return call
 
 
 def _scores(spec: str, size: float, query: Tensor, key: Tensor) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
-
-from .runner import Cell
 
 # Operator suite. Specs are sized for sequences of some thousand tokens.
 OPERATOR_METHODS = (
@@ -36,9 +34,21 @@ OPERATOR_METHODS = (
     "sliding_window:left=128,right=128+centroid:block=64",
 )
 OPERATOR_SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
-MODES = ("fwd", "fwd_bwd")
-SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-QUICK_SEQLENS = (512, 2048)
+# decode: one query at the end of a cache of the length.
+MODES = ("fwd", "fwd_bwd", "decode")
+SEQLENS = (128, 512, 1024, 2048, 4096, 8192, 16384)
+QUICK_SEQLENS = (128, 2048)
+# The methods that one query alone can use: causal, and not defined over the whole sequence.
+DECODES = (
+    "dense",
+    "sliding_window",
+    "strided",
+    "longformer",
+    "bigbird",
+    "topk_blocks",
+    "performer",
+    "linear",
+)
 
 # The same methods for the 64 tokens of a digit.
 VIT_METHODS = (
@@ -57,6 +67,7 @@ VIT_STEPS, QUICK_VIT_STEPS = 300, 120
 
 MEMORY_METHODS = ("sliding_window:left=128,right=128", "bigbird:block=64,window=3,global_blocks=2,random_blocks=2")
 MEMORY_LENGTHS = (16384, 32768, 65536)
+QUICK_MEMORY_LENGTHS = (4096, 16384)
 MEMORY_SHAPE = {"batch": 1, "heads": 2, "head_dim": 16, "dtype": "float32", "mode": "fwd_bwd"}
 
 
@@ -153,56 +164,3 @@ TARGETS: tuple[Target, ...] = (
         for dtype, mode in (("float32", "fwd"), ("bfloat16", "fwd"), ("float32", "fwd_bwd"))
     ),
 )
-
-
-def operator_cells(
-    methods: tuple[str, ...],
-    seqlens: tuple[int, ...],
-    modes: tuple[str, ...],
-    dtype: str,
-    threads: int,
-    causal: bool,
-    budget_s: float,
-) -> list[Cell]:
-    """Short sequences first, so that an interrupted run has covered every method."""
-    return [
-        Cell(
-            "ops",
-            _config(
-                OPERATOR_SHAPE,
-                method=m,
-                seqlen=n,
-                mode=mode,
-                dtype=dtype,
-                threads=threads,
-                causal=causal,
-                budget_s=budget_s,
-            ),
-        )
-        for n in seqlens
-        for mode in modes
-        for m in methods
-    ]
-
-
-def vit_cells(methods: tuple[str, ...], steps: int, threads: int, budget_s: float) -> list[Cell]:
-    return [Cell("vit", _config(method=m, steps=steps, threads=threads, budget_s=budget_s)) for m in methods]
-
-
-def memory_cells(methods: tuple[str, ...], lengths: tuple[int, ...], threads: int) -> list[Cell]:
-    return [
-        Cell("memory", _config(MEMORY_SHAPE, method=m, seqlen=n, threads=threads)) for m in methods for n in lengths
-    ]
-
-
-def target_cells(threads: int, budget_s: float) -> list[Cell]:
-    """``patience_s``: how long a row may go on while the machine is noisy, or for three rounds of slow calls."""
-    times = {"threads": threads, "budget_s": budget_s, "patience_s": TARGET_PATIENCE * budget_s}
-    return [Cell("targets", _config(asdict(target), times)) for target in TARGETS]
-
-
-def _config(*parts: dict[str, Any], **values: Any) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for part in (*parts, values):
-        merged.update(part)
-    return merged

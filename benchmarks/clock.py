@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import resource
 import statistics
@@ -20,6 +22,7 @@ Call = Callable[[], object]
 SHORTEST_SAMPLE_S = 1e-3
 # Above this interquartile range (relative to the median) a time is called noisy, because the machine was busy.
 NOISY = 0.25
+KEPT = 48
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -36,7 +39,8 @@ def interleaved(
     longer ``patience_s``, also while a call's spread is above ``NOISY``. A call that is so slow that ``min_rounds`` of
     it alone exceed both is represented by its first run only.
 
-    Returns per call: ``ms`` (median), ``spread`` (interquartile range over median) and ``samples``.
+    Returns per call: ``ms`` (median), ``spread`` (interquartile range over median), ``samples`` (their number), and
+    ``times``, the samples themselves in ms, round by round: beyond ``KEPT`` every second, third... round.
     """
     patience_s = max(budget_s, patience_s or 0)
     samples: dict[str, list[float]] = {}
@@ -77,11 +81,21 @@ def _summary(seconds: list[float]) -> dict[str, Any]:
         "ms": _rounded(median * 1e3),
         "spread": _rounded((quartiles[2] - quartiles[0]) / median),
         "samples": len(seconds),
+        "times": [_rounded(value * 1e3) for value in seconds[:: math.ceil(len(seconds) / KEPT)]],
     }
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
+
+
+def noise() -> float:
+    """How unsteady this machine is now: the interquartile range, over the median, of a fixed piece of work (0.2 s)."""
+    samples = []
+    started = time.perf_counter()
+    while time.perf_counter() - started < 0.2:
+        samples.append(_timed(lambda: sum(range(20_000)), 1))
+    return float(_summary(samples)["spread"])
 
 
 class PeakMemory:
@@ -95,6 +109,7 @@ class PeakMemory:
     bytes: int = 0
 
     def __enter__(self) -> PeakMemory:
+        _give_back()
         if _CLEAR_REFS.exists():
             _CLEAR_REFS.write_text("5")  # sets the high-water mark to what is resident now
         self._before = _high_water_mark()
@@ -102,6 +117,12 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         self.bytes = _high_water_mark() - self._before
+
+
+def _give_back() -> None:
+    """Hands what glibc's allocator holds free back to the system, else the block may use it unseen."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _high_water_mark() -> int:

@@ -37,7 +37,7 @@ def code_version() -> str:
         )
         if commit.returncode == 0:
             return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
-    return _version("efficient-attn") or "unknown"
+    return version("efficient-attn") or "unknown"
 
 
 def cell_id(suite: str, config: Mapping[str, Any], code: str) -> str:
@@ -54,7 +54,7 @@ def environment(**extra: Any) -> Record:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "code": code_version(),
         "machine": machine(),
-        "versions": {name: _version(name) for name in ("efficient-attn", "torch", "numpy", "triton", "scikit-learn")},
+        "versions": {name: version(name) for name in ("efficient-attn", "torch", "numpy", "triton", "scikit-learn")},
         "python": platform.python_version(),
         "argv": sys.argv[1:],
         "load": round(os.getloadavg()[0], 2),
@@ -73,9 +73,7 @@ def describe(environment: Mapping[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     """CPU model, cores this process may use, memory in bytes and current clocks, as far as the system tells."""
-    cpuinfo = _read("/proc/cpuinfo")
-    fields = [line.partition(":") for line in cpuinfo.splitlines()]
-    values = [(key.strip(), value.strip()) for key, _, value in fields]
+    values = _cpuinfo()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = next((line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")), "0")
     return {
@@ -83,10 +81,20 @@ def machine() -> dict[str, Any]:
             (value for key, value in values if key == "model name"), platform.processor() or platform.machine()
         ),
         "cores": cores,
-        "clock_mhz": [round(float(value)) for key, value in values if key == "cpu MHz"],
+        "clock_mhz": clock_mhz(),
         "memory_bytes": int(memory) * 1024,
         "system": platform.platform(),
     }
+
+
+def clock_mhz() -> list[int]:
+    """The clock of each core now; empty where the system does not tell."""
+    return [round(float(value)) for key, value in _cpuinfo() if key == "cpu MHz"]
+
+
+def _cpuinfo() -> list[tuple[str, str]]:
+    fields = [line.partition(":") for line in _read("/proc/cpuinfo").splitlines()]
+    return [(key.strip(), value.strip()) for key, _, value in fields]
 
 
 def available_memory() -> int | None:
@@ -144,7 +152,8 @@ def _drop_torn_line(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

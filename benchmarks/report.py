@@ -10,9 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from . import suites, view
 from .clock import NOISY
-from .memory import fitted_exponent
 from .records import Record
+from .suites import targets
+from .suites.memory import fitted_exponent
 
 MIB = 2**20
 
@@ -28,10 +30,11 @@ def latest(found: Iterable[Record]) -> list[Record]:
 
 def print_report(cells: Sequence[Record], console: Console) -> None:
     """One table for each suite that has records, and a line for each cell that failed."""
-    for suite, table in (("ops", _operators), ("vit", _vit), ("memory", _memory), ("targets", _targets)):
+    tables = {"ops": _operators, "vit": _vit, "memory": _memory, "targets": _targets}
+    for suite in dict.fromkeys([*tables, *(cell["suite"] for cell in cells)]):
         rows = [cell for cell in cells if cell["suite"] == suite]
         if rows:
-            console.print(table(rows))
+            console.print(tables[suite](rows) if suite in tables else _declared(rows))
         if rows and suite == "targets":
             console.print("\n".join(target_summary(rows)), highlight=False)
     failed = [cell for cell in cells if cell["status"] != "ok"]
@@ -39,9 +42,36 @@ def print_report(cells: Sequence[Record], console: Console) -> None:
         console.print(f"[yellow]{cell['status']}[/]: {cell_name(cell)}: {cell['message'][:300]}", highlight=False)
 
 
+def _declared(cells: Sequence[Record]) -> Table:
+    """The table that a suite declares."""
+    rows = view.rows(cells)
+    known = view.shown(rows)
+    if not known:  # of a file that is not loaded now
+        table = make_table(
+            f"{cells[0]['suite']}, which is not loaded: --load its file", "configuration", ("status",), ""
+        )
+        for cell in cells:
+            table.add_row(str(dict(cell["config"])), cell["status"])
+        return table
+    (suite,) = known
+    table = make_table(suite.name, suite.key[0].label, (), f"{suite.about} ~ noisy.")
+    for column in (*suite.key[1:], *suite.columns):
+        text = column.form == "text"
+        table.add_column(column.label, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for row in rows:
+        figures = [view.text(row.get(column.key), column.form) for column in suite.columns]
+        if row["status"] != "ok":
+            figures = [f"[yellow]{row['status']}[/]"]
+        elif row["noisy"]:
+            place = next((i for i, column in enumerate(suite.columns) if column.key == "ms"), 0)
+            figures[place] += "~"
+        table.add_row(*(view.text(row.get(column.key), column.form) for column in suite.key), *figures)
+    return table
+
+
 def _operators(rows: Sequence[Record]) -> Table:
     names = short_names(rows)
-    table = _table(
+    table = make_table(
         f"Operator on photograph patches, {_shared(rows)}",
         "method",
         ("ms", "vs dense", "vs SDPA", "plan ms", "MiB", "density", "error"),
@@ -73,7 +103,7 @@ def _operator_figures(row: Record) -> tuple[str, ...]:
 
 def _vit(rows: Sequence[Record]) -> Table:
     names = short_names(rows)
-    table = _table(
+    table = make_table(
         f"Vision transformer on scikit-learn's digits, {rows[0]['config']['steps']} steps, {_shared(rows)}",
         "method",
         ("accuracy", "loss", "step ms", "vs dense", "vs torch.nn", "MiB"),
@@ -97,7 +127,7 @@ def _vit_figures(row: Record) -> tuple[str, ...]:
 
 
 def _memory(rows: Sequence[Record]) -> Table:
-    table = _table(
+    table = make_table(
         f"Peak extra memory against length, {_shared(rows)}",
         "method",
         ("length", "peak MiB", "bytes a token"),
@@ -118,7 +148,7 @@ def _memory(rows: Sequence[Record]) -> Table:
 
 
 def _targets(rows: Sequence[Record]) -> Table:
-    table = _table(
+    table = make_table(
         f"CPU targets, {_shared(rows)}",
         "work",
         ("peer", "ours ms", "±", "peer ms", "±", "MiB", "target", "reached", "of peak", "result"),
@@ -163,13 +193,7 @@ def target_name(config: dict[str, Any]) -> str:
 
 def reached(record: Record) -> bool | None:
     """Whether a target row met its target and its share of the machine's ceiling; None where the row has no target."""
-    config = record["config"]
-    if config["target"] is None:
-        return None
-    met: bool = record["figure"] <= config["target"] if config["most"] else record["figure"] >= config["target"]
-    return met and all(
-        config[ceiling] is None or record[f"{ceiling}_share"] >= config[ceiling] for ceiling in ("peak", "bandwidth")
-    )
+    return targets.reached(record["config"], record)
 
 
 def _verdict(record: Record) -> str:
@@ -218,7 +242,7 @@ def _metrics(record: Record, render: Any) -> tuple[str, ...]:
     return render(record) if record["status"] == "ok" else (f"[yellow]{record['status']}[/]",)
 
 
-def _table(title: str, label: str, figures: Sequence[str], caption: str) -> Table:
+def make_table(title: str, label: str, figures: Sequence[str], caption: str) -> Table:
     table = Table(
         title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold", box=SIMPLE_HEAD
     )
@@ -263,11 +287,11 @@ def cell_name(cell: Mapping[str, Any]) -> str:
     config = cell["config"]
     if cell["suite"] == "targets":
         return f"targets {target_name(config)}"
-    return " ".join(
-        str(part)
-        for part in (cell["suite"], config["method"], config.get("seqlen", ""), config.get("mode", ""))
-        if part
-    )
+    try:
+        parts = [view.text(config.get(column.key), column.form) for column in suites.get(cell["suite"]).key]
+    except KeyError:
+        parts = [str(config.get("method", ""))]
+    return " ".join(part for part in (cell["suite"], *parts) if part)
 
 
 def _ms(record: Record) -> str:

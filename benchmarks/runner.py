@@ -17,14 +17,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from . import records
+from . import records, suites
 from .records import Record
 
 
@@ -32,7 +32,8 @@ from .records import Record
 class Cell:
     """One measurement: a suite and its configuration (JSON values only, among them ``threads``).
 
-    A suite is a module beside this one, or elsewhere under its dotted name, with ``run_cell(config) -> dict`` of JSON.
+    A suite is a name that ``suites.get`` knows, or a module, by its dotted name or beside this one, with
+    ``run_cell(config) -> dict`` of JSON.
     """
 
     suite: str
@@ -53,13 +54,17 @@ def run_cell(cell: Cell, out: records.ResultFile, limits: Limits, code: str) -> 
     An interrupt kills the worker and leaves no record, so that a resumed run measures the cell again.
     """
     started = time.perf_counter()
+    load = round(os.getloadavg()[0], 2)
     result = _run_worker(cell, limits)
     record: Record = {
         "type": "cell",
         "id": records.cell_id(cell.suite, cell.config, code),
         "suite": cell.suite,
         "config": dict(cell.config),
+        "code": code,
         "seconds": round(time.perf_counter() - started, 3),
+        "load": load,
+        "clock_mhz": records.clock_mhz(),
         **result,
     }
     out.append(record)
@@ -79,7 +84,8 @@ def _run_worker(cell: Cell, limits: Limits) -> Record:
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
         # Not a daemon, which may have no children: a cell that compiles may start some. _follow ends an abandoned one.
-        process = context.Process(target=_work, args=(sender, cell, limits.memory_bytes, log.name), daemon=False)
+        work = (sender, cell, limits.memory_bytes, log.name, suites.loaded())
+        process = context.Process(target=_work, args=work, daemon=False)
         process.start()
         sender.close()
         try:
@@ -95,7 +101,7 @@ def _run_worker(cell: Cell, limits: Limits) -> Record:
             receiver.close()
 
 
-def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str) -> None:
+def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str, files: tuple[str, ...]) -> None:
     """The worker: limits first, then the measurement, then one message."""
     os.setsid()
     threading.Thread(target=_follow, daemon=True).start()
@@ -110,11 +116,22 @@ def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str) ->
             limit = _address_space() + memory_bytes
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         torch.set_num_threads(cell.config["threads"])
-        suite = importlib.import_module(cell.suite if "." in cell.suite else f"{__package__}.{cell.suite}")
-        result: Record = {"status": "ok", **suite.run_cell(cell.config)}
+        torch.manual_seed(cell.config.get("seed", 0))
+        for file in files:
+            suites.load(file)
+        result: Record = {"status": "ok", **_measurement(cell.suite)(cell.config)}
     except BaseException as error:
         result = _failure(error)
     sender.send(result)
+
+
+def _measurement(suite: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    if "." in suite:
+        return importlib.import_module(suite).run_cell  # type: ignore[no-any-return]
+    try:
+        return suites.get(suite).run_cell
+    except KeyError:
+        return importlib.import_module(f"{__package__}.{suite}").run_cell  # type: ignore[no-any-return]
 
 
 def _follow() -> None:

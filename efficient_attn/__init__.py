@@ -1,7 +1,15 @@
 """efficient-attn: exact, block-sparse and low-rank attention with one operator, one mask and one drop-in module."""
 
 from .backends import BACKENDS
-from .errors import ConversionError, EfficientAttnError, InputError, InputTypeError, MaskError, UnsupportedError
+from .errors import (
+    CheckpointError,
+    ConversionError,
+    EfficientAttnError,
+    InputError,
+    InputTypeError,
+    MaskError,
+    UnsupportedError,
+)
 from .explanation import Explanation, explain
 from .functional import attention, attention_weights, merge_attention
 from .integrations import Conversion, convert
@@ -57,6 +65,7 @@ __all__ = [
     "BlockMask",
     "Causal",
     "CentroidTail",
+    "CheckpointError",
     "Conversion",
     "ConversionError",
     "Dense",

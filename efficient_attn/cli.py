@@ -1,4 +1,4 @@
-"""The command line: ``efficient-attn info | bench | report | profile | recommend``."""
+"""The command line: ``efficient-attn info | bench | report | compare | profile | recommend | train``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -32,14 +33,15 @@ except ModuleNotFoundError as error:
 import torch
 
 from efficient_attn import EfficientAttnError, explain, parse
-from efficient_attn.backends import cpu
-from efficient_attn.benchmarks import cases, plot, records, runner
+from efficient_attn.backends import BACKENDS, cpu
+from efficient_attn.benchmarks import cases, clock, html_report, peers, plot, records, runner, suites
+from efficient_attn.benchmarks import compare as comparing
 from efficient_attn.benchmarks import report as reporting
 from efficient_attn.profiling import commands as profiling
+from efficient_attn.training import command as training
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# What a suite is called on the command line, and the suites of a plain ``bench``.
-SUITES = ("ops", "vit", "memory", "cpu")
+# The suites of a plain ``bench``.
 DEFAULT_SUITES = ("ops", "vit")
 
 # Load average per core above which a run starts with a warning.
@@ -51,6 +53,7 @@ app = typer.Typer(
     add_completion=False,
     help="Attention: exact, block-sparse and low-rank.",
 )
+app.add_typer(training.app)
 
 
 def main() -> None:
@@ -76,18 +79,36 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 @app.command()
 def bench(
-    suites: Annotated[list[str] | None, typer.Argument(help="Any of ops, vit, memory, cpu. Default: ops vit.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SUITE]...", help=f"all, cpu, or any of {', '.join(suites.names())}. Default: ops vit."
+        ),
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short lengths and training: under two minutes on 2 cores.")
+        bool, typer.Option("--quick", help="Short lengths and training: ops in under three minutes on 2 cores.")
     ] = False,
     methods: Annotated[
         list[str] | None, typer.Option(help="Specs, e.g. dense,bigbird:block=64,window=3. Repeatable.")
     ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peers", help="Of the peers suite, e.g. sdpa_flash,linformer. Repeatable.")
+    ] = None,
     seqlens: Annotated[str | None, typer.Option(help="Lengths: 512,2k,16k or 512:65536:x2.")] = None,
-    mode: Annotated[str | None, typer.Option(help="fwd, fwd_bwd or fwd,fwd_bwd.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
+    mode: Annotated[str | None, typer.Option(help=f"Any of {','.join(cases.MODES)}.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Any of {','.join(DTYPES)}.")] = "float32",
+    backend: Annotated[str, typer.Option(help=f"Of the ops suite: auto, {', '.join(BACKENDS)}.")] = "auto",
     causal: Annotated[bool, typer.Option("--causal", help="Causal attention in the ops suite.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, random features and training.")] = 0,
+    load: Annotated[
+        list[Path] | None,
+        typer.Option(help="A Python file that registers a method, a peer or a suite.", exists=True, dir_okay=False),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Minutes after which no new cell starts; --resume goes on. Default: no end."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results.jsonl and results.png. Default: bench-results/<time>.")
     ] = None,
@@ -100,11 +121,15 @@ def bench(
     ] = None,
 ) -> None:
     """Compares methods x lengths on this machine: time, peak memory, and error or accuracy against dense attention."""
-    cells = plan(suites or list(DEFAULT_SUITES), quick, methods, seqlens, mode, dtype, causal, threads)
+    _load(load)
+    wanted = names or list(DEFAULT_SUITES)
+    chosen_peers = tuple(name for text in peer or () for name in text.split(","))
+    more: dict[str, Any] = {"seed": seed, "backend": backend, "peer_names": chosen_peers}
+    cells = plan(wanted, quick, methods, seqlens, mode, dtype, causal, threads, **more)
     folder = _folder(out, resume)
     free = records.available_memory()
     limit = int(memory_limit * 2**30) if memory_limit else (None if free is None else int(0.8 * free))
-    raise typer.Exit(_run(cells, folder, runner.Limits(timeout, limit)))
+    raise typer.Exit(_run(cells, folder, runner.Limits(timeout, limit), budget))
 
 
 app.command("profile")(profiling.profile)
@@ -117,8 +142,18 @@ def report(
         list[Path], typer.Argument(help="results.jsonl files, of unfinished runs too.", exists=True, dir_okay=False)
     ],
     png: Annotated[Path | None, typer.Option(help="Where to draw. Default: beside the first file.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also one self-contained page, with the charts as PNG and SVG and the rows as CSV beside it."
+        ),
+    ] = None,
+    load: Annotated[
+        list[Path] | None, typer.Option(help="Files that the run was given with --load.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Prints the tables of result files and draws them."""
+    _load(load)
     try:
         found = [record for file in files for record in records.read(file)]
     except ValueError as error:
@@ -127,6 +162,12 @@ def report(
         raise typer.BadParameter(
             f"{', '.join(map(str, files))} holds no cell yet; run efficient-attn bench --out FOLDER first"
         )
+    if html is not None:
+        for written in html_report.write(found, html, [str(file) for file in files]):
+            print(written)
+
+
+app.command("compare")(comparing.command)
 
 
 def collect_info() -> dict[str, dict[str, Any]]:
@@ -149,7 +190,7 @@ def _instruction_set() -> str:
 
 
 def plan(
-    suites: Sequence[str],
+    names: Sequence[str],
     quick: bool,
     method_lists: Sequence[str] | None,
     seqlens: str | None,
@@ -157,13 +198,28 @@ def plan(
     dtype: str,
     causal: bool,
     threads: int | None,
+    *,
+    seed: int = 0,
+    backend: str = "auto",
+    peer_names: tuple[str, ...] = (),
 ) -> list[runner.Cell]:
-    """The cells of a run; raises ``typer.BadParameter`` for anything wrong before any of them starts."""
-    for suite in suites:
-        _one_of("suite", suite, SUITES)
-    _one_of("--dtype", dtype, DTYPES)
-    modes = tuple(mode.split(",")) if mode else cases.MODES
-    for name in modes:
+    """The cells of a run, an equal share of each suite at any time; raises ``typer.BadParameter`` for anything wrong
+    before any of them starts."""
+    known = suites.names()
+    names = list(dict.fromkeys(suites.ALIASES.get(name, name) for name in names))
+    if names == ["all"]:
+        names = [name for name in known if suites.get(name).default]
+    for name in names:
+        _one_of("suite", name, ("all", *suites.ALIASES, *known))
+    if "all" in names:
+        raise typer.BadParameter("suite 'all' stands alone: it has every suite that the others name")
+    for name in dtype.split(","):
+        _one_of("--dtype", name, DTYPES)
+    _one_of("--backend", backend, ("auto", *BACKENDS))
+    for name in peer_names:
+        _one_of("--peers", name, peers.names())
+    modes = tuple(mode.split(",")) if mode else None
+    for name in modes or ():
         _one_of("--mode", name, cases.MODES)
     chosen = tuple(spec for text in method_lists or () for spec in split_specs(text))
     for spec in chosen:
@@ -171,23 +227,26 @@ def plan(
             parse(spec)
         except EfficientAttnError as error:
             raise typer.BadParameter(f"--methods: {error}") from error
-    lengths = parse_lengths(seqlens) if seqlens else None
-    threads = threads or torch.get_num_threads()
-    budget = 0.25 if quick else 1.5
-    cells: list[runner.Cell] = []
-    for suite in dict.fromkeys(suites):
-        if suite == "ops":
-            short = cases.QUICK_SEQLENS if quick else cases.SEQLENS
-            specs = chosen or cases.OPERATOR_METHODS
-            cells += cases.operator_cells(specs, lengths or short, modes, dtype, threads, causal, budget)
-        elif suite == "vit":
-            steps = cases.QUICK_VIT_STEPS if quick else cases.VIT_STEPS
-            cells += cases.vit_cells(chosen or cases.VIT_METHODS, steps, threads, budget)
-        elif suite == "memory":
-            cells += cases.memory_cells(chosen or cases.MEMORY_METHODS, lengths or cases.MEMORY_LENGTHS, threads)
-        else:
-            cells += cases.target_cells(threads, budget)
-    return cells
+    options = suites.Options(
+        quick=quick,
+        methods=chosen,
+        peers=peer_names,
+        seqlens=parse_lengths(seqlens) if seqlens else None,
+        modes=modes,
+        dtypes=tuple(dtype.split(",")),
+        backend=backend,
+        causal=causal,
+        threads=threads or torch.get_num_threads(),
+        budget_s=0.25 if quick else 1.5,
+        seed=seed,
+    )
+    return _interleaved([[runner.Cell(name, config) for config in suites.get(name).configs(options)] for name in names])
+
+
+def _interleaved(grids: Sequence[Sequence[runner.Cell]]) -> list[runner.Cell]:
+    """The cells of several suites in an order in which each is at the same share of its own."""
+    order = [((index + 1) / len(cells), cell) for cells in grids for index, cell in enumerate(cells)]
+    return [cell for _, cell in sorted(order, key=lambda pair: pair[0])]
 
 
 def split_specs(text: str) -> list[str]:
@@ -224,6 +283,14 @@ def _length(text: str) -> int:
     return value
 
 
+def _load(files: Sequence[Path] | None) -> None:
+    for file in files or ():
+        try:
+            suites.load(file)
+        except Exception as error:  # whatever a user's file raises
+            raise typer.BadParameter(f"--load {file}: {type(error).__name__}: {error}") from error
+
+
 def _one_of(what: str, given: str, allowed: Sequence[str]) -> None:
     if given not in allowed:
         raise typer.BadParameter(f"{what} {given!r} does not exist; choose from {', '.join(allowed)}")
@@ -251,9 +318,9 @@ def _folder(out: Path | None, resume: bool) -> Path:
     return out
 
 
-def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits) -> int:
-    """Measures what is not done yet, shows the results, and returns the exit code: 130 or 143 after Ctrl-C or
-    SIGTERM."""
+def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budget: float | None = None) -> int:
+    """Measures what is not done yet, for ``budget`` minutes at most, shows the results, and returns the exit code: 130
+    or 143 after Ctrl-C or SIGTERM."""
     path = folder / "results.jsonl"
     code, console = records.code_version(), Console()
     exit_code = 0
@@ -262,13 +329,19 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits) -> i
         left = [cell for cell in cells if records.cell_id(cell.suite, cell.config, code) not in done]
         if len(left) < len(cells):
             console.print(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
-        out.append(records.environment(threads=torch.get_num_threads(), limits=vars(limits)))
-        _warn_if_busy(console)
+        noise = clock.noise()
+        seed = cells[0].config.get("seed") if cells else None
+        out.append(records.environment(threads=torch.get_num_threads(), limits=vars(limits), noise=noise, seed=seed))
+        _warn_if_busy(console, noise)
+        started = time.monotonic()
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         try:
             with _sigterm_raises(), Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
                 task = progress.add_task("", total=len(left))
-                for cell in left:
+                for number, cell in enumerate(left):
+                    if budget is not None and time.monotonic() - started >= 60 * budget:
+                        console.print(f"{budget:g} minutes are over, {len(left) - number} cells are left: --resume")
+                        break
                     progress.update(task, description=reporting.cell_name(vars(cell)))
                     runner.run_cell(cell, out, limits, code)
                     progress.advance(task)
@@ -280,10 +353,11 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits) -> i
     return exit_code
 
 
-def _warn_if_busy(console: Console) -> None:
+def _warn_if_busy(console: Console, noise: float) -> None:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > BUSY * cores:
-        console.print(f"[yellow]the machine is busy[/] (load {load:.1f} on {cores} cores): times will be noisy")
+    if load > BUSY * cores or noise > clock.NOISY:
+        about = f"load {load:.1f} on {cores} cores, the same work varies by {noise:.0%}"
+        console.print(f"[yellow]the machine is busy[/] ({about}): times will be noisy")
 
 
 def _show(found: Sequence[records.Record], png: Path) -> bool:
@@ -298,6 +372,9 @@ def _show(found: Sequence[records.Record], png: Path) -> bool:
         console.width = max(console.width, 140)  # a file or pipe has no edge to wrap at
     console.print(about, highlight=False)
     reporting.print_report(cells, console)
+    noisy = sum(cell.get("spread", 0) > clock.NOISY for cell in cells)
+    if noisy:
+        console.print(f"[yellow]{noisy} of {len(cells)} times are noisy[/]: an interquartile range above 25 %")
     if plot.save(cells, png, about):
         console.print(f"{png}", highlight=False)
     return True

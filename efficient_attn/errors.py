@@ -23,3 +23,7 @@ class UnsupportedError(EfficientAttnError, NotImplementedError):
 
 class ConversionError(EfficientAttnError, RuntimeError):
     """A converted model that does not compute, with dense attention, what the original computed."""
+
+
+class CheckpointError(EfficientAttnError, RuntimeError):
+    """A checkpoint that cannot be read, is of an unknown architecture, or does not fit the model."""

@@ -102,10 +102,23 @@ def with_trivial(tiles: Tensor) -> Tensor:
 def count_bits(tiles: Tensor) -> Tensor:
     """Number of set bits of each tile: uint8 [n, block_q, block_k // 8] -> int64 [n]."""
     words = tiles.contiguous().flatten(1).view(torch.int64)
-    words = words - ((words >> 1) & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56).sum(-1)
+    counts = [_count_bits(part) for part in words.split(rows_at_a_time(words))]
+    return torch.cat(counts)
+
+
+def _count_bits(words: Tensor) -> Tensor:
+    # In place: fresh memory costs more than what is done in it.
+    half = words >> 1
+    counts = words - half.bitwise_and_(0x5555555555555555)
+    torch.bitwise_right_shift(counts, 2, out=half).bitwise_and_(0x3333333333333333)
+    counts.bitwise_and_(0x3333333333333333).add_(half)
+    counts.add_(torch.bitwise_right_shift(counts, 4, out=half)).bitwise_and_(0x0F0F0F0F0F0F0F0F)
+    return counts.mul_(0x0101010101010101).bitwise_right_shift_(56).sum(-1)
+
+
+def rows_at_a_time(rows: Tensor) -> int:
+    """How many rows of a table to work on together, so that what is in work stays in the cache."""
+    return max(1, 65536 // max(rows.shape[1], 1))
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------
@@ -127,8 +140,12 @@ def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of int64 [n, width]: (first position of each, class of each row), in order of appearance."""
     odd = torch.arange(1, rows.shape[1] + 1, device=rows.device) * -7046029254386353131  # splitmix64: no random call
     odd = ((odd ^ (odd >> 30)) * -4658895280553007687) | 1
-    first, inverse = by_first_appearance((rows * odd).sum(-1))
-    if not torch.equal(rows[first][inverse], rows):  # two different rows with one hash
+    step = rows_at_a_time(rows)
+    hashes = [(part * odd).sum(-1) for part in rows.split(step)]
+    first, inverse = by_first_appearance(torch.cat(hashes))
+    same = first[inverse]
+    if not all(torch.equal(rows[s], part) for s, part in zip(same.split(step), rows.split(step), strict=True)):
+        # two different rows with one hash
         inverse = rows.unique(dim=0, return_inverse=True)[1]
         first, inverse = by_first_appearance(inverse)
     return first, inverse

@@ -81,9 +81,11 @@ def test_wrong_lengths_are_explained(text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "choose from ops, vit, memory, cpu"),
+        (["nonsense"], "choose from all, cpu,"),
+        (["all", "ops"], "'all' stands alone"),
+        (["--backend", "gpu"], "choose from auto, triton, cpu"),
         (["--dtype", "int8"], "choose from float32"),
-        (["--mode", "backward"], "choose from fwd, fwd_bwd"),
+        (["--mode", "backward"], "choose from fwd, fwd_bwd, decode"),
         (["--methods", "bigbirt"], "did you mean 'bigbird'"),
         (["--methods", "bigbird:blocks=64"], "no option 'blocks'"),
         (["--seqlens", "many"], "not a length"),
@@ -96,6 +98,13 @@ def test_wrong_options_stop_before_any_work(tmp_path, monkeypatch, arguments, me
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("raise OSError('no toys')")
+    result = invoke("bench", "--load", str(tmp_path / "broken.py"), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2 and "OSError: no toys" in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_written_over(tmp_path):

@@ -101,6 +101,29 @@ def test_modules_with_a_setter():
     assert list(convert(alone, WINDOW).converted) == [""]
 
 
+class Stateful(Homemade):
+    """As the layers of this package's models: parameters of its method, and attention to a memory on request."""
+
+    def __init__(self, cross=False):
+        super().__init__()
+        self.cross = cross
+
+    def set_attention(self, spec):
+        super().set_attention(spec)
+        self.method_state = self.attention.build(16, 4, 4)
+
+
+def test_setters_get_their_parameters_back_and_keep_to_themselves():
+    model = nn.ModuleList([Stateful(), Stateful(cross=True)])
+    model[0].set_attention("linformer:rank=2,max_len=16")
+    state = model[0].method_state
+    report = convert(model, WINDOW)
+    assert list(report.converted) == ["0"] and "memory" in report.skipped["1"]
+    assert model[0].method_state is None and model[1].attention == Dense()
+    report.undo()
+    assert model[0].method_state is state and str(model[0].attention) == "linformer:rank=2,max_len=16"
+
+
 def test_what_is_left_alone_is_named():
     model = nn.ModuleDict({"a": encoder(), "b": ForeignAttention(), "c": Special(16, 4)})
     report = convert(model, WINDOW, predicate=lambda name, module: name != "a.layers.1.self_attn")

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("integrations.md", "methods.md")
+PAGES = ("integrations.md", "methods.md", "models.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_runs_from_top_to_bottom(page):
-    if page == "integrations.md":
+    if page != "methods.md":
         pytest.importorskip("transformers")
+        pytest.importorskip("diffusers")
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 5
     names = {}

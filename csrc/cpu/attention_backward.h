@@ -87,6 +87,9 @@ struct BackwardTile {
     A *Qt, *dOt, *Q, *dO, *S, *dP, *bias, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
     double* sum;
     uint64_t *bits, *keep;
+    Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only
+    BFloat16* rounded;
+    A* scale;
 
     BackwardTile(const AttentionParams& p, char* memory) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), widest = max_of(D, Dv);
@@ -110,6 +113,16 @@ struct BackwardTile {
         sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
+        if (multiplies_pairs(p)) {
+            Q_columns = arena.take<Pair>(ceil_div(p.D, 2) * kQueries);
+            dO_columns = arena.take<Pair>(ceil_div(p.Dv, 2) * kQueries);
+            Q_pairs = arena.take<Pair>(kQueries / 2 * D);
+            dO_pairs = arena.take<Pair>(kQueries / 2 * Dv);
+            K_pairs = arena.take<Pair>(kKeys / 2 * p.D);
+            dS_pairs = arena.take<Pair>(kKeys / 2 * kQueries);
+            rounded = arena.take<BFloat16>(kKeys * kQueries);
+            scale = arena.take<A>(kQueries);
+        }
         end = arena.next;
     }
 
@@ -140,8 +153,15 @@ inline QueryTile query_tile(const AttentionParams& p, const QueryTiling& tiling,
 template <class T, class A>
 inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const A* delta, int64_t w,
                             BackwardTile<A>& t) {
-    pack_transposed<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, score_scale<A>(p), w, t.scratch, t.Qt);
-    pack_transposed<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, Unscaled{}, w, t.scratch, t.dOt);
+    const double factor = score_scale(p);
+    if constexpr (kPairProducts<T>) {
+        pack_paired_columns<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, w, t.scratch, t.Q_columns);
+        pack_paired_columns<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, w, t.scratch, t.dO_columns);
+        for (int64_t r = 0; r < w; ++r) t.scale[r] = static_cast<A>(factor);
+    } else {
+        pack_transposed<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, Scaled<A>(factor), w, t.scratch, t.Qt);
+        pack_transposed<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, Unscaled{}, w, t.scratch, t.dOt);
+    }
     const int64_t row = (q.b * p.Hq + q.h) * p.Nq + q.rows.begin;
     for (int64_t r = 0; r < w; ++r) {
         // Lanes without a row, and rows without a visible key, get weight 0 through an infinite lse.
@@ -183,10 +203,16 @@ EA_NOINLINE void weight_gradients(int64_t keys, int64_t w, const BackwardTile<A>
 // Fills S with Z P and dP with dS, both [keys][w]. Returns whether pairs are masked; then `bits` says which.
 template <class T, class A>
 inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile,
-                            int64_t tile_key, const Rows<A>& K, const Rows<A>& V, int64_t w, BackwardTile<A>& t) {
+                            int64_t tile_key, const Rows<Operand<T, A>>& K, const Rows<Operand<T, A>>& V, int64_t w,
+                            BackwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
-    score_tile(K, n, p.D, t.Qt, w, t.S);
-    score_tile(V, n, p.Dv, t.dOt, w, t.dP);
+    if constexpr (kPairProducts<T>) {
+        score_tile(K, n, p.D, t.Q_columns, w, t.scale, t.S);
+        score_tile<T, A>(V, n, p.Dv, t.dO_columns, w, nullptr, t.dP);
+    } else {
+        score_tile(K, n, p.D, t.Qt, w, t.S);
+        score_tile(V, n, p.Dv, t.dOt, w, t.dP);
+    }
     bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
     if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
     const bool dropped = p.dropout_p > 0;
@@ -238,11 +264,43 @@ inline void delta_task(const AttentionParams& p, int64_t task, const BackwardSha
     }
 }
 
+// The rows of a tile of queries, as the left factors of dK and dV.
+template <class A>
+struct QueryRows {
+    Rows<A> Q, dO;
+    bool pairs;  // in Q_pairs and dO_pairs instead
+};
+
+template <class T, class A>
+inline QueryRows<A> load_query_rows(const AttentionParams& p, const QueryTile& q, const BackwardTile<A>& t) {
+    if constexpr (kPairProducts<T>) {
+        const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), first = q.rows.begin;
+        const bool all_visible = !may_hide_pairs(p) && !has_bias(p);
+        if (all_visible || (rows_are_finite<T>(p.query, q.b, q.h, first, q.count, p.D) &&
+                            rows_are_finite<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv))) {
+            pack_paired_rows<T>(p.query, q.b, q.h, first, q.count, p.D, D, t.Q_pairs);
+            pack_paired_rows<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv, Dv, t.dO_pairs);
+            return {{}, {}, true};
+        }
+    }
+    return {load_padded_rows<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, t.Q),
+            load_padded_rows<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, t.dO), false};
+}
+
 // What a tile of queries adds to dK and dV of `keys`, whose first key is row 0 of both.
 template <class T, class A>
 inline void add_key_gradients(const AttentionParams& p, const QueryTile& q, int64_t keys, int64_t w, bool masked,
-                              const Rows<A>& Q, const Rows<A>& dO, const BackwardTile<A>& t, A* dK, A* dV) {
+                              const QueryRows<A>& rows, const BackwardTile<A>& t, A* dK, A* dV) {
     const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
+    const auto& [Q, dO, pairs] = rows;
+    if constexpr (kPairProducts<T>) {
+        if (pairs) {
+            round_rows(t.S, keys, w, t.rounded);
+            accumulate_rows(t.rounded, keys, w, q.count, t.dO_pairs, Dv, dV);
+            round_rows(t.dP, keys, w, t.rounded);
+            return accumulate_rows(t.rounded, keys, w, q.count, t.Q_pairs, D, dK);
+        }
+    }
     if (masked) {
         accumulate_rows_masked(t.S, keys, w, q.count, dO, Dv, t.bits, t.buffer, dV);
         accumulate_rows_masked(t.dP, keys, w, q.count, Q, D, t.bits, t.buffer, dK);
@@ -276,6 +334,29 @@ inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range 
     });
 }
 
+// dQt += keys * dS. NaN and infinity under a mask go the way of float32, here and in add_key_gradients.
+template <class T, class A>
+inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, Range keys, bool masked,
+                     const Rows<Operand<T, A>>& K, int64_t w, BackwardTile<A>& t, A* dQt) {
+    const int64_t n = keys.end - keys.begin;
+    Rows<A> rows;
+    if constexpr (kPairProducts<T>) {
+        if (!masked || rows_are_finite<T>(p.key, q.b, kv, keys.begin, n, p.D)) {
+            pack_paired_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, p.D, t.K_pairs);
+            round_to_pairs(t.dP, n, w, t.dS_pairs);
+            return accumulate_columns<A>(t.K_pairs, n, p.D, t.dS_pairs, w, nullptr, dQt);
+        }
+        rows = load_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, t.K_buffer);
+    } else {
+        rows = K;
+    }
+    if (masked) {
+        accumulate_columns_masked<A>(rows, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
+    } else {
+        accumulate_columns<A>(rows, n, p.D, t.dP, w, nullptr, dQt);
+    }
+}
+
 // Adds to dQt what the keys inside `limits` give a tile of queries. begin() is called before the first piece of keys,
 // visit(keys, masked) after each, while S and dP hold Z P and dS.
 template <class T, class A, class Begin, class Visit>
@@ -284,17 +365,12 @@ inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Ra
     const int64_t kv = q.h / (p.Hq / p.Hkv);
     bool begun = false;
     for_each_chunk(p, q.b, q.h, q.block, q.rows, limits, [&](Range keys, const Segment& segment) {
-        const int64_t n = keys.end - keys.begin;
         if (!begun) begin();
         begun = true;
-        const Rows<A> K = load_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, t.K_buffer);
-        const Rows<A> V = load_rows<T>(p.value, q.b, kv, keys.begin, n, p.Dv, t.V_buffer);
+        const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
+        const auto V = load_operand<T>(p.value, q.b, kv, keys, p.Dv, t.V_buffer);
         const bool masked = score_gradients<T>(p, q, keys, segment.tile, segment.tile_key, K, V, w, t);
-        if (masked) {
-            accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
-        } else {
-            accumulate_columns<A>(K, n, p.D, t.dP, w, nullptr, dQt);
-        }
+        add_keys<T>(p, q, kv, keys, masked, K, w, t, dQt);
         if (bias_is_full(p)) store_bias_tile<T>(p, q, keys, w, t);
         visit(keys, masked);
     });
@@ -327,11 +403,10 @@ inline void span_task(const AttentionParams& p, int64_t task, char* memory, cons
         const QueryTile q = query_tile(p, tiling, b, kv * (p.Hq / p.Hkv) + index / tiling.count, index % tiling.count);
         A* dQt = shared.dQt + (head % line.slots * line.tiles + index) * p.D * kQueries;
         const int64_t w = whole_vectors<A>(q.count);
-        Rows<A> Q, dO;
+        QueryRows<A> query_rows;
         auto begin = [&] {
             load_query_tile<T>(p, q, shared.delta, w, t);
-            Q = load_padded_rows<T>(p.query, b, q.h, q.rows.begin, q.count, p.D, t.Q);
-            dO = load_padded_rows<T>(p.grad_out, b, q.h, q.rows.begin, q.count, p.Dv, t.dO);
+            query_rows = load_query_rows<T>(p, q, t);
         };
         if (span == 0) {
             fill_zero(dQt, p.D * w);
@@ -340,7 +415,7 @@ inline void span_task(const AttentionParams& p, int64_t task, char* memory, cons
         }
         if (q.count > 0) {
             add_query_gradients<T>(p, q, keys, w, t, dQt, begin, [&](Range part, bool masked) {
-                add_key_gradients<T>(p, q, part.end - part.begin, w, masked, Q, dO, t,
+                add_key_gradients<T>(p, q, part.end - part.begin, w, masked, query_rows, t,
                                      t.dK + (part.begin - keys.begin) * D, t.dV + (part.begin - keys.begin) * Dv);
             });
             if (span == line.spans - 1) store_query_gradients<T>(p, q, w, dQt, t);
@@ -406,9 +481,8 @@ inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, ch
                 const int64_t w = whole_vectors<A>(q.count), kv = h / (p.Hq / p.Hkv);
                 load_query_tile<T>(p, q, delta, w, t);
                 for_each_chunk(p, b, h, q.block, q.rows, keys, [&](Range chunk, const Segment& segment) {
-                    const int64_t n = chunk.end - chunk.begin;
-                    const Rows<A> K = load_rows<T>(p.key, b, kv, chunk.begin, n, p.D, t.K_buffer);
-                    const Rows<A> V = load_rows<T>(p.value, b, kv, chunk.begin, n, p.Dv, t.V_buffer);
+                    const auto K = load_operand<T>(p.key, b, kv, chunk, p.D, t.K_buffer);
+                    const auto V = load_operand<T>(p.value, b, kv, chunk, p.Dv, t.V_buffer);
                     score_gradients<T>(p, q, chunk, segment.tile, segment.tile_key, K, V, w, t);
                     fold_tile(t.dP, chunk, keys.begin, w, q.count, by_query, by_key, t.sum);
                 });

@@ -249,7 +249,7 @@ inline void decode_span(const AttentionParams& p, int64_t index, char* memory, A
     const int64_t rows = task.heads * p.Nq, w = whole_vectors<A>(rows), D = whole_vectors<A>(p.D);
     const Range queries{0, p.Nq}, span{task.span * kDecodeSpan, min_of((task.span + 1) * kDecodeSpan, p.Nk)};
     DecodeTile<A> t(p, memory);
-    const Scaled<A> scale = score_scale<A>(p);
+    const Scaled<A> scale = Scaled<A>(score_scale(p));
     for (int64_t r = 0; r < rows; ++r) {
         A* row = t.Q + r * D;
         widen_row(row_pointer<T>(p.query, task.b, task.h + r / p.Nq, r % p.Nq), p.D, row);

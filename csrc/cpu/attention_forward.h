@@ -13,6 +13,8 @@ template <class A>
 struct ForwardTile {
     A *Qt, *S, *bias, *Ot, *top, *total, *fade, *scratch, *K_buffer, *V_buffer;
     uint64_t *bits, *keep;
+    Pair *Q_pairs, *V_pairs, *P_pairs;  // with products of pairs only
+    A* scale;
 
     ForwardTile(const AttentionParams& p, char* memory) {
         Arena arena{memory};
@@ -28,6 +30,12 @@ struct ForwardTile {
         V_buffer = arena.take<A>(kKeys * p.Dv);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
+        if (multiplies_pairs(p)) {
+            Q_pairs = arena.take<Pair>(ceil_div(p.D, 2) * kQueries);
+            V_pairs = arena.take<Pair>(kKeys / 2 * p.Dv);
+            P_pairs = arena.take<Pair>(kKeys / 2 * kQueries);
+            scale = arena.take<A>(kQueries);
+        }
         end = arena.next;
     }
 
@@ -89,6 +97,50 @@ inline void online_softmax_update(const AttentionParams& p, int64_t keys, int64_
                 : online_softmax_update<A, false>(keys, w, S, top, total, fade);
 }
 
+// What a tile of queries keeps of them.
+template <class T, class A>
+inline void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t first, int64_t count, int64_t w,
+                         ForwardTile<A>& t) {
+    if constexpr (kPairProducts<T>) {
+        pack_paired_columns<T>(p.query, b, h, first, count, p.D, w, t.scratch, t.Q_pairs);
+        const A scale = static_cast<A>(score_scale(p));
+        for (int64_t r = 0; r < w; ++r) t.scale[r] = scale;
+    } else {
+        pack_transposed<T>(p.query, b, h, first, count, p.D, Scaled<A>(score_scale(p)), w, t.scratch, t.Qt);
+    }
+}
+
+// S of the tile's queries and some keys.
+template <class T, class A>
+inline void score(const AttentionParams& p, int64_t b, int64_t kv, Range keys, int64_t w, ForwardTile<A>& t) {
+    const auto rows = load_operand<T>(p.key, b, kv, keys, p.D, t.K_buffer);
+    if constexpr (kPairProducts<T>) {
+        score_tile(rows, keys.end - keys.begin, p.D, t.Q_pairs, w, t.scale, t.S);
+    } else {
+        score_tile(rows, keys.end - keys.begin, p.D, t.Qt, w, t.S);
+    }
+}
+
+// Ot = Ot * fade + values * S. NaN and infinity under a mask go the way of float32.
+template <class T, class A>
+inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range keys, bool masked, int64_t w,
+                       ForwardTile<A>& t) {
+    const int64_t n = keys.end - keys.begin;
+    if constexpr (kPairProducts<T>) {
+        if (!masked || rows_are_finite<T>(p.value, b, kv, keys.begin, n, p.Dv)) {
+            pack_paired_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, p.Dv, t.V_pairs);
+            round_to_pairs(t.S, n, w, t.P_pairs);
+            return accumulate_columns(t.V_pairs, n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
+        }
+    }
+    const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
+    if (masked) {
+        accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, t.K_buffer, t.Ot);
+    } else {
+        accumulate_columns(values, n, p.Dv, t.S, w, t.fade, t.Ot);
+    }
+}
+
 template <class T, class A>
 inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
     const QueryTiling tiling = query_tiling(p, kQueries);
@@ -102,13 +154,13 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
     const int64_t w = whole_vectors<A>(count);
     ForwardTile<A> t(p, memory);
 
-    pack_transposed<T>(p.query, b, h, rows.begin, count, p.D, score_scale<A>(p), w, t.scratch, t.Qt);
+    load_queries<T>(p, b, h, rows.begin, count, w, t);
     for (int64_t r = 0; r < w; ++r) t.top[r] = -kInfinity<A>, t.total[r] = 0;
     fill_zero(t.Ot, p.Dv * w);
 
     for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
         const int64_t n = keys.end - keys.begin;
-        score_tile(load_rows<T>(p.key, b, kv, keys.begin, n, p.D, t.K_buffer), n, p.D, t.Qt, w, t.S);
+        score<T>(p, b, kv, keys, w, t);
         bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
         if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
@@ -117,12 +169,7 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
             dropout_bits(p.dropout_seed, p.dropout_p, b, h, rows.begin, count, keys.begin, keys.end, t.keep);
             fill_masked(t.keep, n, w, A{0}, t.S);
         }
-        const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
-        if (masked) {
-            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, t.K_buffer, t.Ot);
-        } else {
-            accumulate_columns(values, n, p.Dv, t.S, w, t.fade, t.Ot);
-        }
+        accumulate<T>(p, b, kv, keys, masked, w, t);
     });
 
     for (int64_t r = 0; r < count; ++r) {

@@ -8,6 +8,7 @@ namespace {
 bool can_run(const char* name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (!std::strcmp(name, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16") && can_run("avx512");
     if (!std::strcmp(name, "avx512")) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
@@ -25,6 +26,9 @@ bool can_run(const char* name) {
 
 const Kernels* find_kernels(const char* name) {
     const Kernels* best_first[] = {
+#if EFFICIENT_ATTN_HAVE_AVX512_BF16
+        &kernels_avx512_bf16,
+#endif
 #if EFFICIENT_ATTN_HAVE_AVX512
         &kernels_avx512,
 #endif

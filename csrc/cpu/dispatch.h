@@ -12,6 +12,9 @@ extern const Kernels kernels_avx2;
 #if EFFICIENT_ATTN_HAVE_AVX512
 extern const Kernels kernels_avx512;
 #endif
+#if EFFICIENT_ATTN_HAVE_AVX512_BF16
+extern const Kernels kernels_avx512_bf16;
+#endif
 
 // The kernels named, or the best that this processor runs if `name` is null; null if the name is unknown or cannot run.
 const Kernels* find_kernels(const char* name);

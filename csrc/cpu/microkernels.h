@@ -43,19 +43,20 @@ EA_INLINE void clear(Vec<A> (&acc)[MR][NV]) {
         for (int v = 0; v < NV; ++v) acc[m][v] = Vec<A>{};
 }
 
-template <class A, class B, int MR, int NV, class MStride, class KStride>
-EA_INLINE void multiply_accumulate(Vec<A> (&acc)[MR][NV], int64_t k_count, const A* a, MStride m_stride,
+template <class A, class L, class B, int MR, int NV, class MStride, class KStride>
+EA_INLINE void multiply_accumulate(Vec<A> (&acc)[MR][NV], int64_t k_count, const L* a, MStride m_stride,
                                    KStride k_stride, const B* b, int64_t ldb) {
+    using Operand = decltype(load_widened<A>(b));
 #pragma GCC unroll 4
     for (int64_t k = 0; k < k_count; ++k) {
-        Vec<A> row[NV];
+        Operand row[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) row[v] = load_widened<A>(b + v * kLanes<A>);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
-            const Vec<A> x = broadcast<A>(a[m * m_stride]);
+            const Operand x = broadcast_at(a + m * m_stride);
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
+            for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add(x, row[v], acc[m][v]);
         }
         a += k_stride;
         b += ldb;
@@ -103,14 +104,15 @@ EA_INLINE void for_panels(int64_t vectors, F f) {
     }
 }
 
-// What becomes of the products: out = product, out += product, out = out * fade + product.
-enum class Into { kReplace, kAdd, kFade };
+// What becomes of the products: out = product, out = product * factor, out += product, out = out * factor + product,
+// with a factor for each column.
+enum class Into { kReplace, kScale, kAdd, kFade };
 
 // Not inlined: a function of its own keeps its accumulators in registers, whatever surrounds the call.
-template <class A, Into kInto, int MR, int NV, class B, class MStride, class KStride>
-EA_NOINLINE void product_tile(int64_t depth, const A* a, MStride m_stride, KStride k_stride, const B* b, int64_t ldb,
-                              A* out, int64_t ldo, const A* fade) {
-    if constexpr (kInto != Into::kReplace) {  // a gradient's sums may lie in the last cache level
+template <class A, Into kInto, int MR, int NV, class L, class B, class MStride, class KStride>
+EA_NOINLINE void product_tile(int64_t depth, const L* a, MStride m_stride, KStride k_stride, const B* b, int64_t ldb,
+                              A* out, int64_t ldo, const A* factor) {
+    if constexpr (kInto == Into::kAdd || kInto == Into::kFade) {  // a gradient's sums may lie in the last cache level
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m)
             for (int byte = 0; byte < NV * kVectorBytes; byte += 64)
@@ -125,9 +127,10 @@ EA_NOINLINE void product_tile(int64_t depth, const A* a, MStride m_stride, KStri
         for (int v = 0; v < NV; ++v) {
             A* place = out + m * ldo + v * kLanes<A>;
             if constexpr (kInto == Into::kReplace) store(place, acc[m][v]);
+            if constexpr (kInto == Into::kScale) store(place, acc[m][v] * load<A>(factor + v * kLanes<A>));
             if constexpr (kInto == Into::kAdd) store(place, load<A>(place) + acc[m][v]);
             if constexpr (kInto == Into::kFade)
-                store(place, load<A>(place) * load<A>(fade + v * kLanes<A>) + acc[m][v]);
+                store(place, load<A>(place) * load<A>(factor + v * kLanes<A>) + acc[m][v]);
         }
     }
 }
@@ -135,17 +138,18 @@ EA_NOINLINE void product_tile(int64_t depth, const A* a, MStride m_stride, KStri
 // out[m][n] (into) sum_k a[m * m_stride + k * k_stride] * b[k * ldb + n]      m < rows, n < vectors of lanes, k < depth
 //
 // kRun terms are summed in one go: a long sum in float is kept as a sum of short ones.
-template <class A, Into kInto, int64_t kRun, class B, class MStride, class KStride>
-inline void product(int64_t rows, int64_t vectors, int64_t depth, const A* a, MStride m_stride, KStride k_stride,
-                    const B* b, int64_t ldb, A* out, int64_t ldo, const A* fade = nullptr) {
+template <class A, Into kInto, int64_t kRun, class L, class B, class MStride, class KStride>
+inline void product(int64_t rows, int64_t vectors, int64_t depth, const L* a, MStride m_stride, KStride k_stride,
+                    const B* b, int64_t ldb, A* out, int64_t ldo, const A* factor = nullptr) {
+    constexpr bool with_factor = kInto == Into::kScale || kInto == Into::kFade;
     for_row_groups(rows, [&](auto group, int64_t first) {
         for_panels<A>(vectors, [&](auto panel, int64_t lane) {
             constexpr int MR = decltype(group)::value, NV = decltype(panel)::value;
-            const A* left = a + first * m_stride;
+            const L* left = a + first * m_stride;
             A* place = out + first * ldo + lane;
             const int64_t run = depth < kRun ? depth : kRun;
             product_tile<A, kInto, MR, NV>(run, left, m_stride, k_stride, b + lane, ldb, place, ldo,
-                                           kInto == Into::kFade ? fade + lane : nullptr);
+                                           with_factor ? factor + lane : nullptr);
             for (int64_t k = run; k < depth; k += kRun) {
                 product_tile<A, Into::kAdd, MR, NV>(depth - k < kRun ? depth - k : kRun, left + k * k_stride, m_stride,
                                                     k_stride, b + k * ldb + lane, ldb, place, ldo, nullptr);

@@ -1,6 +1,9 @@
 // The Python module efficient_attn._cpu. A call arrives as one bytes object of 8-byte words, in the order in which
 // backends/cpu.py packs them and `read_params` takes them off.
 #include <pybind11/pybind11.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -147,6 +150,17 @@ void call_linear(const Operator<LinearAttentionParams>& op, const std::string& w
     if (!run(op, p, worth_threads(threads, p.B * p.Hq * (p.Nq + p.Nk), p.F * (p.D + p.Dv)))) throw std::bad_alloc();
 }
 
+// A request that may be refused: memory works the same without.
+void prefer_huge_pages(uintptr_t begin, uintptr_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = uintptr_t{1} << 21;
+    const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)begin, (void)bytes;
+#endif
+}
+
 }  // namespace
 }  // namespace efficient_attn
 
@@ -162,6 +176,8 @@ PYBIND11_MODULE(_cpu, module) {
                [](const std::string& w, int threads) { call_linear(kernels().linear_forward, w, threads, false); });
     module.def("linear_attention_backward",
                [](const std::string& w, int threads) { call_linear(kernels().linear_backward, w, threads, true); });
+    module.def("prefer_huge_pages", &prefer_huge_pages,
+               "Asks the system to back the whole pages of so many bytes from an address on by huge pages.");
     module.def(
         "fma_loop",
         [](int threads, int64_t steps) {
@@ -170,12 +186,13 @@ PYBIND11_MODULE(_cpu, module) {
         },
         "Fused multiply-adds without memory on so many threads at once, for benchmarks; returns the operations done.");
     module.def(
-        "instruction_set", [] { return kernels().name; }, "The instruction set in use: baseline, avx2 or avx512.");
+        "instruction_set", [] { return kernels().name; },
+        "The instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
     module.def(
         "instruction_sets",
         [] {
             py::list names;
-            for (const char* name : {"baseline", "avx2", "avx512"})
+            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"})
                 if (find_kernels(name)) names.append(name);
             return names;
         },

@@ -210,6 +210,78 @@ EA_INLINE Vec<double> exp(Vec<double> x) {
 
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
+// What stands at p in every lane, and x * y + sum.
+template <class A>
+EA_INLINE Vec<A> broadcast_at(const A* p) {
+    return broadcast<A>(*p);
+}
+template <class V>
+EA_INLINE V multiply_add(V x, V y, V sum) {
+    return sum + x * y;
+}
+
+template <bool kFirst, class X, class Y>
+struct Choose {
+    using type = X;
+};
+template <class X, class Y>
+struct Choose<false, X, Y> {
+    using type = Y;
+};
+
+// Two terms of a sum.
+struct Pair {
+    BFloat16 first, second;
+};
+
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr bool kPairProducts = __is_same(T, BFloat16);
+
+typedef uint32_t PairVector __attribute__((vector_size(kVectorBytes)));
+
+template <class A>
+EA_INLINE PairVector load_widened(const Pair* p) {
+    PairVector v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+EA_INLINE PairVector broadcast_at(const BFloat16* p) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return pair - PairVector{};
+}
+
+EA_INLINE Vec<float> multiply_add(PairVector x, PairVector y, Vec<float> sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+}
+
+// First and second of each pair from two vectors of float, rounded.
+EA_INLINE PairVector join(Vec<float> first, Vec<float> second) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    const __m512i index = (__m512i)(lane_index<float>() | (lane_index<float>() + 16) << 16);
+    return (PairVector)_mm512_maskz_permutexvar_epi16(~__mmask32{0}, index, both);
+}
+
+typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+
+EA_INLINE HalfVector round(Vec<float> x) { return (HalfVector)_mm512_cvtneps_pbh(x); }
+
+EA_INLINE PairVector join(const BFloat16* first, const BFloat16* second) {
+    const auto lanes = [](const BFloat16* p) {
+        return _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    };
+    return (PairVector)lanes(first) | (PairVector)lanes(second) << 16;
+}
+
+EA_INLINE void store(Pair* p, PairVector v) { __builtin_memcpy(p, &v, sizeof(v)); }
+EA_INLINE void store(BFloat16* p, HalfVector v) { __builtin_memcpy(p, &v, sizeof(v)); }
+#else
+template <class T>
+constexpr bool kPairProducts = false;
+#endif
+
 template <int... I>
 struct Lanes {};
 template <int N, int... I>

@@ -5,12 +5,14 @@
 //     S, P, dP, dS [keys][w]      transposed scores: a query is a lane, so softmax needs no horizontal step
 //     Ot [Dv][w], dQt [D][w]      accumulators
 //
-// Keys and values are read in place by broadcast (half precision is widened first), never packed.
+// Keys and values are read in place by broadcast (half precision is widened first), never packed; where the processor
+// multiplies pairs of bfloat16, queries, values and weights are packed as pairs (pairs.h).
 #pragma once
 
 #include "../common/philox.h"
 #include "microkernels.h"
 #include "pack.h"
+#include "pairs.h"
 
 namespace efficient_attn {
 namespace {
@@ -50,16 +52,63 @@ inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries
                                    padded);
 }
 
+constexpr int64_t kPairTerms = 128;  // pairs: every head, and every tile, in one go
+
+// The same products of pairs. A score is times the scale of its column if there is one.
+template <class T, class A>
+inline void score_tile(const Rows<T>& rows, int64_t keys, int64_t width, const Pair* columns, int64_t w, const A* scale,
+                       A* S) {
+    const int64_t vectors = w / kLanes<A>, depth = ceil_div(width, 2);
+    if (scale) {
+        product<A, Into::kScale, kPairTerms>(keys, vectors, depth, rows.data, rows.stride, int64_t{2}, columns, w, S, w,
+                                             scale);
+    } else {
+        product<A, Into::kReplace, kPairTerms>(keys, vectors, depth, rows.data, rows.stride, int64_t{2}, columns, w, S,
+                                               w);
+    }
+}
+template <class A>
+inline void accumulate_columns(const Pair* rows, int64_t keys, int64_t width, const Pair* P, int64_t w, const A* fade,
+                               A* out) {
+    const int64_t vectors = w / kLanes<A>, depth = ceil_div(keys, 2);
+    if (fade) {
+        product<A, Into::kFade, kPairTerms>(width, vectors, depth, &rows->first, int64_t{2}, 2 * width, P, w, out, w,
+                                            fade);
+    } else {
+        product<A, Into::kAdd, kPairTerms>(width, vectors, depth, &rows->first, int64_t{2}, 2 * width, P, w, out, w);
+    }
+}
+template <class A>
+inline void accumulate_rows(const BFloat16* P, int64_t keys, int64_t w, int64_t queries, const Pair* rows,
+                            int64_t padded, A* out) {
+    product<A, Into::kAdd, kPairTerms>(keys, padded / kLanes<A>, ceil_div(queries, 2), P, w, int64_t{2}, rows, padded,
+                                       out, padded);
+}
+
+// How the tiles of keys and values are read: in place in pairs, or as A.
+template <class T, class A>
+using Operand = typename Choose<kPairProducts<T>, T, A>::type;
+
+template <class T, class A>
+inline Rows<Operand<T, A>> load_operand(const TensorView& t, int64_t b, int64_t h, Range rows, int64_t width,
+                                        A* buffer) {
+    const int64_t count = rows.end - rows.begin;
+    if constexpr (kPairProducts<T>) {
+        return load_paired_rows<T>(t, b, h, rows.begin, count, width, reinterpret_cast<T*>(buffer));
+    } else {
+        return load_rows<T>(t, b, h, rows.begin, count, width, buffer);
+    }
+}
+
 inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; }
 
 // Scores are kept in units of the exponent of two, or of e where there is a bias, which as finite as it comes must stay
 // finite; this is what one of them is worth in natural units.
 inline double score_unit(const AttentionParams& p) { return has_bias(p) ? 1.0 : kLn2; }
 
-template <class A>
-inline Scaled<A> score_scale(const AttentionParams& p) {
-    return Scaled<A>(has_bias(p) ? p.scale : p.scale * kLog2e);
-}
+inline double score_scale(const AttentionParams& p) { return has_bias(p) ? p.scale : p.scale * kLog2e; }
+
+inline bool multiplies_pairs(const AttentionParams& p) { return kPairProducts<BFloat16> && p.dtype == kBFloat16; }
 
 // What a difference of scores means as a factor.
 template <bool kNatural, class V>

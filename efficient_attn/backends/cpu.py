@@ -24,6 +24,8 @@ except ImportError as error:
     MISSING = f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Bytes from which a gradient is worth huge pages.
+LARGE = 64 * 2**20
 _NO_LISTS: tuple[int, ...] = (0,) * 9
 _NO_BIAS: tuple[int, ...] = (0,) * 6
 FORWARD, BACKWARD = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
@@ -84,7 +86,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
-    dbias = torch.zeros(bias.shape, dtype=bias.dtype) if bias is not None and bias_requires_grad else None
+    dbias = _zeros(bias.shape, bias.dtype) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         for gradient in (dq, dk, dv, dbias):
             if gradient is not None:
@@ -105,6 +107,15 @@ def attention_backward(
     _cpu.attention_backward(words, torch.get_num_threads())
     del kept
     return dq, dk, dv, dbias
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """torch.zeros; on huge pages where it is large, since it is written tile by tile, in as many pages as a tile has
+    queries, and the kernel's first touch of small pages costs as much as the gradient's arithmetic."""
+    zeros = torch.empty(shape, dtype=dtype)
+    if zeros.nbytes >= LARGE:
+        _cpu.prefer_huge_pages(zeros.data_ptr(), zeros.nbytes)
+    return zeros.zero_()
 
 
 def _pack(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,12 @@ from ..errors import ConversionError, InputError, InputTypeError
 from ..methods import Dense, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
+from . import fidelity, routed
+from .fidelity import Cost, LayerFidelity, Trace
+from .layer_state import state_restorer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -35,6 +43,8 @@ class Conversion:
         dense_error: with a sample, the largest difference between the original's outputs and those of the converted
             model with dense attention, relative to the largest output; None without a sample.
         error: the same for the chosen attention: what the method changes.
+        layers: with a sample, name of a layer that attends -> its errors, in the order in which they ran.
+        before, after: with a sample, time and memory of a forward of the original and of the converted model.
     """
 
     attention: Method
@@ -42,6 +52,9 @@ class Conversion:
     skipped: dict[str, str] = field(default_factory=dict)
     dense_error: float | None = None
     error: float | None = None
+    layers: dict[str, LayerFidelity] = field(default_factory=dict)
+    before: Cost | None = None
+    after: Cost | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -58,7 +71,19 @@ class Conversion:
             lines.append(f"with dense attention: equal to the original within {self.dense_error:.1e}")
         if self.error is not None:
             lines.append(f"with {self.attention}: differs from the original by {self.error:.1e}")
-        return "\n".join(lines)
+        return "\n".join(lines + fidelity.table(self.layers, self.before, self.after))
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Draw the errors of the layers, time and memory; also written to `path` (its ending says as what) if given.
+
+        Raises:
+            InputError: the conversion had no sample. UnsupportedError: matplotlib is not installed.
+        """
+        if not self.layers:
+            raise InputError("nothing was measured; give convert a sample=")
+        error = self.dense_error if self.error is None else self.error
+        title = f"{self.attention}: outputs differ from the original by {error:.1e}"
+        return fidelity.plot(title, self.layers, self.before, self.after, path)
 
 
 def convert(
@@ -68,25 +93,30 @@ def convert(
     sample: Any = None,
     tolerance: float | None = None,
     predicate: Callable[[str, nn.Module], bool] | None = None,
+    repeats: int = 3,
 ) -> Conversion:
     """Give every attention layer of a model that this package knows another attention, in place.
 
     * torch.nn.MultiheadAttention, also inside torch.nn's Transformers, and this package's: by `replace_attention`.
     * models of transformers, anywhere in the model: by `set_attn_implementation`, see `integrations.huggingface`.
     * modules with a method `set_attention(spec)` beside an `attention` of this package, as its models have: by that.
+    * attention of timm, open_clip and diffusers: its call of scaled_dot_product_attention, see `integrations.routed`.
 
     Args:
         model: itself none of torch.nn.MultiheadAttention.
         attention: a spec string, `Method` or `Pattern`.
         sample: an input: a tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it in
-            eval mode without gradients: as it was, with dense attention, which must give the same (unless the model
-            has another method of this package already), and converted.
-            transformers' layers make the parameters of methods that have some (linformer) in that run.
+            eval mode without gradients, more than once: as it was, with dense attention, which must give the same
+            (unless the model has another method of this package already), and converted.
+            Layers of other libraries make the parameters of methods that have some (linformer) in that run.
         tolerance: of that comparison, relative to the largest output; default by dtype, 1e-4 in float32.
         predicate: called with (name, module) for each of the above; False leaves it alone.
+        repeats: forwards of the sample that are timed, of the original and of the converted model; with 0 neither time
+            nor memory is measured.
 
     Returns:
-        A `Conversion`: what was converted, what was not and why, errors on the sample, and `undo()`.
+        A `Conversion`: what was converted, what was not and why; on the sample errors of outputs and of each layer,
+        time and memory, as text and `plot()`; and `undo()`.
 
     Raises:
         ConversionError: with dense attention the outputs differ, or the sample has no output to compare. The model is
@@ -102,31 +132,53 @@ def convert(
             f"the model is a {type(model).__name__} and cannot be replaced inside itself; "
             "use MultiheadAttention.from_torch(model, attention=...)"
         )
-    before = None if sample is None else _outputs(model, sample)
     report = Conversion(method)
     try:
-        comparable = before is not None and _is_dense(model)
-        if comparable and method != Dense():
-            dense = Conversion(Dense())
-            try:
-                _convert(model, dense, predicate)
-                report.dense_error = _compared(before or [], _outputs(model, sample), tolerance)
-            finally:
-                dense.undo()
-        _convert(model, report, predicate)
+        if sample is None:
+            _convert(model, report, predicate)
+        else:
+            _convert_measured(model, report, predicate, sample, tolerance, repeats)
         if not report.converted:
             found = "; ".join(f"{name}: {why}" for name, why in report.skipped.items())
             raise InputError(f"the model has no attention that can be converted{': ' + found if found else ''}")
-        if before is not None:
-            after = _outputs(model, sample)
-            if method == Dense() and comparable:
-                report.dense_error = _compared(before, after, tolerance)
-            else:
-                report.error = _difference(before, after)
     except BaseException:
         report.undo()
         raise
     return report
+
+
+def _convert_measured(
+    model: nn.Module,
+    report: Conversion,
+    predicate: Callable[[str, nn.Module], bool] | None,
+    sample: Any,
+    tolerance: float | None,
+    repeats: int,
+) -> None:
+    """Convert, and run the sample as the model was, with dense attention and converted."""
+    comparable = _is_dense(model)
+    with nullcontext(Trace()) if comparable else fidelity.traced(model) as original:
+        before = fidelity.outputs(model, sample)
+    report.before = fidelity.cost(model, sample, repeats) if repeats > 0 else None
+    if comparable:
+        # It must equal the original, so its layers stand for those of the original, which may be of any kind.
+        dense = report if report.attention == Dense() else Conversion(Dense())
+        try:
+            _convert(model, dense, predicate)
+            with fidelity.traced(model) as original:
+                outputs = fidelity.outputs(model, sample)
+            report.dense_error = _compared(before, outputs, tolerance) if dense.converted else None
+        finally:
+            if dense is not report:
+                dense.undo()
+    if not comparable or report.attention != Dense():
+        _convert(model, report, predicate)
+        with fidelity.traced(model) as converted:
+            report.error = fidelity.difference(before, fidelity.outputs(model, sample))
+    else:
+        converted = original
+    report.layers = fidelity.compared(original, converted)
+    report.after = fidelity.cost(model, sample, repeats) if repeats > 0 else None
 
 
 def _is_dense(model: nn.Module) -> bool:
@@ -139,6 +191,8 @@ def _is_dense(model: nn.Module) -> bool:
         own = getattr(module, "attention", None)
         if (isinstance(module, MultiheadAttention) or _has_setter(module)) and parse(own) != Dense():  # type: ignore[arg-type]
             return False
+        if routed.is_routed(module) and module.efficient_attn_method != Dense():
+            return False
     return True
 
 
@@ -150,6 +204,7 @@ def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.
     wanted = predicate or (lambda name, module: True)
     _convert_transformers(model, report, wanted)
     _convert_own(model, report, wanted)
+    _convert_routed(model, report, wanted)
     _convert_torch(model, report, wanted)
     _explain_rest(model, report)
 
@@ -191,8 +246,7 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
         parts = [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
         configs = list({id(part.config): part.config for part in parts}.values())
         old = [(config, config._attn_implementation) for config in configs]
-        states = [(m, m._modules.get("method_state"), vars(m).get("method_state_of")) for m in module.modules()]
-        report._undo.append(_restorer(old, states))
+        report._undo.append(_restorer(old, state_restorer(module)))
         wished = huggingface.implementation_name(report.attention)
         pretrained: Any = module
         pretrained.set_attn_implementation(wished)
@@ -206,15 +260,11 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
             report.skipped[name] = f"{type(module).__name__} does not go through transformers' attention interface"
 
 
-def _restorer(old: list[tuple[Any, str]], states: list[tuple[nn.Module, Any, Any]]) -> Callable[[], None]:
+def _restorer(old: list[tuple[Any, str]], restore_states: Callable[[], None]) -> Callable[[], None]:
     def undo() -> None:
         for config, implementation in old:
             config._attn_implementation_internal = implementation
-        for module, state, method in states:
-            if state is None and vars(module).pop("method_state_of", None) is not None:
-                del module.method_state
-            elif method is not None:
-                module.method_state, module.method_state_of = state, method
+        restore_states()
 
     return undo
 
@@ -227,16 +277,41 @@ def _convert_own(model: nn.Module, report: Conversion, wanted: Callable[[str, nn
             report.skipped[name] = "left out by predicate"
             continue
         own: Any = module
-        report._undo.append(functools.partial(own.set_attention, own.attention))
+        if getattr(own, "cross", False) is True:  # of this package's models, whose own set_attention leaves it too
+            report.skipped[name] = "attends to a memory, which patterns and low-rank methods are not for"
+            continue
+        report._undo.append(functools.partial(_set_back, own, own.attention, own._modules.get("method_state")))
         own.set_attention(report.attention)
         report.converted[name] = f"{type(module).__name__}, by set_attention"
+
+
+def _set_back(module: Any, attention: str | Method | Pattern, state: nn.Module | None) -> None:
+    module.set_attention(attention)
+    if state is not None:  # the parameters that it had, not fresh ones
+        module.method_state = state
+
+
+def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
+    for name, module in _topmost(model, lambda m: routed.library_of(m) is not None):
+        if _inside(name, report.converted, but_torch=True):
+            continue
+        reason = routed.why_not_routed(module) if wanted(name, module) else "left out by predicate"
+        if reason is not None:
+            report.skipped[name] = reason
+            continue
+        restore_states = state_restorer(module)
+        report._undo.append(restore_states)
+        report._undo.append(routed.route(module, report.attention))
+        kind = f"{type(module).__qualname__} of {routed.library_of(module)}"
+        report.converted[name] = f"{kind}, its call of scaled_dot_product_attention"
 
 
 def _explain_rest(model: nn.Module, report: Conversion) -> None:
     """Name what looks like attention and was left."""
     known = {**report.converted, **report.skipped}
     for name, module in _topmost(model, lambda m: "attention" in type(m).__name__.lower()):
-        if not _inside(name, known) and not any(other.startswith(f"{name}.") for other in known):
+        holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
+        if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             report.skipped[name] = f"{kind} is of no kind that convert knows"
 
@@ -268,43 +343,10 @@ def _inside(name: str, names: Any, *, but_torch: bool = False) -> bool:
 # --- the sample ------------------------------------------------------------------------------------------------------
 
 
-def _outputs(model: nn.Module, sample: Any) -> list[Tensor]:
-    """The floating-point tensors that the model returns for a sample, in eval mode; the mode of each module is kept."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(sample, Mapping):
-                returned = model(**sample)
-            else:
-                returned = model(*sample) if isinstance(sample, tuple) else model(sample)
-    finally:
-        for module, training in modes:
-            module.training = training
-    found = list(_tensors(returned))
-    if not found:
-        raise ConversionError(
-            f"the model returned {type(returned).__name__} without a floating-point tensor, so nothing can be compared"
-        )
-    return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-
-
 def _compared(before: list[Tensor], after: list[Tensor], tolerance: float | None) -> float:
     """The relative difference; raises ConversionError if it is not within the tolerance."""
     limit = max(TOLERANCES.get(t.dtype, 1e-4) for t in before) if tolerance is None else tolerance
-    error = _difference(before, after)
+    error = fidelity.difference(before, after)
     if not error <= limit:
         raise ConversionError(
             f"with dense attention the converted model differs from the original by {error:.1e} of its largest output, "
@@ -312,21 +354,3 @@ def _compared(before: list[Tensor], after: list[Tensor], tolerance: float | None
             "in eval mode? Else raise tolerance=, or leave modules out with predicate="
         )
     return error
-
-
-def _difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest difference, relative to the largest number of its output; inf where shapes or NaN differ."""
-    if [t.shape for t in before] != [t.shape for t in after]:
-        return torch.inf
-    worst = 0.0
-    for old, new in zip(before, after, strict=True):
-        old, new = old.double(), new.double()
-        if not old.numel() or torch.equal(old.nan_to_num(), new.nan_to_num()):
-            if not torch.equal(old.isnan(), new.isnan()):
-                return torch.inf
-            continue
-        if not torch.equal(old.isnan(), new.isnan()):
-            return torch.inf
-        gap = (old - new).nan_to_num().abs().max() / old.nan_to_num().abs().max().clamp(min=1e-30)
-        worst = max(worst, gap.item())
-    return worst

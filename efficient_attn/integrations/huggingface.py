@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
-from ..methods import Dense, Hybrid, Method, SparseMethod, parse
+from ..methods import Dense, Method, parse
+from ..methods.continuation import continuation
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
+from .layer_state import layer_state
+from .torch_sdpa import only_hides
 
 NAME = "efficient_attn"
 
@@ -173,7 +176,7 @@ def _forward(
         query,
         key,
         value,
-        state=_state(method, module, query),
+        state=layer_state(method, module, query),
         scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
         need_weights=_weights_wanted(kwargs),
@@ -232,21 +235,13 @@ def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[s
         )
     mask = mask[..., :Nk]
     if mask.is_floating_point() and not method.accepts_bias:
-        mask = _as_bool(mask)
+        mask = only_hides(mask)
     if mask.is_floating_point():
         return {"bias": mask.to(query.dtype)}
     same = all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2))
     if same and mask.shape[-1] == Nk:
         return {"key_mask": mask[:, 0, 0]}
     return {"mask": mask}
-
-
-def _as_bool(mask: Tensor) -> Tensor:
-    """A float mask of 0 and the dtype's smallest number (or -inf) as True = attend; others stay, and are refused."""
-    hidden = mask <= torch.finfo(mask.dtype).min
-    if torch.compiler.is_compiling() or not bool((hidden | (mask == 0)).all()):
-        return mask
-    return ~hidden
 
 
 # --- queries that continue a sequence: cached generation -------------------------------------------------------------
@@ -256,70 +251,13 @@ def _among_earlier(
     method: Method, call: dict[str, Any], query: Tensor, key: Tensor, place: tuple[int, int]
 ) -> tuple[Method, dict[str, Any]]:
     """The call for queries that are not the whole sequence: a pattern is that of the sequence, at their rows."""
-    if isinstance(method, Hybrid):
-        raise UnsupportedError(
-            f"{method} cannot continue a cached sequence ({query.shape[2]} queries, {key.shape[2]} keys); call "
-            "generate(use_cache=False)"
-        )
-    if not isinstance(method, SparseMethod) or isinstance(method, Dense) or method.by_content:
-        return method, call
-    if torch.compiler.is_compiling():
-        raise UnsupportedError(f"torch.compile cannot place {method} in a cached sequence; compile dense, or no cache")
-    heads = query.shape[1] if method._heads_differ else 1
-    rows = _rows(method, query.shape[2], key.shape[2], *place, heads, str(query.device))
+    first, offset = place
+    chosen, rows = continuation(
+        method, query.shape[2], key.shape[2], num_heads=query.shape[1], first=first, offset=offset, device=query.device
+    )
+    if rows is None:
+        return chosen, call
     mask = call.get("mask")
     if isinstance(mask, Tensor):
         mask = BlockMask.from_dense(mask)
-    return Dense(), call | {"mask": rows if mask is None else rows & mask}
-
-
-@functools.lru_cache(maxsize=4)  # the layers of a model ask for the same one in turn
-def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
-    """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on."""
-    length = offset + kv_len
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = method.visible(i + first, j + offset, length, length, 0)
-        for head in range(1, heads):
-            seen = torch.where(h == head, method.visible(i + first, j + offset, length, length, head), seen)
-        return seen
-
-    with torch.inference_mode(False):
-        return BlockMask.from_predicate(
-            visible,
-            q_len=q_len,
-            kv_len=kv_len,
-            heads=heads,
-            block_size=(16, 128) if q_len <= 16 else 128,
-            device=device,
-        )
-
-
-# --- parameters of methods -------------------------------------------------------------------------------------------
-
-
-def _state(method: Method, module: nn.Module, query: Tensor) -> nn.Module | None:
-    """The method's state for a layer, which holds it as `method_state` from its first call on.
-
-    Raises:
-        UnsupportedError: one state for all layers, or parameters that would appear while training.
-    """
-    if type(method).build is Method.build:
-        return None
-    held = getattr(module, "method_state", None)
-    if isinstance(held, nn.Module) and getattr(module, "method_state_of", None) == method:
-        return held
-    if method.shares_state:
-        raise UnsupportedError(f"transformers' layers cannot share one state as {method} does; choose another share=")
-    heads, head_dim = query.shape[1], query.shape[3]
-    like = next((p for p in module.parameters() if p.is_floating_point()), query)
-    state = method.build(heads * head_dim, heads, head_dim, device=like.device, dtype=like.dtype)
-    if state is None:
-        return None
-    if module.training and torch.is_grad_enabled() and any(True for _ in state.parameters()):
-        raise UnsupportedError(
-            f"{method} has parameters, and an optimiser made before them would not train them; make them first with "
-            "efficient_attn.convert(model, attention=..., sample=...)"
-        )
-    module.method_state, module.method_state_of = state.train(module.training), method  # type: ignore[assignment]
-    return state
+    return chosen, call | {"mask": rows if mask is None else rows & mask}

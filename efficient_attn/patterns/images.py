@@ -111,27 +111,41 @@ class Neighborhood(_OnGrid):
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         axes = self._per_axis(grid.q_len, grid.kv_len)
-        x = torch.arange(grid.q_len - self.prefix)
-        i, longest = x + self.prefix, axes[-1][1] if axes[-1][2] == 1 else 1
+        parts = torch.arange(grid.q_len - self.prefix).split(_TOKENS)
+        longest = axes[-1][1] if axes[-1][2] == 1 else 1
         touched = torch.zeros(grid.n_q * grid.n_k, dtype=torch.bool)
-        for start, stop in _runs(x, axes):
-            first, last = start + self.prefix, torch.maximum(start, stop - 1) + self.prefix
-            for j in range(0, longest + grid.block_k - 1, grid.block_k):
-                key = torch.minimum(first + j, last)
-                touched[i // grid.block_q * grid.n_k + key // grid.block_k] = True
-        slots = touched.cumsum(0) - 1
-        tiles = torch.zeros(int(touched.sum()), grid.block_q, grid.block_k // 8, dtype=torch.uint8)
-        line = i // grid.block_q * grid.n_k, i % grid.block_q * (grid.block_k // 8)
-        for start, stop in _runs(x, axes):
-            for byte in range((longest + 6) // 8 + 1):
-                eight = (start + self.prefix) // 8 + byte
-                low, high = (start + self.prefix - 8 * eight).clamp(0, 8), (stop + self.prefix - 8 * eight).clamp(0, 8)
-                bits = torch.where(low < high, (1 << high) - (1 << low), 0).to(torch.uint8)
-                eight = eight.clamp(max=(grid.kv_len - 1) // 8)  # beyond the end there are no bits
-                place = slots[line[0] + eight // (grid.block_k // 8)].clamp(min=0) * (grid.block_q * grid.block_k // 8)
-                # Every pair comes once, so that adding its bit sets it.
-                tiles.view(-1).scatter_add_(0, place + line[1] + eight % (grid.block_k // 8), bits)
+        for x in parts:
+            row = (x + self.prefix) // grid.block_q * grid.n_k
+            key = torch.empty_like(x)
+            for start, length in _runs(x, axes, self.prefix):
+                for j in range(0, longest + grid.block_k - 1, grid.block_k) if longest > 1 else (0,):
+                    torch.sub(length, 1, out=key).clamp_(0, j).add_(start)
+                    touched.index_fill_(0, _quotient(key, grid.block_k, key).add_(row), True)
+        row_bytes, one = grid.block_k // 8, torch.tensor(1)
+        tile_bytes = grid.block_q * row_bytes
+        places = (touched.cumsum(0) - 1).clamp_(min=0) * tile_bytes
+        tiles = torch.zeros(int(touched.sum()) * tile_bytes, dtype=torch.uint8)
+        for x in parts:
+            row = (x + self.prefix) // grid.block_q
+            inside = (x + self.prefix - row * grid.block_q) * row_bytes
+            row = row * grid.n_k
+            # In place: fresh memory for each of these would cost ten times what is done in it.
+            eight, block, place, low, high = torch.empty(5, x.numel(), dtype=torch.int64).unbind()
+            for start, length in _runs(x, axes, self.prefix):
+                for byte in range((longest + 6) // 8 + 1 if longest > 1 else 1):
+                    torch.bitwise_and(start, 7, out=low).sub_(8 * byte)
+                    torch.add(low, length, out=high).clamp_(0, 8)
+                    torch.bitwise_left_shift(one, high, out=high)
+                    high.sub_(torch.bitwise_left_shift(one, low.clamp_(0, 8), out=low)).clamp_(min=0)
+                    # Beyond the end there are no bits.
+                    torch.bitwise_right_shift(start, 3, out=eight).add_(byte).clamp_(max=(grid.kv_len - 1) // 8)
+                    _quotient(eight, row_bytes, block)
+                    torch.take(places, torch.add(row, block, out=low), out=place)
+                    place.add_(eight).sub_(block.mul_(row_bytes)).add_(inside)
+                    # Every pair comes once, so that adding its bit sets it.
+                    tiles.scatter_add_(0, place, high.to(torch.uint8))
         rows, cols = touched.view(grid.n_q, grid.n_k).nonzero().unbind(1)
+        tiles = tiles.view(-1, grid.block_q, grid.block_k // 8)
         lists = assemble(grid, 1, 1, rows, cols, torch.arange(rows.numel()), tiles)
         return self._with_prefix(BlockMask._of_lists(grid, lists))
 
@@ -160,26 +174,43 @@ def _window(x: Tensor, n: int, kernel: int, dilation: int, causal: bool) -> tupl
     return start, start + kernel
 
 
-def _runs(x: Tensor, axes: list[tuple[int, int, int, bool]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The keys start <= y < stop that every token x of a grid sees, run by run."""
-    per_axis = []
-    stride = x.numel()
-    for n, kernel, dilation, causal in axes:
+# Tokens at a time when bit tiles are made: what is in work stays in the cache and in memory that malloc keeps.
+_TOKENS = 16384
+
+
+def _quotient(x: Tensor, divisor: int, out: Tensor) -> Tensor:
+    """x // divisor, as a shift where it is one: ten times as fast."""
+    if divisor & (divisor - 1):
+        return torch.floor_divide(x, divisor, out=out)
+    return torch.bitwise_right_shift(x, divisor.bit_length() - 1, out=out)
+
+
+def _runs(x: Tensor, axes: list[tuple[int, int, int, bool]], prefix: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The keys start <= y < start + length that each of the tokens x of a grid sees, run by run.
+
+    Both are written over by the next run.
+    """
+    in_one = axes[-1][2] == 1  # neighbours along the last axis are neighbours in the sequence
+    per_axis: list[list[tuple[Tensor, Tensor]]] = []  # (offset, length) of each step
+    stride = math.prod(n for n, *_ in axes)
+    for axis, (n, kernel, dilation, causal) in enumerate(axes):
         stride //= max(n, 1)
         own = x // max(stride, 1) % max(n, 1)
         start, stop = _window(own, n, kernel, dilation, causal)
-        per_axis.append((own % dilation, start, stop, dilation, stride))
-    in_one = axes[-1][2] == 1  # neighbours along the last axis are neighbours in the sequence
-    steps = [range(kernel) for _, kernel, _, _ in axes]
-    for chosen in itertools.product(*steps[:-1], range(1) if in_one else steps[-1]):
-        key, length = torch.zeros_like(x), torch.ones_like(x)
-        for step, (residue, start, stop, dilation, stride) in zip(chosen, per_axis, strict=True):
-            inside = start + step < stop  # a causal axis is cut
-            key = key + torch.where(inside, (start + step) * dilation + residue, 0) * stride
-            length = torch.where(inside, length, 0)
-        if in_one:
-            length = length * (per_axis[-1][2] - per_axis[-1][1])
-        yield key, key + length
+        residue = own % dilation
+        if in_one and axis == len(axes) - 1:
+            per_axis.append([(start * stride, stop - start)])
+            continue
+        seen = [(start + step, start + step < stop) for step in range(kernel)]  # a causal axis is cut
+        per_axis.append([(torch.where(s, (at * dilation + residue) * stride, 0), s.long()) for at, s in seen])
+    start, length = torch.empty_like(x), torch.empty_like(x)
+    for chosen in itertools.product(*per_axis):
+        start.fill_(prefix)
+        length.fill_(1)
+        for offset, count in chosen:
+            start.add_(offset)
+            length.mul_(count)
+        yield start, length
 
 
 @register

@@ -45,7 +45,7 @@ def build(build_dir: Path, wanted: Sequence[str] | None = None) -> Path:
     setup = build_plan()
     build_dir.mkdir(parents=True, exist_ok=True)
     sanitizers = os.environ.get("SANITIZE", SANITIZERS)
-    every = setup.instruction_sets()
+    every = setup.instruction_sets(build_dir)
     sets = {name: flags for name, flags in every.items() if wanted is None or name in (*wanted, "baseline")}
     names = ",".join(f'"{name}"' for name in sets)
     # -O1: the sanitizers' checks take minutes to optimise further.

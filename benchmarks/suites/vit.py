@@ -6,7 +6,7 @@ every method: accuracies compare methods after equal work, and the time of a ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from efficient_attn import MultiheadAttention
 
-from . import clock, inputs, peers
-from .ops import sized
+from .. import cases, clock, inputs, peers
+from ..ops import sized
+from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 DIM, HEADS, DEPTH = 64, 4, 2
 TOKENS, CLASSES = 64, 10
@@ -90,6 +91,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy": round(accuracy, 4),
         "loss": round(sum(losses[-10:]) / len(losses[-10:]), 4),
         "torch_module_ms": times["torch_module"]["ms"],
+        "reference_times": times["torch_module"]["times"],
         "speedup_dense": round(times.get("dense", times["method"])["ms"] / ms, 4),
         "speedup_torch_module": round(times["torch_module"]["ms"] / ms, 4),
         "peak_bytes": peak.bytes,
@@ -120,3 +122,38 @@ def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], obje
     return lambda: torch.autograd.grad(
         cross_entropy(model(images[:BATCH]), labels[:BATCH]), parameters, allow_unused=True
     )
+
+
+def configs(options: Options) -> Iterable[dict[str, Any]]:
+    steps = cases.QUICK_VIT_STEPS if options.quick else cases.VIT_STEPS
+    return grid(method=options.specs(cases.VIT_METHODS), steps=steps, **options.common())
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    best = max(rows, key=lambda row: row["accuracy"])
+    steps = best["steps"]
+    text = f"After {steps} steps on digits, {best['method']} classifies best: {best['accuracy']:.1%} (one seed)."
+    return [Claim(text, (best["id"],))]
+
+
+SUITE = Suite(
+    name="vit",
+    about="A vision transformer of two blocks on scikit-learn's digits, a token a pixel, trained with the same seed, "
+    "data order and steps for every method. A step is forward and backward of 64 images.",
+    configs=configs,
+    run_cell=run_cell,
+    key=(Column("method", "method", "text"), Column("steps", "steps", "integer")),
+    columns=(
+        Column("accuracy", "accuracy", "percent"),
+        Column("loss", "loss"),
+        Column("step ms", "ms", "ms"),
+        Column("vs dense", "speedup_dense", "times"),
+        Column("vs torch.nn", "speedup_torch_module", "times"),
+        Column("MiB", "peak_bytes", "mib"),
+    ),
+    charts=(
+        Chart("Digits: accuracy against training time", "ms", "accuracy", "ms a step", "test accuracy", log_x=False,
+              log_y=False, lines=False),
+    ),
+    claims=claims,
+)  # fmt: skip

@@ -1,8 +1,7 @@
-"""What others offer, callable as ours is. An optional peer says why it is absent."""
+"""What PyTorch offers, callable as ours is, and the papers' formulas as one writes them in PyTorch."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -69,10 +68,3 @@ def performer(query: Tensor, key: Tensor, value: Tensor, projection: Tensor) -> 
     normaliser = torch.einsum("bhnm,bhm->bhn", a, b.sum(2))
     context = torch.einsum("bhnm,bhnd->bhmd", b, value)
     return torch.einsum("bhmd,bhnm,bhn->bhnd", context, a, 1.0 / normaliser)
-
-
-def absent_reason(peer: str) -> str | None:
-    """Why a peer cannot run here, or None when it can."""
-    if peer == "flex" and not (shutil.which("g++") or shutil.which("clang++")):
-        return "compiled FlexAttention on CPU needs a C++ compiler (g++ or clang++)"
-    return None

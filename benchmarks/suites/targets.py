@@ -4,8 +4,8 @@ cell."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from efficient_attn import BigBird, BlockMask, MultiheadAttention, SlidingWindow, attention, linear_attention
 
-from . import clock, inputs, peers
-from .ops import sized
+from .. import cases, clock, inputs, peers
+from ..ops import sized
+from . import Claim, Column, Options, Row, Suite
+from .sparsity import random_blocks
 
 Call = Callable[[], object]
-RANDOM_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,6 @@ def _visible(config: Mapping[str, Any]) -> Visible:
     return Visible(mask=mask, density=mask.density)
 
 
-def random_blocks(q_len: int, kv_len: int, density: float, generator: torch.Generator) -> BlockMask:
-    """A mask of whole blocks: in every block row the same number, drawn at random."""
-    rows, columns = -(-q_len // RANDOM_BLOCK), -(-kv_len // RANDOM_BLOCK)
-    count = max(1, round(density * columns))
-    chosen = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :count].sort(dim=1).values
-    indptr = torch.arange(0, rows * count + 1, count)
-    return BlockMask.from_csr(
-        indptr, chosen.flatten().int(), q_len=q_len, kv_len=kv_len, block_size=(RANDOM_BLOCK, RANDOM_BLOCK)
-    )
-
-
 def _attention_calls(config: Mapping[str, Any], visible: Visible) -> dict[str, Call]:
     qkv = inputs.photograph_qkv(
         max(config["q_len"], config["kv_len"]),
@@ -286,3 +276,54 @@ def _bound(
         return lambda: torch.autograd.grad(operator(*leaves), wanted, grad_out)
     out = operator(*leaves)
     return lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True)
+
+
+def configs(options: Options) -> Iterable[dict[str, Any]]:
+    """``patience_s``: how long a row may go on while the machine is noisy, or for three rounds of slow calls."""
+    patience = {"patience_s": cases.TARGET_PATIENCE * options.budget_s}
+    return [{**asdict(target), **options.common(), **patience} for target in cases.TARGETS]
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    wanted = [row for row in rows if row["target"] is not None]
+    met = [row for row in wanted if reached(row, row)]
+    text = f"{len(met)} of {len(wanted)} targets of the CPU kernels that were measured are met."
+    return [Claim(text, tuple(row["id"] for row in met))] if wanted else []
+
+
+def reached(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> bool | None:
+    """Whether a row met its target and its share of the machine's ceiling; None where the row has no target."""
+    if config["target"] is None:
+        return None
+    met: bool = metrics["figure"] <= config["target"] if config["most"] else metrics["figure"] >= config["target"]
+    return met and all(
+        config[ceiling] is None or metrics[f"{ceiling}_share"] >= config[ceiling] for ceiling in ("peak", "bandwidth")
+    )
+
+
+SUITE = Suite(
+    name="targets",
+    about="The CPU kernels against their peers in one alternation. reached: the peer's time over ours; for "
+    "sparse_efficiency our time over (density x our dense time), for overhead microseconds.",
+    configs=configs,
+    run_cell=run_cell,
+    key=(
+        Column("work", "work", "text"),
+        Column("visible", "visible", "text"),
+        Column("peer", "peer", "text"),
+        Column("mode", "mode", "text"),
+        Column("dtype", "dtype", "text"),
+        Column("Nq", "q_len", "integer"),
+        Column("Nk", "kv_len", "integer"),
+        Column("D", "head_dim", "integer"),
+    ),
+    columns=(
+        Column("ours ms", "ms", "ms"),
+        Column("peer ms", "peer_ms", "ms"),
+        Column("target", "target"),
+        Column("reached", "figure"),
+        Column("of peak", "peak_share", "percent"),
+    ),
+    claims=claims,
+    default=False,
+)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from . import clock, inputs
-from .ops import WARM_UP_LENGTH, binder, shaped, sized
+from .. import cases, clock, inputs
+from ..ops import WARM_UP_LENGTH, binder, shaped, sized
+from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,3 +41,32 @@ def fitted_exponent(lengths: Sequence[int], peaks: Sequence[int]) -> float:
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return covariance / sum((a - mean_x) ** 2 for a in x)
+
+
+def configs(options: Options) -> Iterable[dict[str, Any]]:
+    lengths = options.seqlens or (cases.QUICK_MEMORY_LENGTHS if options.quick else cases.MEMORY_LENGTHS)
+    common = {key: value for key, value in options.common().items() if key != "budget_s"}
+    return grid(method=options.specs(cases.MEMORY_METHODS), seqlen=lengths, **cases.MEMORY_SHAPE, **common)
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        group = [row for row in rows if row["method"] == method]
+        if len({row["seqlen"] for row in group}) > 1:
+            slope = fitted_exponent([r["seqlen"] for r in group], [r["peak_bytes"] for r in group])
+            text = f"Extra memory of {method}, forward and backward, grows as N^{slope:.2f}."
+            found.append(Claim(text, tuple(row["id"] for row in group)))
+    return found
+
+
+SUITE = Suite(
+    name="memory",
+    about="Peak resident memory of one call above its inputs, plan included, in a fresh process.",
+    configs=configs,
+    run_cell=run_cell,
+    key=(Column("method", "method", "text"), Column("N", "seqlen", "integer")),
+    columns=(Column("MiB", "peak_bytes", "mib"), Column("bytes a token", "bytes_per_token", "integer")),
+    charts=(Chart("Peak extra memory", "seqlen", "peak_mib", "sequence length", "MiB", split=("mode",)),),
+    claims=claims,
+)

@@ -1,0 +1,165 @@
+"""One HTML file that shows the records of some runs without a network, with pictures and CSV in a folder beside it.
+
+The page is ``page/page.html`` with its style, its script and the rows as JSON put inside; the script draws.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import figures, records, report, view
+from .records import Record
+from .suites import Column, Suite
+
+PAGE = Path(__file__).parent / "page"
+
+
+def write(found: Sequence[Record], path: Path, sources: Sequence[str]) -> list[Path]:
+    """Writes the page to ``path`` and, into the folder ``<stem>_files`` beside it, every panel as PNG and SVG, and CSV
+    files: one a suite and ``rows.csv`` with all.
+
+    Args:
+        found: the records of one or more result files, in their order.
+        sources: what the page says they were read from.
+
+    Returns:
+        The files written, the page first.
+    """
+    rows = view.rows(found)
+    suites = view.shown(rows)
+    labels = {suite.name: _labels(suite, rows) for suite in suites}
+    for row in rows:
+        row["series"] = labels.get(row["suite"], {}).get(row["id"], "")
+    panels = {suite.name: _panels(suite, rows) for suite in suites}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {
+        "about": _about(found, rows, sources),
+        "environments": [_environment(record) for record in view.environments(found)],
+        "suites": [_suite(suite, rows, panels[suite.name]) for suite in suites],
+        "claims": [{"suite": name, "text": claim.text, "rows": claim.rows} for name, claim in view.claims(rows)],
+        "rows": [_row(row) for row in rows],
+    }
+    path.write_text(page(data), encoding="utf-8")
+    folder = path.parent / f"{path.stem}_files"
+    folder.mkdir(exist_ok=True)
+    written = [path, write_csv(rows, folder / "rows.csv")]
+    for suite in suites:
+        columns = [*suite.key, *suite.columns]
+        written.append(
+            write_csv([row for row in rows if row["suite"] == suite.name], folder / f"{suite.name}.csv", columns)
+        )
+        for number, panel in enumerate(panels[suite.name], start=1):
+            written += figures.save(panel, rows, folder / f"{suite.name}-{number}")
+    return written
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The page with its parts inside."""
+    text = (PAGE / "page.html").read_text(encoding="utf-8")
+    # In a script element only "<" can end it; JSON may write it as an escape.
+    embedded = json.dumps(_plain(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {"style": (PAGE / "page.css").read_text(encoding="utf-8"), "data": embedded}
+    parts["script"] = (PAGE / "page.js").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        before, marker, after = text.partition(f"/*{name}*/")
+        assert marker, f"page.html has no place for its {name}"
+        text = before + part + after
+    return text
+
+
+def write_csv(rows: Sequence[view.Row], path: Path, columns: Sequence[Column] | None = None) -> Path:
+    """All fields of the rows, or those of some columns and what names a row."""
+    if columns is None:
+        names = list(dict.fromkeys(key for row in rows for key in row))
+    else:
+        names = ["id", "status", *(column.key for column in columns), "spread", "samples", "code", "message"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _panels(suite: Suite, rows: Sequence[view.Row]) -> list[figures.Panel]:
+    ready = view.done(rows, suite.name)
+    return [
+        figures.Panel(title, chart, tuple(row["id"] for row in group))
+        for chart in suite.charts
+        for title, group in view.panels(chart, ready)
+    ]
+
+
+def _labels(suite: Suite, rows: Sequence[view.Row]) -> dict[str, str]:
+    """For each row what its line is called; specs without their options where that is enough."""
+    mine = [row for row in rows if row["suite"] == suite.name]
+    names = {str(row[suite.series]): str(row[suite.series]) for row in mine if suite.series in row}
+    if suite.series == "method":
+        names = report.short_names([{"suite": suite.name, "config": {"method": name}} for name in names])
+    return {row["id"]: names.get(str(row.get(suite.series)), "") for row in mine}
+
+
+def _suite(suite: Suite, rows: Sequence[view.Row], panels: Iterable[figures.Panel]) -> dict[str, Any]:
+    mine = [row for row in rows if row["suite"] == suite.name]
+    return {
+        "name": suite.name,
+        "about": suite.about,
+        "key": [vars(column) for column in suite.key],
+        "columns": [vars(column) for column in suite.columns],
+        "series": list(dict.fromkeys(row["series"] for row in mine)),
+        "meaning": {row["series"]: str(row.get(suite.series, "")) for row in mine},
+        "panels": [panel.described() for panel in panels],
+        "published": suite.published,
+    }
+
+
+def _row(row: view.Row) -> dict[str, Any]:
+    config = [str(value) for value in row.values() if isinstance(value, (str, int))]
+    parts = [(name, row.get(key)) for name, key in (("B", "batch"), ("H", "heads"), ("N", "seqlen"), ("D", "head_dim"))]
+    shape = " ".join(f"{name}{value}" for name, value in parts if value is not None)
+    return {**row, "shape": shape, "words": " ".join(config).lower(), "run": row["environment"] + 1}
+
+
+def _about(found: Sequence[Record], rows: Sequence[view.Row], sources: Sequence[str]) -> str:
+    lines = [records.describe(record) for record in view.environments(found)[-1:]]
+    failed = sum(row["status"] != "ok" for row in rows)
+    noisy = sum(row["noisy"] for row in rows)
+    counts = f"{len(rows)} rows from {', '.join(sources)}: {failed} without a figure, {noisy} noisy (~)"
+    return ". ".join([*lines, counts]) + "."
+
+
+def _environment(record: Record) -> dict[str, str]:
+    machine, versions = record.get("machine", {}), record.get("versions", {})
+    fields = {
+        "started": record.get("started"),
+        "command": "efficient-attn " + " ".join(record.get("argv", [])),
+        "code": record.get("code"),
+        "processor": machine.get("cpu"),
+        "cores": machine.get("cores"),
+        "clock, MHz": ", ".join(map(str, machine.get("clock_mhz", []))),
+        "memory": f"{machine.get('memory_bytes', 0) / 2**30:.1f} GiB",
+        "system": machine.get("system"),
+        "python": record.get("python"),
+        "threads": record.get("threads"),
+        "load at the start": record.get("load"),
+        "noise at the start": record.get("noise"),
+        "seed": record.get("seed"),
+        "limits": record.get("limits"),
+        **{name: version for name, version in versions.items() if version},
+    }
+    return {name: str(value) for name, value in fields.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,130 @@
+"""A model trained for some steps with one method: what it reaches, and what a step costs beside exact attention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from efficient_attn.training.data.base import Batch, Dataset, Splits
+from efficient_attn.training.optimizer import adamw, learning_rate
+from efficient_attn.training.task import Task
+
+from . import clock
+from .ops import sized
+
+EVALUATED_AT_ONCE = 64
+WARMUP, FINAL, DECAY, CLIP = 0.1, 0.05, 0.01, 1.0
+
+
+def learn(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains on seeded batches, then measures on test examples.
+
+    Args:
+        task: makes the task with an attention of this spec.
+        splits: its data.
+        config: method (spec), steps, batch, lr, held_out (test examples that are looked at), budget_s, seed,
+            and at choice metric, another of the task's.
+
+    Returns:
+        score: the task's metric on the test examples, and ``baseline`` where the data has one; loss of the last steps;
+        the time of a step (forward, backward; ``ms``) and of a forward alone in one alternation with the same model
+        under exact attention; examples_per_s in training and inference; peak_bytes of a step; parameters; tokens.
+    """
+    about = splits.about
+    tokens = _tokens(task("dense"), about)
+    chosen = task(str(sized(config["method"], tokens)))
+    metric = config.get("metric", chosen.metric)
+    torch.manual_seed(config["seed"])
+    model = chosen.model(about)
+    batches = _batches(splits.train, config["batch"], config["seed"])
+    first = next(batches)
+    step, forward = _calls(chosen, model, first)
+    step()  # libraries wake up
+    with clock.PeakMemory() as peak:
+        step()
+    started = time.perf_counter()
+    losses = _train(chosen, model, batches, config)
+    trained_s = time.perf_counter() - started
+    metrics = _evaluate(chosen, model, splits.test, about, config)
+
+    calls = {"method": step, "forward": forward}
+    if config["method"] != "dense":
+        exact = task("dense")
+        calls["dense"], calls["dense_forward"] = _calls(exact, exact.model(about), first)
+    times = clock.interleaved(calls, config["budget_s"])
+    dense, dense_forward = times.get("dense", times["method"]), times.get("dense_forward", times["forward"])
+    ms, forward_ms = times["method"]["ms"], times["forward"]["ms"]
+    return {
+        **times["method"],
+        "score": round(metrics[metric], 4),
+        "score_is": metric,
+        "baseline": _baseline(about, metric),
+        "loss": round(sum(losses[-10:]) / len(losses[-10:]), 4),
+        "forward_ms": forward_ms,
+        "dense_ms": dense["ms"],
+        "reference_times": dense["times"],
+        "speedup_dense": round(dense["ms"] / ms, 4),
+        "forward_speedup": round(dense_forward["ms"] / forward_ms, 4),
+        "examples_per_s": round(config["batch"] / ms * 1e3, 2),
+        "inference_per_s": round(config["batch"] / forward_ms * 1e3, 2),
+        "peak_bytes": peak.bytes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": tokens,
+        "trained_s": round(trained_s, 2),
+    }
+
+
+def _tokens(task: Task, about: Mapping[str, Any]) -> int:
+    """At most: of a text, of an image with a token a pixel, of a series with a token a step."""
+    return max(about.get("max_length", 0), about.get("image_size", 0) ** 2, getattr(task, "context", 0))
+
+
+def _batches(data: Dataset, size: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield data.batch(torch.randint(len(data), (size,), generator=generator))
+
+
+def _calls(task: Task, model: nn.Module, batch: Batch) -> tuple[clock.Call, clock.Call]:
+    """Forward and backward of a batch, and forward alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step = lambda: torch.autograd.grad(task.loss(model.train(), batch), parameters, allow_unused=True)  # noqa: E731
+    return step, torch.no_grad()(lambda: task.loss(model.eval(), batch))
+
+
+def _train(task: Task, model: nn.Module, batches: Any, config: Mapping[str, Any]) -> list[float]:
+    optimizer = adamw(model, lr=config["lr"], weight_decay=DECAY)
+    model.train()
+    losses = []
+    for step in range(config["steps"]):
+        rate = learning_rate(step, config["steps"], peak=config["lr"], warmup=WARMUP, final=FINAL)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = task.loss(model, next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def _evaluate(
+    task: Task, model: nn.Module, test: Dataset, about: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, float]:
+    model.eval()
+    indices = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: config["held_out"]]
+    found = [task.evaluate(model, test.batch(part), about) for part in indices.split(EVALUATED_AT_ONCE)]
+    return task.summary({name: torch.cat([one[name] for one in found]) for name in found[0]}, about)
+
+
+def _baseline(about: Mapping[str, Any], metric: str) -> float | None:
+    """What a model must beat: of accuracy, always naming the most frequent class."""
+    baselines = about.get("baselines", {})
+    known = baselines.get("majority") if metric == "accuracy" else baselines.get(metric)
+    return None if known is None else round(float(known), 4)

@@ -1,0 +1,73 @@
+"""The core cells under pytest-benchmark, to guard against regressions on one machine. Not part of the tests.
+
+pytest benchmarks --benchmark-autosave                                               before a change
+pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%            after it
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("sklearn")
+
+from efficient_attn import attention
+from efficient_attn.benchmarks import cases, inputs, ops
+from efficient_attn.benchmarks.suites import sparsity
+
+LENGTH = 2048
+METHODS = (
+    "dense",
+    "sliding_window:left=128,right=128",
+    "bigbird:block=64,window=3,global_blocks=2,random_blocks=2",
+    "topk_blocks:block=64,fraction=0.1",
+    "linformer:rank=128",
+    "nystrom:landmarks=64",
+    "performer:features=128",
+    "linear",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of a busy machine wait for each other; one is the steadier measure of a kernel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("method", METHODS)
+def test_operator(benchmark, method, mode):
+    if mode == "decode" and method.partition(":")[0] not in cases.DECODES:
+        pytest.skip("one query alone cannot use it")
+    shape = cases.OPERATOR_SHAPE
+    built = ops.sized(method, LENGTH)
+    state = built.build(shape["heads"] * shape["head_dim"], shape["heads"], shape["head_dim"])
+    query, key, value = inputs.photograph_qkv(LENGTH, **shape)
+    options = {}
+    if mode == "decode":
+        query, options = query[:, :, -1:], {"is_causal": True, "causal_alignment": "bottom_right"}
+
+    def attend(query, key, value):
+        return built.attend(query, key, value, state=state, **options)[0]
+
+    benchmark.group = mode
+    benchmark(ops.binder(mode, (query, key, value), state)(attend))
+
+
+@pytest.mark.parametrize("percent", [50, 10])
+def test_sparse(benchmark, percent):
+    mask = sparsity.random_blocks(LENGTH, LENGTH, percent / 100, torch.Generator().manual_seed(0))
+    qkv = inputs.photograph_qkv(LENGTH, **cases.OPERATOR_SHAPE)
+    benchmark.group = "random blocks"
+    benchmark(ops.binder("fwd", qkv)(lambda q, k, v: attention(q, k, v, mask=mask)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtypes(benchmark, dtype):
+    qkv = inputs.photograph_qkv(LENGTH, dtype=getattr(torch, dtype), **cases.OPERATOR_SHAPE)
+    benchmark.group = "dense, dtypes"
+    benchmark(ops.binder("fwd", qkv)(attention))

@@ -1,0 +1,66 @@
+"""A method for queries that continue a sequence, as in cached generation: the rows of its pattern where they stand.
+
+A pattern is defined over a whole sequence. Of a pass over its last Nq tokens, with the keys of all of them kept, its
+last Nq rows are the mask; a method that is no pattern of positions goes by causality alone.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..masks import BlockMask
+from .base import Method
+from .hybrid import Hybrid
+from .sparse import Dense, SparseMethod
+
+
+def continuation(
+    method: Method, q_len: int, kv_len: int, *, num_heads: int, first: int, offset: int = 0, device: torch.device
+) -> tuple[Method, BlockMask | None]:
+    """The method, and the mask beside it, for queries that are not the whole sequence.
+
+    Args:
+        q_len, kv_len: how many queries and keys the call has.
+        num_heads: of the queries.
+        first: the position of query 0 in the sequence; offset: that of key 0.
+
+    Raises:
+        UnsupportedError: a hybrid, whose blocks would be cut elsewhere; a pattern under torch.compile.
+    """
+    if isinstance(method, Hybrid):
+        raise UnsupportedError(
+            f"{method} cannot continue a cached sequence ({q_len} queries, {kv_len} keys); call "
+            "generate(use_cache=False)"
+        )
+    if not isinstance(method, SparseMethod) or isinstance(method, Dense) or method.by_content:
+        return method, None
+    if torch.compiler.is_compiling():
+        raise UnsupportedError(f"torch.compile cannot place {method} in a cached sequence; compile dense, or no cache")
+    heads = num_heads if method._heads_differ else 1
+    return Dense(), _rows(method, q_len, kv_len, first, offset, heads, str(device))
+
+
+@functools.lru_cache(maxsize=16)  # the layers of a model ask for the same few in turn
+def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
+    """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on."""
+    length = offset + kv_len
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = method.visible(i + first, j + offset, length, length, 0)
+        for head in range(1, heads):
+            seen = torch.where(h == head, method.visible(i + first, j + offset, length, length, head), seen)
+        return seen
+
+    with torch.inference_mode(False):
+        return BlockMask.from_predicate(
+            visible,
+            q_len=q_len,
+            kv_len=kv_len,
+            heads=heads,
+            block_size=(16, 128) if q_len <= 16 else 128,
+            device=device,
+        )

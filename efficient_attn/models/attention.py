@@ -1,0 +1,167 @@
+"""One attention layer of the shared Transformer: projections around `Method.attend`, with grouped heads and a cache.
+
+It is not this package's `MultiheadAttention`, whose interface is torch.nn's and has neither grouped heads, nor rotary
+positions, nor a cache. Letters: B batch, N queries, M keys, E features, Hq and Hkv heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..methods import Hybrid, Method, parse
+from ..methods.continuation import continuation
+from ..patterns import Pattern
+from .cache import LayerCache
+from .positions import rotate
+
+
+class Attention(nn.Module):
+    """Attention of tokens to each other, or (cross) to those of a memory.
+
+    Args:
+        dim: E.
+        num_heads, num_kv_heads: Hq, and Hkv that divides it.
+        causal: each token sees itself and those before.
+        cross: keys and values come from a memory.
+        dropout: of attention weights, in training.
+        attention: a spec, `Method` or `Pattern`.
+
+    Attributes:
+        attention: the `Method`; `set_attention` changes it.
+        method_state: the method's own parameters, None for a method without any.
+
+    Raises:
+        UnsupportedError: causal with a method that cannot be.
+    """
+
+    attention: Method
+    method_state: nn.Module | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        causal: bool = False,
+        cross: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        attention: str | Method | Pattern = "dense",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.causal, self.cross, self.dropout = causal, cross, dropout
+        self.q_proj = nn.Linear(dim, dim, bias=bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(dim, dim, bias=bias)
+        self.method_state = None
+        self.set_attention(attention)
+
+    def set_attention(self, attention: str | Method | Pattern, *, method_state: nn.Module | None = None) -> None:
+        """Attend by another method from now on; the one that it has already keeps its parameters.
+
+        Args:
+            method_state: another layer's, to share it.
+        """
+        method = parse(attention)
+        check_causal(method, self.causal)
+        if method_state is None and getattr(self, "attention", None) == method:
+            return
+        if method_state is None:
+            like = self.q_proj.weight
+            method_state = method.build(
+                self.num_heads * self.head_dim, self.num_heads, self.head_dim, device=like.device, dtype=like.dtype
+            )
+        self.attention = method
+        self.method_state = None if method_state is None else method_state.train(self.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        memory: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        turn: tuple[Tensor, Tensor] | None = None,
+        cache: LayerCache | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            x: (B, N, E).
+            memory: (B, M, E), with cross; not read again where the cache holds its keys.
+            key_mask: bool (B, M), True = attend; M counts the tokens in the cache too.
+            turn: what `Rotary` gives for the positions of x.
+            cache: the keys and values of earlier tokens, to which those of x are added.
+
+        Returns:
+            (B, N, E), and weights (B, Hq, N, M) or None.
+        """
+        query = self._heads(self.q_proj(x), self.num_heads)
+        if self.cross:
+            key, value = self._of_memory(memory, cache)
+        else:
+            key, value = (self._heads(project(x), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
+            if turn is not None:
+                query, key = rotate(query, turn), rotate(key, turn)
+            if cache is not None:
+                key, value = cache.append(key, value)
+        out, weights = self._attend(query, key, value, key_mask, need_weights)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        method = self.attention
+        call: dict[str, Any] = {"key_mask": key_mask, "need_weights": need_weights, "is_causal": self.causal}
+        N, M = query.shape[2], key.shape[2]
+        if self.causal and N != M:
+            method, call["mask"] = continuation(
+                method, N, M, num_heads=self.num_heads, first=M - N, device=query.device
+            )
+            call["causal_alignment"] = "bottom_right"
+        return method.attend(
+            query, key, value, state=self.method_state, dropout_p=self.dropout if self.training else 0.0, **call
+        )
+
+    def _of_memory(self, memory: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory, projected once for all steps of a generation."""
+        if cache is not None and cache.memory is not None:
+            return cache.memory
+        if memory is None:
+            raise UnsupportedError("a decoder with cross-attention needs memory=, the encoder's output")
+        key, value = (self._heads(project(memory), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
+        if cache is not None:
+            cache.memory = (key, value)
+        return key, value
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        """(B, N, H D) -> (B, H, N, D), a view."""
+        return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Let a checkpoint without parameters of the method load strictly: ours keep their values."""
+        own = f"{prefix}method_state."
+        if self.method_state is not None and not any(name.startswith(own) for name in state_dict):
+            current = self.method_state.state_dict(keep_vars=True)
+            state_dict.update({own + name: value for name, value in current.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        kinds = [kind for kind, is_so in (("causal", self.causal), ("cross", self.cross)) if is_so]
+        return ", ".join([f"heads={self.num_heads}/{self.num_kv_heads}", f"attention={str(self.attention)!r}", *kinds])
+
+
+def check_causal(method: Method, causal: bool) -> None:
+    """Raise UnsupportedError for a method that a causal layer cannot have."""
+    last = method.tail if isinstance(method, Hybrid) else method
+    if causal and not last.accepts_causal:
+        raise UnsupportedError(
+            f"{method} cannot be causal, as this layer is: it mixes positions before it compares them. Use performer, "
+            "linear or a sparse method"
+        )

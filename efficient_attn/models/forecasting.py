@@ -1,0 +1,104 @@
+"""What forecasting needs beside a model: instance normalisation, the quantile loss, the seasonal-naive baseline, MASE.
+
+Series are (..., time) here, so that the functions serve one series and batches of many channels alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def instance_statistics(series: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every series over its time, (..., 1) each: what RevIN takes out and puts back.
+
+    (x - mean) / std is the model's input and forecast * std + mean the result, so that level and scale, which drift in
+    real series, need not be learned. Kim et al. 2022, "Reversible instance normalization". Without their learned
+    affine map, as in PatchTST. std is sqrt(variance + eps), and never 0. Gradients do not pass through them.
+    """
+    with torch.no_grad():
+        variance, mean = torch.var_mean(series, dim=-1, keepdim=True, correction=0)
+        return mean, (variance + eps).sqrt()
+
+
+def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
+    """The quantiles as a tuple.
+
+    Raises:
+        InputError: none, not increasing, or not between 0 and 1.
+    """
+    levels = tuple(float(q) for q in quantiles)
+    increasing = all(low < high for low, high in itertools.pairwise(levels))
+    if not levels or not increasing or levels[0] <= 0 or levels[-1] >= 1:
+        raise InputError(f"quantiles must be increasing and between 0 and 1, such as (0.1, 0.5, 0.9); got {levels}")
+    return levels
+
+
+def quantile_loss(forecast: Tensor, target: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """The mean pinball loss, max(q (y - f), (q - 1) (y - f)); at q = 0.5 half the absolute error.
+
+    Koenker and Bassett 1978. Its minimum over forecasts is the q-quantile.
+
+    Args:
+        forecast: (..., Q). target: (...). quantiles: Q levels.
+
+    Raises:
+        InputError: shapes or quantiles that do not belong together.
+    """
+    levels = check_quantiles(quantiles)
+    if forecast.shape != (*target.shape, len(levels)):
+        raise InputError(
+            f"a forecast of {len(levels)} quantiles for a target of {tuple(target.shape)} is "
+            f"{(*target.shape, len(levels))}, got {tuple(forecast.shape)}"
+        )
+    q = torch.tensor(levels, dtype=forecast.dtype, device=forecast.device)
+    error = target.unsqueeze(-1) - forecast
+    return torch.maximum(q * error, (q - 1) * error).mean()
+
+
+def seasonal_naive(history: Tensor, horizon: int, season: int) -> Tensor:
+    """(..., time) -> (..., horizon): the last season again and again, the baseline that a forecast must beat.
+
+    Raises:
+        InputError: a history shorter than the season, or sizes below 1.
+    """
+    _check_season(history, season)
+    if horizon < 1:
+        raise InputError(f"horizon must be at least 1, got {horizon}")
+    steps = torch.arange(horizon, device=history.device) % season
+    return history[..., -season:].index_select(-1, steps)
+
+
+def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> Tensor:
+    """Mean absolute scaled error of each series, (...): below 1 the forecast errs less than seasonal-naive steps did.
+
+    mean |y - f| / mean |y_t - y_{t - season}|, the latter over the history. Hyndman and Koehler 2006. Infinite
+    where the history repeats itself exactly.
+
+    Args:
+        forecast, target: (..., horizon). history: (..., time), what was known before; longer than the season.
+
+    Raises:
+        InputError: shapes that do not belong together, or a history that is not longer than the season.
+    """
+    _check_season(history, season)
+    if forecast.shape != target.shape or history.shape[:-1] != target.shape[:-1] or history.shape[-1] <= season:
+        raise InputError(
+            f"MASE takes forecast and target of one shape (..., horizon) and a history (..., time) longer than the "
+            f"season {season}; got {tuple(forecast.shape)}, {tuple(target.shape)}, {tuple(history.shape)}"
+        )
+    scale = (history[..., season:] - history[..., :-season]).abs().mean(dim=-1)
+    return (forecast - target).abs().mean(dim=-1) / scale
+
+
+def _check_season(history: Tensor, season: int) -> None:
+    if season < 1 or history.dim() < 1 or history.shape[-1] < season:
+        raise InputError(
+            f"season must be at least 1 and the history at least that long; got season={season} and a history of "
+            f"{tuple(history.shape)}"
+        )

@@ -1,0 +1,117 @@
+"""The processes of a run: one, or those that ``torchrun`` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among ``world``, and where it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and reports."""
+        return self.rank == 0
+
+    def sums(self, *values: float) -> list[float]:
+        """The sums of some numbers over all processes, in float64."""
+        if self.world == 1:
+            return list(values)
+        # MPS aside, every device has float64; gloo and nccl sum in the order of ranks, the same on each.
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in order of rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def parallel(self, model: nn.Module, how: str) -> nn.Module:
+        """The model in as many processes, by ``ddp`` or ``fsdp``; parameters keep their names in ``unwrapped``."""
+        if self.world == 1:
+            return model
+        if how == "ddp":
+            return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for module in list(model.modules()):
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """The processes that ``torchrun`` describes in the environment, joined until the end of the block."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes(0, 1, torch.device(kind))
+        return
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    started_here = not dist.is_initialized()
+    if started_here:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), world, place)
+    finally:
+        if started_here:
+            dist.destroy_process_group()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner
+
+
+def accumulating(model: nn.Module, more: bool) -> Any:
+    """A block whose backward does not exchange gradients yet when ``more`` batches of the step follow."""
+    return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A parameter or buffer with all of its shards, on the CPU."""
+    value = value.detach()
+    gather = getattr(value, "full_tensor", None)  # a DTensor's; its module is slow to import for who needs none
+    return (value if gather is None else gather()).cpu()
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """The whole ``value`` as this process holds ``target``: its shard, device and dtype."""
+    value = value.to(device=target.device, dtype=target.dtype)
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(value, target.device_mesh, target.placements)

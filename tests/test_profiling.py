@@ -533,8 +533,6 @@ def test_the_options_that_the_page_names_exist() -> None:
     known = inspect.getsource(commands)
     page = PAGE.read_text(encoding="utf-8")
     lines = re.findall(r"^\$? ?efficient-attn .*(?:\n      --.*)*", page, flags=re.MULTILINE)
-        r"^\$? ?efficient-attn .*(?:\n      --.*)*", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
     options = {option for line in lines for option in re.findall(r"--([a-z-]+)", line)}
     assert len(options) > 10
     for option in options:

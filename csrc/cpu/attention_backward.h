@@ -264,49 +264,56 @@ inline void delta_task(const AttentionParams& p, int64_t task, const BackwardSha
     }
 }
 
-// The rows of a tile of queries, as the left factors of dK and dV.
-template <class A>
+// The rows of a tile of queries, as the factors of dK and dV. With products of pairs they are packed in Q_pairs and
+// dO_pairs, and under a mask without the rows named here.
+template <class T, class A>
 struct QueryRows {
-    Rows<A> Q, dO;
-    bool pairs;  // in Q_pairs and dO_pairs instead
+    Rows<Operand<T, A>> Q, dO;
+    Poison Q_poison, dO_poison;
 };
 
 template <class T, class A>
-inline QueryRows<A> load_query_rows(const AttentionParams& p, const QueryTile& q, const BackwardTile<A>& t) {
+inline QueryRows<T, A> load_query_rows(const AttentionParams& p, const QueryTile& q, const BackwardTile<A>& t) {
+    const int64_t first = q.rows.begin;
     if constexpr (kPairProducts<T>) {
-        const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), first = q.rows.begin;
-        const bool all_visible = !may_hide_pairs(p) && !has_bias(p);
-        if (all_visible || (rows_are_finite<T>(p.query, q.b, q.h, first, q.count, p.D) &&
-                            rows_are_finite<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv))) {
-            pack_paired_rows<T>(p.query, q.b, q.h, first, q.count, p.D, D, t.Q_pairs);
-            pack_paired_rows<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv, Dv, t.dO_pairs);
-            return {{}, {}, true};
-        }
+        const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
+        const Rows<T> Q{row_pointer<T>(p.query, q.b, q.h, first), p.query.row_stride},
+            dO{row_pointer<T>(p.grad_out, q.b, q.h, first), p.grad_out.row_stride};
+        const bool may_hide = may_hide_pairs(p) || has_bias(p);
+        const Poison Q_poison = may_hide ? find_poison(Q, q.count, p.D) : Poison{},
+                     dO_poison = may_hide ? find_poison(dO, q.count, p.Dv) : Poison{};
+        pack_paired_rows<T>(p.query, q.b, q.h, first, q.count, p.D, D, t.Q_pairs);
+        pack_paired_rows<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv, Dv, t.dO_pairs);
+        clear_poison(Q_poison, D, t.Q_pairs);
+        clear_poison(dO_poison, Dv, t.dO_pairs);
+        return {Q, dO, Q_poison, dO_poison};
+    } else {
+        return {load_padded_rows<T>(p.query, q.b, q.h, first, q.count, p.D, t.Q),
+                load_padded_rows<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv, t.dO),
+                {},
+                {}};
     }
-    return {load_padded_rows<T>(p.query, q.b, q.h, q.rows.begin, q.count, p.D, t.Q),
-            load_padded_rows<T>(p.grad_out, q.b, q.h, q.rows.begin, q.count, p.Dv, t.dO), false};
 }
 
 // What a tile of queries adds to dK and dV of `keys`, whose first key is row 0 of both.
 template <class T, class A>
 inline void add_key_gradients(const AttentionParams& p, const QueryTile& q, int64_t keys, int64_t w, bool masked,
-                              const QueryRows<A>& rows, const BackwardTile<A>& t, A* dK, A* dV) {
+                              const QueryRows<T, A>& rows, const BackwardTile<A>& t, A* dK, A* dV) {
     const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
-    const auto& [Q, dO, pairs] = rows;
     if constexpr (kPairProducts<T>) {
-        if (pairs) {
-            round_rows(t.S, keys, w, t.rounded);
-            accumulate_rows(t.rounded, keys, w, q.count, t.dO_pairs, Dv, dV);
-            round_rows(t.dP, keys, w, t.rounded);
-            return accumulate_rows(t.rounded, keys, w, q.count, t.Q_pairs, D, dK);
-        }
-    }
-    if (masked) {
-        accumulate_rows_masked(t.S, keys, w, q.count, dO, Dv, t.bits, t.buffer, dV);
-        accumulate_rows_masked(t.dP, keys, w, q.count, Q, D, t.bits, t.buffer, dK);
+        const uint64_t* bits = masked ? t.bits : nullptr;
+        round_rows(t.S, keys, w, t.rounded);
+        accumulate_rows(t.rounded, keys, w, q.count, t.dO_pairs, Dv, dV);
+        add_poison_to_rows(rows.dO, rows.dO_poison, p.Dv, t.S, keys, w, bits, Dv, dV);
+        round_rows(t.dP, keys, w, t.rounded);
+        accumulate_rows(t.rounded, keys, w, q.count, t.Q_pairs, D, dK);
+        add_poison_to_rows(rows.Q, rows.Q_poison, p.D, t.dP, keys, w, bits, D, dK);
+    } else if (masked) {
+        accumulate_rows_masked(t.S, keys, w, q.count, rows.dO, Dv, t.bits, t.buffer, dV);
+        accumulate_rows_masked(t.dP, keys, w, q.count, rows.Q, D, t.bits, t.buffer, dK);
     } else {
-        accumulate_rows(t.S, keys, w, q.count, dO, Dv, dV);
-        accumulate_rows(t.dP, keys, w, q.count, Q, D, dK);
+        accumulate_rows(t.S, keys, w, q.count, rows.dO, Dv, dV);
+        accumulate_rows(t.dP, keys, w, q.count, rows.Q, D, dK);
     }
 }
 
@@ -334,26 +341,22 @@ inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range 
     });
 }
 
-// dQt += keys * dS. NaN and infinity under a mask go the way of float32, here and in add_key_gradients.
+// dQt += keys * dS
 template <class T, class A>
 inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, Range keys, bool masked,
                      const Rows<Operand<T, A>>& K, int64_t w, BackwardTile<A>& t, A* dQt) {
     const int64_t n = keys.end - keys.begin;
-    Rows<A> rows;
     if constexpr (kPairProducts<T>) {
-        if (!masked || rows_are_finite<T>(p.key, q.b, kv, keys.begin, n, p.D)) {
-            pack_paired_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, p.D, t.K_pairs);
-            round_to_pairs(t.dP, n, w, t.dS_pairs);
-            return accumulate_columns<A>(t.K_pairs, n, p.D, t.dS_pairs, w, nullptr, dQt);
-        }
-        rows = load_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, t.K_buffer);
+        const Poison poison = masked ? find_poison(K, n, p.D) : Poison{};
+        pack_paired_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, p.D, t.K_pairs);
+        clear_poison(poison, p.D, t.K_pairs);
+        round_to_pairs(t.dP, n, w, t.dS_pairs);
+        accumulate_columns<A>(t.K_pairs, n, p.D, t.dS_pairs, w, nullptr, dQt);
+        add_poison_to_columns(K, poison, p.D, t.dP, w, t.bits, dQt);
+    } else if (masked) {
+        accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
     } else {
-        rows = K;
-    }
-    if (masked) {
-        accumulate_columns_masked<A>(rows, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
-    } else {
-        accumulate_columns<A>(rows, n, p.D, t.dP, w, nullptr, dQt);
+        accumulate_columns<A>(K, n, p.D, t.dP, w, nullptr, dQt);
     }
 }
 
@@ -403,7 +406,7 @@ inline void span_task(const AttentionParams& p, int64_t task, char* memory, cons
         const QueryTile q = query_tile(p, tiling, b, kv * (p.Hq / p.Hkv) + index / tiling.count, index % tiling.count);
         A* dQt = shared.dQt + (head % line.slots * line.tiles + index) * p.D * kQueries;
         const int64_t w = whole_vectors<A>(q.count);
-        QueryRows<A> query_rows;
+        QueryRows<T, A> query_rows;
         auto begin = [&] {
             load_query_tile<T>(p, q, shared.delta, w, t);
             query_rows = load_query_rows<T>(p, q, t);

@@ -121,23 +121,26 @@ inline void score(const AttentionParams& p, int64_t b, int64_t kv, Range keys, i
     }
 }
 
-// Ot = Ot * fade + values * S. NaN and infinity under a mask go the way of float32.
+// Ot = Ot * fade + values * S
 template <class T, class A>
 inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range keys, bool masked, int64_t w,
                        ForwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
-        if (!masked || rows_are_finite<T>(p.value, b, kv, keys.begin, n, p.Dv)) {
-            pack_paired_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, p.Dv, t.V_pairs);
-            round_to_pairs(t.S, n, w, t.P_pairs);
-            return accumulate_columns(t.V_pairs, n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
-        }
-    }
-    const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
-    if (masked) {
-        accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, t.K_buffer, t.Ot);
+        const Rows<T> values{row_pointer<T>(p.value, b, kv, keys.begin), p.value.row_stride};
+        const Poison poison = masked ? find_poison(values, n, p.Dv) : Poison{};
+        pack_paired_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, p.Dv, t.V_pairs);
+        clear_poison(poison, p.Dv, t.V_pairs);
+        round_to_pairs(t.S, n, w, t.P_pairs);
+        accumulate_columns(t.V_pairs, n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
+        add_poison_to_columns(values, poison, p.Dv, t.S, w, t.bits, t.Ot);
     } else {
-        accumulate_columns(values, n, p.Dv, t.S, w, t.fade, t.Ot);
+        const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
+        if (masked) {
+            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, t.K_buffer, t.Ot);
+        } else {
+            accumulate_columns(values, n, p.Dv, t.S, w, t.fade, t.Ot);
+        }
     }
 }
 

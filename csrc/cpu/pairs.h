@@ -74,13 +74,9 @@ EA_NOINLINE void round_rows(const A* tile, int64_t count, int64_t w, BFloat16* o
     for (int64_t i = 0; i < count * w; i += kLanes<A>) store(out + i, round(load(tile + i)));
 }
 
-template <class T>
-inline bool rows_are_finite(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width) {
+inline bool row_is_finite(const BFloat16* row, int64_t width) {
     bool finite = true;
-    for (int64_t r = 0; r < count; ++r) {
-        const T* row = row_pointer<T>(t, b, h, first + r);
-        for (int64_t d = 0; d < width; ++d) finite &= (row[d].bits & 0x7F80) != 0x7F80;
-    }
+    for (int64_t d = 0; d < width; ++d) finite &= (row[d].bits & 0x7F80) != 0x7F80;
     return finite;
 }
 

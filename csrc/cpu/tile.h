@@ -216,8 +216,8 @@ struct Poison {
     uint8_t index[kKeys];
 };
 
-template <class A>
-inline Poison find_poison(const Rows<A>& rows, int64_t count, int64_t width) {
+template <class X>
+inline Poison find_poison(const Rows<X>& rows, int64_t count, int64_t width) {
     Poison poison{0, {}};
     for (int64_t k = 0; k < count; ++k)
         if (!row_is_finite(rows.data + k * rows.stride, width)) poison.index[poison.count++] = static_cast<uint8_t>(k);
@@ -233,6 +233,43 @@ inline Rows<A> without_poison(const Rows<A>& rows, const Poison& poison, int64_t
     return {buffer, width};
 }
 
+// Rows packed as pairs of rows, without those of `poison`.
+inline void clear_poison(const Poison& poison, int64_t padded, Pair* pairs) {
+    for (int64_t n = 0; n < poison.count; ++n) {
+        const int64_t r = poison.index[n];
+        for (int64_t d = 0; d < padded; ++d) {
+            Pair& pair = pairs[r / 2 * padded + d];
+            (r % 2 ? pair.second : pair.first) = BFloat16{0};
+        }
+    }
+}
+
+// What the taken out rows add to accumulate_columns for the queries that see them.
+template <class X, class A>
+inline void add_poison_to_columns(const Rows<X>& rows, const Poison& poison, int64_t width, const A* P, int64_t w,
+                                  const uint64_t* bits, A* out) {
+    for (int64_t n = 0; n < poison.count; ++n) {
+        const int64_t k = poison.index[n];
+        for (int64_t r = 0; r < w && r < 64; ++r)
+            if (bits[k] >> r & 1)
+                for (int64_t d = 0; d < width; ++d)
+                    out[d * w + r] += P[k * w + r] * widen<A>(rows.data[k * rows.stride + d]);
+    }
+}
+
+// And to accumulate_rows; bits null: every pair is visible.
+template <class X, class A>
+inline void add_poison_to_rows(const Rows<X>& rows, const Poison& poison, int64_t width, const A* P, int64_t keys,
+                               int64_t w, const uint64_t* bits, int64_t padded, A* out) {
+    for (int64_t n = 0; n < poison.count; ++n) {
+        const int64_t r = poison.index[n];
+        for (int64_t k = 0; k < keys; ++k)
+            if (!bits || bits[k] >> r & 1)
+                for (int64_t d = 0; d < width; ++d)
+                    out[k * padded + d] += P[k * w + r] * widen<A>(rows.data[r * rows.stride + d]);
+    }
+}
+
 // accumulate_columns for a tile in which some pairs are masked.
 template <class A>
 inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w,
@@ -240,12 +277,7 @@ inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t
     const Poison poison = find_poison(rows, keys, width);
     if (!poison.count) return accumulate_columns(rows, keys, width, P, w, fade, out);
     accumulate_columns(without_poison(rows, poison, keys, width, buffer), keys, width, P, w, fade, out);
-    for (int64_t n = 0; n < poison.count; ++n) {
-        const int64_t k = poison.index[n];
-        for (int64_t r = 0; r < w && r < 64; ++r)
-            if (bits[k] >> r & 1)
-                for (int64_t d = 0; d < width; ++d) out[d * w + r] += P[k * w + r] * rows.data[k * rows.stride + d];
-    }
+    add_poison_to_columns(rows, poison, width, P, w, bits, out);
 }
 
 // accumulate_rows for a tile in which some pairs are masked.
@@ -255,13 +287,7 @@ inline void accumulate_rows_masked(const A* P, int64_t keys, int64_t w, int64_t 
     const Poison poison = find_poison(rows, queries, padded);
     if (!poison.count) return accumulate_rows(P, keys, w, queries, rows, padded, out);
     accumulate_rows(P, keys, w, queries, without_poison(rows, poison, queries, padded, buffer), padded, out);
-    for (int64_t n = 0; n < poison.count; ++n) {
-        const int64_t r = poison.index[n];
-        for (int64_t k = 0; k < keys; ++k)
-            if (bits[k] >> r & 1)
-                for (int64_t d = 0; d < padded; ++d)
-                    out[k * padded + d] += P[k * w + r] * rows.data[r * rows.stride + d];
-    }
+    add_poison_to_rows(rows, poison, padded, P, keys, w, bits, padded, out);
 }
 
 // Calls visit(keys, segment) for the pieces that the queries `rows` see inside `limits`. Pieces end at multiples of

@@ -44,9 +44,9 @@ def test_conformance_bfloat16() -> None:
     pytest_passes(str(TESTS / "test_conformance.py"), "-k-bfloat16]", at_least=75)
 
 
-@pytest.mark.parametrize(("file", "tests"), [("interpreted_kernels.py", 17), ("interpreted_linear.py", 23)])
+@pytest.mark.parametrize(("file", "tests"), [("kernels", 17), ("plan", 10), ("linear", 23)])
 def test_what_only_the_kernels_promise(file: str, tests: int) -> None:
-    pytest_passes(str(TESTS / file), at_least=tests)
+    pytest_passes(str(TESTS / f"interpreted_{file}.py"), at_least=tests)
 
 
 @pytest.mark.parametrize("selection", ["no_such_name", "by_name_and_through_autograd"])

@@ -35,13 +35,14 @@ from .tiles import (
     dot,
     kept_pairs,
     key_count,
-    list_entry,
     load_bias,
     load_block,
+    load_described,
     load_tile,
     locate,
     online_softmax_update,
     planned_entries,
+    planned_entry,
     planned_range,
     row_offsets,
     select_dot,
@@ -56,9 +57,9 @@ from .tiles import (
 
 @triton.jit
 def attend(
-    b_acc, b_m, b_l, b_q, p_k, p_v, k, v, bias, mask, p_seed,
-    i_b, i_h, i_first, o_i, o_h, keys, scale, threshold,
-    first, end, skip_at, skip, entry_begin, entry_last, gap_at, gap,
+    b_acc, b_m, b_l, b_q, p_k, p_v, k, v, k_tiles, v_tiles, bias, mask, p_seed,
+    i_b, i_h, i_hk, i_first, o_i, o_h, keys, scale, threshold,
+    first, end, skip_at, skip, entry_begin, gap_at, gap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -71,17 +72,20 @@ def attend(
     PARTS: tl.constexpr = LIST_K // BLOCK_K
     if LISTS:
         at = walk_position(first, skip_at, skip, gap_at, gap, GAP)
-        block, tile = list_entry(mask, entry_begin + at // PARTS, entry_last)
+        block, tile = planned_entry(mask, entry_begin + at // PARTS)
     for t in range(first, end):
         if LISTS:
             j_first = block * LIST_K + walk_position(t, skip_at, skip, gap_at, gap, GAP) % PARTS * BLOCK_K
             tile_now = tile
             # The next entry is read a tile ahead, so that no load of keys waits for it.
             at = walk_position(t + 1, skip_at, skip, gap_at, gap, GAP)
-            block, tile = list_entry(mask, entry_begin + at // PARTS, entry_last)
+            block, tile = planned_entry(mask, entry_begin + at // PARTS)
         else:
             j_first = walk_position(t, skip_at, skip, 0, 0, False) * BLOCK_K
-        b_k = load_block(p_k, k.n, j_first, keys, D, BLOCK_K, BLOCK_D, MODE != FULL)
+        if MODE == FULL and k_tiles is not None:
+            b_k = load_described(k_tiles, i_b, i_hk, j_first, BLOCK_K, BLOCK_D)
+        else:
+            b_k = load_block(p_k, k.n, j_first, keys, D, BLOCK_K, BLOCK_D, MODE != FULL)
         b_s = dot(b_q, tl.trans(b_k), PRECISION)
 
         o_j = j_first + tl.arange(0, BLOCK_K)
@@ -102,20 +106,23 @@ def attend(
         if DROPOUT:
             m_kept = kept_pairs(p_seed, i_b, i_h, i_first, j_first, threshold, BLOCK_Q, BLOCK_K)
             b_p = tl.where(m_kept, b_p, 0.0)
-        b_v = load_block(p_v, v.n, j_first, keys, DV, BLOCK_K, BLOCK_DV, MODE != FULL)
+        if MODE == FULL and v_tiles is not None:
+            b_v = load_described(v_tiles, i_b, i_hk, j_first, BLOCK_K, BLOCK_DV)
+        else:
+            b_v = load_block(p_v, v.n, j_first, keys, DV, BLOCK_K, BLOCK_DV, MODE != FULL)
         b_acc = select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, None], PRECISION, SAFE)
     return b_acc, b_m, b_l
 
 
 @triton.jit
 def forward_tile(
-    i_program, q, k, v, out, lse, bias, mask, p_seed,
+    i_program, q, k, v, k_tiles, v_tiles, out, lse, bias, mask, p_seed,
     lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits,
     GROUP: tl.constexpr, PACK: tl.constexpr, SIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SAFE:
-    tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
     """Compute and store one tile of out and lse; returns 1 if it is not finite."""
     LISTS: tl.constexpr = mask.indptr is not None
@@ -146,11 +153,10 @@ def forward_tile(
 
     if LISTS:
         begin, clean, live = planned_entries(mask, i_b, i_h, i_tile * BLOCK_Q // LIST_Q)
-        last = begin + live - 1
         first, full_first = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
         full_end, end, gap_at, gap = planned_range(mask, begin, clean, live, keys, LIST_K, LIST_K // BLOCK_K)
     else:
-        begin, last, gap_at, gap = tl.zeros([], tl.int64), tl.zeros([], tl.int64), 0, 0
+        begin, gap_at, gap = tl.zeros([], tl.int64), 0, 0
         first, end, full_first, full_end = tile_range(any_first, any_end, all_first, all_end, BLOCK_K)
     if SPLIT:
         part = tl.cdiv(end - first, splits)
@@ -161,16 +167,16 @@ def forward_tile(
 
     if not SAFE:
         b_acc, b_m, b_l = attend(
-            b_acc, b_m, b_l, b_q, p_k, p_v, k, v, bias, mask, p_seed,
-            i_b, i_h, i_first, o_i, o_h, keys, scale, threshold,
-            full_first, full_end, full_end, 0, begin, last, gap_at, gap,
+            b_acc, b_m, b_l, b_q, p_k, p_v, k, v, k_tiles, v_tiles, bias, mask, p_seed,
+            i_b, i_h, i_h // GROUP, i_first, o_i, o_h, keys, scale, threshold,
+            full_first, full_end, full_end, 0, begin, gap_at, gap,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
         )  # fmt: skip
     skip = 0 if SAFE else full_end - full_first
     b_acc, b_m, b_l = attend(
-        b_acc, b_m, b_l, b_q, p_k, p_v, k, v, bias, mask, p_seed,
-        i_b, i_h, i_first, o_i, o_h, keys, scale, threshold,
-        first, end - skip, full_first, skip, begin, last, gap_at, gap,
+        b_acc, b_m, b_l, b_q, p_k, p_v, k, v, k_tiles, v_tiles, bias, mask, p_seed,
+        i_b, i_h, i_h // GROUP, i_first, o_i, o_h, keys, scale, threshold,
+        first, end - skip, full_first, skip, begin, gap_at, gap,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
     )  # fmt: skip
 
@@ -186,7 +192,7 @@ def forward_tile(
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, out, lse, bias, mask, p_seed, flags,
+    q, k, v, k_tiles, v_tiles, out, lse, bias, mask, p_seed, flags,
     programs, lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits,
     GROUP: tl.constexpr, PACK: tl.constexpr, SIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -196,10 +202,12 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """Grid: programs = tiles * lines * splits; SAFE: fewer, each with every so many of them.
 
+    k_tiles, v_tiles: descriptors of k and v with blocks (1, 1, BLOCK_K, BLOCK_D or BLOCK_DV), or None: the walk that
+    needs no mask then loads its tiles by TMA.
+
     A line is a batch element and PACK query heads; `heads` counts lines a batch. scale is positive and in units of
-    log2; SIGN (-1, 0, 1) times it is the true one. SPLIT: out (splits * B, ..) and lse (splits * B,
-    ..) hold a partial result
-    for each of the splits. flags [programs], None without a mask: which tiles are not finite.
+    log2; SIGN (-1, 0, 1) times it is the true one. SPLIT: out (splits * B, ..) and lse (splits * B, ..) hold a partial
+    result for each of the splits. flags [programs], None without a mask: which tiles are not finite.
     """
     i_program = tl.program_id(0)
     if SAFE:
@@ -207,14 +215,14 @@ def attention_forward_kernel(
             for i in range(i_program, programs, tl.num_programs(0)):
                 if tl.load(flags + i) != 0:
                     forward_tile(
-                        i, q, k, v, out, lse, bias, mask, p_seed,
+                        i, q, k, v, None, None, out, lse, bias, mask, p_seed,
                         lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits, GROUP, PACK, SIGN,
                         D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION,
                         SPLIT, SAFE,
                     )  # fmt: skip
     else:
         flag = forward_tile(
-            i_program, q, k, v, out, lse, bias, mask, p_seed,
+            i_program, q, k, v, k_tiles, v_tiles, out, lse, bias, mask, p_seed,
             lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits, GROUP, PACK, SIGN,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, SPLIT, SAFE,
         )  # fmt: skip

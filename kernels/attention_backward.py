@@ -36,6 +36,7 @@ from .tiles import (
     locate,
     lower_bound,
     planned_entries,
+    planned_entry,
     planned_range,
     row_offsets,
     select_dot,
@@ -90,7 +91,7 @@ def pair_gradient(b_p, b_dp, b_delta, m_kept, keep_scale, DROPOUT: tl.constexpr)
 def gather_key_gradient(
     b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
     i_b, i_h, j_first, o_j, keys, heads, Nq, scale, threshold, keep_scale,
-    first, end, skip_at, skip, entry_begin, entry_last,
+    first, end, skip_at, skip, entry_begin,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,13 +106,13 @@ def gather_key_gradient(
     o_line = (tl.cast(i_b, tl.int64) * heads + i_h) * Nq
     if LISTS:
         at = walk_position(first, skip_at, skip, 0, 0, False)
-        block, tile = list_entry(mask, entry_begin + at // PARTS, entry_last)
+        block, tile = planned_entry(mask, entry_begin + at // PARTS)
     for t in range(first, end):
         if LISTS:
             i_first = block * LIST_Q + walk_position(t, skip_at, skip, 0, 0, False) % PARTS * BLOCK_Q
             tile_now = tile
             at = walk_position(t + 1, skip_at, skip, 0, 0, False)
-            block, tile = list_entry(mask, entry_begin + at // PARTS, entry_last)
+            block, tile = planned_entry(mask, entry_begin + at // PARTS)
         else:
             i_first = walk_position(t, skip_at, skip, 0, 0, False) * BLOCK_Q
         o_i = i_first + tl.arange(0, BLOCK_Q)
@@ -177,12 +178,11 @@ def key_gradient_tile(
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     first, end, full_first, full_end = tile_range(any_first, any_end, all_first, all_end, BLOCK_Q)
-    begin, last = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    begin = tl.zeros([], tl.int64)
     for g in range(GROUP):
         i_hq = i_h * GROUP + g
         if LISTS:
             begin, clean, live = planned_entries(mask, i_b, i_hq, j_first // LIST_K)
-            last = begin + live - 1
             first, full_first = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
             # Keys beyond a length are seen by nobody, and masked in a tile that a length cuts.
             end = tl.where(j_first < keys, live, 0) * (LIST_Q // BLOCK_Q)
@@ -191,14 +191,14 @@ def key_gradient_tile(
             b_dk, b_dv = gather_key_gradient(
                 b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
                 i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale,
-                full_first, full_end, full_end, 0, begin, last,
+                full_first, full_end, full_end, 0, begin,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
             )  # fmt: skip
         skip = 0 if SAFE else full_end - full_first
         b_dk, b_dv = gather_key_gradient(
             b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
             i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale,
-            first, end - skip, full_first, skip, begin, last,
+            first, end - skip, full_first, skip, begin,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
         )  # fmt: skip
 
@@ -250,7 +250,7 @@ def key_gradient_kernel(
 def gather_query_gradient(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
     i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale,
-    first, end, skip_at, skip, entry_begin, entry_last, gap_at, gap,
+    first, end, skip_at, skip, entry_begin, gap_at, gap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -262,13 +262,13 @@ def gather_query_gradient(
     PARTS: tl.constexpr = LIST_K // BLOCK_K
     if LISTS:
         at = walk_position(first, skip_at, skip, gap_at, gap, GAP)
-        block, tile = list_entry(mask, entry_begin + at // PARTS, entry_last)
+        block, tile = planned_entry(mask, entry_begin + at // PARTS)
     for t in range(first, end):
         if LISTS:
             j_first = block * LIST_K + walk_position(t, skip_at, skip, gap_at, gap, GAP) % PARTS * BLOCK_K
             tile_now = tile
             at = walk_position(t + 1, skip_at, skip, gap_at, gap, GAP)
-            block, tile = list_entry(mask, entry_begin + at // PARTS, entry_last)
+            block, tile = planned_entry(mask, entry_begin + at // PARTS)
         else:
             j_first = walk_position(t, skip_at, skip, 0, 0, False) * BLOCK_K
         o_j = j_first + tl.arange(0, BLOCK_K)
@@ -335,24 +335,23 @@ def query_gradient_tile(
 
     if LISTS:
         begin, clean, live = planned_entries(mask, i_b, i_h, i_first // LIST_Q)
-        last = begin + live - 1
         first, full_first = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
         full_end, end, gap_at, gap = planned_range(mask, begin, clean, live, keys, LIST_K, LIST_K // BLOCK_K)
     else:
-        begin, last, gap_at, gap = tl.zeros([], tl.int64), tl.zeros([], tl.int64), 0, 0
+        begin, gap_at, gap = tl.zeros([], tl.int64), 0, 0
         first, end, full_first, full_end = tile_range(any_first, any_end, all_first, all_end, BLOCK_K)
     if not SAFE:
         b_dq = gather_query_gradient(
             b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
             i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale,
-            full_first, full_end, full_end, 0, begin, last, gap_at, gap,
+            full_first, full_end, full_end, 0, begin, gap_at, gap,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
         )  # fmt: skip
     skip = 0 if SAFE else full_end - full_first
     b_dq = gather_query_gradient(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
         i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale,
-        first, end - skip, full_first, skip, begin, last, gap_at, gap,
+        first, end - skip, full_first, skip, begin, gap_at, gap,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
     )  # fmt: skip
     store_tile(dq, i_b, i_h, o_i, m_i, b_dq * grad_scale, D, BLOCK_D)

@@ -108,6 +108,12 @@ def load_block(
 
 
 @triton.jit
+def load_described(tiles, i_b, i_h, first, N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """N rows from `first` of a head by the tensor's descriptor, zeros beyond its ends: [N, BLOCK_D]."""
+    return tl.reshape(tiles.load([i_b, i_h, first, 0]), [N, BLOCK_D])
+
+
+@triton.jit
 def store_tile(view, i_b, i_h, o_n, m_n, b_tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write [N, BLOCK_D] to rows o_n where m_n holds, in the tensor's dtype."""
     o_d = tl.arange(0, BLOCK_D)
@@ -235,8 +241,16 @@ def planned_entries(mask, i_b, i_h, i_block):
     """Where a row of the plan begins, how many of its entries are clean, and how many there are."""
     row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * mask.heads
     row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_block
-    begin = tl.maximum(tl.load(mask.indptr + row), 0)
-    return begin, tl.load(mask.clean + row), tl.load(mask.live + row)
+    begin = tl.minimum(tl.maximum(tl.load(mask.indptr + row), 0), mask.entries)
+    live = tl.minimum(tl.load(mask.live + row), mask.entries - begin).to(tl.int32)
+    return begin, tl.minimum(tl.load(mask.clean + row), live), live
+
+
+@triton.jit
+def planned_entry(mask, entry):
+    """Block and bit tile (-1: none) of an entry of the plan; there is one more than the plan fills, for to be read
+    ahead."""
+    return tl.load(mask.indices + entry), tl.load(mask.tile_ids + entry)
 
 
 @triton.jit

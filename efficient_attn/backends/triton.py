@@ -42,15 +42,13 @@ def installed() -> bool:
 def kernels() -> Any:
     """The kernels, imported at first use: importing Triton takes a while and needs no GPU to succeed."""
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from ..kernels import attention, attention_backward, configs, linear_attention, plan, tiles
 
-    names = {
-        k: v
-        for module in (tiles, configs, plan, attention, attention_backward, linear_attention)
-        for k, v in vars(module).items()
-    }
-    return type("Kernels", (), {k: v for k, v in names.items() if not k.startswith("_")} | {"triton": triton})
+    modules = (tiles, configs, plan, attention, attention_backward, linear_attention)
+    names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}
+    return type("Kernels", (), names | {"triton": triton, "TensorDescriptor": TensorDescriptor})
 
 
 @lru_cache(maxsize=64)
@@ -135,14 +133,15 @@ def attention_forward(
             config = k.short(config, k.padded(Nq * pack))
         lines, tiles = B * Hq // pack, _tiles(Nq * pack, config.block_q, mask, 0)
         splits = _splits(lines * tiles, _key_tiles(Nk, config.block_k, mask), processors(query.device))
+        walked = _mask(mask, B, False, problem, Hq // pack, lines * tiles > processors(query.device))
         part_out, part_lse = out, lse
         if splits > 1:
             part_out = query.new_empty(splits * B, Hq, Nq, Dv, dtype=torch.float32)
             part_lse = query.new_empty(splits * B, Hq, Nq, dtype=torch.float32)
         _launch(
             k.attention_forward_kernel, tiles * lines * splits, config, query.device, _hides(mask, bias),
-            (*map(_rows, (query, key, value, part_out)), part_lse, _bias(bias),
-             _mask(mask, B, False, problem, Hq // pack, lines * tiles > processors(query.device)), problem.seed),
+            (*map(_rows, (query, key, value)), *_described(k, config, key, value), _rows(part_out), part_lse,
+             _bias(bias), walked, problem.seed),
             (lines, Hq // pack, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale,
              _section(lines, Nk, key, value, group // pack), splits, group, pack, problem.sign),
             (D, Dv, mask, problem, splits > 1), {} if splits > 1 else {"walk_k": 32},
@@ -323,6 +322,21 @@ def _rows(tensor: Tensor) -> Any:
     return kernels().Rows(tensor, *tensor.stride()[:3])
 
 
+def _described(k: Any, config: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
+    """Descriptors of keys and values where the configuration asks for them and TMA can read both, else None twice."""
+    if not config.descriptors or not all(map(_describable, (key, value))):
+        return None, None
+    block = lambda tensor: [1, 1, config.block_k, k.padded(tensor.shape[3])]  # noqa: E731
+    key_tiles, value_tiles = (k.TensorDescriptor(t, list(t.shape), list(t.stride()), block(t)) for t in (key, value))
+    return key_tiles, value_tiles
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether TMA can read (B, H, N, D): addresses in steps of 16 bytes, none of them 0."""
+    steps = [step * tensor.element_size() for step in tensor.stride()[:3]]
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in steps)
+
+
 def _bias(bias: Tensor | None) -> Any:
     if bias is None:
         return kernels().Bias(None, 0, 0, 0, 0)
@@ -389,7 +403,7 @@ def _config(
     case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.seed is None, blocks, problem.low is None)
     size = (problem.high is None, Hq // Hkv, *(n.bit_length() for n in (B * Hq, Nq, Nk)))
     key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, *size)))
-    candidates = k.candidates(default, head_dim, query.element_size(), chip)
+    candidates = k.candidates(kernel, default, head_dim, query.element_size(), chip)
     return k.Config(*autotune.best(key, [k.fit(c, *blocks) for c in candidates], lambda c: _time(run, k.Config(*c))))
 
 

@@ -18,8 +18,8 @@ from ..masks import MaskArrays
 class Plan(NamedTuple):
     """The entries of a list, in each row clean ones first; see kernels/plan.py."""
 
-    indices: Tensor  # int32 [entries]
-    tile_ids: Tensor  # int32 [entries]
+    indices: Tensor  # int32 [entries + 1]
+    tile_ids: Tensor  # int32 [entries + 1]
     clean: Tensor  # int32 [rows]
     live: Tensor  # int32 [rows]
     orders: dict[int, Tensor]  # lines of a batch element -> `order`
@@ -42,8 +42,7 @@ def plan(
     if found is not None and found[0]() is indptr and found[1]() is tile_ids:
         return found[2]
     made = _make(kernels, mask, transposed, q_len, kv_len, low, high, indptr, indices, tile_ids)
-    # What a graph computes is not there before it has run.
-    if not (indices.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not _recorded(indices):
         kept[key] = (weakref.ref(indptr), weakref.ref(tile_ids), made)
     return made
 
@@ -54,10 +53,18 @@ def order(found: Plan, mask: MaskArrays, heads: int) -> Tensor:
     heads: lines of a batch element; where they are key heads, the rows of their query heads count together.
     """
     heads = 1 if mask.heads == 1 else heads
-    if heads not in found.orders:
-        work = found.live.view(mask.batch, heads, mask.heads // heads, -1).sum(2)
-        found.orders[heads] = work.argsort(dim=2, descending=True, stable=True).to(torch.int32).flatten()
-    return found.orders[heads]
+    if heads in found.orders:
+        return found.orders[heads]
+    work = found.live.view(mask.batch, heads, mask.heads // heads, -1).sum(2)
+    made = work.argsort(dim=2, descending=True, stable=True).to(torch.int32).flatten()
+    if not _recorded(work):
+        found.orders[heads] = made
+    return made
+
+
+def _recorded(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: what it computes is not there before it has run, and is not kept."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _make(
@@ -74,13 +81,9 @@ def _make(
 ) -> Plan:
     assert mask.tiles is not None
     rows = indptr.numel() - 1
-    made = Plan(
-        torch.empty_like(indices),
-        torch.empty_like(tile_ids),
-        indices.new_empty(rows),
-        indices.new_empty(rows),
-        {},
-    )
+    entries = indices.numel() + 1  # the walk reads one ahead
+    empty = indices.new_empty
+    made = Plan(empty(entries), empty(entries), empty(rows), empty(rows), {})
     blocks = rows // (mask.batch * mask.heads)
     numbers = (mask.batch, mask.heads, blocks, indices.numel(), mask.tiles.shape[0], low or 0, high or 0)
     view = kernels.Mask(indptr, indices, tile_ids, None, None, None, None, None, *numbers)

@@ -95,6 +95,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         density = mask.density if mask is not None else 0.5 + 0.5 / q_len if causal else 1.0
         mask = None if mask is None else mask.to("cuda")
         candidates = _attention_candidates(mask, causal, query, key)
+        if kind in ("full", "blocks") and config["mode"] == "fwd" and q_len > 1:
+            candidates["tma"] = by_tma(candidates["ours"])
         if kind == "blocks":
             candidates["dense"] = lambda q, k, v: attention(q, k, v, backend="triton")
     for name, operator in candidates.items():
@@ -148,6 +150,20 @@ def _attention_candidates(
         compiled = torch.compile(flex_attention, dynamic=False)
         found["flex"] = lambda q, k, v: compiled(q, k, v, block_mask=theirs)
     return found
+
+
+def by_tma(ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Our forward with the option that is off by default; see kernels/configs.py."""
+    from efficient_attn.kernels import configs
+
+    def call(*tensors: Tensor) -> Tensor:
+        configs.DESCRIPTORS = True
+        try:
+            return ours(*tensors)
+        finally:
+            configs.DESCRIPTORS = False
+
+    return call
 
 
 def random_blocks(q_len: int, kv_len: int, density: float) -> BlockMask:
@@ -224,6 +240,12 @@ def device_facts() -> dict[str, Any]:
     return {"gpu": found.stdout.strip(), "cuda": torch.version.cuda, "torch": torch.__version__}
 
 
+def latest(found: list[Record]) -> list[Record]:
+    """The records of the last run: a directory may hold several."""
+    starts = [k for k, record in enumerate(found) if record["type"] == "environment"]
+    return found[starts[-1] :] if starts else found
+
+
 def summary(found: list[Record]) -> str:
     """The table of a run, and which targets it reached."""
     heads = " ".join(f"{name:>7s}" for name in ("flash", "cudnn", "effic.", "flex"))
@@ -238,7 +260,7 @@ def summary(found: list[Record]) -> str:
             f"{cell[k]:6.2f}x" if (k := f"vs {p}") in cell else "      -"
             for p in ("flash", "cudnn", "efficient", "flex")
         ]
-        more = [f"{k} {cell[k]:.2f}" for k in ("density efficiency", "share of copy") if k in cell]
+        more = [f"{k} {cell[k]:.2f}" for k in ("density efficiency", "share of copy", "vs tma") if k in cell]
         lines.append(
             f"{name:24s} {mode:4s} {cell['ms']:9.3f} {cell.get('tflops', '-'):>8} {' '.join(peers)}  {', '.join(more)}"
         )
@@ -285,6 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=300.0, help="start no cell after this many")
+    parser.add_argument("--note", action="append", default=[], help="a line to print above the summary")
     options = parser.parse_args(arguments)
     started, path, code = time.monotonic(), options.out / "results.jsonl", records.code_version()
     with records.ResultFile(path) as out:
@@ -296,9 +319,11 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             record = runner.run_cell(cell, out, runner.Limits(seconds=min(left, 90.0)), code)
             print(f"{cell.config['case']} {cell.config['mode']}: {record['status']} {record.get('ms', '')}", flush=True)
-    found = list(records.read(path))
+    found = latest(list(records.read(path)))
     draw(found, options.out / "results.png")
-    print("\n" + summary(found))
+    table = "\n".join([*options.note, "", summary(found)])
+    (options.out / "summary.txt").write_text(table + "\n")
+    print("\n" + table)
 
 
 if __name__ == "__main__":

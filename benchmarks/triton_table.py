@@ -26,6 +26,7 @@ import torch
 from efficient_attn import BlockMask
 from efficient_attn.backends import triton as backend
 from efficient_attn.backends import triton_linear
+from efficient_attn.kernels import configs
 from efficient_attn.masks import MaskArrays
 
 RESULTS = Path(__file__).parent / "results" / "triton" / "compile.jsonl"
@@ -33,7 +34,7 @@ CAPABILITIES = (80, 90)
 HEAD_DIMS = (64, 128, 256)
 # float16 takes the configurations of bfloat16. A call without a mask compiles less than one with a window.
 FEATURES = {
-    torch.bfloat16: ("window", "lists", "extras", "decode", "linear"),
+    torch.bfloat16: ("window", "lists", "extras", "decode", "linear", "tma"),
     torch.float32: ("window", "linear"),
 }
 LENGTH = 256
@@ -94,6 +95,7 @@ def measure(compiled: Any) -> dict[str, Any]:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "cp_async": ptx.count("cp.async.cg") + ptx.count("cp.async.ca"),
+        "tma": ptx.count("cp.async.bulk.tensor"),
     }
 
 
@@ -133,7 +135,7 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
         else:
             bias, dropout_p, seed = None, 0.0, None
             arrays = MaskArrays()
-            if feature in ("window", "extras"):
+            if feature in ("window", "extras", "tma"):
                 arrays = MaskArrays(window_left=100, window_right=0, window_offset=3 * LENGTH)
             if "lists" in feature:
                 visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -143,8 +145,9 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
                 bias = torch.zeros(1, 4, q_len, 4 * LENGTH, dtype=dtype)
                 dropout_p, seed = 0.1, torch.zeros((), dtype=torch.int64)
             call = (arrays, head_dim**-0.5, dropout_p, seed)
-            out, lse = backend.attention_forward(q, k, v, bias, *call)
-            if feature != "decode":
+            with mock.patch.object(configs, "DESCRIPTORS", feature == "tma"):
+                out, lse = backend.attention_forward(q, k, v, bias, *call)
+            if feature not in ("decode", "tma"):
                 backend.attention_backward(out, None, q, k, v, bias, out, lse, *call, bias is not None)
     shared = {"sm": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim, "feature": feature}
     return [shared | row | {"triton": triton.__version__} for row in rows]
@@ -152,7 +155,8 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
 
 def cases() -> list[tuple[int, torch.dtype, int, str]]:
     """Every case of the table."""
-    return [(c, t, d, f) for c in CAPABILITIES for t in FEATURES for d in HEAD_DIMS for f in FEATURES[t]]
+    every = [(c, t, d, f) for c in CAPABILITIES for t in FEATURES for d in HEAD_DIMS for f in FEATURES[t]]
+    return [case for case in every if case[3] != "tma" or (case[0] >= 90 and case[2] <= 128)]
 
 
 def text(rows: list[dict[str, Any]]) -> str:

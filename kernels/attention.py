@@ -6,8 +6,8 @@
 Dao et al., "FlashAttention-2", ICLR 2024: one program owns BLOCK_Q queries of one head and walks the keys in tiles of
 BLOCK_K with a running maximum and sum, all in units of log2, so that a score costs one multiply-add and one exp2. Tiles
 that every query sees whole are walked first, without a mask; then those that a window, a length or the end cuts. Under
-a list, the entries of the program's block row are walked in tiles that divide a block, and a tile is masked only where
-its block is partial or cut. The tiles of a program never cross a block of the list.
+a list the same two walks go over the blocks of the program's block row, in tiles that divide a block: over those that
+need no mask, then over the others (plan.py). The tiles of a program never cross a block of the list.
 
 PACK query heads that share a key head ride in the rows of one tile (row r is query r // PACK of head r % PACK of the
 group): with few queries that fills the tensor cores and reads keys once. SPLITS programs may share the keys of one tile
@@ -26,56 +26,66 @@ import triton.language as tl
 from .tiles import (
     FULL,
     INF,
-    LISTED,
     LN2,
     LOG2E,
     PARTIAL,
+    PARTIAL_SUMS,
     any_flag,
     any_not_finite,
     dot,
     kept_pairs,
     key_count,
-    list_entry,
-    listed_entries,
     load_bias,
     load_block,
+    load_described,
     load_tile,
     locate,
     online_softmax_update,
+    planned_entries,
+    planned_entry,
+    planned_range,
     row_offsets,
     select_dot,
     store_tile,
     tile_bits,
     tile_range,
     visible_keys,
+    walk_position,
     window_pairs,
 )
 
 
 @triton.jit
 def attend(
-    b_acc, b_m, b_l, b_q, p_k, p_v, k, v, bias, mask, p_seed,
-    i_b, i_h, i_first, o_i, o_h, keys, scale, threshold,
-    first, end, skip_at, skip, entry_begin, entry_end,
+    b_acc, b_m, b_l, b_q, p_k, p_v, k, v, k_tiles, v_tiles, bias, mask, p_seed,
+    i_b, i_h, i_hk, i_first, o_i, o_h, keys, scale, threshold,
+    first, end, skip_at, skip, entry_begin, gap_at, gap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     MODE: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the tiles first .. end, leaving out `skip` of them at `skip_at`; returns b_acc, b_m and b_l after it."""
+    """Walk the tiles first .. end of the sequence, or of a row of the list, leaving out `skip` of them at `skip_at`
+    (`gap`, `gap_at`: see walk_position); returns b_acc, b_m and b_l after it."""
+    LISTS: tl.constexpr = mask.indptr is not None
+    GAP: tl.constexpr = LISTS and mask.lengths is not None
     PARTS: tl.constexpr = LIST_K // BLOCK_K
-    if MODE == LISTED:
-        block, tile = list_entry(mask, entry_begin + first // PARTS, entry_end - 1)
-        _first, _end, all_first, all_end = visible_keys(mask, tl.min(o_i), tl.max(o_i), keys, LOW, HIGH)
+    if LISTS:
+        at = walk_position(first, skip_at, skip, gap_at, gap, GAP)
+        block, tile = planned_entry(mask, entry_begin + at // PARTS)
     for t in range(first, end):
-        if MODE == LISTED:
-            j_first = block * LIST_K + t % PARTS * BLOCK_K
+        if LISTS:
+            j_first = block * LIST_K + walk_position(t, skip_at, skip, gap_at, gap, GAP) % PARTS * BLOCK_K
             tile_now = tile
             # The next entry is read a tile ahead, so that no load of keys waits for it.
-            block, tile = list_entry(mask, entry_begin + (t + 1) // PARTS, entry_end - 1)
+            at = walk_position(t + 1, skip_at, skip, gap_at, gap, GAP)
+            block, tile = planned_entry(mask, entry_begin + at // PARTS)
         else:
-            j_first = (t + tl.where(t >= skip_at, skip, 0)) * BLOCK_K
-        b_k = load_block(p_k, k.n, j_first, keys, D, BLOCK_K, BLOCK_D, MODE != FULL)
+            j_first = walk_position(t, skip_at, skip, 0, 0, False) * BLOCK_K
+        if MODE == FULL and k_tiles is not None:
+            b_k = load_described(k_tiles, i_b, i_hk, j_first, BLOCK_K, BLOCK_D)
+        else:
+            b_k = load_block(p_k, k.n, j_first, keys, D, BLOCK_K, BLOCK_D, MODE != FULL)
         b_s = dot(b_q, tl.trans(b_k), PRECISION)
 
         o_j = j_first + tl.arange(0, BLOCK_K)
@@ -87,36 +97,32 @@ def attend(
             b_s = tl.where(m_visible, b_s * scale + b_bias, -INF)
         if MODE == PARTIAL:
             m_visible = m_visible & window_pairs(mask, o_i[:, None], o_j[None, :], keys, LOW, HIGH)
+            if LISTS:
+                first_key = j_first % LIST_K
+                m_visible = m_visible & tile_bits(mask, tile_now, o_i % LIST_Q, first_key, LIST_Q, LIST_K, BLOCK_K, 1)
             b_s = tl.where(m_visible, b_s, -INF)
-        if MODE == LISTED:
-            cut = (j_first < all_first) | (j_first + BLOCK_K > all_end)
-            if (tile_now >= 0) | cut | SAFE:
-                m_visible = m_visible & window_pairs(mask, o_i[:, None], o_j[None, :], keys, LOW, HIGH)
-                if tile_now >= 0:
-                    first_key = j_first % LIST_K
-                    m_visible = m_visible & tile_bits(
-                        mask, tile_now, o_i % LIST_Q, first_key, LIST_Q, LIST_K, BLOCK_K, 1
-                    )
-                b_s = tl.where(m_visible, b_s, -INF)
 
         b_p, b_alpha, b_m, b_l = online_softmax_update(b_s, b_m, b_l, 1.0 if bias.ptr is not None else scale)
         if DROPOUT:
             m_kept = kept_pairs(p_seed, i_b, i_h, i_first, j_first, threshold, BLOCK_Q, BLOCK_K)
             b_p = tl.where(m_kept, b_p, 0.0)
-        b_v = load_block(p_v, v.n, j_first, keys, DV, BLOCK_K, BLOCK_DV, MODE != FULL)
+        if MODE == FULL and v_tiles is not None:
+            b_v = load_described(v_tiles, i_b, i_hk, j_first, BLOCK_K, BLOCK_DV)
+        else:
+            b_v = load_block(p_v, v.n, j_first, keys, DV, BLOCK_K, BLOCK_DV, MODE != FULL)
         b_acc = select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, None], PRECISION, SAFE)
     return b_acc, b_m, b_l
 
 
 @triton.jit
 def forward_tile(
-    i_program, q, k, v, out, lse, bias, mask, p_seed,
+    i_program, q, k, v, k_tiles, v_tiles, out, lse, bias, mask, p_seed,
     lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits,
     GROUP: tl.constexpr, PACK: tl.constexpr, SIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SAFE:
-    tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
     """Compute and store one tile of out and lse; returns 1 if it is not finite."""
     LISTS: tl.constexpr = mask.indptr is not None
@@ -124,7 +130,7 @@ def forward_tile(
     if LISTS:
         tiles = mask.blocks * (LIST_Q // BLOCK_Q)
     i_split = i_program % splits
-    i_tile, i_line = locate(i_program // splits, tiles, lines, section, HIGH)
+    i_tile, i_line = locate(i_program // splits, mask, tiles, lines, heads, section, LIST_Q // BLOCK_Q, HIGH)
     i_b = i_line // heads
     i_h = i_line % heads * PACK
     o_r = i_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -143,15 +149,14 @@ def forward_tile(
     p_v = v.ptr + row_offsets(v, i_b, i_h // GROUP, 0)
     b_acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     b_m = tl.full([BLOCK_Q], -INF, tl.float32)
-    b_l = tl.zeros([BLOCK_Q], tl.float32)
+    b_l = tl.zeros([BLOCK_Q, PARTIAL_SUMS], tl.float32)
 
     if LISTS:
-        CUT: tl.constexpr = LOW or HIGH or mask.lengths is not None
-        begin, stop = listed_entries(mask, i_b, i_h, i_tile * BLOCK_Q // LIST_Q, any_first, any_end, LIST_K, CUT)
-        first, end = tl.zeros([], tl.int32), ((stop - begin) * (LIST_K // BLOCK_K)).to(tl.int32)
-        full_first, full_end = first, first
+        begin, clean, live = planned_entries(mask, i_b, i_h, i_tile * BLOCK_Q // LIST_Q)
+        first, full_first = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+        full_end, end, gap_at, gap = planned_range(mask, begin, clean, live, keys, LIST_K, LIST_K // BLOCK_K)
     else:
-        begin, stop = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+        begin, gap_at, gap = tl.zeros([], tl.int64), 0, 0
         first, end, full_first, full_end = tile_range(any_first, any_end, all_first, all_end, BLOCK_K)
     if SPLIT:
         part = tl.cdiv(end - first, splits)
@@ -160,26 +165,22 @@ def forward_tile(
         full_first = tl.minimum(tl.maximum(full_first, first), end)
         full_end = tl.maximum(tl.minimum(full_end, end), full_first)
 
-    if LISTS:
+    if not SAFE:
         b_acc, b_m, b_l = attend(
-            b_acc, b_m, b_l, b_q, p_k, p_v, k, v, bias, mask, p_seed,
-            i_b, i_h, i_first, o_i, o_h, keys, scale, threshold, first, end, 0, 0, begin, stop,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, LISTED, SAFE,
+            b_acc, b_m, b_l, b_q, p_k, p_v, k, v, k_tiles, v_tiles, bias, mask, p_seed,
+            i_b, i_h, i_h // GROUP, i_first, o_i, o_h, keys, scale, threshold,
+            full_first, full_end, full_end, 0, begin, gap_at, gap,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
         )  # fmt: skip
-    else:
-        if not SAFE:
-            b_acc, b_m, b_l = attend(
-                b_acc, b_m, b_l, b_q, p_k, p_v, k, v, bias, mask, p_seed,
-                i_b, i_h, i_first, o_i, o_h, keys, scale, threshold, full_first, full_end, full_end, 0, begin, stop,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
-            )  # fmt: skip
-        skip = 0 if SAFE else full_end - full_first
-        b_acc, b_m, b_l = attend(
-            b_acc, b_m, b_l, b_q, p_k, p_v, k, v, bias, mask, p_seed,
-            i_b, i_h, i_first, o_i, o_h, keys, scale, threshold, first, end - skip, full_first, skip, begin, stop,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
-        )  # fmt: skip
+    skip = 0 if SAFE else full_end - full_first
+    b_acc, b_m, b_l = attend(
+        b_acc, b_m, b_l, b_q, p_k, p_v, k, v, k_tiles, v_tiles, bias, mask, p_seed,
+        i_b, i_h, i_h // GROUP, i_first, o_i, o_h, keys, scale, threshold,
+        first, end - skip, full_first, skip, begin, gap_at, gap,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
+    )  # fmt: skip
 
+    b_l = tl.sum(b_l, 1)
     b_sum = tl.where(b_l == 0.0, 1.0, b_l)
     b_lse = tl.where(b_l == 0.0, -INF, (b_m + tl.log2(b_sum)) * LN2)
     i_batch = i_b + i_split * (lines // heads)
@@ -191,7 +192,7 @@ def forward_tile(
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, out, lse, bias, mask, p_seed, flags,
+    q, k, v, k_tiles, v_tiles, out, lse, bias, mask, p_seed, flags,
     programs, lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits,
     GROUP: tl.constexpr, PACK: tl.constexpr, SIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -201,10 +202,12 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """Grid: programs = tiles * lines * splits; SAFE: fewer, each with every so many of them.
 
+    k_tiles, v_tiles: descriptors of k and v with blocks (1, 1, BLOCK_K, BLOCK_D or BLOCK_DV), or None: the walk that
+    needs no mask then loads its tiles by TMA.
+
     A line is a batch element and PACK query heads; `heads` counts lines a batch. scale is positive and in units of
-    log2; SIGN (-1, 0, 1) times it is the true one. SPLIT: out (splits * B, ..) and lse (splits * B,
-    ..) hold a partial result
-    for each of the splits. flags [programs], None without a mask: which tiles are not finite.
+    log2; SIGN (-1, 0, 1) times it is the true one. SPLIT: out (splits * B, ..) and lse (splits * B, ..) hold a partial
+    result for each of the splits. flags [programs], None without a mask: which tiles are not finite.
     """
     i_program = tl.program_id(0)
     if SAFE:
@@ -212,14 +215,14 @@ def attention_forward_kernel(
             for i in range(i_program, programs, tl.num_programs(0)):
                 if tl.load(flags + i) != 0:
                     forward_tile(
-                        i, q, k, v, out, lse, bias, mask, p_seed,
+                        i, q, k, v, None, None, out, lse, bias, mask, p_seed,
                         lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits, GROUP, PACK, SIGN,
                         D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION,
                         SPLIT, SAFE,
                     )  # fmt: skip
     else:
         flag = forward_tile(
-            i_program, q, k, v, out, lse, bias, mask, p_seed,
+            i_program, q, k, v, k_tiles, v_tiles, out, lse, bias, mask, p_seed,
             lines, heads, Nq, Nk, scale, threshold, keep_scale, section, splits, GROUP, PACK, SIGN,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, SPLIT, SAFE,
         )  # fmt: skip

@@ -21,7 +21,6 @@ import triton.language as tl
 from .tiles import (
     FULL,
     INF,
-    LISTED,
     LOG2E,
     PARTIAL,
     any_flag,
@@ -31,12 +30,14 @@ from .tiles import (
     key_count,
     list_entries,
     list_entry,
-    listed_entries,
     load_bias,
     load_block,
     load_tile,
     locate,
     lower_bound,
+    planned_entries,
+    planned_entry,
+    planned_range,
     row_offsets,
     select_dot,
     store_tile,
@@ -44,6 +45,7 @@ from .tiles import (
     tile_range,
     visible_keys,
     visible_queries,
+    walk_position,
     window_pairs,
 )
 
@@ -89,27 +91,30 @@ def pair_gradient(b_p, b_dp, b_delta, m_kept, keep_scale, DROPOUT: tl.constexpr)
 def gather_key_gradient(
     b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
     i_b, i_h, j_first, o_j, keys, heads, Nq, scale, threshold, keep_scale,
-    first, end, skip_at, skip, entry_begin, entry_end,
+    first, end, skip_at, skip, entry_begin,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     MODE: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the query tiles first .. end of one head, leaving out `skip` of them at `skip_at`."""
+    """Walk the query tiles first .. end of one head, or of its row of the list, leaving out `skip` of them at
+    `skip_at`."""
+    LISTS: tl.constexpr = mask.indptr is not None
     PARTS: tl.constexpr = LIST_Q // BLOCK_Q
     p_q = q.ptr + row_offsets(q, i_b, i_h, 0)
     p_do = grad_out.ptr + row_offsets(grad_out, i_b, i_h, 0)
     o_line = (tl.cast(i_b, tl.int64) * heads + i_h) * Nq
-    if MODE == LISTED:
-        block, tile = list_entry(mask, entry_begin + first // PARTS, entry_end - 1)
-        _first, _end, all_first, all_end = visible_queries(mask, j_first, j_first + BLOCK_K - 1, keys, Nq, LOW, HIGH)
+    if LISTS:
+        at = walk_position(first, skip_at, skip, 0, 0, False)
+        block, tile = planned_entry(mask, entry_begin + at // PARTS)
     for t in range(first, end):
-        if MODE == LISTED:
-            i_first = block * LIST_Q + t % PARTS * BLOCK_Q
+        if LISTS:
+            i_first = block * LIST_Q + walk_position(t, skip_at, skip, 0, 0, False) % PARTS * BLOCK_Q
             tile_now = tile
-            block, tile = list_entry(mask, entry_begin + (t + 1) // PARTS, entry_end - 1)
+            at = walk_position(t + 1, skip_at, skip, 0, 0, False)
+            block, tile = planned_entry(mask, entry_begin + at // PARTS)
         else:
-            i_first = (t + tl.where(t >= skip_at, skip, 0)) * BLOCK_Q
+            i_first = walk_position(t, skip_at, skip, 0, 0, False) * BLOCK_Q
         o_i = i_first + tl.arange(0, BLOCK_Q)
         m_i = o_i < Nq
         b_q = load_block(p_q, q.n, i_first, Nq, D, BLOCK_Q, BLOCK_D, MODE != FULL)
@@ -125,16 +130,10 @@ def gather_key_gradient(
             b_s = tl.where(m_visible, b_s, -INF)
         if MODE == PARTIAL:
             m_visible = m_visible & window_pairs(mask, o_i[None, :], o_j[:, None], keys, LOW, HIGH)
+            if LISTS:
+                first_key = j_first % LIST_K
+                m_visible = m_visible & tile_bits(mask, tile_now, o_i % LIST_Q, first_key, LIST_Q, LIST_K, BLOCK_K, 0)
             b_s = tl.where(m_visible, b_s, -INF)
-        if MODE == LISTED:
-            cut = (i_first < all_first) | (i_first + BLOCK_Q > all_end)
-            if (tile_now >= 0) | cut | SAFE:
-                m_visible = m_visible & window_pairs(mask, o_i[None, :], o_j[:, None], keys, LOW, HIGH)
-                if tile_now >= 0:
-                    m_visible = m_visible & tile_bits(
-                        mask, tile_now, o_i % LIST_Q, j_first % LIST_K, LIST_Q, LIST_K, BLOCK_K, 0
-                    )
-                b_s = tl.where(m_visible, b_s, -INF)
         b_p = tl.exp2(b_s - b_lse[None, :])
         m_kept = b_p != 0.0
         if DROPOUT:
@@ -162,7 +161,7 @@ def key_gradient_tile(
     tiles = tl.cdiv(Nk, BLOCK_K)
     if LISTS:
         tiles = mask.blocks * (LIST_K // BLOCK_K)
-    i_tile, i_line = locate(i_program, tiles, lines, section, LOW and not HIGH)
+    i_tile, i_line = locate(i_program, mask, tiles, lines, heads, section, LIST_K // BLOCK_K, LOW and not HIGH)
     i_b = i_line // heads
     i_h = i_line % heads
     j_first = i_tile * BLOCK_K
@@ -179,34 +178,29 @@ def key_gradient_tile(
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     first, end, full_first, full_end = tile_range(any_first, any_end, all_first, all_end, BLOCK_Q)
-    skip = 0 if SAFE else full_end - full_first
-
+    begin = tl.zeros([], tl.int64)
     for g in range(GROUP):
         i_hq = i_h * GROUP + g
         if LISTS:
-            CUT: tl.constexpr = LOW or HIGH or mask.lengths is not None
-            begin, stop = listed_entries(mask, i_b, i_hq, j_first // LIST_K, any_first, any_end, LIST_Q, CUT)
-            end = ((stop - begin) * (LIST_Q // BLOCK_Q)).to(tl.int32)
+            begin, clean, live = planned_entries(mask, i_b, i_hq, j_first // LIST_K)
+            first, full_first = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+            # Keys beyond a length are seen by nobody, and masked in a tile that a length cuts.
+            end = tl.where(j_first < keys, live, 0) * (LIST_Q // BLOCK_Q)
+            full_end = tl.where(j_first + BLOCK_K <= keys, clean, 0) * (LIST_Q // BLOCK_Q)
+        if not SAFE:
             b_dk, b_dv = gather_key_gradient(
                 b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
-                i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, 0, end, 0, 0, begin,
-                stop, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION,
-                LISTED, SAFE,
+                i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale,
+                full_first, full_end, full_end, 0, begin,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
             )  # fmt: skip
-        else:
-            if not SAFE:
-                b_dk, b_dv = gather_key_gradient(
-                    b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
-                    i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, full_first,
-                    full_end, full_end, 0, 0, 0, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW,
-                    HIGH, DROPOUT, PRECISION, FULL, SAFE,
-                )  # fmt: skip
-            b_dk, b_dv = gather_key_gradient(
-                b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
-                i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale, first, end - skip,
-                full_first, skip, 0, 0, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH,
-                DROPOUT, PRECISION, PARTIAL, SAFE,
-            )  # fmt: skip
+        skip = 0 if SAFE else full_end - full_first
+        b_dk, b_dv = gather_key_gradient(
+            b_dk, b_dv, b_k, b_v, q, grad_out, lse, delta, bias, mask, p_seed,
+            i_b, i_hq, j_first, o_j, keys, heads * GROUP, Nq, scale, threshold, keep_scale,
+            first, end - skip, full_first, skip, begin,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
+        )  # fmt: skip
 
     m_dead = (m_read == 0)[:, None]
     store_tile(dk, i_b, i_h, o_j, m_j, tl.where(m_dead, 0.0, b_dk * grad_scale), D, BLOCK_D)
@@ -256,24 +250,27 @@ def key_gradient_kernel(
 def gather_query_gradient(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
     i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale,
-    first, end, skip_at, skip, entry_begin, entry_end,
+    first, end, skip_at, skip, entry_begin, gap_at, gap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LIST_Q: tl.constexpr, LIST_K: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     MODE: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the key tiles first .. end, leaving out `skip` of them at `skip_at`."""
+    """Walk the key tiles first .. end as `attend` does; returns b_dq after it."""
+    LISTS: tl.constexpr = mask.indptr is not None
+    GAP: tl.constexpr = LISTS and mask.lengths is not None
     PARTS: tl.constexpr = LIST_K // BLOCK_K
-    if MODE == LISTED:
-        block, tile = list_entry(mask, entry_begin + first // PARTS, entry_end - 1)
-        _first, _end, all_first, all_end = visible_keys(mask, i_first, i_first + BLOCK_Q - 1, keys, LOW, HIGH)
+    if LISTS:
+        at = walk_position(first, skip_at, skip, gap_at, gap, GAP)
+        block, tile = planned_entry(mask, entry_begin + at // PARTS)
     for t in range(first, end):
-        if MODE == LISTED:
-            j_first = block * LIST_K + t % PARTS * BLOCK_K
+        if LISTS:
+            j_first = block * LIST_K + walk_position(t, skip_at, skip, gap_at, gap, GAP) % PARTS * BLOCK_K
             tile_now = tile
-            block, tile = list_entry(mask, entry_begin + (t + 1) // PARTS, entry_end - 1)
+            at = walk_position(t + 1, skip_at, skip, gap_at, gap, GAP)
+            block, tile = planned_entry(mask, entry_begin + at // PARTS)
         else:
-            j_first = (t + tl.where(t >= skip_at, skip, 0)) * BLOCK_K
+            j_first = walk_position(t, skip_at, skip, 0, 0, False) * BLOCK_K
         o_j = j_first + tl.arange(0, BLOCK_K)
         b_k = load_block(p_k, k.n, j_first, keys, D, BLOCK_K, BLOCK_D, MODE != FULL)
         b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale
@@ -287,16 +284,10 @@ def gather_query_gradient(
             b_s = tl.where(m_visible, b_s, -INF)
         if MODE == PARTIAL:
             m_visible = m_visible & window_pairs(mask, o_i[:, None], o_j[None, :], keys, LOW, HIGH)
+            if LISTS:
+                first_key = j_first % LIST_K
+                m_visible = m_visible & tile_bits(mask, tile_now, o_i % LIST_Q, first_key, LIST_Q, LIST_K, BLOCK_K, 1)
             b_s = tl.where(m_visible, b_s, -INF)
-        if MODE == LISTED:
-            cut = (j_first < all_first) | (j_first + BLOCK_K > all_end)
-            if (tile_now >= 0) | cut | SAFE:
-                m_visible = m_visible & window_pairs(mask, o_i[:, None], o_j[None, :], keys, LOW, HIGH)
-                if tile_now >= 0:
-                    m_visible = m_visible & tile_bits(
-                        mask, tile_now, o_i % LIST_Q, j_first % LIST_K, LIST_Q, LIST_K, BLOCK_K, 1
-                    )
-                b_s = tl.where(m_visible, b_s, -INF)
         b_p = tl.exp2(b_s - b_lse[:, None])
 
         b_v = load_block(p_v, v.n, j_first, keys, DV, BLOCK_K, BLOCK_DV, MODE != FULL)
@@ -323,7 +314,7 @@ def query_gradient_tile(
     tiles = tl.cdiv(Nq, BLOCK_Q)
     if LISTS:
         tiles = mask.blocks * (LIST_Q // BLOCK_Q)
-    i_tile, i_line = locate(i_program, tiles, lines, section, HIGH)
+    i_tile, i_line = locate(i_program, mask, tiles, lines, heads, section, LIST_Q // BLOCK_Q, HIGH)
     i_b = i_line // heads
     i_h = i_line % heads
     i_first = i_tile * BLOCK_Q
@@ -343,31 +334,26 @@ def query_gradient_tile(
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
     if LISTS:
-        CUT: tl.constexpr = LOW or HIGH or mask.lengths is not None
-        begin, stop = listed_entries(mask, i_b, i_h, i_first // LIST_Q, any_first, any_end, LIST_K, CUT)
-        first, end = tl.zeros([], tl.int32), ((stop - begin) * (LIST_K // BLOCK_K)).to(tl.int32)
-        b_dq = gather_query_gradient(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
-            i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale, first, end, 0, 0, begin, stop,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, LISTED, SAFE,
-        )  # fmt: skip
+        begin, clean, live = planned_entries(mask, i_b, i_h, i_first // LIST_Q)
+        first, full_first = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+        full_end, end, gap_at, gap = planned_range(mask, begin, clean, live, keys, LIST_K, LIST_K // BLOCK_K)
     else:
-        begin, stop = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+        begin, gap_at, gap = tl.zeros([], tl.int64), 0, 0
         first, end, full_first, full_end = tile_range(any_first, any_end, all_first, all_end, BLOCK_K)
-        if not SAFE:
-            b_dq = gather_query_gradient(
-                b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
-                i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale, full_first, full_end, full_end, 0,
-                begin, stop, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT,
-                PRECISION, FULL, SAFE,
-            )  # fmt: skip
-        skip = 0 if SAFE else full_end - full_first
+    if not SAFE:
         b_dq = gather_query_gradient(
             b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
-            i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale, first, end - skip, full_first, skip,
-            begin, stop, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION,
-            PARTIAL, SAFE,
+            i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale,
+            full_first, full_end, full_end, 0, begin, gap_at, gap,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, FULL, SAFE,
         )  # fmt: skip
+    skip = 0 if SAFE else full_end - full_first
+    b_dq = gather_query_gradient(
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, k, v, bias, mask, p_seed,
+        i_b, i_h, i_first, o_i, Nq, keys, scale, threshold, keep_scale,
+        first, end - skip, full_first, skip, begin, gap_at, gap,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, LIST_Q, LIST_K, LOW, HIGH, DROPOUT, PRECISION, PARTIAL, SAFE,
+    )  # fmt: skip
     store_tile(dq, i_b, i_h, o_i, m_i, b_dq * grad_scale, D, BLOCK_D)
     return any_not_finite(b_dq)
 
@@ -459,10 +445,9 @@ def bias_gradient_kernel(
             b_lse, b_delta = load_rows(lse, delta, (tl.cast(i_b, tl.int64) * heads + i_h) * Nq + o_i, m_i)
             m_visible = m_i[:, None] & window_pairs(mask, o_i[:, None], o_j[None, :], keys, LOW, HIGH)
             if LISTS:
-                if tile >= 0:
-                    m_visible = m_visible & tile_bits(
-                        mask, tile, o_i % LIST_Q, j_first % LIST_K, LIST_Q, LIST_K, BLOCK_K, 1
-                    )
+                m_visible = m_visible & tile_bits(
+                    mask, tile, o_i % LIST_Q, j_first % LIST_K, LIST_Q, LIST_K, BLOCK_K, 1
+                )
             b_bias = load_bias(bias, i_b, i_h, o_i[:, None], o_j[None, :], m_visible)
             m_visible = m_visible & (b_bias != -INF)
             b_p = tl.exp2(dot(b_q, tl.trans(b_k), PRECISION) * scale + b_bias - b_lse[:, None])

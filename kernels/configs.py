@@ -12,13 +12,19 @@ from typing import NamedTuple
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
 
 
+# Whether the forward loads whole tiles of keys and values by TMA (compute capability 9.0 and newer) unless autotuning
+# finds otherwise. Off until a GPU has shown that it helps: `make gpu-check` measures both.
+DESCRIPTORS = False
+
+
 class Config(NamedTuple):
-    """Queries and keys of a tile, warps of a program, tiles in flight."""
+    """Queries and keys of a tile, warps of a program, tiles in flight, and whether keys and values come by TMA."""
 
     block_q: int
     block_k: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 INTERPRETER = Config(64, 64, 4, 1)  # few, large steps: the interpreter pays for every operation
@@ -70,7 +76,7 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
 # list, with bias or dropout, None where the row above serves.
 VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] = {
     ("forward", 90, True, 64): (None, Config(128, 64, 8, 3)),
-    ("forward", 90, True, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
+    ("forward", 90, True, 128): (None, Config(64, 64, 4, 2)),
     ("forward", 90, True, 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 80, True, 64): (None, Config(64, 64, 4, 2)),
     ("forward", 80, True, 128): (None, Config(64, 32, 4, 2)),
@@ -79,7 +85,7 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
     ("query_gradient", 90, True, 64): (None, Config(64, 64, 8, 2)),
     ("query_gradient", 90, True, 128): (None, Config(64, 64, 8, 2)),
     ("key_gradient", 80, True, 64): (None, Config(32, 64, 8, 2)),
-    ("query_gradient", 90, True, 256): (None, Config(32, 32, 8, 1)),
+    ("query_gradient", 90, True, 256): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("query_gradient", 80, True, 64): (None, Config(64, 32, 4, 2)),
     ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),
 }
@@ -87,7 +93,7 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
 
 # half precision? -> largest of features and Dv -> rows of a chunk, columns of a program, warps; see linear_attention.py
 LINEAR: dict[int, dict[bool, dict[int, tuple[int, int, int]]]] = {
-    80: {True: {64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)}, False: {64: (16, 16, 4), 256: (16, 16, 8)}},
+    80: {True: {64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 8)}, False: {64: (16, 16, 4), 256: (16, 16, 8)}},
     90: {True: {64: (64, 64, 8), 128: (64, 32, 8), 256: (16, 32, 8)}, False: {64: (16, 16, 4), 256: (16, 16, 8)}},
 }
 
@@ -112,13 +118,16 @@ def default_config(
 
     listed: under a list. extras: with a bias or dropout.
     """
+    # Beyond 128 dimensions the registers would not suffice.
+    described = kernel == "forward" and half and head_dim <= 128 and capability not in range(1, 90)
     if capability == 0:
-        return INTERPRETER
+        return INTERPRETER._replace(descriptors=DESCRIPTORS and described)
     capability = 90 if capability >= 90 else 80
     sizes = TABLE[kernel][capability][half]
     size = next(size for size in sizes if head_dim <= size)
     with_list, with_extras = VARIANTS.get((kernel, capability, half, size), (None, None))
-    return (extras and with_extras) or (listed and with_list) or sizes[size]
+    chosen = (extras and with_extras) or (listed and with_list) or sizes[size]
+    return chosen._replace(descriptors=DESCRIPTORS and described)
 
 
 def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
@@ -142,9 +151,9 @@ def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -
     return Config(block_q, block_k, 8, 1)
 
 
-def candidates(default: Config, head_dim: int, element_size: int, capability: int) -> list[Config]:
-    """What autotuning tries: the default first, then what fits the shared memory by a rough count of tiles in
-    flight."""
+def candidates(kernel: str, default: Config, head_dim: int, element_size: int, capability: int) -> list[Config]:
+    """What autotuning tries: the default first, then what fits the shared memory by a rough count of tiles in flight;
+    the forward with TMA too where there is one."""
     limit = SHARED_MEMORY[90 if capability >= 90 else 80]
     found = [default]
     for block_q in (32, 64, 128):
@@ -154,4 +163,6 @@ def candidates(default: Config, head_dim: int, element_size: int, capability: in
                     tiles = 2 * max(block_q, block_k) * stages + 2 * min(block_q, block_k)
                     if tiles * padded(head_dim) * element_size <= limit and block_q * block_k >= 32 * 64:
                         found.append(Config(block_q, block_k, warps, stages))
+    if kernel == "forward" and element_size == 2 and head_dim <= 128 and capability >= 90:
+        found += [config._replace(descriptors=True) for config in found]
     return list(dict.fromkeys(found))

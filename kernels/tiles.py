@@ -24,10 +24,13 @@ INF = tl.constexpr(float("inf"))
 # there a product is taken in float64 and rounded once.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+# Sums that are kept for a row of scores. A thread holds pairs of neighbours out of every eight columns (mma's layout),
+# so that columns of the same place in their eights add up without another thread; the eight meet once, at the end.
+PARTIAL_SUMS = tl.constexpr(8)
+
 # How a walk over key (or query) tiles masks them.
 FULL = tl.constexpr(0)  # every pair is visible
-PARTIAL = tl.constexpr(1)  # window, length or the end of the sequence cuts
-LISTED = tl.constexpr(2)  # the list decides from tile to tile
+PARTIAL = tl.constexpr(1)  # window, length, the bits of the list or the end of the sequence cut
 
 
 class Rows(NamedTuple):
@@ -50,12 +53,17 @@ class Bias(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The arrays of a BlockMask, or those of its transpose. `blocks`: rows of the list for one batch element and
-    head."""
+    """The arrays of a BlockMask, or those of its transpose; for a walk in the order of a plan (plan.py).
+
+    `blocks`: rows of the list for one batch element and head.
+    """
 
     indptr: Any  # None: no list
     indices: Any
     tile_ids: Any
+    clean: Any  # of the plan
+    live: Any
+    order: Any  # block rows, longest first; None: as they come
     tiles: Any
     lengths: Any  # None: every key
     batch: Any
@@ -97,6 +105,12 @@ def load_block(
         return tl.load(p_block)
     else:
         return tl.load(p_block, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_described(tiles, i_b, i_h, first, N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """N rows from `first` of a head by the tensor's descriptor, zeros beyond its ends: [N, BLOCK_D]."""
+    return tl.reshape(tiles.load([i_b, i_h, first, 0]), [N, BLOCK_D])
 
 
 @triton.jit
@@ -223,13 +237,44 @@ def lower_bound(p_indices, begin, end, block):
 
 
 @triton.jit
-def listed_entries(mask, i_b, i_h, i_block, any_first, any_end, SIZE: tl.constexpr, CUT: tl.constexpr):
-    """Entries of a row of the list whose blocks of SIZE touch [any_first, any_end). CUT: that may leave some out."""
-    begin, end = list_entries(mask, i_b, i_h, i_block)
-    if CUT:
-        begin = lower_bound(mask.indices, begin, end, any_first // SIZE)
-        end = lower_bound(mask.indices, begin, end, tl.cdiv(any_end, SIZE))
-    return begin, end
+def planned_entries(mask, i_b, i_h, i_block):
+    """Where a row of the plan begins, how many of its entries are clean, and how many there are."""
+    row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * mask.heads
+    row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_block
+    begin = tl.minimum(tl.maximum(tl.load(mask.indptr + row), 0), mask.entries)
+    live = tl.minimum(tl.load(mask.live + row), mask.entries - begin).to(tl.int32)
+    return begin, tl.minimum(tl.load(mask.clean + row), live), live
+
+
+@triton.jit
+def planned_entry(mask, entry):
+    """Block and bit tile (-1: none) of an entry of the plan; there is one more than the plan fills, for to be read
+    ahead."""
+    return tl.load(mask.indices + entry), tl.load(mask.tile_ids + entry)
+
+
+@triton.jit
+def planned_range(mask, begin, clean, live, keys, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """A walk over the keys of a row of the plan, in tiles of which a block has PARTS: how many are clean, how many
+    there are, and after which ones how many are skipped, being beyond the `keys` that live."""
+    clean_end, end, gap_at, gap = clean, live, live, 0
+    if mask.lengths is not None:
+        clean_end = (lower_bound(mask.indices, begin, begin + clean, keys // SIZE) - begin).to(tl.int32)
+        block = tl.load(mask.indices + begin + clean_end, mask=clean_end < clean, other=0)
+        gap_at = clean_end + ((clean_end < clean) & (block * SIZE < keys)).to(tl.int32)
+        gap = clean - gap_at
+        end = lower_bound(mask.indices, begin + clean, begin + live, tl.cdiv(keys, SIZE)) - begin
+        end = end.to(tl.int32) - gap
+    return clean_end * PARTS, end * PARTS, gap_at * PARTS, gap * PARTS
+
+
+@triton.jit
+def walk_position(t, skip_at, skip, gap_at, gap, GAP: tl.constexpr):
+    """Where step t of a walk is that leaves out `skip` tiles at `skip_at`, and then `gap` more at `gap_at`."""
+    at = t + tl.where(t >= skip_at, skip, 0)
+    if GAP:
+        at += tl.where(at >= gap_at, gap, 0)
+    return at
 
 
 @triton.jit
@@ -246,16 +291,18 @@ def tile_bits(
 ):
     """What bit tile `tile` says of its queries o_row and its keys first_key .. first_key + N.
 
-    Keys run along AXIS. Bits come as words of 32 keys (16 where a row of bits is no multiple of 32), one a query, so
-    that a thread loads a word once for all its keys.
+    A tile of -1 hides nothing. Keys run along AXIS. Bits come as words of 32 keys (16 where a row of bits is no
+    multiple of 32), one a query, so that a thread loads a word once for all its keys.
     """
     WORD: tl.constexpr = 32 if N % 32 == 0 else 16
     p_words = mask.tiles.to(tl.pointer_type(tl.int32 if WORD == 32 else tl.int16))
     p_row = p_words + tl.cast(tile, tl.int64) * (LIST_Q * LIST_K // WORD) + o_row * (LIST_K // WORD) + first_key // WORD
     o_key = tl.expand_dims(tl.arange(0, N), 1 - AXIS)
-    b_words = tl.expand_dims(tl.load(p_row).to(tl.int32), AXIS)
+    m_row = (o_row >= 0) & (tile >= 0)
+    b_words = tl.expand_dims(tl.load(p_row, mask=m_row, other=-1).to(tl.int32), AXIS)
     for word in tl.static_range(1, N // WORD):
-        b_words = tl.where(o_key >= word * WORD, tl.expand_dims(tl.load(p_row + word).to(tl.int32), AXIS), b_words)
+        b_next = tl.expand_dims(tl.load(p_row + word, mask=m_row, other=-1).to(tl.int32), AXIS)
+        b_words = tl.where(o_key >= word * WORD, b_next, b_words)
     return ((b_words >> (o_key % WORD)) & 1) != 0
 
 
@@ -307,34 +354,41 @@ def kept_pairs(p_seed, i_b, i_h, i_first, j_first, threshold, BLOCK_Q: tl.conste
 
 @triton.jit
 def online_softmax_update(b_s, b_m, b_l, scale):
-    """Take scores [Q, K] (times scale: log2) into the running maximum and sum of each row (Milakov and Gimelshein,
-    2018).
+    """Take scores [Q, K] (times scale: log2) into the running maximum [Q] and the sums [Q, PARTIAL_SUMS] of each row
+    (Milakov and Gimelshein, 2018).
 
     Returns the weights exp2(scale * b_s - maximum), the factor for what was summed before, and the new maximum and
-    sum. A row without a visible key keeps its maximum at -inf and gets weights of 0.
+    sums. A row without a visible key keeps its maximum at -inf and gets weights of 0.
     """
     b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_shift = tl.where(b_new == -INF, 0.0, b_new)
     b_p = tl.exp2(b_s * scale - b_shift[:, None])
     b_alpha = tl.exp2(b_m - b_shift)
-    return b_p, b_alpha, b_new, b_l * b_alpha + tl.sum(b_p, 1)
+    b_part = tl.sum(tl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // PARTIAL_SUMS, PARTIAL_SUMS]), 1)
+    return b_p, b_alpha, b_new, b_l * b_alpha[:, None] + b_part
 
 
 # --- order of the programs ---
 
 
 @triton.jit
-def locate(i_program, tiles, lines, section, LAST_FIRST: tl.constexpr):
+def locate(i_program, mask, tiles, lines, heads, section, PARTS: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Tile and line (batch element and head) of a program.
 
     A section of lines is worked off together, so that its keys and values stay in the L2 cache; within it the tiles
-    with most work start first: the last ones under a causal window.
+    with most work start first: those of the longest rows of the list (PARTS tiles each), without one the last ones
+    under a causal window.
     """
     i_section = i_program // (section * tiles)
     rest = i_program - i_section * section * tiles
     width = tl.minimum(section, lines - i_section * section)
     i_tile = rest // width
     i_line = i_section * section + rest - i_tile * width
-    if LAST_FIRST:
+    if mask.order is not None:
+        i_b, i_h = i_line // heads, i_line % heads
+        row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * tl.where(mask.heads == 1, 1, heads)
+        row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_tile // PARTS
+        i_tile = tl.load(mask.order + row) * PARTS + i_tile % PARTS
+    elif LAST_FIRST:
         i_tile = tiles - 1 - i_tile
     return i_tile, i_line

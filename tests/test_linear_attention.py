@@ -101,7 +101,7 @@ MAPS_AND_TYPES = [
 ]
 
 
-@pytest.mark.parametrize(("feature_map", "dtype"), MAPS_AND_TYPES)
+@pytest.mark.parametrize(("feature_map", "dtype"), MAPS_AND_TYPES, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_equals_the_definition(backend, name, feature_map, dtype):

@@ -33,17 +33,20 @@ def test_auto_takes_triton() -> None:
 
 
 def test_no_call_waits_for_the_gpu() -> None:
-    """Forward and backward with every option that reads something: lists, lengths, bias, a seed on either device."""
-    q, k, v = qkv(2, 4, 300, 64)
-    mask = mask_for(300) & BlockMask.from_lengths(torch.tensor([300, 17]), q_len=300, kv_len=300).to("cuda")
-    bias = draw(1, 4, 300, 300).requires_grad_()
+    """Forward and backward with every option that reads something: lists, lengths, bias, a seed on either device. Each
+    time under a mask that was not met before, whose plan is yet to be made."""
+    q, k, v = qkv(2, 40, 300, 64)
+    lengths = BlockMask.from_lengths(torch.tensor([300, 17]), q_len=300, kv_len=300).to("cuda")
+    masks = [mask_for(300) & lengths for _ in range(4)]
+    bias = draw(1, 40, 300, 300).requires_grad_()
     for seed in (7, torch.tensor(7, device="cuda")):
-        call = {"mask": mask, "bias": bias, "dropout_p": 0.1, "dropout_seed": seed, "backend": "triton"}
-        attention(q, k, v, **call).sum().backward()  # compiles
+        call = {"bias": bias, "dropout_p": 0.1, "dropout_seed": seed, "backend": "triton"}
+        attention(q, k, v, mask=masks.pop(), **call).sum().backward()  # compiles
+        fresh = masks.pop()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            attention(q, k, v, **call).sum().backward()
+            attention(q, k, v, mask=fresh, **call).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -82,6 +85,37 @@ def test_the_same_bits_a_hundred_times() -> None:
         gradients = torch.autograd.grad(out, (q, k, v), grad_out)
         seen.add(tuple(float(t.double().sum()) for t in (out, *gradients)))
     assert len(seen) == 1
+
+
+def test_more_programs_than_processors_under_a_list() -> None:
+    """Then the longest rows start first: forward and backward, with lists of each head, a window and lengths."""
+    heads, length = 8, 2500
+    generator = torch.Generator().manual_seed(3)
+    rows = -(-length // 128)
+    density = torch.linspace(0.1, 0.9, rows)[:, None]
+    visible = (torch.rand(1, heads, rows, rows, generator=generator) < density).repeat_interleave(128, 2)
+    visible = visible.repeat_interleave(128, 3)[..., :length, :length]
+    visible[..., 200:230, 100:150] = False
+    mask = (BlockMask.from_dense(visible).with_causal().with_lengths([length, 777])).to("cuda")
+    q, k, v = (draw(2, n, length, 64, dtype=torch.float32, seed=n).requires_grad_() for n in (heads, 2, 2))
+    grad_out = draw(2, heads, length, 64, dtype=torch.float32, seed=9)
+    results = []
+    for backend in ("triton", "reference"):
+        out = attention(q, k, v, mask=mask, backend=backend)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), grad_out)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="has no TMA")
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_by_tma(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from efficient_attn.kernels import configs
+
+    q, k, v = (t.detach() for t in qkv(2, 4, 1000, 128))
+    expected = attention(q, k, v, is_causal=causal, backend="triton")
+    monkeypatch.setattr(configs, "DESCRIPTORS", True)
+    torch.testing.assert_close(attention(q, k, v, is_causal=causal, backend="triton"), expected)
 
 
 def test_addresses_beyond_two_to_the_31() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskArrays
-from . import autotune
+from . import autotune, triton_plan
 from .call import Call
 
 LOG2E = math.log2(math.e)
@@ -42,15 +42,13 @@ def installed() -> bool:
 def kernels() -> Any:
     """The kernels, imported at first use: importing Triton takes a while and needs no GPU to succeed."""
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from ..kernels import attention, attention_backward, configs, linear_attention, tiles
+    from ..kernels import attention, attention_backward, configs, linear_attention, plan, tiles
 
-    names = {
-        k: v
-        for module in (tiles, configs, attention, attention_backward, linear_attention)
-        for k, v in vars(module).items()
-    }
-    return type("Kernels", (), {k: v for k, v in names.items() if not k.startswith("_")} | {"triton": triton})
+    modules = (tiles, configs, plan, attention, attention_backward, linear_attention)
+    names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}
+    return type("Kernels", (), names | {"triton": triton, "TensorDescriptor": TensorDescriptor})
 
 
 @lru_cache(maxsize=64)
@@ -118,7 +116,7 @@ def attention_forward(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
-    query, key, value = map(_readable, (query, key, value))
+    query, key, value, mask = *map(_readable, (query, key, value)), _contiguous(mask)
     B, Hq, Nq, D = query.shape
     Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
     out = query.new_empty(B, Hq, Nq, Dv)
@@ -135,14 +133,15 @@ def attention_forward(
             config = k.short(config, k.padded(Nq * pack))
         lines, tiles = B * Hq // pack, _tiles(Nq * pack, config.block_q, mask, 0)
         splits = _splits(lines * tiles, _key_tiles(Nk, config.block_k, mask), processors(query.device))
+        walked = _mask(mask, B, False, problem, Hq // pack, lines * tiles > processors(query.device))
         part_out, part_lse = out, lse
         if splits > 1:
             part_out = query.new_empty(splits * B, Hq, Nq, Dv, dtype=torch.float32)
             part_lse = query.new_empty(splits * B, Hq, Nq, dtype=torch.float32)
         _launch(
             k.attention_forward_kernel, tiles * lines * splits, config, query.device, _hides(mask, bias),
-            (*map(_rows, (query, key, value, part_out)), part_lse, _bias(bias), _mask(mask, B, False, problem),
-             problem.seed),
+            (*map(_rows, (query, key, value)), *_described(k, config, key, value), _rows(part_out), part_lse,
+             _bias(bias), walked, problem.seed),
             (lines, Hq // pack, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale,
              _section(lines, Nk, key, value, group // pack), splits, group, pack, problem.sign),
             (D, Dv, mask, problem, splits > 1), {} if splits > 1 else {"walk_k": 32},
@@ -184,6 +183,7 @@ def attention_backward(
                 gradient.zero_()
         return dq, dk, dv, dbias
     query, key, value, out, grad_out = map(_readable, (query, key, value, out, grad_out))
+    mask = _contiguous(mask)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     lse = lse.contiguous()
     k = kernels()
@@ -195,17 +195,21 @@ def attention_backward(
     hides = _hides(mask, bias)
 
     def run_keys(config: Any) -> None:
+        programs = _tiles(Nk, config.block_k, mask, 1) * B * Hkv
+        walked = _mask(mask, B, True, problem, Hkv, programs > processors(query.device))
         _launch(
-            k.key_gradient_kernel, _tiles(Nk, config.block_k, mask, 1) * B * Hkv, config, query.device, hides,
-            (*views, _rows(dk), _rows(dv), lse, delta, _bias(bias), _mask(mask, B, True, problem), problem.seed),
+            k.key_gradient_kernel, programs, config, query.device, hides,
+            (*views, _rows(dk), _rows(dv), lse, delta, _bias(bias), walked, problem.seed),
             (B * Hkv, Hkv, Nq, Nk, *numbers, _section(B * Hkv, Nq * group, query, grad_out, 1), group, problem.sign),
             (D, Dv, mask, problem), {"walk_q": 32},
         )  # fmt: skip
 
     def run_queries(config: Any) -> None:
+        programs = _tiles(Nq, config.block_q, mask, 0) * B * Hq
+        walked = _mask(mask, B, False, problem, Hq, programs > processors(query.device))
         _launch(
-            k.query_gradient_kernel, _tiles(Nq, config.block_q, mask, 0) * B * Hq, config, query.device, hides,
-            (*views, _rows(dq), lse, delta, _bias(bias), _mask(mask, B, False, problem), problem.seed),
+            k.query_gradient_kernel, programs, config, query.device, hides,
+            (*views, _rows(dq), lse, delta, _bias(bias), walked, problem.seed),
             (B * Hq, Hq, Nq, Nk, *numbers, _section(B * Hq, Nk, key, value, group), group, problem.sign),
             (D, Dv, mask, problem), {"walk_k": 32},
         )  # fmt: skip
@@ -318,6 +322,21 @@ def _rows(tensor: Tensor) -> Any:
     return kernels().Rows(tensor, *tensor.stride()[:3])
 
 
+def _described(k: Any, config: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
+    """Descriptors of keys and values where the configuration asks for them and TMA can read both, else None twice."""
+    if not config.descriptors or not all(map(_describable, (key, value))):
+        return None, None
+    block = lambda tensor: [1, 1, config.block_k, k.padded(tensor.shape[3])]  # noqa: E731
+    key_tiles, value_tiles = (k.TensorDescriptor(t, list(t.shape), list(t.stride()), block(t)) for t in (key, value))
+    return key_tiles, value_tiles
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether TMA can read (B, H, N, D): addresses in steps of 16 bytes, none of them 0."""
+    steps = [step * tensor.element_size() for step in tensor.stride()[:3]]
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in steps)
+
+
 def _bias(bias: Tensor | None) -> Any:
     if bias is None:
         return kernels().Bias(None, 0, 0, 0, 0)
@@ -325,19 +344,31 @@ def _bias(bias: Tensor | None) -> Any:
     return kernels().Bias(bias, *steps)
 
 
-def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem) -> Any:
+def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, heads: int = 0, long: bool = False) -> Any:
+    """The mask as a kernel reads it that walks whole rows of the list for `heads` lines of a batch element, the longest
+    rows first if they are many (`long`); heads=0: as one that looks up single blocks."""
     low, high = problem.low or 0, problem.high or 0
     lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(batch).contiguous()
     if mask.indptr is None:
-        return kernels().Mask(None, None, None, None, lengths, 1, 1, 0, 0, 0, low, high)
-    lists = mask[8:11] if transposed else mask[4:7]
-    assert mask.tiles is not None and lists[0] is not None
-    indptr, indices, tile_ids = (t.contiguous() for t in lists if t is not None)
-    tiles = mask.tiles.contiguous()
+        return kernels().Mask(*(None,) * 7, lengths, 1, 1, 0, 0, 0, low, high)
+    indptr, indices, tile_ids = mask[8:11] if transposed else mask[4:7]
+    assert mask.tiles is not None and indptr is not None and indices is not None
+    entries, clean, live, order = (indices, tile_ids), None, None, None
+    if heads:
+        Nq, Nk = problem.sizes[3:5]
+        plan = triton_plan.plan(kernels(), mask, transposed, Nq, Nk, problem.low, problem.high)
+        entries, clean, live = plan[:2], plan.clean, plan.live
+        order = triton_plan.order(plan, mask, heads) if long else None
+    tiles = mask.tiles
     tiles = tiles if tiles.data_ptr() % 16 == 0 else tiles.clone()  # bits are read in words
     blocks = (indptr.numel() - 1) // (mask.batch * mask.heads)
     numbers = (mask.batch, mask.heads, blocks, indices.numel(), tiles.shape[0], low, high)
-    return kernels().Mask(indptr, indices, tile_ids, tiles, lengths, *numbers)
+    return kernels().Mask(indptr, *entries, clean, live, order, tiles, lengths, *numbers)
+
+
+def _contiguous(mask: MaskArrays) -> MaskArrays:
+    """The mask with contiguous arrays: itself, unless somebody made it of slices."""
+    return MaskArrays._make(x.contiguous() if isinstance(x, Tensor) else x for x in mask)
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -372,7 +403,7 @@ def _config(
     case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.seed is None, blocks, problem.low is None)
     size = (problem.high is None, Hq // Hkv, *(n.bit_length() for n in (B * Hq, Nq, Nk)))
     key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, *size)))
-    candidates = k.candidates(default, head_dim, query.element_size(), chip)
+    candidates = k.candidates(kernel, default, head_dim, query.element_size(), chip)
     return k.Config(*autotune.best(key, [k.fit(c, *blocks) for c in candidates], lambda c: _time(run, k.Config(*c))))
 
 

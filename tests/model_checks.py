@@ -25,6 +25,14 @@ def check_trains(model, loss, *, steps=8, lr=3e-3):
     assert losses[-1] < losses[0]
 
 
+def check_compiles(function, *args):
+    """torch.compile takes the function whole, and it computes the same."""
+    torch._dynamo.reset()
+    expected = function(*args)
+    found = torch.compile(function, fullgraph=True, backend="eager")(*args)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 def check_half_precision(model, loss):
     """Under autocast, and with bfloat16 parameters, the loss is that of float32 but for rounding."""
     model.eval()

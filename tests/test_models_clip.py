@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from model_checks import check_half_precision, check_round_trip, check_trains
+from model_checks import check_compiles, check_half_precision, check_round_trip, check_trains
 
 from efficient_attn.errors import CheckpointError, InputError, InputTypeError, UnsupportedError
 from efficient_attn.models import CLIP, CLIPConfig, ImageConfig, TextTowerConfig, TransformerConfig, ViT
@@ -114,9 +114,10 @@ def test_clip_trains_and_comes_back(image, text, tmp_path):
     check_round_trip(model, lambda m: m(images, ids, mask), tmp_path)
 
 
-def test_half_precision():
+def test_half_precision_and_compilation():
     torch.manual_seed(0)
     images, (ids, mask) = torch.rand(5, 1, 16, 16), texts()
+    check_compiles(clip().loss, images, ids, mask)
     check_half_precision(clip(), lambda m, dtype: m.loss(images.to(dtype), ids, mask))
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from model_checks import check_half_precision, check_round_trip, check_trains
+from model_checks import check_compiles, check_half_precision, check_round_trip, check_trains
 
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.models import ForecasterConfig, PatchForecaster, TimeSeriesTransformer, TransformerConfig
@@ -208,13 +208,15 @@ def test_forecaster_loss_is_the_quantile_loss_in_normalised_units():
     torch.testing.assert_close(model.loss(past, future), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_half_precision():
+def test_half_precision_and_compilation():
     torch.manual_seed(0)
     series, target = torch.randn(20, 6, 3), torch.randn(6, 1)
     model = TimeSeriesTransformer(3, 32, 4, 2)
     check_half_precision(model, lambda m, dtype: m.loss(series.to(dtype), target.to(dtype)))
     past, future = torch.randn(2, 40, 3) + 5, torch.randn(2, 6, 3) + 5
     check_half_precision(forecaster(), lambda m, dtype: m.loss(past, future))
+    check_compiles(forecaster().loss, past, future)
+    check_compiles(model, series)
     assert forecaster().bfloat16()(past.bfloat16()).dtype == torch.bfloat16
 
 

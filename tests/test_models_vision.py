@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from model_checks import check_half_precision, check_round_trip, check_trains
+from model_checks import check_compiles, check_half_precision, check_round_trip, check_trains
 
 from efficient_attn.errors import CheckpointError, InputError, InputTypeError, UnsupportedError
 from efficient_attn.models import (
@@ -268,6 +268,12 @@ def test_vit_trains_and_comes_back(attention, tmp_path):
     images, labels = torch.randn(6, 1, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2])
     check_trains(model, lambda m: m.loss(images, labels))
     check_round_trip(model, lambda m: m(images), tmp_path)
+
+
+def test_models_compile():
+    images, noise = torch.rand(2, 1, 16, 16), torch.rand(2, 16)
+    check_compiles(ViT(ViTConfig(image_config("nystrom:landmarks=4"), num_labels=3)), images)
+    check_compiles(mae("neighborhood:kernel=3,prefix=1").loss, images, noise)
 
 
 def test_half_precision():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from ..errors import InputError, InputTypeError, UnsupportedError
 from ..methods import Hybrid
 from .base import Model
 from .patches import PatchEmbedding, Size, as_size, grid_of, resize_positions, sinusoidal_2d
-from .transformer import Outputs, Transformer, TransformerConfig, each_layer
+from .transformer import Outputs, Transformer, TransformerConfig
 
 POOLS = ("cls", "mean")
 POSITIONS = ("learned", "sinusoidal")
@@ -159,8 +160,8 @@ class ImageBackbone(nn.Module):
 
     def goes_by_grid(self) -> bool:
         """Whether a layer's attention reads positions in the image, so that tokens cannot be left out before it."""
-        config = self.encoder.config
-        return any(_on_grid(method) for method in each_layer(config.attention, config.num_layers))
+        layers: Any = self.encoder.layers
+        return any(_on_grid(layer.attention.attention) for layer in layers)
 
 
 def _on_grid(method: object) -> bool:

@@ -258,7 +258,8 @@ class _Run:
                 parts.append({name: value.cpu() for name, value in self.parallel(batch, evaluate=True).items()})
         checkpoint.set_random_state(before)
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return self.task.summary(values, self.splits.about)
+        # The first process's numbers for all, so that all decide alike what is best.
+        return self.here.gather(self.task.summary(values, self.splits.about))[0]  # type: ignore[no-any-return]
 
     def _finish(self) -> dict[str, Any]:
         """Measures the test with the best parameters and writes what a user takes away."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -495,3 +497,31 @@ def test_the_command_trains_resumes_and_refuses(tmp_path, monkeypatch):
         assert refused.exit_code == 2 and says in refused.output, refused.output
     assert not Path("b").exists() and not Path("runs").exists()
     assert invoke("juggling").exit_code == 2
+
+
+# --- the documentation ---
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    """What training.md says is what docs/training.py makes of the result files, and holds what was asked of them."""
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).resolve().parents[1] / "docs" / "training.py"
+    spec = importlib.util.spec_from_file_location("training_page", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.page() == module.PAGE.read_text(encoding="utf-8"), "run python docs/training.py"
+    found = dict(module.runs())
+    for name, result in found.items():
+        assert metrics.read(module.RESULTS / name)[-1]["step"] == result["steps"]
+
+
+def test_the_page_runs_and_its_links_lead_somewhere():
+    pytest.importorskip("safetensors")
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    text = (docs / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(block, "training.md", "exec"), {})
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (docs / target).exists(), target
+    for name in re.findall(r"efficient-attn train (\w+)|efficient_attn.cli train (\w+)", text):
+        assert "".join(name) in TASKS

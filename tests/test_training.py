@@ -113,7 +113,10 @@ def interrupt():
     ("task", "options"),
     [
         (Line(), {"steps": 40, "batch": 9, "accumulate": 2, "eval_every": 7, "save_every": 5}),
-        (Digits(attention="performer:features=16", dropout=0.1, **SMALL), {"steps": 12, "batch": 8, "eval_every": 5}),
+        (
+            Digits(attention="performer:features=16", dropout=0.1, augment=True, **SMALL),
+            {"steps": 12, "batch": 8, "eval_every": 5},
+        ),
         (MaskedAutoencoding(**SMALL), {"steps": 12, "batch": 8, "precision": "bfloat16", "eval_every": 6}),
     ],
     ids=["line", "digits", "mae"],
@@ -162,18 +165,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
 def test_the_command_ends_with_the_signals_code_and_says_how_to_go_on(tmp_path):
     task, options = Digits(**SMALL), {"steps": 150, "batch": 8, "eval_every": 50, "threads": 1, "lr": 1e-3}
     run(task, tmp_path / "whole", **options)
-    arguments = ["digits", "--dim", "16", "--layers", "1", "--heads", "2", "--steps", "150", "--batch", "8"]
-    arguments += [
-        "--threads",
-        "1",
-        "--lr",
-        "1e-3",
-        "--no-tensorboard",
-        "--eval-every",
-        "50",
-        "--out",
-        str(tmp_path / "a"),
-    ]
+    typed = (
+        "digits --dim 16 --layers 1 --heads 2 --steps 150 --batch 8 --lr 1e-3 --warmup 0.1 --eval-every 50 --threads 1"
+    )
+    arguments = [*typed.split(), "--no-tensorboard", "--out", str(tmp_path / "a")]
     command = [sys.executable, "-m", "efficient_attn.cli", "train", *arguments]
     for number, more, lines in [(signal.SIGINT, [], 20), (signal.SIGTERM, ["--resume"], 40)]:
         process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -201,6 +201,17 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
         run(Line(), tmp_path / "a", resume=True, steps=12)
 
 
+def test_a_run_without_a_checkpoint_can_begin_again(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(Line(), tmp_path / "a", steps=10, save_every=10, reporter=Watch(step3=lambda: 1 / 0))
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run(Line(), tmp_path / "a", resume=True, steps=10)
+    run(Line(), tmp_path / "a", steps=4)
+    assert [line["step"] for line in metrics.read(tmp_path / "a") if line["type"] == "train"] == [1, 2, 3, 4]
+    with pytest.raises(InputError, match="holds a run already"):
+        run(Line(), tmp_path / "a", steps=4)
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(Line(), tmp_path / "a", steps=10, reporter=Watch(step3=lambda: (interrupt(), interrupt())))

@@ -393,8 +393,11 @@ def _seed(seed: int) -> None:
 
 
 def _new_folder(out: Path) -> None:
-    """Make the folder of a run, or raise InputError: it holds one, or cannot be made."""
-    if (out / CONFIG).exists():
+    """Make the folder of a run, or raise InputError: it holds one, or cannot be made.
+
+    A run that was killed before its first checkpoint is none: there is nothing to go on from.
+    """
+    if (out / checkpoint.LAST).exists():
         raise InputError(f"--out {out} holds a run already; add --resume to go on with it, or name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +113,10 @@ def interrupt():
     ("task", "options"),
     [
         (Line(), {"steps": 40, "batch": 9, "accumulate": 2, "eval_every": 7, "save_every": 5}),
-        (Digits(attention="performer:features=16", dropout=0.1, **SMALL), {"steps": 12, "batch": 8, "eval_every": 5}),
+        (
+            Digits(attention="performer:features=16", dropout=0.1, augment=True, **SMALL),
+            {"steps": 12, "batch": 8, "eval_every": 5},
+        ),
         (MaskedAutoencoding(**SMALL), {"steps": 12, "batch": 8, "precision": "bfloat16", "eval_every": 6}),
     ],
     ids=["line", "digits", "mae"],
@@ -160,18 +165,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
 def test_the_command_ends_with_the_signals_code_and_says_how_to_go_on(tmp_path):
     task, options = Digits(**SMALL), {"steps": 150, "batch": 8, "eval_every": 50, "threads": 1, "lr": 1e-3}
     run(task, tmp_path / "whole", **options)
-    arguments = ["digits", "--dim", "16", "--layers", "1", "--heads", "2", "--steps", "150", "--batch", "8"]
-    arguments += [
-        "--threads",
-        "1",
-        "--lr",
-        "1e-3",
-        "--no-tensorboard",
-        "--eval-every",
-        "50",
-        "--out",
-        str(tmp_path / "a"),
-    ]
+    typed = (
+        "digits --dim 16 --layers 1 --heads 2 --steps 150 --batch 8 --lr 1e-3 --warmup 0.1 --eval-every 50 --threads 1"
+    )
+    arguments = [*typed.split(), "--no-tensorboard", "--out", str(tmp_path / "a")]
     command = [sys.executable, "-m", "efficient_attn.cli", "train", *arguments]
     for number, more, lines in [(signal.SIGINT, [], 20), (signal.SIGTERM, ["--resume"], 40)]:
         process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -202,6 +199,17 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert any("15 steps long now instead of 10" in note for note in watch.notes)
     with pytest.raises(InputError, match="15 steps behind it already"):
         run(Line(), tmp_path / "a", resume=True, steps=12)
+
+
+def test_a_run_without_a_checkpoint_can_begin_again(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(Line(), tmp_path / "a", steps=10, save_every=10, reporter=Watch(step3=lambda: 1 / 0))
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run(Line(), tmp_path / "a", resume=True, steps=10)
+    run(Line(), tmp_path / "a", steps=4)
+    assert [line["step"] for line in metrics.read(tmp_path / "a") if line["type"] == "train"] == [1, 2, 3, 4]
+    with pytest.raises(InputError, match="holds a run already"):
+        run(Line(), tmp_path / "a", steps=4)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -495,3 +503,31 @@ def test_the_command_trains_resumes_and_refuses(tmp_path, monkeypatch):
         assert refused.exit_code == 2 and says in refused.output, refused.output
     assert not Path("b").exists() and not Path("runs").exists()
     assert invoke("juggling").exit_code == 2
+
+
+# --- the documentation ---
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    """What training.md says is what docs/training.py makes of the result files, and holds what was asked of them."""
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).resolve().parents[1] / "docs" / "training.py"
+    spec = importlib.util.spec_from_file_location("training_page", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.page() == module.PAGE.read_text(encoding="utf-8"), "run python docs/training.py"
+    found = dict(module.runs())
+    for name, result in found.items():
+        assert metrics.read(module.RESULTS / name)[-1]["step"] == result["steps"]
+
+
+def test_the_page_runs_and_its_links_lead_somewhere():
+    pytest.importorskip("safetensors")
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    text = (docs / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(block, "training.md", "exec"), {})
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (docs / target).exists(), target
+    for name in re.findall(r"efficient-attn train (\w+)|efficient_attn.cli train (\w+)", text):
+        assert "".join(name) in TASKS

@@ -258,7 +258,8 @@ class _Run:
                 parts.append({name: value.cpu() for name, value in self.parallel(batch, evaluate=True).items()})
         checkpoint.set_random_state(before)
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return self.task.summary(values, self.splits.about)
+        # The first process's numbers for all, so that all decide alike what is best.
+        return self.here.gather(self.task.summary(values, self.splits.about))[0]  # type: ignore[no-any-return]
 
     def _finish(self) -> dict[str, Any]:
         """Measures the test with the best parameters and writes what a user takes away."""
@@ -392,8 +393,11 @@ def _seed(seed: int) -> None:
 
 
 def _new_folder(out: Path) -> None:
-    """Make the folder of a run, or raise InputError: it holds one, or cannot be made."""
-    if (out / CONFIG).exists():
+    """Make the folder of a run, or raise InputError: it holds one, or cannot be made.
+
+    A run that was killed before its first checkpoint is none: there is nothing to go on from.
+    """
+    if (out / checkpoint.LAST).exists():
         raise InputError(f"--out {out} holds a run already; add --resume to go on with it, or name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)

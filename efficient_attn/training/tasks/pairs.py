@@ -29,7 +29,7 @@ class Clip(Task):
     data_help: ClassVar[str | None] = (
         "A folder of images with a .txt beside each, or with captions.csv (file, caption). Default: digits in words."
     )
-    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 40, "batch": 64, "lr": 1e-3}
+    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 30, "batch": 64, "lr": 2e-3, "warmup": 0.2}
 
     text_attention: str = option("dense", "Spec of the text tower's causal attention.")
     data: str | None = None
@@ -40,7 +40,7 @@ class Clip(Task):
     dim: int = option(64, "Features of both towers.")
     layers: int = option(2, "Layers of each tower.")
     heads: int = option(4, "Attention heads.")
-    augment: bool = option(True, "Crop and turn training images a little.")
+    augment: bool = option(False, "Crop and turn training images a little.")
 
     def __post_init__(self) -> None:
         parse(self.text_attention)

@@ -148,7 +148,7 @@ def test_every_suite_is_found_by_its_file_name():
 
 
 def test_each_injected_fault_is_one_row_and_the_run_ends_normally(tmp_path, write):
-    result = bench("faulty", *write(faults=FAULTS), "--timeout", "4", "--out", tmp_path / "run")
+    result = bench("faulty", *write(faults=FAULTS), "--timeout", "8", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert [c["status"] for c in cells(tmp_path / "run")] == ["timeout", "oom", "crash", "ok"]
     for status in ("timeout", "oom", "crash"):

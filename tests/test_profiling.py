@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +29,7 @@ from efficient_attn.profiling import (
     find_attention,
     fit,
     from_records,
+    model,
     phases,
     profile_model,
     profile_op,
@@ -255,22 +261,22 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_ones_own(name: str, tmp_path) -> None:
     make, sample, modules = MODELS[name]
-    model = make().train()
+    network = make().train()
     found = profile_model(
-        model, sample, lengths=(64,), mode=("fwd", "fwd_bwd"), budget_s=0.01, ceilings=False, out=tmp_path
+        network, sample, lengths=(64,), mode=("fwd", "fwd_bwd"), budget_s=0.01, ceilings=False, out=tmp_path
     )
     assert [(r["seqlen"], r["mode"], r["batch"], r["status"]) for r in found.rows] == [
         (64, mode, 3, "ok") for mode in ("fwd", "fwd_bwd")
     ]
-    assert model.training and all(p.grad is None for p in model.parameters())
-    assert not any(m._forward_hooks for m in model.modules())
+    assert network.training and all(p.grad is None for p in network.parameters())
+    assert not any(m._forward_hooks for m in network.modules())
     for row in found.rows:
         assert list(row["modules"]) == modules
         assert sum(row["phases"].values()) == pytest.approx(1, abs=1e-3) and row["phases"]["kernel"] > 0
         assert row["attention_flops"] > 0 and row["flops"] > row["attention_flops"]
         assert row["fast_path"] == (name == "torch" and row["mode"] == "fwd")
     assert [m["kind"] for m in found.rows[0]["modules"].values()] == [type(m).__name__ for m in find_attention(
-        model).values()]  # fmt: skip
+        network).values()]  # fmt: skip
     attends = 4 * 3 * 64 * 64 * 32 * (2 if len(modules) == 2 else 1)
     if name != "ours":
         assert found.rows[0]["attention_flops"] == attends
@@ -373,51 +379,58 @@ def test_dense_attention_stays_away_once_it_is_not_affordable(monkeypatch, tmp_p
 def test_methods_are_measured_in_workers_and_kept(tmp_path) -> None:
     seen = []
     call = {"lengths": (64, 128), "heads": 2, "head_dim": 16, "threads": 1, "budget_s": 0.01, "out": tmp_path}
-    found = profile_op(
-        ["sliding_window:left=8,right=8", "linear"], **call, report=lambda *x: seen.append(x), trace=tmp_path / "t.json"
-    )
-    assert [(r["label"], r["seqlen"], r["status"]) for r in found.rows] == [
-        (label, n, "ok") for label in ("sliding_window:left=8,right=8", "linear") for n in (64, 128)
-    ]
+    spec = "sliding_window:left=8,right=8"
+    found = profile_op(spec, **call, report=lambda *x: seen.append(x), trace=tmp_path / "t.json")
+    assert [(r["label"], r["seqlen"], r["status"]) for r in found.rows] == [(spec, n, "ok") for n in (64, 128)]
     row = found.rows[1]
-    pairs = 2 * 128 * 128  # one block
-    assert row["flops"] == 4 * pairs * 16 and row["density"] < 0.2 and row["dense_ms"] > 0
+    assert row["flops"] == 4 * 2 * 128 * 128 * 16 and row["density"] < 0.2 and row["dense_ms"] > 0  # one block a head
     assert row["bytes"] == 4 * (4 * 2 * 128 * 16 + 2 * 128) and row["input_bytes"] == 3 * 4 * 2 * 128 * 16
     assert found.roofline(row).bound in ("compute", "memory")
-    assert len(seen) == 4 and seen[-1][1:] == (3, 4)
+    assert seen == [(f"{spec} N=64 fwd", 0, 2), (f"{spec} N=128 fwd", 1, 2)]
     assert "efficient_attn::attention_forward" in (tmp_path / "t.json").read_text()
     lines = len((tmp_path / "results.jsonl").read_text().splitlines())
-    again = profile_op(["sliding_window:left=8,right=8", "linear"], **call)
+    again = profile_op(spec, **call)
     assert again.rows == found.rows and len((tmp_path / "results.jsonl").read_text().splitlines()) == lines + 1
     assert found.plot(tmp_path / "p.png").stat().st_size > 10_000
     assert json.loads(found.to_json())["rows"][0]["phases"]["kernel"] > 0
 
 
-def test_out_of_memory_is_a_row_and_longer_lengths_are_not_run(tmp_path) -> None:
-    limits = runner.Limits(60, 60 * 2**20)
+def test_out_of_memory_is_a_row_and_longer_lengths_are_not_run() -> None:
+    limits = runner.Limits(3600, 400 * 2**20)
     found = profile_op("dense", lengths=(256, 65536, 131072), heads=8, threads=1, budget_s=0.01, limits=limits)
-    assert [row["status"] for row in found.rows] == ["ok", "oom", "oom"]
+    assert [row["status"] for row in found.rows] == ["ok", "oom", "oom"], str(found)
     assert "not run" in found.rows[2]["message"] and "oom: dense, N = 64k" in str(found)
+    assert found.ceilings is None and found.roofline(found.rows[0]) is None  # a copy of 256 MiB had no room either
 
 
-def test_a_model_of_a_file_is_measured_with_two_attentions(tmp_path) -> None:
+def test_a_model_of_a_file_is_measured_with_an_attention(tmp_path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom efficient_attn import MultiheadAttention\n"
         "class Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.a = MultiheadAttention(16, 2, batch_first=True)\n"
         "    def forward(self, x):\n        return self.a(x, x, x)[0]\n"
-        "def build(n):\n    return Net(), torch.randn(1, n, 16)\n"
+        "def build(n):\n    return Net(), torch.randn(1, n, 16)\nnothing = 3\ndef wrong(n):\n    return 4\n"
     )
-    found = profile_source(
-        f"{tmp_path}/mine.py:build",
-        lengths=(32, 64),
-        attention=("dense", "sliding_window:left=4,right=4"),
-        budget_s=0.01,
-        threads=1,
-    )
-    assert {row["status"] for row in found.rows} == {"ok"}, str(found)
-    assert [g.label for g in found.growth()] == ["dense", "sliding_window:left=4,right=4"]
-    assert found.rows[0]["fixed_bytes"] == 4 * (4 * 16 * 16 + 4 * 16)
+    config = {"seqlen": 256, "mode": "fwd", "batch": 1, "dtype": "float32", "seed": 0, "budget_s": 0.01, "threads": 1}
+    config["model"] = f"{tmp_path}/mine.py:build"
+    flops = [model.run_cell({**config, "attention": a})["attention_flops"] for a in (None, "sliding_window:left=4")]
+    assert flops[1] == flops[0]  # 4 + 128 keys to either side still touch all 2 x 2 blocks of 128
+    found = model.run_cell({**config, "attention": "bigbird:block=16"})
+    assert found["attention_flops"] < flops[0] and found["fixed_bytes"] == 4 * (4 * 16 * 16 + 4 * 16)
+    for name, message in (("nothing", "no function"), ("missing", "no function"), ("wrong", "must return")):
+        with pytest.raises(InputError, match=message):
+            sources.load({**config, "model": f"{tmp_path}/mine.py:{name}", "attention": None})
+    with pytest.raises(InputError, match="cannot be imported"):
+        sources.find("no_such_package_at_all:build")
+
+
+def test_a_checkpoint_of_transformers_is_measured(tmp_path) -> None:
+    bert().save_pretrained(tmp_path)
+    config = {"model": str(tmp_path), "seqlen": 32, "batch": 2, "dtype": "float32", "seed": 0}
+    network, sample = sources.load({**config, "attention": "sliding_window:left=4,right=4"})
+    assert sample["input_ids"].shape == (2, 32) and api.run(network, sample)[0].shape == (2, 32, 32)
+    with pytest.raises(UnsupportedError, match="512 tokens, not 600"):
+        sources.load({**config, "seqlen": 600, "attention": None})
 
 
 @pytest.mark.parametrize("name", sources.BUILT_IN)
@@ -426,19 +439,19 @@ def test_built_in_models_run_with_any_attention(name: str) -> None:
         pytest.importorskip("transformers")
     config = {"model": name, "seqlen": 48, "batch": 2, "dtype": "bfloat16", "seed": 0}
     spec = "linear" if name == "decoder" else "sliding_window:left=8,right=8"
-    model, sample = sources.load({**config, "attention": spec})
-    out = api.run(model, sample)
+    network, sample = sources.load({**config, "attention": spec})
+    out = api.run(network, sample)
     out = out if isinstance(out, torch.Tensor) else out[0]
     assert out.shape[:2] == (2, 48) and out.dtype == torch.bfloat16
 
 
 def test_the_built_in_decoder_does_not_look_ahead() -> None:
-    model, tokens = sources.load({"model": "decoder", "seqlen": 32, "batch": 1, "dtype": "float32", "seed": 0})
+    network, tokens = sources.load({"model": "decoder", "seqlen": 32, "batch": 1, "dtype": "float32", "seed": 0})
     other = tokens.clone()
     other[:, 20:] = 1
     with torch.no_grad():
-        assert torch.equal(model(tokens)[:, :20], model(other)[:, :20])
-        assert not torch.allclose(model(tokens)[:, 20:], model(other)[:, 20:])
+        assert torch.equal(network(tokens)[:, :20], network(other)[:, :20])
+        assert not torch.allclose(network(tokens)[:, 20:], network(other)[:, 20:])
 
 
 # --- what is shown ---
@@ -496,3 +509,45 @@ def test_lengths(text, lengths) -> None:
 def test_wrong_lengths_are_explained(text) -> None:
     with pytest.raises(InputError, match="lengths"):
         shapes.read_lengths(text)
+
+
+# --- docs/profiling.md ---
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "profiling.md"
+
+
+def test_the_page_runs_and_its_links_lead_somewhere() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {"__name__": "page"}  # what starts processes is for scripts
+    for block in blocks:
+        exec(compile(block, PAGE.name, "exec"), names)
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (PAGE.parent / target).exists(), target
+
+
+def test_the_options_that_the_page_names_exist() -> None:
+    from efficient_attn.profiling import commands
+
+    known = inspect.getsource(commands)
+    page = PAGE.read_text(encoding="utf-8")
+    lines = re.findall(r"^\$? ?efficient-attn .*(?:\n      --.*)*", page, flags=re.MULTILINE)
+    options = {option for line in lines for option in re.findall(r"--([a-z-]+)", line)}
+    assert len(options) > 10
+    for option in options:
+        parameter = rf"^    {option.replace('-', '_')}: Annotated"
+        assert f'"--{option}"' in known or re.search(parameter, known, re.MULTILINE), option
+
+
+def test_profiles_need_no_extra_until_they_are_shown() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('typer', 'rich', 'matplotlib', 'sklearn', 'psutil', 'scipy'): sys.modules[name] = None\n"
+        "from efficient_attn import UnsupportedError\nfrom efficient_attn.profiling import Profile\n"
+        "for show in (str, lambda p: p.plot('x.png')):\n"
+        "    try:\n        show(Profile([]))\n    except UnsupportedError as error:\n        print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("pip install 'efficient-attn[bench]'") == 2

@@ -241,14 +241,14 @@ def test_recommend_for_a_model_takes_its_largest_error() -> None:
         model,
         {"x": torch.randn(2, 64, 32), "padding": padding_of([64, 30], 64)},
         budget=0.2,
-        candidates=["sliding_window:left=63,right=63", "linear"],
+        candidates=["sliding_window:left=63,right=63"],
         threads=1,
         budget_s=0.01,
     )
     assert [type(layer) for layer in model.layers] == before
     assert "B2 H2 N64 D16" in found.title and "2 layers of Net" in found.caption
     dense = next(c for c in found.candidates if c.method == "dense")
-    assert dense.error < 1e-5 and len(found.candidates) == 3, found.failed
+    assert dense.error < 1e-5 and len(found.candidates) == 2, found.failed
     # Of a window over everything only the padding, which does not count, would differ.
     assert min(c.error for c in found.candidates if c is not dense) < 1e-5
 
@@ -314,7 +314,7 @@ def test_wrong_options_stop_before_any_work(tmp_path, monkeypatch, arguments, me
 
 def test_the_commands_measure_show_and_go_on(tmp_path) -> None:
     out = tmp_path / "a"
-    arguments = ["profile", "--op", "sliding_window:left=8,right=8", "--op", "dense", "--lengths", "64..128"]
+    arguments = ["profile", "--op", "sliding_window:left=8,right=8", "--lengths", "64"]
     arguments += ["--heads", "2", "--head-dim", "16", "--threads", "1", "--budget", "0.05", "--out", str(out)]
     result = invoke(*arguments)
     assert result.exit_code == 0 and "Growth" in result.output and "GFLOP/s" in result.output, result.output
@@ -322,9 +322,9 @@ def test_the_commands_measure_show_and_go_on(tmp_path) -> None:
     assert invoke(*arguments).exit_code == 2  # a run is not written over
     result = invoke(*arguments, "--resume", "--json")
     found = json.loads(result.stdout)
-    assert [row["status"] for row in found["rows"]] == ["ok"] * 4
+    assert [row["status"] for row in found["rows"]] == ["ok"]
     cells = [r for r in records.read(out / "results.jsonl") if r["type"] == "cell"]
-    assert len(cells) == 5  # the ceilings too, each once
+    assert len(cells) == 2  # the ceilings too, each once
 
     out = tmp_path / "b"
     result = invoke("recommend", "--length", "64", "--heads", "2", "--head-dim", "16", "--threads", "1", "--seconds",
@@ -369,6 +369,7 @@ def test_an_interrupted_profile_shows_what_it_has(tmp_path, monkeypatch) -> None
     assert lengths == [None, 64, 128]
 
 
+@pytest.mark.slow
 def test_a_model_named_on_the_command_line_is_recommended_for(tmp_path) -> None:
     result = invoke("recommend", "--model", "decoder", "--length", "64", "--candidate", "linear", "--threads", "1",
                     "--seconds", "0.05", "--out", str(tmp_path / "a"))  # fmt: skip

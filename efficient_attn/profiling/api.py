@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..patterns import Pattern
 from . import activations as activation_sources
 from . import roofline, sources
-from .model import find_attention, measured, run
+from .model import check_on_cpu, evaluating, find_attention, measured, run
 from .results import Profile, from_records
 from .session import CEILINGS, MODEL, OPERATOR, Report, Session
 from .shapes import MODES, check_choice, check_lengths, check_positive, check_shape
@@ -199,6 +199,7 @@ def profile_model(
     chosen: Sequence[int | None] = [None] if lengths is None else check_lengths(lengths)
     names = None if attention is None else list(attention)
     find_attention(model, names)
+    check_on_cpu(model)
     found: list[Record] = [records.environment(threads=torch.get_num_threads())]
     with ExitStack() as stack:
         folder = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
@@ -268,8 +269,6 @@ def _size(model: nn.Module, sample: Any, names: Sequence[str] | None) -> tuple[i
         first = tensor.dim() >= 3 and getattr(module, "batch_first", True)
         batch = 1 if tensor.dim() == 2 else tensor.shape[0 if first else 1]
         seen.append((batch, tensor.shape[1 if first else 0]))
-
-    from .model import evaluating
 
     handles = [
         module.register_forward_pre_hook(hook, with_kwargs=True) for module in find_attention(model, names).values()

@@ -134,12 +134,7 @@ def caller(model: nn.Module, sample: Any, mode: str) -> Callable[[], object]:
         UnsupportedError: a model elsewhere than on the CPU.
     """
     check_choice("mode", mode, MODES)
-    places = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu"}
-    if places:
-        raise UnsupportedError(
-            f"the model is on {', '.join(sorted(places))}; clocks and memory counters here are those of the CPU. "
-            "Profile a copy: copy.deepcopy(model).cpu()"
-        )
+    check_on_cpu(model)
     if mode == "fwd":
 
         def forward() -> object:
@@ -160,6 +155,16 @@ def caller(model: nn.Module, sample: Any, mode: str) -> Callable[[], object]:
             return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     return both
+
+
+def check_on_cpu(model: nn.Module) -> None:
+    """Raise UnsupportedError for a model with parameters or buffers elsewhere."""
+    places = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu"}
+    if places:
+        raise UnsupportedError(
+            f"the model is on {', '.join(sorted(places))}; clocks and memory counters here are those of the CPU. "
+            "Profile a copy: copy.deepcopy(model).cpu()"
+        )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

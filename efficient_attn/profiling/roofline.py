@@ -67,5 +67,5 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "gbytes": copy.giga_per_second(times["copy"]["ms"]),
         "kind": compute.name,
         "threads": torch.get_num_threads(),
-        "spread": {name: found["spread"] for name, found in times.items()},
+        "spreads": {name: found["spread"] for name, found in times.items()},
     }

@@ -49,9 +49,9 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.file.__exit__(kind, error, at)
 
-    def run(self, suite: str, config: Mapping[str, Any]) -> Record:
-        """The record of a cell, measured now unless it is known."""
-        known = self.known.get(records.cell_id(suite, config, self.code))
+    def run(self, suite: str, config: Mapping[str, Any], *, again: bool = False) -> Record:
+        """The record of a cell, measured now unless it is known, or in any case (`again`)."""
+        known = None if again else self.known.get(records.cell_id(suite, config, self.code))
         found: Record = known or runner.run_cell(runner.Cell(suite, config), self.file, self.limits, self.code)
         return found
 

@@ -56,8 +56,10 @@ class Session:
         return found
 
     def skip(self, suite: str, config: Mapping[str, Any], status: str, why: str) -> Record:
-        """Record a cell that is not run."""
+        """Record a cell that is not run; one that was run under other limits keeps its figures."""
         number = records.cell_id(suite, config, self.code)
+        if number in self.known:
+            return self.known[number]
         found: Record = {
             "type": "cell",
             "id": number,
@@ -67,8 +69,7 @@ class Session:
             "status": status,
             "message": f"not run: {why}",
         }
-        if number not in self.known:
-            self.file.append(found)
+        self.file.append(found)
         return found
 
     def ceilings(self, threads: int) -> Record:

@@ -58,8 +58,9 @@ class Session:
     def skip(self, suite: str, config: Mapping[str, Any], status: str, why: str) -> Record:
         """Record a cell that is not run; one that was run under other limits keeps its figures."""
         number = records.cell_id(suite, config, self.code)
-        if number in self.known:
-            return self.known[number]
+        known: Record | None = self.known.get(number)
+        if known is not None:
+            return known
         found: Record = {
             "type": "cell",
             "id": number,

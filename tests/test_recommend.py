@@ -297,6 +297,7 @@ def test_wrong_input_is_named(options, error, message) -> None:
         (["profile", "--model", "gpt9"], "encoder, decoder, bert"),
         (["profile", "--op", "dense", "--resume"], "name it with --out"),
         (["recommend"], "give --length N"),
+        (["recommend", "a.jsonl"], "come after --from"),
         (["recommend", "--length", "1k,2k"], "2 lengths"),
         (["recommend", "--length", "64", "--budget", "-1"], "at least 0"),
         (["recommend", "--length", "64", "--device", "cuda"], "measured on the CPU"),
@@ -331,7 +332,8 @@ def test_the_commands_measure_show_and_go_on(tmp_path) -> None:
                     "0.05", "--candidate", "linear", "--out", str(out), "--budget", "0.001")  # fmt: skip
     assert result.exit_code == 0 and "Use dense" in result.output, result.output
     assert (out / "recommend.png").exists()
-    result = invoke("recommend", "--from", str(out / "results.jsonl"), "--budget", "10", "--json")
+    other = written(tmp_path / "c.jsonl", [])
+    result = invoke("recommend", "--budget", "10", "--json", "--from", str(out / "results.jsonl"), str(other))
     assert {c["method"] for c in json.loads(result.stdout)["candidates"]} == {"dense", "linear"}
 
 
@@ -374,7 +376,7 @@ def test_a_model_named_on_the_command_line_is_recommended_for(tmp_path) -> None:
     result = invoke("recommend", "--model", "decoder", "--length", "64", "--candidate", "linear", "--threads", "1",
                     "--seconds", "0.05", "--out", str(tmp_path / "a"))  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "causal" in result.output and "2 layers of _Text" in " ".join(result.output.split())
+    assert "causal" in result.output and "2 layers of CausalLM" in " ".join(result.output.split())
 
 
 def test_the_default_candidates_are_methods_that_a_bare_name_does_not_need() -> None:

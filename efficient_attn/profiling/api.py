@@ -142,19 +142,12 @@ def _session(
         session = stack.enter_context(Session(Path(folder) / "results.jsonl", limits or runner.Limits(), report))
         found = [session.environment, session.ceilings(threads)]
         rows = session.grow(suite, series, lengths, dense=dense)
-        if trace is not None:
-            _trace(session, suite, rows, Path(trace))
+        done = [row for row in rows if row["status"] == "ok"]
+        if trace is not None and done:
+            longest = max(done, key=lambda row: row["config"]["seqlen"])
+            config = {**longest["config"], "trace": str(Path(trace).absolute())}
+            rows.append(session.run(suite, config, again=not Path(trace).exists()))
         return from_records([*found, *rows])
-
-
-def _trace(session: Session, suite: str, rows: Sequence[Record], path: Path) -> None:
-    done = [row for row in rows if row["status"] == "ok"]
-    if not done:
-        raise InputError(f"no length could be measured, so there is nothing to trace into {path}")
-    longest = max(done, key=lambda row: row["config"]["seqlen"])
-    traced = session.run(suite, {**longest["config"], "trace": str(path.absolute())})
-    if traced["status"] != "ok":
-        raise InputError(f"the trace into {path} failed: {traced['status']}, {traced.get('message', '')}")
 
 
 def profile_model(

@@ -91,6 +91,9 @@ def profile(
 
 
 def recommend_command(
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further files of --from, as of runs/*.jsonl.")
+    ] = None,
     length: Annotated[str | None, typer.Option(help="Sequence length: 4096 or 4k.")] = None,
     error: Annotated[float, typer.Option("--budget", help="The error allowed, |out - dense| / |dense|.")] = 0.1,
     model: Annotated[Text, typer.Option(help="Measure on the activations of this model; see profile.")] = None,
@@ -130,8 +133,10 @@ def recommend_command(
         sizes = read_lengths(length) if length else ()
         if len(sizes) > 1:
             raise InputError(f"--length {length!r} names {len(sizes)} lengths; recommend is for one")
+        if more and rows is None:
+            raise InputError(f"{more[0]}: result files come after --from")
         if rows is not None:
-            found = from_rows(rows, budget=error, **given, seqlen=sizes[0] if sizes else None)
+            found = from_rows([*rows, *(more or ())], budget=error, **given, seqlen=sizes[0] if sizes else None)
             _print(found, as_json)
             return
         if not sizes:

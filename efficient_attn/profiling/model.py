@@ -7,9 +7,6 @@ process for a model that a text names (see `sources`).
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +52,6 @@ def measured(
     call = caller(model, sample, mode)
     with evaluating(model), torch.random.fork_rng(devices=[]):
         call()  # thread pools, code pages and caches of libraries are not this call's memory
-        give_back()
         with clock.PeakMemory() as peak:
             call()
         times = clock.interleaved({"model": call}, budget_s)["model"]
@@ -203,12 +199,3 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def give_back() -> None:
-    """Return freed memory to the system, so that a peak above what is resident counts all that a call takes."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .recommendation import Recommendation
     from .results import Profile
 
+EXACT = 1e-4  # errors below are rounding: drawn at the bottom of the axis
 SHADES = dict(zip(PHASES, ("#c44e52", "#4c72b0", "#55a868", "#8172b2", "#b0b0b0"), strict=True))
 
 
@@ -94,15 +95,16 @@ def recommendation_picture(found: Recommendation, path: Path) -> Path:
     """Error against time of every candidate, the front as a line, the budget and the pick marked."""
     figure = _figure(7.5, 5)
     axis = figure.subplots()
-    floor = 1e-8
+    floor = min([c.error for c in found.candidates if c.error > EXACT] + [max(found.budget, EXACT)]) / 4
     for candidate in found.candidates:
-        on_front = candidate in found.front
+        on_front, exact = candidate in found.front, candidate.error < floor
         at = (candidate.relative, max(candidate.error, floor))
         axis.scatter(*at, color="C0" if on_front else "0.6", s=60 if candidate is found.pick else 28)
-        weight = "bold" if candidate is found.pick else "normal"
-        axis.annotate(
-            candidate.method.partition(":")[0], at, (4, 4), textcoords="offset points", fontsize=8, weight=weight
-        )
+        name = candidate.method.partition(":")[0] + (f" ({candidate.error:.0e}, not to scale)" if exact else "")
+        style: dict[str, Any] = {"weight": "bold" if candidate is found.pick else "normal"}
+        style |= {"color": "k" if on_front else "0.45", "ha": "right" if candidate.relative > 0.4 else "left"}
+        offset = (-6 if candidate.relative > 0.4 else 6, 4)
+        axis.annotate(name, at, offset, textcoords="offset points", fontsize=8, **style)
     front = sorted((c.relative, max(c.error, floor)) for c in found.front)
     axis.plot(*zip(*front, strict=True), color="C0", linewidth=1, drawstyle="steps-post")
     axis.axhline(found.budget, color="C3", linestyle="--", linewidth=1)

@@ -145,7 +145,7 @@ def from_records(found: Iterable[Mapping[str, Any]], kind: str | None = None) ->
     for record in found:
         if record["type"] == "environment":
             environment = dict(record)
-        elif record["suite"] in (OPERATOR, MODEL, CEILINGS):
+        elif record["suite"] in (OPERATOR, MODEL, CEILINGS) and not _is_trace(record):
             cells[f"{record['suite']} {sorted((k, str(v)) for k, v in record['config'].items())}"] = record
     ceilings = [c for c in cells.values() if c["suite"] == CEILINGS and c["status"] == "ok"]
     suites = {"op": OPERATOR, "model": MODEL}
@@ -155,8 +155,13 @@ def from_records(found: Iterable[Mapping[str, Any]], kind: str | None = None) ->
         raise InputError("there are no rows of a profile here; make some with efficient-attn profile --out FOLDER")
     limit = (environment.get("limits") or {}).get("memory_bytes")
     last = ceilings[-1] if ceilings else None
-    top = None if last is None else Ceilings(*(last[name] for name in ("gflops", "gbytes", "kind", "threads")))
+    top = None if last is None else Ceilings(**{field.name: last[field.name] for field in dataclasses.fields(Ceilings)})
     return Profile(rows, top, limit, environment, kind)
+
+
+def _is_trace(record: Mapping[str, Any]) -> bool:
+    """Whether a cell was run for its trace: its figures are there already. One that failed is worth a row."""
+    return "trace" in record["config"] and record["status"] == "ok"
 
 
 def _row(record: Mapping[str, Any]) -> Record:

@@ -8,22 +8,26 @@ from typing import Any
 
 import torch
 
+from ..backends import cpu
+
 
 @dataclass(frozen=True)
 class Ceilings:
     """What the machine was measured to do: float32 operations and copied bytes per second, in units of 10^9.
 
     kind: what was measured: "fma" (fused multiply-adds in registers), or "sgemm" without the native module.
+    bfloat16_rate: products of bfloat16 for each one of float32: 2 where the kernels multiply them in pairs.
     """
 
     gflops: float
     gbytes: float
     kind: str = "fma"
     threads: int = 1
+    bfloat16_rate: float = 1.0
 
     def flops_for(self, dtype: str) -> float:
-        """The compute ceiling of a dtype. Halves are multiplied in float32; float64 has half as many lanes."""
-        return self.gflops / 2 if dtype == "float64" else self.gflops
+        """The compute ceiling of a dtype. float16 is multiplied in float32; float64 has half as many lanes."""
+        return self.gflops * {"float64": 0.5, "bfloat16": self.bfloat16_rate}.get(dtype, 1.0)
 
 
 @dataclass(frozen=True)
@@ -67,5 +71,6 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "gbytes": copy.giga_per_second(times["copy"]["ms"]),
         "kind": compute.name,
         "threads": torch.get_num_threads(),
-        "spread": {name: found["spread"] for name, found in times.items()},
+        "bfloat16_rate": 2.0 if not cpu.MISSING and cpu._cpu.instruction_set().endswith("_bf16") else 1.0,
+        "spreads": {name: found["spread"] for name, found in times.items()},
     }

@@ -49,15 +49,18 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.file.__exit__(kind, error, at)
 
-    def run(self, suite: str, config: Mapping[str, Any]) -> Record:
-        """The record of a cell, measured now unless it is known."""
-        known = self.known.get(records.cell_id(suite, config, self.code))
+    def run(self, suite: str, config: Mapping[str, Any], *, again: bool = False) -> Record:
+        """The record of a cell, measured now unless it is known, or in any case (`again`)."""
+        known = None if again else self.known.get(records.cell_id(suite, config, self.code))
         found: Record = known or runner.run_cell(runner.Cell(suite, config), self.file, self.limits, self.code)
         return found
 
     def skip(self, suite: str, config: Mapping[str, Any], status: str, why: str) -> Record:
-        """Record a cell that is not run."""
+        """Record a cell that is not run; one that was run under other limits keeps its figures."""
         number = records.cell_id(suite, config, self.code)
+        known: Record | None = self.known.get(number)
+        if known is not None:
+            return known
         found: Record = {
             "type": "cell",
             "id": number,
@@ -67,8 +70,7 @@ class Session:
             "status": status,
             "message": f"not run: {why}",
         }
-        if number not in self.known:
-            self.file.append(found)
+        self.file.append(found)
         return found
 
     def ceilings(self, threads: int) -> Record:

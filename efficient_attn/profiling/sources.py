@@ -1,6 +1,6 @@
 """Models that a text names, with a sample of any length: for the command line, whose workers make them anew.
 
-encoder, decoder, bert      small built-in models, with random weights (bert: transformers')
+encoder, decoder, bert      small built-in models with random weights: a TextClassifier, a CausalLM, transformers' BERT
 folder                      a transformers checkpoint: its config.json, and its weights where there are some
 file.py:function            your own; also package.module:function
                             function(length) returns (model, sample) for a sequence of that length
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import models
 from ..errors import InputError, UnsupportedError
 from ..integrations import convert
-from ..multihead import MultiheadAttention
 
 VOCABULARY = 1000
 WIDTH, HEADS, LAYERS = 256, 4, 2
@@ -121,40 +121,22 @@ def _cast(sample: Any, dtype: torch.dtype) -> Any:
 # --- built in --------------------------------------------------------------------------------------------------------
 
 
-class _Text(nn.Module):
-    """Token embeddings, pre-norm layers on this package's attention, and a head over the vocabulary."""
-
-    def __init__(self, *, causal: bool) -> None:
-        super().__init__()
-        self.causal = causal
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
-        layer.self_attn = MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, N) -> (B, N, VOCABULARY)
-        x = self.embed(tokens)
-        for layer in self.layers.layers:
-            y = layer.norm1(x)
-            x = x + self._attend(layer.self_attn, y)
-            x = x + layer.linear2(layer.activation(layer.linear1(layer.norm2(x))))
-        assert self.layers.norm is not None
-        out: Tensor = self.head(self.layers.norm(x))
-        return out
-
-    def _attend(self, attention: Any, x: Tensor) -> Tensor:
-        # The promise of causality needs a mask beside it, which is not looked at.
-        mask = x.new_empty((1, 1), dtype=torch.bool).expand(x.shape[1], x.shape[1]) if self.causal else None
-        out: Tensor = attention(x, x, x, need_weights=False, attn_mask=mask, is_causal=self.causal)[0]
-        return out
+def _layers(**options: Any) -> models.TransformerConfig:
+    return models.TransformerConfig(hidden_dim=WIDTH, num_layers=LAYERS, num_heads=HEADS, **options)
 
 
-def _text(causal: bool) -> Source:
-    def make(config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-        return _Text(causal=causal), torch.randint(VOCABULARY, (config["batch"], config["seqlen"]))
+def _tokens(config: Mapping[str, Any]) -> Tensor:
+    return torch.randint(VOCABULARY, (config["batch"], config["seqlen"]))
 
-    return make
+
+def _encoder(config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    settings = models.TextClassifierConfig(VOCABULARY, config["seqlen"], _layers(), num_labels=2)
+    return models.TextClassifier(settings), _tokens(config)
+
+
+def _decoder(config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    settings = models.CausalLMConfig(VOCABULARY, config["seqlen"], _layers(causal=True))
+    return models.CausalLM(settings), _tokens(config)
 
 
 def _bert(config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
@@ -167,9 +149,7 @@ def _bert(config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
         intermediate_size=4 * WIDTH,
         max_position_embeddings=max(512, config["seqlen"]),
     )
-    return transformers.BertModel(settings), {
-        "input_ids": torch.randint(VOCABULARY, (config["batch"], config["seqlen"]))
-    }
+    return transformers.BertModel(settings), {"input_ids": _tokens(config)}
 
 
-BUILT_IN: dict[str, Source] = {"encoder": _text(False), "decoder": _text(True), "bert": _bert}
+BUILT_IN: dict[str, Source] = {"encoder": _encoder, "decoder": _decoder, "bert": _bert}

@@ -8,6 +8,7 @@ report.undo()
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -309,7 +310,7 @@ def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str,
 def _explain_rest(model: nn.Module, report: Conversion) -> None:
     """Name what looks like attention and was left."""
     known = {**report.converted, **report.skipped}
-    for name, module in _topmost(model, lambda m: "attention" in type(m).__name__.lower()):
+    for name, module in _topmost(model, lambda m: bool(re.search("attention|attn", type(m).__name__.lower()))):
         holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
         if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"

@@ -191,6 +191,9 @@ def test_wrong_arguments():
         convert(nn.MultiheadAttention(16, 4), WINDOW)
     with pytest.raises(InputError, match="no method"):
         convert(encoder(), "bigbrid")
+    for repeats in (-1, 1.5, True):
+        with pytest.raises(InputError, match="repeats"):
+            convert(encoder(), WINDOW, sample=X, repeats=repeats)
 
     class Silent(DependsOnType):
         def forward(self, x):

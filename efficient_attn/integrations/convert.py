@@ -122,8 +122,8 @@ def convert(
     Raises:
         ConversionError: with dense attention the outputs differ, or the sample has no output to compare. The model is
             as before, as it is after every error.
-        InputError: nothing to convert, or the model is an attention module itself. UnsupportedError: what the method
-            cannot do in this model.
+        InputError: nothing to convert, the model is an attention module itself, or repeats that are no number.
+            UnsupportedError: what the method cannot do in this model.
     """
     method = parse(attention)
     if not isinstance(model, nn.Module):
@@ -133,6 +133,8 @@ def convert(
             f"the model is a {type(model).__name__} and cannot be replaced inside itself; "
             "use MultiheadAttention.from_torch(model, attention=...)"
         )
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise InputError(f"repeats must be a whole number of forwards, 0 or more; got {repeats!r}")
     report = Conversion(method)
     try:
         if sample is None:

@@ -45,6 +45,10 @@ class ForeignAttention(nn.Module):
         return x
 
 
+class TalkingHeadAttn(ForeignAttention):
+    pass
+
+
 class Special(nn.MultiheadAttention):
     """A subclass whose own doing would be lost."""
 
@@ -125,13 +129,13 @@ def test_setters_get_their_parameters_back_and_keep_to_themselves():
 
 
 def test_what_is_left_alone_is_named():
-    model = nn.ModuleDict({"a": encoder(), "b": ForeignAttention(), "c": Special(16, 4)})
+    model = nn.ModuleDict({"a": encoder(), "b": ForeignAttention(), "c": Special(16, 4), "d": TalkingHeadAttn()})
     report = convert(model, WINDOW, predicate=lambda name, module: name != "a.layers.1.self_attn")
     assert list(report.converted) == ["a.layers.0.self_attn"]
-    assert report.skipped.keys() == {"a.layers.1.self_attn", "b", "c"}
+    assert report.skipped.keys() == {"a.layers.1.self_attn", "b", "c", "d"}
     assert report.skipped["a.layers.1.self_attn"] == "left out by predicate"
     assert "ForeignAttention is of no kind" in report.skipped["b"] and "would be lost" in report.skipped["c"]
-    assert type(model["c"]) is Special and "left alone: 3" in str(report)
+    assert type(model["c"]) is Special and "left alone: 4" in str(report)
 
 
 class DependsOnType(nn.Module):
@@ -187,6 +191,9 @@ def test_wrong_arguments():
         convert(nn.MultiheadAttention(16, 4), WINDOW)
     with pytest.raises(InputError, match="no method"):
         convert(encoder(), "bigbrid")
+    for repeats in (-1, 1.5, True):
+        with pytest.raises(InputError, match="repeats"):
+            convert(encoder(), WINDOW, sample=X, repeats=repeats)
 
     class Silent(DependsOnType):
         def forward(self, x):

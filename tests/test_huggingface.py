@@ -192,6 +192,8 @@ def test_agrees_with_eager(family, padding, monkeypatch):
     results = {}
     for implementation in ("eager", "efficient_attn"):
         model = make(family, implementation)
+        if family == "t5":  # scores without a scale: in float32 eager's own gradients are off by 3e-5
+            model = model.double()
         out = outputs(model, family, padding)
         out.square().sum().backward()
         results[implementation] = out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

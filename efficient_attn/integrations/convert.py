@@ -8,6 +8,7 @@ report.undo()
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -121,8 +122,8 @@ def convert(
     Raises:
         ConversionError: with dense attention the outputs differ, or the sample has no output to compare. The model is
             as before, as it is after every error.
-        InputError: nothing to convert, or the model is an attention module itself. UnsupportedError: what the method
-            cannot do in this model.
+        InputError: nothing to convert, the model is an attention module itself, or repeats that are no number.
+            UnsupportedError: what the method cannot do in this model.
     """
     method = parse(attention)
     if not isinstance(model, nn.Module):
@@ -132,6 +133,8 @@ def convert(
             f"the model is a {type(model).__name__} and cannot be replaced inside itself; "
             "use MultiheadAttention.from_torch(model, attention=...)"
         )
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise InputError(f"repeats must be a whole number of forwards, 0 or more; got {repeats!r}")
     report = Conversion(method)
     try:
         if sample is None:
@@ -309,7 +312,7 @@ def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str,
 def _explain_rest(model: nn.Module, report: Conversion) -> None:
     """Name what looks like attention and was left."""
     known = {**report.converted, **report.skipped}
-    for name, module in _topmost(model, lambda m: "attention" in type(m).__name__.lower()):
+    for name, module in _topmost(model, lambda m: bool(re.search("attention|attn", type(m).__name__.lower()))):
         holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
         if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"

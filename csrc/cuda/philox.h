@@ -7,11 +7,7 @@
 namespace efficient_attn {
 namespace {
 
-// keep[e]: whether dropout keeps element e of the fragment whose first element of this thread is (i, j) of head (b, h);
-// i % 16 < 8 and j even.
-EA_DEVICE void draw_kept(bool (&keep)[4], uint64_t seed, uint32_t threshold, int b, int h, int i, int j) {
-    uint32_t x0 = static_cast<uint32_t>(j) >> 1, x1 = (static_cast<uint32_t>(i) >> 4) * 8 + (i & 7);
-    uint32_t x2 = static_cast<uint32_t>(h), x3 = static_cast<uint32_t>(b);
+EA_DEVICE Words4 philox(uint64_t seed, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     EA_UNROLL
     for (int round = 0; round < 10; ++round) {
@@ -24,10 +20,13 @@ EA_DEVICE void draw_kept(bool (&keep)[4], uint64_t seed, uint32_t threshold, int
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }
-    keep[0] = x0 >= threshold;
-    keep[1] = x1 >= threshold;
-    keep[2] = x2 >= threshold;
-    keep[3] = x3 >= threshold;
+    return {x0, x1, x2, x3};
+}
+
+// The words of query i (or i + 8: z and w, for i % 16 < 8) and key j (even: x and z, odd: y and w) of head (b, h).
+EA_DEVICE Words4 dropout_words(uint64_t seed, int b, int h, int i, int j) {
+    return philox(seed, static_cast<uint32_t>(j) >> 1, (static_cast<uint32_t>(i) >> 4) * 8 + (i & 7),
+                  static_cast<uint32_t>(h), static_cast<uint32_t>(b));
 }
 
 }  // namespace

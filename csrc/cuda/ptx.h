@@ -94,6 +94,17 @@ EA_DEVICE uint32_t load_shared_32(uint32_t address) {
     return value;
 }
 
+struct alignas(8) Words2 {
+    uint32_t x, y;
+};
+
+// ld.shared.v2.b32, warp-wide; 8-byte aligned.
+EA_DEVICE Words2 load_shared_64(uint32_t address) {
+    Words2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared_address(address)) : "memory");
+    return v;
+}
+
 // ld.shared.v4.b32, warp-wide; 16-byte aligned.
 EA_DEVICE Words4 load_shared_128(uint32_t address) {
     Words4 v;
@@ -127,6 +138,13 @@ EA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
 EA_DEVICE void copy_async(uint32_t address, const void* source, int bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(address)), "l"(source),
                  "r"(bytes)
+                 : "memory");
+}
+
+// cp.async.ca 4 with zero fill: one word from `source`, or zero where not `exists`; warp-wide.
+EA_DEVICE void copy_async_32(uint32_t address, const void* source, bool exists) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(address)), "l"(source),
+                 "r"(exists ? 4 : 0)
                  : "memory");
 }
 
@@ -211,6 +229,8 @@ EA_DEVICE float multiply_add_scalar(float a, float b, float c) { return __fmaf_r
 // mul.hi.u32: the upper half of the product.
 EA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
+EA_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+EA_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 EA_DEVICE float infinity() { return __uint_as_float(0x7F800000u); }
 EA_DEVICE float not_a_number() { return __uint_as_float(0x7FFFFFFFu); }
 

@@ -18,9 +18,8 @@ EA_DEVICE uint32_t chunk_offset(int row, int chunk) {
     return static_cast<uint32_t>(row * (kWidth * 2) + ((chunk ^ (row & 7)) << 4));
 }
 
-EA_DEVICE const uint16_t* row_pointer(const TensorView& view, int b, int h, int64_t row) {
-    return static_cast<const uint16_t*>(view.data) + b * view.batch_stride + h * view.head_stride +
-           row * view.row_stride;
+EA_DEVICE uint16_t* head_pointer(const TensorView& view, int b, int h) {
+    return static_cast<uint16_t*>(view.data) + b * view.batch_stride + h * view.head_stride;
 }
 
 // Eight elements of which `count` exist, one by one: for rows that do not begin on 16 bytes.
@@ -106,12 +105,23 @@ EA_DEVICE void pack_a(uint32_t (&a)[kN / 2][4], const float (&c)[kN][4]) {
     }
 }
 
+// f(element, m, n, e) for every element that this thread holds of [16 kM, 8 kN] accumulators: in row 16 m + 8 (e / 2) +
+// lane / 4 and column 8 n + 2 (lane % 4) + e % 2.
+template <int kM, int kN, class Function>
+EA_DEVICE void each(float (&c)[kM][kN][4], Function f) {
+    EA_UNROLL
+    for (int m = 0; m < kM; ++m) {
+        EA_UNROLL
+        for (int n = 0; n < kN; ++n) {
+            EA_UNROLL
+            for (int e = 0; e < 4; ++e) f(c[m][n][e], m, n, e);
+        }
+    }
+}
+
 template <int kM, int kN>
 EA_DEVICE void clear(float (&c)[kM][kN][4]) {
-    EA_UNROLL
-    for (int m = 0; m < kM; ++m) EA_UNROLL
-    for (int n = 0; n < kN; ++n) EA_UNROLL
-    for (int e = 0; e < 4; ++e) c[m][n][e] = 0.0f;
+    each(c, [](float& x, int, int, int) { x = 0.0f; });
 }
 
 // Whether 16 bits are NaN or infinite.
@@ -152,24 +162,91 @@ EA_DEVICE float quad_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
-// Rounds a warp's rows [16 kM, 8 kN] to T and writes those below `end` that exist. They pass through the warp's own
-// rows of a tile in shared memory, so that memory is written 16 bytes a lane. `row`: the warp's first row in tile and
-// tensor relative to `first`.
-template <class T, int kM, int kN>
-EA_DEVICE void store_rows(const float (&c)[kM][kN][4], uint32_t tile, uint16_t* base, int64_t row_stride, int first,
-                          int row, int end, int width, bool aligned, int lane) {
-    constexpr int kWidth = kN * 8, kChunks = kN, kRowsAtOnce = kWarp / kChunks > 0 ? kWarp / kChunks : 1;
-    static_assert(kChunks <= kWarp, "a row is at most one access wide");
+// --- products ---
+
+// s += A B^T: A are rows `row` .. of one tile, B the rows of another one, both kWidth wide.
+template <class T, int kWidth, int kM, int kN>
+EA_DEVICE void multiply_transposed(float (&s)[kM][kN][4], uint32_t a_tile, int row, uint32_t b_tile, int lane) {
+    const uint32_t a_lane = lane_down<kWidth>(a_tile + row * kWidth * 2, lane);
+    const uint32_t b_lane = lane_across<kWidth>(b_tile, lane);
+    EA_UNROLL
+    for (int k = 0; k < kWidth / 16; ++k) {
+        uint32_t a[kM][4];
+        EA_UNROLL
+        for (int m = 0; m < kM; ++m) load_a<kWidth>(a[m], a_lane, m * 16, k);
+        EA_UNROLL
+        for (int n = 0; n < kN / 2; ++n) {
+            uint32_t b[4];
+            load_b<kWidth>(b, b_lane, n * 16, k);
+            EA_UNROLL
+            for (int m = 0; m < kM; ++m) {
+                multiply_add<T>(s[m][2 * n], a[m], b[0], b[1]);
+                multiply_add<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// c += S B: S rounded to T, B the columns of a tile from 16 `column` on, read as `reading` says where kSafe.
+template <class T, int kWidth, bool kSafe, int kM, int kN, int kC>
+EA_DEVICE void multiply(float (&c)[kM][kC][4], const float (&s)[kM][kN][4], uint32_t tile, int column, Reading reading,
+                        int lane) {
+    const uint32_t b_lane = matrices_at<kWidth>(lane_down<kWidth>(tile, lane), 0, column);
+    uint32_t a[kM][kN / 2][4];
+    EA_UNROLL
+    for (int m = 0; m < kM; ++m) pack_a<T>(a[m], s[m]);
+    EA_UNROLL
+    for (int k = 0; k < kN / 2; ++k) EA_UNROLL
+    for (int n = 0; n < kC / 2; ++n) {
+        uint32_t b[4];
+        load_b_transposed<kWidth>(b, b_lane, k * 16, n);
+        EA_UNROLL
+        for (int r = 0; r < 4; ++r)
+            if (kSafe) b[r] = read_as<T>(b[r], reading);
+        EA_UNROLL
+        for (int m = 0; m < kM; ++m) {
+            multiply_add<T>(c[m][2 * n], a[m][k], b[0], b[1]);
+            multiply_add<T>(c[m][2 * n + 1], a[m][k], b[2], b[3]);
+        }
+    }
+}
+
+// --- results ---
+
+// Whether an element of the rows row, row + 8, .. below `end` is NaN or infinite: then it may have come from a position
+// that the row does not see.
+template <int kM, int kC>
+EA_DEVICE bool suspicious(float (&c)[kM][kC][4], int row, int end) {
+    bool found = false;
+    each(c, [&](float x, int m, int, int e) { found |= !finite(x) && row + m * 16 + e / 2 * 8 < end; });
+    return found;
+}
+
+template <int kM, int kC>
+EA_DEVICE void scale_by(float (&c)[kM][kC][4], float factor) {
+    each(c, [&](float& x, int, int, int) { x *= factor; });
+}
+
+// Rounds a warp's rows [16 kM, 8 kC] to T and writes those below `end`. They pass through the warp's own rows and
+// columns of a tile in shared memory, so that memory is written 16 bytes a lane. `row` is the warp's first row in the
+// tile, `first` the tile's in the tensor, `column` its first column in units of 8.
+template <class T, int kWidth, int kM, int kC>
+EA_DEVICE void store_rows(float (&c)[kM][kC][4], uint32_t tile, uint16_t* base, int64_t row_stride, int first, int row,
+                          int end, int column, int width, bool aligned, int lane) {
+    static_assert(kC <= kWarp && kWarp % kC == 0, "a row is at most one access wide");
     warp_sync();
     EA_UNROLL
-    for (int m = 0; m < kM; ++m) EA_UNROLL
-    for (int half = 0; half < 2; ++half) EA_UNROLL
-    for (int n = 0; n < kN; ++n)
-        store_shared_32(tile + chunk_offset<kWidth>(row + m * 16 + half * 8 + lane / 4, n) + lane % 4 * 4,
-                        pack<T>(c[m][n][2 * half], c[m][n][2 * half + 1]));
+    for (int m = 0; m < kM; ++m) {
+        EA_UNROLL
+        for (int n = 0; n < 2 * kC; ++n) {
+            const int half = n % 2, place = row + m * 16 + half * 8 + lane / 4;
+            store_shared_32(tile + chunk_offset<kWidth>(place, column + n / 2) + lane % 4 * 4,
+                            pack<T>(c[m][n / 2][2 * half], c[m][n / 2][2 * half + 1]));
+        }
+    }
     warp_sync();
-    const int chunk = lane % kChunks, count = smaller(8, width - chunk * 8);
-    for (int r = lane / kChunks; r < kM * 16; r += kRowsAtOnce) {
+    const int chunk = column + lane % kC, count = smaller(8, width - chunk * 8);
+    for (int r = lane / kC; r < kM * 16; r += kWarp / kC) {
         const Words4 words = load_shared_128(tile + chunk_offset<kWidth>(row + r, chunk));
         const int position = first + row + r;
         if (position >= end || count <= 0) continue;
@@ -183,6 +260,17 @@ EA_DEVICE void store_rows(const float (&c)[kM][kN][4], uint32_t tile, uint16_t* 
         for (int e = 0; e < 8; ++e)
             if (e < count) store_global(target + e, static_cast<uint16_t>(word[e / 2] >> (e % 2 * 16)));
     }
+}
+
+// NaN where a mark was counted: rows row, row + 8, .. below `end`, columns from `column` on.
+template <class T, int kM, int kC>
+EA_DEVICE void store_marks(float (&c)[kM][kC][4], uint16_t* base, int64_t row_stride, int row, int end, int column,
+                           int64_t width) {
+    const uint16_t nan = static_cast<uint16_t>(pack<T>(not_a_number(), 0.0f));
+    each(c, [&](float x, int m, int n, int e) {
+        const int i = row + m * 16 + e / 2 * 8, d = column + n * 8 + e % 2;
+        if (x > 0.0f && i < end && d < width) store_global(base + i * row_stride + d, nan);
+    });
 }
 
 }  // namespace

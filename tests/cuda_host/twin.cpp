@@ -274,7 +274,8 @@ X& argument(int warp, int lane) {
 }
 
 void shared_access(int operation, int w) {
-    const int bytes = operation == kStore32 || operation == kLoad32 ? 4 : 16, phase = 128 / bytes;
+    const int bytes = operation == kStore32 || operation == kLoad32 ? 4 : operation == kLoad64 ? 8 : 16;
+    const int phase = 128 / bytes;
     const bool write = operation == kStore32 || operation == kStore128;
     uint32_t addresses[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -308,23 +309,26 @@ void load_matrices(int operation, int w) {
         }
 }
 
-void start_copies(int w) {
+void start_copies(int operation, int w) {
     uint32_t addresses[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
         Copy& copy = argument<Copy>(w, lane);
         addresses[lane] = copy.address;
         block.current = w * kLanes + lane;
-        if (copy.bytes < 0 || copy.bytes > 16) fail(here() + "cp.async of " + std::to_string(copy.bytes) + " bytes");
-        if (reinterpret_cast<uintptr_t>(copy.source) % 16) fail(here() + "cp.async from an address not aligned to 16");
+        const uint32_t whole = static_cast<uint32_t>(copy.whole);
+        if (copy.bytes < 0 || copy.bytes > copy.whole)
+            fail(here() + "cp.async of " + std::to_string(copy.bytes) + " bytes");
+        if (reinterpret_cast<uintptr_t>(copy.source) % whole) fail(here() + "cp.async from a misaligned address");
         check_elements(copy.source, copy.bytes, false);
-        check_shared(copy.address, 16, true, lane, "cp.async");
-        std::memset(&block.shared[copy.address], 0xFF, 16);
-        for (int k = 0; k < 4; ++k) block.words[copy.address / 4 + k].under_way = true;
+        check_shared(copy.address, whole, true, lane, "cp.async");
+        std::memset(&block.shared[copy.address], 0xFF, whole);
+        for (uint32_t k = 0; k < whole / 4; ++k) block.words[copy.address / 4 + k].under_way = true;
         std::vector<Group>& groups = block.fibers[block.current].groups;
         if (groups.empty()) groups.emplace_back();
         groups.back().copies.push_back(copy);
     }
-    for (int lane = 0; lane < kLanes; lane += 8) count_conflicts(kCopyAsync, addresses + lane, 8, 16);
+    const int bytes = operation == kCopyAsync ? 16 : 4, phase = 128 / bytes;
+    for (int lane = 0; lane < kLanes; lane += phase) count_conflicts(operation, addresses + lane, phase, bytes);
 }
 
 // The sum runs over k in float32, starting from c; products of 16-bit floats are exact.
@@ -373,7 +377,8 @@ void execute(int operation, int w) {
             load_matrices(operation, w);
             break;
         case kCopyAsync:
-            start_copies(w);
+        case kCopyAsync32:
+            start_copies(operation, w);
             break;
         case kMmaBFloat16:
             multiply_add<from_bfloat16>(w);
@@ -449,9 +454,10 @@ const bool float16_ready = [] {
 }  // namespace
 
 const char* operation_name(int operation) {
-    static const char* const names[kOperations] = {
-        "nothing",       "warp_sync", "vote.any",       "shfl",     "st.shared.32", "st.shared.128", "ld.shared.32",
-        "ld.shared.128", "ldmatrix",  "ldmatrix.trans", "cp.async", "mma.bf16",     "mma.f16"};
+    static const char* const names[kOperations] = {"nothing",       "warp_sync",     "vote.any",       "shfl",
+                                                   "st.shared.32",  "st.shared.128", "ld.shared.32",   "ld.shared.64",
+                                                   "ld.shared.128", "ldmatrix",      "ldmatrix.trans", "cp.async",
+                                                   "cp.async.32",   "mma.bf16",      "mma.f16"};
     return names[operation];
 }
 
@@ -579,9 +585,10 @@ void wait_copies(int pending) {
         for (const Copy& copy : groups.front().copies) {
             uint8_t bytes[16] = {};
             std::memcpy(bytes, copy.source, static_cast<size_t>(copy.bytes));
-            for (int k = 0; k < 4; ++k) block.words[copy.address / 4 + k].under_way = false;
-            check_shared(copy.address, 16, true, block.current % kLanes, "the arrival of cp.async");
-            std::memcpy(&block.shared[copy.address], bytes, 16);
+            const uint32_t whole = static_cast<uint32_t>(copy.whole);
+            for (uint32_t k = 0; k < whole / 4; ++k) block.words[copy.address / 4 + k].under_way = false;
+            check_shared(copy.address, whole, true, block.current % kLanes, "the arrival of cp.async");
+            std::memcpy(&block.shared[copy.address], bytes, whole);
         }
         groups.erase(groups.begin());
     }

@@ -29,10 +29,12 @@ enum Operation : int {
     kStore32,
     kStore128,
     kLoad32,
+    kLoad64,
     kLoad128,
     kMatrices,
     kMatricesTransposed,
     kCopyAsync,
+    kCopyAsync32,
     kMmaBFloat16,
     kMmaFloat16,
     kOperations
@@ -83,7 +85,7 @@ struct Vote {
 struct Copy {
     uint32_t address;
     const void* source;
-    int bytes;
+    int bytes, whole;  // what is read, and written with zeros behind it
 };
 struct Mma {
     float* c;

@@ -47,34 +47,11 @@ EA_DEVICE void load_slot(const KernelParams& p, const Place& at, const Step& ste
     const uint32_t base = F::kSlots + slot * F::kSlotBytes;
     const AttentionParams& c = p.call;
     const int kv = at.h / p.group;
-    load_tile<F::kKeys, F::kHead, F::kThreads>(base, row_pointer(c.key, at.b, kv, 0), c.key.row_stride, step.first,
+    load_tile<F::kKeys, F::kHead, F::kThreads>(base, head_pointer(c.key, at.b, kv), c.key.row_stride, step.first,
                                                step.end, static_cast<int>(c.D), p.key_aligned);
-    load_tile<F::kKeys, F::kHead, F::kThreads>(base + F::kTileBytes, row_pointer(c.value, at.b, kv, 0),
+    load_tile<F::kKeys, F::kHead, F::kThreads>(base + F::kTileBytes, head_pointer(c.value, at.b, kv),
                                                c.value.row_stride, step.first, step.end, static_cast<int>(c.Dv),
                                                p.value_aligned);
-}
-
-// s = Q K^T of the warp's rows.
-template <class F>
-EA_DEVICE void score(float (&s)[F::kM][F::kKeys / 8][4], uint32_t keys, int row, int lane) {
-    const uint32_t a_lane = lane_down<F::kHead>(F::kQuery + row * F::kHead * 2, lane);
-    const uint32_t b_lane = lane_across<F::kHead>(keys, lane);
-    EA_UNROLL
-    for (int k = 0; k < F::kHead / 16; ++k) {
-        uint32_t a[F::kM][4];
-        EA_UNROLL
-        for (int m = 0; m < F::kM; ++m) load_a<F::kHead>(a[m], a_lane, m * 16, k);
-        EA_UNROLL
-        for (int n = 0; n < F::kKeys / 16; ++n) {
-            uint32_t b[4];
-            load_b<F::kHead>(b, b_lane, n * 16, k);
-            EA_UNROLL
-            for (int m = 0; m < F::kM; ++m) {
-                multiply_add<typename F::T>(s[m][2 * n], a[m], b[0], b[1]);
-                multiply_add<typename F::T>(s[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
 }
 
 // Turns scores (times `unit`: log2) into weights e^(s - top) and fades what was summed before.
@@ -83,8 +60,8 @@ EA_DEVICE void online_softmax_update(F& f, float (&s)[F::kM][F::kKeys / 8][4], f
     float fade[F::kM][2];
     bool fades = false;
     EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) EA_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int r = 0; r < 2 * F::kM; ++r) {
+        const int m = r / 2, half = r % 2;
         float best = -infinity();
         EA_UNROLL
         for (int n = 0; n < F::kKeys / 8; ++n) best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
@@ -94,56 +71,16 @@ EA_DEVICE void online_softmax_update(F& f, float (&s)[F::kM][F::kKeys / 8][4], f
         fades |= fade[m][half] != 1.0f;
         float sum = 0.0f;
         EA_UNROLL
-        for (int n = 0; n < F::kKeys / 8; ++n) EA_UNROLL
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[m][n][e] = power_of_2(multiply_add_scalar(s[m][n][e], unit, -shift));
-            sum += s[m][n][e];
+        for (int k = 0; k < F::kKeys / 4; ++k) {
+            float& score = s[m][k / 2][2 * half + k % 2];
+            score = power_of_2(multiply_add_scalar(score, unit, -shift));
+            sum += score;
         }
         f.top[m][half] = top;
         f.total[m][half] = f.total[m][half] * fade[m][half] + sum;
     }
     if (!warp_any(fades)) return;  // most tiles after the first few change no maximum
-    EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) EA_UNROLL
-    for (int n = 0; n < F::kHead / 8; ++n) EA_UNROLL
-    for (int e = 0; e < 4; ++e) f.out[m][n][e] *= fade[m][e / 2];
-}
-
-// Sets the weights of dropped pairs to 0.
-template <class F>
-EA_DEVICE void drop(float (&s)[F::kM][F::kKeys / 8][4], const KernelParams& p, const Place& at, int row, int column) {
-    const uint64_t seed = dropout_seed(p);
-    EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) EA_UNROLL
-    for (int n = 0; n < F::kKeys / 8; ++n) {
-        bool keep[4];
-        draw_kept(keep, seed, p.threshold, at.b, at.h, row + m * 16, column + n * 8);
-        EA_UNROLL
-        for (int e = 0; e < 4; ++e) s[m][n][e] = keep[e] ? s[m][n][e] : 0.0f;
-    }
-}
-
-// out += P V, V read as `reading` says where kSafe.
-template <class F, bool kSafe>
-EA_DEVICE void accumulate(F& f, const float (&s)[F::kM][F::kKeys / 8][4], uint32_t values, Reading reading, int lane) {
-    const uint32_t b_lane = lane_down<F::kHead>(values, lane);
-    uint32_t a[F::kM][F::kKeys / 16][4];
-    EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) pack_a<typename F::T>(a[m], s[m]);
-    EA_UNROLL
-    for (int k = 0; k < F::kKeys / 16; ++k) EA_UNROLL
-    for (int n = 0; n < F::kHead / 16; ++n) {
-        uint32_t b[4];
-        load_b_transposed<F::kHead>(b, b_lane, k * 16, n);
-        EA_UNROLL
-        for (int r = 0; r < 4; ++r)
-            if (kSafe) b[r] = read_as<typename F::T>(b[r], reading);
-        EA_UNROLL
-        for (int m = 0; m < F::kM; ++m) {
-            multiply_add<typename F::T>(f.out[m][2 * n], a[m][k], b[0], b[1]);
-            multiply_add<typename F::T>(f.out[m][2 * n + 1], a[m][k], b[2], b[3]);
-        }
-    }
+    each(f.out, [&](float& x, int m, int, int e) { x *= fade[m][e / 2]; });
 }
 
 // Walks the keys. Reading kMarks: weights are 1 for visible pairs and out counts the NaN and infinities that a row
@@ -154,20 +91,20 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, Reading read
     const int lane = thread_index() % kWarp, warp_row = first_row<F>(part);
     const int row = at.lines.begin + warp_row + lane / 4;
     const bool active = at.lines.begin + warp_row < at.lines.end, biased = F::kExtras && p.call.bias.data;
+    const bool marks = kSafe && reading == kMarks;
     const Reach sees = reach(at.lines.begin, at.lines.end - 1, p.low, p.high, key_count(p, at.b));
 
     clear(f.out);
     EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) EA_UNROLL
-    for (int half = 0; half < 2; ++half) f.top[m][half] = -infinity(), f.total[m][half] = 0.0f;
+    for (int r = 0; r < 2 * F::kM; ++r) f.top[r / 2][r % 2] = -infinity(), f.total[r / 2][r % 2] = 0.0f;
 
     Walk<F::kKeys, kByQuery> walk(p, at.b, at.h, at.lines.begin, sees.any);
     Step next;
     bool more = walk.next(p, next);
     if (kSafe) block_sync();  // the pass before may still be reading what is loaded now
     if (more) {
-        if (reading != kMarks)
-            load_tile<F::kRows, F::kHead, F::kThreads>(F::kQuery, row_pointer(p.call.query, at.b, at.h, 0),
+        if (!marks)
+            load_tile<F::kRows, F::kHead, F::kThreads>(F::kQuery, head_pointer(p.call.query, at.b, at.h),
                                                        p.call.query.row_stride, at.lines.begin, at.lines.end,
                                                        static_cast<int>(p.call.D), p.query_aligned);
         load_slot<F>(p, at, next, 0);
@@ -183,42 +120,26 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, Reading read
             copy_async_commit();
         }
         if (!active) continue;
-        const uint32_t tile = F::kSlots + slot * F::kSlotBytes;
+        const uint32_t keys = F::kSlots + slot * F::kSlotBytes, values = keys + F::kTileBytes;
         float s[F::kM][F::kKeys / 8][4];
         clear(s);
-        if (!kSafe || reading != kMarks) score<F>(s, tile, warp_row, lane);
-        if (F::kExtras) {
-            EA_UNROLL
-            for (int m = 0; m < F::kM; ++m) EA_UNROLL
-            for (int n = 0; n < F::kKeys / 8; ++n) EA_UNROLL
-            for (int e = 0; e < 4; ++e) s[m][n][e] *= p.score_scale;
-        }
+        if (!marks) multiply_transposed<T, F::kHead>(s, F::kQuery, warp_row, keys, lane);
+        if (F::kExtras) scale_by(s, p.score_scale);
         const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + F::kKeys <= sees.all.end &&
                           step.end == step.first + F::kKeys;
-        if (!full || biased) hide<F::kM, F::kKeys / 8>(s, p, step, row, at.lines, p.low, p.high, lane);
-        if (biased) add_bias<T, true>(s, p, at.b, at.h, row, step.first + lane % 4 * 2, !kSafe || reading != kMarks);
-        if (kSafe && reading == kMarks) {
-            EA_UNROLL
-            for (int m = 0; m < F::kM; ++m) EA_UNROLL
-            for (int n = 0; n < F::kKeys / 8; ++n) EA_UNROLL
-            for (int e = 0; e < 4; ++e) s[m][n][e] = s[m][n][e] == 0.0f ? 1.0f : 0.0f;
+        const int column = step.first + lane % 4 * 2;
+        if (!full || biased) hide(s, p, step, row, at.lines, p.low, p.high, lane);
+        if (biased) add_bias<T, true>(s, p, at.b, at.h, row, column, !marks);
+        if (marks) {
+            visible_ones(s);
         } else {
             online_softmax_update(f, s, F::kExtras ? 1.0f : p.score_scale);
-            if (F::kExtras && p.call.dropout_p > 0) drop<F>(s, p, at, row, step.first + lane % 4 * 2);
+            if constexpr (F::kExtras) {
+                if (p.call.dropout_p > 0) drop(s, draw_kept<true, F::kM, F::kKeys / 8>(p, at.b, at.h, row, column));
+            }
         }
-        accumulate<F, kSafe>(f, s, tile + F::kTileBytes, reading, lane);
+        multiply<T, F::kHead, kSafe>(f.out, s, values, 0, reading, lane);
     }
-}
-
-// Whether a row that exists holds a NaN or infinity: then one may have come from a value that the row does not see.
-template <class F>
-EA_DEVICE bool suspicious(const F& f, int row, int end) {
-    bool found = false;
-    EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) EA_UNROLL
-    for (int n = 0; n < F::kHead / 8; ++n) EA_UNROLL
-    for (int e = 0; e < 4; ++e) found |= !finite(f.out[m][n][e]) && row + m * 16 + e / 2 * 8 < end;
-    return found;
 }
 
 // Divides by the sums and writes out and lse.
@@ -226,44 +147,22 @@ template <class F>
 EA_DEVICE void store_results(F& f, const KernelParams& p, const Place& at, int part) {
     const int lane = thread_index() % kWarp, warp_row = first_row<F>(part);
     if (at.lines.begin + warp_row >= at.lines.end) return;
+    float factor[F::kM][2];
     EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) EA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const float total = quad_sum(f.total[m][half]);
-        const float factor = total == 0.0f ? 0.0f : p.keep_scale / total;
-        EA_UNROLL
-        for (int n = 0; n < F::kHead / 8; ++n) {
-            f.out[m][n][2 * half] *= factor;
-            f.out[m][n][2 * half + 1] *= factor;
-        }
-        const int row = at.lines.begin + warp_row + m * 16 + half * 8 + lane / 4;
+    for (int r = 0; r < 2 * F::kM; ++r) {
+        const float total = quad_sum(f.total[r / 2][r % 2]);
+        factor[r / 2][r % 2] = total == 0.0f ? 0.0f : p.keep_scale / total;
+        const int row = at.lines.begin + warp_row + r * 8 + lane / 4;
         if (lane % 4 == 0 && row < at.lines.end) {
             const int64_t head = static_cast<int64_t>(at.b) * p.call.Hq + at.h;
-            const float lse = (f.top[m][half] + logarithm_2(total)) * 0.6931471805599453f;
+            const float lse = (f.top[r / 2][r % 2] + logarithm_2(total)) * 0.6931471805599453f;
             store_global(static_cast<float*>(p.call.lse) + head * p.call.Nq + row, total == 0.0f ? -infinity() : lse);
         }
     }
-    uint16_t* base =
-        static_cast<uint16_t*>(p.call.out.data) + at.b * p.call.out.batch_stride + at.h * p.call.out.head_stride;
-    store_rows<typename F::T>(f.out, F::kQuery, base, p.call.out.row_stride, at.lines.begin, warp_row, at.lines.end,
-                              static_cast<int>(p.call.Dv), p.out_aligned, lane);
-}
-
-// After store_results: NaN where a row sees a value that is NaN or infinite.
-template <class F>
-EA_DEVICE void store_marks(const F& f, const KernelParams& p, const Place& at, int part) {
-    const int lane = thread_index() % kWarp, row = at.lines.begin + first_row<F>(part) + lane / 4;
-    const TensorView& out = p.call.out;
-    uint16_t* base = static_cast<uint16_t*>(out.data) + at.b * out.batch_stride + at.h * out.head_stride;
-    EA_UNROLL
-    for (int m = 0; m < F::kM; ++m) EA_UNROLL
-    for (int n = 0; n < F::kHead / 8; ++n) EA_UNROLL
-    for (int e = 0; e < 4; ++e) {
-        const int i = row + m * 16 + e / 2 * 8, d = n * 8 + lane % 4 * 2 + e % 2;
-        if (f.out[m][n][e] > 0.0f && i < at.lines.end && d < p.call.Dv)
-            store_global(base + i * out.row_stride + d,
-                         static_cast<uint16_t>(pack<typename F::T>(not_a_number(), 0.0f)));
-    }
+    each(f.out, [&](float& x, int m, int, int e) { x *= factor[m][e / 2]; });
+    store_rows<typename F::T, F::kHead>(f.out, F::kQuery, head_pointer(p.call.out, at.b, at.h), p.call.out.row_stride,
+                                        at.lines.begin, warp_row, at.lines.end, 0, static_cast<int>(p.call.Dv),
+                                        p.out_aligned, lane);
 }
 
 // The tile that block number `index` of the grid owns.
@@ -286,7 +185,7 @@ attention_forward(EA_PARAMETER KernelParams p) {
     if (at.lines.begin < at.lines.end) {
         F f;
         attend<F, false>(f, p, at, kAsIs, 0);
-        suspect = suspicious(f, at.lines.begin + first_row<F>(0) + thread_index() % kWarp / 4, at.lines.end);
+        suspect = suspicious(f.out, at.lines.begin + first_row<F>(0) + thread_index() % kWarp / 4, at.lines.end);
         store_results(f, p, at, 0);
     }
     if (!p.flags) return;
@@ -307,7 +206,10 @@ attention_forward_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
             attend<F, true>(f, p, at, kFinite, part);
             store_results(f, p, at, part);
             attend<F, true>(f, p, at, kMarks, part);
-            store_marks(f, p, at, part);
+            const int lane = thread_index() % kWarp;
+            store_marks<typename F::T>(f.out, head_pointer(p.call.out, at.b, at.h), p.call.out.row_stride,
+                                       at.lines.begin + first_row<F>(part) + lane / 4, at.lines.end, lane % 4 * 2,
+                                       p.call.Dv);
         }
     }
 }

@@ -71,6 +71,16 @@ EA_DEVICE uint32_t load_shared_32(uint32_t address) {
     return access.words[0];
 }
 
+struct alignas(8) Words2 {
+    uint32_t x, y;
+};
+
+EA_DEVICE Words2 load_shared_64(uint32_t address) {
+    twin::Access access{address, {}};
+    twin::warp_wide(twin::kLoad64, &access);
+    return {access.words[0], access.words[1]};
+}
+
 EA_DEVICE Words4 load_shared_128(uint32_t address) {
     twin::Access access{address, {}};
     twin::warp_wide(twin::kLoad128, &access);
@@ -90,8 +100,12 @@ EA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
 }
 
 EA_DEVICE void copy_async(uint32_t address, const void* source, int bytes) {
-    twin::Copy copy{address, source, bytes};
+    twin::Copy copy{address, source, bytes, 16};
     twin::warp_wide(twin::kCopyAsync, &copy);
+}
+EA_DEVICE void copy_async_32(uint32_t address, const void* source, bool exists) {
+    twin::Copy copy{address, source, exists ? 4 : 0, 4};
+    twin::warp_wide(twin::kCopyAsync32, &copy);
 }
 EA_DEVICE void copy_async_commit() { twin::commit_copies(); }
 template <int kPending>
@@ -122,6 +136,16 @@ EA_DEVICE float power_of_2(float x) { return std::exp2(x); }
 EA_DEVICE float logarithm_2(float x) { return std::log2(x); }
 EA_DEVICE float multiply_add_scalar(float a, float b, float c) { return std::fma(a, b, c); }
 EA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+EA_DEVICE float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+EA_DEVICE uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 EA_DEVICE float infinity() { return std::numeric_limits<float>::infinity(); }
 EA_DEVICE float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
 

@@ -21,7 +21,8 @@ struct KernelParams {
     uint32_t threshold;       // a pair is kept iff its random word is not below
     int group;                // query heads of a key/value head
     int low, high;            // query i sees the keys i + low .. i + high, bounded so that beyond nothing changes
-    bool query_aligned, key_aligned, value_aligned, out_aligned, grad_out_aligned;  // every row begins on 16 bytes
+    bool query_aligned, key_aligned, value_aligned, out_aligned, grad_out_aligned, dq_aligned, dk_aligned,
+        dv_aligned;  // every row begins on 16 bytes
 };
 
 inline int64_t bounded(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
@@ -49,6 +50,12 @@ inline KernelParams kernel_params(const AttentionParams& p, const int64_t* seed)
     k.key_aligned = rows_aligned(p.key, p.B, p.Hkv, p.Nk);
     k.value_aligned = rows_aligned(p.value, p.B, p.Hkv, p.Nk);
     k.out_aligned = rows_aligned(p.out, p.B, p.Hq, p.Nq) && p.Dv % 8 == 0;
+    if (p.grad_out.data) {
+        k.grad_out_aligned = rows_aligned(p.grad_out, p.B, p.Hq, p.Nq);
+        k.dq_aligned = rows_aligned(p.dq, p.B, p.Hq, p.Nq) && p.D % 8 == 0;
+        k.dk_aligned = rows_aligned(p.dk, p.B, p.Hkv, p.Nk) && p.D % 8 == 0;
+        k.dv_aligned = rows_aligned(p.dv, p.B, p.Hkv, p.Nk) && p.Dv % 8 == 0;
+    }
     return k;
 }
 

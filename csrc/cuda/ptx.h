@@ -19,6 +19,7 @@
 #define EA_DEVICE __device__ __forceinline__
 #define EA_PARAMETER const __grid_constant__
 #define EA_UNROLL _Pragma("unroll")
+#define EA_KEEP_LOOP _Pragma("unroll 1")
 
 namespace efficient_attn {
 namespace {

@@ -16,6 +16,17 @@ struct Place {
     Span lines;
 };
 
+// The tile of queries that block number `index` of the grid owns, kRows of them at most.
+template <int kRows>
+EA_DEVICE Place query_place(const KernelParams& p, int64_t index) {
+    const Tiling tiles = tiling<kRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_q));
+    const int count = ceil_div(p.call.Nq, tiles.block) * tiles.tiles_per_block;
+    const int64_t head = index / count;
+    const int tile = count - 1 - static_cast<int>(index % count);  // under a causal mask the last ones are the longest
+    return {static_cast<int>(head / p.call.Hq), static_cast<int>(head % p.call.Hq),
+            tiles.lines(tile, static_cast<int>(p.call.Nq))};
+}
+
 EA_DEVICE uint64_t dropout_seed(const KernelParams& p) {
     return p.seed ? static_cast<uint64_t>(load_global(p.seed)) : p.call.dropout_seed;
 }

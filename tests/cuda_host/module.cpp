@@ -52,22 +52,60 @@ struct Allowed {
     ~Allowed() { twin::forget(); }
 };
 
-void forward(const std::string& words, uintptr_t seed, uintptr_t flags) {
-    const AttentionParams p = read_params(words, false);
+template <class Serve>
+void run(const KernelParams& k) {
+    TwinLaunch launch;
+#ifdef EFFICIENT_ATTN_TWIN_SMALL
+    serve_head<Serve, BFloat16, 64>(k, launch);
+#else
+    if (k.call.dtype == kBFloat16) {
+        serve<Serve, BFloat16>(k, launch);
+    } else {
+        serve<Serve, Float16>(k, launch);
+    }
+#endif
+}
+
+KernelParams params(const AttentionParams& p, uintptr_t seed, uintptr_t flags) {
     KernelParams k = kernel_params(p, reinterpret_cast<const int64_t*>(seed));
     k.flags = reinterpret_cast<int32_t*>(flags);
+    return k;
+}
+
+// The last argument is the stream of the GPU, of which there is none here.
+void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t) {
+    const AttentionParams p = read_params(words, false);
     Allowed allowed;
     allow_inputs(p);
+    twin::allow(reinterpret_cast<void*>(seed), 8, false);
     allow(p.out, p.B, p.Hq, p.Nq, p.Dv, true);
     twin::allow(p.lse, p.B * p.Hq * p.Nq * 4, true);
-    twin::allow(k.flags, forward_tiles(p) * 4, true);
-    twin::allow(k.seed, 8, false);
-    TwinLaunch launch;
-    if (p.dtype == kBFloat16) {
-        attention_forward<BFloat16>(k, launch);
-    } else {
-        attention_forward<Float16>(k, launch);
-    }
+    if (flags) twin::allow(reinterpret_cast<void*>(flags), flag_count(p, false) * 4, true);
+    run<ServeForward>(params(p, seed, flags));
+    twin::check_all_written();
+}
+
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, uintptr_t) {
+    AttentionParams p = read_params(words, true);
+    if (bias_sums) p.dbias.dtype = kFloat32;
+    KernelParams k = params(p, seed, flags);
+    k.delta = reinterpret_cast<float*>(delta);
+    Allowed allowed;
+    allow_inputs(p);
+    twin::allow(reinterpret_cast<void*>(seed), 8, false);
+    allow(p.out, p.B, p.Hq, p.Nq, p.Dv, false);
+    allow(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, false);
+    const int64_t rows = p.B * p.Hq * p.Nq;
+    twin::allow(p.lse, rows * 4, false);
+    twin::allow(p.grad_lse, rows * 4, false);
+    twin::allow(k.delta, rows * 4, true);
+    allow(p.dq, p.B, p.Hq, p.Nq, p.D, true);
+    allow(p.dk, p.B, p.Hkv, p.Nk, p.D, true);
+    allow(p.dv, p.B, p.Hkv, p.Nk, p.Dv, true);
+    const int64_t* size = p.dbias.size;
+    twin::allow(p.dbias.data, size[0] * size[1] * size[2] * size[3] * bytes_of(p.dbias.dtype), true);
+    if (flags) twin::allow_workspace(reinterpret_cast<void*>(flags), flag_count(p, true) * 4);
+    run<ServeBackward>(k);
     twin::check_all_written();
 }
 
@@ -93,7 +131,10 @@ PYBIND11_MODULE(_cuda_twin, module) {
     using namespace efficient_attn;
     module.attr("__doc__") = "The CUDA kernels on a CPU, one fiber a thread: a test instrument.";
     module.def("attention_forward", &forward);
-    module.def("forward_flags", [](const std::string& words) { return forward_tiles(read_params(words, false)); });
+    module.def("attention_backward", &backward);
+    module.def("flag_count", [](const std::string& words, bool backward) {
+        return flag_count(read_params(words, backward), backward);
+    });
     module.def("set_schedule", [](uint64_t seed) { schedule = seed; }, "The seed of the order in which threads run.");
     module.def("counters", &counted);
     module.def("reset_counters", [] { twin::counters() = {}; });

@@ -50,7 +50,7 @@ constexpr size_t kStack = 128 * 1024;
 struct Region {
     const uint8_t* begin;
     int64_t bytes;
-    bool written;
+    bool written, whole;         // may be written, and must be
     std::vector<int64_t> owner;  // of each byte: kOutside, kFree, kEarlierLaunch, or the block that wrote it
 };
 constexpr int64_t kOutside = -2, kFree = -1, kEarlierLaunch = INT64_MAX;
@@ -467,7 +467,7 @@ void allow(const void* data, const int64_t* sizes, const int64_t* strides, int d
     int64_t elements = 1, last = 0;
     for (int d = 0; d < dimensions; ++d) elements *= sizes[d], last += (sizes[d] - 1) * strides[d];
     if (elements == 0) return;
-    Region region{static_cast<const uint8_t*>(data), (last + 1) * element, written, {}};
+    Region region{static_cast<const uint8_t*>(data), (last + 1) * element, written, written, {}};
     region.owner.assign(static_cast<size_t>(region.bytes), kOutside);
     for (int64_t k = 0; k < elements; ++k) {
         int64_t rest = k, place = 0;
@@ -483,11 +483,16 @@ void allow(const void* data, int64_t bytes, bool written) {
     if (data) allow(data, &bytes, &one, 1, 1, written);
 }
 
+void allow_workspace(void* data, int64_t bytes) {
+    allow(data, bytes, true);
+    regions.back().whole = false;
+}
+
 void forget() { regions.clear(); }
 
 void check_all_written() {
     for (const Region& region : regions)
-        for (int64_t k = 0; region.written && k < region.bytes; ++k)
+        for (int64_t k = 0; region.whole && k < region.bytes; ++k)
             if (region.owner[static_cast<size_t>(k)] == kFree)
                 throw std::runtime_error("host twin: byte " + std::to_string(k) + " of " +
                                          std::to_string(region.bytes) + " of an output was never written");

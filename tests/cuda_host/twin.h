@@ -53,8 +53,9 @@ Counters& counters();
 // Elements of a tensor that kernels may read, or write each exactly once (by one block of threads).
 void allow(const void* data, const int64_t* sizes, const int64_t* strides, int dimensions, int element, bool written);
 void allow(const void* data, int64_t bytes, bool written);
-void forget();             // what was allowed
-void check_all_written();  // throws unless every element that may be written is
+void allow_workspace(void* data, int64_t bytes);  // like an output, of which some may stay unwritten
+void forget();                                    // what was allowed
+void check_all_written();                         // throws unless every element that may be written is
 
 // Runs `kernel` for each of the blocks in a random order; throws std::runtime_error with a report.
 void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed);

@@ -144,7 +144,7 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, Reading read
 
 // Divides by the sums and writes out and lse.
 template <class F>
-EA_DEVICE void store_results(F& f, const KernelParams& p, const Place& at, int part) {
+EA_DEVICE void store_output(F& f, const KernelParams& p, const Place& at, int part) {
     const int lane = thread_index() % kWarp, warp_row = first_row<F>(part);
     if (at.lines.begin + warp_row >= at.lines.end) return;
     float factor[F::kM][2];
@@ -165,28 +165,17 @@ EA_DEVICE void store_results(F& f, const KernelParams& p, const Place& at, int p
                                         p.out_aligned, lane);
 }
 
-// The tile that block number `index` of the grid owns.
-template <class F>
-EA_DEVICE Place place(const KernelParams& p, int64_t index) {
-    const Tiling tiles = tiling<F::kRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_q));
-    const int count = ceil_div(p.call.Nq, tiles.block) * tiles.tiles_per_block;
-    const int64_t head = index / count;
-    const int tile = count - 1 - static_cast<int>(index % count);  // under a causal mask the last are the longest
-    return {static_cast<int>(head / p.call.Hq), static_cast<int>(head % p.call.Hq),
-            tiles.lines(tile, static_cast<int>(p.call.Nq))};
-}
-
 // Grid: a block of threads for each tile. p.flags: where to say which tiles are suspicious, or null.
 template <class F>
 EA_KERNEL(F::kThreads, F::kBlocksAtOnce)
 attention_forward(EA_PARAMETER KernelParams p) {
-    const Place at = place<F>(p, block_index());
+    const Place at = query_place<F::kRows>(p, block_index());
     bool suspect = false;
     if (at.lines.begin < at.lines.end) {
         F f;
         attend<F, false>(f, p, at, kAsIs, 0);
         suspect = suspicious(f.out, at.lines.begin + first_row<F>(0) + thread_index() % kWarp / 4, at.lines.end);
-        store_results(f, p, at, 0);
+        store_output(f, p, at, 0);
     }
     if (!p.flags) return;
     suspect = block_any(suspect);
@@ -200,11 +189,11 @@ EA_KERNEL(F::kThreads, 1)
 attention_forward_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
     for (int64_t index = block_index(); index < tiles; index += block_count()) {
         if (load_global(p.flags + index) == 0) continue;
-        const Place at = place<F>(p, index);
+        const Place at = query_place<F::kRows>(p, index);
         for (int part = 0; part < F::kParts; ++part) {
             F f;
             attend<F, true>(f, p, at, kFinite, part);
-            store_results(f, p, at, part);
+            store_output(f, p, at, part);
             attend<F, true>(f, p, at, kMarks, part);
             const int lane = thread_index() % kWarp;
             store_marks<typename F::T>(f.out, head_pointer(p.call.out, at.b, at.h), p.call.out.row_stride,

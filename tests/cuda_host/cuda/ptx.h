@@ -12,6 +12,7 @@
 #define EA_DEVICE inline
 #define EA_PARAMETER const
 #define EA_UNROLL
+#define EA_KEEP_LOOP
 
 namespace efficient_attn {
 namespace {

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..masks import MaskArrays
 from .call import Call
 from .cpu import BACKWARD, pack, pointer, readable, view
 
-LONGEST = 2**30  # positions and their sums fit in 32 bits
-SHARED_MEMORY_WIDE = 128 * 1024  # what heads beyond 128 dimensions need of a processor
+LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
 
 
 def twin_path() -> str:
@@ -139,6 +139,10 @@ def _pack(
     seed: Tensor | None,
 ) -> tuple[tuple[Tensor | None, ...], bytes, Tensor | None]:
     """What must live until the call is done, the words that csrc/common/words.h reads, and a seed on the GPU."""
+    if mask.indices is not None and mask.indices.numel() >= 2**31:
+        raise UnsupportedError(
+            f"backend='cuda' reads lists of fewer than 2^31 blocks, got {mask.indices.numel()}; use larger blocks"
+        )
     if mask.tiles is not None:
         tiles = mask.tiles.contiguous()  # bits are read in words of 16
         mask = mask._replace(tiles=tiles if tiles.data_ptr() % 2 == 0 else tiles.clone())

@@ -22,10 +22,19 @@ PROBES = [
 ]
 
 
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with rows that begin on 16 bytes and end before the next one does."""
+    wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] // 8 * 8 + 16), torch.nan)
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide[..., : tensor.shape[-1]]
+
+
 def probe(case: Case, schedule: int) -> None:
     cuda.kernels().set_schedule(schedule)
     drawn = draw(case, torch.bfloat16)
     names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
+    if case.name == "ragged":
+        drawn |= {n: padded(drawn[n]) for n in names}
     leaves = {n: drawn[n].detach().requires_grad_() for n in names}
     causal = {"is_causal": case.causal is not None, "causal_alignment": case.causal}
     out, lse = attention(**leaves, mask=drawn["mask"], **causal, return_lse=True, backend="cuda")

@@ -16,16 +16,13 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "no barrier in dK and dV": (KEYS, ARRIVED, ""),
     "no barrier in dQ": (QUERIES, ARRIVED, ""),
-    "no barrier before dK passes through K": (
-        KEYS, "    block_sync();  // results pass through the tiles of K and V\n", "",
-    ),
     "no barrier between the steps of dbias": (
         QUERIES, "        block_sync();  // every warp is done with the tiles\n", "",
     ),
     "no barrier between the warps' column sums": (
         QUERIES, "        block_sync();\n        if (warp == 0) {", "        if (warp == 0) {",
     ),
-    "a barrier that some warps pass by": (FORWARD, "        if (!active) continue;\n", ""),
+    "a barrier that some warps pass by": (FORWARD, ARRIVED, ARRIVED.replace("block_sync", "if (active) block_sync")),
     "the copies are not committed": (
         FORWARD, "            load_slot<F>(p, at, next, slot ^ 1);\n            copy_async_commit();\n",
         "            load_slot<F>(p, at, next, slot ^ 1);\n",

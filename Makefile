@@ -1,4 +1,4 @@
-# make setup | test | test-slow | test-triton | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | triton-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# make setup | test | test-slow | test-triton | test-cuda-host | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | triton-table | cuda-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: setup test test-slow test-triton test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check triton-table readme clean
+.PHONY: setup test test-slow test-triton test-cuda-host test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check triton-table cuda-table readme clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ $(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 test-timm: $(TIMM_VENV)/.installed
 	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/test_timm.py
 
+# Every case in both half dtypes on the CUDA kernels in their host twin (g++, no GPU), and the faults that it must find.
+test-cuda-host: $(STAMP)
+	$(BIN)/python -m pytest -q $(ARGS) tests/test_cuda_host.py
+
 # Random calls of the native kernel against the definition: make fuzz CASES=100000
 CASES ?= 20000
 fuzz: $(STAMP)
@@ -62,13 +66,13 @@ test-upstream: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
 
 bench: $(STAMP)
 	$(BIN)/efficient-attn bench $(ARGS)
@@ -90,6 +94,10 @@ gpu-check:
 # Registers, spills and shared memory of every kernel for sm_80 and sm_90: benchmarks/results/triton/compile.jsonl
 triton-table: $(STAMP)
 	$(BIN)/python -m efficient_attn.benchmarks.triton_table $(ARGS)
+
+# Registers, spills and shared memory of every CUDA kernel as nvcc compiles it: benchmarks/results/cuda/compile.jsonl
+cuda-table: $(STAMP)
+	$(BIN)/python -m efficient_attn.benchmarks.cuda_table $(ARGS)
 
 # Writes the generated parts of README.md anew: the table of methods, and with ARGS=<results.jsonl> the picture and figures.
 readme: $(STAMP)

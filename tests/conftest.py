@@ -1,7 +1,8 @@
 """Fixtures for every test: uninitialised memory is NaN, and a backend that is not built skips with its reason.
 
 Triton's kernels are one of the backends in two cases: on a machine with a GPU (marked gpu), and in a process that was
-started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes).
+started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes). The CUDA
+kernels are the only one in a process with EFFICIENT_ATTN_CUDA_TWIN (tests/test_cuda_host.py), and else none.
 """
 
 import os
@@ -27,6 +28,7 @@ def poisoned_memory():
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
 if INTERPRETED:
     from interpreter import patch_once
 
@@ -37,7 +39,9 @@ def tested_backends():
     """The backends that this process tests, as parameters."""
     if INTERPRETED:
         return [pytest.param("triton", marks=pytest.mark.interpreter)]
-    others = [name for name in backends.BACKENDS if name != "triton"]
+    if TWIN:
+        return [pytest.param("cuda", marks=pytest.mark.interpreter)]
+    others = [name for name in backends.BACKENDS if name not in ("triton", "cuda")]
     return [*others, pytest.param("triton", marks=pytest.mark.gpu)] if torch.cuda.is_available() else others
 
 
@@ -51,7 +55,11 @@ def device(backend):
 def backend(request):
     """Each backend in turn. Only a build without native code (EFFICIENT_ATTN_CPU=0) may skip the CPU one."""
     place = "cuda" if request.param == "triton" and not INTERPRETED else "cpu"
-    reasons = backends.BACKENDS[request.param].not_supported_reasons(PLAIN_CALL._replace(device=torch.device(place)))
+    reasons = backends.BACKENDS[request.param].not_supported_reasons(
+        PLAIN_CALL._replace(
+            device=torch.device(place), dtype=torch.bfloat16 if request.param == "cuda" else torch.float32
+        )
+    )
     if reasons and os.environ.get("EFFICIENT_ATTN_CPU") == "0":
         pytest.skip("; ".join(reasons))
     assert not reasons, f"backend {request.param} should serve a plain call: {reasons}"

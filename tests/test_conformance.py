@@ -19,6 +19,8 @@ SEED = 0x1234_5678_9ABC
 def test_forward_and_backward(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton computes in float32")
+    if backend == "cuda" and dtype in (torch.float32, torch.float64):
+        pytest.skip("tensor cores multiply halves")
     drawn = draw(case, dtype)
     names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
     leaves = {n: _on(device, drawn[n].detach()).requires_grad_() for n in names}

@@ -12,10 +12,11 @@ from types import ModuleType
 import torch
 
 from ..errors import InputError, UnsupportedError
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .call import Call
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
+EXPERIMENTAL = ("cuda",)  # never yet run on a GPU: only when asked for by name
 
 
 def check_name(backend: str) -> None:
@@ -26,7 +27,7 @@ def check_name(backend: str) -> None:
 
 def automatic(name: str, device: torch.device) -> bool:
     """Whether backend="auto" may take a backend that can serve: Triton's interpreter serves tests, and only by name."""
-    return name != "triton" or device.type != "cpu"
+    return name not in EXPERIMENTAL and (name != "triton" or device.type != "cpu")
 
 
 def not_supported_reasons(call: Call) -> dict[str, list[str]]:

@@ -63,7 +63,7 @@ def attention_forward(
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     if out.numel() > 0:
-        kept, words = _pack(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
+        kept, words = pack(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
     return out, lse
@@ -94,7 +94,7 @@ def attention_backward(
         return dq, dk, dv, dbias
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
-    kept, words = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
+    kept, words = pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
     words += BACKWARD.pack(
         *view(grad_out),
         *view(dq),
@@ -118,7 +118,7 @@ def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return zeros.zero_()
 
 
-def _pack(
+def pack(
     query: Tensor,
     key: Tensor,
     value: Tensor,

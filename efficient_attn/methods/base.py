@@ -28,7 +28,7 @@ JOIN: dict[str, Callable[..., Method]] = {}  # "spec" and "json" of a hybrid, fr
 
 COMPOUNDS: dict[str, type[Method]] = {}  # made of other methods: known to JSON, without a spec of their own
 PRIMITIVES: dict[str, Mapping[str, Any]] = {
-    "attention": backends.BACKENDS,
+    "attention": {name: m for name, m in backends.BACKENDS.items() if name not in backends.EXPERIMENTAL},
     "linear_attention": linear_attention.BACKENDS,
 }
 EXAMPLE = '{"method": "bigbird", "block": 64}'

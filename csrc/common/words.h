@@ -1,0 +1,92 @@
+// A call as Python hands it over: one bytes object of 8-byte words, in the order in which backends/cpu.py packs them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+
+namespace efficient_attn {
+namespace {
+
+class Reader {
+  public:
+    explicit Reader(const std::string& words) : next_(words.data()), end_(words.data() + words.size()) {}
+
+    template <class X>
+    X take() {
+        static_assert(sizeof(X) == 8, "every field is one word");
+        if (next_ + 8 > end_) throw std::invalid_argument("efficient_attn: the packed arguments are too short");
+        X x;
+        std::memcpy(&x, next_, 8);
+        next_ += 8;
+        return x;
+    }
+    int64_t integer() { return take<int64_t>(); }
+    template <class X = void>
+    X* pointer() {
+        return reinterpret_cast<X*>(take<int64_t>());
+    }
+    TensorView view() {
+        TensorView t;
+        t.data = pointer();
+        t.batch_stride = integer();
+        t.head_stride = integer();
+        t.row_stride = integer();
+        return t;
+    }
+    void finish() const {
+        if (next_ != end_) throw std::invalid_argument("efficient_attn: the packed arguments are too long");
+    }
+
+  private:
+    const char* next_;
+    const char* end_;
+};
+
+inline AttentionParams read_params(const std::string& words, bool backward) {
+    Reader in(words);
+    AttentionParams p{};
+    p.dtype = static_cast<int>(in.integer());
+    for (int64_t* size : {&p.B, &p.Hq, &p.Hkv, &p.Nq, &p.Nk, &p.D, &p.Dv}) *size = in.integer();
+    p.scale = in.take<double>();
+    p.dropout_p = in.take<double>();
+    p.dropout_seed = in.take<uint64_t>();
+    p.query = in.view();
+    p.key = in.view();
+    p.value = in.view();
+    p.out = in.view();
+    p.lse = in.pointer();
+    p.bias.data = in.pointer();
+    p.bias.dtype = static_cast<int>(in.integer());
+    for (int64_t& stride : p.bias.stride) stride = in.integer();
+    MaskView& mask = p.mask;
+    for (int64_t* number : {&mask.batch, &mask.heads, &mask.block_q, &mask.block_k, &mask.window_left,
+                            &mask.window_right, &mask.window_offset, &mask.entries, &mask.tile_count})
+        *number = in.integer();
+    mask.indptr = in.pointer<const int64_t>();
+    mask.indices = in.pointer<const int32_t>();
+    mask.tile_ids = in.pointer<const int32_t>();
+    mask.tiles = in.pointer<const uint8_t>();
+    mask.t_indptr = in.pointer<const int64_t>();
+    mask.t_indices = in.pointer<const int32_t>();
+    mask.t_tile_ids = in.pointer<const int32_t>();
+    mask.kv_lengths = in.pointer<const int32_t>();
+    if (backward) {
+        p.grad_out = in.view();
+        p.dq = in.view();
+        p.dk = in.view();
+        p.dv = in.view();
+        p.grad_lse = in.pointer();
+        p.dbias.data = in.pointer();
+        p.dbias.dtype = p.bias.dtype;
+        for (int64_t& size : p.dbias.size) size = in.integer();
+    }
+    in.finish();
+    return p;
+}
+
+}  // namespace
+}  // namespace efficient_attn

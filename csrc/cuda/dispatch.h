@@ -1,0 +1,116 @@
+// From a call to the kernels that serve it: which instance, how many blocks of threads, how much shared memory.
+// `launch` starts a kernel, on a GPU or in the host twin: launch(kernel, blocks, threads, shared bytes, arguments...).
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/sm80/attention_forward.h"
+#include "cuda/sm80/attention_key_gradient.h"
+#include "cuda/sm80/attention_query_gradient.h"
+
+namespace efficient_attn {
+namespace {
+
+constexpr int64_t kSafeBlocks = 1024;  // enough to fill any GPU; each looks at every so manyth flag
+
+inline int64_t forward_tiles(const AttentionParams& p) {
+    constexpr int kRows = sm80::Forward<BFloat16, 64, false>::kRows;  // the same in every instance
+    return p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : kRows, kRows);
+}
+
+// Whether a key may be visible to one query of a tile and not to another, so that a NaN in it must be kept away.
+inline bool hides(const AttentionParams& p) {
+    return p.mask.indptr || p.mask.window_left >= 0 || p.mask.window_right >= 0 || p.bias.data;
+}
+
+template <class F, class Launch>
+void launch_forward(const KernelParams& k, Launch& launch) {
+    const int64_t tiles = forward_tiles(k.call);
+    launch(&sm80::attention_forward<F>, tiles, F::kThreads, F::kSharedBytes, k);
+    if (!k.flags) return;
+    using Safe = typename F::InParts;
+    launch(&sm80::attention_forward_safe<Safe>, std::min(tiles, kSafeBlocks), Safe::kThreads, Safe::kSharedBytes, k,
+           tiles);
+}
+
+template <class G, class Launch>
+void launch_key_gradient(const KernelParams& k, Launch& launch) {
+    const AttentionParams& p = k.call;
+    const int64_t tiles = p.B * p.Hkv * tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : G::kRows, G::kRows);
+    launch(&sm80::attention_key_gradient<G>, tiles, G::kThreads, G::kSharedBytes, k);
+    if (k.flags)
+        launch(&sm80::attention_key_gradient_safe<G>, std::min(tiles, kSafeBlocks), G::kThreads, G::kSharedBytes, k,
+               tiles);
+}
+
+template <class G, class Launch>
+void launch_query_gradient(const KernelParams& k, Launch& launch) {
+    const AttentionParams& p = k.call;
+    const int64_t tiles = p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : G::kRows, G::kRows);
+    launch(&sm80::attention_query_gradient<G>, tiles, G::kThreads, G::kSharedBytes, k);
+    if (k.flags)
+        launch(&sm80::attention_query_gradient_safe<G>, std::min(tiles, kSafeBlocks), G::kThreads, G::kSharedBytes, k,
+               tiles);
+}
+
+template <class G, class Launch>
+void launch_bias_gradient(const KernelParams& k, Launch& launch) {
+    const AttentionParams& p = k.call;
+    const int64_t* size = p.dbias.size;
+    const int64_t queries = tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : G::kRows, G::kRows);
+    const int64_t keys = tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : G::kKeys, G::kKeys);
+    const int64_t per_head = (size[2] == 1 && p.Nq > 1 ? 1 : queries) * (size[3] == 1 && p.Nk > 1 ? 1 : keys);
+    launch(&sm80::attention_bias_gradient<G>, size[0] * size[1] * per_head, G::kThreads, G::kSharedBytes, k);
+}
+
+// Flags that the kernels of a call may write: of the one with most tiles.
+inline int64_t flag_count(const AttentionParams& p, bool backward) {
+    if (!hides(p)) return 0;
+    if (!backward) return forward_tiles(p);
+    constexpr int kRows = 64;  // the fewest that any gradient kernel owns
+    return std::max(p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : kRows, kRows),
+                    p.B * p.Hkv * tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : kRows, kRows));
+}
+
+// What serves a call: serve<T, kHead, kExtras>.
+struct ServeForward {
+    template <class T, int kHead, bool kExtras, class Launch>
+    static void serve(const KernelParams& k, Launch& launch) {
+        launch_forward<sm80::Forward<T, kHead, kExtras>>(k, launch);
+    }
+};
+
+struct ServeBackward {
+    template <class T, int kHead, bool kExtras, class Launch>
+    static void serve(const KernelParams& k, Launch& launch) {
+        const int64_t rows = k.call.B * k.call.Hq * k.call.Nq, rows_at_once = kDeltaThreads / kWarp;
+        launch(&attention_delta, (rows + rows_at_once - 1) / rows_at_once, kDeltaThreads, 0u, k);
+        launch_key_gradient<sm80::KeyGradient<T, kHead, kExtras>>(k, launch);
+        launch_query_gradient<sm80::QueryGradient<T, kHead, kExtras, kHead == 256 ? 2 : 1>>(k, launch);
+        if constexpr (kExtras) {  // a bias is among the extras
+            if (k.call.dbias.data) launch_bias_gradient<sm80::QueryGradient<T, kHead, true, 1>>(k, launch);
+        }
+    }
+};
+
+template <class Serve, class T, int kHead, class Launch>
+void serve_head(const KernelParams& k, Launch& launch) {
+    const bool extras = k.call.bias.data || k.call.dropout_p > 0 || k.call.scale <= 0;
+    extras ? Serve::template serve<T, kHead, true>(k, launch) : Serve::template serve<T, kHead, false>(k, launch);
+}
+
+// Launches the kernels of a call on elements of type T.
+template <class Serve, class T, class Launch>
+void serve(const KernelParams& k, Launch& launch) {
+    const int64_t widest = std::max(k.call.D, k.call.Dv);
+    if (widest <= 64) {
+        serve_head<Serve, T, 64>(k, launch);
+    } else if (widest <= 128) {
+        serve_head<Serve, T, 128>(k, launch);
+    } else {
+        serve_head<Serve, T, 256>(k, launch);
+    }
+}
+
+}  // namespace
+}  // namespace efficient_attn

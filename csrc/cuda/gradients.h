@@ -1,0 +1,44 @@
+// What the kernels of the backward share: delta, and a pair's gradient.
+#pragma once
+
+#include "cuda/scores.h"
+
+namespace efficient_attn {
+namespace {
+
+// What is taken off a score (log2) to get its weight: infinity for a row that sees nothing, whose weights are 0.
+EA_DEVICE float weight_shift(float lse) { return lse == -infinity() ? infinity() : lse * 1.4426950408889634f; }
+
+// dS = P (Z dP - delta); 0 where P is 0, whatever NaN is behind the mask.
+EA_DEVICE float score_gradient(float weight, float grad_weight, float delta) {
+    return weight == 0.0f ? 0.0f : weight * (grad_weight - delta);
+}
+
+constexpr int kDeltaThreads = 128;
+
+// delta = dO . O - dlse of every row; a warp a row.
+EA_KERNEL(kDeltaThreads, 1)
+attention_delta(EA_PARAMETER KernelParams p) {
+    const AttentionParams& c = p.call;
+    const int64_t row = block_index() * (kDeltaThreads / kWarp) + thread_index() / kWarp;
+    if (row >= c.B * c.Hq * c.Nq) return;
+    const int lane = thread_index() % kWarp;
+    const int64_t head = row / c.Nq, i = row % c.Nq;
+    const int b = static_cast<int>(head / c.Hq), h = static_cast<int>(head % c.Hq);
+    const uint16_t* out = head_pointer(c.out, b, h) + i * c.out.row_stride;
+    const uint16_t* grad_out = head_pointer(c.grad_out, b, h) + i * c.grad_out.row_stride;
+    float sum = 0.0f;
+    for (int d = lane; d < c.Dv; d += kWarp) {
+        const uint32_t x = load_global(out + d), y = load_global(grad_out + d);
+        sum +=
+            c.dtype == kBFloat16 ? unpack<BFloat16>(x) * unpack<BFloat16>(y) : unpack<Float16>(x) * unpack<Float16>(y);
+    }
+    EA_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane != 0) return;
+    if (c.grad_lse) sum -= load_global(static_cast<const float*>(c.grad_lse) + row);
+    store_global(p.delta + row, sum);
+}
+
+}  // namespace
+}  // namespace efficient_attn

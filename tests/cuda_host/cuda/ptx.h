@@ -1,0 +1,154 @@
+// The host twin of csrc/cuda/ptx.h: the same functions for a CPU. See twin.h for what it checks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "twin.h"
+
+#define EA_KERNEL(threads, blocks) void
+#define EA_DEVICE inline
+#define EA_PARAMETER const
+#define EA_UNROLL
+#define EA_KEEP_LOOP
+
+namespace efficient_attn {
+namespace {
+
+struct BFloat16 {};
+struct Float16 {};
+
+struct alignas(16) Words4 {
+    uint32_t x, y, z, w;
+};
+
+EA_DEVICE int thread_index() { return twin::thread_index(); }
+EA_DEVICE int64_t block_index() { return twin::block_index(); }
+EA_DEVICE int64_t block_count() { return twin::block_count(); }
+
+EA_DEVICE void block_sync() { twin::block_barrier(0, 0); }
+EA_DEVICE bool block_any(bool value) { return twin::block_any(value); }
+EA_DEVICE void named_sync(int id, int threads) { twin::block_barrier(id, threads); }
+EA_DEVICE void warp_sync() { twin::warp_wide(twin::kWarpSync, nullptr); }
+
+EA_DEVICE bool warp_any(bool value) {
+    twin::Vote vote{value};
+    twin::warp_wide(twin::kWarpAny, &vote);
+    return vote.value;
+}
+
+EA_DEVICE float shuffle_xor(float value, int mask) {
+    twin::Shuffle shuffle{value, mask};
+    twin::warp_wide(twin::kShuffle, &shuffle);
+    return shuffle.value;
+}
+
+template <class T>
+EA_DEVICE T load_global(const T* address) {
+    twin::check_global(address, sizeof(T), false);
+    return *address;
+}
+template <class T>
+EA_DEVICE void store_global(T* address, T value) {
+    twin::check_global(address, sizeof(T), true);
+    *address = value;
+}
+
+EA_DEVICE void store_shared_32(uint32_t address, uint32_t value) {
+    twin::Access access{address, {value, 0, 0, 0}};
+    twin::warp_wide(twin::kStore32, &access);
+}
+
+EA_DEVICE void store_shared_128(uint32_t address, Words4 v) {
+    twin::Access access{address, {v.x, v.y, v.z, v.w}};
+    twin::warp_wide(twin::kStore128, &access);
+}
+
+EA_DEVICE uint32_t load_shared_32(uint32_t address) {
+    twin::Access access{address, {}};
+    twin::warp_wide(twin::kLoad32, &access);
+    return access.words[0];
+}
+
+struct alignas(8) Words2 {
+    uint32_t x, y;
+};
+
+EA_DEVICE Words2 load_shared_64(uint32_t address) {
+    twin::Access access{address, {}};
+    twin::warp_wide(twin::kLoad64, &access);
+    return {access.words[0], access.words[1]};
+}
+
+EA_DEVICE Words4 load_shared_128(uint32_t address) {
+    twin::Access access{address, {}};
+    twin::warp_wide(twin::kLoad128, &access);
+    return {access.words[0], access.words[1], access.words[2], access.words[3]};
+}
+
+EA_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address) {
+    twin::Access access{address, {}};
+    twin::warp_wide(twin::kMatrices, &access);
+    std::memcpy(r, access.words, sizeof r);
+}
+
+EA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+    twin::Access access{address, {}};
+    twin::warp_wide(twin::kMatricesTransposed, &access);
+    std::memcpy(r, access.words, sizeof r);
+}
+
+EA_DEVICE void copy_async(uint32_t address, const void* source, int bytes) {
+    twin::Copy copy{address, source, bytes, 16};
+    twin::warp_wide(twin::kCopyAsync, &copy);
+}
+EA_DEVICE void copy_async_32(uint32_t address, const void* source, bool exists) {
+    twin::Copy copy{address, source, exists ? 4 : 0, 4};
+    twin::warp_wide(twin::kCopyAsync32, &copy);
+}
+EA_DEVICE void copy_async_commit() { twin::commit_copies(); }
+template <int kPending>
+EA_DEVICE void copy_async_wait() {
+    twin::wait_copies(kPending);
+}
+
+template <class T>
+EA_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    twin::Mma mma{c, a, {b0, b1}};
+    twin::warp_wide(sizeof(T) && std::is_same_v<T, BFloat16> ? twin::kMmaBFloat16 : twin::kMmaFloat16, &mma);
+}
+
+template <class T>
+EA_DEVICE uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, BFloat16>)
+        return twin::to_bfloat16(low) | static_cast<uint32_t>(twin::to_bfloat16(high)) << 16;
+    return twin::to_float16(low) | static_cast<uint32_t>(twin::to_float16(high)) << 16;
+}
+
+template <class T>
+EA_DEVICE float unpack(uint32_t bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    return std::is_same_v<T, BFloat16> ? twin::from_bfloat16(half) : twin::from_float16(half);
+}
+
+EA_DEVICE float power_of_2(float x) { return std::exp2(x); }
+EA_DEVICE float logarithm_2(float x) { return std::log2(x); }
+EA_DEVICE float multiply_add_scalar(float a, float b, float c) { return std::fma(a, b, c); }
+EA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+EA_DEVICE float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+EA_DEVICE uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+EA_DEVICE float infinity() { return std::numeric_limits<float>::infinity(); }
+EA_DEVICE float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
+
+}  // namespace
+}  // namespace efficient_attn

@@ -1,0 +1,141 @@
+// The Python module _cuda_twin: the interface of efficient_attn._cuda, served by the host twin on CPU tensors.
+#include <pybind11/pybind11.h>
+
+#include <type_traits>
+
+#include "common/words.h"
+#include "cuda/dispatch.h"
+
+namespace py = pybind11;
+
+namespace efficient_attn {
+namespace {
+
+uint64_t schedule = 0;
+
+struct TwinLaunch {
+    template <class... Parameters>
+    void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, uint32_t shared_bytes,
+                    const std::common_type_t<Parameters>&... arguments) {
+        twin::launch([&] { kernel(arguments...); }, blocks, threads, shared_bytes, schedule);
+    }
+};
+
+void allow(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, bool written) {
+    const int64_t sizes[] = {B, H, N, D}, strides[] = {view.batch_stride, view.head_stride, view.row_stride, 1};
+    twin::allow(view.data, sizes, strides, 4, 2, written);
+}
+
+int bytes_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+void allow_inputs(const AttentionParams& p) {
+    allow(p.query, p.B, p.Hq, p.Nq, p.D, false);
+    allow(p.key, p.B, p.Hkv, p.Nk, p.D, false);
+    allow(p.value, p.B, p.Hkv, p.Nk, p.Dv, false);
+    const MaskView& m = p.mask;
+    if (m.indptr) {
+        const int64_t lines = m.batch * m.heads;
+        twin::allow(m.indptr, (lines * ((p.Nq + m.block_q - 1) / m.block_q) + 1) * 8, false);
+        twin::allow(m.indices, m.entries * 4, false);
+        twin::allow(m.tile_ids, m.entries * 4, false);
+        twin::allow(m.tiles, m.tile_count * m.block_q * m.block_k / 8, false);
+        twin::allow(m.t_indptr, (lines * ((p.Nk + m.block_k - 1) / m.block_k) + 1) * 8, false);
+        twin::allow(m.t_indices, m.entries * 4, false);
+        twin::allow(m.t_tile_ids, m.entries * 4, false);
+    }
+    twin::allow(m.kv_lengths, p.B * 4, false);
+    const int64_t pairs[] = {p.B, p.Hq, p.Nq, p.Nk};
+    if (p.bias.data) twin::allow(p.bias.data, pairs, p.bias.stride, 4, bytes_of(p.bias.dtype), false);
+}
+
+struct Allowed {
+    ~Allowed() { twin::forget(); }
+};
+
+template <class Serve>
+void run(const KernelParams& k) {
+    TwinLaunch launch;
+#ifdef EFFICIENT_ATTN_TWIN_SMALL
+    serve_head<Serve, BFloat16, 64>(k, launch);
+#else
+    if (k.call.dtype == kBFloat16) {
+        serve<Serve, BFloat16>(k, launch);
+    } else {
+        serve<Serve, Float16>(k, launch);
+    }
+#endif
+}
+
+KernelParams params(const AttentionParams& p, uintptr_t seed, uintptr_t flags) {
+    KernelParams k = kernel_params(p, reinterpret_cast<const int64_t*>(seed));
+    k.flags = reinterpret_cast<int32_t*>(flags);
+    return k;
+}
+
+// The last argument is the stream of the GPU, of which there is none here.
+void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t) {
+    const AttentionParams p = read_params(words, false);
+    Allowed allowed;
+    allow_inputs(p);
+    twin::allow(reinterpret_cast<void*>(seed), 8, false);
+    allow(p.out, p.B, p.Hq, p.Nq, p.Dv, true);
+    twin::allow(p.lse, p.B * p.Hq * p.Nq * 4, true);
+    if (flags) twin::allow(reinterpret_cast<void*>(flags), flag_count(p, false) * 4, true);
+    run<ServeForward>(params(p, seed, flags));
+    twin::check_all_written();
+}
+
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, uintptr_t) {
+    AttentionParams p = read_params(words, true);
+    if (bias_sums) p.dbias.dtype = kFloat32;
+    KernelParams k = params(p, seed, flags);
+    k.delta = reinterpret_cast<float*>(delta);
+    Allowed allowed;
+    allow_inputs(p);
+    twin::allow(reinterpret_cast<void*>(seed), 8, false);
+    allow(p.out, p.B, p.Hq, p.Nq, p.Dv, false);
+    allow(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, false);
+    const int64_t rows = p.B * p.Hq * p.Nq;
+    twin::allow(p.lse, rows * 4, false);
+    twin::allow(p.grad_lse, rows * 4, false);
+    twin::allow(k.delta, rows * 4, true);
+    allow(p.dq, p.B, p.Hq, p.Nq, p.D, true);
+    allow(p.dk, p.B, p.Hkv, p.Nk, p.D, true);
+    allow(p.dv, p.B, p.Hkv, p.Nk, p.Dv, true);
+    const int64_t* size = p.dbias.size;
+    twin::allow(p.dbias.data, size[0] * size[1] * size[2] * size[3] * bytes_of(p.dbias.dtype), true);
+    if (flags) twin::allow_workspace(reinterpret_cast<void*>(flags), flag_count(p, true) * 4);
+    run<ServeBackward>(k);
+    twin::check_all_written();
+}
+
+py::dict counted() {
+    const twin::Counters& c = twin::counters();
+    py::dict result;
+    for (int operation = 1; operation < twin::kOperations; ++operation) {
+        py::dict entry;
+        entry["calls"] = c.calls[operation];
+        entry["conflicts"] = c.conflicts[operation];
+        result[twin::operation_name(operation)] = entry;
+    }
+    result["barriers"] = c.barriers;
+    result["blocks"] = c.blocks;
+    result["launches"] = c.launches;
+    return result;
+}
+
+}  // namespace
+}  // namespace efficient_attn
+
+PYBIND11_MODULE(_cuda_twin, module) {
+    using namespace efficient_attn;
+    module.attr("__doc__") = "The CUDA kernels on a CPU, one fiber a thread: a test instrument.";
+    module.def("attention_forward", &forward);
+    module.def("attention_backward", &backward);
+    module.def("flag_count", [](const std::string& words, bool backward) {
+        return flag_count(read_params(words, backward), backward);
+    });
+    module.def("set_schedule", [](uint64_t seed) { schedule = seed; }, "The seed of the order in which threads run.");
+    module.def("counters", &counted);
+    module.def("reset_counters", [] { twin::counters() = {}; });
+}

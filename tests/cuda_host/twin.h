@@ -1,0 +1,102 @@
+// A GPU's block of threads on a CPU, for tests: one fiber a thread, warps and lanes scheduled in a seeded random order,
+// and a report for everything that a GPU would let pass silently:
+//
+//   * an access of shared memory outside of it, misaligned, not yet written, or under way by cp.async;
+//   * two accesses of shared memory, one of them a write, that no barrier or warp-wide instruction orders (vector
+//   clocks
+//     as in FastTrack, Flanagan and Freund, 2009; one clock a warp, and steps within a warp);
+//   * an access of global memory outside the elements of the tensors that were allowed, misaligned, a write to an
+//   input,
+//     an output element that nobody or more than one block has written;
+//   * lanes of a warp at different warp-wide instructions, threads that wait for a barrier for ever, a copy that nobody
+//     waited for;
+//
+// Shared memory is NaN at the start, and so is the target of a cp.async until its wait. Bank conflicts are counted.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace twin {
+
+enum Operation : int {
+    kNothing,
+    kWarpSync,
+    kWarpAny,
+    kShuffle,
+    kStore32,
+    kStore128,
+    kLoad32,
+    kLoad64,
+    kLoad128,
+    kMatrices,
+    kMatricesTransposed,
+    kCopyAsync,
+    kCopyAsync32,
+    kMmaBFloat16,
+    kMmaFloat16,
+    kOperations
+};
+
+const char* operation_name(int operation);
+
+// What happened since the last reset. conflicts: wavefronts beyond the fewest that the bytes need.
+struct Counters {
+    int64_t calls[kOperations], conflicts[kOperations], barriers, blocks, launches;
+};
+Counters& counters();
+
+// --- called by the host ---
+
+// Elements of a tensor that kernels may read, or write each exactly once (by one block of threads).
+void allow(const void* data, const int64_t* sizes, const int64_t* strides, int dimensions, int element, bool written);
+void allow(const void* data, int64_t bytes, bool written);
+void allow_workspace(void* data, int64_t bytes);  // like an output, of which some may stay unwritten
+void forget();                                    // what was allowed
+void check_all_written();                         // throws unless every element that may be written is
+
+// Runs `kernel` for each of the blocks in a random order; throws std::runtime_error with a report.
+void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed);
+
+// --- called by the threads (tests/cuda_host/cuda/ptx.h) ---
+
+int thread_index();
+int64_t block_index();
+int64_t block_count();
+void block_barrier(int id, int threads);  // threads 0: all
+bool block_any(bool value);
+void warp_wide(int operation, void* arguments);  // executes when all 32 lanes have come with the same operation
+void commit_copies();
+void wait_copies(int pending);
+void check_global(const void* address, int bytes, bool write);
+
+struct Access {
+    uint32_t address;
+    uint32_t words[4];
+};
+struct Shuffle {
+    float value;
+    int mask;
+};
+struct Vote {
+    bool value;
+};
+struct Copy {
+    uint32_t address;
+    const void* source;
+    int bytes, whole;  // what is read, and written with zeros behind it
+};
+struct Mma {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+};
+
+float from_bfloat16(uint16_t bits);
+float from_float16(uint16_t bits);
+uint16_t to_bfloat16(float value);
+uint16_t to_float16(float value);
+
+}  // namespace twin

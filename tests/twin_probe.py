@@ -1,0 +1,61 @@
+"""A few calls of the CUDA kernels in the host twin: exit status 0 if all is well, 3 if something complains.
+
+tests/test_cuda_host.py runs it on kernels with a fault in them. Small: bfloat16, heads of up to 64.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+from accuracy import Problem, assert_conforms, gradients
+from cases import CASES, Case, draw
+
+from efficient_attn import attention
+from efficient_attn.backends import cuda
+
+NAMES = ("window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned")
+PROBES = [
+    Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),
+    *(case for case in CASES if case.name in NAMES),
+]
+
+
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with rows that begin on 16 bytes and end before the next one does."""
+    wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] // 8 * 8 + 16), torch.nan)
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide[..., : tensor.shape[-1]]
+
+
+def probe(case: Case, schedule: int) -> None:
+    cuda.kernels().set_schedule(schedule)
+    drawn = draw(case, torch.bfloat16)
+    names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
+    if case.name == "ragged":
+        drawn |= {n: padded(drawn[n]) for n in names}
+    leaves = {n: drawn[n].detach().requires_grad_() for n in names}
+    causal = {"is_causal": case.causal is not None, "causal_alignment": case.causal}
+    out, lse = attention(**leaves, mask=drawn["mask"], **causal, return_lse=True, backend="cuda")
+    found = gradients((out,), list(leaves.values()), (drawn["grad_out"],))
+    inputs = (drawn[n] for n in ("query", "key", "value", "bias", "visible"))
+    problem = Problem(*inputs, case.D**-0.5, drawn["grad_out"])
+    assert_conforms(problem, {"out": out.detach(), "lse": lse, **dict(zip(names, found, strict=True))})
+
+
+def main() -> int:
+    try:
+        for schedule, case in enumerate(PROBES):
+            probe(replace(case, B=1), schedule)
+        conflicts = {name: c["conflicts"] for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
+        assert not any(conflicts.values()), f"bank conflicts: {conflicts}"
+    except (RuntimeError, AssertionError) as error:
+        print(f"found: {error}")
+        return 3
+    print("nothing found")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -83,7 +83,7 @@ def test_wrong_lengths_are_explained(text):
     [
         (["nonsense"], "choose from all, cpu,"),
         (["all", "ops"], "'all' stands alone"),
-        (["--backend", "gpu"], "choose from auto, triton, cpu"),
+        (["--backend", "gpu"], "choose from auto, triton, cuda, cpu"),
         (["--dtype", "int8"], "choose from float32"),
         (["--mode", "backward"], "choose from fwd, fwd_bwd, decode"),
         (["--methods", "bigbirt"], "did you mean 'bigbird'"),

@@ -47,6 +47,13 @@ class Limits:
     seconds: float = 120.0
     memory_bytes: int | None = None
 
+    @classmethod
+    def asked_for(cls, seconds: float, memory_gib: float | None) -> Limits:
+        """Those of a command line; without a limit of memory 80 % of what is free."""
+        free = records.available_memory()
+        default = None if free is None else int(0.8 * free)
+        return cls(seconds, int(memory_gib * 2**30) if memory_gib else default)
+
 
 def run_cell(cell: Cell, out: records.ResultFile, limits: Limits, code: str) -> Record:
     """Measures one cell in a worker and appends its record to ``out``.

@@ -37,7 +37,9 @@ from efficient_attn.backends import BACKENDS, cpu
 from efficient_attn.benchmarks import cases, clock, html_report, peers, plot, records, runner, suites
 from efficient_attn.benchmarks import compare as comparing
 from efficient_attn.benchmarks import report as reporting
+from efficient_attn.errors import InputError
 from efficient_attn.profiling import commands as profiling
+from efficient_attn.run_folder import make_run_folder
 from efficient_attn.training import command as training
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -127,9 +129,7 @@ def bench(
     more: dict[str, Any] = {"seed": seed, "backend": backend, "peer_names": chosen_peers}
     cells = plan(wanted, quick, methods, seqlens, mode, dtype, causal, threads, **more)
     folder = _folder(out, resume)
-    free = records.available_memory()
-    limit = int(memory_limit * 2**30) if memory_limit else (None if free is None else int(0.8 * free))
-    raise typer.Exit(_run(cells, folder, runner.Limits(timeout, limit), budget))
+    raise typer.Exit(_run(cells, folder, runner.Limits.asked_for(timeout, memory_limit), budget))
 
 
 app.command("profile")(profiling.profile)
@@ -305,16 +305,10 @@ def _folder(out: Path | None, resume: bool) -> Path:
                 "--resume: there is no run under bench-results to go on with; leave it out or name --out"
             )
         out = runs[-1].parent if resume else Path("bench-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    elif (out / "results.jsonl").exists() and not resume:
-        raise typer.BadParameter(
-            f"--out {out} holds a run already; add --resume to go on with it, or name another folder"
-        )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(
-            f"--out {out} cannot be made: {error.strerror}; name a folder that you may write to"
-        ) from error
+        make_run_folder(out, holds_run=not resume and (out / "results.jsonl").exists())
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
     return out
 
 

@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .errors import InputError, UnsupportedError
 from .functional import MAX_HEAD_DIM, resolve_seed
 from .methods import Dense, Method, parse
+from .methods.base import keep_state
 from .patterns import Pattern
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
@@ -427,11 +428,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     # --- state --------------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Let a checkpoint without method parameters (such as the parent's) load strictly: ours keep their values."""
-        own = f"{prefix}method_state."
-        if self.method_state is not None and not any(name.startswith(own) for name in state_dict):
-            current = self.method_state.state_dict(keep_vars=True)
-            state_dict.update({own + name: value for name, value in current.items()})
+        keep_state(self.method_state, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -27,6 +27,15 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def one_thread():
+    """Small operators on several threads crawl when other tests keep the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
 if INTERPRETED:

@@ -25,17 +25,9 @@ from efficient_attn import MultiheadAttention, lowrank, parse
 from efficient_attn.benchmarks import cases, clock, inputs, ops, peers, plot, records, report, runner, suites
 from efficient_attn.benchmarks.suites import memory, sparsity, targets, vit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
 OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small operators on several threads crawl when other tests keep the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_one(tmp_path, suite, config, **limits):

@@ -3,172 +3,35 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
+from huggingface_models import (  # noqa: F401
+    CAUSAL,
+    FAMILIES,
+    IDS,
+    KINDS,
+    PADDING,
+    RIGHT,
+    T5,
+    B,
+    N,
+    assert_close,
+    inputs,
+    make,
+    native_backend,
+    outputs,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import efficient_attn
-from efficient_attn import InputError, UnsupportedError, attention, convert, explain
+from efficient_attn import InputError, UnsupportedError, convert
 from efficient_attn.integrations import huggingface
-from efficient_attn.integrations.huggingface_masks import PairMask, pair_mask
 
 transformers = pytest.importorskip("transformers")
-from transformers import masking_utils  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 huggingface.register()
-
-B, N = 3, 20
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
-TEXT = {**SIZES, "vocab_size": 50, "max_position_embeddings": 64}
-IMAGE = {**SIZES, "image_size": 32, "patch_size": 8}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-WIDTHS = {"d_model": 32, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "vocab_size": 50}
-T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
-
-# name -> (model, configuration, its arguments)
-FAMILIES = {
-    "bert": ("BertModel", "BertConfig", TEXT),
-    "roberta": ("RobertaModel", "RobertaConfig", {**TEXT, "pad_token_id": 1}),
-    "distilbert": (
-        "DistilBertModel",
-        "DistilBertConfig",
-        {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 37},
-    ),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, **TOKENS}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, "num_key_value_heads": 2}),
-    "mistral": ("MistralForCausalLM", "MistralConfig", {**TEXT, "num_key_value_heads": 2, "sliding_window": 6}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**TEXT, "num_key_value_heads": 1, **TOKENS}),
-    "opt": (
-        "OPTForCausalLM",
-        "OPTConfig",
-        {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 37}
-        | {"word_embed_proj_dim": 32, "max_position_embeddings": 64, **TOKENS},
-    ),
-    "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "decoder_start_token_id": 0}),
-    "bart": (
-        "BartForConditionalGeneration",
-        "BartConfig",
-        {**WIDTHS, **LAYERS, **TOKENS, "max_position_embeddings": 64, "decoder_start_token_id": 2}
-        | {"forced_eos_token_id": None},
-    ),
-    "marian": (
-        "MarianMTModel",
-        "MarianConfig",
-        {**WIDTHS, **LAYERS, **TOKENS, "max_position_embeddings": 64, "decoder_start_token_id": 0}
-        | {"forced_eos_token_id": None},
-    ),
-    "modernbert": (
-        "ModernBertModel",
-        "ModernBertConfig",
-        {**TEXT, "num_hidden_layers": 3, "local_attention": 8, **TOKENS, "sep_token_id": 2, "cls_token_id": 1},
-    ),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**TEXT, "num_key_value_heads": 2, "head_dim": 16, **TOKENS}),
-    "vit": ("ViTModel", "ViTConfig", IMAGE),
-    "dinov2": ("Dinov2Model", "Dinov2Config", IMAGE),
-    "siglip": (
-        "SiglipModel",
-        "SiglipConfig",
-        {"text_config": {**TEXT, **TOKENS, "max_position_embeddings": 20}, "vision_config": IMAGE},
-    ),
-    "llava": (
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        {
-            "text_config": {**TEXT, **TOKENS, "model_type": "llama", "num_key_value_heads": 2},
-            "vision_config": {**IMAGE, "model_type": "clip_vision_model"},
-            "image_token_index": 49,
-        },
-    ),
-    "clip": (
-        "CLIPModel",
-        "CLIPConfig",
-        {"text_config": {**TEXT, **TOKENS}, "vision_config": IMAGE, "projection_dim": 16},
-    ),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {**WIDTHS, **LAYERS, **TOKENS, "num_mel_bins": 8, "max_source_positions": 30, "max_target_positions": 32}
-        | {"decoder_start_token_id": 3},
-    ),
-}
-CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "opt", "llava")
-KINDS = {
-    "encoder": ("bert", "roberta", "distilbert", "modernbert"),
-    "decoder": ("gpt2", "llama", "mistral", "qwen2", "qwen3", "opt"),
-    "encoder-decoder": ("t5", "bart", "marian", "whisper"),
-    "vision": ("vit", "dinov2"),
-    "multimodal": ("clip", "siglip", "llava"),
-}
-
-torch.manual_seed(1)
-IDS = torch.randint(3, 49, (B, N))
-RIGHT = (torch.arange(N) < torch.tensor([N, 13, 5])[:, None]).long()
-PADDING = {"none": None, "right": RIGHT, "left": RIGHT.flip(1)}
-
-
-def make(family, implementation="efficient_attn", **changes):
-    """A model with large random weights: with transformers' own the attention would be nearly uniform."""
-    model, config, sizes = FAMILIES[family]
-    config = getattr(transformers, config)(**copy.deepcopy({**sizes, **changes}))
-    torch.manual_seed(0)
-    made = getattr(transformers, model)._from_config(config, attn_implementation=implementation).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3, generator=generator)
-    return made
-
-
-def inputs(family, padding):
-    pixels = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    decoder = {"decoder_input_ids": IDS[:, :9]}
-    if family in ("vit", "dinov2"):
-        return {"pixel_values": pixels}
-    if family == "whisper":
-        return {"input_features": torch.randn(B, 8, 60, generator=torch.Generator().manual_seed(2)), **decoder}
-    found = {"input_ids": IDS, "attention_mask": PADDING[padding]}
-    if family in ("clip", "siglip"):
-        return {**found, "pixel_values": pixels}
-    if family == "llava":
-        image = torch.full((B, 16), 49)  # in the middle of the text, where padding on neither side reaches
-        ids = torch.cat([IDS[:, :10], image, IDS[:, 10:]], dim=1)
-        mask = found["attention_mask"]
-        mask = mask if mask is None else torch.cat([mask[:, :10], torch.ones_like(image), mask[:, 10:]], dim=1)
-        return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
-    if family in ("t5", "bart", "marian"):
-        mask = None if PADDING[padding] is None else PADDING["right"][:, :9]
-        return {**found, **decoder, "decoder_attention_mask": mask}
-    return found
-
-
-def outputs(model, family, padding):
-    """What is compared: outputs of real tokens; a layer may give anything for those of padding."""
-    arguments = inputs(family, padding)
-    found = model(**arguments)
-    if family in ("clip", "siglip"):
-        return torch.cat([found.logits_per_image.flatten(), found.image_embeds.flatten()])
-    out = found[0]
-    mask = arguments.get("decoder_attention_mask", arguments.get("attention_mask"))
-    return out if mask is None else out[mask.bool()]
-
-
-def assert_close(actual, expected, what="output"):
-    limit = 2e-5 * expected.abs().max().item() + 1e-7
-    assert (actual - expected).abs().max().item() <= limit, what
-
-
-@pytest.fixture(autouse=True)
-def native_backend():
-    """The reference repeats eager's operations bit by bit: equality with it would say nothing of the kernels."""
-    query = torch.randn(1, 2, 8, 8)
-    chosen = str(explain(query, query, query))
-    assert "backend: cpu" in chosen or os.environ.get("EFFICIENT_ATTN_CPU") == "0", chosen
 
 
 def cases():
@@ -354,182 +217,6 @@ def test_nothing_is_n_by_n(family, side):
             model(torch.randint(3, 50, (2, n)), attention_mask=mask if side == "right" else mask.flip(1))
         largest[name] = seen.numel
     assert largest["efficient_attn"] < n * n / 4 <= largest["sdpa"]
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-BLOCKS = torch.tensor([[-1] * 4 + [0] * 5 + [-1] * 3 + [1] * 8] * B)
-FUNCTIONS = {
-    "causal": masking_utils.causal_mask_function,
-    "bidirectional": masking_utils.bidirectional_mask_function,
-    "sliding": masking_utils.sliding_window_causal_mask_function(6),
-    "sliding both": masking_utils.sliding_window_bidirectional_mask_function(3),
-    "chunked": masking_utils.chunked_causal_mask_function(8, torch.tensor([0, 3, 5])),
-    "blocks": masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(BLOCKS)),
-    "packed": masking_utils.packed_sequence_compatibility_function(
-        masking_utils.causal_mask_function,
-        torch.cat([torch.arange(7), torch.arange(13)])[None].expand(B, -1),
-        torch.tensor([[0] * 7 + [1] * 13] * B),
-    ),
-    "unknown": lambda b, h, i, j: (i - j) % 3 == 0,
-}
-
-
-@pytest.mark.parametrize("place", [(N, N, 0, 0), (1, N, N - 1, 0), (4, 12, 14, 6), (4, N, 3, 0)], ids=str)
-@pytest.mark.parametrize("padding", list(PADDING))
-@pytest.mark.parametrize("use_vmap", [False, True], ids=["indices", "vmap"])
-@pytest.mark.parametrize("function", list(FUNCTIONS))
-def test_masks_are_those_of_sdpa(function, padding, place, use_vmap):
-    q_length, kv_length, q_offset, kv_offset = place
-    mask = None if PADDING[padding] is None else PADDING[padding].bool()
-    common = {"mask_function": FUNCTIONS[function], "attention_mask": mask, "use_vmap": use_vmap}
-    common |= {"q_offset": q_offset, "kv_offset": kv_offset}
-    expected = masking_utils.sdpa_mask(B, q_length, kv_length, allow_is_causal_skip=False, **common)
-    found = pair_mask(B, q_length, kv_length, **common)
-    assert found.shape == (B, 1, q_length, kv_length)
-    seen = torch.ones(found.shape, dtype=torch.bool)
-    if found.pairs is not None:
-        seen &= found.pairs.to_dense()
-    if found.key_mask is not None:
-        seen &= found.key_mask[:, None, None]
-    assert torch.equal(seen, expected)
-    if function in ("causal", "sliding", "sliding both", "bidirectional") and q_length > 1:
-        assert found.pairs is None or found.pairs.indptr is None  # known as an interval, without lists
-
-
-def test_a_mask_that_hides_nothing_may_be_none():
-    whole = {"mask_function": masking_utils.bidirectional_mask_function, "attention_mask": torch.ones(B, N).bool()}
-    assert pair_mask(B, N, N, **whole, allow_is_bidirectional_skip=True) is None
-    assert pair_mask(B, N, N, **whole).key_mask is None
-
-
-def test_a_mask_is_no_tensor_and_says_so():
-    mask = pair_mask(B, N, N)
-    for use in (lambda: mask[:, :, :4], lambda: torch.cat([mask, mask]), lambda: torch.where(mask, 1, 0)):
-        with pytest.raises(UnsupportedError, match="expects to be a tensor"):
-            use()
-    assert mask.to("cpu").pairs == mask.pairs and mask.to(torch.float32) is mask and mask.contiguous() is mask
-    with pytest.raises(InputError, match="batch, keys"):
-        pair_mask(B, N, N, attention_mask=torch.ones(B + 1, N).bool())
-
-
-# --- what raises -----------------------------------------------------------------------------------------------------
-
-
-def layer_call(name="efficient_attn", mask=None, length=N, **kwargs):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, length, 8), torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8)
-    return ALL_ATTENTION_FUNCTIONS[name](torch.nn.Identity(), query, key, value, mask, **kwargs), (query, key, value)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(4)},
-        {"cu_seq_lens_q": torch.tensor([0, 20])},
-        {"indices": torch.zeros(1)},
-        {"cache": object()},
-        {"something_new": 1},
-    ],
-    ids=lambda a: next(iter(a)),
-)
-def test_arguments_with_a_meaning_raise(arguments):
-    with pytest.raises(UnsupportedError, match=next(iter(arguments))):
-        layer_call(**arguments)
-    layer_call(**dict.fromkeys(arguments))  # not given
-
-
-def test_a_window_without_a_mask_raises():
-    with pytest.raises(UnsupportedError, match="sliding_window=6"):
-        layer_call(sliding_window=6)
-    layer_call(sliding_window=N)
-
-
-def test_masks_that_do_not_fit_raise():
-    with pytest.raises(InputError, match="5 queries"):
-        layer_call(mask=PairMask((2, 1, 5, N)))
-    with pytest.raises(InputError, match="bool or float"):
-        layer_call(mask=torch.ones(2, 1, N, N, dtype=torch.long))
-    with pytest.raises(InputError, match="must be"):
-        layer_call(mask=torch.ones(2, N, dtype=torch.bool))
-
-
-@pytest.mark.parametrize("model", ["Longformer", "BigBird", "GPTJ"])
-def test_models_that_would_ignore_the_name_raise(model):
-    config = getattr(transformers, f"{model}Config")()
-    with pytest.raises(UnsupportedError, match="attention interface"), torch.device("meta"):
-        getattr(transformers, f"{model}Model")._from_config(config, attn_implementation="efficient_attn")
-
-
-def test_names():
-    model = make("bert")
-    with pytest.raises(InputError, match="no method 'bigbrid'"):
-        model.set_attn_implementation("efficient_attn:bigbrid")
-    assert model.config._attn_implementation == "efficient_attn"
-    expected = model(IDS)[0]
-    for spec in ("bigbird:block=64", "sliding_window:left=64,right=64 | causal", "dense"):
-        model.set_attn_implementation(f"efficient_attn:{spec}")
-        assert_close(model(IDS)[0], expected)  # all of them see everything at this length
-        assert f"efficient_attn:{spec}" in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
-    with pytest.raises(ValueError, match="not supported"):
-        model.set_attn_implementation("efficient_attention")
-    assert huggingface.implementation_name("dense") == "efficient_attn"
-    assert huggingface.implementation_name(efficient_attn.BigBird(block=32)) == "efficient_attn:bigbird:block=32"
-
-
-def test_without_transformers_registering_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"efficient-attn\[models\]"):
-        huggingface.register()
-
-
-def test_registering_twice_is_registering_once():
-    before = transformers.PreTrainedModel.get_correct_attn_implementation
-    huggingface.register()
-    assert transformers.PreTrainedModel.get_correct_attn_implementation is before
-
-
-# --- layers ----------------------------------------------------------------------------------------------------------
-
-
-def test_without_a_mask_a_causal_layer_is_causal():
-    (out, weights), (query, key, value) = layer_call()  # as with sdpa, causal unless someone says otherwise
-    assert weights is None and out.shape == (2, N, 4, 8) and out.is_contiguous()
-    assert torch.equal(out.transpose(1, 2), attention(query, key, value, is_causal=True))
-    (out, _), _ = layer_call(is_causal=False, scaling=0.3)
-    assert torch.equal(out.transpose(1, 2), attention(query, key, value, scale=0.3))
-    (out, _), (query, key, value) = layer_call(length=1)
-    assert torch.equal(out.transpose(1, 2), attention(query, key, value))
-
-
-def test_dropout_is_that_of_attention():
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, N, 8), torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8)
-    function = ALL_ATTENTION_FUNCTIONS["efficient_attn"]
-    torch.manual_seed(5)
-    dropped, _ = function(torch.nn.Identity(), query, key, value, None, dropout=0.3, is_causal=False)
-    torch.manual_seed(5)
-    assert torch.equal(dropped.transpose(1, 2), attention(query, key, value, dropout_p=0.3))
-    assert not torch.allclose(dropped.transpose(1, 2), attention(query, key, value))
-
-
-def test_dropout_in_training_only():
-    model = make("bert", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
-    expected = model(IDS)[0]
-    model.train()
-    assert not torch.allclose(model(IDS)[0], expected, atol=1e-2)
-    torch.manual_seed(3)
-    first = model(IDS)[0]
-    torch.manual_seed(3)
-    assert torch.equal(model(IDS)[0], first)
-
-
-def test_queries_of_batch_one_broadcast():
-    key = torch.randn(B, 4, N, 8)
-    query = torch.randn(1, 4, 6, 8)
-    out, _ = ALL_ATTENTION_FUNCTIONS["efficient_attn"](torch.nn.Identity(), query, key, key, None, is_causal=False)
-    assert torch.equal(out.transpose(1, 2), attention(query.expand(B, -1, -1, -1), key, key))
 
 
 # --- other methods ---------------------------------------------------------------------------------------------------

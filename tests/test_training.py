@@ -32,15 +32,8 @@ from efficient_attn.training.data.base import Splits, Tensors
 from efficient_attn.training.task import Task, option
 from efficient_attn.training.tasks import TASKS, Digits, Images, MaskedAutoencoding, SimClr, Translation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"dim": 16, "layers": 1, "heads": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ const Kernels& kernels() {
         if (!found) {
             throw std::runtime_error(std::string("EFFICIENT_ATTN_ISA=") + name +
                                      " is not an instruction set that this build has and this processor runs; "
-                                     "use one of baseline, avx2, avx512, or unset it");
+                                     "use one of baseline, avx2, avx512, avx512_bf16, or unset it");
         }
         return found;
     }();

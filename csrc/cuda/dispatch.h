@@ -23,34 +23,33 @@ inline bool hides(const AttentionParams& p) {
     return p.mask.indptr || p.mask.window_left >= 0 || p.mask.window_right >= 0 || p.bias.data;
 }
 
+// A kernel on `tiles` tiles, and where a NaN may have to be kept away the one that does the flagged tiles again.
+template <class Shape, class SafeShape = Shape, class Launch, class Kernel, class SafeKernel>
+void launch_guarded(Launch& launch, const KernelParams& k, int64_t tiles, Kernel kernel, SafeKernel safe) {
+    launch(kernel, tiles, Shape::kThreads, Shape::kSharedBytes, k);
+    if (!k.flags) return;
+    launch(safe, std::min(tiles, kSafeBlocks), SafeShape::kThreads, SafeShape::kSharedBytes, k, tiles);
+}
+
 template <class F, class Launch>
 void launch_forward(const KernelParams& k, Launch& launch) {
-    const int64_t tiles = forward_tiles(k.call);
-    launch(&sm80::attention_forward<F>, tiles, F::kThreads, F::kSharedBytes, k);
-    if (!k.flags) return;
     using Safe = typename F::InParts;
-    launch(&sm80::attention_forward_safe<Safe>, std::min(tiles, kSafeBlocks), Safe::kThreads, Safe::kSharedBytes, k,
-           tiles);
+    launch_guarded<F, Safe>(launch, k, forward_tiles(k.call), &sm80::attention_forward<F>,
+                            &sm80::attention_forward_safe<Safe>);
 }
 
 template <class G, class Launch>
 void launch_key_gradient(const KernelParams& k, Launch& launch) {
     const AttentionParams& p = k.call;
     const int64_t tiles = p.B * p.Hkv * tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : G::kRows, G::kRows);
-    launch(&sm80::attention_key_gradient<G>, tiles, G::kThreads, G::kSharedBytes, k);
-    if (k.flags)
-        launch(&sm80::attention_key_gradient_safe<G>, std::min(tiles, kSafeBlocks), G::kThreads, G::kSharedBytes, k,
-               tiles);
+    launch_guarded<G>(launch, k, tiles, &sm80::attention_key_gradient<G>, &sm80::attention_key_gradient_safe<G>);
 }
 
 template <class G, class Launch>
 void launch_query_gradient(const KernelParams& k, Launch& launch) {
     const AttentionParams& p = k.call;
     const int64_t tiles = p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : G::kRows, G::kRows);
-    launch(&sm80::attention_query_gradient<G>, tiles, G::kThreads, G::kSharedBytes, k);
-    if (k.flags)
-        launch(&sm80::attention_query_gradient_safe<G>, std::min(tiles, kSafeBlocks), G::kThreads, G::kSharedBytes, k,
-               tiles);
+    launch_guarded<G>(launch, k, tiles, &sm80::attention_query_gradient<G>, &sm80::attention_query_gradient_safe<G>);
 }
 
 template <class G, class Launch>

@@ -1,10 +1,11 @@
-"""What a backend is asked about before it is chosen."""
+"""What a backend is asked about before it is chosen, and what all of them answer where there is nothing to do."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 
 class Call(NamedTuple):
@@ -22,3 +23,14 @@ class Call(NamedTuple):
     Dv: int
     has_lists: bool
     dropout_p: float
+
+
+Gradients = TypeVar("Gradients", bound="tuple[Tensor | None, ...]")
+
+
+def zeroed(gradients: Gradients) -> Gradients:
+    """The gradients of a call without a visible key, as they are returned."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+    return gradients

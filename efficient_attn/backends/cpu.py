@@ -11,7 +11,7 @@ import torch  # before _cpu: the process then has one OpenMP runtime, PyTorch's
 from torch import Tensor
 
 from ..masks import MaskArrays
-from .call import Call
+from .call import Call, zeroed
 
 _cpu: Any
 try:
@@ -88,10 +88,7 @@ def attention_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
     dbias = _zeros(bias.shape, bias.dtype) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
-        for gradient in (dq, dk, dv, dbias):
-            if gradient is not None:
-                gradient.zero_()
-        return dq, dk, dv, dbias
+        return zeroed((dq, dk, dv, dbias))
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     kept, words = pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
-from .call import Call
+from .call import Call, zeroed
 from .cpu import BACKWARD, pack, pointer, readable, view
 
 LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
@@ -104,10 +104,7 @@ def attention_backward(
     dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
-        for gradient in (dq, dk, dv, dbias):
-            if gradient is not None:
-                gradient.zero_()
-        return dq, dk, dv, dbias
+        return zeroed((dq, dk, dv, dbias))
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     kept, words, seed = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)

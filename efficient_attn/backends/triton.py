@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..masks import MaskArrays
 from . import autotune, triton_plan
-from .call import Call
+from .call import Call, zeroed
 
 LOG2E = math.log2(math.e)
 L2_BYTES = 32 * 2**20  # keys and values that are worked off together
@@ -178,10 +178,7 @@ def attention_backward(
     B, Hq, Nq, Dv = out.shape
     Hkv, Nk, D = key.shape[1:]
     if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
-        for gradient in (dq, dk, dv, dbias):
-            if gradient is not None:
-                gradient.zero_()
-        return dq, dk, dv, dbias
+        return zeroed((dq, dk, dv, dbias))
     query, key, value, out, grad_out = map(_readable, (query, key, value, out, grad_out))
     mask = _contiguous(mask)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()

@@ -289,6 +289,13 @@ def _from_pattern(pattern: patterns.Pattern) -> Method:
     raise UnsupportedError(f"{type(pattern).__name__} is no registered method; pass it as mask= to attention()")
 
 
+def keep_state(method_state: nn.Module | None, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let a checkpoint without parameters of the method load strictly: a module's own, `prefix`method_state, stay."""
+    own = f"{prefix}method_state."
+    if method_state is not None and not any(name.startswith(own) for name in state_dict):
+        state_dict.update({own + name: value for name, value in method_state.state_dict(keep_vars=True).items()})
+
+
 def check_range(method: Any, option: str, least: float, most: float = math.inf) -> None:
     value = getattr(method, option)
     if isinstance(value, bool) or not isinstance(value, int):

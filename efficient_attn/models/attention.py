@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..methods import Hybrid, Method, parse
+from ..methods.base import keep_state
 from ..methods.continuation import continuation
 from ..patterns import Pattern
 from .cache import LayerCache
@@ -145,11 +146,7 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Let a checkpoint without parameters of the method load strictly: ours keep their values."""
-        own = f"{prefix}method_state."
-        if self.method_state is not None and not any(name.startswith(own) for name in state_dict):
-            current = self.method_state.state_dict(keep_vars=True)
-            state_dict.update({own + name: value for name, value in current.items()})
+        keep_state(self.method_state, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..benchmarks import records, runner
 from ..errors import EfficientAttnError, InputError
+from ..run_folder import make_run_folder
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
 from .recommendation import CANDIDATES, from_rows, recommend
 from .results import from_records
@@ -67,7 +68,12 @@ def profile(
         chosen = read_lengths(lengths) if lengths else (LENGTHS if model is None else MODEL_LENGTHS)
         folder = _folder(out, resume)
         common: dict[str, Any] = {"lengths": chosen, "mode": mode.split(","), "batch": batch, "dtype": dtype}
-        common |= {"seed": seed, "threads": threads, "budget_s": budget, "limits": _limits(timeout, memory_limit)}
+        common |= {
+            "seed": seed,
+            "threads": threads,
+            "budget_s": budget,
+            "limits": runner.Limits.asked_for(timeout, memory_limit),
+        }
         common |= {"out": folder, "trace": trace}
         console = Console(stderr=as_json)
         code = 0
@@ -143,7 +149,12 @@ def recommend_command(
             raise InputError("give --length N (with --model: of its sample), or --from FILE")
         folder = _folder(out, resume)
         options: dict[str, Any] = {"budget": error, "candidates": candidate or CANDIDATES, "device": device}
-        options |= {"seed": seed, "threads": threads, "budget_s": seconds, "limits": _limits(timeout, memory_limit)}
+        options |= {
+            "seed": seed,
+            "threads": threads,
+            "budget_s": seconds,
+            "limits": runner.Limits.asked_for(timeout, memory_limit),
+        }
         console = Console(stderr=as_json)
         try:
             with _progress(console) as report:
@@ -175,21 +186,8 @@ def _folder(out: Path | None, resume: bool) -> Path:
         if resume:
             raise InputError("--resume goes on in a folder: name it with --out")
         out = Path("profile-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    elif (out / "results.jsonl").exists() and not resume:
-        raise InputError(f"--out {out} holds a run already; add --resume to go on with it, or name another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {out} cannot be made: {error.strerror}; name a folder that you may write to"
-        ) from error
+    make_run_folder(out, holds_run=not resume and (out / "results.jsonl").exists())
     return out
-
-
-def _limits(timeout: float, memory_limit: float | None) -> runner.Limits:
-    free = records.available_memory()
-    limit = int(memory_limit * 2**30) if memory_limit else (None if free is None else int(0.8 * free))
-    return runner.Limits(timeout, limit)
 
 
 @contextlib.contextmanager

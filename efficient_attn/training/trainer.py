@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..benchmarks import records
 from ..errors import EfficientAttnError, InputError
+from ..run_folder import make_run_folder
 from . import checkpoint, optimizer, options, start
 from .data.base import Batch, Dataset
 from .metrics import Metrics
@@ -127,7 +128,8 @@ class _Run:
         if resume:
             self._load()
         elif here.first:
-            _new_folder(chosen.out)
+            # One that was killed before its first checkpoint is no run: there is nothing to go on from.
+            make_run_folder(chosen.out, holds_run=(chosen.out / checkpoint.LAST).exists())
             _write_json(chosen.out / CONFIG, self.config)
         here.wait()
         self.metrics = (
@@ -390,21 +392,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-
-
-def _new_folder(out: Path) -> None:
-    """Make the folder of a run, or raise InputError: it holds one, or cannot be made.
-
-    A run that was killed before its first checkpoint is none: there is nothing to go on from.
-    """
-    if (out / checkpoint.LAST).exists():
-        raise InputError(f"--out {out} holds a run already; add --resume to go on with it, or name another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {out} cannot be made: {error.strerror}; name a folder that you may write to"
-        ) from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

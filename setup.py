@@ -32,6 +32,7 @@ def instruction_sets(build_dir: Path) -> dict[str, str]:
         sets["avx2"] = "-march=x86-64-v3"
         sets["avx512"] = "-march=x86-64-v4 -mprefer-vector-width=512"
         sets["avx512_bf16"] = f"{sets['avx512']} -mavx512bf16"
+        sets["amx_bf16"] = f"{sets['avx512_bf16']} -mamx-tile -mamx-bf16"
     return {name: flags for name, flags in sets.items() if accepts(find_compiler(), flags, build_dir)}
 
 

@@ -26,12 +26,12 @@ struct ForwardTile {
         total = arena.take<A>(kQueries);
         fade = arena.take<A>(kQueries);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, max_of(p.D, p.Dv))));
-        K_buffer = arena.take<A>(kKeys * max_of(p.D, p.Dv));
+        K_buffer = arena.take<A>(kKeys * max_of(pair_depth(p.D), max_of(p.D, p.Dv)));
         V_buffer = arena.take<A>(kKeys * p.Dv);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
         if (multiplies_pairs(p)) {
-            Q_pairs = arena.take<Pair>(ceil_div(p.D, 2) * kQueries);
+            Q_pairs = arena.take<Pair>(pair_depth(p.D) * kQueries);
             V_pairs = arena.take<Pair>(kKeys / 2 * p.Dv);
             P_pairs = arena.take<Pair>(kKeys / 2 * kQueries);
             scale = arena.take<A>(kQueries);
@@ -129,10 +129,10 @@ inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range ke
     if constexpr (kPairProducts<T>) {
         const Rows<T> values{row_pointer<T>(p.value, b, kv, keys.begin), p.value.row_stride};
         const Poison poison = masked ? find_poison(values, n, p.Dv) : Poison{};
-        pack_paired_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, p.Dv, t.V_pairs);
-        clear_poison(poison, p.Dv, t.V_pairs);
+        const LeftFactor left = pack_left_factor<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_pairs);
+        clear_poison(poison, p.Dv, left);
         round_to_pairs(t.S, n, w, t.P_pairs);
-        accumulate_columns(t.V_pairs, n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
+        accumulate_columns(left, n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
         add_poison_to_columns(values, poison, p.Dv, t.S, w, t.bits, t.Ot);
     } else {
         const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
@@ -154,7 +154,7 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
     if (count <= 0) return;
     const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
-    const int64_t w = whole_vectors<A>(count);
+    const int64_t w = whole_lanes<T, A>(count);
     ForwardTile<A> t(p, memory);
 
     load_queries<T>(p, b, h, rows.begin, count, w, t);

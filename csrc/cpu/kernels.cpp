@@ -63,7 +63,10 @@ void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory
     with_types(p, [&](auto types) {
         using T = typename decltype(types)::Storage;
         using A = typename decltype(types)::Accumulator;
-        if (!is_decode(p)) return forward_task<T, A>(p, task, memory);
+        if (!is_decode(p)) {
+            const TileRegisters tiles(kPairProducts<T>);
+            return forward_task<T, A>(p, task, memory);
+        }
         A* partials = reinterpret_cast<A*>(shared);
         phase == 0 ? decode_span<T, A>(p, task, memory, partials) : decode_merge<T, A>(p, task, memory, partials);
     });
@@ -89,6 +92,7 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
         using A = typename decltype(types)::Accumulator;
         const BackwardShared<A> shared(p, shared_memory);
         if (phase == 0) return delta_task<T, A>(p, task, shared);
+        const TileRegisters tiles(kPairProducts<T>);
         if (phase == 1) return span_task<T, A>(p, task, memory, shared);
         bias_task<T, A>(p, task, shared.delta, memory);
     });

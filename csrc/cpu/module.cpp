@@ -48,7 +48,7 @@ const Kernels& kernels() {
         if (!found) {
             throw std::runtime_error(std::string("EFFICIENT_ATTN_ISA=") + name +
                                      " is not an instruction set that this build has and this processor runs; "
-                                     "use one of baseline, avx2, avx512, avx512_bf16, or unset it");
+                                     "use one of baseline, avx2, avx512, avx512_bf16, amx_bf16, or unset it");
         }
         return found;
     }();
@@ -110,12 +110,12 @@ PYBIND11_MODULE(_cpu, module) {
         "Fused multiply-adds without memory on so many threads at once, for benchmarks; returns the operations done.");
     module.def(
         "instruction_set", [] { return kernels().name; },
-        "The instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
+        "The instruction set in use: baseline, avx2, avx512, avx512_bf16 or amx_bf16.");
     module.def(
         "instruction_sets",
         [] {
             py::list names;
-            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"})
+            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"})
                 if (find_kernels(name)) names.append(name);
             return names;
         },

@@ -1,4 +1,5 @@
-// Products of bfloat16 in the tile registers of AMX_BF16: sixteen rows by sixteen columns by sixteen pairs an instruction.
+// Products of bfloat16 in the tile registers of AMX_BF16: sixteen rows by sixteen columns by sixteen pairs an
+// instruction.
 #pragma once
 
 #include "microkernels.h"
@@ -44,8 +45,9 @@ class TileRegisters {
     bool wanted_;
 };
 
-// out[16 kM][16 kN] (into) a b; strides in elements.
-template <Into kInto, int kM, int kN>
+// out[16 kM][16 kN] (into) a b; strides in elements. kAhead: and the rows below of `a` are fetched, which may lie
+// anywhere in memory and nothing else would call for sixteen of them in time.
+template <Into kInto, int kM, int kN, bool kAhead>
 EA_NOINLINE void tile_block(int64_t rows, int64_t depth, const BFloat16* a, int64_t a_stride, const Pair* b,
                             int64_t b_stride, float* out, int64_t out_stride, const float* factor) {
     const int64_t a_bytes = a_stride * 2, b_bytes = b_stride * 4, out_bytes = out_stride * 4;
@@ -74,6 +76,8 @@ EA_NOINLINE void tile_block(int64_t rows, int64_t depth, const BFloat16* a, int6
         if constexpr (kM == 2 && kN == 2) _tile_zero(3);
     }
     for (int64_t k = 0; k < depth; k += kTilePairs, a += 2 * kTilePairs, b += kTilePairs * b_stride) {
+        if constexpr (kAhead)
+            for (int m = 0; m < 32; ++m) __builtin_prefetch(a + (32 + m) * a_stride);
         _tile_loadd(4, a, a_bytes);
         _tile_loadd(6, b, b_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -98,11 +102,14 @@ template <Into kInto, int kM>
 inline void tile_rows_product(int64_t rows, int64_t lanes, int64_t depth, const BFloat16* a, int64_t a_stride,
                               const Pair* b, float* out, const float* factor) {
     constexpr bool with_factor = kInto == Into::kScale || kInto == Into::kFade;
+    const auto block = [&](auto width, auto ahead, int64_t n) {
+        tile_block<kInto, kM, width.value, ahead.value>(rows, depth, a, a_stride, b + n, lanes, out + n, lanes,
+                                                        with_factor ? factor + n : nullptr);
+    };
     int64_t n = 0;
-    for (; n + 32 <= lanes; n += 32)
-        tile_block<kInto, kM, 2>(rows, depth, a, a_stride, b + n, lanes, out + n, lanes, with_factor ? factor + n : 0);
-    if (n < lanes)
-        tile_block<kInto, kM, 1>(rows, depth, a, a_stride, b + n, lanes, out + n, lanes, with_factor ? factor + n : 0);
+    if (lanes >= 32) block(Int<2>{}, Bool<kM == 2>{}, 0), n = 32;
+    for (; n + 32 <= lanes; n += 32) block(Int<2>{}, Bool<false>{}, n);
+    if (n < lanes) block(Int<1>{}, Bool<false>{}, n);
 }
 
 // out[m][n] (into) sum_k a[m][k] * b[k][n] of pairs      m < rows, n < lanes (whole vectors), k < depth (whole tiles)
@@ -111,6 +118,11 @@ inline void tile_rows_product(int64_t rows, int64_t lanes, int64_t depth, const 
 template <Into kInto>
 inline void tile_product(int64_t rows, int64_t lanes, int64_t depth, const BFloat16* a, int64_t a_stride, const Pair* b,
                          float* out, const float* factor) {
+    if constexpr (kInto == Into::kFade) {  // most maxima do not change after the first tiles
+        bool fades = false;
+        for (int64_t n = 0; n < lanes; ++n) fades |= factor[n] != 1;
+        if (!fades) return tile_product<Into::kAdd>(rows, lanes, depth, a, a_stride, b, out, factor);
+    }
     int64_t m = 0;
     for (; m + 32 <= rows; m += 32)
         tile_rows_product<kInto, 2>(32, lanes, depth, a + m * a_stride, a_stride, b, out + m * lanes, factor);

@@ -1,6 +1,6 @@
-// Products of bfloat16 where the processor has them, summed in float32: in vectors (AVX512_BF16: a lane takes two products
-// at a time) or in tiles (AMX_BF16: matrix_tiles.h). The left factor is read in place where its pairs lie side by side;
-// the right one is packed:
+// Products of bfloat16 where the processor has them, summed in float32: in vectors (AVX512_BF16: a lane takes two
+// products at a time) or in tiles (AMX_BF16: matrix_tiles.h). The left factor is read in place where its pairs lie side
+// by side; the right one is packed:
 //
 //     pairs [depth][w]        of w columns, each the terms 2 k and 2 k + 1
 //
@@ -56,8 +56,8 @@ inline void pack_paired_columns(const TensorView& t, int64_t b, int64_t h, int64
     }
 }
 
-// out[r / 2][d] = element d of rows r and r + 1 of (b, h), of which `count` exist; columns from `width` on are 0, and so
-// are the pairs that fill up.
+// out[r / 2][d] = element d of rows r and r + 1 of (b, h), of which `count` exist; columns from `width` on are 0, and
+// so are the pairs that fill up.
 template <class T>
 inline void pack_paired_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                              int64_t padded, Pair* out) {
@@ -83,7 +83,11 @@ struct LeftFactor {
 };
 
 #if defined(__AMX_BF16__)
-// out[d][r] = element d of row r: the tiles of a left factor lie row by row.
+// As pack_left_factor lays it out: out[d][r] = element d of row r, for the tiles of a left factor are read row by row.
+inline LeftFactor left_factor(Pair* packed, int64_t count, int64_t) {
+    return {&packed->first, 2 * pair_depth(count), 2};
+}
+
 template <class T>
 EA_NOINLINE LeftFactor pack_left_factor(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count,
                                         int64_t width, Pair* out) {
@@ -97,7 +101,7 @@ EA_NOINLINE LeftFactor pack_left_factor(const TensorView& t, int64_t b, int64_t 
             for (int64_t i = 0; i < L; ++i) {
                 const int64_t r = 2 * (k + i);
                 const T *row = row_pointer<T>(t, b, h, first + r) + d, *next = row + t.row_stride;
-                square[i] = (Vec<float>)(r + 1 < count   ? join(row, next, columns)
+                square[i] = (Vec<float>)(r + 1 < count    ? join(row, next, columns)
                                          : r + 1 == count ? join(row, row, columns) & 0xFFFFu
                                                           : PairVector{});
             }
@@ -107,14 +111,17 @@ EA_NOINLINE LeftFactor pack_left_factor(const TensorView& t, int64_t b, int64_t 
                 if (i < columns) store(out + (d + i) * pairs + k, (PairVector)square[i]);
         }
     }
-    return {&out->first, 2 * pairs, 2};
+    return left_factor(out, count, width);
 }
 #else
+// As pack_left_factor lays it out: like a right factor.
+inline LeftFactor left_factor(Pair* packed, int64_t, int64_t width) { return {&packed->first, 2, 2 * width}; }
+
 template <class T>
 inline LeftFactor pack_left_factor(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count,
                                    int64_t width, Pair* out) {
     pack_paired_rows<T>(t, b, h, first, count, width, width, out);
-    return {&out->first, 2, 2 * width};
+    return left_factor(out, count, width);
 }
 #endif
 

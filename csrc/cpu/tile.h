@@ -52,7 +52,8 @@ inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries
                                    padded);
 }
 
-// out[m][n] (into) sum_k a[m][k] * b[k][n] of pairs; k < depth, pairs of a side by side or `pair_stride` elements apart.
+// out[m][n] (into) sum_k a[m][k] * b[k][n] of pairs; k < depth, pairs of a side by side or `pair_stride` elements
+// apart.
 template <Into kInto, class A>
 inline void pair_product(int64_t rows, int64_t lanes, int64_t depth, const BFloat16* a, int64_t row_stride,
                          int64_t pair_stride, const Pair* b, A* out, const A* factor = nullptr) {

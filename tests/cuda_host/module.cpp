@@ -72,8 +72,8 @@ KernelParams params(const AttentionParams& p, uintptr_t seed, uintptr_t flags) {
     return k;
 }
 
-// The last argument is the stream of the GPU, of which there is none here.
-void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t) {
+// The last arguments are the number of the GPU and its stream, of which there are none here.
+void forward(const std::string& words, uintptr_t seed, uintptr_t flags, int, uintptr_t) {
     const AttentionParams p = read_params(words, false);
     Allowed allowed;
     allow_inputs(p);
@@ -85,7 +85,8 @@ void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_
     twin::check_all_written();
 }
 
-void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, uintptr_t) {
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, int,
+              uintptr_t) {
     AttentionParams p = read_params(words, true);
     if (bias_sums) p.dbias.dtype = kFloat32;
     KernelParams k = params(p, seed, flags);

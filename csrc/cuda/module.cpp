@@ -1,0 +1,57 @@
+// The Python module efficient_attn._cuda: pointers, strides as packed words, a device and a stream. No PyTorch.
+#include <pybind11/pybind11.h>
+
+#include "common/words.h"
+#include "cuda/launch.h"
+#include "cuda/units.h"
+
+namespace py = pybind11;
+
+namespace efficient_attn {
+namespace {
+
+Request request(const std::string& words, bool backward, uintptr_t seed, uintptr_t flags) {
+    Request r{};
+    r.call = read_params(words, backward);
+    if (r.call.dtype != kBFloat16 && r.call.dtype != kFloat16)
+        throw std::invalid_argument("efficient_attn: the CUDA kernels multiply bfloat16 and float16");
+    r.seed = reinterpret_cast<const int64_t*>(seed);
+    r.flags = reinterpret_cast<int32_t*>(flags);
+    return r;
+}
+
+void run(Part part, const Request& r, int device, uintptr_t stream) {
+    const py::gil_scoped_release no_python;
+    Launch launch(device, stream);
+    serve_call(part, r, launch);
+}
+
+void forward(const std::string& words, uintptr_t seed, uintptr_t flags, int device, uintptr_t stream) {
+    run(kForward, request(words, false, seed, flags), device, stream);
+}
+
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, int device,
+              uintptr_t stream) {
+    Request r = request(words, true, seed, flags);
+    if (bias_sums) r.call.dbias.dtype = kFloat32;
+    r.delta = reinterpret_cast<float*>(delta);
+    run(kBackward, r, device, stream);
+}
+
+}  // namespace
+}  // namespace efficient_attn
+
+PYBIND11_MODULE(_cuda, module) {
+    using namespace efficient_attn;
+    module.attr("__doc__") = "The CUDA kernels of efficient-attn; backends/cuda.py calls them.";
+    module.attr("architectures") = EFFICIENT_ATTN_CUDA_ARCHS;
+    py::register_exception<CudaError>(module, "CudaError",
+                                      py::module_::import("efficient_attn.errors").attr("CudaError"));
+    module.def("attention_forward", &forward);
+    module.def("attention_backward", &backward);
+    module.def("shared_bytes", &shared_bytes_wanted);
+    module.def("most_shared_bytes", [](int device) { return Launch(device, 0).most_shared_bytes(); });
+    module.def("flag_count", [](const std::string& words, bool backward) {
+        return flags_wanted(read_params(words, backward), backward);
+    });
+}

@@ -1,0 +1,22 @@
+// One unit of the kernels: -DEFFICIENT_ATTN_PART=kForward -DEFFICIENT_ATTN_DTYPE=kBFloat16 -DEFFICIENT_ATTN_HEAD=64
+// -DEFFICIENT_ATTN_EXTRAS=false
+#include <type_traits>
+
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/units.h"
+
+namespace efficient_attn {
+
+template <>
+void serve_unit<EFFICIENT_ATTN_PART, EFFICIENT_ATTN_DTYPE, EFFICIENT_ATTN_HEAD, EFFICIENT_ATTN_EXTRAS>(
+    const Request& request, Launch& launch) {
+    using Serve = std::conditional_t<EFFICIENT_ATTN_PART == kForward, ServeForward, ServeBackward>;
+    using Element = std::conditional_t<EFFICIENT_ATTN_DTYPE == kBFloat16, BFloat16, Float16>;
+    KernelParams k = kernel_params(request.call, request.seed);
+    k.flags = request.flags;
+    k.delta = request.delta;
+    Serve::template serve<Element, EFFICIENT_ATTN_HEAD, EFFICIENT_ATTN_EXTRAS>(k, launch);
+}
+
+}  // namespace efficient_attn

@@ -160,6 +160,7 @@ def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
         f"flags = {CUDA_FLAGS} {' '.join(codes)} {includes} -DEFFICIENT_ATTN_CUDA_ARCHS='\"{';'.join(archs)}\"'",
         "rule compile",
         "  command = $nvcc $flags $extra -MMD -MF $out.d -c $in -o $out",
+        "  description = nvcc $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

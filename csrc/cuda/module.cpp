@@ -10,32 +10,32 @@ namespace py = pybind11;
 namespace efficient_attn {
 namespace {
 
-Request request(const std::string& words, bool backward, uintptr_t seed, uintptr_t flags) {
+Request request(const std::string& words, bool backward, uintptr_t seed, uintptr_t flags, int device,
+                uintptr_t stream) {
     Request r{};
     r.call = read_params(words, backward);
     if (r.call.dtype != kBFloat16 && r.call.dtype != kFloat16)
         throw std::invalid_argument("efficient_attn: the CUDA kernels multiply bfloat16 and float16");
     r.seed = reinterpret_cast<const int64_t*>(seed);
     r.flags = reinterpret_cast<int32_t*>(flags);
+    r.device = device;
+    r.stream = stream;
     return r;
 }
 
-void run(Part part, const Request& r, int device, uintptr_t stream) {
-    const py::gil_scoped_release no_python;
-    Launch launch(device, stream);
-    serve_call(part, r, launch);
-}
-
 void forward(const std::string& words, uintptr_t seed, uintptr_t flags, int device, uintptr_t stream) {
-    run(kForward, request(words, false, seed, flags), device, stream);
+    const Request r = request(words, false, seed, flags, device, stream);
+    const py::gil_scoped_release no_python;
+    serve_call(kForward, r);
 }
 
 void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, int device,
               uintptr_t stream) {
-    Request r = request(words, true, seed, flags);
+    Request r = request(words, true, seed, flags, device, stream);
     if (bias_sums) r.call.dbias.dtype = kFloat32;
     r.delta = reinterpret_cast<float*>(delta);
-    run(kBackward, r, device, stream);
+    const py::gil_scoped_release no_python;
+    serve_call(kBackward, r);
 }
 
 }  // namespace

@@ -2,31 +2,25 @@
 #include <type_traits>
 
 #include "cuda/dispatch.h"
-#include "cuda/launch.h"
 #include "cuda/units.h"
 
 namespace efficient_attn {
 namespace {
 
-struct RequestLaunch {
-    const Request& request;
-    Launch& launch;
-};
-
 template <int kPart>
 struct InUnits {
     template <class T, int kHead, bool kExtras>
-    static void serve(const KernelParams&, RequestLaunch& to) {
+    static void serve(const KernelParams&, const Request& request) {
         constexpr int kDType = std::is_same_v<T, BFloat16> ? kBFloat16 : kFloat16;
-        serve_unit<kPart, kDType, kHead, kExtras>(to.request, to.launch);
+        serve_unit<kPart, kDType, kHead, kExtras>(request);
     }
 };
 
 template <int kPart>
-void serve_part(const Request& request, Launch& launch) {
+void serve_part(const Request& request) {
     const KernelParams k = kernel_params(request.call, request.seed);
-    RequestLaunch to{request, launch};
-    request.call.dtype == kBFloat16 ? serve<InUnits<kPart>, BFloat16>(k, to) : serve<InUnits<kPart>, Float16>(k, to);
+    request.call.dtype == kBFloat16 ? serve<InUnits<kPart>, BFloat16>(k, request)
+                                    : serve<InUnits<kPart>, Float16>(k, request);
 }
 
 template <int kHead>
@@ -40,8 +34,8 @@ constexpr uint32_t most_shared() {
 
 }  // namespace
 
-void serve_call(Part part, const Request& request, Launch& launch) {
-    part == kForward ? serve_part<kForward>(request, launch) : serve_part<kBackward>(request, launch);
+void serve_call(Part part, const Request& request) {
+    part == kForward ? serve_part<kForward>(request) : serve_part<kBackward>(request);
 }
 
 uint32_t shared_bytes_wanted(int64_t widest) {

@@ -7,15 +7,29 @@
 #include "cuda/units.h"
 
 namespace efficient_attn {
+namespace {
+
+struct UnitLaunch : Launch {
+    using Launch::Launch;
+    [[maybe_unused]] TensorMap tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D,
+                                          int rows) {
+        TensorMap map;
+        encode_tensor_map(&map, view, B, H, N, D, rows);
+        return map;
+    }
+};
+
+}  // namespace
 
 template <>
 void serve_unit<EFFICIENT_ATTN_PART, EFFICIENT_ATTN_DTYPE, EFFICIENT_ATTN_HEAD, EFFICIENT_ATTN_EXTRAS>(
-    const Request& request, Launch& launch) {
+    const Request& request) {
     using Serve = std::conditional_t<EFFICIENT_ATTN_PART == kForward, ServeForward, ServeBackward>;
     using Element = std::conditional_t<EFFICIENT_ATTN_DTYPE == kBFloat16, BFloat16, Float16>;
     KernelParams k = kernel_params(request.call, request.seed);
     k.flags = request.flags;
     k.delta = request.delta;
+    UnitLaunch launch(request.device, request.stream);
     Serve::template serve<Element, EFFICIENT_ATTN_HEAD, EFFICIENT_ATTN_EXTRAS>(k, launch);
 }
 

@@ -8,25 +8,27 @@
 
 namespace efficient_attn {
 
-class Launch;
-
 // A call as it comes from Python; all pointers are the device's.
 struct Request {
     AttentionParams call;
     const int64_t* seed;  // null: call.dropout_seed
     int32_t* flags;       // flag_count of them; null: none
     float* delta;         // backward only
+    int device;
+    uintptr_t stream;
 };
 
 enum Part : int { kForward, kBackward };
 
 // The kernels of one part for elements of dtype, heads of up to kHead, and bias, dropout and odd scales or none.
 template <int kPart, int kDType, int kHead, bool kExtras>
-void serve_unit(const Request&, Launch&);
+void serve_unit(const Request&);
 
-void serve_call(Part part, const Request&, Launch&);
+void serve_call(Part part, const Request&);
+
 // What kernels for elements of 16 bits and heads of up to `widest` ask for, where the GPU is not one of sm90/.
 uint32_t shared_bytes_wanted(int64_t widest);
+
 int64_t flags_wanted(const AttentionParams&, bool backward);
 
 }  // namespace efficient_attn

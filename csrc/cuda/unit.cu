@@ -11,9 +11,9 @@ namespace {
 
 struct UnitLaunch : Launch {
     using Launch::Launch;
-    [[maybe_unused]] TensorMap tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D,
-                                          int rows) {
-        TensorMap map;
+    template <class Map = TensorMap>  // a template, for only some units use it
+    Map tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows) {
+        Map map;
         encode_tensor_map(&map, view, B, H, N, D, rows);
         return map;
     }

@@ -155,9 +155,13 @@ def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
         codes[0] = f"-gencode arch=compute_{archs[0]},code=[sm_{archs[0]},compute_{archs[0]}]"
     host = f" -ccbin {os.environ['CXX']}" if os.environ.get("CXX") else ""
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    macros = (
+        f"-DEFFICIENT_ATTN_HOPPER={str('90a' in archs).lower()} "
+        f"-DEFFICIENT_ATTN_CUDA_ARCHS='\"{';'.join(archs)}\"'"
+    )
     lines = [
         f"nvcc = {nvcc}{host}",
-        f"flags = {CUDA_FLAGS} {' '.join(codes)} {includes} -DEFFICIENT_ATTN_CUDA_ARCHS='\"{';'.join(archs)}\"'",
+        f"flags = {CUDA_FLAGS} {' '.join(codes)} {includes} {macros}",
         "rule compile",
         "  command = $nvcc $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  description = nvcc $out",

@@ -123,7 +123,9 @@ EA_DEVICE void add_packed_bias(float (&s)[1][kN][4], const DecodeParams& p, cons
     each(s, [&](float& score, int, int n, int e) {
         if (score == -infinity()) return;
         const int line = row + e / 2 * 8;
-        score += load_bias<T>(p.base, at.b, head_of(p, at, line), query_of(p, at, line), column + n * 8 + e % 2);
+        const float bias =
+            load_bias<T>(p.base, at.b, head_of(p, at, line), query_of(p, at, line), column + n * 8 + e % 2);
+        score = bias == -infinity() ? bias : score + bias;
     });
 }
 
@@ -228,7 +230,7 @@ EA_DEVICE void store_part(D& f, const DecodeParams& p, const Part& at) {
         const int row = warp % 4 * 16 + lane / 4 + e / 2 * 8, column = warp / 4 * D::kColumns + n * 8 + lane % 4 * 2;
         store_shared_32(D::kRing + float_offset(row, column + e % 2, D::kHead), as_bits(x));
     });
-    block_sync();
+    block_sync();  // what the warps found is there
     for (int row = warp; row < rows_of(p, at); row += D::kWarps) {
         float weight[D::kKeyWarps], top = -infinity(), total = 0.0f;
         EA_UNROLL

@@ -136,7 +136,9 @@ def cuda_archs() -> list[str]:
 
 def cuda_units() -> dict[str, str]:
     """Name of each unit of csrc/cuda/unit.cu -> the macros that choose its kernels. Those that take longest first."""
-    choices = itertools.product(("Backward", "Forward"), (256, 128, 64), ("BFloat16", "Float16"), (True, False))
+    dtypes = ("BFloat16", "Float16")
+    choices = [*itertools.product(("Backward", "Forward"), (256, 128, 64), dtypes, (True, False))]
+    choices += [("Decode", 256, dtype, False) for dtype in dtypes]
     return {
         f"{part}_{dtype}_{head}{'_extras' if extras else ''}".lower(): (
             f"-DEFFICIENT_ATTN_PART=k{part} -DEFFICIENT_ATTN_DTYPE=k{dtype} -DEFFICIENT_ATTN_HEAD={head} "
@@ -156,8 +158,7 @@ def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
     host = f" -ccbin {os.environ['CXX']}" if os.environ.get("CXX") else ""
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
     macros = (
-        f"-DEFFICIENT_ATTN_HOPPER={str('90a' in archs).lower()} "
-        f"-DEFFICIENT_ATTN_CUDA_ARCHS='\"{';'.join(archs)}\"'"
+        f"-DEFFICIENT_ATTN_HOPPER={str('90a' in archs).lower()} -DEFFICIENT_ATTN_CUDA_ARCHS='\"{';'.join(archs)}\"'"
     )
     lines = [
         f"nvcc = {nvcc}{host}",

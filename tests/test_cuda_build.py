@@ -100,7 +100,7 @@ def test_the_plan_builds_every_unit_that_is_called() -> None:
         for dtype in ("BFloat16", "Float16")
         for head in (64, 128, 256)
         for extras in ("true", "false")
-    }
+    } | {("kDecode", f"k{dtype}", "256", "false") for dtype in ("BFloat16", "Float16")}
     plan = setup.cuda_ninja_file(Path("/out/_cuda.so"), "/some/nvcc", ["80", "90a"])
     assert plan.count("unit.cu\n") == len(units)
     assert "code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a" in plan

@@ -15,7 +15,10 @@ from cases import CASES, Case, draw
 from efficient_attn import attention
 from efficient_attn.backends import cuda
 
-NAMES = ("window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned")
+NAMES = (
+    "window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned",
+    "few_queries_window", "few_queries_blocks", "few_queries_bits",
+)  # fmt: skip
 PROBES = [
     Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),
     *(case for case in CASES if case.name in NAMES),
@@ -35,7 +38,10 @@ def probe(case: Case, schedule: int) -> None:
     names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
     if case.name == "ragged":
         drawn |= {n: padded(drawn[n]) for n in names}
-    leaves = {n: drawn[n].detach().requires_grad_() for n in names}
+    given = {n: drawn[n] for n in names}
+    if case.name == "few_queries_window":  # whatever no query sees
+        given["value"] = drawn["value"].masked_fill(~drawn["visible"].any(2).view(1, 1, -1, 1), torch.nan)
+    leaves = {n: t.detach().requires_grad_() for n, t in given.items()}
     causal = {"is_causal": case.causal is not None, "causal_alignment": case.causal}
     out, lse = attention(**leaves, mask=drawn["mask"], **causal, return_lse=True, backend="cuda")
     found = gradients((out,), list(leaves.values()), (drawn["grad_out"],))

@@ -29,6 +29,17 @@ void forward(const std::string& words, uintptr_t seed, uintptr_t flags, int devi
     serve_call(kForward, r);
 }
 
+// part_out, part_lse: workspace for `splits` parts, or null if there is one only.
+void decode(const std::string& words, uintptr_t part_out, uintptr_t part_lse, int64_t splits, int device,
+            uintptr_t stream) {
+    Request r = request(words, false, 0, 0, device, stream);
+    r.part_out = reinterpret_cast<float*>(part_out);
+    r.part_lse = reinterpret_cast<float*>(part_lse);
+    r.splits = splits;
+    const py::gil_scoped_release no_python;
+    serve_call(kDecode, r);
+}
+
 void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, int device,
               uintptr_t stream) {
     Request r = request(words, true, seed, flags, device, stream);
@@ -48,7 +59,11 @@ PYBIND11_MODULE(_cuda, module) {
     py::register_exception<CudaError>(module, "CudaError",
                                       py::module_::import("efficient_attn.errors").attr("CudaError"));
     module.def("attention_forward", &forward);
+    module.def("attention_decode", &decode);
     module.def("attention_backward", &backward);
+    module.def("decode_splits", [](const std::string& words, int64_t processors) {
+        return decode_splits_wanted(read_params(words, false), processors);
+    });
     module.def("shared_bytes", &shared_bytes_wanted);
     module.def("most_shared_bytes", [](int device) { return Launch(device, 0).most_shared_bytes(); });
     module.def("flag_count", [](const std::string& words, bool backward) {

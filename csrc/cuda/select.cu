@@ -35,12 +35,19 @@ constexpr uint32_t most_shared() {
 }  // namespace
 
 void serve_call(Part part, const Request& request) {
-    part == kForward ? serve_part<kForward>(request) : serve_part<kBackward>(request);
+    if (part == kDecode) {
+        request.call.dtype == kBFloat16 ? serve_unit<kDecode, kBFloat16, 256, false>(request)
+                                        : serve_unit<kDecode, kFloat16, 256, false>(request);
+    } else {
+        part == kForward ? serve_part<kForward>(request) : serve_part<kBackward>(request);
+    }
 }
 
 uint32_t shared_bytes_wanted(int64_t widest) {
     return widest <= 64 ? most_shared<64>() : widest <= 128 ? most_shared<128>() : most_shared<256>();
 }
+
+int64_t decode_splits_wanted(const AttentionParams& p, int64_t processors) { return decode_splits(p, processors); }
 
 int64_t flags_wanted(const AttentionParams& p, bool backward) { return flag_count(p, backward); }
 

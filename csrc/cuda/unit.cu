@@ -26,13 +26,17 @@ struct UnitLaunch : Launch {
 template <>
 void serve_unit<EFFICIENT_ATTN_PART, EFFICIENT_ATTN_DTYPE, EFFICIENT_ATTN_HEAD, EFFICIENT_ATTN_EXTRAS>(
     const Request& request) {
-    using Serve = std::conditional_t<EFFICIENT_ATTN_PART == kForward, ServeForward, ServeBackward>;
     using Element = std::conditional_t<EFFICIENT_ATTN_DTYPE == kBFloat16, BFloat16, Float16>;
     KernelParams k = kernel_params(request.call, request.seed);
     k.flags = request.flags;
     k.delta = request.delta;
     UnitLaunch launch(request.device, request.stream);
-    Serve::template serve<Element, EFFICIENT_ATTN_HEAD, EFFICIENT_ATTN_EXTRAS>(k, launch);
+    if constexpr (EFFICIENT_ATTN_PART == kDecode) {
+        serve_decode<Element>(decode_params(k, request.part_out, request.part_lse, request.splits), launch);
+    } else {
+        using Serve = std::conditional_t<EFFICIENT_ATTN_PART == kForward, ServeForward, ServeBackward>;
+        Serve::template serve<Element, EFFICIENT_ATTN_HEAD, EFFICIENT_ATTN_EXTRAS>(k, launch);
+    }
 }
 
 }  // namespace efficient_attn

@@ -11,16 +11,19 @@ namespace efficient_attn {
 // A call as it comes from Python; all pointers are the device's.
 struct Request {
     AttentionParams call;
-    const int64_t* seed;  // null: call.dropout_seed
-    int32_t* flags;       // flag_count of them; null: none
-    float* delta;         // backward only
+    const int64_t* seed;         // null: call.dropout_seed
+    int32_t* flags;              // flag_count of them; null: none
+    float* delta;                // backward only
+    float *part_out, *part_lse;  // decode only, `splits` of them; null where there is one
+    int64_t splits;
     int device;
     uintptr_t stream;
 };
 
-enum Part : int { kForward, kBackward };
+enum Part : int { kForward, kBackward, kDecode };
 
-// The kernels of one part for elements of dtype, heads of up to kHead, and bias, dropout and odd scales or none.
+// The kernels of one part for elements of dtype, heads of up to kHead, and bias, dropout and odd scales or none; those
+// of kDecode for all heads and with bias.
 template <int kPart, int kDType, int kHead, bool kExtras>
 void serve_unit(const Request&);
 
@@ -29,6 +32,7 @@ void serve_call(Part part, const Request&);
 // What kernels for elements of 16 bits and heads of up to `widest` ask for, where the GPU is not one of sm90/.
 uint32_t shared_bytes_wanted(int64_t widest);
 
+int64_t decode_splits_wanted(const AttentionParams&, int64_t processors);
 int64_t flags_wanted(const AttentionParams&, bool backward);
 
 }  // namespace efficient_attn

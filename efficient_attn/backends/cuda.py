@@ -60,6 +60,12 @@ def missing() -> str:
     return ""
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Processors to be filled with work; the twin stands for a small GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 def not_supported_reasons(call: Call) -> list[str]:
     """Why this backend cannot serve `call`."""
     reasons = []
@@ -131,6 +137,14 @@ def attention_forward(
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     kept, words, seed = _pack(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
+    splits = kernels().decode_splits(words, processors(query.device))
+    if splits:  # few queries: several blocks of threads share the keys
+        parts = (splits,) if splits > 1 else (0,)
+        part_out = query.new_empty(*parts, *out.shape, dtype=torch.float32)
+        part_lse = query.new_empty(*parts, *lse.shape, dtype=torch.float32)
+        kernels().attention_decode(words, _workspace(part_out), _workspace(part_lse), splits, *_place(query.device))
+        del kept
+        return out, lse
     flags = query.new_empty(kernels().flag_count(words, False), dtype=torch.int32)
     kernels().attention_forward(words, pointer(seed), _workspace(flags), *_place(query.device))
     del kept
@@ -214,8 +228,8 @@ def _bias_target(dbias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
     return dbias
 
 
-def _workspace(flags: Tensor) -> int:
-    return flags.data_ptr() if flags.numel() else 0
+def _workspace(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else 0
 
 
 def _place(device: torch.device) -> tuple[int, int]:

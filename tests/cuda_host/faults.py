@@ -2,6 +2,9 @@
 
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
 ARRIVED = "        block_sync();  // this slot has arrived, and every warp is done with the other one\n"
+DECODE = "sm80/attention_decode.h"
+KEYS_ARRIVED = "        block_sync();  // the keys have arrived, and every warp is done with the tile before them\n"
+VALUES_ARRIVED = "        block_sync();  // the values have arrived, and every warp is done with the keys\n"
 WAIT = "        copy_async_wait<0>();\n" + ARRIVED
 
 FAULTS: dict[str, tuple[str, str, str]] = {
@@ -48,4 +51,20 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "every other tile is left out": ("mask.h", "        cursor_ += kWidth;\n", "        cursor_ += 2 * kWidth;\n"),
     "the bits of the next row": ("scores.h", "line % block * row_bytes", "(line + 1) % block * row_bytes"),
     "P is not faded": (FORWARD, "x *= fade[m][e / 2];", "x *= 1.0f;"),
+    "no barrier for the keys of few queries": (DECODE, KEYS_ARRIVED, ""),
+    "no barrier for the values of few queries": (DECODE, VALUES_ARRIVED, ""),
+    "values are not waited for": (
+        DECODE, "        copy_async_wait<D::kSlots - 2>();\n" + VALUES_ARRIVED,
+        "        copy_async_wait<D::kSlots - 1>();\n" + VALUES_ARRIVED,
+    ),
+    "the ring is filled one tile too early": (
+        DECODE, "load_next(tile + D::kSlots - 1);", "load_next(tile + D::kSlots);",
+    ),
+    "the ring is joined in while it is read": (DECODE, "    block_sync();  // every warp is done with the tiles\n", ""),
+    "no barrier before warps are joined": (DECODE, "    block_sync();  // what the warps found is there\n", ""),
+    "rows are of the next head of the group": (DECODE, "at.h + row % p.pack", "at.h + (row + 1) % p.pack"),
+    "the last part of the keys is not joined": (DECODE, "for (int s = warp; s < p.splits;", "for (int s = warp; s < p.splits - 1;"),
+    "parts of the keys overlap": ("mask.h", "        end_ = smaller(cursor_ + each, end_);", "        end_ = smaller(cursor_ + each + 1, end_);"),
+    "parts of a list overlap": ("mask.h", "        last_ = smaller(entry_ + each, last_);", "        last_ = smaller(entry_ + each + 1, last_);"),
+    "a NaN behind a mask meets a weight of zero": (DECODE, "multiply<T, D::kHead, true>(f.out, s, values, column, kFinite, lane)", "multiply<T, D::kHead, true>(f.out, s, values, column, kAsIs, lane)"),
 }  # fmt: skip

@@ -103,6 +103,27 @@ void forward(const std::string& words, uintptr_t seed, uintptr_t flags, int, uin
     twin::check_all_written();
 }
 
+// part_out, part_lse: workspace for `splits` parts, or null if there is one only.
+void decode(const std::string& words, uintptr_t part_out, uintptr_t part_lse, int64_t splits, int, uintptr_t) {
+    const AttentionParams p = read_params(words, false);
+    Allowed allowed;
+    allow_inputs(p);
+    allow(p.out, p.B, p.Hq, p.Nq, p.Dv, true);
+    const int64_t rows = p.B * p.Hq * p.Nq;
+    twin::allow(p.lse, rows * 4, true);
+    twin::allow(reinterpret_cast<void*>(part_out), splits * rows * p.Dv * 4, true);
+    twin::allow(reinterpret_cast<void*>(part_lse), splits * rows * 4, true);
+    const DecodeParams d =
+        decode_params(params(p, 0, 0), reinterpret_cast<float*>(part_out), reinterpret_cast<float*>(part_lse), splits);
+    TwinLaunch launch;
+#ifdef EFFICIENT_ATTN_TWIN_SMALL
+    serve_decode_head<BFloat16, 64>(d, launch);
+#else
+    p.dtype == kBFloat16 ? serve_decode<BFloat16>(d, launch) : serve_decode<Float16>(d, launch);
+#endif
+    twin::check_all_written();
+}
+
 void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, int,
               uintptr_t) {
     AttentionParams p = read_params(words, true);
@@ -150,7 +171,11 @@ PYBIND11_MODULE(_cuda_twin, module) {
     using namespace efficient_attn;
     module.attr("__doc__") = "The CUDA kernels on a CPU, one fiber a thread: a test instrument.";
     module.def("attention_forward", &forward);
+    module.def("attention_decode", &decode);
     module.def("attention_backward", &backward);
+    module.def("decode_splits", [](const std::string& words, int64_t processors) {
+        return decode_splits(read_params(words, false), processors);
+    });
     module.def("flag_count", [](const std::string& words, bool backward) {
         return flag_count(read_params(words, backward), backward);
     });

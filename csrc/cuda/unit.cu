@@ -1,5 +1,5 @@
 // One unit of the kernels: -DEFFICIENT_ATTN_PART=kForward -DEFFICIENT_ATTN_DTYPE=kBFloat16 -DEFFICIENT_ATTN_HEAD=64
-// -DEFFICIENT_ATTN_EXTRAS=false, in a build with code for sm_90a -DEFFICIENT_ATTN_HOPPER=true
+// -DEFFICIENT_ATTN_EXTRAS=false
 #include <type_traits>
 
 #include "cuda/dispatch.h"
@@ -11,8 +11,6 @@ namespace {
 
 struct UnitLaunch : Launch {
     using Launch::Launch;
-    // The newest kernels here that the GPU runs; those of sm90/ are code for 9.0 and for nothing that is newer.
-    int capability() const { return EFFICIENT_ATTN_HOPPER && Launch::capability() == 90 ? 90 : 80; }
     template <class Map = TensorMap>  // a template, for only some units use it
     Map tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows) {
         Map map;

@@ -127,7 +127,7 @@ def test_one_unit_compiles_without_a_warning(tmp_path: Path) -> None:
 @needs_nvcc
 def test_the_launcher_on_a_runtime_that_remembers(tmp_path: Path) -> None:
     sources = [str(ROOT / "csrc" / "cuda" / "launch.cpp"), str(ROOT / "tests" / "cuda_launch" / "harness.cpp")]
-    command = [setup.find_nvcc(), "-std=c++17", "-O1", "-cudart", "none", "-Xcompiler=-Wall,-Wextra,-Werror,-pthread",
+    command = [setup.find_nvcc(), "-std=c++17", "-O1", "-cudart", "none", "-DEFFICIENT_ATTN_HOPPER=true", "-Xcompiler=-Wall,-Wextra,-Werror,-pthread",
                f"-I{ROOT / 'csrc'}", *sources, "-o", str(tmp_path / "harness")]  # fmt: skip
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr

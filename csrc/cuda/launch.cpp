@@ -130,6 +130,8 @@ Launch::Launch(int device, uintptr_t stream)
     check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
 }
 
+int Launch::capability() const { return EFFICIENT_ATTN_HOPPER && found_->capability == 90 ? 90 : 80; }
+
 Launch::~Launch() {
     if (previous_ != device_) cudaSetDevice(previous_);  // was current before, hence exists
 }

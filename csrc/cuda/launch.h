@@ -30,7 +30,8 @@ class Launch {
     Launch(const Launch&) = delete;
     Launch& operator=(const Launch&) = delete;
 
-    int capability() const { return found_->capability; }
+    // The newest kernels of this build that the GPU runs: 90, code for 9.0 and nothing newer, or 80.
+    int capability() const;
     int most_shared_bytes() const { return found_->most_shared_bytes; }
     int multiprocessors() const { return found_->multiprocessors; }
 

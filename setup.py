@@ -164,7 +164,8 @@ def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
         f"nvcc = {nvcc}{host}",
         f"flags = {CUDA_FLAGS} {' '.join(codes)} {includes} {macros}",
         "rule compile",
-        "  command = $nvcc $flags $extra -MMD -MF $out.d -c $in -o $out",
+        # nvcc names what is local to a unit by its file and a random number: here by the unit
+        "  command = $nvcc $flags $extra -frandom-seed=$out -MMD -MF $out.d -c $in -o $out",
         "  description = nvcc $out",
         "  depfile = $out.d",
         "  deps = gcc",

@@ -110,29 +110,63 @@ def test_the_plan_builds_every_unit_that_is_called() -> None:
     assert set(linked) == {f"{name}.o" for name in (*units, "module", "launch", "select")}
 
 
-@needs_nvcc
-def test_one_unit_compiles_without_a_warning(tmp_path: Path) -> None:
-    plan = setup.cuda_ninja_file(tmp_path / "_cuda.so", setup.find_nvcc(), ["80"])
-    (tmp_path / "build.ninja").write_text(plan.replace("flags = ", "flags = -Werror all-warnings ", 1))
-    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    result = subprocess.run([ninja, "-C", str(tmp_path), "forward_bfloat16_64.o"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    symbols = subprocess.run(["nm", "-C", str(tmp_path / "forward_bfloat16_64.o")], capture_output=True, text=True)
-    assert "T void efficient_attn::serve_unit<0, 2, 64, false>(" in symbols.stdout
-
-
 # --- the launcher ---
 
 
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one unit and the launcher, compiled as setup.py does but for sm_80 alone, and linked with a runtime
+    that only remembers (tests/cuda_launch): `harness` for the launcher, `unit_harness` for both. No warning is let
+    pass. The kernels of Hopper are launched, though empty in code for sm_80."""
+    folder, tests, nvcc = tmp_path_factory.mktemp("cuda"), ROOT / "tests" / "cuda_launch", setup.find_nvcc()
+    plan = setup.cuda_ninja_file(folder / "_cuda.so", nvcc, ["80"]).replace("HOPPER=false", "HOPPER=true")
+    (folder / "build.ninja").write_text(plan.replace("flags = ", "flags = -Werror all-warnings ", 1))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    objects = ["launch.o", "forward_bfloat16_64.o"]
+    runs = [[shutil.which("ninja", path=path), "-C", folder, *objects]]
+    for name in ("harness", "unit_harness"):
+        sources = [tests / f"{name}.cpp", tests / "recorder.cpp", *objects[: 1 if name == "harness" else 2]]
+        flags = ["-std=c++17", "-O1", "-cudart", "none", "-nodlink", "-Xcompiler=-Wall,-Wextra,-Werror,-pthread"]
+        runs.append([nvcc, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", folder / name])
+    for command in runs:
+        result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
 @needs_nvcc
-def test_the_launcher_on_a_runtime_that_remembers(tmp_path: Path) -> None:
-    sources = [str(ROOT / "csrc" / "cuda" / "launch.cpp"), str(ROOT / "tests" / "cuda_launch" / "harness.cpp")]
-    command = [setup.find_nvcc(), "-std=c++17", "-O1", "-cudart", "none", "-DEFFICIENT_ATTN_HOPPER=true", "-Xcompiler=-Wall,-Wextra,-Werror,-pthread",
-               f"-I{ROOT / 'csrc'}", *sources, "-o", str(tmp_path / "harness")]  # fmt: skip
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr
-    result = subprocess.run([str(tmp_path / "harness")], capture_output=True, text=True)
+def test_the_launcher_on_a_runtime_that_remembers(linked: Path) -> None:
+    result = subprocess.run([linked / "harness"], capture_output=True, text=True)
     assert result.returncode == 0 and "checks hold" in result.stdout, result.stdout + result.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("capability", "row_stride", "flags", "launched"),
+    [
+        # tiles of 128 queries: 2 * 4 * 3; on Hopper as many blocks as multiprocessors, here all tiles
+        (90, 64, 0, [("sm90", "attention_forward", 24, 0)]),
+        (90, 64, 1, [("sm90", "attention_forward", 24, 0), ("sm80", "attention_forward_safe", 24, 0)]),
+        (90, 60, 0, [("sm80", "attention_forward", 24, 0)]),  # rows that no tensor map describes
+        (80, 64, 1, [("sm80", "attention_forward", 24, 1), ("sm80", "attention_forward_safe", 24, 1)]),
+    ],
+)
+def test_what_a_unit_launches(capability: int, row_stride: int, flags: int, launched: list, linked: Path) -> None:
+    command = [linked / "unit_harness", *map(str, (capability, row_stride, flags))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    *lines, asked = result.stdout.splitlines()
+    maps = [line.split()[1:] for line in lines if line.startswith("map")]
+    kernels = [line.split() for line in lines if not line.startswith("map")]
+    found = []
+    for name, blocks, _, _, device in kernels:
+        family, kernel = re.search(r"4(sm\d0).*?\d\d(attention_[a-z_]+)I", name).groups()
+        found.append((family, kernel, int(blocks), int(device)))
+    assert found == launched
+    hopper = launched[0][0] == "sm90"
+    assert maps == ([["300", "64"], ["500", "128"], ["500", "128"]] if hopper else [])
+    large = {name for name, _, _, shared, _ in kernels if int(shared) > 48 * 1024}
+    assert asked == f"asked for shared memory {len(large)} times" and len(large) >= hopper
 
 
 # --- the module, where it is built ---

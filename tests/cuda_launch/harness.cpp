@@ -1,65 +1,17 @@
-// csrc/cuda/launch.cpp on a runtime that only remembers what it was asked for: what is launched where, which device is
-// current afterwards, what is said of an error. A call that is not among these functions (an allocation, a wait for the
-// GPU) would not link.
-#include <cuda.h>
-#include <cuda_runtime_api.h>
-
-#include <atomic>
+// csrc/cuda/launch.cpp on recorder.cpp: what is launched where, which device is current afterwards, what is said of an
+// error.
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <map>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cuda/launch.h"
+#include "recorder.h"
+
+using namespace recorder;
 
 namespace {
-
-struct Started {
-    const void* kernel;
-    dim3 grid, block;
-    size_t shared;
-    cudaStream_t stream;
-    int device;
-    int64_t first;
-    float second;
-};
-
-thread_local int current = 0;
-std::map<std::string, cudaError_t> failing;
-cudaError_t last = cudaSuccess;
-std::vector<Started> started;
-std::atomic<int> attributes{0}, opted{0};
-bool has_encoder = false;
-CUresult encoder_says = CUDA_SUCCESS;
-
-struct Encoded {
-    CUtensorMapDataType type;
-    void* data;
-    std::vector<uint64_t> sizes, strides;
-    std::vector<uint32_t> box, steps;
-    CUtensorMapSwizzle swizzle;
-    CUtensorMapFloatOOBfill fill;
-} encoded;
-
-cudaError_t answer(const char* call) {
-    const auto found = failing.find(call);
-    if (found == failing.end()) return cudaSuccess;
-    return last = found->second;
-}
-
-CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* sizes,
-                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave,
-                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-    encoded = {
-        type,    data, {sizes, sizes + rank}, {strides, strides + rank - 1}, {box, box + rank}, {steps, steps + rank},
-        swizzle, fill};
-    std::memset(map, 7, sizeof *map);
-    return encoder_says;
-}
 
 int checks = 0;
 
@@ -107,13 +59,20 @@ void the_device_is_current_only_as_long_as_the_launch() {
 void a_kernel_gets_its_grid_stream_and_arguments() {
     started.clear();
     Launch launch(1, 0x55);
+    int64_t first = 0;
+    float second = 0;
+    on_arguments = [&](void** arguments) {
+        first = *static_cast<int64_t*>(arguments[0]);
+        second = *static_cast<float*>(arguments[1]);
+    };
     launch(&kernel, 7, 128, 1024u, 3, 2);  // converted to the types of the parameters
+    on_arguments = nullptr;
     CHECK(started.size() == 1);
     const Started& s = started[0];
     CHECK(s.kernel == reinterpret_cast<const void*>(&kernel) && s.device == 1);
     CHECK(s.grid.x == 7 && s.grid.y == 1 && s.grid.z == 1 && s.block.x == 128 && s.block.y == 1 && s.block.z == 1);
     CHECK(s.shared == 1024 && s.stream == reinterpret_cast<cudaStream_t>(0x55));
-    CHECK(s.first == 3 && s.second == 2.0f);
+    CHECK(first == 3 && second == 2.0f);
 }
 
 void much_shared_memory_is_asked_for_once_a_kernel_and_device() {
@@ -193,78 +152,22 @@ void a_tensor_map_describes_the_tensor() {
     CHECK(holds(thrown([&] { launch.encode_tensor_map(map, view, 3, 4, 10, 96, 64); }), "cuTensorMapEncodeTiled"));
     has_encoder = true;
     launch.encode_tensor_map(map, view, 3, 4, 10, 96, 128);
-    CHECK(encoded.data == map && encoded.type == CU_TENSOR_MAP_DATA_TYPE_UINT16);
-    CHECK((encoded.sizes == std::vector<uint64_t>{96, 10, 4, 3}));
-    CHECK((encoded.strides == std::vector<uint64_t>{400, 4000, 16000}));  // in bytes
-    CHECK((encoded.box == std::vector<uint32_t>{64, 128, 1, 1}) && (encoded.steps == std::vector<uint32_t>(4, 1)));
-    CHECK(encoded.swizzle == CU_TENSOR_MAP_SWIZZLE_128B && encoded.fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CHECK(encoded.back().data == map && encoded.back().type == CU_TENSOR_MAP_DATA_TYPE_UINT16);
+    CHECK((encoded.back().sizes == std::vector<uint64_t>{96, 10, 4, 3}));
+    CHECK((encoded.back().strides == std::vector<uint64_t>{400, 4000, 16000}));  // in bytes
+    CHECK((encoded.back().box == std::vector<uint32_t>{64, 128, 1, 1}) &&
+          (encoded.back().steps == std::vector<uint32_t>(4, 1)));
+    CHECK(encoded.back().swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
+          encoded.back().fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     CHECK(map[15] == 0x0707070707070707u);
     view = {map, 1, 3, 5};  // strides of dimensions of one element may be anything
     launch.encode_tensor_map(map, view, 1, 1, 1, 64, 64);
-    CHECK((encoded.strides == std::vector<uint64_t>{16, 16, 16}));
+    CHECK((encoded.back().strides == std::vector<uint64_t>{16, 16, 16}));
     encoder_says = CUDA_ERROR_INVALID_VALUE;
     CHECK(holds(thrown([&] { launch.encode_tensor_map(map, view, 1, 2, 3, 4, 64); }), "(1, 2, 3, 4) failed"));
 }
 
 }  // namespace
-
-extern "C" {
-
-cudaError_t cudaGetDevice(int* device) {
-    *device = current;
-    return answer("cudaGetDevice");
-}
-cudaError_t cudaSetDevice(int device) {
-    const cudaError_t code = answer("cudaSetDevice");
-    if (code == cudaSuccess) current = device;
-    return code;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
-    ++attributes;
-    *value = name == cudaDevAttrComputeCapabilityMajor         ? 9
-             : name == cudaDevAttrComputeCapabilityMinor       ? device
-             : name == cudaDevAttrMultiProcessorCount          ? 132
-             : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 232448
-                                                               : -1;
-    return answer("cudaDeviceGetAttribute");
-}
-cudaError_t cudaFuncGetName(const char** name, const void*) {
-    *name = "_Z10the_kernellf";
-    return answer("cudaFuncGetName");
-}
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-    const cudaError_t code = answer("cudaFuncSetAttribute");
-    if (code == cudaSuccess) ++opted;
-    return code;
-}
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                             cudaStream_t stream) {
-    static std::mutex mutex;
-    const std::lock_guard<std::mutex> lock(mutex);
-    const cudaError_t code = answer("cudaLaunchKernel");
-    if (code == cudaSuccess)
-        started.push_back({kernel, grid, block, shared, stream, current, *static_cast<int64_t*>(arguments[0]),
-                           *static_cast<float*>(arguments[1])});
-    return code;
-}
-cudaError_t cudaGetLastError() {
-    const cudaError_t code = last;
-    last = cudaSuccess;
-    return code;
-}
-const char* cudaGetErrorName(cudaError_t code) {
-    static thread_local std::string text;
-    text = "name " + std::to_string(static_cast<int>(code));
-    return text.c_str();
-}
-const char* cudaGetErrorString(cudaError_t) { return "a text"; }
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
-                                             cudaDriverEntryPointQueryResult* status) {
-    *function = has_encoder ? reinterpret_cast<void*>(&encode) : nullptr;
-    *status = has_encoder ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-    return cudaSuccess;
-}
-}
 
 int main() {
     the_device_is_current_only_as_long_as_the_launch();

@@ -49,20 +49,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def not_supported_reasons(call: Call) -> list[str]:
-    """Why this backend cannot serve `call`."""
+def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why no kernel of this module can run on tensors of this device and dtype."""
     reasons = []
     if kernels() is None:
         reasons.append("its kernels are not part of this build; only the host twin of the tests runs them so far")
-    if call.device.type != "cpu" and twin_path():
-        reasons.append(
-            f"EFFICIENT_ATTN_CUDA_TWIN is set, under which it runs on CPU tensors; these are on {call.device}"
-        )
-    elif call.device.type != "cuda" and not twin_path():
-        reasons.append(f"it runs on CUDA tensors; these are on {call.device}")
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        name = str(call.dtype).removeprefix("torch.")
+    if device.type != "cpu" and twin_path():
+        reasons.append(f"EFFICIENT_ATTN_CUDA_TWIN is set, under which it runs on CPU tensors; these are on {device}")
+    elif device.type != "cuda" and not twin_path():
+        reasons.append(f"it runs on CUDA tensors; these are on {device}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
         reasons.append(f"it multiplies bfloat16 and float16 on tensor cores; these tensors are {name}")
+    return reasons
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    """Why this backend cannot serve `call`."""
+    reasons = device_reasons(call.device, call.dtype)
     if max(call.Nq, call.Nk) > LONGEST:
         reasons.append(f"it serves up to {LONGEST} queries and keys; these are {call.Nq} and {call.Nk}")
     return reasons

@@ -31,7 +31,7 @@ COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psab
 ISA_FLAGS = "-fno-exceptions -fno-rtti -fno-threadsafe-statics"
 CUDA_MODULE = "efficient_attn._cuda"
 CUDA_UNIT = "csrc/cuda/unit.cu"
-CUDA_PLAIN_SOURCES = ["csrc/cuda/module.cpp", "csrc/cuda/launch.cpp", "csrc/cuda/select.cu"]
+CUDA_PLAIN_SOURCES = [f"csrc/cuda/{name}" for name in ("linear.cu", "module.cpp", "launch.cpp", "select.cu")]
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 CUDA_ARCHS = "80;90a"
 WITHOUT = {

@@ -107,7 +107,7 @@ def test_the_plan_builds_every_unit_that_is_called() -> None:
     assert "-cudart static" in plan and "-lcuda" not in plan and "torch/include" not in plan
     assert "-lineinfo" not in plan and "-G" not in plan.split()
     linked = plan.split("build /out/_cuda.so: link ")[1].split()
-    assert set(linked) == {f"{name}.o" for name in (*units, "module", "launch", "select")}
+    assert set(linked) == {f"{name}.o" for name in (*units, "linear", "module", "launch", "select")}
 
 
 # --- the launcher ---

@@ -49,6 +49,22 @@ void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr
     serve_call(kBackward, r);
 }
 
+void linear(Part part, const std::string& words, int64_t processors, uintptr_t workspace, int device,
+            uintptr_t stream) {
+    const LinearRequest r{read_linear_params(words, part == kBackward), processors, reinterpret_cast<float*>(workspace),
+                          device, stream};
+    const py::gil_scoped_release no_python;
+    serve_linear_call(part, r);
+}
+
+void linear_forward(const std::string& words, int64_t processors, uintptr_t workspace, int device, uintptr_t stream) {
+    linear(kForward, words, processors, workspace, device, stream);
+}
+
+void linear_backward(const std::string& words, int64_t processors, uintptr_t workspace, int device, uintptr_t stream) {
+    linear(kBackward, words, processors, workspace, device, stream);
+}
+
 }  // namespace
 }  // namespace efficient_attn
 
@@ -61,6 +77,11 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("attention_forward", &forward);
     module.def("attention_decode", &decode);
     module.def("attention_backward", &backward);
+    module.def("linear_attention_forward", &linear_forward);
+    module.def("linear_attention_backward", &linear_backward);
+    module.def("linear_workspace", [](const std::string& words, bool backward, int64_t processors) {
+        return linear_workspace_wanted(read_linear_params(words, backward), backward, processors);
+    });
     module.def("decode_splits", [](const std::string& words, int64_t processors) {
         return decode_splits_wanted(read_params(words, false), processors);
     });

@@ -20,6 +20,14 @@ struct Request {
     uintptr_t stream;
 };
 
+struct LinearRequest {
+    LinearAttentionParams call;
+    int64_t processors;
+    float* workspace;  // linear_workspace_wanted floats
+    int device;
+    uintptr_t stream;
+};
+
 enum Part : int { kForward, kBackward, kDecode };
 
 // The kernels of one part for elements of dtype, heads of up to kHead, and bias, dropout and odd scales or none; those
@@ -34,5 +42,9 @@ uint32_t shared_bytes_wanted(int64_t widest);
 
 int64_t decode_splits_wanted(const AttentionParams&, int64_t processors);
 int64_t flags_wanted(const AttentionParams&, bool backward);
+
+void serve_linear_call(Part part, const LinearRequest&);
+
+int64_t linear_workspace_wanted(const LinearAttentionParams&, bool backward, int64_t processors);
 
 }  // namespace efficient_attn

@@ -66,45 +66,53 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def not_supported_reasons(call: Call) -> list[str]:
-    """Why this backend cannot serve `call`."""
+def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why no kernel of this module can run on tensors of this device and dtype."""
     reasons = []
     if kernels() is None:
         reasons.append(missing())
-    if call.device.type != "cpu" and twin_path():
-        reasons.append(
-            f"EFFICIENT_ATTN_CUDA_TWIN is set, under which it runs on CPU tensors; these are on {call.device}"
-        )
-    elif call.device.type != "cuda" and not twin_path():
-        reasons.append(f"it runs on CUDA tensors; these are on {call.device}")
-    elif call.device.type == "cuda":
-        reasons += _gpu_reasons(call)
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        name = str(call.dtype).removeprefix("torch.")
+    if device.type != "cpu" and twin_path():
+        reasons.append(f"EFFICIENT_ATTN_CUDA_TWIN is set, under which it runs on CPU tensors; these are on {device}")
+    elif device.type != "cuda" and not twin_path():
+        reasons.append(f"it runs on CUDA tensors; these are on {device}")
+    elif device.type == "cuda":
+        reasons += _gpu_reasons(device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
         reasons.append(f"it multiplies bfloat16 and float16 on tensor cores; these tensors are {name}")
+    return reasons
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    """Why this backend cannot serve `call`."""
+    reasons = device_reasons(call.device, call.dtype)
+    if not reasons and call.device.type == "cuda":
+        reasons += _shared_memory_reasons(call)
     if max(call.Nq, call.Nk) > LONGEST:
         reasons.append(f"it serves up to {LONGEST} queries and keys; these are {call.Nq} and {call.Nk}")
     return reasons
 
 
-def _gpu_reasons(call: Call) -> list[str]:
-    """Why the GPU that holds the tensors does not run the kernels of this build."""
-    capability = torch.cuda.get_device_capability(call.device)
-    said = f"{torch.cuda.get_device_name(call.device)} has {capability[0]}.{capability[1]}"
+def _gpu_reasons(device: torch.device) -> list[str]:
+    """Why this GPU does not run the kernels of this build."""
+    capability = torch.cuda.get_device_capability(device)
+    said = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
     if capability < (8, 0):
         return [f"it needs compute capability 8.0 or newer; {said}"]
-    if kernels() is None:
-        return []
-    archs = kernels().architectures
-    if not has_code(archs, capability):
+    archs = "" if kernels() is None else kernels().architectures
+    if archs and not has_code(archs, capability):
         return [f"it was built for {archs} and {said}; build it with EFFICIENT_ATTN_CUDA_ARCHS naming that one too"]
-    needed, offered = kernels().shared_bytes(max(call.D, call.Dv)), kernels().most_shared_bytes(call.device.index)
-    if needed > offered:
-        return [
-            f"head dimensions {call.D} and {call.Dv} take {needed / 1024:.0f} KiB of shared memory a block; this GPU "
-            f"has {offered / 1024:.0f}"
-        ]
     return []
+
+
+def _shared_memory_reasons(call: Call) -> list[str]:
+    needed, offered = kernels().shared_bytes(max(call.D, call.Dv)), kernels().most_shared_bytes(call.device.index)
+    if needed <= offered:
+        return []
+    return [
+        f"head dimensions {call.D} and {call.Dv} take {needed / 1024:.0f} KiB of shared memory a block; this GPU "
+        f"has {offered / 1024:.0f}"
+    ]
 
 
 def has_code(architectures: str, capability: tuple[int, int]) -> bool:
@@ -142,11 +150,11 @@ def attention_forward(
         parts = (splits,) if splits > 1 else (0,)
         part_out = query.new_empty(*parts, *out.shape, dtype=torch.float32)
         part_lse = query.new_empty(*parts, *lse.shape, dtype=torch.float32)
-        kernels().attention_decode(words, _workspace(part_out), _workspace(part_lse), splits, *_place(query.device))
+        kernels().attention_decode(words, _workspace(part_out), _workspace(part_lse), splits, *place(query.device))
         del kept
         return out, lse
     flags = query.new_empty(kernels().flag_count(words, False), dtype=torch.int32)
-    kernels().attention_forward(words, pointer(seed), _workspace(flags), *_place(query.device))
+    kernels().attention_forward(words, pointer(seed), _workspace(flags), *place(query.device))
     del kept
     return out, lse
 
@@ -181,7 +189,7 @@ def attention_backward(
     )  # fmt: skip
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
-    sums, place = target is not dbias, _place(query.device)
+    sums, place = target is not dbias, place(query.device)
     kernels().attention_backward(words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, *place)
     if dbias is not None and target is not None and target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
@@ -232,6 +240,6 @@ def _workspace(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else 0
 
 
-def _place(device: torch.device) -> tuple[int, int]:
+def place(device: torch.device) -> tuple[int, int]:
     """The number of the GPU and its current stream."""
     return (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)

@@ -6,6 +6,8 @@
 
 #include "common/words.h"
 #include "cuda/dispatch.h"
+#include "cuda/sm80/linear_attention_backward.h"
+#include "cuda/sm80/linear_attention_forward.h"
 
 namespace py = pybind11;
 
@@ -149,6 +151,53 @@ void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr
     twin::check_all_written();
 }
 
+void allow(const TensorView& view, int dtype, int64_t B, int64_t H, int64_t N, int64_t D, bool written) {
+    const int64_t sizes[] = {B, H, N, D}, strides[] = {view.batch_stride, view.head_stride, view.row_stride, 1};
+    twin::allow(view.data, sizes, strides, 4, bytes_of(dtype), written);
+}
+
+void allow_linear_inputs(const LinearAttentionParams& p) {
+    allow(p.query, p.feature_dtype, p.B, p.Hq, p.Nq, p.F, false);
+    allow(p.key, p.feature_dtype, p.B, p.Hkv, p.Nk, p.F, false);
+    allow(p.value, p.value_dtype, p.B, p.Hkv, p.Nk, p.Dv, false);
+    twin::allow(p.key_mask, p.B * p.Nk, false);
+}
+
+int64_t linear_workspace(const std::string& words, bool backward, int64_t processors) {
+    const LinearAttentionParams p = read_linear_params(words, backward);
+    return backward ? linear_backward_workspace(p, processors) : linear_forward_workspace(p, processors);
+}
+
+// Features are given: query and key hold them, whatever the feature map of the words.
+void linear_forward(const std::string& words, int64_t processors, uintptr_t workspace, int, uintptr_t) {
+    const LinearAttentionParams p = read_linear_params(words, false);
+    Allowed allowed;
+    allow_linear_inputs(p);
+    allow(p.out, p.value_dtype, p.B, p.Hq, p.Nq, p.Dv, true);
+    twin::allow(p.normaliser, p.B * p.Hq * p.Nq * 4, true);
+    twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_forward_workspace(p, processors) * 4);
+    TwinLaunch launch;
+    serve_linear_forward(p, processors, reinterpret_cast<float*>(workspace), launch);
+    twin::check_all_written();
+}
+
+void linear_backward(const std::string& words, int64_t processors, uintptr_t workspace, int, uintptr_t) {
+    const LinearAttentionParams p = read_linear_params(words, true);
+    Allowed allowed;
+    allow_linear_inputs(p);
+    allow(p.out, p.value_dtype, p.B, p.Hq, p.Nq, p.Dv, false);
+    allow(p.grad_out, p.value_dtype, p.B, p.Hq, p.Nq, p.Dv, false);
+    twin::allow(p.normaliser, p.B * p.Hq * p.Nq * 4, false);
+    twin::allow(p.grad_normaliser, p.B * p.Hq * p.Nq * 4, false);
+    allow(p.dq, p.feature_dtype, p.B, p.Hq, p.Nq, p.F, true);
+    allow(p.dk, p.feature_dtype, p.B, p.Hkv, p.Nk, p.F, true);
+    allow(p.dv, p.value_dtype, p.B, p.Hkv, p.Nk, p.Dv, true);
+    twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_backward_workspace(p, processors) * 4);
+    TwinLaunch launch;
+    serve_linear_backward(p, processors, reinterpret_cast<float*>(workspace), launch);
+    twin::check_all_written();
+}
+
 py::dict counted() {
     const twin::Counters& c = twin::counters();
     py::dict result;
@@ -176,6 +225,9 @@ PYBIND11_MODULE(_cuda_twin, module) {
     module.def("decode_splits", [](const std::string& words, int64_t processors) {
         return decode_splits(read_params(words, false), processors);
     });
+    module.def("linear_attention_forward", &linear_forward);
+    module.def("linear_attention_backward", &linear_backward);
+    module.def("linear_workspace", &linear_workspace);
     module.def("flag_count", [](const std::string& words, bool backward) {
         return flag_count(read_params(words, backward), backward);
     });

@@ -173,12 +173,12 @@ def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
         "  command = $nvcc -shared -cudart static -nodlink -Xlinker --exclude-libs,ALL,-s $in -o $out",
     ]
     objects = []
-    for name, macros in cuda_units().items():
-        objects.append(f"{name}.o")
-        lines += [f"build {objects[-1]}: compile {ROOT / CUDA_UNIT}", f"  extra = {macros}"]
     for source in CUDA_PLAIN_SOURCES:
         objects.append(Path(source).stem + ".o")
         lines += [f"build {objects[-1]}: compile {ROOT / source}"]
+    for name, macros in cuda_units().items():
+        objects.append(f"{name}.o")
+        lines += [f"build {objects[-1]}: compile {ROOT / CUDA_UNIT}", f"  extra = {macros}"]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 

@@ -189,8 +189,8 @@ def attention_backward(
     )  # fmt: skip
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
-    sums, place = target is not dbias, place(query.device)
-    kernels().attention_backward(words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, *place)
+    sums = target is not dbias
+    kernels().attention_backward(words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, *place(query.device))
     if dbias is not None and target is not None and target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
     del kept

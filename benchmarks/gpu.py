@@ -109,7 +109,11 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     density, mask = 1.0, None
     if kind.startswith("linear"):
         query, key = query.abs(), key.abs()
-        candidates = {"ours": lambda q, k, v: linear_attention(q, k, v, is_causal=kind == "linear_causal")}
+        causal = kind == "linear_causal"
+        candidates = {
+            "ours": lambda q, k, v: linear_attention(q, k, v, is_causal=causal),
+            "cuda": lambda q, k, v: linear_attention(q, k, v, is_causal=causal, backend="cuda"),
+        }
     else:
         if kind == "blocks":
             mask = random_blocks(q_len, config["kv_len"], int(percent) / 100)

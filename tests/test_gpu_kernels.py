@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from efficient_attn import BlockMask, CudaError, attention, explain, linear_attention
-from efficient_attn.backends import cuda, reference_linear, triton_linear
+from efficient_attn.backends import cuda, cuda_linear, reference_linear, triton_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -218,11 +218,16 @@ def test_float32_is_exact_unless_asked_otherwise() -> None:
 @pytest.mark.parametrize(
     ("heads", "length", "features", "causal"), [(4, 1000, 64, True), (2, 300, 200, True), (4, 1000, 64, False)]
 )
-def test_linear_attention(dtype: torch.dtype, heads: int, length: int, features: int, causal: bool) -> None:
+def test_linear_attention(
+    kernels: str, dtype: torch.dtype, heads: int, length: int, features: int, causal: bool
+) -> None:
+    if kernels == "cuda" and dtype == torch.float32:
+        pytest.skip("tensor cores multiply halves")
+    ours = {"triton": triton_linear, "cuda": cuda_linear}[kernels]
     a, b = (draw(2, heads, length, features, dtype=dtype, seed=s).abs() + 0.1 for s in (0, 1))
     v, grad_out = (draw(2, heads, length, 64, dtype=dtype, seed=s) for s in (2, 3))
     results = []
-    for module, cast in ((triton_linear, None), (reference_linear, torch.float64), (reference_linear, None)):
+    for module, cast in ((ours, None), (reference_linear, torch.float64), (reference_linear, None)):
         x, y, z, g = (t if cast is None else t.to(cast) for t in (a, b, v, grad_out))
         how = (causal, 0, "identity", 1.0)
         out, n, shift = module.linear_attention_forward(x, y, z, None, None, *how)
@@ -240,8 +245,11 @@ def test_compile(kernels: str) -> None:
     assert torch.equal(compiled(q, k, v), attention(q, k, v, is_causal=True, backend=kernels))
 
 
-def test_the_public_function_of_linear_attention() -> None:
+@pytest.mark.parametrize("how", ["auto", "cuda"])
+def test_the_public_function_of_linear_attention(how: str) -> None:
+    if how == "cuda" and cuda.missing():
+        pytest.skip(cuda.missing())
     q, k, v = qkv(1, 4, 256, 64)
     a, b = q.abs() + 0.1, k.abs() + 0.1
-    ours, theirs = (linear_attention(a, b, v, is_causal=True, backend=n).float() for n in ("auto", "reference"))
+    ours, theirs = (linear_attention(a, b, v, is_causal=True, backend=n).float() for n in (how, "reference"))
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)

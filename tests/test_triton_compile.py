@@ -148,3 +148,22 @@ def test_a_run_is_kept_drawn_and_summed_up_last(tmp_path: Path, monkeypatch, cap
     assert sum("1.000" in line for line in table.splitlines()) == len(gpu.cells())
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2 * (1 + len(gpu.cells()))
     assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_a_cell_that_ends_badly_is_measured_again_without_the_experimental_kernels(tmp_path: Path, monkeypatch) -> None:
+    from efficient_attn.benchmarks import gpu
+
+    tried = []
+
+    def measured(cell, out, limits, code):
+        tried.append(cell.config["cuda"])
+        out.append(record := {"type": "cell", "status": "crash" if tried[-1] else "ok", "config": dict(cell.config),
+                              "ms": 1.0, "times_ms": {"ours": 1.0}, "absent": {"cuda": "left out"}})  # fmt: skip
+        return record
+
+    monkeypatch.setattr(gpu, "device_facts", dict)
+    monkeypatch.setattr(gpu, "cells", lambda: [gpu.runner.Cell("gpu", {**gpu.DEFAULTS, "case": "x", "mode": "fwd"})])
+    monkeypatch.setattr(gpu.runner, "run_cell", measured)
+    gpu.main(["--out", str(tmp_path)])
+    assert tried == [True, False]
+    assert "crash: " in (tmp_path / "summary.txt").read_text()

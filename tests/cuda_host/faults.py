@@ -91,8 +91,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "        release(keys.of(F::kKeyEmpty, 8), c.lane);\n        group_wait<1>(s[0]);\n",
     ),
     "a slot is released before its values are read": (
-        HOPPER, "        group_wait<0>(f.out[0], f.weights);\n        release(values.of(F::kValueEmpty, 8), c.lane);\n",
-        "        release(values.of(F::kValueEmpty, 8), c.lane);\n        group_wait<0>(f.out[0], f.weights);\n",
+        HOPPER, "    group_wait<0>(f.out[0], f.weights);\n    release(values.of(F::kValueEmpty, 8), c.lane);\n",
+        "    release(values.of(F::kValueEmpty, 8), c.lane);\n    group_wait<0>(f.out[0], f.weights);\n",
     ),
     "the queries are released before the output has passed": (
         HOPPER, "        store_output(f, p, at, tile, c);\n        release(F::kQueryEmpty, lane);\n",
@@ -107,8 +107,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "no group_fence": (HOPPER, "    group_fence(s[0]);\n", ""),
     "a group_fence that leaves out P": (HOPPER, "group_fence(f.out[0], f.weights)", "group_fence(f.out[0])"),
     "P is packed while the product reads it": (
-        HOPPER, "        group_wait<0>(f.out[0], f.weights);\n        release",
-        "        pack_a<typename F::T>(f.weights, s[0]);\n        group_wait<0>(f.out[0], f.weights);\n        release",
+        HOPPER, "        mask_scores<F>(s, p, at, step, sees, c);\n        //",
+        "        mask_scores<F>(s, p, at, step, sees, c);\n        pack_a<typename F::T>(f.weights, s[0]);\n        //",
     ),
     "no proxy fence behind the output": (HOPPER, "    async_proxy_fence();  // Q of", "    // Q of"),
     "barriers that copies may not see": (HOPPER, "            barrier_init_fence();\n", ""),
@@ -128,7 +128,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "more registers than there are": (HOPPER, "kConsumerRegisters = 232", "kConsumerRegisters = 240"),
     "tiles taken in turn, one off": (HOPPER, "blocks - 1 - block", "blocks - block"),
-    "a slot too many in the ring": (HOPPER, "        values.advance();\n        if (warp_any", "        if (warp_any"),
+    "the same values twice": (HOPPER, "        values.advance();\n        pack_a", "        pack_a"),
     "the output is not faded": (HOPPER, "x *= fade[m][e / 2];", "x *= 1.0f;"),
     "Hopper's flags are not written": (HOPPER, "static_cast<uint16_t>(suspect)", "uint16_t{0}"),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from efficient_attn.backends import cuda
 NAMES = (
     "window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned",
     "few_queries_window", "few_queries_blocks", "few_queries_bits",
+    "few_queries_of_many_heads",
 )  # fmt: skip
 PROBES = [
     Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),

@@ -30,6 +30,7 @@ struct Sums {
     using T = BFloat16;
     static constexpr int kE = kE_, kR = 64, kChunk = kE == 256 ? 32 : 64, kM = kChunk / 16;
     static constexpr bool kSplit = kSplit_;
+    static constexpr int kBlocksAtOnce = kE == 256 ? 1 : 2;
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMostThreads = kThreads + kWarp;
     static constexpr uint32_t kWide = kChunk * kE * 2, kNarrow = kChunk * kR * 2, kCopies = kSplit ? 2 : 1;
     static constexpr uint32_t kX = 0, kY = kX + kCopies * kWide, kU = kY + kCopies * kWide;
@@ -216,7 +217,7 @@ EA_DEVICE void load_extra_a(Pair<4>& f, uint32_t extra, int row, int lane) {
 template <class S>
 EA_DEVICE void add_to_state(State<S>& state, const Columns<S>& u, bool extra, int lane) {
     const uint32_t y_lane = lane_down<S::kE>(S::kY, lane);
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int k = 0; k < S::kM; ++k) {
         Pair<4> a, b;
         u.load_a(a, k);
@@ -282,7 +283,7 @@ EA_DEVICE void store_weights(const SumsParams& p, int warp, int lane) {
     float w[1][S::kChunk / 8][4];
     clear(w);
     Pair<4> a, b;
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int k = 0; k < S::kE / 16; ++k) {
         load_pair<S, S::kE, kPlain>(a, x_lane, warp * 16, k);
         EA_UNROLL
@@ -322,7 +323,7 @@ template <class S>
 EA_DEVICE void multiply_weights(float (&out)[S::kM][2][4], const Columns<S>& u, bool bad, int lane) {
     const uint32_t w_lane = lane_down<S::kR>(S::kWeights, lane);
     Pair<4> a, b;
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int k = 0; k < S::kM; ++k) {
         u.load_b(b, k);
         EA_UNROLL
@@ -345,7 +346,7 @@ EA_DEVICE void mark(float (&out)[S::kM][2][4], const SumsParams& p, const Column
     float met[S::kM][2][4];
     clear(met);
     Pair<4> a, b;
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int k = 0; k < S::kM; ++k) {
         u.load_b(b, k);
         EA_UNROLL
@@ -393,7 +394,7 @@ EA_DEVICE void clear_state(State<S>& state) {
 
 // The state of every segment. Grid: lines * slots * r_tiles; a line is a batch element and `spread` heads of y and u.
 template <class S>
-EA_KERNEL(S::kMostThreads, 1)
+EA_KERNEL(S::kMostThreads, S::kBlocksAtOnce)
 linear_states(EA_PARAMETER SumsParams p) {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int r_tile = static_cast<int>(block_index() % p.r_tiles), lines = p.y.heads / p.spread;
@@ -412,6 +413,7 @@ linear_states(EA_PARAMETER SumsParams p) {
         block_sync();  // the rows are there
         add_to_state<S>(state, columns, p.extra, lane);
     }
+    if (warp == S::kWarps && r_tile > 0) return;  // the ones are the same in every block
     each_state<S>(state, p, index, r_tile, warp, lane,
                   [&](float x, int64_t offset) { store_global(p.states + offset, x); });
 }
@@ -497,7 +499,7 @@ EA_DEVICE void store_sums(const float (&out)[S::kM][2][4], const SumsParams& p, 
 
 // Grid: B * heads of x * slots * r_tiles.
 template <class S>
-EA_KERNEL(S::kMostThreads, 1)
+EA_KERNEL(S::kMostThreads, S::kBlocksAtOnce)
 linear_sums(EA_PARAMETER SumsParams p) {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int r_tile = static_cast<int>(block_index() % p.r_tiles);
@@ -515,18 +517,23 @@ linear_sums(EA_PARAMETER SumsParams p) {
         const int t = p.times.first + (slot * p.times.chunks + chunk) * S::kChunk;
         float out[S::kM][2][4];
         clear(out);
+        const auto load_head = [&](int head) {
+            load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
+            if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
+            return load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
+        };
         block_sync();  // every warp is done with the chunk before
         load_rows<S, S::kE>(S::kX, p.x, b, h, t + p.x.shift, 0);
         if (p.extra) load_extra<S>(S::kExtraX, p.x, b, h, t + p.x.shift);
-        block_sync();  // x is there
+        bool bad = p.causal && load_head(line * p.spread);
+        bad = block_any(bad);  // and the rows are there
         multiply_state<S>(out, state, p.extra, lane);
         for (int g = 0; p.causal && g < p.spread; ++g) {
-            if (g > 0) block_sync();  // every warp is done with the head before
-            const int head = line * p.spread + g;
-            load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
-            bool bad = load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
-            if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
-            bad = block_any(bad);  // and y and u are there
+            if (g > 0) {
+                block_sync();  // every warp is done with the head before
+                bad = load_head(line * p.spread + g);
+                bad = block_any(bad);
+            }
             store_weights<S>(p, warp, lane);
             block_sync();  // the weights are there
             multiply_weights<S>(out, columns, bad, lane);

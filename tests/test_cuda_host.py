@@ -28,8 +28,10 @@ sys.path.remove(str(TWIN))
 
 SAMPLE = [
     "head_dim_3", "value_dim_200", "causal_bottom_right_empty_rows", "window", "bits", "blocks_window_lengths",
-    "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale",
+    "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale", "one_query_grouped",
+    "few_queries_window", "few_queries_lengths_bias", "few_queries_blocks", "few_queries_of_many_heads",
 ]  # fmt: skip
+LINEAR_SAMPLE = ["vectors-elu", "masked-identity", "causal-masked-performer_softmax", "causal-early-identity"]
 compiled = pytest.mark.skipif(
     shutil.which(build_twin.compiler().split()[0]) is None or os.uname().machine != "x86_64",
     reason="the host twin needs g++ on x86-64",
@@ -61,10 +63,23 @@ def test_what_only_these_kernels_promise(twin: Path) -> None:
 
 
 @compiled
+def test_conformance_of_a_sample_of_linear_attention(twin: Path) -> None:
+    wanted = " or ".join(f"cuda-{name}-bfloat16" for name in LINEAR_SAMPLE)
+    passes(twin, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and ({wanted})")
+
+
+@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_conformance(twin: Path, dtype: str) -> None:
     passes(twin, str(TESTS / "test_conformance.py"), "-k", f"-{dtype}]")
+    passes(twin, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and {dtype}")
+
+
+@compiled
+@pytest.mark.slow
+def test_what_only_linear_attention_promises(twin: Path) -> None:
+    passes(twin, str(TESTS / "twin_linear.py"))
 
 
 def run_fault(name: str, folder: Path) -> tuple[int, str]:

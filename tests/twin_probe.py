@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from accuracy import Problem, assert_conforms, gradients
 from cases import CASES, Case, draw
+from twin_linear import against_the_definition, test_nan_is_not_met_before_its_time
 
 from efficient_attn import attention
 from efficient_attn.backends import cuda
@@ -24,6 +25,9 @@ PROBES = [
     Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),
     *(case for case in CASES if case.name in NAMES),
 ]
+
+
+LINEAR = (2, 4, 2, 150, 150, 16, 24, True, 0, False)  # B, Hq, Hkv, Nq, Nk, F, Dv, causal, offset, masked
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,6 +59,9 @@ def main() -> int:
     try:
         for schedule, case in enumerate(PROBES):
             probe(replace(case, B=1), schedule)
+        test_nan_is_not_met_before_its_time()
+        cuda.processors = lambda device: 1  # few blocks of threads: several chunks of a segment each
+        against_the_definition(LINEAR, torch.bfloat16)
         conflicts = {name: c["conflicts"] for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
         assert not any(conflicts.values()), f"bank conflicts: {conflicts}"
     except (RuntimeError, AssertionError) as error:

@@ -470,7 +470,7 @@ EA_DEVICE void share_normaliser(const float (&out)[S::kM][2][4], int warp, int l
             store_shared_32(S::kNorms + (m * 16 + t * 8 + lane / 4) * 4, as_bits(mine));
         }
     }
-    block_sync();
+    block_sync();  // the normalisers are there
 }
 
 // Writes a chunk of out, divided by the normaliser where there is one.

@@ -151,10 +151,16 @@ def test_the_table_holds_every_kernel() -> None:
     }
     shapes = {(part, head_dim, extras) for part in parts for head_dim in (64, 128, 256) for extras in (False, True)}
     shapes |= {("attention_bias_gradient", head_dim, True) for head_dim in (64, 128, 256)}
+    shapes |= {(f"attention_decode_{rows}", head_dim, False) for rows in (16, 64) for head_dim in (64, 128, 256)}
+    shapes |= {("attention_delta", 0, False), ("attention_decode_join", 0, False)}
+    linear = {
+        (f"linear_{part}", features, split) for part in ("states", "sums") for features in (64, 128, 256)
+        for split in (False, True)
+    } | {("linear_scan", 0, False), ("linear_terms", 0, False)}  # fmt: skip
     for kind in kinds:
         of_kind = [row for row in rows if (row["arch"], row["dtype"]) == kind]
         found = {(row["kernel"], row["head_dim"], row["extras"]) for row in of_kind}
-        assert found == shapes | {("attention_delta", 0, False)}
+        assert found == (shapes | linear if kind[1] == "bfloat16" else shapes)
     for row in rows:
         check(row)
 

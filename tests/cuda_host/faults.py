@@ -76,7 +76,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "mask.h", "last_ = smaller(entry_ + each, last_);", "last_ = smaller(entry_ + each + 1, last_);",
     ),
     "a NaN behind a mask meets a weight of zero": (
-        DECODE, "f.out, s, values, column, kFinite, lane", "f.out, s, values, column, kAsIs, lane",
+        DECODE, "multiply<T, D::kHead, true>(f.out", "multiply<T, D::kHead, false>(f.out",
     ),
     "a chunk is loaded while the one before is read": (
         LINEAR, "        block_sync();  // every warp is done with the chunk before\n", "",

@@ -15,6 +15,12 @@ namespace {
 
 uint64_t schedule = 0;
 
+#ifdef EFFICIENT_ATTN_TWIN_SMALL
+constexpr int kWidest = 64;
+#else
+constexpr int kWidest = kWidestLinear;
+#endif
+
 struct TwinLaunch {
     template <class... Parameters>
     void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, uint32_t shared_bytes,
@@ -158,7 +164,7 @@ void linear_forward(const std::string& words, int64_t processors, uintptr_t work
     twin::allow(p.normaliser, p.B * p.Hq * p.Nq * 4, true);
     twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_forward_workspace(p, processors) * 4);
     TwinLaunch launch;
-    serve_linear_forward(p, processors, reinterpret_cast<float*>(workspace), launch);
+    serve_linear_forward<kWidest>(p, processors, reinterpret_cast<float*>(workspace), launch);
     twin::check_all_written();
 }
 
@@ -175,7 +181,7 @@ void linear_backward(const std::string& words, int64_t processors, uintptr_t wor
     allow(p.dv, p.value_dtype, p.B, p.Hkv, p.Nk, p.Dv, true);
     twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_backward_workspace(p, processors) * 4);
     TwinLaunch launch;
-    serve_linear_backward(p, processors, reinterpret_cast<float*>(workspace), launch);
+    serve_linear_backward<kWidest>(p, processors, reinterpret_cast<float*>(workspace), launch);
     twin::check_all_written();
 }
 

@@ -101,6 +101,7 @@ CASES = [
     Case("few_queries_blocks", Hq=3, Hkv=1, Nq=20, Nk=500, mask=random_blocks((16, 48), 0.6, heads=False)),
     Case("few_queries_blocks_of_each_head", Hq=4, Hkv=2, Nq=20, Nk=500, mask=random_blocks((16, 48), 0.6)),
     Case("few_queries_bits", Hq=4, Hkv=1, Nq=5, Nk=700, mask=random_bits(0.3, heads=False)),
+    Case("few_queries_of_many_heads", B=1, Hq=8, Hkv=8, Nq=2, Nk=700),
     Case("few_queries_negative_scale", Hq=4, Hkv=2, Nq=2, Nk=130, scale=-0.3),
     Case("one_key", Nk=1),
     Case("one_by_one", B=1, Hq=1, Hkv=1, Nq=1, Nk=1, D=1, Dv=1),

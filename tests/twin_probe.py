@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from accuracy import Problem, assert_conforms, gradients
 from cases import CASES, Case, draw
+from twin_linear import against_the_definition, test_nan_is_not_met_before_its_time
 
 from efficient_attn import attention
 from efficient_attn.backends import cuda
@@ -21,12 +22,16 @@ HOPPER = os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY") == "90"
 NAMES_80 = (
     "window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned",
     "few_queries_window", "few_queries_blocks", "few_queries_bits",
+    "few_queries_of_many_heads",
 )  # fmt: skip
 NAMES_90 = ("dense_long", "window", "bits", "causal_top_left", "lengths")
 PROBES = [
     Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),
     *(case for case in CASES if case.name in (NAMES_90 if HOPPER else NAMES_80)),
 ]
+
+
+LINEAR = (2, 4, 2, 150, 150, 16, 24, True, 0, False)  # B, Hq, Hkv, Nq, Nk, F, Dv, causal, offset, masked
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,7 +73,11 @@ def main() -> int:
             probe(replace(case, B=1), schedule)
         if HOPPER:
             poisoned()
-        assert not HOPPER or cuda.kernels().counters()["wgmma"]["calls"], "Hopper's kernels did not run"
+            assert cuda.kernels().counters()["wgmma"]["calls"], "Hopper's kernels did not run"
+        else:
+            test_nan_is_not_met_before_its_time()
+            cuda.processors = lambda device: 1  # few blocks of threads: several chunks of a segment each
+            against_the_definition(LINEAR, torch.bfloat16)
         conflicts = {name: c["conflicts"] for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
         assert not any(conflicts.values()), f"bank conflicts: {conflicts}"
     except (RuntimeError, AssertionError) as error:

@@ -8,7 +8,7 @@
 namespace efficient_attn {
 namespace {
 
-constexpr int64_t kWidestLinear = 256;  // features and value dimensions
+constexpr int kWidestLinear = 256;  // features and value dimensions
 
 inline Rows rows(const TensorView& view, int dtype, int64_t B, int64_t heads, int64_t N, int64_t width, int64_t shift) {
     return {view,
@@ -68,16 +68,14 @@ void launch_sums_wide(const SumsParams& p, Launch& launch) {
     }
 }
 
-// out_s = sum_t (x_s . y_t + e_s f_t) u_t; `spread` heads of y and u are summed over.
-template <class Launch>
+// Launches the kernels of a sum whose x has up to kWidest columns.
+template <int kWidest, class Launch>
 void launch_sums(SumsParams p, Launch& launch) {
     constexpr int kR = sm80::Sums<64, true>::kR;
     p.r_tiles = (p.u.width + kR - 1) / kR;
-    if (p.x.width <= 64) {
-        launch_sums_wide<64>(p, launch);
-    } else if (p.x.width <= 128) {
-        launch_sums_wide<128>(p, launch);
-    } else {
+    if (p.x.width <= 64) return launch_sums_wide<64>(p, launch);
+    if constexpr (kWidest > 64) {
+        if (p.x.width <= 128) return launch_sums_wide<128>(p, launch);
         launch_sums_wide<256>(p, launch);
     }
 }

@@ -5,6 +5,7 @@ Those in sm90/ are looked for on a twin of capability 90.
 
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
 ARRIVED = "        block_sync();  // this slot has arrived, and every warp is done with the other one\n"
+LINEAR = "sm80/linear_sums.h"
 DECODE = "sm80/attention_decode.h"
 KEYS_ARRIVED = "        block_sync();  // the keys have arrived, and every warp is done with the tile before them\n"
 VALUES_ARRIVED = "        block_sync();  // the values have arrived, and every warp is done with the keys\n"
@@ -66,11 +67,48 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "the ring is joined in while it is read": (DECODE, "    block_sync();  // every warp is done with the tiles\n", ""),
     "no barrier before warps are joined": (DECODE, "    block_sync();  // what the warps found is there\n", ""),
-    "rows are of the next head of the group": (DECODE, "at.h + row % p.pack", "at.h + (row + 1) % p.pack"),
-    "the last part of the keys is not joined": (DECODE, "for (int s = warp; s < p.splits;", "for (int s = warp; s < p.splits - 1;"),
-    "parts of the keys overlap": ("mask.h", "        end_ = smaller(cursor_ + each, end_);", "        end_ = smaller(cursor_ + each + 1, end_);"),
-    "parts of a list overlap": ("mask.h", "        last_ = smaller(entry_ + each, last_);", "        last_ = smaller(entry_ + each + 1, last_);"),
-    "a NaN behind a mask meets a weight of zero": (DECODE, "multiply<T, D::kHead, true>(f.out, s, values, column, kFinite, lane)", "multiply<T, D::kHead, true>(f.out, s, values, column, kAsIs, lane)"),
+    "rows go to the next head of the group": (
+        DECODE, "h = head_of(p, at, row);", "h = head_of(p, at, row + 1);",
+    ),
+    "the last part of the keys is not joined": (
+        DECODE, "for (int s = warp; s < p.splits;", "for (int s = warp; s < p.splits - 1;",
+    ),
+    "parts of the keys overlap": (
+        "mask.h", "end_ = smaller(cursor_ + each, end_);", "end_ = smaller(cursor_ + each + kWidth, end_);",
+    ),
+    "parts of a list overlap": (
+        "mask.h", "last_ = smaller(entry_ + each, last_);", "last_ = smaller(entry_ + each + 1, last_);",
+    ),
+    "a NaN behind a mask meets a weight of zero": (
+        DECODE, "multiply<T, D::kHead, true>(f.out", "multiply<T, D::kHead, false>(f.out",
+    ),
+    "a chunk is loaded while the one before is read": (
+        LINEAR, "        block_sync();  // every warp is done with the chunk before\n", "",
+    ),
+    "a head is loaded while the one before is read": (
+        LINEAR, "                block_sync();  // every warp is done with the head before\n", "",
+    ),
+    "weights are read before they are there": (
+        LINEAR, "            block_sync();  // the weights are there\n", "",
+    ),
+    "rows of a state are read before they are there": (
+        LINEAR, "        block_sync();  // the rows are there\n", "",
+    ),
+    "normalisers are read before they are there": (LINEAR, "    block_sync();  // the normalisers are there\n", ""),
+    "a key of the future is visible": (LINEAR, "t >= s : t <= s;", "t >= s : t <= s + 1;"),
+    "a query does not see its own key": (LINEAR, "t >= s : t <= s;", "t > s : t <= s;"),
+    "a segment sees itself": (
+        LINEAR, "        if (p.causal) store_global(slot, sum);\n        sum += now;\n",
+        "        sum += now;\n        if (p.causal) store_global(slot, sum);\n",
+    ),
+    "chunks are walked forward": (LINEAR, "p.reverse ? p.times.chunks - 1 - step : step", "step"),
+    "one head of a group only": (LINEAR, "h = head + step % p.spread;", "h = head;"),
+    "what rounding left is left out": (
+        LINEAR, "    if (kB) multiply_add<", "    if (kA && kB) multiply_add<",
+    ),
+    "a NaN of the future meets a weight of zero": (
+        LINEAR, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
+    ),
     "no wait for the keys": (HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n", ""),
     "the wait for the keys has the other parity": (HOPPER, "(slot.of(F::kKeyFull, 8), slot.parity)",
                                                    "(slot.of(F::kKeyFull, 8), slot.parity ^ 1)"),

@@ -23,6 +23,12 @@ int from_environment(const char* name, int otherwise) {
 uint64_t schedule = static_cast<uint64_t>(from_environment("EFFICIENT_ATTN_CUDA_TWIN_SCHEDULE", 0));
 int capability_of_twin = from_environment("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY", 80);
 
+#ifdef EFFICIENT_ATTN_TWIN_SMALL
+constexpr int kWidest = 64;
+#else
+constexpr int kWidest = kWidestLinear;
+#endif
+
 struct TwinLaunch {
     int capability() const { return capability_of_twin; }
     int multiprocessors() const { return 3; }
@@ -183,7 +189,7 @@ void linear_forward(const std::string& words, int64_t processors, uintptr_t work
     twin::allow(p.normaliser, p.B * p.Hq * p.Nq * 4, true);
     twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_forward_workspace(p, processors) * 4);
     TwinLaunch launch;
-    serve_linear_forward(p, processors, reinterpret_cast<float*>(workspace), launch);
+    serve_linear_forward<kWidest>(p, processors, reinterpret_cast<float*>(workspace), launch);
     twin::check_all_written();
 }
 
@@ -200,7 +206,7 @@ void linear_backward(const std::string& words, int64_t processors, uintptr_t wor
     allow(p.dv, p.value_dtype, p.B, p.Hkv, p.Nk, p.Dv, true);
     twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_backward_workspace(p, processors) * 4);
     TwinLaunch launch;
-    serve_linear_backward(p, processors, reinterpret_cast<float*>(workspace), launch);
+    serve_linear_backward<kWidest>(p, processors, reinterpret_cast<float*>(workspace), launch);
     twin::check_all_written();
 }
 

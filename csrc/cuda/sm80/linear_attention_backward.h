@@ -54,7 +54,7 @@ inline int64_t linear_backward_workspace(const LinearAttentionParams& p, int64_t
 }
 
 // workspace: as many floats.
-template <class Launch>
+template <int kWidest = kWidestLinear, class Launch>
 void serve_linear_backward(const LinearAttentionParams& p, int64_t processors, float* workspace, Launch& launch) {
     const int64_t offset = causal_offset(p), count = p.B * p.Hq * p.Nq;
     const int group = static_cast<int>(p.Hq / p.Hkv), features = p.feature_dtype, values = p.value_dtype;
@@ -81,16 +81,16 @@ void serve_linear_backward(const LinearAttentionParams& p, int64_t processors, f
     s.x = gh, s.y = v, s.u = b, s.extra = true, s.spread = 1;
     s.times = cut_time(p, p.Dv, processors);
     s.out = rows(p.dq, features, p.B, p.Hq, p.Nq, p.F, 0);
-    launch_sums(s, launch);
+    launch_sums<kWidest>(s, launch);
 
     s.x = v, s.y = gh, s.u = a, s.reverse = true, s.spread = group;
     s.out = rows(p.dk, features, p.B, p.Hkv, p.Nk, p.F, offset);
-    launch_sums(s, launch);
+    launch_sums<kWidest>(s, launch);
 
     s.x = b, s.y = a, s.u = g, s.extra = false;
     s.times = cut_time(p, p.F, processors);
     s.out = rows(p.dv, values, p.B, p.Hkv, p.Nk, p.Dv, offset);
-    launch_sums(s, launch);
+    launch_sums<kWidest>(s, launch);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ inline int64_t linear_forward_workspace(const LinearAttentionParams& p, int64_t 
 }
 
 // workspace: as many floats.
-template <class Launch>
+template <int kWidest = kWidestLinear, class Launch>
 void serve_linear_forward(const LinearAttentionParams& p, int64_t processors, float* workspace, Launch& launch) {
     const int64_t offset = causal_offset(p);
     SumsParams s{};
@@ -31,7 +31,7 @@ void serve_linear_forward(const LinearAttentionParams& p, int64_t processors, fl
     s.normaliser = static_cast<float*>(p.normaliser);
     s.spread = 1;
     s.causal = p.is_causal;
-    launch_sums(s, launch);
+    launch_sums<kWidest>(s, launch);
 }
 
 }  // namespace

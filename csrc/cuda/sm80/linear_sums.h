@@ -30,6 +30,7 @@ struct Sums {
     using T = BFloat16;
     static constexpr int kE = kE_, kR = 64, kChunk = kE == 256 ? 32 : 64, kM = kChunk / 16;
     static constexpr bool kSplit = kSplit_;
+    static constexpr int kBlocksAtOnce = kE == 64 ? 2 : 1;
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMostThreads = kThreads + kWarp;
     static constexpr uint32_t kWide = kChunk * kE * 2, kNarrow = kChunk * kR * 2, kCopies = kSplit ? 2 : 1;
     static constexpr uint32_t kX = 0, kY = kX + kCopies * kWide, kU = kY + kCopies * kWide;
@@ -216,7 +217,7 @@ EA_DEVICE void load_extra_a(Pair<4>& f, uint32_t extra, int row, int lane) {
 template <class S>
 EA_DEVICE void add_to_state(State<S>& state, const Columns<S>& u, bool extra, int lane) {
     const uint32_t y_lane = lane_down<S::kE>(S::kY, lane);
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int k = 0; k < S::kM; ++k) {
         Pair<4> a, b;
         u.load_a(a, k);
@@ -274,42 +275,49 @@ EA_DEVICE void multiply_state(float (&out)[S::kM][2][4], const State<S>& state, 
 // Whether row s of a chunk sums over row t.
 EA_DEVICE bool visible(const SumsParams& p, int s, int t) { return p.reverse ? t >= s : t <= s; }
 
-// The weights x y^T + e f^T within a chunk, 16 rows a warp, to shared memory; 0 where not visible.
+// The weights x y^T + e f^T within a chunk, 16 rows a warp, to shared memory; 0 where not visible. Half of the columns
+// at a time, for the registers' sake.
 template <class S>
 EA_DEVICE void store_weights(const SumsParams& p, int warp, int lane) {
     if (warp >= S::kM) return;
+    constexpr int kHalf = S::kChunk / 2;
     const uint32_t x_lane = lane_down<S::kE>(S::kX, lane), y_lane = lane_across<S::kE>(S::kY, lane);
-    float w[1][S::kChunk / 8][4];
-    clear(w);
-    Pair<4> a, b;
-    EA_UNROLL
-    for (int k = 0; k < S::kE / 16; ++k) {
-        load_pair<S, S::kE, kPlain>(a, x_lane, warp * 16, k);
-        EA_UNROLL
-        for (int n = 0; n < S::kChunk / 16; ++n) {
-            load_pair<S, S::kE, kPlain>(b, y_lane, n * 16, k);
-            multiply_add_pair<S::kSplit, S::kSplit>(w[0][2 * n], a, b, 0);
-            multiply_add_pair<S::kSplit, S::kSplit>(w[0][2 * n + 1], a, b, 1);
+    const int row = warp * 16;
+    EA_KEEP_LOOP
+    for (int first = 0; first < S::kChunk; first += kHalf) {
+        float w[1][kHalf / 8][4];
+        clear(w);
+        const bool seen = visible(p, row + 15, first) || visible(p, row, first + kHalf - 1);
+        Pair<4> a, b;
+        EA_KEEP_LOOP
+        for (int k = 0; seen && k < S::kE / 16; ++k) {
+            load_pair<S, S::kE, kPlain>(a, x_lane, row, k);
+            EA_UNROLL
+            for (int n = 0; n < kHalf / 16; ++n) {
+                load_pair<S, S::kE, kPlain>(b, y_lane, first + n * 16, k);
+                multiply_add_pair<S::kSplit, S::kSplit>(w[0][2 * n], a, b, 0);
+                multiply_add_pair<S::kSplit, S::kSplit>(w[0][2 * n + 1], a, b, 1);
+            }
         }
-    }
-    if (p.extra) {
-        load_extra_a(a, S::kExtraX, warp * 16, lane);
-        EA_UNROLL
-        for (int n = 0; n < S::kChunk / 8; ++n) {
-            const float f = as_float(load_shared_32(S::kExtraY + static_cast<uint32_t>(n * 8 + lane / 4) * 4));
-            split(b, 0, lane % 4 == 0 ? f : 0.0f, 0.0f);
-            split(b, 1, 0.0f, 0.0f);
-            multiply_add_pair<true, true>(w[0][n], a, b, 0);
+        if (p.extra) {
+            load_extra_a(a, S::kExtraX, row, lane);
+            EA_UNROLL
+            for (int n = 0; n < kHalf / 8; ++n) {
+                const uint32_t place = S::kExtraY + static_cast<uint32_t>(first + n * 8 + lane / 4) * 4;
+                const float f = as_float(load_shared_32(place));
+                split(b, 0, lane % 4 == 0 ? f : 0.0f, 0.0f);
+                split(b, 1, 0.0f, 0.0f);
+                multiply_add_pair<true, true>(w[0][n], a, b, 0);
+            }
         }
-    }
-    each(w, [&](float& x, int, int n, int e) {
-        x = visible(p, warp * 16 + lane / 4 + e / 2 * 8, n * 8 + lane % 4 * 2 + e % 2) ? x : 0.0f;
-    });
-    EA_UNROLL
-    for (int n = 0; n < S::kChunk / 8; ++n) {
+        each(w, [&](float& x, int, int n, int e) {
+            x = visible(p, row + lane / 4 + e / 2 * 8, first + n * 8 + lane % 4 * 2 + e % 2) ? x : 0.0f;
+        });
         EA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t place = S::kWeights + chunk_offset<S::kR>(warp * 16 + half * 8 + lane / 4, n) + lane % 4 * 4;
+        for (int k = 0; k < kHalf / 4; ++k) {
+            const int n = k / 2, half = k % 2;
+            const uint32_t place =
+                S::kWeights + chunk_offset<S::kR>(row + half * 8 + lane / 4, first / 8 + n) + lane % 4 * 4;
             const uint32_t rounded = pack<BFloat16>(w[0][n][2 * half], w[0][n][2 * half + 1]);
             store_shared_32(place, rounded);
             store_shared_32(place + S::kNarrow, rest_of(rounded, w[0][n][2 * half], w[0][n][2 * half + 1]));
@@ -322,7 +330,7 @@ template <class S>
 EA_DEVICE void multiply_weights(float (&out)[S::kM][2][4], const Columns<S>& u, bool bad, int lane) {
     const uint32_t w_lane = lane_down<S::kR>(S::kWeights, lane);
     Pair<4> a, b;
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int k = 0; k < S::kM; ++k) {
         u.load_b(b, k);
         EA_UNROLL
@@ -345,7 +353,7 @@ EA_DEVICE void mark(float (&out)[S::kM][2][4], const SumsParams& p, const Column
     float met[S::kM][2][4];
     clear(met);
     Pair<4> a, b;
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int k = 0; k < S::kM; ++k) {
         u.load_b(b, k);
         EA_UNROLL
@@ -393,7 +401,7 @@ EA_DEVICE void clear_state(State<S>& state) {
 
 // The state of every segment. Grid: lines * slots * r_tiles; a line is a batch element and `spread` heads of y and u.
 template <class S>
-EA_KERNEL(S::kMostThreads, 1)
+EA_KERNEL(S::kMostThreads, S::kBlocksAtOnce)
 linear_states(EA_PARAMETER SumsParams p) {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int r_tile = static_cast<int>(block_index() % p.r_tiles), lines = p.y.heads / p.spread;
@@ -412,6 +420,7 @@ linear_states(EA_PARAMETER SumsParams p) {
         block_sync();  // the rows are there
         add_to_state<S>(state, columns, p.extra, lane);
     }
+    if (warp == S::kWarps && r_tile > 0) return;  // the ones are the same in every block
     each_state<S>(state, p, index, r_tile, warp, lane,
                   [&](float x, int64_t offset) { store_global(p.states + offset, x); });
 }
@@ -468,7 +477,7 @@ EA_DEVICE void share_normaliser(const float (&out)[S::kM][2][4], int warp, int l
             store_shared_32(S::kNorms + (m * 16 + t * 8 + lane / 4) * 4, as_bits(mine));
         }
     }
-    block_sync();
+    block_sync();  // the normalisers are there
 }
 
 // Writes a chunk of out, divided by the normaliser where there is one.
@@ -497,7 +506,7 @@ EA_DEVICE void store_sums(const float (&out)[S::kM][2][4], const SumsParams& p, 
 
 // Grid: B * heads of x * slots * r_tiles.
 template <class S>
-EA_KERNEL(S::kMostThreads, 1)
+EA_KERNEL(S::kMostThreads, S::kBlocksAtOnce)
 linear_sums(EA_PARAMETER SumsParams p) {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     const int r_tile = static_cast<int>(block_index() % p.r_tiles);
@@ -515,18 +524,23 @@ linear_sums(EA_PARAMETER SumsParams p) {
         const int t = p.times.first + (slot * p.times.chunks + chunk) * S::kChunk;
         float out[S::kM][2][4];
         clear(out);
+        const auto load_head = [&](int head) {
+            load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
+            if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
+            return load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
+        };
         block_sync();  // every warp is done with the chunk before
         load_rows<S, S::kE>(S::kX, p.x, b, h, t + p.x.shift, 0);
         if (p.extra) load_extra<S>(S::kExtraX, p.x, b, h, t + p.x.shift);
-        block_sync();  // x is there
+        bool bad = p.causal && load_head(line * p.spread);
+        bad = block_any(bad);  // and the rows are there
         multiply_state<S>(out, state, p.extra, lane);
         for (int g = 0; p.causal && g < p.spread; ++g) {
-            if (g > 0) block_sync();  // every warp is done with the head before
-            const int head = line * p.spread + g;
-            load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
-            bool bad = load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
-            if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
-            bad = block_any(bad);  // and y and u are there
+            if (g > 0) {
+                block_sync();  // every warp is done with the head before
+                bad = load_head(line * p.spread + g);
+                bad = block_any(bad);
+            }
             store_weights<S>(p, warp, lane);
             block_sync();  // the weights are there
             multiply_weights<S>(out, columns, bad, lane);

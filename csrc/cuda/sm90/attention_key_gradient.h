@@ -1,0 +1,269 @@
+// dK and dV on tensor cores of compute capability 9.0 (wgmma, TMA); what is computed is said in sm80's file of the same
+// name.
+//
+// A block of threads owns kRows keys of one key/value head at a time and walks the queries that see some of them, in
+// every query head of the group, kQueries at a time. A group of warps computes S^T = K Q^T and dP^T = V dO^T of its 64
+// keys from shared memory; the weights are then in the registers where the products with dO and Q want them. For heads
+// of up to 128 each of the two groups owns its keys alone. For heads of 256 the registers of a group hold either dK or
+// dV: both groups own the same 64 keys, one computes S^T and gathers dV, the other computes dP^T and gathers dK, and
+// the weights go from the first to the second through shared memory.
+//
+// Shared memory: K and V [kRows, kHead]; kStages of Q and dO [kQueries, kHead]; the weights under way; of each stage
+// the shift and delta of its queries, and its message; barriers.
+#pragma once
+
+#include "cuda/sm90/gradients.h"
+
+namespace efficient_attn {
+namespace sm90 {
+namespace {
+
+template <class T_, int kHead_>
+struct KeyGradient {
+    using T = T_;
+    static constexpr int kHead = kHead_;
+    static constexpr bool kShared = kHead == 256;  // both groups own the same keys
+    static constexpr int kRows = kShared ? 64 : 128, kQueries = 64, kStages = kShared ? 2 : 3, kN = kQueries / 8;
+
+    static constexpr uint32_t kGroupTile = kGroupRows * kHead * 2;
+    static constexpr uint32_t kKey = 0, kValue = kRows * kHead * 2, kSlots = 2 * kValue;
+    static constexpr uint32_t kTileBytes = kQueries * kHead * 2, kSlotBytes = 2 * kTileBytes;
+    static constexpr uint32_t kWeights = kSlots + kStages * kSlotBytes;
+    static constexpr uint32_t kRowSums = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
+    static constexpr uint32_t kRowSumBytes = 2 * kQueries * 4, kMessages = kRowSums + kStages * kRowSumBytes;
+    static constexpr uint32_t kStageRing = kMessages + kStages * 16, kTileRing = kStageRing + Ring<kStages>::kBytes;
+    static constexpr uint32_t kWeightRing = kTileRing + Ring<1>::kBytes;
+    static constexpr uint32_t kSharedBytes = kWeightRing + Ring<1>::kBytes;
+
+    // The group's own rows of K and V.
+    static EA_DEVICE uint32_t key() { return kKey + (kShared ? 0 : group_index()) * kGroupTile; }
+    static EA_DEVICE uint32_t value() { return kValue + (kShared ? 0 : group_index()) * kGroupTile; }
+    static EA_DEVICE Span rows(Span lines) {
+        const int begin = lines.begin + (kShared ? 0 : group_index()) * kGroupRows;
+        return {begin, smaller(begin + kGroupRows, lines.end)};
+    }
+};
+
+// Where a thread that multiplies is in the rings.
+template <class G>
+struct KeyTurns {
+    Turn<G::kStages> stage;
+    Turn<1> tile, weights;
+};
+
+struct KeyMaps {
+    TensorMap query, key, value, grad_out;  // boxes of 64 rows
+};
+
+// What is taken off the scores of the queries of a step, and their delta: two words of each for a lane.
+struct QuerySums {
+    float shift[2], delta[2];
+};
+
+EA_DEVICE QuerySums load_query_sums(const KernelParams& p, int b, int h, const Step& step, int lane) {
+    QuerySums sums;
+    EA_UNROLL
+    for (int k = 0; k < 2; ++k) {
+        const int i = step.first + lane + k * kWarp;
+        const int64_t place = (static_cast<int64_t>(b) * p.call.Hq + h) * p.call.Nq + i;
+        sums.shift[k] =
+            i < step.end ? weight_shift(load_global(static_cast<const float*>(p.call.lse) + place)) : infinity();
+        sums.delta[k] = i < step.end ? load_global(p.delta + place) : 0.0f;
+    }
+    return sums;
+}
+
+// The warp that loads.
+template <class G>
+EA_DEVICE void load_for_keys(const KernelParams& p, const KeyMaps& maps, int64_t tiles) {
+    static_assert(G::kQueries == 2 * kWarp, "a lane loads the sums of two queries");
+    const int lane = thread_index() % kWarp;
+    Turn<G::kStages> turn;
+    Turn<1> tile_turn;
+    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+        const Place at = key_place<G>(p, index);
+        if (at.lines.begin >= at.lines.end) continue;
+        const Span alive{at.lines.begin, smaller(at.lines.end, key_count(p, at.b))};
+        Reach seen = reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq));
+        if (alive.end <= alive.begin) seen.any.end = seen.any.begin;
+        GroupWalk<G::kQueries> walk(p, at.b, at.h, at.lines.begin, seen.any);
+
+        Ring<1>::wait_empty(G::kTileRing, tile_turn);
+        if (lane == 0) {
+            const uint32_t full = Ring<1>::full(G::kTileRing, 0);
+            barrier_arrive_expect(full, 2 * G::kRows * G::kHead * 2);
+            for (int part = 0; part < G::kRows / kGroupRows; ++part) {
+                const uint32_t offset = part * G::kGroupTile;
+                const int row = at.lines.begin + part * kGroupRows;
+                load_panels<kGroupRows, G::kHead>(G::kKey + offset, maps.key, full, row, at.h, at.b);
+                load_panels<kGroupRows, G::kHead>(G::kValue + offset, maps.value, full, row, at.h, at.b);
+            }
+        }
+        tile_turn.advance();
+
+        Step next{0, 0, -1, 0};
+        int next_head = 0;
+        bool more = walk.next(p, next, next_head);
+        do {
+            const Step step = next;
+            const int head = next_head;
+            more = more && walk.next(p, next, next_head);
+            const QuerySums sums = load_query_sums(p, at.b, head, step, lane);
+            Ring<G::kStages>::wait_empty(G::kStageRing, turn);
+            const uint32_t full = Ring<G::kStages>::full(G::kStageRing, turn.stage);
+            if (lane == 0) {
+                const bool loads = step.first < step.end;
+                const uint32_t slot = G::kSlots + turn.stage * G::kSlotBytes;
+                barrier_arrive_expect(full, loads ? G::kSlotBytes : 0);
+                if (loads) {
+                    load_panels<G::kQueries, G::kHead>(slot, maps.query, full, step.first, head, at.b);
+                    load_panels<G::kQueries, G::kHead>(slot + G::kTileBytes, maps.grad_out, full, step.first, head,
+                                                       at.b);
+                }
+            }
+            const uint32_t words = G::kRowSums + turn.stage * G::kRowSumBytes + lane * 4;
+            EA_UNROLL
+            for (int k = 0; k < 2; ++k) {
+                store_shared_32(words + k * kWarp * 4, as_bits(sums.shift[k]));
+                store_shared_32(words + (G::kQueries + k * kWarp) * 4, as_bits(sums.delta[k]));
+            }
+            post(G::kMessages + turn.stage * 16, step, !more);
+            warp_sync();
+            if (lane == 0) barrier_arrive(full);
+            turn.advance();
+        } while (more);
+    }
+}
+
+// The weights of a group's keys (rows) and the queries of a step from their scores; hidden ones are 0.
+template <class G>
+EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, const Step& step, Span alive, bool full,
+                     uint32_t shifts, int lane) {
+    const int row = alive.begin + group_warp_row() + lane / 4;
+    if (!full) hide_transposed(s, p, step, row, alive, -p.high, -p.low, lane);
+    EA_UNROLL
+    for (int n = 0; n < G::kN; ++n) {
+        const Words2 words = load_shared_64(shifts + n * 32 + lane % 4 * 8);
+        const float shift[2] = {as_float(words.x), as_float(words.y)};
+        EA_UNROLL
+        for (int e = 0; e < 4; ++e)
+            s[0][n][e] = power_of_2(multiply_add_scalar(s[0][n][e], p.score_scale, -shift[e % 2]));
+    }
+}
+
+// dP becomes dS.
+template <class G>
+EA_DEVICE void weigh_gradients(float (&dp)[1][G::kN][4], const float (&weights)[1][G::kN][4], uint32_t deltas,
+                               int lane) {
+    EA_UNROLL
+    for (int n = 0; n < G::kN; ++n) {
+        const Words2 words = load_shared_64(deltas + n * 32 + lane % 4 * 8);
+        const float delta[2] = {as_float(words.x), as_float(words.y)};
+        EA_UNROLL
+        for (int e = 0; e < 4; ++e) dp[0][n][e] = score_gradient(weights[0][n][e], dp[0][n][e], delta[e % 2]);
+    }
+}
+
+// Whether a group has pairs in a step, and whether all of them are visible.
+struct Sight {
+    bool any, all;
+};
+
+template <class G>
+EA_DEVICE Sight sight_of_keys(const KernelParams& p, const Step& step, Span alive, Span rows) {
+    const Reach seen = reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq));
+    return {alive.begin < alive.end && step.first < seen.any.end && step.end > seen.any.begin,
+            step.tile < 0 && step.first >= seen.all.begin && step.end <= seen.all.end &&
+                step.end == step.first + G::kQueries && alive.end == rows.end};
+}
+
+// Adds a step to dK and dV of a group that owns its keys alone.
+template <class G>
+EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p,
+                        const Step& step, Span alive, bool full, int stage) {
+    using T = typename G::T;
+    const int lane = thread_index() % kWarp;
+    const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
+    const uint32_t shifts = G::kRowSums + stage * G::kRowSumBytes, deltas = shifts + G::kQueries * 4;
+    float s[1][G::kN][4], dp[1][G::kN][4];
+    group_fence(s[0], dp[0]);
+    group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::key(), queries);
+    group_commit();
+    group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::value(), grad_out);
+    group_commit();
+    group_wait<1>(s[0]);
+    weigh<G>(s, p, step, alive, full, shifts, lane);
+    uint32_t weights[G::kN / 2][4], gradients[G::kN / 2][4];
+    pack_a<T>(weights, s[0]);
+    group_fence(weights, dv[0]);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, grad_out);
+    group_commit();
+    group_wait<1>(dp[0]);
+    weigh_gradients<G>(dp, s, deltas, lane);
+    pack_a<T>(gradients, dp[0]);
+    group_fence(gradients, dk[0]);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, queries);
+    group_commit();
+    group_wait<0>(dk[0], dv[0], weights, gradients);
+}
+
+// The word in shared memory of element (n, 0) of this thread's weights under way.
+EA_DEVICE uint32_t weight_address(uint32_t base, int n) {
+    return base + (n * kGroupThreads + thread_index() % kGroupThreads) * 16;
+}
+
+// Adds a step to dV of shared keys and hands the weights over.
+template <class G>
+EA_DEVICE void add_value_step(float (&dv)[1][G::kHead / 8][4], const KernelParams& p, const Step& step, Span alive,
+                              bool full, int stage, const Turn<1>& turn) {
+    using T = typename G::T;
+    const int lane = thread_index() % kWarp;
+    const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
+    float s[1][G::kN][4];
+    group_fence(s[0]);
+    group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::key(), queries);
+    group_commit();
+    group_wait<0>(s[0]);
+    weigh<G>(s, p, step, alive, full, G::kRowSums + stage * G::kRowSumBytes, lane);
+    Ring<1>::wait_empty(G::kWeightRing, turn);
+    EA_UNROLL
+    for (int n = 0; n < G::kN; ++n)
+        store_shared_128(weight_address(G::kWeights, n), {as_bits(s[0][n][0]), as_bits(s[0][n][1]),
+                                                          as_bits(s[0][n][2]), as_bits(s[0][n][3])});
+    warp_sync();
+    if (lane == 0) barrier_arrive(Ring<1>::full(G::kWeightRing, 0));
+    uint32_t weights[G::kN / 2][4];
+    pack_a<T>(weights, s[0]);
+    group_fence(weights, dv[0]);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, grad_out);
+    group_commit();
+    group_wait<0>(dv[0], weights);
+}
+
+// Adds a step to dK of shared keys with the weights that the other group hands over.
+template <class G>
+EA_DEVICE void add_key_step(float (&dk)[1][G::kHead / 8][4], int stage, const Turn<1>& turn) {
+    using T = typename G::T;
+    const int lane = thread_index() % kWarp;
+    const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
+    float dp[1][G::kN][4], weights[1][G::kN][4];
+    group_fence(dp[0]);
+    group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::value(), grad_out);
+    group_commit();
+    Ring<1>::wait_full(G::kWeightRing, turn);
+    EA_UNROLL
+    for (int n = 0; n < G::kN; ++n) {
+        const Words4 words = load_shared_128(weight_address(G::kWeights, n));
+        weights[0][n][0] = as_float(words.x), weights[0][n][1] = as_float(words.y);
+        weights[0][n][2] = as_float(words.z), weights[0][n][3] = as_float(words.w);
+    }
+    Ring<1>::release(G::kWeightRing, turn);
+    group_wait<0>(dp[0]);
+    weigh_gradients<G>(dp, weights, G::kRowSums + stage * G::kRowSumBytes + G::kQueries * 4, lane);
+    uint32_t gradients[G::kN / 2][4];
+    pack_a<T>(gradients, dp[0]);
+    group_fence(gradients, dk[0]);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, queries);
+    group_commit();
+    group_wait<0>(dk[0], gradients);
+}

@@ -44,16 +44,15 @@ struct KeyGradient {
     }
 };
 
-// Where a thread that multiplies is in the rings.
+// The tile of keys with number `index` of the grid's.
 template <class G>
-struct KeyTurns {
-    Turn<G::kStages> stage;
-    Turn<1> tile, weights;
-};
-
-struct KeyMaps {
-    TensorMap query, key, value, grad_out;  // boxes of 64 rows
-};
+EA_DEVICE Place key_place(const KernelParams& p, int64_t index) {
+    const Tiling tiles = tiling<G::kRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k));
+    const TilePlace at = longest_first(index, p.call.B * p.call.Hkv,
+                                       ceil_div(p.call.Nk, tiles.block) * tiles.tiles_per_block, false);
+    return {static_cast<int>(at.head / p.call.Hkv), static_cast<int>(at.head % p.call.Hkv),
+            tiles.lines(at.tile, static_cast<int>(p.call.Nk))};
+}
 
 // What is taken off the scores of the queries of a step, and their delta: two words of each for a lane.
 struct QuerySums {
@@ -75,7 +74,8 @@ EA_DEVICE QuerySums load_query_sums(const KernelParams& p, int b, int h, const S
 
 // The warp that loads.
 template <class G>
-EA_DEVICE void load_for_keys(const KernelParams& p, const KeyMaps& maps, int64_t tiles) {
+EA_DEVICE void load_for_keys(const KernelParams& p, const TensorMap& query, const TensorMap& key,
+                             const TensorMap& value, const TensorMap& grad_out, int64_t tiles) {
     static_assert(G::kQueries == 2 * kWarp, "a lane loads the sums of two queries");
     const int lane = thread_index() % kWarp;
     Turn<G::kStages> turn;
@@ -95,8 +95,8 @@ EA_DEVICE void load_for_keys(const KernelParams& p, const KeyMaps& maps, int64_t
             for (int part = 0; part < G::kRows / kGroupRows; ++part) {
                 const uint32_t offset = part * G::kGroupTile;
                 const int row = at.lines.begin + part * kGroupRows;
-                load_panels<kGroupRows, G::kHead>(G::kKey + offset, maps.key, full, row, at.h, at.b);
-                load_panels<kGroupRows, G::kHead>(G::kValue + offset, maps.value, full, row, at.h, at.b);
+                load_panels<kGroupRows, G::kHead>(G::kKey + offset, key, full, row, at.h, at.b);
+                load_panels<kGroupRows, G::kHead>(G::kValue + offset, value, full, row, at.h, at.b);
             }
         }
         tile_turn.advance();
@@ -116,8 +116,8 @@ EA_DEVICE void load_for_keys(const KernelParams& p, const KeyMaps& maps, int64_t
                 const uint32_t slot = G::kSlots + turn.stage * G::kSlotBytes;
                 barrier_arrive_expect(full, loads ? G::kSlotBytes : 0);
                 if (loads) {
-                    load_panels<G::kQueries, G::kHead>(slot, maps.query, full, step.first, head, at.b);
-                    load_panels<G::kQueries, G::kHead>(slot + G::kTileBytes, maps.grad_out, full, step.first, head,
+                    load_panels<G::kQueries, G::kHead>(slot, query, full, step.first, head, at.b);
+                    load_panels<G::kQueries, G::kHead>(slot + G::kTileBytes, grad_out, full, step.first, head,
                                                        at.b);
                 }
             }
@@ -135,12 +135,18 @@ EA_DEVICE void load_for_keys(const KernelParams& p, const KeyMaps& maps, int64_t
     }
 }
 
-// The weights of a group's keys (rows) and the queries of a step from their scores; hidden ones are 0.
 template <class G>
-EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, const Step& step, Span alive, bool full,
-                     uint32_t shifts, int lane) {
-    const int row = alive.begin + group_warp_row() + lane / 4;
-    if (!full) hide_transposed(s, p, step, row, alive, -p.high, -p.low, lane);
+EA_DEVICE uint32_t visible_to_keys(const KernelParams& p, const Step& step, Span alive, int lane) {
+    return visible_bits<G::kN>([&](float (&s)[1][G::kN][4]) {
+        hide_transposed(s, p, step, alive.begin + group_warp_row() + lane / 4, alive, -p.high, -p.low, lane);
+    });
+}
+
+// Scores become weights: of hidden pairs 0.
+template <class G>
+EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, bool full, uint32_t visible, uint32_t shifts,
+                     int lane) {
+    if (!full) hide_by<G::kN>(s, visible);
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n) {
         const Words2 words = load_shared_64(shifts + n * 32 + lane % 4 * 8);
@@ -185,6 +191,7 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     const int lane = thread_index() % kWarp;
     const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
     const uint32_t shifts = G::kRowSums + stage * G::kRowSumBytes, deltas = shifts + G::kQueries * 4;
+    const uint32_t visible = full ? 0 : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
     group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::key(), queries);
@@ -192,16 +199,14 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::value(), grad_out);
     group_commit();
     group_wait<1>(s[0]);
-    weigh<G>(s, p, step, alive, full, shifts, lane);
+    weigh<G>(s, p, full, visible, shifts, lane);
+    group_wait<0>(dp[0]);
+    weigh_gradients<G>(dp, s, deltas, lane);
     uint32_t weights[G::kN / 2][4], gradients[G::kN / 2][4];
     pack_a<T>(weights, s[0]);
-    group_fence(weights, dv[0]);
-    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, grad_out);
-    group_commit();
-    group_wait<1>(dp[0]);
-    weigh_gradients<G>(dp, s, deltas, lane);
     pack_a<T>(gradients, dp[0]);
-    group_fence(gradients, dk[0]);
+    group_fence(weights, gradients, dv[0], dk[0]);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, grad_out);
     group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, queries);
     group_commit();
     group_wait<0>(dk[0], dv[0], weights, gradients);
@@ -219,12 +224,13 @@ EA_DEVICE void add_value_step(float (&dv)[1][G::kHead / 8][4], const KernelParam
     using T = typename G::T;
     const int lane = thread_index() % kWarp;
     const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
+    const uint32_t visible = full ? 0 : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4];
     group_fence(s[0]);
     group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::key(), queries);
     group_commit();
     group_wait<0>(s[0]);
-    weigh<G>(s, p, step, alive, full, G::kRowSums + stage * G::kRowSumBytes, lane);
+    weigh<G>(s, p, full, visible, G::kRowSums + stage * G::kRowSumBytes, lane);
     Ring<1>::wait_empty(G::kWeightRing, turn);
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n)
@@ -267,3 +273,134 @@ EA_DEVICE void add_key_step(float (&dk)[1][G::kHead / 8][4], int stage, const Tu
     group_commit();
     group_wait<0>(dk[0], gradients);
 }
+
+template <class G>
+EA_DEVICE void store_flag_of_keys(const KernelParams& p, const Place& at, bool suspect) {
+    constexpr int kFlagRows = sm80::KeyGradient<typename G::T, G::kHead, false>::kRows;
+    constexpr bool kTogether = kFlagRows == G::kRows;
+    const int line = at.lines.begin + (kTogether ? 0 : group_index() * kGroupRows);
+    const int64_t head = at.b * p.call.Hkv + at.h;
+    store_flag<kTogether>(p.flags,
+                          flag_place<kFlagRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k),
+                                                static_cast<int>(p.call.Nk), head, at.lines.begin, line, false),
+                          suspect);
+}
+
+// Rounds and writes dK or dV of the group's rows; says whether something in it is suspicious.
+template <class G>
+EA_DEVICE bool store_sum(float (&sum)[1][G::kHead / 8][4], uint32_t tile, const TensorView& target, const Place& at,
+                         Span rows, float factor, int64_t width, bool aligned) {
+    const int row = rows.begin + group_warp_row() + thread_index() % kWarp / 4;
+    const bool suspect = suspicious(sum, row, rows.end);
+    scale_by(sum, factor);
+    store_panels<typename G::T, G::kHead>(sum, tile, head_pointer(target, at.b, at.h), target.row_stride, rows.begin,
+                                          rows.end, static_cast<int>(width), aligned);
+    return suspect;
+}
+
+// The groups that multiply: each its own keys.
+template <class G>
+EA_DEVICE void gather_own_keys(const KernelParams& p, int64_t tiles) {
+    Turn<G::kStages> turn;
+    Turn<1> tile_turn;
+    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+        const Place at = key_place<G>(p, index);
+        bool suspect = false;
+        if (at.lines.begin < at.lines.end) {
+            const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
+            float dk[1][G::kHead / 8][4], dv[1][G::kHead / 8][4];
+            clear(dk);
+            clear(dv);
+            Ring<1>::wait_full(G::kTileRing, tile_turn);
+            bool last;
+            do {
+                Ring<G::kStages>::wait_full(G::kStageRing, turn);
+                const Message message = read_message(G::kMessages + turn.stage * 16);
+                const Sight sight = sight_of_keys<G>(p, message.step, alive, rows);
+                if (sight.any) add_step<G>(dk, dv, p, message.step, alive, sight.all, turn.stage);
+                Ring<G::kStages>::release(G::kStageRing, turn);
+                turn.advance();
+                last = message.last;
+            } while (!last);
+            named_sync(1 + group_index(), kGroupThreads);  // results pass through the group's tiles of K and V
+            const bool suspects = store_sum<G>(dk, G::key(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
+            suspect = store_sum<G>(dv, G::value(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned) || suspects;
+            async_proxy_fence();
+            Ring<1>::release(G::kTileRing, tile_turn);
+            tile_turn.advance();
+        }
+        store_flag_of_keys<G>(p, at, suspect);
+    }
+}
+
+// The groups that multiply where they share their keys: the first gathers dV, the second dK.
+template <class G>
+EA_DEVICE void gather_shared_keys(const KernelParams& p, int64_t tiles) {
+    Turn<G::kStages> turn;
+    Turn<1> tile_turn, weight_turn;
+    const bool values = group_index() == 0;
+    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+        const Place at = key_place<G>(p, index);
+        bool suspect = false;
+        if (at.lines.begin < at.lines.end) {
+            const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
+            float sum[1][G::kHead / 8][4];
+            clear(sum);
+            Ring<1>::wait_full(G::kTileRing, tile_turn);
+            bool last;
+            do {
+                Ring<G::kStages>::wait_full(G::kStageRing, turn);
+                const Message message = read_message(G::kMessages + turn.stage * 16);
+                const Sight sight = sight_of_keys<G>(p, message.step, alive, rows);
+                if (sight.any) {
+                    if (values) {
+                        add_value_step<G>(sum, p, message.step, alive, sight.all, turn.stage, weight_turn);
+                    } else {
+                        add_key_step<G>(sum, turn.stage, weight_turn);
+                    }
+                    weight_turn.advance();
+                }
+                Ring<G::kStages>::release(G::kStageRing, turn);
+                turn.advance();
+                last = message.last;
+            } while (!last);
+            named_sync(1 + group_index(), kGroupThreads);  // results pass through the tile of K or of V
+            suspect = values ? store_sum<G>(sum, G::key(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned)
+                             : store_sum<G>(sum, G::value(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
+            async_proxy_fence();
+            Ring<1>::release(G::kTileRing, tile_turn);
+            tile_turn.advance();
+        }
+        store_flag_of_keys<G>(p, at, suspect);
+    }
+}
+
+// Grid: any; `tiles` of them in all. p.flags: where to say which tiles are suspicious, or null.
+template <class G>
+EA_KERNEL(kBlockThreads, 1)
+attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER TensorMap query, EA_PARAMETER TensorMap key,
+                       EA_PARAMETER TensorMap value, EA_PARAMETER TensorMap grad_out, int64_t tiles) {
+    if constexpr (!kHopper) return;
+    if (thread_index() == 0) {
+        Ring<G::kStages>::init(G::kStageRing, 2, kMultiplyingWarps);  // filled by copies and by words
+        Ring<1>::init(G::kTileRing, 1, kMultiplyingWarps);
+        if (G::kShared) Ring<1>::init(G::kWeightRing, kGroupThreads / kWarp, kGroupThreads / kWarp);
+        barrier_init_fence();
+    }
+    block_sync();
+    if (group_index() < 0) {
+        registers_give<kLoadingRegisters>();
+        if (thread_index() < kWarp) load_for_keys<G>(p, query, key, value, grad_out, tiles);
+    } else {
+        registers_take<kMultiplyingRegisters>();
+        if constexpr (G::kShared) {
+            gather_shared_keys<G>(p, tiles);
+        } else {
+            gather_own_keys<G>(p, tiles);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace sm90
+}  // namespace efficient_attn

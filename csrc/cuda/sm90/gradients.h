@@ -22,7 +22,7 @@ constexpr int kMultiplyingWarps = kGroups * kGroupThreads / kWarp;
 constexpr int kLoadingRegisters = 40, kMultiplyingRegisters = 232;  // 40 + 2 x 232 <= 504, what a block is given
 
 // Which of the two groups that multiply this thread is in.
-EA_DEVICE int group_index() { return thread_index() / kGroupThreads - 1; }
+EA_DEVICE int group_index() { return thread_index() / kGroupThreads - 1; }  // -1: the group that loads
 EA_DEVICE int group_warp_row() { return thread_index() % kGroupThreads / kWarp * 16; }
 
 // A place in a ring of stages, and the parity of the round it is in.
@@ -82,6 +82,37 @@ EA_DEVICE Message read_message(uint32_t address) {
     return {{static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), rest / 2}, rest % 2 == 1};
 }
 
+// Tile number `index`, the longest under a causal mask first: of keys the first ones, of queries the last.
+struct TilePlace {
+    int64_t head;
+    int tile;
+};
+
+EA_DEVICE TilePlace longest_first(int64_t index, int64_t heads, int count, bool last_first) {
+    const int tile = static_cast<int>(index / heads);
+    return {index % heads, last_first ? count - 1 - tile : tile};
+}
+
+// The flag of the sm80 kernel's tile that holds the lines of a group: of tiles of kRows lines along an axis of `count`.
+// `begin`: of the block's tile, `line`: of the group; -1 where the block of the list ends before.
+template <int kRows>
+EA_DEVICE int64_t flag_place(bool listed, int block, int count, int64_t head, int begin, int line, bool last_first) {
+    const Tiling tiles = tiling<kRows>(listed, block);
+    const int in_head = ceil_div(count, tiles.block) * tiles.tiles_per_block;
+    const int tile = line / tiles.block * tiles.tiles_per_block + line % tiles.block / kRows;
+    if (listed ? line / block != begin / block : tile >= in_head) return -1;
+    return head * in_head + (last_first ? in_head - 1 - tile : tile);
+}
+
+// Writes the flag of one group's lines, or of both groups' where they share a flag.
+template <bool kTogether>
+EA_DEVICE void store_flag(int32_t* flags, int64_t place, bool suspect) {
+    if (!flags) return;
+    suspect = named_any(kTogether ? 1 : 1 + group_index(), kTogether ? kGroups * kGroupThreads : kGroupThreads, suspect);
+    if (thread_index() % (kTogether ? kBlockThreads : kGroupThreads) == (kTogether ? kGroupThreads : 0) && place >= 0)
+        store_global(flags + place, suspect ? 1 : 0);
+}
+
 // Starts loading kRows rows from `row` on, by one thread; zeros beyond the tensor.
 template <int kRows, int kHead>
 EA_DEVICE void load_panels(uint32_t tile, const TensorMap& map, uint32_t barrier, int row, int h, int b) {
@@ -109,6 +140,24 @@ EA_DEVICE void group_multiply_rows(float (&c)[kHead / 8][4], const uint32_t (&a)
     EA_UNROLL
     for (int k = 0; k < kK / 16; ++k)
         group_multiply<T, kHead, true>(c, a[k], matrix_further(matrix, k * (16 * kRowBytes)), true);
+}
+
+// Which pairs `hide` lets be seen, a bit each as is_kept reads them: known before there are scores, whose registers are
+// free until then.
+template <int kN, class Hide>
+EA_DEVICE uint32_t visible_bits(Hide hide) {
+    static_assert(kN * 4 <= 32, "one bit an element");
+    float s[1][kN][4];
+    clear(s);
+    hide(s);
+    uint32_t visible = 0;
+    each(s, [&](float x, int, int n, int e) { visible |= static_cast<uint32_t>(x == 0.0f) << (n * 4 + e); });
+    return visible;
+}
+
+template <int kN>
+EA_DEVICE void hide_by(float (&s)[1][kN][4], uint32_t visible) {
+    each(s, [&](float& x, int m, int n, int e) { x = is_kept<kN>(visible, m, n, e) ? x : -infinity(); });
 }
 
 // Rounds a group's rows to T and writes those below `end`, through the group's own tile in shared memory. `first` is

@@ -14,6 +14,24 @@ EA_DEVICE float score_gradient(float weight, float grad_weight, float delta) {
     return weight == 0.0f ? 0.0f : weight * (grad_weight - delta);
 }
 
+// Of the two queries of a thread that are rows g and g + 8 of a fragment.
+struct RowSums {
+    float shift[2], delta[2];
+};
+
+EA_DEVICE RowSums load_sums(const KernelParams& p, int b, int h, int row, int end) {
+    RowSums sums;
+    EA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int64_t place = (static_cast<int64_t>(b) * p.call.Hq + h) * p.call.Nq + row + half * 8;
+        const bool exists = row + half * 8 < end;
+        sums.shift[half] =
+            exists ? weight_shift(load_global(static_cast<const float*>(p.call.lse) + place)) : infinity();
+        sums.delta[half] = exists ? load_global(p.delta + place) : 0.0f;
+    }
+    return sums;
+}
+
 // The queries of every head of a group, one head after the other.
 template <int kWidth>
 class GroupWalk {

@@ -170,17 +170,13 @@ EA_DEVICE void weigh_gradients(float (&dp)[1][G::kN][4], const float (&weights)[
     }
 }
 
-// Whether a group has pairs in a step, and whether all of them are visible.
-struct Sight {
-    bool any, all;
-};
-
 template <class G>
 EA_DEVICE Sight sight_of_keys(const KernelParams& p, const Step& step, Span alive, Span rows) {
-    const Reach seen = reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq));
-    return {alive.begin < alive.end && step.first < seen.any.end && step.end > seen.any.begin,
-            step.tile < 0 && step.first >= seen.all.begin && step.end <= seen.all.end &&
-                step.end == step.first + G::kQueries && alive.end == rows.end};
+    Sight sight = sight_of(reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq)), step,
+                           G::kQueries);
+    sight.any = sight.any && alive.begin < alive.end;
+    sight.all = sight.all && alive.end == rows.end;
+    return sight;
 }
 
 // Adds a step to dK and dV of a group that owns its keys alone.

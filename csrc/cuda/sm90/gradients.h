@@ -113,6 +113,17 @@ EA_DEVICE void store_flag(int32_t* flags, int64_t place, bool suspect) {
         store_global(flags + place, suspect ? 1 : 0);
 }
 
+// Whether a group has visible pairs in a step of `width`, and whether all of them are visible.
+struct Sight {
+    bool any, all;
+};
+
+EA_DEVICE Sight sight_of(const Reach& sees, const Step& step, int width) {
+    return {step.first < sees.any.end && step.end > sees.any.begin,
+            step.tile < 0 && step.first >= sees.all.begin && step.end <= sees.all.end &&
+                step.end == step.first + width};
+}
+
 // Starts loading kRows rows from `row` on, by one thread; zeros beyond the tensor.
 template <int kRows, int kHead>
 EA_DEVICE void load_panels(uint32_t tile, const TensorMap& map, uint32_t barrier, int row, int h, int b) {

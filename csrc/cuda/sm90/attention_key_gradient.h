@@ -320,7 +320,7 @@ EA_DEVICE void gather_own_keys(const KernelParams& p, int64_t tiles) {
                 turn.advance();
                 last = message.last;
             } while (!last);
-            named_sync(1 + group_index(), kGroupThreads);  // results pass through the group's tiles of K and V
+            named_sync(group_barrier(), kGroupThreads);  // results pass through the group's tiles of K and V
             const bool suspects = store_sum<G>(dk, G::key(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
             suspect = store_sum<G>(dv, G::value(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned) || suspects;
             async_proxy_fence();
@@ -362,7 +362,7 @@ EA_DEVICE void gather_shared_keys(const KernelParams& p, int64_t tiles) {
                 turn.advance();
                 last = message.last;
             } while (!last);
-            named_sync(1 + group_index(), kGroupThreads);  // results pass through the tile of K or of V
+            named_sync(group_barrier(), kGroupThreads);  // results pass through the tile of K or of V
             suspect = values ? store_sum<G>(sum, G::key(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned)
                              : store_sum<G>(sum, G::value(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
             async_proxy_fence();

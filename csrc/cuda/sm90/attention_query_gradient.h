@@ -105,16 +105,14 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
     group_multiply_transposed<T, G::kHead, G::kKeys>(s[0], G::query(), keys);
-    group_commit();
     group_multiply_transposed<T, G::kHead, G::kKeys>(dp[0], G::grad_out(), values);
     group_commit();
-    group_wait<1>(s[0]);
+    group_wait<0>(s[0], dp[0]);
     if (!full) hide_by<G::kN>(s, visible);
-    each(s, [&](float& x, int, int, int e) {
-        x = power_of_2(multiply_add_scalar(x, p.score_scale, -sums.shift[e / 2]));
+    each(dp, [&](float& x, int m, int n, int e) {
+        const float weight = power_of_2(multiply_add_scalar(s[m][n][e], p.score_scale, -sums.shift[e / 2]));
+        x = score_gradient(weight, x, sums.delta[e / 2]);
     });
-    group_wait<0>(dp[0]);
-    each(dp, [&](float& x, int m, int n, int e) { x = score_gradient(s[m][n][e], x, sums.delta[e / 2]); });
     uint32_t gradients[G::kN / 2][4];
     pack_a<T>(gradients, dp[0]);
     group_fence(gradients, dq[0]);
@@ -154,7 +152,7 @@ EA_DEVICE void gather_keys(const KernelParams& p, int64_t tiles) {
                 turn.advance();
                 last = message.last;
             } while (!last);
-            named_sync(1 + group_index(), kGroupThreads);  // results pass through the group's tile of Q
+            named_sync(group_barrier(), kGroupThreads);  // results pass through the group's tile of Q
             suspect = suspicious(dq, row, rows.end);
             scale_by(dq, p.scale);
             store_panels<typename G::T, G::kHead>(dq, G::query(), head_pointer(p.call.dq, at.b, at.h),

@@ -104,12 +104,18 @@ EA_DEVICE int64_t flag_place(bool listed, int block, int count, int64_t head, in
     return head * in_head + (last_first ? in_head - 1 - tile : tile);
 }
 
+// Named barriers: of one group, and of both.
+EA_DEVICE int group_barrier() { return 1 + group_index(); }
+constexpr int kBothGroups = 3;
+
 // Writes the flag of one group's lines, or of both groups' where they share a flag.
 template <bool kTogether>
 EA_DEVICE void store_flag(int32_t* flags, int64_t place, bool suspect) {
     if (!flags) return;
-    suspect = named_any(kTogether ? 1 : 1 + group_index(), kTogether ? kGroups * kGroupThreads : kGroupThreads, suspect);
-    if (thread_index() % (kTogether ? kBlockThreads : kGroupThreads) == (kTogether ? kGroupThreads : 0) && place >= 0)
+    suspect = kTogether ? named_any(kBothGroups, kGroups * kGroupThreads, suspect)
+                        : named_any(group_barrier(), kGroupThreads, suspect);
+    const int thread = thread_index() - kGroupThreads;
+    if (thread % (kTogether ? kGroups * kGroupThreads : kGroupThreads) == 0 && place >= 0)
         store_global(flags + place, suspect ? 1 : 0);
 }
 

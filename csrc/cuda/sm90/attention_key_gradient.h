@@ -31,7 +31,8 @@ struct KeyGradient {
     static constexpr uint32_t kWeights = kSlots + kStages * kSlotBytes;
     static constexpr uint32_t kRowSums = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
     static constexpr uint32_t kRowSumBytes = 2 * kQueries * 4, kMessages = kRowSums + kStages * kRowSumBytes;
-    static constexpr uint32_t kStageRing = kMessages + kStages * 16, kTileRing = kStageRing + Ring<kStages>::kBytes;
+    static constexpr uint32_t kStageRing = kMessages + kStages * kMessageBytes,
+                              kTileRing = kStageRing + Ring<kStages>::kBytes;
     static constexpr uint32_t kWeightRing = kTileRing + Ring<1>::kBytes;
     static constexpr uint32_t kSharedBytes = kWeightRing + Ring<1>::kBytes;
 
@@ -48,8 +49,8 @@ struct KeyGradient {
 template <class G>
 EA_DEVICE Place key_place(const KernelParams& p, int64_t index) {
     const Tiling tiles = tiling<G::kRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k));
-    const TilePlace at = longest_first(index, p.call.B * p.call.Hkv,
-                                       ceil_div(p.call.Nk, tiles.block) * tiles.tiles_per_block, false);
+    const TilePlace at =
+        longest_first(index, p.call.B * p.call.Hkv, ceil_div(p.call.Nk, tiles.block) * tiles.tiles_per_block, false);
     return {static_cast<int>(at.head / p.call.Hkv), static_cast<int>(at.head % p.call.Hkv),
             tiles.lines(at.tile, static_cast<int>(p.call.Nk))};
 }
@@ -117,8 +118,7 @@ EA_DEVICE void load_for_keys(const KernelParams& p, const TensorMap& query, cons
                 barrier_arrive_expect(full, loads ? G::kSlotBytes : 0);
                 if (loads) {
                     load_panels<G::kQueries, G::kHead>(slot, query, full, step.first, head, at.b);
-                    load_panels<G::kQueries, G::kHead>(slot + G::kTileBytes, grad_out, full, step.first, head,
-                                                       at.b);
+                    load_panels<G::kQueries, G::kHead>(slot + G::kTileBytes, grad_out, full, step.first, head, at.b);
                 }
             }
             const uint32_t words = G::kRowSums + turn.stage * G::kRowSumBytes + lane * 4;
@@ -127,7 +127,7 @@ EA_DEVICE void load_for_keys(const KernelParams& p, const TensorMap& query, cons
                 store_shared_32(words + k * kWarp * 4, as_bits(sums.shift[k]));
                 store_shared_32(words + (G::kQueries + k * kWarp) * 4, as_bits(sums.delta[k]));
             }
-            post(G::kMessages + turn.stage * 16, step, !more);
+            post(G::kMessages + turn.stage * kMessageBytes, step, !more);
             warp_sync();
             if (lane == 0) barrier_arrive(full);
             turn.advance();
@@ -172,8 +172,8 @@ EA_DEVICE void weigh_gradients(float (&dp)[1][G::kN][4], const float (&weights)[
 
 template <class G>
 EA_DEVICE Sight sight_of_keys(const KernelParams& p, const Step& step, Span alive, Span rows) {
-    Sight sight = sight_of(reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq)), step,
-                           G::kQueries);
+    Sight sight =
+        sight_of(reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq)), step, G::kQueries);
     sight.any = sight.any && alive.begin < alive.end;
     sight.all = sight.all && alive.end == rows.end;
     return sight;
@@ -232,8 +232,8 @@ EA_DEVICE void add_value_step(float (&dv)[1][G::kHead / 8][4], const KernelParam
     Ring<1>::wait_empty(G::kWeightRing, turn);
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n)
-        store_shared_128(weight_address(G::kWeights, n), {as_bits(s[0][n][0]), as_bits(s[0][n][1]),
-                                                          as_bits(s[0][n][2]), as_bits(s[0][n][3])});
+        store_shared_128(weight_address(G::kWeights, n),
+                         {as_bits(s[0][n][0]), as_bits(s[0][n][1]), as_bits(s[0][n][2]), as_bits(s[0][n][3])});
     warp_sync();
     if (lane == 0) barrier_arrive(Ring<1>::full(G::kWeightRing, 0));
     uint32_t weights[G::kN / 2][4];
@@ -313,7 +313,7 @@ EA_DEVICE void gather_own_keys(const KernelParams& p, int64_t tiles) {
             bool last;
             do {
                 Ring<G::kStages>::wait_full(G::kStageRing, turn);
-                const Message message = read_message(G::kMessages + turn.stage * 16);
+                const Message message = read_message(G::kMessages + turn.stage * kMessageBytes);
                 const Sight sight = sight_of_keys<G>(p, message.step, alive, rows);
                 if (sight.any) add_step<G>(dk, dv, p, message.step, alive, sight.all, turn.stage);
                 Ring<G::kStages>::release(G::kStageRing, turn);
@@ -348,7 +348,7 @@ EA_DEVICE void gather_shared_keys(const KernelParams& p, int64_t tiles) {
             bool last;
             do {
                 Ring<G::kStages>::wait_full(G::kStageRing, turn);
-                const Message message = read_message(G::kMessages + turn.stage * 16);
+                const Message message = read_message(G::kMessages + turn.stage * kMessageBytes);
                 const Sight sight = sight_of_keys<G>(p, message.step, alive, rows);
                 if (sight.any) {
                     if (values) {

@@ -1,7 +1,7 @@
 // dQ on tensor cores of compute capability 9.0 (wgmma, TMA); what is computed is said in sm80's file of the same name.
 //
-// A block of threads owns kRows queries of one head at a time, a group of warps 64 of them, and walks the keys that some
-// of them see, kKeys at a time. A group computes S = Q K^T and dP = dO V^T from shared memory; dS is then in the
+// A block of threads owns kRows queries of one head at a time, a group of warps 64 of them, and walks the keys that
+// some of them see, kKeys at a time. A group computes S = Q K^T and dP = dO V^T from shared memory; dS is then in the
 // registers where the product with K wants it.
 //
 // Shared memory: Q and dO [kRows, kHead]; kStages of K and V [kKeys, kHead]; the message of each stage; barriers.
@@ -24,7 +24,8 @@ struct QueryGradient {
     static constexpr uint32_t kQuery = 0, kGradOut = kRows * kHead * 2, kSlots = 2 * kGradOut;
     static constexpr uint32_t kTileBytes = kKeys * kHead * 2, kSlotBytes = 2 * kTileBytes;
     static constexpr uint32_t kMessages = kSlots + kStages * kSlotBytes;
-    static constexpr uint32_t kStageRing = kMessages + kStages * 16, kTileRing = kStageRing + Ring<kStages>::kBytes;
+    static constexpr uint32_t kStageRing = kMessages + kStages * kMessageBytes,
+                              kTileRing = kStageRing + Ring<kStages>::kBytes;
     static constexpr uint32_t kSharedBytes = kTileRing + Ring<1>::kBytes;
 
     // The group's own rows of Q and dO.
@@ -74,7 +75,7 @@ EA_DEVICE void load_for_queries(const KernelParams& p, const TensorMap& query, c
             const Step step = next;
             more = more && walk.next(p, next);
             Ring<G::kStages>::wait_empty(G::kStageRing, turn);
-            post(G::kMessages + turn.stage * 16, step, !more);
+            post(G::kMessages + turn.stage * kMessageBytes, step, !more);
             warp_sync();
             if (lane == 0) {
                 const bool loads = step.first < step.end;
@@ -99,9 +100,9 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
     using T = typename G::T;
     const int lane = thread_index() % kWarp, row = rows.begin + group_warp_row() + lane / 4;
     const uint32_t keys = G::kSlots + stage * G::kSlotBytes, values = keys + G::kTileBytes;
-    const uint32_t visible = full ? 0 : visible_bits<G::kN>([&](float (&s)[1][G::kN][4]) {
-        hide(s, p, step, row, rows, p.low, p.high, lane);
-    });
+    const uint32_t visible =
+        full ? 0
+             : visible_bits<G::kN>([&](float (&s)[1][G::kN][4]) { hide(s, p, step, row, rows, p.low, p.high, lane); });
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
     group_multiply_transposed<T, G::kHead, G::kKeys>(s[0], G::query(), keys);
@@ -144,7 +145,7 @@ EA_DEVICE void gather_keys(const KernelParams& p, int64_t tiles) {
             bool last;
             do {
                 Ring<G::kStages>::wait_full(G::kStageRing, turn);
-                const Message message = read_message(G::kMessages + turn.stage * 16);
+                const Message message = read_message(G::kMessages + turn.stage * kMessageBytes);
                 const Sight sight = sight_of(sees, message.step, G::kKeys);
                 if (sight.any && rows.begin < rows.end)
                     add_keys<G>(dq, p, message.step, rows, sums, sight.all, turn.stage);
@@ -162,11 +163,11 @@ EA_DEVICE void gather_keys(const KernelParams& p, int64_t tiles) {
             Ring<1>::release(G::kTileRing, tile_turn);
             tile_turn.advance();
         }
-        store_flag<false>(p.flags,
-                          flag_place<kFlagRows>(listed, static_cast<int>(p.call.mask.block_q),
-                                                static_cast<int>(p.call.Nq), at.b * p.call.Hq + at.h, at.lines.begin,
-                                                first, true),
-                          suspect);
+        store_flag<false>(
+            p.flags,
+            flag_place<kFlagRows>(listed, static_cast<int>(p.call.mask.block_q), static_cast<int>(p.call.Nq),
+                                  at.b * p.call.Hq + at.h, at.lines.begin, first, true),
+            suspect);
     }
 }
 

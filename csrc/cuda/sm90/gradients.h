@@ -71,9 +71,12 @@ struct Message {
     bool last;  // of its tile
 };
 
+constexpr uint32_t kMessageBytes = kWarp * 4;  // a word for each lane; four say something
+
 EA_DEVICE void post(uint32_t address, const Step& step, bool last) {
-    store_shared_128(address, {static_cast<uint32_t>(step.first), static_cast<uint32_t>(step.end),
-                               static_cast<uint32_t>(step.tile), static_cast<uint32_t>(step.offset * 2 + last)});
+    const int lane = thread_index() % kWarp, rest = step.offset * 2 + last;
+    const int word = lane == 0 ? step.first : lane == 1 ? step.end : lane == 2 ? step.tile : rest;
+    store_shared_32(address + lane * 4, static_cast<uint32_t>(word));
 }
 
 EA_DEVICE Message read_message(uint32_t address) {
@@ -125,9 +128,9 @@ struct Sight {
 };
 
 EA_DEVICE Sight sight_of(const Reach& sees, const Step& step, int width) {
-    return {step.first < sees.any.end && step.end > sees.any.begin,
-            step.tile < 0 && step.first >= sees.all.begin && step.end <= sees.all.end &&
-                step.end == step.first + width};
+    return {step.first < sees.any.end && step.end > sees.any.begin, step.tile < 0 && step.first >= sees.all.begin &&
+                                                                        step.end <= sees.all.end &&
+                                                                        step.end == step.first + width};
 }
 
 // Starts loading kRows rows from `row` on, by one thread; zeros beyond the tensor.

@@ -47,11 +47,11 @@ struct KeyGradient {
 
 // The tile of keys with number `index` of the grid's.
 template <class G>
-EA_DEVICE Place key_place(const KernelParams& p, int64_t index) {
+EA_DEVICE Place key_place(const KernelParams& p, int index) {
     const Tiling tiles = tiling<G::kRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k));
-    const TilePlace at =
-        longest_first(index, p.call.B * p.call.Hkv, ceil_div(p.call.Nk, tiles.block) * tiles.tiles_per_block, false);
-    return {static_cast<int>(at.head / p.call.Hkv), static_cast<int>(at.head % p.call.Hkv),
+    const TilePlace at = longest_first(index, static_cast<int>(p.call.B * p.call.Hkv),
+                                       ceil_div(p.call.Nk, tiles.block) * tiles.tiles_per_block, false);
+    return {at.head / static_cast<int>(p.call.Hkv), at.head % static_cast<int>(p.call.Hkv),
             tiles.lines(at.tile, static_cast<int>(p.call.Nk))};
 }
 
@@ -76,12 +76,12 @@ EA_DEVICE QuerySums load_query_sums(const KernelParams& p, int b, int h, const S
 // The warp that loads.
 template <class G>
 EA_DEVICE void load_for_keys(const KernelParams& p, const TensorMap& query, const TensorMap& key,
-                             const TensorMap& value, const TensorMap& grad_out, int64_t tiles) {
+                             const TensorMap& value, const TensorMap& grad_out, int tiles) {
     static_assert(G::kQueries == 2 * kWarp, "a lane loads the sums of two queries");
     const int lane = thread_index() % kWarp;
     Turn<G::kStages> turn;
     Turn<1> tile_turn;
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+    for (int index = first_tile(); index < tiles; index += tile_stride()) {
         const Place at = key_place<G>(p, index);
         if (at.lines.begin >= at.lines.end) continue;
         const Span alive{at.lines.begin, smaller(at.lines.end, key_count(p, at.b))};
@@ -298,10 +298,10 @@ EA_DEVICE bool store_sum(float (&sum)[1][G::kHead / 8][4], uint32_t tile, const 
 
 // The groups that multiply: each its own keys.
 template <class G>
-EA_DEVICE void gather_own_keys(const KernelParams& p, int64_t tiles) {
+EA_DEVICE void gather_own_keys(const KernelParams& p, int tiles) {
     Turn<G::kStages> turn;
     Turn<1> tile_turn;
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+    for (int index = first_tile(); index < tiles; index += tile_stride()) {
         const Place at = key_place<G>(p, index);
         bool suspect = false;
         if (at.lines.begin < at.lines.end) {
@@ -333,11 +333,11 @@ EA_DEVICE void gather_own_keys(const KernelParams& p, int64_t tiles) {
 
 // The groups that multiply where they share their keys: the first gathers dV, the second dK.
 template <class G>
-EA_DEVICE void gather_shared_keys(const KernelParams& p, int64_t tiles) {
+EA_DEVICE void gather_shared_keys(const KernelParams& p, int tiles) {
     Turn<G::kStages> turn;
     Turn<1> tile_turn, weight_turn;
     const bool values = group_index() == 0;
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+    for (int index = first_tile(); index < tiles; index += tile_stride()) {
         const Place at = key_place<G>(p, index);
         bool suspect = false;
         if (at.lines.begin < at.lines.end) {
@@ -377,7 +377,7 @@ EA_DEVICE void gather_shared_keys(const KernelParams& p, int64_t tiles) {
 template <class G>
 EA_KERNEL(kBlockThreads, 1)
 attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER TensorMap query, EA_PARAMETER TensorMap key,
-                       EA_PARAMETER TensorMap value, EA_PARAMETER TensorMap grad_out, int64_t tiles) {
+                       EA_PARAMETER TensorMap value, EA_PARAMETER TensorMap grad_out, int tiles) {
     if constexpr (!kHopper) return;
     if (thread_index() == 0) {
         Ring<G::kStages>::init(G::kStageRing, 2, kMultiplyingWarps);  // filled by copies and by words

@@ -35,22 +35,22 @@ struct QueryGradient {
 
 // The tile of queries with number `index` of the grid's.
 template <class G>
-EA_DEVICE Place long_query_place(const KernelParams& p, int64_t index) {
+EA_DEVICE Place long_query_place(const KernelParams& p, int index) {
     const Tiling tiles = tiling<G::kRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_q));
-    const TilePlace at =
-        longest_first(index, p.call.B * p.call.Hq, ceil_div(p.call.Nq, tiles.block) * tiles.tiles_per_block, true);
-    return {static_cast<int>(at.head / p.call.Hq), static_cast<int>(at.head % p.call.Hq),
+    const TilePlace at = longest_first(index, static_cast<int>(p.call.B * p.call.Hq),
+                                       ceil_div(p.call.Nq, tiles.block) * tiles.tiles_per_block, true);
+    return {at.head / static_cast<int>(p.call.Hq), at.head % static_cast<int>(p.call.Hq),
             tiles.lines(at.tile, static_cast<int>(p.call.Nq))};
 }
 
 // The warp that loads.
 template <class G>
 EA_DEVICE void load_for_queries(const KernelParams& p, const TensorMap& query, const TensorMap& key,
-                                const TensorMap& value, const TensorMap& grad_out, int64_t tiles) {
+                                const TensorMap& value, const TensorMap& grad_out, int tiles) {
     const int lane = thread_index() % kWarp;
     Turn<G::kStages> turn;
     Turn<1> tile_turn;
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+    for (int index = first_tile(); index < tiles; index += tile_stride()) {
         const Place at = long_query_place<G>(p, index);
         if (at.lines.begin >= at.lines.end) continue;
         const Reach sees = reach(at.lines.begin, at.lines.end - 1, p.low, p.high, key_count(p, at.b));
@@ -124,13 +124,13 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
 
 // The groups that multiply.
 template <class G>
-EA_DEVICE void gather_keys(const KernelParams& p, int64_t tiles) {
+EA_DEVICE void gather_keys(const KernelParams& p, int tiles) {
     constexpr int kFlagRows = sm80::QueryGradient<typename G::T, G::kHead, false, 1>::kRows;
     static_assert(kFlagRows == kGroupRows, "a group has a flag of its own");
     const bool listed = p.call.mask.indptr != nullptr;
     Turn<G::kStages> turn;
     Turn<1> tile_turn;
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
+    for (int index = first_tile(); index < tiles; index += tile_stride()) {
         const Place at = long_query_place<G>(p, index);
         const int first = at.lines.begin + group_index() * kGroupRows;
         const Span rows{first, smaller(first + kGroupRows, at.lines.end)};
@@ -175,7 +175,7 @@ EA_DEVICE void gather_keys(const KernelParams& p, int64_t tiles) {
 template <class G>
 EA_KERNEL(kBlockThreads, 1)
 attention_query_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER TensorMap query, EA_PARAMETER TensorMap key,
-                         EA_PARAMETER TensorMap value, EA_PARAMETER TensorMap grad_out, int64_t tiles) {
+                         EA_PARAMETER TensorMap value, EA_PARAMETER TensorMap grad_out, int tiles) {
     if constexpr (!kHopper) return;
     if (thread_index() == 0) {
         Ring<G::kStages>::init(G::kStageRing, 1, kMultiplyingWarps);

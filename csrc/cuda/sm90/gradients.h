@@ -85,14 +85,17 @@ EA_DEVICE Message read_message(uint32_t address) {
     return {{static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), rest / 2}, rest % 2 == 1};
 }
 
+// A block's tiles are first_tile, first_tile + tile_stride, ..
+EA_DEVICE int first_tile() { return static_cast<int>(block_index()); }
+EA_DEVICE int tile_stride() { return static_cast<int>(block_count()); }
+
 // Tile number `index`, the longest under a causal mask first: of keys the first ones, of queries the last.
 struct TilePlace {
-    int64_t head;
-    int tile;
+    int head, tile;
 };
 
-EA_DEVICE TilePlace longest_first(int64_t index, int64_t heads, int count, bool last_first) {
-    const int tile = static_cast<int>(index / heads);
+EA_DEVICE TilePlace longest_first(int index, int heads, int count, bool last_first) {
+    const int tile = index / heads;
     return {index % heads, last_first ? count - 1 - tile : tile};
 }
 

@@ -18,18 +18,23 @@ namespace efficient_attn {
 namespace sm90 {
 namespace {
 
-template <class T_, int kHead_>
+// kOnePass_: dQ too, see attention_backward.h.
+template <class T_, int kHead_, bool kOnePass_ = false>
 struct KeyGradient {
     using T = T_;
     static constexpr int kHead = kHead_;
-    static constexpr bool kShared = kHead == 256;  // both groups own the same keys
-    static constexpr int kRows = kShared ? 64 : 128, kQueries = 64, kStages = kShared ? 2 : 3, kN = kQueries / 8;
+    static constexpr bool kOnePass = kOnePass_, kShared = kHead == 256;  // kShared: both groups own the same keys
+    static constexpr int kRows = kShared ? 64 : 128, kQueries = 64, kStages = kShared || kOnePass ? 2 : 3, kN = kQueries / 8;
 
     static constexpr uint32_t kGroupTile = kGroupRows * kHead * 2;
     static constexpr uint32_t kKey = 0, kValue = kRows * kHead * 2, kSlots = 2 * kValue;
     static constexpr uint32_t kTileBytes = kQueries * kHead * 2, kSlotBytes = 2 * kTileBytes;
     static constexpr uint32_t kWeights = kSlots + kStages * kSlotBytes;
-    static constexpr uint32_t kRowSums = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
+    static constexpr uint32_t kGradients = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
+    static constexpr uint32_t kGradientBytes = kRows * kQueries * 2;  // dS of a step; two steps
+    static constexpr uint32_t kPartial = kGradients + (kOnePass ? 2 * kGradientBytes : 0);
+    static constexpr uint32_t kPartialBytes = kQueries * kPanel * 4;  // a group's part of dQ of a step
+    static constexpr uint32_t kRowSums = kPartial + (kOnePass ? kGroups * kPartialBytes : 0);
     static constexpr uint32_t kRowSumBytes = 2 * kQueries * 4, kMessages = kRowSums + kStages * kRowSumBytes;
     static constexpr uint32_t kStageRing = kMessages + kStages * kMessageBytes,
                               kTileRing = kStageRing + Ring<kStages>::kBytes;
@@ -127,7 +132,7 @@ EA_DEVICE void load_for_keys(const KernelParams& p, const TensorMap& query, cons
                 store_shared_32(words + k * kWarp * 4, as_bits(sums.shift[k]));
                 store_shared_32(words + (G::kQueries + k * kWarp) * 4, as_bits(sums.delta[k]));
             }
-            post(G::kMessages + turn.stage * kMessageBytes, step, !more);
+            post(G::kMessages + turn.stage * kMessageBytes, step, !more, head);
             warp_sync();
             if (lane == 0) barrier_arrive(full);
             turn.advance();
@@ -179,10 +184,11 @@ EA_DEVICE Sight sight_of_keys(const KernelParams& p, const Step& step, Span aliv
     return sight;
 }
 
-// Adds a step to dK and dV of a group that owns its keys alone.
+// P^T and dS^T of a group that owns its keys alone, rounded; the product of P^T and dO has begun to add to dV.
 template <class G>
-EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p,
-                        const Step& step, Span alive, bool full, int stage) {
+EA_DEVICE void find_gradients(uint32_t (&weights)[G::kN / 2][4], uint32_t (&gradients)[G::kN / 2][4],
+                              float (&dv)[1][G::kHead / 8][4], const KernelParams& p, const Step& step, Span alive,
+                              bool full, int stage) {
     using T = typename G::T;
     const int lane = thread_index() % kWarp;
     const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
@@ -196,7 +202,6 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     group_commit();
     group_wait<1>(s[0]);
     weigh<G>(s, p, full, visible, shifts, lane);
-    uint32_t weights[G::kN / 2][4], gradients[G::kN / 2][4];
     pack_a<T>(weights, s[0]);
     group_fence(weights, dv[0]);
     group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, grad_out);
@@ -204,8 +209,17 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     group_wait<1>(dp[0]);
     weigh_gradients<G>(dp, s, deltas, lane);
     pack_a<T>(gradients, dp[0]);
+}
+
+// Adds a step to dK and dV of a group that owns its keys alone.
+template <class G>
+EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p,
+                        const Step& step, Span alive, bool full, int stage) {
+    using T = typename G::T;
+    uint32_t weights[G::kN / 2][4], gradients[G::kN / 2][4];
+    find_gradients<G>(weights, gradients, dv, p, step, alive, full, stage);
     group_fence(gradients, dk[0]);
-    group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, queries);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, G::kSlots + stage * G::kSlotBytes);
     group_commit();
     group_wait<0>(dk[0], dv[0], weights, gradients);
 }

@@ -75,7 +75,7 @@ EA_DEVICE void load_for_queries(const KernelParams& p, const TensorMap& query, c
             const Step step = next;
             more = more && walk.next(p, next);
             Ring<G::kStages>::wait_empty(G::kStageRing, turn);
-            post(G::kMessages + turn.stage * kMessageBytes, step, !more);
+            post(G::kMessages + turn.stage * kMessageBytes, step, !more, at.h);
             warp_sync();
             if (lane == 0) {
                 const bool loads = step.first < step.end;

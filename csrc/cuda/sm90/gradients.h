@@ -71,11 +71,11 @@ struct Message {
     bool last;  // of its tile
 };
 
-constexpr uint32_t kMessageBytes = kWarp * 4;  // a word for each lane; four say something
+constexpr uint32_t kMessageBytes = kWarp * 4;  // a word for each lane; five say something
 
-EA_DEVICE void post(uint32_t address, const Step& step, bool last) {
+EA_DEVICE void post(uint32_t address, const Step& step, bool last, int head) {
     const int lane = thread_index() % kWarp, rest = step.offset * 2 + last;
-    const int word = lane == 0 ? step.first : lane == 1 ? step.end : lane == 2 ? step.tile : rest;
+    const int word = lane == 0 ? step.first : lane == 1 ? step.end : lane == 2 ? step.tile : lane == 3 ? rest : head;
     store_shared_32(address + lane * 4, static_cast<uint32_t>(word));
 }
 
@@ -84,6 +84,9 @@ EA_DEVICE Message read_message(uint32_t address) {
     const int rest = static_cast<int>(words.w);
     return {{static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), rest / 2}, rest % 2 == 1};
 }
+
+// The query head of the step.
+EA_DEVICE int read_head(uint32_t address) { return static_cast<int>(load_shared_32(address + 16)); }
 
 // A block's tiles are first_tile, first_tile + tile_stride, ..
 EA_DEVICE int first_tile() { return static_cast<int>(block_index()); }

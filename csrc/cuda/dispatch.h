@@ -1,12 +1,22 @@
 // From a call to the kernels that serve it: which instance, how many blocks of threads, how much shared memory.
-// `launch` starts a kernel, on a GPU or in the host twin: launch(kernel, blocks, threads, shared bytes, arguments...).
+// `launch` stands for a GPU or the host twin:
+//     launch(kernel, blocks, threads, shared bytes, arguments...)    starts a kernel
+//     launch.capability()        80 or 90: the newest kernels here that it runs
+//     launch.multiprocessors()   how many blocks of threads of a whole multiprocessor each run at once
+//     launch.tensor_map(view, B, H, N, D, rows)    a TensorMap of that tensor of 16-bit elements, dimensions (D, N, H,
+//     B)
+//         from the innermost, boxes of (64, rows, 1, 1), 128-byte swizzle, zeros outside: cuTensorMapEncodeTiled's
+//         rules hold (see copies_serve); the stride of a dimension of size 1 means nothing and must be replaced by a
+//         valid one
 #pragma once
 
 #include <algorithm>
+#include <climits>
 
 #include "cuda/sm80/attention_forward.h"
 #include "cuda/sm80/attention_key_gradient.h"
 #include "cuda/sm80/attention_query_gradient.h"
+#include "cuda/sm90/attention_forward.h"
 
 namespace efficient_attn {
 namespace {
@@ -38,6 +48,42 @@ void launch_forward(const KernelParams& k, Launch& launch) {
                             &sm80::attention_forward_safe<Safe>);
 }
 
+// Whether tensor copies can read it, and each dimension has a stride.
+inline bool copies_serve(const TensorView& view, int64_t B, int64_t H, int64_t N) {
+    constexpr int64_t kMost = int64_t{1} << 39;
+    const auto fits = [](int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride < kMost); };
+    return rows_aligned(view, B, H, N) && fits(B, view.batch_stride) && fits(H, view.head_stride) &&
+           fits(N, view.row_stride);
+}
+
+// Whether Hopper's forward takes a call without extras: tiles of 128 queries and 64 or 128 keys must be worth while.
+inline bool hopper_serves(const AttentionParams& p) {
+    const MaskView& mask = p.mask;
+    return copies_serve(p.query, p.B, p.Hq, p.Nq) && copies_serve(p.key, p.B, p.Hkv, p.Nk) &&
+           copies_serve(p.value, p.B, p.Hkv, p.Nk) && forward_tiles(p) <= INT_MAX / 2 &&
+           (!mask.indptr || (mask.block_q >= 64 && mask.block_k >= 64));
+}
+
+template <class F, class Launch>
+void launch_hopper_forward(const KernelParams& k, Launch& launch) {
+    using Safe = typename sm80::Forward<typename F::T, F::kHead, false>::InParts;
+    constexpr int64_t kCacheBytes = int64_t{32} << 20;
+    const AttentionParams& p = k.call;
+    const int64_t tiles = forward_tiles(p), heads = p.B * p.Hq;
+    sm90::ForwardInputs in;
+    in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
+    in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, F::kKeys);
+    in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, F::kKeys);
+    in.tiles = static_cast<int>(tiles);
+    in.tiles_per_head = static_cast<int>(tiles / heads);
+    in.heads_at_once = static_cast<int>(bounded(kCacheBytes / (p.Nk * (p.D + p.Dv) * 2), 1, p.B * p.Hkv)) * k.group;
+    launch(&sm90::attention_forward<F>, std::min<int64_t>(tiles, launch.multiprocessors()), F::kThreads,
+           F::kSharedBytes, k, in);
+    if (k.flags)
+        launch(&sm80::attention_forward_safe<Safe>, std::min(tiles, kSafeBlocks), Safe::kThreads, Safe::kSharedBytes, k,
+               tiles);
+}
+
 template <class G, class Launch>
 void launch_key_gradient(const KernelParams& k, Launch& launch) {
     const AttentionParams& p = k.call;
@@ -62,9 +108,10 @@ void launch_bias_gradient(const KernelParams& k, Launch& launch) {
     launch(&sm80::attention_bias_gradient<G>, size[0] * size[1] * per_head, G::kThreads, G::kSharedBytes, k);
 }
 
-// Flags that the kernels of a call may write: of the one with most tiles.
+// Flags that the kernels of a call may write: of the one with most tiles. Hopper's forward multiplies what lies beyond
+// the length by weights of zero.
 inline int64_t flag_count(const AttentionParams& p, bool backward) {
-    if (!hides(p)) return 0;
+    if (!hides(p) && (backward || !p.mask.kv_lengths)) return 0;
     if (!backward) return forward_tiles(p);
     constexpr int kRows = 64;  // the fewest that any gradient kernel owns
     return std::max(p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : kRows, kRows),
@@ -75,6 +122,10 @@ inline int64_t flag_count(const AttentionParams& p, bool backward) {
 struct ServeForward {
     template <class T, int kHead, bool kExtras, class Launch>
     static void serve(const KernelParams& k, Launch& launch) {
+        if constexpr (!kExtras) {
+            if (launch.capability() >= 90 && hopper_serves(k.call))
+                return launch_hopper_forward<sm90::Forward<T, kHead>>(k, launch);
+        }
         launch_forward<sm80::Forward<T, kHead, kExtras>>(k, launch);
     }
 };

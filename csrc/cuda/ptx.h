@@ -8,8 +8,7 @@
 //     C [16, 8]   c0 c1 (g, 2t..2t+1)  c2 c3 (g+8, 2t..2t+1)                             float32
 //
 // Shared memory is addressed in bytes from its beginning. "Warp-wide": all 32 lanes call it together. "Group-wide": all
-// four warps of a warpgroup (128 threads, the first a multiple of 128) do. What begins with kHopper's section needs
-// sm_90a.
+// four warps of a warpgroup (128 threads, the first a multiple of 128) do. What stands below "Hopper" needs sm_90a.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -2,7 +2,7 @@
 
 EXPERIMENTAL: compiled for sm_80 and sm_90a and proved in a host twin, never yet run on a GPU; taken only when asked for
 by name. EFFICIENT_ATTN_CUDA_TWIN=<path of the twin's module> runs the very same kernels on CPU tensors, one fiber a
-thread, for tests (tests/cuda_host). Nothing here waits for the GPU, and memory is allocated for results and O(n)
+thread, for tests (tests/cuda_host), those for Hopper with EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY=90. Nothing here waits for the GPU, and memory is allocated for results and O(n)
 workspace only.
 """
 
@@ -39,6 +39,7 @@ def kernels() -> Any:
             raise ImportError(f"EFFICIENT_ATTN_CUDA_TWIN={twin_path()} is not a Python extension module")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        module.set_capability(int(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY", "80")))
         return module
     return None
 

@@ -1,6 +1,7 @@
 // The Python module _cuda_twin: the interface of efficient_attn._cuda, served by the host twin on CPU tensors.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <type_traits>
 
 #include "common/words.h"
@@ -12,8 +13,25 @@ namespace efficient_attn {
 namespace {
 
 uint64_t schedule = 0;
+int capability_of_twin = 80;
 
 struct TwinLaunch {
+    int capability() const { return capability_of_twin; }
+    int multiprocessors() const { return 3; }
+
+    TensorMap tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows) const {
+        const auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? 16 : stride * 2; };
+        const twin::TensorMapFields fields{
+            static_cast<const uint8_t*>(view.data),
+            {D, N, H, B},
+            {bytes(N, view.row_stride), bytes(H, view.head_stride), bytes(B, view.batch_stride)},
+            {64, rows, 1, 1}};
+        twin::check_tensor_map(fields);
+        TensorMap map{};
+        std::memcpy(&map, &fields, sizeof fields);
+        return map;
+    }
+
     template <class... Parameters>
     void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, uint32_t shared_bytes,
                     const std::common_type_t<Parameters>&... arguments) {
@@ -80,7 +98,7 @@ void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_
     twin::allow(reinterpret_cast<void*>(seed), 8, false);
     allow(p.out, p.B, p.Hq, p.Nq, p.Dv, true);
     twin::allow(p.lse, p.B * p.Hq * p.Nq * 4, true);
-    if (flags) twin::allow(reinterpret_cast<void*>(flags), flag_count(p, false) * 4, true);
+    if (flags) twin::allow_workspace(reinterpret_cast<void*>(flags), flag_count(p, false) * 4);
     run<ServeForward>(params(p, seed, flags));
     twin::check_all_written();
 }
@@ -136,6 +154,8 @@ PYBIND11_MODULE(_cuda_twin, module) {
         return flag_count(read_params(words, backward), backward);
     });
     module.def("set_schedule", [](uint64_t seed) { schedule = seed; }, "The seed of the order in which threads run.");
+    module.def(
+        "set_capability", [](int capability) { capability_of_twin = capability; }, "80 or 90: which kernels run.");
     module.def("counters", &counted);
     module.def("reset_counters", [] { twin::counters() = {}; });
 }

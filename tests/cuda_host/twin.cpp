@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -59,7 +61,7 @@ std::vector<Region> regions;
 
 // --- a block of threads ---
 
-enum State : uint8_t { kRunnable, kAtWarpWide, kAtBarrier, kDone };
+enum State : uint8_t { kRunnable, kAtWarpWide, kAtBarrier, kAtSharedBarrier, kDone };
 
 struct Group {
     std::vector<Copy> copies;
@@ -72,24 +74,35 @@ struct Fiber {
     void* arguments;
     bool vote;
     std::vector<Group> groups;  // the last one is open
+    uint32_t fences;            // proxy fences so far
+    bool acquired;              // this thread alone has seen, by a barrier in shared memory, what `seen` says
+    uint32_t seen[kMostWarps];
+    std::map<const uint8_t*, std::vector<uint8_t>> known;  // registers as a group_fence or a group_wait left them
 };
 
 struct Word {
     uint32_t write_clock, write_step;
     int16_t write_warp, write_lane;  // -1: nobody yet
     bool under_way;
+    bool ordinary;     // the last write was by an instruction of the generic proxy, after `fences` fences of its thread
+    uint16_t readers;  // warps that a wgmma reads it for
+    uint32_t fences;
 };
 
 struct Warp {
     uint32_t runnable, arrived, done;
     uint32_t step;  // warp_syncs and barriers so far
     uint32_t clock[kMostWarps];
+    bool at_group;  // all lanes have come to a group-wide instruction
+    bool fenced;    // a group_fence since the last group_wait
+    int commits, registers;
 };
 
 struct Barrier {
-    int arrived;
     bool vote;
-    std::vector<int> threads;
+    std::vector<int> threads;  // that wait
+    int arrivals;              // without waiting, and what they have seen
+    uint32_t clock[kMostWarps];
 };
 
 struct Block {
@@ -124,6 +137,12 @@ std::string here() {
            std::to_string(block.current % kLanes) + ": ";
 }
 
+// Of hopper.h.
+std::string shared_barrier_text(int address);
+bool work_under_way();
+bool advance();
+void check_group_idle();
+
 // Gives up: back to launch(), which throws. The fibers are left as they are.
 [[noreturn]] void fail(const std::string& text) {
     block.report = text;
@@ -142,6 +161,7 @@ std::string where_everybody_is() {
             if (f.state == kDone) ++done;
             if (f.state == kAtWarpWide) text += " " + std::to_string(lane) + "=" + operation_name(f.operation);
             if (f.state == kAtBarrier) text += " " + std::to_string(lane) + "=barrier " + std::to_string(f.barrier);
+            if (f.state == kAtSharedBarrier) text += " " + std::to_string(lane) + "=" + shared_barrier_text(f.barrier);
         }
         if (done) text += " " + std::to_string(done) + " lanes done";
     }
@@ -150,11 +170,13 @@ std::string where_everybody_is() {
 
 // Goes on with a random lane that can run: of the same warp mostly, now and then of another one.
 void run_another() {
+    if (work_under_way() && draw() % 4 == 0) advance();
     int w = block.current / kLanes;
     if (!block.warp[w].runnable || draw() % 8 == 0) {
         const int first = static_cast<int>(draw() % static_cast<uint32_t>(block.warps));
         int k = 0;
         while (k < block.warps && !block.warp[(first + k) % block.warps].runnable) ++k;
+        if (k == block.warps && advance()) return run_another();
         if (k == block.warps) {
             for (const Fiber& f : block.fibers)
                 if (f.state != kDone) fail("deadlock in block " + std::to_string(block.index) + where_everybody_is());
@@ -182,6 +204,7 @@ void fiber_main() {
     (*block.kernel)();
     for (const Group& group : block.fibers[block.current].groups)
         if (!group.copies.empty()) fail(here() + "ended with a cp.async under way");
+    check_group_idle();
     stop(kDone);
     block.warp[block.current / kLanes].done |= 1u << block.current % kLanes;
     run_another();
@@ -218,6 +241,23 @@ void check_elements(const void* address, int bytes, bool write) {
 
 // --- shared memory ---
 
+// Whether `lane` of warp w has seen what warp `other` did until `clock`.
+bool has_seen(int w, int lane, int other, uint32_t clock) {
+    if (clock <= block.warp[w].clock[other]) return true;
+    const Fiber& fiber = block.fibers[w * kLanes + lane];
+    return fiber.acquired && clock <= fiber.seen[other];
+}
+
+// What single lanes have seen is seen by the whole warp after a warp_sync or a barrier.
+void share_seen(int w) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        Fiber& fiber = block.fibers[w * kLanes + lane];
+        if (!fiber.acquired) continue;
+        for (int k = 0; k < block.warps; ++k) block.warp[w].clock[k] = std::max(block.warp[w].clock[k], fiber.seen[k]);
+        fiber.acquired = false;
+    }
+}
+
 void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const char* what) {
     const int w = block.current / kLanes;
     const auto say = [&](const std::string& text) {
@@ -231,9 +271,10 @@ void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const 
     for (uint32_t k = address / 4; k < (address + bytes) / 4; ++k) {
         Word& word = block.words[k];
         if (!write && word.write_warp < 0) say("read before anything was written");
-        if (word.under_way) say("cp.async is still under way there");
+        if (word.under_way) say("a copy is still under way there");
+        if (write && word.readers) say("a wgmma may still be reading there");
         if (word.write_warp >= 0) {
-            if (word.write_warp != w && word.write_clock > warp.clock[word.write_warp])
+            if (word.write_warp != w && !has_seen(w, lane, word.write_warp, word.write_clock))
                 say("race with a write by warp " + std::to_string(word.write_warp));
             if (word.write_warp == w && word.write_lane != lane && word.write_step == warp.step)
                 say("race with a write by lane " + std::to_string(word.write_lane));
@@ -244,12 +285,14 @@ void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const 
             continue;
         }
         for (int other = 0; other < block.warps; ++other)
-            if (other != w && reads[other] > warp.clock[other])
+            if (other != w && !has_seen(w, lane, other, reads[other]))
                 say("race with a read by warp " + std::to_string(other));
         word.write_warp = static_cast<int16_t>(w);
         word.write_lane = static_cast<int16_t>(lane);
         word.write_clock = warp.clock[w];
         word.write_step = warp.step;
+        word.ordinary = true;
+        word.fences = block.fibers[w * kLanes + lane].fences;
     }
 }
 
@@ -353,9 +396,27 @@ void multiply_add(int w) {
         for (int r = 0; r < 4; ++r) argument<Mma>(w, lane).c[r] = c[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
 }
 
+#include "hopper.h"
+
 void execute(int operation, int w) {
     switch (operation) {
         case kWarpSync:
+            share_seen(w);
+            break;
+        case kRegisters:
+            change_registers(w);
+            break;
+        case kGroupFence:
+            group_fence(w);
+            break;
+        case kGroupMultiply:
+            issue_multiply(w / kGroupWarps);
+            break;
+        case kGroupCommit:
+            ++block.warp[w].commits;
+            break;
+        case kGroupWait:
+            group_wait(w);
             break;
         case kWarpAny: {
             bool any = false;
@@ -395,6 +456,9 @@ void release(Barrier& barrier) {
     uint32_t joined[kMostWarps] = {};
     bool part[kMostWarps] = {};
     for (int thread : barrier.threads) part[thread / kLanes] = true;
+    std::copy(barrier.clock, barrier.clock + block.warps, joined);
+    for (int w = 0; w < block.warps; ++w)
+        if (part[w]) share_seen(w);
     for (int w = 0; w < block.warps; ++w)
         for (int k = 0; part[w] && k < block.warps; ++k) joined[k] = std::max(joined[k], block.warp[w].clock[k]);
     for (int w = 0; w < block.warps; ++w)
@@ -410,6 +474,8 @@ void release(Barrier& barrier) {
     }
     barrier.threads.clear();
     barrier.vote = false;
+    barrier.arrivals = 0;
+    std::fill(barrier.clock, barrier.clock + kMostWarps, 0u);
     ++totals.barriers;
 }
 
@@ -419,12 +485,15 @@ void run_block(int64_t index) {
     block.warp.assign(static_cast<size_t>(block.warps), Warp{});
     block.barrier.assign(kBarriers, Barrier{});
     block.shared.assign(block.shared_bytes, 0xFF);
-    block.words.assign(block.shared_bytes / 4, Word{0, 0, -1, -1, false});
+    block.words.assign(block.shared_bytes / 4, Word{0, 0, -1, -1, false, false, 0, 0});
     block.reads.assign(block.words.size() * static_cast<size_t>(block.warps), 0);
     for (int w = 0; w < block.warps; ++w) {
         block.warp[w].runnable = kAll;
         block.warp[w].clock[w] = 1;
+        block.warp[w].registers = std::min(256, kRegisterFile / block.threads / 8 * 8);
     }
+    hopper = {};
+    hopper.groups.resize(static_cast<size_t>((block.warps + kGroupWarps - 1) / kGroupWarps));
     for (int t = 0; t < block.threads; ++t) {
         void** top = reinterpret_cast<void**>(stacks + (t + 1) * kStack - 16);
         *--top = nullptr;  // keeps the stack aligned as after a call
@@ -436,6 +505,7 @@ void run_block(int64_t index) {
     block.current = static_cast<int>(draw() % static_cast<uint32_t>(block.threads));
     twin_switch(&block.host, block.fibers[block.current].stack_pointer);
     ++totals.blocks;
+    if (block.report.empty()) check_block_ended();
     if (!block.report.empty()) throw std::runtime_error("host twin: " + block.report);
 }
 
@@ -454,10 +524,11 @@ const bool float16_ready = [] {
 }  // namespace
 
 const char* operation_name(int operation) {
-    static const char* const names[kOperations] = {"nothing",       "warp_sync",     "vote.any",       "shfl",
-                                                   "st.shared.32",  "st.shared.128", "ld.shared.32",   "ld.shared.64",
-                                                   "ld.shared.128", "ldmatrix",      "ldmatrix.trans", "cp.async",
-                                                   "cp.async.32",   "mma.bf16",      "mma.f16"};
+    static const char* const names[kOperations] = {
+        "nothing",      "warp_sync",    "vote.any",      "shfl",       "st.shared.32",   "st.shared.128",
+        "ld.shared.32", "ld.shared.64", "ld.shared.128", "ldmatrix",   "ldmatrix.trans", "cp.async",
+        "cp.async.32",  "mma.bf16",     "mma.f16",       "setmaxnreg", "group_fence",    "wgmma",
+        "group_commit", "group_wait",   "tensor_load"};
     return names[operation];
 }
 
@@ -539,13 +610,22 @@ void block_barrier(int id, int threads) {
     barrier.threads.push_back(block.current);
     block.fibers[block.current].barrier = id;
     stop(kAtBarrier);
-    if (static_cast<int>(barrier.threads.size()) == wanted) release(barrier);
+    if (static_cast<int>(barrier.threads.size()) + barrier.arrivals == wanted) release(barrier);
     run_another();
 }
 
-bool block_any(bool value) {
-    block.barrier[0].vote |= value;
-    block_barrier(0, 0);
+void barrier_arrive_only(int id, int threads) {
+    Barrier& barrier = block.barrier[id];
+    Warp& warp = block.warp[block.current / kLanes];
+    join(barrier.clock, block.current);
+    ++warp.clock[block.current / kLanes];
+    ++barrier.arrivals;
+    if (static_cast<int>(barrier.threads.size()) + barrier.arrivals == threads) release(barrier);
+}
+
+bool barrier_any(int id, int threads, bool value) {
+    block.barrier[id].vote |= value;
+    block_barrier(id, threads);
     return block.fibers[block.current].vote;
 }
 
@@ -569,14 +649,101 @@ void warp_wide(int operation, void* arguments) {
         run_another();
         return;
     }
+    if (operation == kGroupMultiply && !group_is_here(w)) {
+        stop(kAtWarpWide);
+        run_another();
+        return;
+    }
     ++totals.calls[operation];
     execute(operation, w);
+    if (operation == kGroupMultiply) release_group(w / kGroupWarps);
     if (operation == kWarpSync) ++warp.step;  // the others order no memory
     block.current = self;
     warp.arrived = 0;
     warp.runnable = kAll;
     for (int k = 0; k < kLanes; ++k) block.fibers[w * kLanes + k].state = kRunnable;
 }
+
+void check_tensor_map(const TensorMapFields& map) {
+    const auto refuse = [](const std::string& why) {
+        throw std::runtime_error("host twin: cuTensorMapEncodeTiled refuses: " + why);
+    };
+    if (reinterpret_cast<uintptr_t>(map.base) % 16) refuse("the tensor does not begin on 16 bytes");
+    for (int d = 0; d < 4; ++d) {
+        if (map.sizes[d] < 1 || map.sizes[d] > int64_t{1} << 32) refuse("a size of " + std::to_string(map.sizes[d]));
+        if (map.box[d] < 1 || map.box[d] > 256) refuse("a box of " + std::to_string(map.box[d]));
+    }
+    for (int64_t stride : map.strides)
+        if (stride <= 0 || stride % 16 || stride >= int64_t{1} << 40) refuse("a stride of " + std::to_string(stride));
+    if (map.box[0] * 2 != 128) refuse("rows of the box that are not as wide as the swizzle");
+}
+
+void barrier_init(uint32_t barrier, int arrivals) {
+    check_shared(barrier, 8, true, block.current % kLanes, "mbarrier.init");
+    if (arrivals < 1) fail(here() + "a barrier of " + std::to_string(arrivals) + " arrivals");
+    SharedBarrier made{};
+    made.arrivals = made.pending = arrivals;
+    made.maker = block.current;
+    if (!hopper.barriers.emplace(barrier, made).second) fail(here() + "a barrier is made where there is one");
+}
+
+void barrier_init_fence() {
+    for (auto& [address, barrier] : hopper.barriers) barrier.fenced |= barrier.maker == block.current;
+}
+
+void barrier_arrive(uint32_t address, int expected_bytes) {
+    SharedBarrier& barrier = shared_barrier(address, expected_bytes > 0);
+    join(barrier.arrived, block.current);
+    ++block.warp[block.current / kLanes].clock[block.current / kLanes];
+    barrier.bytes += expected_bytes;
+    if (--barrier.pending < 0)
+        fail(here() + "one arrival too many at the " + shared_barrier_text(static_cast<int>(address)));
+    complete_phase(barrier);
+}
+
+void barrier_wait(uint32_t address, int parity) {
+    SharedBarrier& barrier = shared_barrier(address, false);
+    if (parity != 0 && parity != 1) fail(here() + "parity " + std::to_string(parity));
+    Fiber& fiber = block.fibers[block.current];
+    if ((barrier.phase & 1) == parity) {
+        const int awaited = barrier.phase;
+        fiber.barrier = static_cast<int>(address);
+        barrier.waiting.push_back(block.current);
+        stop(kAtSharedBarrier);
+        run_another();
+        if (barrier.phase != awaited + 1)
+            fail(here() +
+                 "the phase waited for is past, the next one too: " + shared_barrier_text(static_cast<int>(address)));
+    }
+    if (!fiber.acquired) std::fill(fiber.seen, fiber.seen + kMostWarps, 0u);
+    fiber.acquired = true;
+    for (int k = 0; k < block.warps; ++k) fiber.seen[k] = std::max(fiber.seen[k], barrier.done[k]);
+}
+
+void tensor_load(uint32_t address, const TensorMapFields& map, uint32_t barrier, const int (&place)[4]) {
+    shared_barrier(barrier, true);
+    const int lane = block.current % kLanes, w = block.current / kLanes;
+    if (address % 1024)
+        fail(here() + "tensor_load to shared byte " + std::to_string(address) + ", no multiple of 1024");
+    TensorCopy copy{address, barrier, map, {}, block.current, {}};
+    std::copy(place, place + 4, copy.place);
+    const uint32_t end = address + static_cast<uint32_t>(box_bytes(map));
+    for (uint32_t chunk = address; chunk < end; chunk += 16) {
+        if (chunk + 16 <= block.shared_bytes) check_proxy(chunk, "tensor_load writes");
+        check_shared(chunk, 16, true, lane, "tensor_load");
+        for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) {
+            block.words[k].under_way = true;
+            block.words[k].ordinary = false;
+        }
+        std::memset(&block.shared[chunk], 0xFF, 16);
+    }
+    join(copy.clock, block.current);
+    ++block.warp[w].clock[w];
+    hopper.copies.push_back(copy);
+    ++totals.calls[kTensorLoad];
+}
+
+void async_proxy_fence() { ++block.fibers[block.current].fences; }
 
 void commit_copies() {
     std::vector<Group>& groups = block.fibers[block.current].groups;

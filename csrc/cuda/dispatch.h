@@ -74,9 +74,9 @@ void launch_hopper_forward(const KernelParams& k, Launch& launch) {
     in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
     in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, F::kKeys);
     in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, F::kKeys);
-    in.tiles = static_cast<int>(tiles);
-    in.tiles_per_head = static_cast<int>(tiles / heads);
-    in.heads_at_once = static_cast<int>(bounded(kCacheBytes / (p.Nk * (p.D + p.Dv) * 2), 1, p.B * p.Hkv)) * k.group;
+    in.work.tiles = static_cast<int>(tiles);
+    in.work.tiles_per_head = static_cast<int>(tiles / heads);
+    in.work.heads_at_once = static_cast<int>(bounded(kCacheBytes / (p.Nk * (p.D + p.Dv) * 2), 1, p.B * p.Hkv)) * k.group;
     launch(&sm90::attention_forward<F>, std::min<int64_t>(tiles, launch.multiprocessors()), F::kThreads,
            F::kSharedBytes, k, in);
     if (k.flags)

@@ -1,66 +1,52 @@
-// dK and dV on tensor cores of compute capability 9.0 (wgmma, TMA); what is computed is said in sm80's file of the same
-// name.
+// dK and dV on Hopper (wgmma, TMA), as sm80/attention_key_gradient.h defines them.
 //
-// A block of threads owns kRows keys of one key/value head at a time and walks the queries that see some of them, in
-// every query head of the group, kQueries at a time. A group of warps computes S^T = K Q^T and dP^T = V dO^T of its 64
-// keys from shared memory; the weights are then in the registers where the products with dO and Q want them. For heads
-// of up to 128 each of the two groups owns its keys alone. For heads of 256 the registers of a group hold either dK or
-// dV: both groups own the same 64 keys, one computes S^T and gathers dV, the other computes dP^T and gathers dK, and
-// the weights go from the first to the second through shared memory.
+// The producer walks the queries that see some of a tile of kRows keys, in every query head of the group, kQueries at a
+// time; two consumers multiply. A consumer computes S^T = K Q^T and dP^T = V dO^T of 64 keys from shared memory; the
+// weights are then in the registers where the products with dO and Q want them. For heads of up to 128 each consumer
+// has 64 keys of its own. For heads of 256 the registers of a consumer hold either dK or dV: both have the same 64
+// keys, one computes S^T and gathers dV, the other computes dP^T and gathers dK, and the weights go from the first to
+// the second through shared memory.
 //
-// Shared memory: K and V [kRows, kHead]; kStages of Q and dO [kQueries, kHead]; the weights under way; of each stage
-// the shift and delta of its queries, and its message; barriers.
+// Shared memory: K and V of each consumer; slots of Q and dO; the weights under way; for each slot the shift and delta
+// of its queries and a line for its step; barriers. Results pass through the memory of K and V.
 #pragma once
 
+#include "cuda/sm80/attention_key_gradient.h"
 #include "cuda/sm90/gradients.h"
 
 namespace efficient_attn {
 namespace sm90 {
 namespace {
 
-// kOnePass_: dQ too, see attention_backward.h.
-template <class T_, int kHead_, bool kOnePass_ = false>
+template <class T_, int kHead_>
 struct KeyGradient {
     using T = T_;
     static constexpr int kHead = kHead_;
-    static constexpr bool kOnePass = kOnePass_, kShared = kHead == 256;  // kShared: both groups own the same keys
-    static constexpr int kRows = kShared ? 64 : 128, kQueries = 64, kStages = kShared || kOnePass ? 2 : 3, kN = kQueries / 8;
+    static constexpr bool kShared = kHead == 256;  // both consumers have the same keys
+    static constexpr int kRows = kShared ? 64 : 128, kQueries = 64, kN = kQueries / 8, kStages = kShared ? 2 : 3;
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-    static constexpr uint32_t kGroupTile = kGroupRows * kHead * 2;
-    static constexpr uint32_t kKey = 0, kValue = kRows * kHead * 2, kSlots = 2 * kValue;
-    static constexpr uint32_t kTileBytes = kQueries * kHead * 2, kSlotBytes = 2 * kTileBytes;
-    static constexpr uint32_t kWeights = kSlots + kStages * kSlotBytes;
-    static constexpr uint32_t kGradients = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
-    static constexpr uint32_t kGradientBytes = kRows * kQueries * 2;  // dS of a step; two steps
-    static constexpr uint32_t kPartial = kGradients + (kOnePass ? 2 * kGradientBytes : 0);
-    static constexpr uint32_t kPartialBytes = kQueries * kPanel * 4;  // a group's part of dQ of a step
-    static constexpr uint32_t kRowSums = kPartial + (kOnePass ? kGroups * kPartialBytes : 0);
-    static constexpr uint32_t kRowSumBytes = 2 * kQueries * 4, kMessages = kRowSums + kStages * kRowSumBytes;
-    static constexpr uint32_t kStageRing = kMessages + kStages * kMessageBytes,
-                              kTileRing = kStageRing + Ring<kStages>::kBytes;
-    static constexpr uint32_t kWeightRing = kTileRing + Ring<1>::kBytes;
-    static constexpr uint32_t kSharedBytes = kWeightRing + Ring<1>::kBytes;
+    static constexpr uint32_t kOwnBytes = kGroupRows * kHead * 2, kTileBytes = kQueries * kHead * 2;
+    static constexpr uint32_t kKey = 0, kValue = kRows * kHead * 2, kQuerySlots = 2 * kValue;
+    static constexpr uint32_t kGradOutSlots = kQuerySlots + kStages * kTileBytes;
+    static constexpr uint32_t kWeights = kGradOutSlots + kStages * kTileBytes;
+    static constexpr uint32_t kSums = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
+    static constexpr uint32_t kSumBytes = kQueries * 4;  // the shifts of a slot, behind them the deltas
+    static constexpr uint32_t kSteps = kSums + kStages * 2 * kSumBytes;
+    static constexpr uint32_t kKeysFull = kSteps + kStages * kLineBytes, kKeysEmpty = kKeysFull + 8;
+    static constexpr uint32_t kWeightsFull = kKeysEmpty + 8, kWeightsEmpty = kWeightsFull + 8;
+    static constexpr uint32_t kFull = kWeightsEmpty + 8, kEmpty = kFull + kStages * 8;
+    static constexpr uint32_t kSharedBytes = kEmpty + kStages * 8;
 
-    // The group's own rows of K and V.
-    static EA_DEVICE uint32_t key() { return kKey + (kShared ? 0 : group_index()) * kGroupTile; }
-    static EA_DEVICE uint32_t value() { return kValue + (kShared ? 0 : group_index()) * kGroupTile; }
+    // This consumer's K and V, and which lines of the tile they are.
+    static EA_DEVICE uint32_t own() { return kShared ? 0 : consumer_index() * kOwnBytes; }
     static EA_DEVICE Span rows(Span lines) {
-        const int begin = lines.begin + (kShared ? 0 : group_index()) * kGroupRows;
+        const int begin = lines.begin + (kShared ? 0 : consumer_index() * kGroupRows);
         return {begin, smaller(begin + kGroupRows, lines.end)};
     }
 };
 
-// The tile of keys with number `index` of the grid's.
-template <class G>
-EA_DEVICE Place key_place(const KernelParams& p, int index) {
-    const Tiling tiles = tiling<G::kRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k));
-    const TilePlace at = longest_first(index, static_cast<int>(p.call.B * p.call.Hkv),
-                                       ceil_div(p.call.Nk, tiles.block) * tiles.tiles_per_block, false);
-    return {at.head / static_cast<int>(p.call.Hkv), at.head % static_cast<int>(p.call.Hkv),
-            tiles.lines(at.tile, static_cast<int>(p.call.Nk))};
-}
-
-// What is taken off the scores of the queries of a step, and their delta: two words of each for a lane.
+// What is taken off the scores of the queries of a step, and their delta: two of each for a lane.
 struct QuerySums {
     float shift[2], delta[2];
 };
@@ -78,66 +64,65 @@ EA_DEVICE QuerySums load_query_sums(const KernelParams& p, int b, int h, const S
     return sums;
 }
 
-// The warp that loads.
+EA_DEVICE void store_query_sums(const QuerySums& sums, uint32_t shifts, uint32_t deltas, int lane) {
+    EA_UNROLL
+    for (int k = 0; k < 2; ++k) {
+        store_shared_32(shifts + (k * kWarp + lane) * 4, as_bits(sums.shift[k]));
+        store_shared_32(deltas + (k * kWarp + lane) * 4, as_bits(sums.delta[k]));
+    }
+}
+
 template <class G>
-EA_DEVICE void load_for_keys(const KernelParams& p, const TensorMap& query, const TensorMap& key,
-                             const TensorMap& value, const TensorMap& grad_out, int tiles) {
+EA_DEVICE void load_own_keys(const BackwardInputs& in, const Place& at) {
+    barrier_arrive_expect(G::kKeysFull, 2 * G::kValue);
+    for (int part = 0; part < G::kRows / kGroupRows; ++part) {
+        const uint32_t offset = part * G::kOwnBytes;
+        const int row = at.lines.begin + part * kGroupRows;
+        load_panels<G::kHead, kGroupRows>(G::kKey + offset, in.key, G::kKeysFull, row, at.h, at.b);
+        load_panels<G::kHead, kGroupRows>(G::kValue + offset, in.value, G::kKeysFull, row, at.h, at.b);
+    }
+}
+
+// The producer, one warp. A tile that nobody sees has one step, with no query in it.
+template <class G>
+EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) {
     static_assert(G::kQueries == 2 * kWarp, "a lane loads the sums of two queries");
     const int lane = thread_index() % kWarp;
-    Turn<G::kStages> turn;
-    Turn<1> tile_turn;
-    for (int index = first_tile(); index < tiles; index += tile_stride()) {
-        const Place at = key_place<G>(p, index);
-        if (at.lines.begin >= at.lines.end) continue;
+    Slot<G::kStages> slot;
+    int keys_parity = 0;
+    each_tile(in.work, [&](int tile) {
+        const Place at = sm80::key_place<G>(p, tile);
+        if (at.lines.begin >= at.lines.end) return;
         const Span alive{at.lines.begin, smaller(at.lines.end, key_count(p, at.b))};
         Reach seen = reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq));
         if (alive.end <= alive.begin) seen.any.end = seen.any.begin;
         GroupWalk<G::kQueries> walk(p, at.b, at.h, at.lines.begin, seen.any);
-
-        Ring<1>::wait_empty(G::kTileRing, tile_turn);
-        if (lane == 0) {
-            const uint32_t full = Ring<1>::full(G::kTileRing, 0);
-            barrier_arrive_expect(full, 2 * G::kRows * G::kHead * 2);
-            for (int part = 0; part < G::kRows / kGroupRows; ++part) {
-                const uint32_t offset = part * G::kGroupTile;
-                const int row = at.lines.begin + part * kGroupRows;
-                load_panels<kGroupRows, G::kHead>(G::kKey + offset, key, full, row, at.h, at.b);
-                load_panels<kGroupRows, G::kHead>(G::kValue + offset, value, full, row, at.h, at.b);
-            }
-        }
-        tile_turn.advance();
-
         Step next{0, 0, -1, 0};
-        int next_head = 0;
+        int next_head = at.h * p.group;
         bool more = walk.next(p, next, next_head);
+        barrier_wait(G::kKeysEmpty, keys_parity ^ 1);
+        keys_parity ^= 1;
+        if (lane == 0) load_own_keys<G>(in, at);
         do {
             const Step step = next;
             const int head = next_head;
             more = more && walk.next(p, next, next_head);
             const QuerySums sums = load_query_sums(p, at.b, head, step, lane);
-            Ring<G::kStages>::wait_empty(G::kStageRing, turn);
-            const uint32_t full = Ring<G::kStages>::full(G::kStageRing, turn.stage);
+            barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
+            const uint32_t full = slot.of(G::kFull, 8), shifts = slot.of(G::kSums, 2 * G::kSumBytes);
             if (lane == 0) {
-                const bool loads = step.first < step.end;
-                const uint32_t slot = G::kSlots + turn.stage * G::kSlotBytes;
-                barrier_arrive_expect(full, loads ? G::kSlotBytes : 0);
-                if (loads) {
-                    load_panels<G::kQueries, G::kHead>(slot, query, full, step.first, head, at.b);
-                    load_panels<G::kQueries, G::kHead>(slot + G::kTileBytes, grad_out, full, step.first, head, at.b);
-                }
+                barrier_arrive_expect(full, 2 * G::kTileBytes);
+                load_panels<G::kHead, G::kQueries>(slot.of(G::kQuerySlots, G::kTileBytes), in.query, full, step.first,
+                                                   head, at.b);
+                load_panels<G::kHead, G::kQueries>(slot.of(G::kGradOutSlots, G::kTileBytes), in.grad_out, full,
+                                                   step.first, head, at.b);
             }
-            const uint32_t words = G::kRowSums + turn.stage * G::kRowSumBytes + lane * 4;
-            EA_UNROLL
-            for (int k = 0; k < 2; ++k) {
-                store_shared_32(words + k * kWarp * 4, as_bits(sums.shift[k]));
-                store_shared_32(words + (G::kQueries + k * kWarp) * 4, as_bits(sums.delta[k]));
-            }
-            post(G::kMessages + turn.stage * kMessageBytes, step, !more, head);
-            warp_sync();
-            if (lane == 0) barrier_arrive(full);
-            turn.advance();
+            store_query_sums(sums, shifts, shifts + G::kSumBytes, lane);
+            send_step(slot.of(G::kSteps, kLineBytes), step, more, head, lane);
+            release(full, lane);
+            slot.advance();
         } while (more);
-    }
+    });
 }
 
 template <class G>
@@ -184,21 +169,22 @@ EA_DEVICE Sight sight_of_keys(const KernelParams& p, const Step& step, Span aliv
     return sight;
 }
 
-// P^T and dS^T of a group that owns its keys alone, rounded; the product of P^T and dO has begun to add to dV.
+// Starts P^T and dS^T of a consumer's own keys: these rounded, and dV += P^T dO under way.
 template <class G>
 EA_DEVICE void find_gradients(uint32_t (&weights)[G::kN / 2][4], uint32_t (&gradients)[G::kN / 2][4],
                               float (&dv)[1][G::kHead / 8][4], const KernelParams& p, const Step& step, Span alive,
-                              bool full, int stage) {
+                              bool full, const Slot<G::kStages>& slot) {
     using T = typename G::T;
     const int lane = thread_index() % kWarp;
-    const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
-    const uint32_t shifts = G::kRowSums + stage * G::kRowSumBytes, deltas = shifts + G::kQueries * 4;
+    const uint32_t queries = slot.of(G::kQuerySlots, G::kTileBytes),
+                   grad_out = slot.of(G::kGradOutSlots, G::kTileBytes);
+    const uint32_t shifts = slot.of(G::kSums, 2 * G::kSumBytes), deltas = shifts + G::kSumBytes;
     const uint32_t visible = full ? 0 : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
-    group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::key(), queries);
+    group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::kKey + G::own(), queries);
     group_commit();
-    group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::value(), grad_out);
+    group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::kValue + G::own(), grad_out);
     group_commit();
     group_wait<1>(s[0]);
     weigh<G>(s, p, full, visible, shifts, lane);
@@ -211,204 +197,202 @@ EA_DEVICE void find_gradients(uint32_t (&weights)[G::kN / 2][4], uint32_t (&grad
     pack_a<T>(gradients, dp[0]);
 }
 
-// Adds a step to dK and dV of a group that owns its keys alone.
+// Adds a step to dK and dV of a consumer's own keys.
 template <class G>
-EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p,
-                        const Step& step, Span alive, bool full, int stage) {
-    using T = typename G::T;
+EA_DEVICE void add_queries(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p,
+                           const Step& step, Span alive, bool full, const Slot<G::kStages>& slot) {
     uint32_t weights[G::kN / 2][4], gradients[G::kN / 2][4];
-    find_gradients<G>(weights, gradients, dv, p, step, alive, full, stage);
+    find_gradients<G>(weights, gradients, dv, p, step, alive, full, slot);
     group_fence(gradients, dk[0]);
-    group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, G::kSlots + stage * G::kSlotBytes);
+    group_multiply_rows<typename G::T, G::kHead, G::kQueries>(dk[0], gradients, slot.of(G::kQuerySlots, G::kTileBytes));
     group_commit();
     group_wait<0>(dk[0], dv[0], weights, gradients);
 }
 
-// The word in shared memory of element (n, 0) of this thread's weights under way.
-EA_DEVICE uint32_t weight_address(uint32_t base, int n) {
-    return base + (n * kGroupThreads + thread_index() % kGroupThreads) * 16;
-}
+// Where this thread's elements (n, 0..3) of the weights under way lie.
+EA_DEVICE uint32_t weight_address(uint32_t base, int n) { return base + (n * kGroup + thread_index() % kGroup) * 16; }
 
 // Adds a step to dV of shared keys and hands the weights over.
 template <class G>
-EA_DEVICE void add_value_step(float (&dv)[1][G::kHead / 8][4], const KernelParams& p, const Step& step, Span alive,
-                              bool full, int stage, const Turn<1>& turn) {
+EA_DEVICE void add_values(float (&dv)[1][G::kHead / 8][4], const KernelParams& p, const Step& step, Span alive,
+                          bool full, const Slot<G::kStages>& slot, int parity) {
     using T = typename G::T;
     const int lane = thread_index() % kWarp;
-    const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
     const uint32_t visible = full ? 0 : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4];
     group_fence(s[0]);
-    group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::key(), queries);
+    group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::kKey, slot.of(G::kQuerySlots, G::kTileBytes));
     group_commit();
     group_wait<0>(s[0]);
-    weigh<G>(s, p, full, visible, G::kRowSums + stage * G::kRowSumBytes, lane);
-    Ring<1>::wait_empty(G::kWeightRing, turn);
+    weigh<G>(s, p, full, visible, slot.of(G::kSums, 2 * G::kSumBytes), lane);
+    barrier_wait(G::kWeightsEmpty, parity ^ 1);
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n)
         store_shared_128(weight_address(G::kWeights, n),
                          {as_bits(s[0][n][0]), as_bits(s[0][n][1]), as_bits(s[0][n][2]), as_bits(s[0][n][3])});
-    warp_sync();
-    if (lane == 0) barrier_arrive(Ring<1>::full(G::kWeightRing, 0));
+    release(G::kWeightsFull, lane);
     uint32_t weights[G::kN / 2][4];
     pack_a<T>(weights, s[0]);
     group_fence(weights, dv[0]);
-    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, grad_out);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, slot.of(G::kGradOutSlots, G::kTileBytes));
     group_commit();
     group_wait<0>(dv[0], weights);
 }
 
-// Adds a step to dK of shared keys with the weights that the other group hands over.
+// Adds a step to dK of shared keys with the weights that are handed over.
 template <class G>
-EA_DEVICE void add_key_step(float (&dk)[1][G::kHead / 8][4], int stage, const Turn<1>& turn) {
+EA_DEVICE void add_keys(float (&dk)[1][G::kHead / 8][4], const Slot<G::kStages>& slot, int parity) {
     using T = typename G::T;
     const int lane = thread_index() % kWarp;
-    const uint32_t queries = G::kSlots + stage * G::kSlotBytes, grad_out = queries + G::kTileBytes;
     float dp[1][G::kN][4], weights[1][G::kN][4];
     group_fence(dp[0]);
-    group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::value(), grad_out);
+    group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::kValue, slot.of(G::kGradOutSlots, G::kTileBytes));
     group_commit();
-    Ring<1>::wait_full(G::kWeightRing, turn);
+    barrier_wait(G::kWeightsFull, parity);
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n) {
         const Words4 words = load_shared_128(weight_address(G::kWeights, n));
         weights[0][n][0] = as_float(words.x), weights[0][n][1] = as_float(words.y);
         weights[0][n][2] = as_float(words.z), weights[0][n][3] = as_float(words.w);
     }
-    Ring<1>::release(G::kWeightRing, turn);
+    release(G::kWeightsEmpty, lane);
     group_wait<0>(dp[0]);
-    weigh_gradients<G>(dp, weights, G::kRowSums + stage * G::kRowSumBytes + G::kQueries * 4, lane);
+    weigh_gradients<G>(dp, weights, slot.of(G::kSums, 2 * G::kSumBytes) + G::kSumBytes, lane);
     uint32_t gradients[G::kN / 2][4];
     pack_a<T>(gradients, dp[0]);
     group_fence(gradients, dk[0]);
-    group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, queries);
+    group_multiply_rows<T, G::kHead, G::kQueries>(dk[0], gradients, slot.of(G::kQuerySlots, G::kTileBytes));
     group_commit();
     group_wait<0>(dk[0], gradients);
 }
 
+// Every warp of the consumer comes here with its sums.
 template <class G>
-EA_DEVICE void store_flag_of_keys(const KernelParams& p, const Place& at, bool suspect) {
+EA_DEVICE void meet_over_keys(const KernelParams& p, const Place& at, bool suspect) {
     constexpr int kFlagRows = sm80::KeyGradient<typename G::T, G::kHead, false>::kRows;
-    constexpr bool kTogether = kFlagRows == G::kRows;
-    const int line = at.lines.begin + (kTogether ? 0 : group_index() * kGroupRows);
-    const int64_t head = at.b * p.call.Hkv + at.h;
-    store_flag<kTogether>(p.flags,
-                          flag_place<kFlagRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k),
-                                                static_cast<int>(p.call.Nk), head, at.lines.begin, line, false),
-                          suspect);
+    constexpr bool kHalves = kFlagRows == G::kRows;
+    const int line = at.lines.begin + (kHalves ? 0 : consumer_index() * kGroupRows);
+    const int64_t flag =
+        flag_of<kFlagRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k),
+                           static_cast<int>(p.call.Nk), at.b * p.call.Hkv + at.h, at.lines.begin, line, false);
+    meet<kHalves>(p.flags, flag, suspect);
 }
 
-// Rounds and writes dK or dV of the group's rows; says whether something in it is suspicious.
+// Rounds and writes dK or dV of a consumer's rows, through its tile of K or V.
 template <class G>
-EA_DEVICE bool store_sum(float (&sum)[1][G::kHead / 8][4], uint32_t tile, const TensorView& target, const Place& at,
-                         Span rows, float factor, int64_t width, bool aligned) {
-    const int row = rows.begin + group_warp_row() + thread_index() % kWarp / 4;
-    const bool suspect = suspicious(sum, row, rows.end);
-    scale_by(sum, factor);
-    store_panels<typename G::T, G::kHead>(sum, tile, head_pointer(target, at.b, at.h), target.row_stride, rows.begin,
+EA_DEVICE void store_sums(float (&sums)[1][G::kHead / 8][4], uint32_t tile, const TensorView& target, const Place& at,
+                          Span rows, float factor, int64_t width, bool aligned) {
+    scale_by(sums, factor);
+    store_panels<typename G::T, G::kHead>(sums, tile, head_pointer(target, at.b, at.h), target.row_stride, rows.begin,
                                           rows.end, static_cast<int>(width), aligned);
-    return suspect;
 }
 
-// The groups that multiply: each its own keys.
+// The consumers, each with keys of its own.
 template <class G>
-EA_DEVICE void gather_own_keys(const KernelParams& p, int tiles) {
-    Turn<G::kStages> turn;
-    Turn<1> tile_turn;
-    for (int index = first_tile(); index < tiles; index += tile_stride()) {
-        const Place at = key_place<G>(p, index);
-        bool suspect = false;
-        if (at.lines.begin < at.lines.end) {
-            const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
-            float dk[1][G::kHead / 8][4], dv[1][G::kHead / 8][4];
-            clear(dk);
-            clear(dv);
-            Ring<1>::wait_full(G::kTileRing, tile_turn);
-            bool last;
-            do {
-                Ring<G::kStages>::wait_full(G::kStageRing, turn);
-                const Message message = read_message(G::kMessages + turn.stage * kMessageBytes);
-                const Sight sight = sight_of_keys<G>(p, message.step, alive, rows);
-                if (sight.any) add_step<G>(dk, dv, p, message.step, alive, sight.all, turn.stage);
-                Ring<G::kStages>::release(G::kStageRing, turn);
-                turn.advance();
-                last = message.last;
-            } while (!last);
-            named_sync(group_barrier(), kGroupThreads);  // results pass through the group's tiles of K and V
-            const bool suspects = store_sum<G>(dk, G::key(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
-            suspect = store_sum<G>(dv, G::value(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned) || suspects;
-            async_proxy_fence();
-            Ring<1>::release(G::kTileRing, tile_turn);
-            tile_turn.advance();
-        }
-        store_flag_of_keys<G>(p, at, suspect);
-    }
+EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in) {
+    const int lane = thread_index() % kWarp;
+    Slot<G::kStages> slot;
+    int keys_parity = 0;
+    each_tile(in.work, [&](int tile) {
+        const Place at = sm80::key_place<G>(p, tile);
+        if (at.lines.begin >= at.lines.end) return meet_over_keys<G>(p, at, false);
+        const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
+        float dk[1][G::kHead / 8][4], dv[1][G::kHead / 8][4];
+        clear(dk);
+        clear(dv);
+        barrier_wait(G::kKeysFull, keys_parity);
+        keys_parity ^= 1;
+        bool more;
+        EA_KEEP_LOOP
+        do {
+            barrier_wait(slot.of(G::kFull, 8), slot.parity);
+            Step step;
+            more = read_step(step, slot.of(G::kSteps, kLineBytes));
+            const Sight sight = sight_of_keys<G>(p, step, alive, rows);
+            if (sight.any) add_queries<G>(dk, dv, p, step, alive, sight.all, slot);
+            release(slot.of(G::kEmpty, 8), lane);
+            slot.advance();
+        } while (more);
+        const int row = rows.begin + group_warp_row() + lane / 4;
+        meet_over_keys<G>(p, at, suspicious(dk, row, rows.end) || suspicious(dv, row, rows.end));
+        store_sums<G>(dk, G::kKey + G::own(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
+        store_sums<G>(dv, G::kValue + G::own(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned);
+        async_proxy_fence();  // the next tile is copied to where the results have been
+        release(G::kKeysEmpty, lane);
+    });
 }
 
-// The groups that multiply where they share their keys: the first gathers dV, the second dK.
+// The consumers with shared keys: the first gathers dV, the second dK.
 template <class G>
-EA_DEVICE void gather_shared_keys(const KernelParams& p, int tiles) {
-    Turn<G::kStages> turn;
-    Turn<1> tile_turn, weight_turn;
-    const bool values = group_index() == 0;
-    for (int index = first_tile(); index < tiles; index += tile_stride()) {
-        const Place at = key_place<G>(p, index);
-        bool suspect = false;
-        if (at.lines.begin < at.lines.end) {
-            const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
-            float sum[1][G::kHead / 8][4];
-            clear(sum);
-            Ring<1>::wait_full(G::kTileRing, tile_turn);
-            bool last;
-            do {
-                Ring<G::kStages>::wait_full(G::kStageRing, turn);
-                const Message message = read_message(G::kMessages + turn.stage * kMessageBytes);
-                const Sight sight = sight_of_keys<G>(p, message.step, alive, rows);
-                if (sight.any) {
-                    if (values) {
-                        add_value_step<G>(sum, p, message.step, alive, sight.all, turn.stage, weight_turn);
-                    } else {
-                        add_key_step<G>(sum, turn.stage, weight_turn);
-                    }
-                    weight_turn.advance();
+EA_DEVICE void consume_shared(const KernelParams& p, const BackwardInputs& in) {
+    const int lane = thread_index() % kWarp;
+    const bool gathers_values = consumer_index() == 0;
+    Slot<G::kStages> slot;
+    int keys_parity = 0, weights_parity = 0;
+    each_tile(in.work, [&](int tile) {
+        const Place at = sm80::key_place<G>(p, tile);
+        if (at.lines.begin >= at.lines.end) return meet_over_keys<G>(p, at, false);
+        const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
+        float sums[1][G::kHead / 8][4];
+        clear(sums);
+        barrier_wait(G::kKeysFull, keys_parity);
+        keys_parity ^= 1;
+        bool more;
+        EA_KEEP_LOOP
+        do {
+            barrier_wait(slot.of(G::kFull, 8), slot.parity);
+            Step step;
+            more = read_step(step, slot.of(G::kSteps, kLineBytes));
+            const Sight sight = sight_of_keys<G>(p, step, alive, rows);
+            if (sight.any) {
+                if (gathers_values) {
+                    add_values<G>(sums, p, step, alive, sight.all, slot, weights_parity);
+                } else {
+                    add_keys<G>(sums, slot, weights_parity);
                 }
-                Ring<G::kStages>::release(G::kStageRing, turn);
-                turn.advance();
-                last = message.last;
-            } while (!last);
-            named_sync(group_barrier(), kGroupThreads);  // results pass through the tile of K or of V
-            suspect = values ? store_sum<G>(sum, G::key(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned)
-                             : store_sum<G>(sum, G::value(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
-            async_proxy_fence();
-            Ring<1>::release(G::kTileRing, tile_turn);
-            tile_turn.advance();
+                weights_parity ^= 1;
+            }
+            release(slot.of(G::kEmpty, 8), lane);
+            slot.advance();
+        } while (more);
+        meet_over_keys<G>(p, at, suspicious(sums, rows.begin + group_warp_row() + lane / 4, rows.end));
+        if (gathers_values) {  // each group is done with its own of the two tiles
+            store_sums<G>(sums, G::kKey, p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned);
+        } else {
+            store_sums<G>(sums, G::kValue, p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
         }
-        store_flag_of_keys<G>(p, at, suspect);
-    }
+        async_proxy_fence();  // the next tile is copied to where the results have been
+        release(G::kKeysEmpty, lane);
+    });
 }
 
-// Grid: any; `tiles` of them in all. p.flags: where to say which tiles are suspicious, or null.
+// Grid: any; p.flags as in sm80, whose attention_key_gradient_safe does the suspicious tiles again.
 template <class G>
 EA_KERNEL(kBlockThreads, 1)
-attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER TensorMap query, EA_PARAMETER TensorMap key,
-                       EA_PARAMETER TensorMap value, EA_PARAMETER TensorMap grad_out, int tiles) {
-    if constexpr (!kHopper) return;
-    if (thread_index() == 0) {
-        Ring<G::kStages>::init(G::kStageRing, 2, kMultiplyingWarps);  // filled by copies and by words
-        Ring<1>::init(G::kTileRing, 1, kMultiplyingWarps);
-        if (G::kShared) Ring<1>::init(G::kWeightRing, kGroupThreads / kWarp, kGroupThreads / kWarp);
-        barrier_init_fence();
-    }
-    block_sync();
-    if (group_index() < 0) {
-        registers_give<kLoadingRegisters>();
-        if (thread_index() < kWarp) load_for_keys<G>(p, query, key, value, grad_out, tiles);
-    } else {
-        registers_take<kMultiplyingRegisters>();
-        if constexpr (G::kShared) {
-            gather_shared_keys<G>(p, tiles);
+attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs in) {
+    if constexpr (kHopper) {
+        if (thread_index() == 0) {
+            barrier_init(G::kKeysFull, 1);
+            barrier_init(G::kKeysEmpty, kConsumerWarps);
+            barrier_init(G::kWeightsFull, kConsumerWarps / kConsumers);
+            barrier_init(G::kWeightsEmpty, kConsumerWarps / kConsumers);
+            for (uint32_t stage = 0; stage < G::kStages; ++stage) {
+                barrier_init(G::kFull + stage * 8, 2);  // copies and sums
+                barrier_init(G::kEmpty + stage * 8, kConsumerWarps);
+            }
+            barrier_init_fence();
+        }
+        block_sync();
+        if (thread_index() < kGroup) {
+            registers_give<G::kProducerRegisters>();
+            if (thread_index() < kWarp) produce_queries<G>(p, in);
         } else {
-            gather_own_keys<G>(p, tiles);
+            registers_take<G::kConsumerRegisters>();
+            if constexpr (G::kShared) {
+                consume_shared<G>(p, in);
+            } else {
+                consume_own<G>(p, in);
+            }
         }
     }
 }

@@ -17,6 +17,8 @@
 #include "cuda/sm80/attention_key_gradient.h"
 #include "cuda/sm80/attention_query_gradient.h"
 #include "cuda/sm90/attention_forward.h"
+#include "cuda/sm90/attention_key_gradient.h"
+#include "cuda/sm90/attention_query_gradient.h"
 
 namespace efficient_attn {
 namespace {
@@ -76,7 +78,8 @@ void launch_hopper_forward(const KernelParams& k, Launch& launch) {
     in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, F::kKeys);
     in.work.tiles = static_cast<int>(tiles);
     in.work.tiles_per_head = static_cast<int>(tiles / heads);
-    in.work.heads_at_once = static_cast<int>(bounded(kCacheBytes / (p.Nk * (p.D + p.Dv) * 2), 1, p.B * p.Hkv)) * k.group;
+    in.work.heads_at_once =
+        static_cast<int>(bounded(kCacheBytes / (p.Nk * (p.D + p.Dv) * 2), 1, p.B * p.Hkv)) * k.group;
     launch(&sm90::attention_forward<F>, std::min<int64_t>(tiles, launch.multiprocessors()), F::kThreads,
            F::kSharedBytes, k, in);
     if (k.flags)
@@ -108,10 +111,10 @@ void launch_bias_gradient(const KernelParams& k, Launch& launch) {
     launch(&sm80::attention_bias_gradient<G>, size[0] * size[1] * per_head, G::kThreads, G::kSharedBytes, k);
 }
 
-// Flags that the kernels of a call may write: of the one with most tiles. Hopper's forward multiplies what lies beyond
+// Flags that the kernels of a call may write: of the one with most tiles. Hopper's kernels multiply what lies beyond
 // the length by weights of zero.
 inline int64_t flag_count(const AttentionParams& p, bool backward) {
-    if (!hides(p) && (backward || !p.mask.kv_lengths)) return 0;
+    if (!hides(p) && !p.mask.kv_lengths) return 0;
     if (!backward) return forward_tiles(p);
     constexpr int kRows = 64;  // the fewest that any gradient kernel owns
     return std::max(p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : kRows, kRows),
@@ -130,13 +133,73 @@ struct ServeForward {
     }
 };
 
+// The work of `tiles` tiles where a head's walk reads `bytes` of global memory.
+inline sm90::Work hopper_work(int64_t tiles, int64_t heads, int64_t bytes) {
+    constexpr int64_t kCacheBytes = int64_t{32} << 20;
+    return {static_cast<int>(tiles), static_cast<int>(tiles / heads),
+            static_cast<int>(bounded(kCacheBytes / bytes, 1, heads))};
+}
+
+inline bool hopper_serves_backward(const AttentionParams& p) {
+    return hopper_serves(p) && copies_serve(p.grad_out, p.B, p.Hq, p.Nq) &&
+           p.B * p.Hkv * tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : 64, 64) <= INT_MAX / 2;
+}
+
+template <class G, class Launch>
+void launch_hopper_key_gradient(const KernelParams& k, Launch& launch) {
+    using Safe = sm80::KeyGradient<typename G::T, G::kHead, false>;
+    const AttentionParams& p = k.call;
+    const auto tiles = [&](int rows) {
+        return p.B * p.Hkv * tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : rows, rows);
+    };
+    sm90::BackwardInputs in;
+    in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, G::kQueries);
+    in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, sm90::kGroupRows);
+    in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, sm90::kGroupRows);
+    in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, G::kQueries);
+    in.work = hopper_work(tiles(G::kRows), p.B * p.Hkv, k.group * p.Nq * (p.D + p.Dv) * 2);
+    launch(&sm90::attention_key_gradient<G>, std::min<int64_t>(in.work.tiles, launch.multiprocessors()),
+           sm90::kBlockThreads, G::kSharedBytes, k, in);
+    if (k.flags)
+        launch(&sm80::attention_key_gradient_safe<Safe>, std::min(tiles(Safe::kRows), kSafeBlocks), Safe::kThreads,
+               Safe::kSharedBytes, k, tiles(Safe::kRows));
+}
+
+template <class G, class Safe, class Launch>
+void launch_hopper_query_gradient(const KernelParams& k, Launch& launch) {
+    const AttentionParams& p = k.call;
+    const auto tiles = [&](int rows) {
+        return p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : rows, rows);
+    };
+    sm90::BackwardInputs in;
+    in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
+    in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, G::kKeys);
+    in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, G::kKeys);
+    in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, sm90::kGroupRows);
+    in.work = hopper_work(tiles(G::kRows), p.B * p.Hq, p.Nk * (p.D + p.Dv) * 2);
+    launch(&sm90::attention_query_gradient<G>, std::min<int64_t>(in.work.tiles, launch.multiprocessors()),
+           sm90::kBlockThreads, G::kSharedBytes, k, in);
+    if (k.flags)
+        launch(&sm80::attention_query_gradient_safe<Safe>, std::min(tiles(Safe::kRows), kSafeBlocks), Safe::kThreads,
+               Safe::kSharedBytes, k, tiles(Safe::kRows));
+}
+
 struct ServeBackward {
     template <class T, int kHead, bool kExtras, class Launch>
     static void serve(const KernelParams& k, Launch& launch) {
         const int64_t rows = k.call.B * k.call.Hq * k.call.Nq, rows_at_once = kDeltaThreads / kWarp;
         launch(&attention_delta, (rows + rows_at_once - 1) / rows_at_once, kDeltaThreads, 0u, k);
-        launch_key_gradient<sm80::KeyGradient<T, kHead, kExtras>>(k, launch);
-        launch_query_gradient<sm80::QueryGradient<T, kHead, kExtras, kHead == 256 ? 2 : 1>>(k, launch);
+        using Keys = sm80::KeyGradient<T, kHead, kExtras>;
+        using Queries = sm80::QueryGradient<T, kHead, kExtras, kHead == 256 ? 2 : 1>;
+        if constexpr (!kExtras) {
+            if (launch.capability() >= 90 && hopper_serves_backward(k.call)) {
+                launch_hopper_key_gradient<sm90::KeyGradient<T, kHead>>(k, launch);
+                launch_hopper_query_gradient<sm90::QueryGradient<T, kHead>, Queries>(k, launch);
+                return;
+            }
+        }
+        launch_key_gradient<Keys>(k, launch);
+        launch_query_gradient<Queries>(k, launch);
         if constexpr (kExtras) {  // a bias is among the extras
             if (k.call.dbias.data) launch_bias_gradient<sm80::QueryGradient<T, kHead, true, 1>>(k, launch);
         }

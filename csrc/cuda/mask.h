@@ -81,8 +81,6 @@ class Walk {
         if (!list_rows<kSide>(m)) {
             cursor_ = begin_ / kWidth * kWidth;
             end_ = begin_ < limit_ ? limit_ : cursor_;
-            origin_ = 0;
-            tile_ = next_tile_ = next_block_ = -1;
             entry_ = last_ = 0;
             return;
         }
@@ -148,7 +146,8 @@ class Walk {
         return begin;
     }
 
-    int begin_, limit_, cursor_, end_, origin_, tile_, entry_, last_, next_block_, next_tile_;
+    int begin_, limit_, cursor_, end_, entry_, last_;
+    int origin_ = 0, tile_ = -1, next_block_ = -1, next_tile_ = -1;
 };
 
 EA_DEVICE const uint8_t* bit_tile(const MaskView& m, int tile) {

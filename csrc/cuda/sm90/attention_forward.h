@@ -32,7 +32,7 @@ struct Forward {
     static constexpr int kHead = kHead_;
     static constexpr int kConsumers = 2, kRows = kConsumers * kGroupRows, kKeys = kHead == 256 ? 64 : 128;
     static constexpr int kThreads = (1 + kConsumers) * kGroup, kStages = kHead == 64 ? 4 : kHead == 128 ? 3 : 2;
-    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
     static constexpr bool kTurns = kHead <= 128;
     static constexpr uint32_t kQueryBytes = kGroupRows * kHead * 2, kTileBytes = kKeys * kHead * 2;
     static constexpr uint32_t kQuery = 0, kKeySlots = kConsumers * kQueryBytes;
@@ -57,7 +57,7 @@ template <class F>
 EA_DEVICE void load_queries(const ForwardInputs& in, const Place& at, int parity) {
     barrier_wait(F::kQueryEmpty, parity ^ 1);
     barrier_arrive_expect(F::kQueryFull, F::kConsumers * F::kQueryBytes);
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int consumer = 0; consumer < F::kConsumers; ++consumer)
         load_panels<F::kHead, kGroupRows>(F::kQuery + consumer * F::kQueryBytes, in.query, F::kQueryFull,
                                           at.lines.begin + consumer * kGroupRows, at.h, at.b);
@@ -103,7 +103,7 @@ EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
 
 // --- the consumers ---
 
-// One of the two: which, its lane and this thread's first row in the tile.
+// Which of the two, this thread's lane, and the first row of its warp in the tile.
 struct Consumer {
     int index, lane, row;
 };
@@ -120,6 +120,7 @@ template <class F>
 EA_DEVICE void start_scores(float (&s)[1][F::kKeys / 8][4], int consumer, const Slot<F::kStages>& slot) {
     const uint64_t queries = matrix_descriptor(F::kQuery + consumer * F::kQueryBytes, 0, kPattern);
     const uint64_t keys = matrix_descriptor(slot.of(F::kKeySlots, F::kTileBytes), 0, kPattern);
+    group_fence(s[0]);
     EA_UNROLL
     for (int k = 0; k < F::kHead / 16; ++k) {
         const uint32_t panel = k / 4, column = k % 4 * 32;
@@ -133,6 +134,7 @@ EA_DEVICE void start_scores(float (&s)[1][F::kKeys / 8][4], int consumer, const 
 template <class F>
 EA_DEVICE void start_sums(F& f, const Slot<F::kStages>& slot) {
     const uint64_t values = matrix_descriptor(slot.of(F::kValueSlots, F::kTileBytes), F::kKeys * 128, kPattern);
+    group_fence(f.out[0], f.weights);
     EA_UNROLL
     for (int k = 0; k < F::kKeys / 16; ++k)
         group_multiply<typename F::T, F::kHead, true>(f.out[0], f.weights[k], matrix_further(values, k * 2 * kPattern),
@@ -145,7 +147,7 @@ EA_DEVICE void mask_scores(float (&s)[1][F::kKeys / 8][4], const KernelParams& p
                            const Reach& sees, const Consumer& c) {
     const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + F::kKeys <= sees.all.end &&
                       step.end == step.first + F::kKeys;
-    if (!full) hide(s, p, step, at.lines.begin + c.row, at.lines, p.low, p.high, c.lane);
+    if (!full) hide(s, p, step, at.lines.begin + c.row + c.lane / 4, at.lines, p.low, p.high, c.lane);
 }
 
 // Walks the steps of a tile.
@@ -161,7 +163,6 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, const Consum
 
     Step step;
     bool more = receive<F>(step, keys);
-    group_fence();
     start_scores<F>(s, c.index, keys);
     group_wait<0>(s[0]);
     release(keys.of(F::kKeyEmpty, 8), c.lane);
@@ -174,7 +175,6 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, const Consum
     while (more) {
         more = receive<F>(step, keys);
         if (F::kTurns) named_sync(turn_of(c.index), F::kConsumers * kGroup);
-        group_fence(f.out[0], f.weights);
         start_scores<F>(s, c.index, keys);
         barrier_wait(values.of(F::kValueFull, 8), values.parity);
         start_sums(f, values);
@@ -192,7 +192,6 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, const Consum
     }
 
     barrier_wait(values.of(F::kValueFull, 8), values.parity);
-    group_fence(f.out[0], f.weights);
     start_sums(f, values);
     group_wait<0>(f.out[0], f.weights);
     release(values.of(F::kValueEmpty, 8), c.lane);
@@ -202,7 +201,7 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, const Consum
 // Divides by the sums and writes out and lse; each consumer has half of the tile's flag.
 template <class F>
 EA_DEVICE void store_output(F& f, const KernelParams& p, const Place& at, int tile, const Consumer& c) {
-    const int row = at.lines.begin + c.row;
+    const int row = at.lines.begin + c.row + c.lane / 4;
     if (p.flags) {
         const bool suspect = named_any(meeting_of(c.index), kGroup, suspicious(f.out, row, at.lines.end));
         if (thread_index() % kGroup == 0)
@@ -213,17 +212,16 @@ EA_DEVICE void store_output(F& f, const KernelParams& p, const Place& at, int ti
     float factor[1][2];
     finish_softmax(f.top, f.total, factor, p, at, row, c.lane);
     each(f.out, [&](float& x, int m, int, int e) { x *= factor[m][e / 2]; });
-    store_rows<typename F::T, F::kHead>(f.out, F::kQuery + c.index * F::kQueryBytes,
-                                        head_pointer(p.call.out, at.b, at.h), p.call.out.row_stride,
-                                        at.lines.begin + c.index * kGroupRows, c.row % kGroupRows - c.lane / 4,
-                                        at.lines.end, 0, static_cast<int>(p.call.Dv), p.out_aligned, c.lane);
+    store_rows<typename F::T, F::kHead>(f.out, F::kQuery, head_pointer(p.call.out, at.b, at.h), p.call.out.row_stride,
+                                        at.lines.begin, c.row, at.lines.end, 0, static_cast<int>(p.call.Dv),
+                                        p.out_aligned, c.lane);
     async_proxy_fence();  // Q of the next tile is copied to where the output has been
 }
 
 template <class F>
 EA_DEVICE void consume(const KernelParams& p, const ForwardInputs& in) {
     const int lane = thread_index() % kWarp, index = thread_index() / kGroup - 1;
-    const Consumer c{index, lane, index * kGroupRows + thread_index() % kGroup / kWarp * 16 + lane / 4};
+    const Consumer c{index, lane, thread_index() / kWarp * 16 - kGroupRows};
     Slot<F::kStages> keys, values;
     int query_parity = 0;
     if (F::kTurns && index == 1) named_arrive(turn_of(0), F::kConsumers * kGroup);

@@ -54,7 +54,7 @@ EA_DEVICE void each_tile(const Work& in, Function f) {
 // Starts copying a tile of rows, panel by panel.
 template <int kHead, int kRows>
 EA_DEVICE void load_panels(uint32_t tile, const TensorMap& map, uint32_t barrier, int row, int h, int b) {
-    EA_UNROLL
+    EA_KEEP_LOOP
     for (int panel = 0; panel < kHead / kPanel; ++panel)
         tensor_load(tile + panel * kRows * 128, map, barrier, panel * kPanel, row, h, b);
 }

@@ -305,9 +305,8 @@ EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in) {
         bool more;
         EA_KEEP_LOOP
         do {
-            barrier_wait(slot.of(G::kFull, 8), slot.parity);
             Step step;
-            more = read_step(step, slot.of(G::kSteps, kLineBytes));
+            more = await_step<G>(step, slot);
             const Sight sight = sight_of_keys<G>(p, step, alive, rows);
             if (sight.any) add_queries<G>(dk, dv, p, step, alive, sight.all, slot);
             release(slot.of(G::kEmpty, 8), lane);
@@ -340,9 +339,8 @@ EA_DEVICE void consume_shared(const KernelParams& p, const BackwardInputs& in) {
         bool more;
         EA_KEEP_LOOP
         do {
-            barrier_wait(slot.of(G::kFull, 8), slot.parity);
             Step step;
-            more = read_step(step, slot.of(G::kSteps, kLineBytes));
+            more = await_step<G>(step, slot);
             const Sight sight = sight_of_keys<G>(p, step, alive, rows);
             if (sight.any) {
                 if (gathers_values) {

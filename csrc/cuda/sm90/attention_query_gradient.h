@@ -137,9 +137,8 @@ EA_DEVICE void consume_keys(const KernelParams& p, const BackwardInputs& in) {
         bool more;
         EA_KEEP_LOOP
         do {
-            barrier_wait(slot.of(G::kFull, 8), slot.parity);
             Step step;
-            more = read_step(step, slot.of(G::kSteps, kLineBytes));
+            more = await_step<G>(step, slot);
             const Sight sight = sight_of(sees, step, G::kKeys);
             if (sight.any && rows.begin < rows.end) add_keys<G>(dq, p, step, rows, sums, sight.all, slot);
             release(slot.of(G::kEmpty, 8), lane);

@@ -20,6 +20,13 @@ constexpr int kConsumers = 2, kConsumerWarps = kConsumers * kGroup / kWarp, kBlo
 EA_DEVICE int consumer_index() { return thread_index() / kGroup - 1; }
 EA_DEVICE int group_warp_row() { return thread_index() % kGroup / kWarp * 16; }
 
+// The step in a slot, once it has arrived; says whether more follow.
+template <class G>
+EA_DEVICE bool await_step(Step& step, const Slot<G::kStages>& slot) {
+    barrier_wait(slot.of(G::kFull, 8), slot.parity);
+    return read_step(step, slot.of(G::kSteps, kLineBytes));
+}
+
 // Whether a consumer has visible pairs in a step of `width`, and whether all of them are visible.
 struct Sight {
     bool any, all;

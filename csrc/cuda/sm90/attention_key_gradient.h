@@ -18,19 +18,25 @@ namespace efficient_attn {
 namespace sm90 {
 namespace {
 
-template <class T_, int kHead_>
+// kOnePass: with room for dQ, see attention_backward.h.
+template <class T_, int kHead_, bool kOnePass_ = false>
 struct KeyGradient {
     using T = T_;
     static constexpr int kHead = kHead_;
-    static constexpr bool kShared = kHead == 256;  // both consumers have the same keys
-    static constexpr int kRows = kShared ? 64 : 128, kQueries = 64, kN = kQueries / 8, kStages = kShared ? 2 : 3;
+    static constexpr bool kOnePass = kOnePass_, kShared = kHead == 256;  // kShared: both consumers have the same keys
+    static constexpr int kRows = kShared ? 64 : 128, kQueries = 64, kN = kQueries / 8,
+                         kStages = kShared || kOnePass ? 2 : 3;
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
     static constexpr uint32_t kOwnBytes = kGroupRows * kHead * 2, kTileBytes = kQueries * kHead * 2;
     static constexpr uint32_t kKey = 0, kValue = kRows * kHead * 2, kQuerySlots = 2 * kValue;
     static constexpr uint32_t kGradOutSlots = kQuerySlots + kStages * kTileBytes;
     static constexpr uint32_t kWeights = kGradOutSlots + kStages * kTileBytes;
-    static constexpr uint32_t kSums = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
+    static constexpr uint32_t kGradients = kWeights + (kShared ? kGroupRows * kQueries * 4 : 0);
+    static constexpr uint32_t kGradientBytes = kRows * kQueries * 2;  // dS^T of a step; there are two
+    static constexpr uint32_t kPartials = kGradients + (kOnePass ? 2 * kGradientBytes : 0);
+    static constexpr uint32_t kPartialBytes = kQueries * kPanel * 4;  // half of dQ of a step; each consumer has one
+    static constexpr uint32_t kSums = kPartials + (kOnePass ? kConsumers * kPartialBytes : 0);
     static constexpr uint32_t kSumBytes = kQueries * 4;  // the shifts of a slot, behind them the deltas
     static constexpr uint32_t kSteps = kSums + kStages * 2 * kSumBytes;
     static constexpr uint32_t kKeysFull = kSteps + kStages * kLineBytes, kKeysEmpty = kKeysFull + 8;
@@ -287,9 +293,9 @@ EA_DEVICE void store_sums(float (&sums)[1][G::kHead / 8][4], uint32_t tile, cons
                                           rows.end, static_cast<int>(width), aligned);
 }
 
-// The consumers, each with keys of its own.
-template <class G>
-EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in) {
+// The consumers, each with keys of its own; add(dk, dv, place, step, keys, sight, slot) takes in a step.
+template <class G, class Add>
+EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in, Add add) {
     const int lane = thread_index() % kWarp;
     Slot<G::kStages> slot;
     int keys_parity = 0;
@@ -307,8 +313,7 @@ EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in) {
         do {
             Step step;
             more = await_step<G>(step, slot);
-            const Sight sight = sight_of_keys<G>(p, step, alive, rows);
-            if (sight.any) add_queries<G>(dk, dv, p, step, alive, sight.all, slot);
+            add(dk, dv, at, step, alive, sight_of_keys<G>(p, step, alive, rows), slot);
             release(slot.of(G::kEmpty, 8), lane);
             slot.advance();
         } while (more);
@@ -364,23 +369,28 @@ EA_DEVICE void consume_shared(const KernelParams& p, const BackwardInputs& in) {
     });
 }
 
+template <class G>
+EA_DEVICE void init_barriers() {
+    if (thread_index() == 0) {
+        barrier_init(G::kKeysFull, 1);
+        barrier_init(G::kKeysEmpty, kConsumerWarps);
+        barrier_init(G::kWeightsFull, kConsumerWarps / kConsumers);
+        barrier_init(G::kWeightsEmpty, kConsumerWarps / kConsumers);
+        for (uint32_t stage = 0; stage < G::kStages; ++stage) {
+            barrier_init(G::kFull + stage * 8, 2);  // copies and sums
+            barrier_init(G::kEmpty + stage * 8, kConsumerWarps);
+        }
+        barrier_init_fence();
+    }
+    block_sync();
+}
+
 // Grid: any; p.flags as in sm80, whose attention_key_gradient_safe does the suspicious tiles again.
 template <class G>
 EA_KERNEL(kBlockThreads, 1)
 attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs in) {
     if constexpr (kHopper) {
-        if (thread_index() == 0) {
-            barrier_init(G::kKeysFull, 1);
-            barrier_init(G::kKeysEmpty, kConsumerWarps);
-            barrier_init(G::kWeightsFull, kConsumerWarps / kConsumers);
-            barrier_init(G::kWeightsEmpty, kConsumerWarps / kConsumers);
-            for (uint32_t stage = 0; stage < G::kStages; ++stage) {
-                barrier_init(G::kFull + stage * 8, 2);  // copies and sums
-                barrier_init(G::kEmpty + stage * 8, kConsumerWarps);
-            }
-            barrier_init_fence();
-        }
-        block_sync();
+        init_barriers<G>();
         if (thread_index() < kGroup) {
             registers_give<G::kProducerRegisters>();
             if (thread_index() < kWarp) produce_queries<G>(p, in);
@@ -389,7 +399,11 @@ attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs 
             if constexpr (G::kShared) {
                 consume_shared<G>(p, in);
             } else {
-                consume_own<G>(p, in);
+                consume_own<G>(p, in,
+                               [&](auto& dk, auto& dv, const Place&, const Step& step, Span alive, Sight sight,
+                                   const Slot<G::kStages>& slot) {
+                                   if (sight.any) add_queries<G>(dk, dv, p, step, alive, sight.all, slot);
+                               });
             }
         }
     }

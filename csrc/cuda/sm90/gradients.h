@@ -92,6 +92,8 @@ EA_DEVICE void store_panels(float (&c)[1][kHead / 8][4], uint32_t tile, uint16_t
     }
 }
 
+constexpr int kMeetingOfBoth = 5;  // the named barrier of both consumers
+
 // The flag of the sm80 kernel's tile of kRows lines in which a consumer's lines begin, of an axis of `count`. Their
 // tile begins at line `begin`; -1: its block of the list has no such lines.
 template <int kRows>

@@ -117,7 +117,10 @@ def attention_backward(
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
     sums, stream = target is not dbias, _stream(query.device)
-    kernels().attention_backward(words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, stream)
+    in_any_order = _query_sums(words, query)
+    kernels().attention_backward(
+        words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, stream, _workspace(in_any_order)
+    )
     if dbias is not None and target is not None and target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
     del kept
@@ -163,8 +166,15 @@ def _bias_target(dbias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
     return dbias
 
 
-def _workspace(flags: Tensor) -> int:
-    return flags.data_ptr() if flags.numel() else 0
+def _query_sums(words: bytes, query: Tensor) -> Tensor:
+    """Where a backward in one pass adds up dq; empty unless it is asked for and serves the call."""
+    asked_for = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
+    count = kernels().query_sum_count(words) if asked_for else 0
+    return query.new_zeros(count, dtype=torch.float32)
+
+
+def _workspace(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else 0
 
 
 def _stream(device: torch.device) -> int:

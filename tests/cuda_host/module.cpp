@@ -103,11 +103,13 @@ void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_
     twin::check_all_written();
 }
 
-void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, uintptr_t) {
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, uintptr_t,
+              uintptr_t query_sums) {
     AttentionParams p = read_params(words, true);
     if (bias_sums) p.dbias.dtype = kFloat32;
     KernelParams k = params(p, seed, flags);
     k.delta = reinterpret_cast<float*>(delta);
+    k.query_sums = reinterpret_cast<float*>(query_sums);
     Allowed allowed;
     allow_inputs(p);
     twin::allow(reinterpret_cast<void*>(seed), 8, false);
@@ -117,6 +119,7 @@ void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr
     twin::allow(p.lse, rows * 4, false);
     twin::allow(p.grad_lse, rows * 4, false);
     twin::allow(k.delta, rows * 4, true);
+    if (k.query_sums) twin::allow_sums(k.query_sums, query_sum_count(p, capability_of_twin) * 4);
     allow(p.dq, p.B, p.Hq, p.Nq, p.D, true);
     allow(p.dk, p.B, p.Hkv, p.Nk, p.D, true);
     allow(p.dv, p.B, p.Hkv, p.Nk, p.Dv, true);
@@ -149,7 +152,10 @@ PYBIND11_MODULE(_cuda_twin, module) {
     using namespace efficient_attn;
     module.attr("__doc__") = "The CUDA kernels on a CPU, one fiber a thread: a test instrument.";
     module.def("attention_forward", &forward);
-    module.def("attention_backward", &backward);
+    module.def("attention_backward", &backward, py::arg("words"), py::arg("seed"), py::arg("flags"), py::arg("delta"),
+               py::arg("bias_sums"), py::arg("stream"), py::arg("query_sums") = 0);
+    module.def("query_sum_count",
+               [](const std::string& words) { return query_sum_count(read_params(words, true), capability_of_twin); });
     module.def("flag_count", [](const std::string& words, bool backward) {
         return flag_count(read_params(words, backward), backward);
     });

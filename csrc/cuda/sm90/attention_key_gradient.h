@@ -318,6 +318,7 @@ EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in, Add 
             slot.advance();
         } while (more);
         const int row = rows.begin + group_warp_row() + lane / 4;
+        if (G::kOnePass) named_sync(kMeetingOfBoth, kConsumers * kGroup);  // both multiply by the keys of both
         meet_over_keys<G>(p, at, suspicious(dk, row, rows.end) || suspicious(dv, row, rows.end));
         store_sums<G>(dk, G::kKey + G::own(), p.call.dk, at, rows, p.scale, p.call.D, p.dk_aligned);
         store_sums<G>(dv, G::kValue + G::own(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned);

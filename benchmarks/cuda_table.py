@@ -3,7 +3,8 @@
     python -m efficient_attn.benchmarks.cuda_table [--out FILE] [--arch sm_80] [--dtype bfloat16]
 
 Each kernel is instantiated as csrc/cuda/dispatch.h launches it. Rows go to a JSONL file, one a kernel. Any warning of
-nvcc is an error.
+nvcc is an error, and so is a wgmma that ptxas does not leave asynchronous. Hopper's kernels are called sm90::..., and
+are part of sm_90a alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ struct Launch {{
     void operator()(void (*kernel)(P...), int64_t, int threads, uint32_t shared, A&&... arguments) {{
         kernel<<<1, threads, shared>>>(arguments...);
     }}
+    int capability() const {{ return 90; }}
+    int multiprocessors() const {{ return 1; }}
+    TensorMap tensor_map(const TensorView&, int64_t, int64_t, int64_t, int64_t, int) const {{ return {{}}; }}
 }};
 void instantiate(const KernelParams& k) {{
     Launch launch;
@@ -53,8 +57,11 @@ def source(dtype: str, head_dims: Sequence[int], parts: Sequence[str], extras: S
 
 
 def shared_bytes(head_dim: int, kernel: str, extra: bool) -> int:
-    """Shared memory of a kernel, as the shapes in csrc/cuda/sm80 add it up."""
+    """Shared memory of a kernel, as the shapes in csrc/cuda/sm80 and sm90 add it up."""
     line = 2 * head_dim
+    if kernel == "sm90::attention_forward":
+        keys, stages = {64: (128, 4), 128: (128, 3), 256: (64, 2)}[head_dim]
+        return (128 + 2 * stages * keys) * line + stages * 128 + (2 + 4 * stages) * 8
     if kernel == "attention_delta":
         return 0
     if kernel.startswith("attention_forward"):
@@ -80,12 +87,13 @@ def compile_rows(
         command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-Werror",
                    "all-warnings", "-cubin", "-o", str(Path(folder) / "kernels.cubin"), str(file)]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
+    if result.returncode != 0 or re.search(r"\(C75\d\d\)", result.stderr):
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     found = re.search(r"V(\d+\.\d+\.\d+)", version)
     shared = {"arch": arch, "dtype": dtype, "nvcc": found[1] if found else "?"}
-    return [shared | row for row in read_report(result.stderr)]
+    rows = read_report(result.stderr)
+    return [shared | row for row in rows if arch == "sm_90a" or not row["kernel"].startswith("sm90::")]
 
 
 def read_report(text: str) -> list[dict[str, Any]]:
@@ -96,7 +104,7 @@ def read_report(text: str) -> list[dict[str, Any]]:
         name = re.search(
             r"\d+(attention_(?:forward|key_gradient|query_gradient|bias_gradient|delta)(?:_safe)?)[IE]", symbol
         )
-        shape = re.search(r"(?:__nv_bfloat16|6__half)Li(\d+)ELb([01])E", symbol)
+        shape = re.search(r"(?:__nv_bfloat16|6__half)Li(\d+)E(?:Lb([01])E)?", symbol)
         usage = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
             part,
@@ -105,11 +113,12 @@ def read_report(text: str) -> list[dict[str, Any]]:
         if name is None or usage is None:
             raise RuntimeError(f"what ptxas said of {symbol} is not understood:\n{part}")
         head_dim, extra = (int(shape[1]), shape[2] == "1") if shape else (0, False)
+        kernel = f"sm90::{name[1]}" if "4sm90" in symbol else name[1]
         rows.append(
             {
-                "kernel": name[1], "safe": name[1].endswith("_safe"), "head_dim": head_dim, "extras": extra,
+                "kernel": kernel, "safe": name[1].endswith("_safe"), "head_dim": head_dim, "extras": extra,
                 "registers": int(usage[4]), "stack": int(usage[1]), "spill_stores": int(usage[2]),
-                "spill_loads": int(usage[3]), "shared": shared_bytes(head_dim, name[1], extra),
+                "spill_loads": int(usage[3]), "shared": shared_bytes(head_dim, kernel, extra),
             }
         )  # fmt: skip
     return sorted(rows, key=lambda row: (row["kernel"], row["head_dim"], row["extras"]))

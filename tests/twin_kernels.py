@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
-from kernel_checks import BESIDE_A_LIST, MASKS, ODD_BLOCKS, Checks, masked, results
+from kernel_checks import BESIDE_A_LIST, MASKS, ODD_BLOCKS, POISONED, Checks, masked, results
 from kernel_checks import draw as draw_float32
 
-from efficient_attn import UnsupportedError, attention
+from efficient_attn import BlockMask, UnsupportedError, attention
 from efficient_attn.backends import cuda
 
 pytestmark = pytest.mark.interpreter
 N = 140
+CAPABILITY = int(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY", "80"))
 SEEDS = (3, -5, 2**62 + 12345)
 
 
@@ -81,6 +85,94 @@ def test_no_bank_conflict() -> None:
     assert not any(c["conflicts"] for c in counted.values()), counted
     for name in ("ldmatrix", "ldmatrix.trans", "cp.async", "cp.async.32", "mma.bf16", "st.shared.32", "ld.shared.128"):
         assert counted[name]["calls"] > 0, name
+
+
+# --- what goes to Hopper's kernels ---
+
+HOPPER_BLOCKS = ((64, 80), (144, 112), (128, 256))
+
+
+@pytest.fixture
+def hopper() -> Iterator[None]:
+    cuda.kernels().set_capability(90)
+    cuda.kernels().reset_counters()
+    yield
+    cuda.kernels().set_capability(CAPABILITY)
+
+
+def multiplies() -> int:
+    return cuda.kernels().counters()["wgmma"]["calls"]
+
+
+def listed(block_size: tuple[int, int], q_len: int, kv_len: int, density: float = 0.5) -> BlockMask:
+    """Blocks with bits, full ones and none."""
+    bq, bk = block_size
+    kinds = torch.rand(q_len // bq + 1, kv_len // bk + 1, generator=torch.Generator().manual_seed(6))
+    bits = torch.rand(q_len, kv_len, generator=torch.Generator().manual_seed(5)) < density
+    kind = kinds.repeat_interleave(bq, 0).repeat_interleave(bk, 1)[:q_len, :kv_len]
+    return BlockMask.from_dense(torch.where(kind < 0.3, bits, kind < 0.7), block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", HOPPER_BLOCKS, ids=str)
+def test_hopper_walks_blocks_that_are_no_tiles(hopper: None, block_size: tuple[int, int]) -> None:
+    q, k, v = draw(1, 2, 300, 64), draw(1, 1, 420, 64, seed=1), draw(1, 1, 420, 40, seed=2)
+    mask = listed(block_size, 300, 420)
+    ours, expected = (attention(q, k, v, mask=mask, return_lse=True, backend=name) for name in ("cuda", "reference"))
+    assert multiplies() > 0
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=3e-2, atol=3e-2)
+
+
+def test_hopper_keeps_a_hidden_nan_away(hopper: None) -> None:
+    q, k, v = (draw(2, 1, 200, 64, seed=s) for s in range(3))
+    cases = {
+        "lengths": BlockMask.from_lengths(torch.tensor([POISONED, 200]), q_len=200, kv_len=200),
+        "list": listed((64, 64), 200, 200),
+    }
+    v[:, :, POISONED] = torch.nan
+    k[:, :, POISONED + 1] = torch.inf
+    for mask in cases.values():
+        ours, expected = (attention(q, k, v, mask=mask, backend=name) for name in ("cuda", "reference"))
+        torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2, equal_nan=True)
+    assert multiplies() > 0
+
+
+def test_hopper_gives_the_same_bits_under_every_schedule(hopper: None) -> None:
+    q, k, v = draw(1, 4, 300, 128), draw(1, 2, 300, 128, seed=1), draw(1, 2, 300, 128, seed=2)
+    found = []
+    for schedule in range(6):
+        cuda.kernels().set_schedule(schedule)
+        found.append(attention(q, k, v, is_causal=True, return_lse=True, backend="cuda"))
+    assert multiplies() > 0
+    for out, lse in found[1:]:
+        assert torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1])
+
+
+def test_hopper_has_no_bank_conflict(hopper: None) -> None:
+    for D, Dv in ((64, 64), (128, 104), (200, 256)):
+        attention(draw(1, 1, 70, D), draw(1, 1, 70, D, seed=1), draw(1, 1, 70, Dv, seed=2), backend="cuda")
+    counted = {name: c for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
+    assert not any(c["conflicts"] for c in counted.values()), counted
+    for name in ("wgmma", "tensor_load", "st.shared.32", "ld.shared.128"):
+        assert counted[name]["calls"] > 0, name
+
+
+@pytest.mark.parametrize("why", ["bias", "dropout", "scale", "rows", "expanded", "small blocks"])
+def test_hopper_leaves_to_the_others(hopper: None, why: str) -> None:
+    q, k, v = (draw(2, 2, 70, 16, seed=s) for s in range(3))
+    arguments = {
+        "bias": {"bias": draw(1, 70, seed=4)},
+        "dropout": {"dropout_p": 0.3, "dropout_seed": 7},
+        "scale": {"scale": -0.3},
+        "small blocks": {"mask": listed((32, 64), 70, 70)},
+    }.get(why, {})
+    if why == "rows":
+        k = draw(2, 2, 70, 20, seed=1)[..., :16]  # rows begin on 8 bytes
+    if why == "expanded":
+        v = v[:1].expand(2, -1, -1, -1)
+    ours, expected = (attention(q, k, v, backend=name, **arguments) for name in ("cuda", "reference"))
+    torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+    assert multiplies() == 0
 
 
 def test_aligned_rows_whose_last_chunk_is_ragged() -> None:

@@ -2,8 +2,8 @@
 
 EXPERIMENTAL: compiled for sm_80 and sm_90a and proved in a host twin, never yet run on a GPU; taken only when asked for
 by name. EFFICIENT_ATTN_CUDA_TWIN=<path of the twin's module> runs the very same kernels on CPU tensors, one fiber a
-thread, for tests (tests/cuda_host), those for Hopper with EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY=90. Nothing here waits for the GPU, and memory is allocated for results and O(n)
-workspace only.
+thread, for tests (tests/cuda_host); Hopper's where EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90. Nothing here waits
+for the GPU, and memory is allocated for results and O(n) workspace only.
 """
 
 from __future__ import annotations

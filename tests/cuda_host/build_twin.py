@@ -15,8 +15,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-FLAGS = ["-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
-         "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-ffp-contract=off"]
 PARTS = ("module.cpp", "twin.cpp")
 
 

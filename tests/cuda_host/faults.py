@@ -1,7 +1,11 @@
-"""Faults that one could make in the kernels: name -> (file below csrc/cuda, what stands there, what would be wrong)."""
+"""Faults that one could make in the kernels: name -> (file below csrc/cuda, what stands there, what would be wrong).
+
+Those in sm90/ are looked for on a twin of capability 90.
+"""
 
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
 ARRIVED = "        block_sync();  // this slot has arrived, and every warp is done with the other one\n"
+HOPPER = "sm90/attention_forward.h"
 WAIT = "        copy_async_wait<0>();\n" + ARRIVED
 
 FAULTS: dict[str, tuple[str, str, str]] = {
@@ -48,4 +52,64 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "every other tile is left out": ("mask.h", "        cursor_ += kWidth;\n", "        cursor_ += 2 * kWidth;\n"),
     "the bits of the next row": ("scores.h", "line % block * row_bytes", "(line + 1) % block * row_bytes"),
     "P is not faded": (FORWARD, "x *= fade[m][e / 2];", "x *= 1.0f;"),
+    "no wait for the keys": (HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n", ""),
+    "the wait for the keys has the other parity": (HOPPER, "(slot.of(F::kKeyFull, 8), slot.parity)",
+                                                   "(slot.of(F::kKeyFull, 8), slot.parity ^ 1)"),
+    "no wait for the values": (HOPPER, "barrier_wait(values.of(F::kValueFull, 8), values.parity);\n        start_sums",
+                               "start_sums"),
+    "no wait for the queries": (HOPPER, "        barrier_wait(F::kQueryFull, query_parity);\n", ""),
+    "no bytes are expected": (HOPPER, "barrier_arrive_expect(key_full, F::kTileBytes)", "barrier_arrive(key_full)"),
+    "half the bytes are expected": (HOPPER, "barrier_arrive_expect(value_full, F::kTileBytes)",
+                                    "barrier_arrive_expect(value_full, F::kTileBytes / 2)"),
+    "the producer does not wait for empty slots": (
+        HOPPER, "            barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);\n", "",
+    ),
+    "the queries are loaded over the ones before": (
+        HOPPER, "    barrier_wait(F::kQueryEmpty, parity ^ 1);\n", "",
+    ),
+    "a slot is released before its keys are read": (
+        HOPPER, "        group_wait<1>(s[0]);\n        release(keys.of(F::kKeyEmpty, 8), c.lane);\n",
+        "        release(keys.of(F::kKeyEmpty, 8), c.lane);\n        group_wait<1>(s[0]);\n",
+    ),
+    "a slot is released before its values are read": (
+        HOPPER, "    group_wait<0>(f.out[0], f.weights);\n    release(values.of(F::kValueEmpty, 8), c.lane);\n",
+        "    release(values.of(F::kValueEmpty, 8), c.lane);\n    group_wait<0>(f.out[0], f.weights);\n",
+    ),
+    "the queries are released before the output has passed": (
+        HOPPER, "        store_output(f, p, at, tile, c);\n        release(F::kQueryEmpty, lane);\n",
+        "        release(F::kQueryEmpty, lane);\n        store_output(f, p, at, tile, c);\n",
+    ),
+    "every lane releases": (HOPPER, "    if (lane == 0) barrier_arrive(barrier);", "    barrier_arrive(barrier);"),
+    "no group_wait for the scores": (HOPPER, "    group_wait<0>(s[0]);\n", ""),
+    "a group_wait that leaves the scores under way": (HOPPER, "group_wait<1>(s[0])", "group_wait<2>(s[0])"),
+    "the scores are not committed": (
+        HOPPER, "column), k > 0);\n    }\n    group_commit();\n", "column), k > 0);\n    }\n",
+    ),
+    "no group_fence": (HOPPER, "    group_fence(s[0]);\n", ""),
+    "a group_fence that leaves out P": (HOPPER, "group_fence(f.out[0], f.weights)", "group_fence(f.out[0])"),
+    "P is packed while the product reads it": (
+        HOPPER, "        mask_scores<F>(s, p, at, step, sees, c);\n        //",
+        "        mask_scores<F>(s, p, at, step, sees, c);\n        pack_a<typename F::T>(f.weights, s[0]);\n        //",
+    ),
+    "no proxy fence behind the output": (HOPPER, "    async_proxy_fence();  // Q of", "    // Q of"),
+    "barriers that copies may not see": (HOPPER, "            barrier_init_fence();\n", ""),
+    "a descriptor with another stride": (HOPPER, "kTileBytes), 0, kPattern)", "kTileBytes), 0, kPattern / 2)"),
+    "a descriptor that goes on by rows": (HOPPER, "k * 2 * kPattern)", "k * kPattern)"),
+    "a panel further on than the tile": (HOPPER, "column = k % 4 * 32", "column = k % 4 * 64"),
+    "values read as if they were transposed": (HOPPER, "F::kHead, true>", "F::kHead, false>"),
+    "no barrier before the output passes through Q": (
+        HOPPER, "        named_sync(meeting_of(c.index), kGroup);  // every warp is done with Q\n", "        ;\n",
+    ),
+    "a turn is not passed on": (
+        HOPPER, "        if (F::kTurns) named_arrive(turn_of(1 - c.index), F::kConsumers * kGroup);\n", "",
+    ),
+    "the last turn is taken by nobody": (
+        HOPPER, "index == 0) named_sync(turn_of(0), F::kConsumers * kGroup);  // the last turn given\n",
+        "index == 0) ;\n",
+    ),
+    "more registers than there are": (HOPPER, "kConsumerRegisters = 232", "kConsumerRegisters = 240"),
+    "tiles taken in turn, one off": (HOPPER, "blocks - 1 - block", "blocks - block"),
+    "the same values twice": (HOPPER, "        values.advance();\n        pack_a", "        pack_a"),
+    "the output is not faded": (HOPPER, "x *= fade[m][e / 2];", "x *= 1.0f;"),
+    "Hopper's flags are not written": (HOPPER, "static_cast<uint16_t>(suspect)", "uint16_t{0}"),
 }  # fmt: skip

@@ -50,9 +50,11 @@ EA_DEVICE void multiply_by_keys(float (&dq)[kPanel / 8][4], uint32_t tile) {
     }
 }
 
-// Adds half of dQ of a step to its sums.
+// Adds half of dQ of the step in a slot to its sums.
 template <class G>
-EA_DEVICE void add_to_sums(const float (&dq)[kPanel / 8][4], float* sums, int rows, int lane) {
+EA_DEVICE void add_to_sums(const float (&dq)[kPanel / 8][4], const KernelParams& p, int b,
+                           const Slot<G::kStages>& slot) {
+    const int lane = thread_index() % kWarp;
     const uint32_t partial = G::kPartials + consumer_index() * G::kPartialBytes;
     const bool adds = thread_index() % kGroup == 0;
     if (adds) bulk_wait_read();
@@ -66,16 +68,19 @@ EA_DEVICE void add_to_sums(const float (&dq)[kPanel / 8][4], float* sums, int ro
     }
     async_proxy_fence();
     named_sync(meeting_of(consumer_index()), kGroup);
+    Step step;  // read again: registers are scarce
+    const uint32_t line = slot.of(G::kSteps, kLineBytes);
+    read_step(step, line);
+    const int head = read_head(line);
     if (!adds) return;
-    bulk_add(sums, partial, rows * kPanel * 4);
+    bulk_add(query_sums(p, b, head, consumer_index(), step.first), partial, (step.end - step.first) * kPanel * 4);
     bulk_commit();
 }
 
 // Adds a step to dK and dV of the consumer's keys, and half of dQ.
 template <class G>
-EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p,
-                        const Step& step, float* sums, Span alive, bool full, const Slot<G::kStages>& slot,
-                        uint32_t tile) {
+EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p, int b,
+                        const Step& step, Span alive, bool full, const Slot<G::kStages>& slot, uint32_t tile) {
     const int lane = thread_index() % kWarp;
     uint32_t weights[G::kN / 2][4], gradients[G::kN / 2][4];
     find_gradients<G>(weights, gradients, dv, p, step, alive, full, slot);
@@ -88,7 +93,7 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     multiply_by_keys<G>(dq, tile);
     group_commit();
     group_wait<0>(dk[0], dv[0], dq, weights, gradients);
-    add_to_sums<G>(dq, sums, step.end - step.first, lane);
+    add_to_sums<G>(dq, p, b, slot);
 }
 
 // Grid: any; p.flags as for attention_key_gradient. p.query_sums: zeros before.
@@ -107,9 +112,7 @@ attention_backward(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs in) 
                            [&](auto& dk, auto& dv, const Place& at, const Step& step, Span alive, Sight sight,
                                const Slot<G::kStages>& slot) {
                                if (step.first == step.end) return;
-                               const int head = read_head(slot.of(G::kSteps, kLineBytes));
-                               float* sums = query_sums(p, at.b, head, consumer_index(), step.first);
-                               add_step<G>(dk, dv, p, step, sums, alive, sight.any && sight.all, slot, tile);
+                               add_step<G>(dk, dv, p, at.b, step, alive, sight.any && sight.all, slot, tile);
                                tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one
                            });
             if (thread_index() % kGroup == 0) bulk_wait();

@@ -42,13 +42,14 @@ def twin() -> Path:
     return build_twin.build(ROOT / "build" / "cuda_host")
 
 
-def twin_environment(module: Path, capability: int) -> dict[str, str]:
-    chosen = {"EFFICIENT_ATTN_CUDA_TWIN": str(module), "EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY": str(capability)}
+def twin_environment(module: Path, capability: int, schedule: int = 0) -> dict[str, str]:
+    twin = "EFFICIENT_ATTN_CUDA_TWIN"
+    chosen = {twin: str(module), f"{twin}_CAPABILITY": str(capability), f"{twin}_SCHEDULE": str(schedule)}
     return {**os.environ, **chosen}
 
 
-def passes(module: Path, capability: int, *arguments: str) -> None:
-    environment = twin_environment(module, capability) | {"PYTHONWARNINGS": "ignore"}
+def passes(module: Path, capability: int, *arguments: str, schedule: int = 0) -> None:
+    environment = twin_environment(module, capability, schedule) | {"PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
@@ -70,9 +71,9 @@ def test_what_only_these_kernels_promise(twin: Path) -> None:
 @compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SAMPLES)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_conformance(twin: Path, dtype: str, capability: int) -> None:
-    passes(twin, capability, str(TESTS / "test_conformance.py"), "-k", f"-{dtype}]")
+@pytest.mark.parametrize("dtype, schedule", [("float16", 1), ("bfloat16", 2)])
+def test_conformance(twin: Path, dtype: str, schedule: int, capability: int) -> None:
+    passes(twin, capability, str(TESTS / "test_conformance.py"), "-k", f"-{dtype}]", schedule=schedule)
 
 
 SOUND = ("none", "none on Hopper")

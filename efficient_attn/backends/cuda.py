@@ -39,7 +39,6 @@ def kernels() -> Any:
             raise ImportError(f"EFFICIENT_ATTN_CUDA_TWIN={twin_path()} is not a Python extension module")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.set_capability(int(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY", "80")))
         return module
     return None
 

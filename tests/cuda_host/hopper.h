@@ -12,9 +12,8 @@ struct SharedBarrier {
     int arrivals, pending, phase;
     int64_t bytes;  // expected and not yet copied
     bool fenced;
-    int maker;  // thread
-    uint32_t arrived[kMostWarps],
-        done[kMostWarps];  // what is seen by those who wait for this phase, and for the last one
+    int maker, clock;                          // the thread that made it; its component of vector clocks
+    uint32_t arrived[kClocks], done[kClocks];  // what those see who wait for this phase, and for the last one
     std::vector<int> waiting;
 };
 
@@ -22,7 +21,7 @@ struct TensorCopy {
     uint32_t address, barrier;
     TensorMapFields map;
     int place[4], thread;
-    uint32_t clock[kMostWarps];
+    uint32_t clock;  // one more than the barrier's phase
 };
 
 // Accumulators that multiplies under way add up in.
@@ -63,7 +62,7 @@ Asynchronous hopper;
 
 void join(uint32_t* into, int thread) {
     const Fiber& fiber = block.fibers[thread];
-    for (int k = 0; k < block.warps; ++k) {
+    for (int k = 0; k < kClocks; ++k) {
         into[k] = std::max(into[k], block.warp[thread / kLanes].clock[k]);
         if (fiber.acquired) into[k] = std::max(into[k], fiber.seen[k]);
     }
@@ -93,7 +92,7 @@ void complete_phase(SharedBarrier& b) {
     if (b.pending || b.bytes) return;
     ++b.phase;
     b.pending = b.arrivals;
-    std::copy(b.arrived, b.arrived + kMostWarps, b.done);
+    std::copy(b.arrived, b.arrived + kClocks, b.done);
     for (int thread : b.waiting) {
         block.fibers[thread].state = kRunnable;
         block.warp[thread / kLanes].runnable |= 1u << thread % kLanes;
@@ -150,7 +149,7 @@ void execute_copy(const TensorCopy& copy) {
                 copy_row(copy, to, {copy.place[0], copy.place[1] + n, copy.place[2] + h, copy.place[3] + b});
     for (uint32_t k = copy.address / 4; k < to / 4; ++k) block.words[k].under_way = false;
     SharedBarrier& barrier = hopper.barriers[copy.barrier];
-    for (int k = 0; k < block.warps; ++k) barrier.arrived[k] = std::max(barrier.arrived[k], copy.clock[k]);
+    barrier.arrived[barrier.clock] = std::max(barrier.arrived[barrier.clock], copy.clock);
     barrier.bytes -= box_bytes(copy.map);
     complete_phase(barrier);
     block.current = self;
@@ -189,7 +188,10 @@ void begin_reading(const std::vector<uint32_t>& chunks, int w) {
     for (uint32_t chunk : chunks) {
         check_shared(chunk, 16, false, 0, "wgmma");
         check_proxy(chunk, "wgmma reads");
-        for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) ++block.words[k].readers;
+        for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) {
+            ++block.words[k].readers;
+            block.reads[k * static_cast<size_t>(block.warps) + static_cast<size_t>(w)] = UINT32_MAX;  // until the wait
+        }
     }
 }
 

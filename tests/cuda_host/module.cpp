@@ -1,6 +1,7 @@
 // The Python module _cuda_twin: the interface of efficient_attn._cuda, served by the host twin on CPU tensors.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -12,8 +13,13 @@ namespace py = pybind11;
 namespace efficient_attn {
 namespace {
 
-uint64_t schedule = 0;
-int capability_of_twin = 80;
+int from_environment(const char* name, int otherwise) {
+    const char* text = std::getenv(name);
+    return text ? std::atoi(text) : otherwise;
+}
+
+uint64_t schedule = static_cast<uint64_t>(from_environment("EFFICIENT_ATTN_CUDA_TWIN_SCHEDULE", 0));
+int capability_of_twin = from_environment("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY", 80);
 
 struct TwinLaunch {
     int capability() const { return capability_of_twin; }

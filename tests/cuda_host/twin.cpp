@@ -45,6 +45,8 @@ namespace {
 
 constexpr int kLanes = 32, kMostWarps = 32, kBarriers = 16, kBanks = 32;
 constexpr uint32_t kAll = 0xFFFFFFFFu;
+// Vector clocks have a component for each warp, and one for the copies that each barrier in shared memory counts.
+constexpr int kSharedBarriers = 64, kClocks = kMostWarps + kSharedBarriers;
 constexpr size_t kStack = 128 * 1024;
 
 // --- global memory ---
@@ -77,7 +79,7 @@ struct Fiber {
     std::vector<Group> groups;  // the last one is open
     uint32_t fences;            // proxy fences so far
     bool acquired;              // this thread alone has seen, by a barrier in shared memory, what `seen` says
-    uint32_t seen[kMostWarps];
+    uint32_t seen[kClocks];
     std::map<const uint8_t*, std::vector<uint8_t>> known;  // registers as a group_fence or a group_wait left them
 };
 
@@ -93,7 +95,7 @@ struct Word {
 struct Warp {
     uint32_t runnable, arrived, done;
     uint32_t step;  // warp_syncs and barriers so far
-    uint32_t clock[kMostWarps];
+    uint32_t clock[kClocks];
     bool at_group;  // all lanes have come to a group-wide instruction
     bool fenced;    // a group_fence since the last group_wait
     int commits, registers;
@@ -103,7 +105,7 @@ struct Barrier {
     bool vote;
     std::vector<int> threads;  // that wait
     int arrivals;              // without waiting, and what they have seen
-    uint32_t clock[kMostWarps];
+    uint32_t clock[kClocks];
 };
 
 struct Block {
@@ -278,7 +280,8 @@ void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const 
         if (write && word.readers) say("a wgmma or a bulk_add may still be reading there");
         if (word.write_warp >= 0) {
             if (word.write_warp != w && !has_seen(w, lane, word.write_warp, word.write_clock))
-                say("race with a write by warp " + std::to_string(word.write_warp));
+                say("race with a " + (word.write_warp < kMostWarps ? "write by warp " + std::to_string(word.write_warp)
+                                                                   : std::string("tensor copy")));
             if (word.write_warp == w && word.write_lane != lane && word.write_step == warp.step)
                 say("race with a write by lane " + std::to_string(word.write_lane));
         }
@@ -456,17 +459,17 @@ void execute(int operation, int w) {
 }
 
 void release(Barrier& barrier) {
-    uint32_t joined[kMostWarps] = {};
+    uint32_t joined[kClocks];
     bool part[kMostWarps] = {};
     for (int thread : barrier.threads) part[thread / kLanes] = true;
-    std::copy(barrier.clock, barrier.clock + block.warps, joined);
+    std::copy(barrier.clock, barrier.clock + kClocks, joined);
     for (int w = 0; w < block.warps; ++w)
         if (part[w]) share_seen(w);
     for (int w = 0; w < block.warps; ++w)
-        for (int k = 0; part[w] && k < block.warps; ++k) joined[k] = std::max(joined[k], block.warp[w].clock[k]);
+        for (int k = 0; part[w] && k < kClocks; ++k) joined[k] = std::max(joined[k], block.warp[w].clock[k]);
     for (int w = 0; w < block.warps; ++w)
         if (part[w]) {
-            std::copy(joined, joined + block.warps, block.warp[w].clock);
+            std::copy(joined, joined + kClocks, block.warp[w].clock);
             ++block.warp[w].clock[w];
             ++block.warp[w].step;
         }
@@ -478,7 +481,7 @@ void release(Barrier& barrier) {
     barrier.threads.clear();
     barrier.vote = false;
     barrier.arrivals = 0;
-    std::fill(barrier.clock, barrier.clock + kMostWarps, 0u);
+    std::fill(barrier.clock, barrier.clock + kClocks, 0u);
     ++totals.barriers;
 }
 
@@ -692,6 +695,8 @@ void barrier_init(uint32_t barrier, int arrivals) {
     SharedBarrier made{};
     made.arrivals = made.pending = arrivals;
     made.maker = block.current;
+    made.clock = kMostWarps + static_cast<int>(hopper.barriers.size());
+    if (made.clock == kClocks) fail(here() + "more barriers than the twin has clocks for");
     if (!hopper.barriers.emplace(barrier, made).second) fail(here() + "a barrier is made where there is one");
 }
 
@@ -723,30 +728,31 @@ void barrier_wait(uint32_t address, int parity) {
             fail(here() +
                  "the phase waited for is past, the next one too: " + shared_barrier_text(static_cast<int>(address)));
     }
-    if (!fiber.acquired) std::fill(fiber.seen, fiber.seen + kMostWarps, 0u);
+    if (!fiber.acquired) std::fill(fiber.seen, fiber.seen + kClocks, 0u);
     fiber.acquired = true;
-    for (int k = 0; k < block.warps; ++k) fiber.seen[k] = std::max(fiber.seen[k], barrier.done[k]);
+    for (int k = 0; k < kClocks; ++k) fiber.seen[k] = std::max(fiber.seen[k], barrier.done[k]);
 }
 
 void tensor_load(uint32_t address, const TensorMapFields& map, uint32_t barrier, const int (&place)[4]) {
-    shared_barrier(barrier, true);
-    const int lane = block.current % kLanes, w = block.current / kLanes;
+    const SharedBarrier& counting = shared_barrier(barrier, true);
+    const int lane = block.current % kLanes;
     if (address % 1024)
         fail(here() + "tensor_load to shared byte " + std::to_string(address) + ", no multiple of 1024");
-    TensorCopy copy{address, barrier, map, {}, block.current, {}};
+    TensorCopy copy{address, barrier, map, {}, block.current, static_cast<uint32_t>(counting.phase) + 1};
     std::copy(place, place + 4, copy.place);
     const uint32_t end = address + static_cast<uint32_t>(box_bytes(map));
     for (uint32_t chunk = address; chunk < end; chunk += 16) {
         if (chunk + 16 <= block.shared_bytes) check_proxy(chunk, "tensor_load writes");
         check_shared(chunk, 16, true, lane, "tensor_load");
         for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) {
-            block.words[k].under_way = true;
-            block.words[k].ordinary = false;
+            Word& word = block.words[k];
+            word.under_way = true;
+            word.ordinary = false;
+            word.write_warp = static_cast<int16_t>(counting.clock);  // seen by those who wait for the phase
+            word.write_clock = copy.clock;
         }
         std::memset(&block.shared[chunk], 0xFF, 16);
     }
-    join(copy.clock, block.current);
-    ++block.warp[w].clock[w];
     hopper.copies.push_back(copy);
     ++totals.calls[kTensorLoad];
 }

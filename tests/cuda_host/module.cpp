@@ -80,7 +80,7 @@ template <class Serve>
 void run(const KernelParams& k) {
     TwinLaunch launch;
 #ifdef EFFICIENT_ATTN_TWIN_SMALL
-    serve_head<Serve, BFloat16, 64>(k, launch);
+    serve_head<Serve, BFloat16, EFFICIENT_ATTN_TWIN_SMALL>(k, launch);
 #else
     if (k.call.dtype == kBFloat16) {
         serve<Serve, BFloat16>(k, launch);

@@ -258,7 +258,7 @@ void share_seen(int w) {
     for (int lane = 0; lane < kLanes; ++lane) {
         Fiber& fiber = block.fibers[w * kLanes + lane];
         if (!fiber.acquired) continue;
-        for (int k = 0; k < block.warps; ++k) block.warp[w].clock[k] = std::max(block.warp[w].clock[k], fiber.seen[k]);
+        for (int k = 0; k < kClocks; ++k) block.warp[w].clock[k] = std::max(block.warp[w].clock[k], fiber.seen[k]);
         fiber.acquired = false;
     }
 }

@@ -6,8 +6,9 @@ Those in sm90/ are looked for on a twin of capability 90.
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
 ARRIVED = "        block_sync();  // this slot has arrived, and every warp is done with the other one\n"
 HOPPER, GROUPS = "sm90/attention_forward.h", "sm90/groups.h"
-HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (f"sm90/{name}.h" for name in
-                                          ("attention_key_gradient", "attention_query_gradient", "gradients"))
+HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (
+    f"sm90/{name}.h" for name in ("attention_key_gradient", "attention_query_gradient", "gradients")
+)
 ONE_PASS = "sm90/attention_backward.h"
 WAIT = "        copy_async_wait<0>();\n" + ARRIVED
 
@@ -134,8 +135,10 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER_QUERIES, "barrier_arrive_expect(full, 2 * G::kTileBytes)", "barrier_arrive_expect(full, G::kTileBytes)",
     ),
     "P^T is not fenced": (
-        HOPPER_KEYS, "    group_fence(weights, dv[0]);\n    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, g",
-        "    group_fence(dv[0]);\n    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, g",
+        HOPPER_KEYS, "    pack_a<T>(weights, s[0]);\n    group_fence(weights, dv[0]);\n    group_multiply_rows<T, G::kHead, "
+        "G::kQueries>(dv[0], weights, grad_out);",
+        "    pack_a<T>(weights, s[0]);\n    group_fence(dv[0]);\n    group_multiply_rows<T, G::kHead, "
+        "G::kQueries>(dv[0], weights, grad_out);",
     ),
     "dS^T is found before dP^T is there": (HOPPER_KEYS, "    group_wait<1>(dp[0]);\n", "    group_wait<2>(dp[0]);\n"),
     "a slot is released while it is multiplied": (
@@ -161,7 +164,9 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a step up to the length is taken for a full one": (
         GRADIENTS, "step.end == step.first + width", "step.end <= step.first + width",
     ),
-    "K read as if it were transposed": (GRADIENTS, "group_multiply<T, kHead, true>(c", "group_multiply<T, kHead, false>(c"),
+    "K read as if it were transposed": (
+        GRADIENTS, "group_multiply<T, kHead, true>(c", "group_multiply<T, kHead, false>(c",
+    ),
     "the flag of another tile": (GRADIENTS, "in_head - 1 - tile : tile", "tile : tile"),
     "weights are read before they are there": (HOPPER_KEYS, "    barrier_wait(G::kWeightsFull, parity);\n", ""),
     "weights are written over those in use": (HOPPER_KEYS, "    barrier_wait(G::kWeightsEmpty, parity ^ 1);\n", ""),

@@ -156,7 +156,10 @@ def test_the_table_holds_every_kernel() -> None:
     }
     shapes = {(part, head_dim, extras) for part in parts for head_dim in (64, 128, 256) for extras in (False, True)}
     shapes |= {("attention_bias_gradient", head_dim, True) for head_dim in (64, 128, 256)}
-    hopper = {("sm90::attention_forward", head_dim, False) for head_dim in (64, 128, 256)}
+    hopper = {
+        (f"sm90::attention_{part}", head_dim, False)
+        for part in ("forward", "key_gradient", "query_gradient") for head_dim in (64, 128, 256)
+    } | {("sm90::attention_backward", 128, False), ("sm90::attention_round_queries", 0, False)}  # fmt: skip
     for kind in kinds:
         of_kind = [row for row in rows if (row["arch"], row["dtype"]) == kind]
         found = {(row["kernel"], row["head_dim"], row["extras"]) for row in of_kind}

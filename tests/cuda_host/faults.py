@@ -135,10 +135,9 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER_QUERIES, "barrier_arrive_expect(full, 2 * G::kTileBytes)", "barrier_arrive_expect(full, G::kTileBytes)",
     ),
     "P^T is not fenced": (
-        HOPPER_KEYS, "    pack_a<T>(weights, s[0]);\n    group_fence(weights, dv[0]);\n    group_multiply_rows<T, G::kHead, "
-        "G::kQueries>(dv[0], weights, grad_out);",
-        "    pack_a<T>(weights, s[0]);\n    group_fence(dv[0]);\n    group_multiply_rows<T, G::kHead, "
-        "G::kQueries>(dv[0], weights, grad_out);",
+        HOPPER_KEYS, "s[0]);\n    group_fence(weights, dv[0]);\n    group_multiply_rows<T, "
+        "G::kHead, G::kQueries>(dv[0], weights, g",
+        "s[0]);\n    group_fence(dv[0]);\n    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, g",
     ),
     "dS^T is found before dP^T is there": (HOPPER_KEYS, "    group_wait<1>(dp[0]);\n", "    group_wait<2>(dp[0]);\n"),
     "a slot is released while it is multiplied": (

@@ -5,8 +5,9 @@ by name. EFFICIENT_ATTN_CUDA_TWIN=<path of the twin's module> runs the very same
 thread, for tests (tests/cuda_host); Hopper's where EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90. Nothing here waits
 for the GPU, and memory is allocated for results and O(n) workspace only.
 
-The bits of a result are the same in every run. EFFICIENT_ATTN_CUDA_ANY_ORDER=1 gives that up for speed: on Hopper, heads of
-65 to 128 without bias and dropout then get a backward in one pass, whose sums over blocks of threads come in any order.
+The bits of a result are the same in every run. EFFICIENT_ATTN_CUDA_ANY_ORDER=1 gives that up for speed: on Hopper,
+heads of 65 to 128 without bias and dropout then get a backward in one pass, whose sums over blocks of threads come in
+any order.
 """
 
 from __future__ import annotations

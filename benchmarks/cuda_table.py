@@ -71,7 +71,14 @@ def shared_bytes(head_dim: int, kernel: str, extra: bool) -> int:
     if kernel == "sm90::attention_forward":
         keys, stages = {64: (128, 4), 128: (128, 3), 256: (64, 2)}[head_dim]
         return (128 + 2 * stages * keys) * line + stages * 128 + (2 + 4 * stages) * 8
-    if kernel in ("attention_delta", "linear_terms", "linear_scan"):
+    if kernel == "sm90::attention_key_gradient":
+        rows, stages, weights = (64, 2, 64 * 64 * 4) if head_dim == 256 else (128, 3, 0)
+        return (2 * rows + 2 * stages * 64) * line + weights + stages * (2 * 64 * 4 + 128) + (4 + 2 * stages) * 8
+    if kernel == "sm90::attention_query_gradient":
+        return (2 * 128 + 2 * 3 * (32 if head_dim == 256 else 64)) * line + 3 * 128 + (2 + 2 * 3) * 8
+    if kernel == "sm90::attention_backward":
+        return (2 * 128 + 2 * 2 * 64) * line + 2 * 128 * 64 * 2 + 2 * 64 * 64 * 4 + 2 * (2 * 64 * 4 + 128) + 8 * 8
+    if kernel in ("attention_delta", "sm90::attention_round_queries", "linear_terms", "linear_scan"):
         return 0
     if kernel == "attention_decode_join":
         return 4 * 256 * 4
@@ -118,7 +125,7 @@ def read_report(text: str) -> list[dict[str, Any]]:
     for part in text.split("Compiling entry function '")[1:]:
         symbol = part.split("'", 1)[0]
         name = re.search(
-            r"\d+(attention_(?:forward|key_gradient|query_gradient|bias_gradient|delta)(?:_safe)?"
+            r"\d+(attention_(?:forward|backward|key_gradient|query_gradient|bias_gradient|delta|round_queries)(?:_safe)?"
             r"|attention_decode(?:_join)?|linear_(?:states|scan|sums|terms))(?:[IE]|NS)", symbol
         )  # fmt: skip
         shape = re.search(r"(?:__nv_bfloat16|6__half|4SumsI)Li(\d+)E(?:Lb([01])E)?", symbol)
@@ -130,8 +137,9 @@ def read_report(text: str) -> list[dict[str, Any]]:
         )
         if name is None or usage is None:
             raise RuntimeError(f"what ptxas said of {symbol} is not understood:\n{part}")
-        head_dim, extra = (int(shape[1]), shape[2] == "1") if shape else (0, False)
         kernel = f"sm90::{name[1]}" if "4sm90" in symbol else name[1]
+        head_dim = int(shape[1]) if shape else 0
+        extra = shape is not None and shape[2] == "1" and not kernel.startswith("sm90::")
         if decode:
             head_dim, kernel = int(decode[1]), f"{kernel}_{decode[2]}"
         rows.append(

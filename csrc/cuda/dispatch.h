@@ -17,7 +17,10 @@
 #include "cuda/sm80/attention_forward.h"
 #include "cuda/sm80/attention_key_gradient.h"
 #include "cuda/sm80/attention_query_gradient.h"
+#include "cuda/sm90/attention_backward.h"
 #include "cuda/sm90/attention_forward.h"
+#include "cuda/sm90/attention_key_gradient.h"
+#include "cuda/sm90/attention_query_gradient.h"
 
 namespace efficient_attn {
 namespace {
@@ -75,9 +78,10 @@ void launch_hopper_forward(const KernelParams& k, Launch& launch) {
     in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
     in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, F::kKeys);
     in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, F::kKeys);
-    in.tiles = static_cast<int>(tiles);
-    in.tiles_per_head = static_cast<int>(tiles / heads);
-    in.heads_at_once = static_cast<int>(bounded(kCacheBytes / (p.Nk * (p.D + p.Dv) * 2), 1, p.B * p.Hkv)) * k.group;
+    in.work.tiles = static_cast<int>(tiles);
+    in.work.tiles_per_head = static_cast<int>(tiles / heads);
+    in.work.heads_at_once =
+        static_cast<int>(bounded(kCacheBytes / (p.Nk * (p.D + p.Dv) * 2), 1, p.B * p.Hkv)) * k.group;
     launch(&sm90::attention_forward<F>, std::min<int64_t>(tiles, launch.multiprocessors()), F::kThreads,
            F::kSharedBytes, k, in);
     if (k.flags)
@@ -109,10 +113,10 @@ void launch_bias_gradient(const KernelParams& k, Launch& launch) {
     launch(&sm80::attention_bias_gradient<G>, size[0] * size[1] * per_head, G::kThreads, G::kSharedBytes, k);
 }
 
-// Flags that the kernels of a call may write: of the one with most tiles. Hopper's forward multiplies what lies beyond
+// Flags that the kernels of a call may write: of the one with most tiles. Hopper's kernels multiply what lies beyond
 // the length by weights of zero.
 inline int64_t flag_count(const AttentionParams& p, bool backward) {
-    if (!hides(p) && (backward || !p.mask.kv_lengths)) return 0;
+    if (!hides(p) && !p.mask.kv_lengths) return 0;
     if (!backward) return forward_tiles(p);
     constexpr int kRows = 64;  // the fewest that any gradient kernel owns
     return std::max(p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : kRows, kRows),
@@ -198,23 +202,125 @@ struct ServeForward {
     }
 };
 
+// The work of `tiles` tiles where a head's walk reads `bytes` of global memory.
+inline sm90::Work hopper_work(int64_t tiles, int64_t heads, int64_t bytes) {
+    constexpr int64_t kCacheBytes = int64_t{32} << 20;
+    return {static_cast<int>(tiles), static_cast<int>(tiles / heads),
+            static_cast<int>(bounded(kCacheBytes / bytes, 1, heads))};
+}
+
+inline int64_t key_tiles(const AttentionParams& p, int rows) {
+    return p.B * p.Hkv * tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : rows, rows);
+}
+
+inline int64_t query_tiles(const AttentionParams& p, int rows) {
+    return p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : rows, rows);
+}
+
+inline bool hopper_serves_backward(const AttentionParams& p) {
+    return hopper_serves(p) && copies_serve(p.grad_out, p.B, p.Hq, p.Nq) &&
+           key_tiles(p, sm90::kGroupRows) <= INT_MAX / 2;
+}
+
+// What the kernels that walk queries read.
+template <class G, class Launch>
+sm90::BackwardInputs inputs_of_keys(const KernelParams& k, Launch& launch) {
+    const AttentionParams& p = k.call;
+    sm90::BackwardInputs in;
+    in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, G::kQueries);
+    in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, sm90::kGroupRows);
+    in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, sm90::kGroupRows);
+    in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, G::kQueries);
+    in.work = hopper_work(key_tiles(p, G::kRows), p.B * p.Hkv, k.group * p.Nq * (p.D + p.Dv) * 2);
+    return in;
+}
+
+template <class Safe, class Launch>
+void launch_safe_keys(const KernelParams& k, Launch& launch) {
+    const int64_t tiles = key_tiles(k.call, Safe::kRows);
+    launch(&sm80::attention_key_gradient_safe<Safe>, std::min(tiles, kSafeBlocks), Safe::kThreads, Safe::kSharedBytes,
+           k, tiles);
+}
+
+template <class Safe, class Launch>
+void launch_safe_queries(const KernelParams& k, Launch& launch) {
+    const int64_t tiles = query_tiles(k.call, Safe::kRows);
+    launch(&sm80::attention_query_gradient_safe<Safe>, std::min(tiles, kSafeBlocks), Safe::kThreads, Safe::kSharedBytes,
+           k, tiles);
+}
+
+template <class G, class Safe, class Launch>
+void launch_hopper_key_gradient(const KernelParams& k, Launch& launch) {
+    const sm90::BackwardInputs in = inputs_of_keys<G>(k, launch);
+    launch(&sm90::attention_key_gradient<G>, std::min<int64_t>(in.work.tiles, launch.multiprocessors()),
+           sm90::kBlockThreads, G::kSharedBytes, k, in);
+    if (k.flags) launch_safe_keys<Safe>(k, launch);
+}
+
+template <class G, class Safe, class Launch>
+void launch_hopper_query_gradient(const KernelParams& k, Launch& launch) {
+    const AttentionParams& p = k.call;
+    sm90::BackwardInputs in;
+    in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
+    in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, G::kKeys);
+    in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, G::kKeys);
+    in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, sm90::kGroupRows);
+    in.work = hopper_work(query_tiles(p, G::kRows), p.B * p.Hq, p.Nk * (p.D + p.Dv) * 2);
+    launch(&sm90::attention_query_gradient<G>, std::min<int64_t>(in.work.tiles, launch.multiprocessors()),
+           sm90::kBlockThreads, G::kSharedBytes, k, in);
+    if (k.flags) launch_safe_queries<Safe>(k, launch);
+}
+
+// In one pass, whose sums come in any order.
+template <class T, class SafeKeys, class SafeQueries, class Launch>
+void launch_hopper_backward(const KernelParams& k, Launch& launch) {
+    using G = sm90::Backward<T>;
+    const sm90::BackwardInputs in = inputs_of_keys<G>(k, launch);
+    launch(&sm90::attention_backward<G>, std::min<int64_t>(in.work.tiles, launch.multiprocessors()),
+           sm90::kBlockThreads, G::kSharedBytes, k, in);
+    if (k.flags) launch_safe_keys<SafeKeys>(k, launch);
+    launch(&sm90::attention_round_queries<T>, query_tiles(k.call, SafeQueries::kRows), sm90::kRoundingThreads, 0u, k);
+    if (k.flags) launch_safe_queries<SafeQueries>(k, launch);
+}
+
 struct ServeBackward {
     template <class T, int kHead, bool kExtras, class Launch>
     static void serve(const KernelParams& k, Launch& launch) {
         const int64_t rows = k.call.B * k.call.Hq * k.call.Nq, rows_at_once = kDeltaThreads / kWarp;
         launch(&attention_delta, (rows + rows_at_once - 1) / rows_at_once, kDeltaThreads, 0u, k);
-        launch_key_gradient<sm80::KeyGradient<T, kHead, kExtras>>(k, launch);
-        launch_query_gradient<sm80::QueryGradient<T, kHead, kExtras, kHead == 256 ? 2 : 1>>(k, launch);
+        using Keys = sm80::KeyGradient<T, kHead, kExtras>;
+        using Queries = sm80::QueryGradient<T, kHead, kExtras, kHead == 256 ? 2 : 1>;
+        if constexpr (!kExtras) {
+            if (launch.capability() >= 90 && hopper_serves_backward(k.call)) {
+                if constexpr (kHead == sm90::Backward<T>::kHead) {
+                    if (k.query_sums) return launch_hopper_backward<T, Keys, Queries>(k, launch);
+                }
+                launch_hopper_key_gradient<sm90::KeyGradient<T, kHead>, Keys>(k, launch);
+                launch_hopper_query_gradient<sm90::QueryGradient<T, kHead>, Queries>(k, launch);
+                return;
+            }
+        }
+        launch_key_gradient<Keys>(k, launch);
+        launch_query_gradient<Queries>(k, launch);
         if constexpr (kExtras) {  // a bias is among the extras
             if (k.call.dbias.data) launch_bias_gradient<sm80::QueryGradient<T, kHead, true, 1>>(k, launch);
         }
     }
 };
 
+inline bool has_extras(const AttentionParams& p) { return p.bias.data || p.dropout_p > 0 || p.scale <= 0; }
+
+// Elements of KernelParams::query_sums with which a backward is done in one pass; 0: it cannot be.
+inline int64_t query_sum_count(const AttentionParams& p, int capability) {
+    const int64_t widest = std::max(p.D, p.Dv);
+    const bool served = capability >= 90 && widest > 64 && widest <= 128 && !has_extras(p) && hopper_serves_backward(p);
+    return served ? p.B * p.Hq * p.Nq * 128 : 0;
+}
+
 template <class Serve, class T, int kHead, class Launch>
 void serve_head(const KernelParams& k, Launch& launch) {
-    const bool extras = k.call.bias.data || k.call.dropout_p > 0 || k.call.scale <= 0;
-    extras ? Serve::template serve<T, kHead, true>(k, launch) : Serve::template serve<T, kHead, false>(k, launch);
+    has_extras(k.call) ? Serve::template serve<T, kHead, true>(k, launch)
+                       : Serve::template serve<T, kHead, false>(k, launch);
 }
 
 // Launches the kernels of a call on elements of type T.

@@ -40,11 +40,12 @@ void decode(const std::string& words, uintptr_t part_out, uintptr_t part_lse, in
     serve_call(kDecode, r);
 }
 
-void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, int device,
-              uintptr_t stream) {
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums,
+              uintptr_t query_sums, int device, uintptr_t stream) {
     Request r = request(words, true, seed, flags, device, stream);
     if (bias_sums) r.call.dbias.dtype = kFloat32;
     r.delta = reinterpret_cast<float*>(delta);
+    r.query_sums = reinterpret_cast<float*>(query_sums);
     const py::gil_scoped_release no_python;
     serve_call(kBackward, r);
 }
@@ -87,6 +88,9 @@ PYBIND11_MODULE(_cuda, module) {
     });
     module.def("shared_bytes", &shared_bytes_wanted);
     module.def("most_shared_bytes", [](int device) { return Launch(device, 0).most_shared_bytes(); });
+    module.def("query_sum_count", [](const std::string& words, int device) {
+        return query_sums_wanted(read_params(words, true), Launch(device, 0).capability());
+    });
     module.def("flag_count", [](const std::string& words, bool backward) {
         return flags_wanted(read_params(words, backward), backward);
     });

@@ -16,6 +16,7 @@ struct KernelParams {
     const int64_t* seed;      // on the device; null: call.dropout_seed
     int32_t* flags;           // one for each block of the grid: 1 where its tile is suspicious; null: not asked
     float* delta;             // (B, Hq, Nq) contiguous, backward only
+    float* query_sums;        // see sm90/attention_backward.h; null: every sum in a fixed order
     float score_scale;        // scale in units of log2
     float scale, keep_scale;  // keep_scale = 1 / (1 - dropout_p)
     uint32_t threshold;       // a pair is kept iff its random word is not below

@@ -49,6 +49,8 @@ uint32_t shared_bytes_wanted(int64_t widest) {
 
 int64_t decode_splits_wanted(const AttentionParams& p, int64_t processors) { return decode_splits(p, processors); }
 
+int64_t query_sums_wanted(const AttentionParams& p, int capability) { return query_sum_count(p, capability); }
+
 int64_t flags_wanted(const AttentionParams& p, bool backward) { return flag_count(p, backward); }
 
 }  // namespace efficient_attn

@@ -28,6 +28,7 @@ void serve_unit<EFFICIENT_ATTN_PART, EFFICIENT_ATTN_DTYPE, EFFICIENT_ATTN_HEAD, 
     KernelParams k = kernel_params(request.call, request.seed);
     k.flags = request.flags;
     k.delta = request.delta;
+    k.query_sums = request.query_sums;
     UnitLaunch launch(request.device, request.stream);
     if constexpr (EFFICIENT_ATTN_PART == kDecode) {
         serve_decode<Element>(decode_params(k, request.part_out, request.part_lse, request.splits), launch);

@@ -13,7 +13,7 @@ struct Request {
     AttentionParams call;
     const int64_t* seed;         // null: call.dropout_seed
     int32_t* flags;              // flag_count of them; null: none
-    float* delta;                // backward only
+    float *delta, *query_sums;   // backward only; query_sum_count of the latter, zeros, or null
     float *part_out, *part_lse;  // decode only, `splits` of them; null where there is one
     int64_t splits;
     int device;
@@ -41,6 +41,7 @@ void serve_call(Part part, const Request&);
 uint32_t shared_bytes_wanted(int64_t widest);
 
 int64_t decode_splits_wanted(const AttentionParams&, int64_t processors);
+int64_t query_sums_wanted(const AttentionParams&, int capability);
 int64_t flags_wanted(const AttentionParams&, bool backward);
 
 void serve_linear_call(Part part, const LinearRequest&);

@@ -5,6 +5,10 @@ by name, from the module efficient_attn._cuda (`make cuda`, or an installation w
 EFFICIENT_ATTN_CUDA_TWIN=<path of the twin's module> runs the very same kernels on CPU tensors, one fiber a thread, for
 tests (tests/cuda_host), Hopper's where EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90. Nothing here waits for the GPU,
 and memory is allocated for results and O(n) workspace only.
+
+The bits of a result are the same in every run. EFFICIENT_ATTN_CUDA_ANY_ORDER=1 gives that up for speed: on Hopper,
+heads of 65 to 128 without bias and dropout then get a backward in one pass, whose sums over blocks of threads come in
+any order.
 """
 
 from __future__ import annotations
@@ -188,8 +192,10 @@ def attention_backward(
     )  # fmt: skip
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
-    sums = target is not dbias
-    kernels().attention_backward(words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, *place(query.device))
+    sums, query_sums = target is not dbias, _query_sums(words, query)
+    kernels().attention_backward(
+        words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, _workspace(query_sums), *place(query.device)
+    )
     if dbias is not None and target is not None and target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
     del kept
@@ -233,6 +239,13 @@ def _bias_target(dbias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
     if dbias.shape[2] == 1 and Nq > 1:
         return query.new_empty(B, Hq, 1, Nk, dtype=torch.float32)
     return dbias
+
+
+def _query_sums(words: bytes, query: Tensor) -> Tensor:
+    """Where a backward in one pass adds up dq; empty unless it is asked for and serves the call."""
+    asked_for = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
+    count = kernels().query_sum_count(words, place(query.device)[0]) if asked_for else 0
+    return query.new_zeros(count, dtype=torch.float32)
 
 
 def _workspace(tensor: Tensor) -> int:

@@ -9,7 +9,11 @@ LINEAR = "sm80/linear_sums.h"
 DECODE = "sm80/attention_decode.h"
 KEYS_ARRIVED = "        block_sync();  // the keys have arrived, and every warp is done with the tile before them\n"
 VALUES_ARRIVED = "        block_sync();  // the values have arrived, and every warp is done with the keys\n"
-HOPPER = "sm90/attention_forward.h"
+HOPPER, GROUPS = "sm90/attention_forward.h", "sm90/groups.h"
+HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (
+    f"sm90/{name}.h" for name in ("attention_key_gradient", "attention_query_gradient", "gradients")
+)
+ONE_PASS = "sm90/attention_backward.h"
 WAIT = "        copy_async_wait<0>();\n" + ARRIVED
 
 FAULTS: dict[str, tuple[str, str, str]] = {
@@ -136,7 +140,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER, "        store_output(f, p, at, tile, c);\n        release(F::kQueryEmpty, lane);\n",
         "        release(F::kQueryEmpty, lane);\n        store_output(f, p, at, tile, c);\n",
     ),
-    "every lane releases": (HOPPER, "    if (lane == 0) barrier_arrive(barrier);", "    barrier_arrive(barrier);"),
+    "every lane releases": (GROUPS, "    if (lane == 0) barrier_arrive(barrier);", "    barrier_arrive(barrier);"),
     "no group_wait for the scores": (HOPPER, "    group_wait<0>(s[0]);\n", ""),
     "a group_wait that leaves the scores under way": (HOPPER, "group_wait<1>(s[0])", "group_wait<2>(s[0])"),
     "the scores are not committed": (
@@ -165,8 +169,86 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "index == 0) ;\n",
     ),
     "more registers than there are": (HOPPER, "kConsumerRegisters = 232", "kConsumerRegisters = 240"),
-    "tiles taken in turn, one off": (HOPPER, "blocks - 1 - block", "blocks - block"),
+    "tiles taken in turn, one off": (GROUPS, "blocks - 1 - block", "blocks - block"),
     "the same values twice": (HOPPER, "        values.advance();\n        pack_a", "        pack_a"),
     "the output is not faded": (HOPPER, "x *= fade[m][e / 2];", "x *= 1.0f;"),
     "Hopper's flags are not written": (HOPPER, "static_cast<uint16_t>(suspect)", "uint16_t{0}"),
+    "no wait for a step of the backward": (GRADIENTS, "    barrier_wait(slot.of(G::kFull, 8), slot.parity);\n", ""),
+    "no wait for K and V": (HOPPER_KEYS, "        clear(dv);\n        barrier_wait(G::kKeysFull, keys_parity);\n",
+                            "        clear(dv);\n"),
+    "no wait for Q and dO": (HOPPER_QUERIES, "        barrier_wait(G::kRowsFull, rows_parity);\n", ""),
+    "queries are loaded over those in use": (
+        HOPPER_KEYS, "            barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);\n", "",
+    ),
+    "keys are loaded over those in use": (
+        HOPPER_QUERIES, "            barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);\n", "",
+    ),
+    "K is loaded over dK": (HOPPER_KEYS, "        barrier_wait(G::kKeysEmpty, keys_parity ^ 1);\n", ""),
+    "Q is loaded over dQ": (HOPPER_QUERIES, "        barrier_wait(G::kRowsEmpty, rows_parity ^ 1);\n", ""),
+    "the shifts of the queries are not waited for": (
+        HOPPER_KEYS, "barrier_init(G::kFull + stage * 8, 2)", "barrier_init(G::kFull + stage * 8, 1)",
+    ),
+    "half the bytes of a step are expected": (
+        HOPPER_QUERIES, "barrier_arrive_expect(full, 2 * G::kTileBytes)", "barrier_arrive_expect(full, G::kTileBytes)",
+    ),
+    "P^T is not fenced": (
+        HOPPER_KEYS, "s[0]);\n    group_fence(weights, dv[0]);\n    group_multiply_rows<T, "
+        "G::kHead, G::kQueries>(dv[0], weights, g",
+        "s[0]);\n    group_fence(dv[0]);\n    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, g",
+    ),
+    "dS^T is found before dP^T is there": (HOPPER_KEYS, "    group_wait<1>(dp[0]);\n", "    group_wait<2>(dp[0]);\n"),
+    "a slot is released while it is multiplied": (
+        HOPPER_KEYS, "    group_wait<0>(dk[0], dv[0], weights, gradients);\n", "    group_wait<1>(dv[0], weights);\n",
+    ),
+    "a slot of K is released while it is multiplied": (
+        HOPPER_QUERIES, "    group_wait<0>(dq[0], gradients);\n", "    group_wait<1>(dq[0], gradients);\n",
+    ),
+    "both consumers read the first one's keys": (
+        HOPPER_KEYS, "return kShared ? 0 : consumer_index() * kOwnBytes;", "return 0;",
+    ),
+    "no barrier before gradients pass through tiles": (
+        GRADIENTS, "    if (!flags) return named_sync(meeting_of(consumer), kGroup);\n", "    if (!flags) return;\n",
+    ),
+    "no proxy fence behind dK and dV": (
+        HOPPER_KEYS, "rows, 1.0f, p.call.Dv, p.dv_aligned);\n        async_proxy_fence();",
+        "rows, 1.0f, p.call.Dv, p.dv_aligned);\n",
+    ),
+    "no proxy fence behind dQ": (HOPPER_QUERIES, "        async_proxy_fence();  // Q of", "        // Q of"),
+    "the shift of another query": (HOPPER_KEYS, "load_shared_64(shifts + n * 32 + lane % 4 * 8)",
+                                   "load_shared_64(shifts + n * 32 + (lane + 1) % 4 * 8)"),
+    "the bit of another pair": (GRADIENTS, "<< (n * 4 + e)", "<< (n * 4 + (e ^ 1))"),
+    "a step up to the length is taken for a full one": (
+        GRADIENTS, "step.end == step.first + width", "step.end <= step.first + width",
+    ),
+    "K read as if it were transposed": (
+        GRADIENTS, "group_multiply<T, kHead, true>(c", "group_multiply<T, kHead, false>(c",
+    ),
+    "the flag of another tile": (GRADIENTS, "in_head - 1 - tile : tile", "tile : tile"),
+    "Hopper's weights are read too early": (HOPPER_KEYS, "    barrier_wait(G::kWeightsFull, parity);\n", ""),
+    "weights are written over those in use": (HOPPER_KEYS, "    barrier_wait(G::kWeightsEmpty, parity ^ 1);\n", ""),
+    "dS of both is read before both have written it": (
+        ONE_PASS, "    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and", "    // and",
+    ),
+    "the tile of dS is that of the step before": (
+        ONE_PASS, "tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one", "",
+    ),
+    "dK passes through keys that the other consumer reads": (
+        HOPPER_KEYS, "        if (G::kOnePass) named_sync(kMeetingOfBoth, kConsumers * kGroup);", "        ",
+    ),
+    "a part of dQ is written over while it is added": (ONE_PASS, "    if (adds) bulk_wait_read();\n", ""),
+    "no proxy fence before a part of dQ is added": (
+        ONE_PASS, "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
+        "    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
+    ),
+    "the sums are not waited for": (ONE_PASS, "            if (thread_index() % kGroup == 0) bulk_wait();\n", ""),
+    "the sums of the other half": (ONE_PASS, "consumer_index(), step.first)", "1 - consumer_index(), step.first)"),
+    "sums without a swizzle": (ONE_PASS, "(chunk ^ (i % 2 * 4))", "(chunk)"),
 }  # fmt: skip
+
+# The head of the kernels that are built for a fault, where it is not 64.
+HEADS = {
+    "weights are read before they are there": 256,
+    "weights are written over those in use": 256,
+    "dK passes through keys that the other consumer reads": 128,
+    **{name: 128 for name, (file, _, _) in FAULTS.items() if file == ONE_PASS},
+}

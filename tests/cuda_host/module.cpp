@@ -88,7 +88,7 @@ template <class Serve>
 void run(const KernelParams& k) {
     TwinLaunch launch;
 #ifdef EFFICIENT_ATTN_TWIN_SMALL
-    serve_head<Serve, BFloat16, 64>(k, launch);
+    serve_head<Serve, BFloat16, EFFICIENT_ATTN_TWIN_SMALL>(k, launch);
 #else
     if (k.call.dtype == kBFloat16) {
         serve<Serve, BFloat16>(k, launch);
@@ -131,19 +131,20 @@ void decode(const std::string& words, uintptr_t part_out, uintptr_t part_lse, in
         decode_params(params(p, 0, 0), reinterpret_cast<float*>(part_out), reinterpret_cast<float*>(part_lse), splits);
     TwinLaunch launch;
 #ifdef EFFICIENT_ATTN_TWIN_SMALL
-    serve_decode_head<BFloat16, 64>(d, launch);
+    serve_decode_head<BFloat16, EFFICIENT_ATTN_TWIN_SMALL>(d, launch);
 #else
     p.dtype == kBFloat16 ? serve_decode<BFloat16>(d, launch) : serve_decode<Float16>(d, launch);
 #endif
     twin::check_all_written();
 }
 
-void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, int,
-              uintptr_t) {
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums,
+              uintptr_t query_sums, int, uintptr_t) {
     AttentionParams p = read_params(words, true);
     if (bias_sums) p.dbias.dtype = kFloat32;
     KernelParams k = params(p, seed, flags);
     k.delta = reinterpret_cast<float*>(delta);
+    k.query_sums = reinterpret_cast<float*>(query_sums);
     Allowed allowed;
     allow_inputs(p);
     twin::allow(reinterpret_cast<void*>(seed), 8, false);
@@ -153,6 +154,7 @@ void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr
     twin::allow(p.lse, rows * 4, false);
     twin::allow(p.grad_lse, rows * 4, false);
     twin::allow(k.delta, rows * 4, true);
+    if (k.query_sums) twin::allow_sums(k.query_sums, query_sum_count(p, capability_of_twin) * 4);
     allow(p.dq, p.B, p.Hq, p.Nq, p.D, true);
     allow(p.dk, p.B, p.Hkv, p.Nk, p.D, true);
     allow(p.dv, p.B, p.Hkv, p.Nk, p.Dv, true);
@@ -240,6 +242,9 @@ PYBIND11_MODULE(_cuda_twin, module) {
     module.def("linear_attention_forward", &linear_forward);
     module.def("linear_attention_backward", &linear_backward);
     module.def("linear_workspace", &linear_workspace);
+    module.def("query_sum_count", [](const std::string& words, int) {
+        return query_sum_count(read_params(words, true), capability_of_twin);
+    });
     module.def("flag_count", [](const std::string& words, bool backward) {
         return flag_count(read_params(words, backward), backward);
     });

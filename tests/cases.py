@@ -96,7 +96,7 @@ CASES = [
     Case("one_query", Nq=1, Nk=300, D=64, Dv=64),
     Case("one_query_grouped", Hq=8, Hkv=2, Nq=1, Nk=700, D=128, Dv=128),
     Case("four_queries_causal", Hq=8, Hkv=2, Nq=4, Nk=259, causal="bottom_right"),
-    Case("few_queries_window", Hq=6, Hkv=2, Nq=9, Nk=400, mask=window(300, 20), causal="bottom_right"),
+    Case("few_queries_window", Hq=6, Hkv=2, Nq=9, Nk=400, mask=window(2, 330)),
     Case("few_queries_lengths_bias", B=3, Hq=4, Hkv=2, Nq=3, Nk=300, mask=lengths, bias=(1, 0, 0, 0)),
     Case("few_queries_blocks", Hq=3, Hkv=1, Nq=20, Nk=500, mask=random_blocks((16, 48), 0.6, heads=False)),
     Case("few_queries_blocks_of_each_head", Hq=4, Hkv=2, Nq=20, Nk=500, mask=random_blocks((16, 48), 0.6)),

@@ -52,7 +52,7 @@ def probe(case: Case, schedule: int) -> None:
     if case.name == "ragged":
         drawn |= {n: padded(drawn[n]) for n in (*names, "grad_out")}
     given = {n: drawn[n] for n in names}
-    if case.name == "few_queries_window":  # whatever no query sees
+    if case.name == "few_queries_bits":  # whatever no query sees
         given["value"] = drawn["value"].masked_fill(~drawn["visible"].any(2).view(1, 1, -1, 1), torch.nan)
     leaves = {n: t.detach().requires_grad_() for n, t in given.items()}
     causal = {"is_causal": case.causal is not None, "causal_alignment": case.causal}

@@ -72,13 +72,13 @@ test-upstream: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' 'tests/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' 'tests/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
 
 bench: $(STAMP)
 	$(BIN)/efficient-attn bench $(ARGS)

@@ -20,7 +20,7 @@ from conftest import PLAIN_CALL
 from setuptools.errors import CompileError
 
 from efficient_attn import BlockMask, CudaError, explain
-from efficient_attn.backends import cuda
+from efficient_attn.backends import cuda, cuda_linear
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("efficient_attn_setup", ROOT / "setup.py")
@@ -185,13 +185,29 @@ def test_without_a_gpu_it_says_so() -> None:
     module = cuda.kernels()
     with pytest.raises(CudaError, match=r"cudaGetDevice failed: .*need an NVIDIA GPU"):
         module.most_shared_bytes(0)
-    q = torch.zeros(1, 1, 8, 16, dtype=torch.bfloat16)
     reasons = cuda.not_supported_reasons(PLAIN_CALL._replace(dtype=torch.bfloat16))
     assert reasons == ["it runs on CUDA tensors; these are on cpu"]
-    words = cuda.pack(q, q, q, None, q, torch.zeros(1, 1, 8), BlockMask(8, 8).arrays(False), 1.0, 0.0, None)[1]
+    how = (None, None, False, 0, "identity", 1.0)
+    for n in (8, 200):  # few queries have kernels of their own
+        q, lse, mask = (
+            torch.zeros(1, 1, n, 16, dtype=torch.bfloat16),
+            torch.zeros(1, 1, n),
+            BlockMask(n, n).arrays(False),
+        )
+        for call in (
+            lambda q=q, mask=mask: cuda.attention_forward(q, q, q, None, mask, 1.0, 0.0, None),
+            lambda q=q, mask=mask, lse=lse: cuda.attention_backward(
+                q, None, q, q, q, None, q, lse, mask, 1.0, 0.0, None, False
+            ),
+            lambda q=q: cuda_linear.linear_attention_forward(q, q, q, *how),
+            lambda q=q, lse=lse: cuda_linear.linear_attention_backward(
+                q, None, q, q, q, None, None, q, lse, lse, *how[2:]
+            ),
+        ):
+            with pytest.raises(CudaError, match="need an NVIDIA GPU"):
+                call()
+    words = cuda.pack(q, q, q, None, q, lse, mask, 1.0, 0.0, None)[1]
     assert module.flag_count(words, False) == 0
-    with pytest.raises(CudaError, match="need an NVIDIA GPU"):
-        module.attention_forward(words, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="too short"):
         module.attention_forward(words[:-8], 0, 0, 0, 0)
 

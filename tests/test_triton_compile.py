@@ -114,6 +114,8 @@ def test_the_gpu_suite_without_a_gpu() -> None:
     assert figures["tflops"] == round(4 * 16 * 1024**2 * 64 * 0.5 * 2.5 / 2.0 / 1e9, 1)
     figures = gpu._figures(config, {"ours": 2.0, "cuda": 1.0, "cudnn": 0.5, "cuda dense": 4.0}, 0.5, (q, q, q))
     assert figures["vs cuda"] == 0.5 and figures["cuda vs cudnn"] == 0.5 and figures["cuda vs ours"] == 2.0
+    assert gpu.in_any_order(lambda: os.environ["EFFICIENT_ATTN_CUDA_ANY_ORDER"])() == "1"
+    assert "EFFICIENT_ATTN_CUDA_ANY_ORDER" not in os.environ
     assert figures["cuda density efficiency"] == 2.0 and figures["cuda tflops"] == 2 * figures["tflops"]
     mask = gpu.random_blocks(1024, 2048, 0.25)
     assert mask.density == 0.25 and mask.block_size == (128, 128)

@@ -103,9 +103,6 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a descriptor that goes on by rows": (HOPPER, "k * 2 * kPattern)", "k * kPattern)"),
     "a panel further on than the tile": (HOPPER, "column = k % 4 * 32", "column = k % 4 * 64"),
     "values read as if they were transposed": (HOPPER, "F::kHead, true>", "F::kHead, false>"),
-    "no barrier before the output passes through Q": (
-        HOPPER, "        named_sync(meeting_of(c.index), kGroup);  // every warp is done with Q\n", "        ;\n",
-    ),
     "a turn is not passed on": (
         HOPPER, "        if (F::kTurns) named_arrive(turn_of(1 - c.index), F::kConsumers * kGroup);\n", "",
     ),

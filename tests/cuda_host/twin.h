@@ -12,9 +12,9 @@
 //     waited for;
 //   * of Hopper: tensor copies and wgmma work at a random time before the wait that covers them. Reported are accesses
 //   of
-//     what they write or read before that, registers written and not fenced, ordinary writes of shared memory that no
-//     proxy fence makes visible to them, descriptors and tensor maps against the rules, more registers taken than
-//     given.
+//     what they write or read before that (of A in shared memory, a warp reads its own 16 rows), registers written and
+//     not fenced, ordinary writes of shared memory that no proxy fence makes visible to them, descriptors and tensor
+//     maps against the rules, more registers taken than given.
 //
 // Shared memory is NaN at the start, and so is the target of a copy until its wait, and the accumulators of a wgmma.
 // Bank conflicts are counted.

@@ -11,9 +11,8 @@
 //   * lanes of a warp at different warp-wide instructions, threads that wait for a barrier for ever, a copy that nobody
 //     waited for;
 //   * of Hopper: tensor copies and wgmma work at a random time before the wait that covers them. Reported are accesses
-//   of
-//     what they write or read before that (of A in shared memory, a warp reads its own 16 rows), registers written and
-//     not fenced, ordinary writes of shared memory that no proxy fence makes visible to them, descriptors and tensor
+//     before that of what they write or read (a warp reads its own 16 rows of an A in shared memory), registers written
+//     and not fenced, ordinary writes of shared memory that no proxy fence makes visible to them, descriptors and tensor
 //     maps against the rules, more registers taken than given.
 //
 // Shared memory is NaN at the start, and so is the target of a copy until its wait, and the accumulators of a wgmma.

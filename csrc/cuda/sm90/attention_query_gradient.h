@@ -96,11 +96,10 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
     group_multiply_transposed<T, G::kHead, G::kKeys>(dp[0], G::kGradOut + own, values);
     group_commit();
     group_wait<0>(s[0], dp[0]);
-    if (!full) hide_by<G::kN>(s, visible);
-    each(dp, [&](float& x, int m, int n, int e) {
-        const float weight = power_of_2(multiply_add_scalar(s[m][n][e], p.score_scale, -sums.shift[e / 2]));
-        x = score_gradient(weight, x, sums.delta[e / 2]);
-    });
+    each(s,
+         [&](float& x, int, int, int e) { x = power_of_2(multiply_add_scalar(x, p.score_scale, -sums.shift[e / 2])); });
+    if (visible != kEveryPair) drop(s, visible);
+    each(dp, [&](float& x, int m, int n, int e) { x = score_gradient(s[m][n][e], x, sums.delta[e / 2]); });
     uint32_t gradients[G::kN / 2][4];
     pack_a<T>(gradients, dp[0]);
     group_fence(gradients, dq[0]);

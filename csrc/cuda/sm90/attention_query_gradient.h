@@ -88,7 +88,7 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
     const uint32_t own = consumer_index() * G::kOwnBytes;
     const uint32_t keys = slot.of(G::kKeySlots, G::kTileBytes), values = slot.of(G::kValueSlots, G::kTileBytes);
     const uint32_t visible =
-        full ? 0
+        full ? kEveryPair
              : visible_bits<G::kN>([&](float (&s)[1][G::kN][4]) { hide(s, p, step, row, rows, p.low, p.high, lane); });
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);

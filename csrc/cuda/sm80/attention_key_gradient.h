@@ -123,9 +123,11 @@ EA_DEVICE void gather(G& g, const KernelParams& p, const Place& at, Reading read
             const Words2 lse = load_shared_64(sums + n * 32 + lane % 4 * 8);
             const float shift[2] = {weight_shift(as_float(lse.x)), weight_shift(as_float(lse.y))};
             EA_UNROLL
-            for (int e = 0; e < 4; ++e)
-                s[0][n][e] =
-                    power_of_2(multiply_add_scalar(s[0][n][e], G::kExtras ? 1.0f : p.score_scale, -shift[e % 2]));
+            for (int e = 0; e < 4; ++e) {
+                const bool hidden = kSafe && s[0][n][e] == -infinity();  // even from a query whose lse is NaN
+                const float unit = G::kExtras ? 1.0f : p.score_scale;
+                s[0][n][e] = hidden ? 0.0f : power_of_2(multiply_add_scalar(s[0][n][e], unit, -shift[e % 2]));
+            }
         }
         uint32_t kept = 0xFFFFFFFFu;
         if constexpr (G::kExtras) {

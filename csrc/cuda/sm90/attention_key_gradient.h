@@ -140,9 +140,7 @@ EA_DEVICE uint32_t visible_to_keys(const KernelParams& p, const Step& step, Span
 
 // Scores become weights: of hidden pairs 0.
 template <class G>
-EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, bool full, uint32_t visible, uint32_t shifts,
-                     int lane) {
-    if (!full) hide_by<G::kN>(s, visible);
+EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, uint32_t visible, uint32_t shifts, int lane) {
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n) {
         const Words2 words = load_shared_64(shifts + n * 32 + lane % 4 * 8);
@@ -151,6 +149,7 @@ EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, bool full, 
         for (int e = 0; e < 4; ++e)
             s[0][n][e] = power_of_2(multiply_add_scalar(s[0][n][e], p.score_scale, -shift[e % 2]));
     }
+    if (visible != kEveryPair) drop(s, visible);
 }
 
 // dP becomes dS.
@@ -185,7 +184,7 @@ EA_DEVICE void find_gradients(uint32_t (&weights)[G::kN / 2][4], uint32_t (&grad
     const uint32_t queries = slot.of(G::kQuerySlots, G::kTileBytes),
                    grad_out = slot.of(G::kGradOutSlots, G::kTileBytes);
     const uint32_t shifts = slot.of(G::kSums, 2 * G::kSumBytes), deltas = shifts + G::kSumBytes;
-    const uint32_t visible = full ? 0 : visible_to_keys<G>(p, step, alive, lane);
+    const uint32_t visible = full ? kEveryPair : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
     group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::kKey + G::own(), queries);
@@ -193,7 +192,7 @@ EA_DEVICE void find_gradients(uint32_t (&weights)[G::kN / 2][4], uint32_t (&grad
     group_multiply_transposed<T, G::kHead, G::kQueries>(dp[0], G::kValue + G::own(), grad_out);
     group_commit();
     group_wait<1>(s[0]);
-    weigh<G>(s, p, full, visible, shifts, lane);
+    weigh<G>(s, p, visible, shifts, lane);
     pack_a<T>(weights, s[0]);
     group_fence(weights, dv[0]);
     group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, grad_out);
@@ -224,13 +223,13 @@ EA_DEVICE void add_values(float (&dv)[1][G::kHead / 8][4], const KernelParams& p
                           bool full, const Slot<G::kStages>& slot, int parity) {
     using T = typename G::T;
     const int lane = thread_index() % kWarp;
-    const uint32_t visible = full ? 0 : visible_to_keys<G>(p, step, alive, lane);
+    const uint32_t visible = full ? kEveryPair : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4];
     group_fence(s[0]);
     group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::kKey, slot.of(G::kQuerySlots, G::kTileBytes));
     group_commit();
     group_wait<0>(s[0]);
-    weigh<G>(s, p, full, visible, slot.of(G::kSums, 2 * G::kSumBytes), lane);
+    weigh<G>(s, p, visible, slot.of(G::kSums, 2 * G::kSumBytes), lane);
     barrier_wait(G::kWeightsEmpty, parity ^ 1);
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n)

@@ -88,7 +88,7 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
     const uint32_t own = consumer_index() * G::kOwnBytes;
     const uint32_t keys = slot.of(G::kKeySlots, G::kTileBytes), values = slot.of(G::kValueSlots, G::kTileBytes);
     const uint32_t visible =
-        full ? 0
+        full ? kEveryPair
              : visible_bits<G::kN>([&](float (&s)[1][G::kN][4]) { hide(s, p, step, row, rows, p.low, p.high, lane); });
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
@@ -96,11 +96,10 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
     group_multiply_transposed<T, G::kHead, G::kKeys>(dp[0], G::kGradOut + own, values);
     group_commit();
     group_wait<0>(s[0], dp[0]);
-    if (!full) hide_by<G::kN>(s, visible);
-    each(dp, [&](float& x, int m, int n, int e) {
-        const float weight = power_of_2(multiply_add_scalar(s[m][n][e], p.score_scale, -sums.shift[e / 2]));
-        x = score_gradient(weight, x, sums.delta[e / 2]);
-    });
+    each(s,
+         [&](float& x, int, int, int e) { x = power_of_2(multiply_add_scalar(x, p.score_scale, -sums.shift[e / 2])); });
+    if (visible != kEveryPair) drop(s, visible);
+    each(dp, [&](float& x, int m, int n, int e) { x = score_gradient(s[m][n][e], x, sums.delta[e / 2]); });
     uint32_t gradients[G::kN / 2][4];
     pack_a<T>(gradients, dp[0]);
     group_fence(gradients, dq[0]);

@@ -59,6 +59,8 @@ EA_DEVICE void group_multiply_rows(float (&c)[kHead / 8][4], const uint32_t (&a)
         group_multiply<T, kHead, true>(c, a[k], matrix_further(matrix, k * (16 * 128)), true);
 }
 
+constexpr uint32_t kEveryPair = 0xFFFFFFFFu;
+
 // Which pairs `hide` lets be seen, a bit each as is_kept reads them: known before there are scores, whose registers are
 // free until then.
 template <int kN, class Hide>
@@ -70,11 +72,6 @@ EA_DEVICE uint32_t visible_bits(Hide hide) {
     uint32_t visible = 0;
     each(s, [&](float x, int, int n, int e) { visible |= static_cast<uint32_t>(x == 0.0f) << (n * 4 + e); });
     return visible;
-}
-
-template <int kN>
-EA_DEVICE void hide_by(float (&s)[1][kN][4], uint32_t visible) {
-    each(s, [&](float& x, int m, int n, int e) { x = is_kept<kN>(visible, m, n, e) ? x : -infinity(); });
 }
 
 // Rounds a group's rows to T and writes those below `end`, through the group's own tile in shared memory. `first` is

@@ -22,14 +22,17 @@ ROOT = TESTS.parent
 TWIN = TESTS / "cuda_host"
 sys.path.insert(0, str(TWIN))
 import build_twin  # noqa: E402
-from faults import FAULTS  # noqa: E402
+from faults import FAULTS, HEADS  # noqa: E402
 
 sys.path.remove(str(TWIN))
 
-SAMPLE = [
-    "head_dim_3", "value_dim_200", "causal_bottom_right_empty_rows", "window", "bits", "blocks_window_lengths",
-    "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale",
-]  # fmt: skip
+SAMPLES = {
+    80: ["head_dim_3", "value_dim_200", "causal_bottom_right_empty_rows", "window", "bits", "blocks_window_lengths",
+         "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale", "one_query_grouped",
+         "few_queries_window", "few_queries_lengths_bias", "few_queries_blocks", "few_queries_of_many_heads"],
+    90: ["dense_long", "head_dim_80", "causal_bottom_right_empty_rows", "bits", "lengths"],
+}  # fmt: skip
+LINEAR_SAMPLE = ["vectors-elu", "masked-identity", "causal-masked-performer_softmax", "causal-early-identity"]
 compiled = pytest.mark.skipif(
     shutil.which(build_twin.compiler().split()[0]) is None or os.uname().machine != "x86_64",
     reason="the host twin needs g++ on x86-64",
@@ -41,8 +44,14 @@ def twin() -> Path:
     return build_twin.build(ROOT / "build" / "cuda_host")
 
 
-def passes(module: Path, *arguments: str) -> None:
-    environment = {**os.environ, "EFFICIENT_ATTN_CUDA_TWIN": str(module), "PYTHONWARNINGS": "ignore"}
+def twin_environment(module: Path, capability: int, schedule: int = 0) -> dict[str, str]:
+    twin = "EFFICIENT_ATTN_CUDA_TWIN"
+    chosen = {twin: str(module), f"{twin}_CAPABILITY": str(capability), f"{twin}_SCHEDULE": str(schedule)}
+    return {**os.environ, **chosen}
+
+
+def passes(module: Path, capability: int, *arguments: str, schedule: int = 0) -> None:
+    environment = twin_environment(module, capability, schedule) | {"PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
@@ -50,34 +59,59 @@ def passes(module: Path, *arguments: str) -> None:
 
 
 @compiled
-def test_conformance_of_a_sample(twin: Path) -> None:
-    wanted = " or ".join(f"{name}-bfloat16" for name in SAMPLE)
-    passes(twin, str(TESTS / "test_conformance.py"), "-k", f"({wanted}) and not bits_")
+@pytest.mark.parametrize("capability", SAMPLES)
+def test_conformance_of_a_sample(twin: Path, capability: int) -> None:
+    wanted = " or ".join(f"{name}-bfloat16" for name in SAMPLES[capability])
+    passes(twin, capability, str(TESTS / "test_conformance.py"), "-k", f"({wanted}) and not bits_")
 
 
 @compiled
 def test_what_only_these_kernels_promise(twin: Path) -> None:
-    passes(twin, str(TESTS / "twin_kernels.py"))
+    passes(twin, 80, str(TESTS / "twin_kernels.py"))
+
+
+@compiled
+def test_conformance_of_a_sample_of_linear_attention(twin: Path) -> None:
+    wanted = " or ".join(f"cuda-{name}-bfloat16" for name in LINEAR_SAMPLE)
+    passes(twin, 80, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and ({wanted})")
 
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_conformance(twin: Path, dtype: str) -> None:
-    passes(twin, str(TESTS / "test_conformance.py"), "-k", f"-{dtype}]")
+@pytest.mark.parametrize("capability", SAMPLES)
+@pytest.mark.parametrize("dtype, schedule", [("float16", 1), ("bfloat16", 2)])
+def test_conformance(twin: Path, dtype: str, schedule: int, capability: int) -> None:
+    passes(twin, capability, str(TESTS / "test_conformance.py"), "-k", f"-{dtype}]", schedule=schedule)
+    if capability == 80:
+        passes(twin, 80, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and {dtype}")
+
+
+@compiled
+@pytest.mark.slow
+def test_what_only_linear_attention_promises(twin: Path) -> None:
+    passes(twin, 80, str(TESTS / "twin_linear.py"))
+
+
+SOUND = {"none": 64, "none on Hopper": 64, "none on Hopper, heads of 256": 256, "none on Hopper in one pass": 128}
+IN_CI = ("none", "no barrier in the forward", "a slot is released before its keys are read",
+         "a slot is released while it is multiplied")  # fmt: skip
 
 
 def run_fault(name: str, folder: Path) -> tuple[int, str]:
-    """Exit status and output of twin_probe.py on kernels with that fault ("none": as they are)."""
+    """Exit status and output of twin_probe.py on kernels with that fault (one of `SOUND`: as they are)."""
     sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
-    if name != "none":
+    hopper = "Hopper" in name
+    if name not in SOUND:
         file, right, wrong = FAULTS[name]
         text = (sources / "cuda" / file).read_text()
         assert text.count(right) == 1, f"{file} holds {text.count(right)} times: {right}"
         (sources / "cuda" / file).write_text(text.replace(right, wrong))
-    module = build_twin.build(folder / "built", sources, small=True)
-    environment = {**os.environ, "EFFICIENT_ATTN_CUDA_TWIN": str(module)}
+        hopper = file.startswith("sm90")
+    head = SOUND.get(name) or HEADS.get(name, 64)
+    module = build_twin.build(folder / "built", sources, small=head)
+    environment = twin_environment(module, 90 if hopper else 80)
+    environment["EFFICIENT_ATTN_CUDA_ANY_ORDER"] = str(int(head == 128))
     command = [sys.executable, str(TESTS / "twin_probe.py")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return result.returncode, result.stdout + result.stderr
@@ -85,12 +119,11 @@ def run_fault(name: str, folder: Path) -> tuple[int, str]:
 
 @compiled
 @pytest.mark.parametrize(
-    "fault", [pytest.param(n, marks=() if n in ("none", "no barrier in the forward") else pytest.mark.slow)
-              for n in ("none", *FAULTS)]
+    "fault", [pytest.param(n, marks=() if n in IN_CI else pytest.mark.slow) for n in (*SOUND, *FAULTS)]
 )  # fmt: skip
 def test_a_fault_is_found(fault: str, tmp_path: Path) -> None:
     status, said = run_fault(fault, tmp_path)
-    if fault == "none":
+    if fault in SOUND:
         assert status == 0, said
     else:
         assert status == 3, f"not found: {said}"
@@ -122,8 +155,11 @@ TABLE = ROOT / "benchmarks" / "results" / "cuda" / "compile.jsonl"
 
 
 def check(row: dict) -> None:
-    """Shared memory that an A100 has, and nothing spilled. The `safe` kernels run only on tiles where a NaN was met."""
-    assert row["shared"] <= 163 * 1024, row
+    """Shared memory that an A100 has (Hopper's kernels: an H100), and nothing spilled.
+
+    The `safe` kernels run only on tiles where a NaN was met.
+    """
+    assert row["shared"] <= (227 if row["kernel"].startswith("sm90::") else 163) * 1024, row
     assert row["safe"] or row["spill_stores"] == row["spill_loads"] == 0, row
 
 
@@ -136,19 +172,33 @@ def test_the_table_holds_every_kernel() -> None:
     }
     shapes = {(part, head_dim, extras) for part in parts for head_dim in (64, 128, 256) for extras in (False, True)}
     shapes |= {("attention_bias_gradient", head_dim, True) for head_dim in (64, 128, 256)}
+    hopper = {
+        (f"sm90::attention_{part}", head_dim, False)
+        for part in ("forward", "key_gradient", "query_gradient") for head_dim in (64, 128, 256)
+    } | {("sm90::attention_backward", 128, False), ("sm90::attention_round_queries", 0, False)}  # fmt: skip
+    shapes |= {(f"attention_decode_{rows}", head_dim, False) for rows in (16, 64) for head_dim in (64, 128, 256)}
+    shapes |= {("attention_delta", 0, False), ("attention_decode_join", 0, False)}
+    linear = {
+        (f"linear_{part}", features, split) for part in ("states", "sums") for features in (64, 128, 256)
+        for split in (False, True)
+    } | {("linear_scan", 0, False), ("linear_terms", 0, False)}  # fmt: skip
     for kind in kinds:
         of_kind = [row for row in rows if (row["arch"], row["dtype"]) == kind]
         found = {(row["kernel"], row["head_dim"], row["extras"]) for row in of_kind}
-        assert found == shapes | {("attention_delta", 0, False)}
+        wanted = shapes | (hopper if kind[0] == "sm_90a" else set()) | (linear if kind[1] == "bfloat16" else set())
+        assert found == wanted
     for row in rows:
         check(row)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_one_configuration_compiles_now() -> None:
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_one_configuration_compiles_now(arch: str) -> None:
     from efficient_attn.benchmarks import cuda_table
 
-    rows = cuda_table.compile_rows("sm_80", "bfloat16", head_dims=(64,), parts=("forward",), extras=(0,))
-    assert {row["kernel"] for row in rows} == {"attention_forward", "attention_forward_safe", "attention_delta"}
+    rows = cuda_table.compile_rows(arch, "bfloat16", head_dims=(64,), parts=("forward",), extras=(0,))
+    hopper = {"sm90::attention_forward"} if arch == "sm_90a" else set()
+    everywhere = {"attention_forward", "attention_forward_safe", "attention_delta"}
+    assert {row["kernel"] for row in rows} == everywhere | hopper
     for row in rows:
         check(row)

@@ -18,28 +18,6 @@ namespace py = pybind11;
 namespace efficient_attn {
 namespace {
 
-LinearAttentionParams read_linear_params(const std::string& words, bool backward) {
-    Reader in(words);
-    LinearAttentionParams p{};
-    p.feature_dtype = static_cast<int>(in.integer());
-    p.value_dtype = static_cast<int>(in.integer());
-    for (int64_t* size : {&p.B, &p.Hq, &p.Hkv, &p.Nq, &p.Nk, &p.D, &p.F, &p.Dv, &p.projection_heads, &p.feature_map,
-                          &p.is_causal, &p.causal_offset})
-        *size = in.integer();
-    for (double* number : {&p.root, &p.gain, &p.floor, &p.limit}) *number = in.take<double>();
-    for (TensorView* view : {&p.query, &p.key, &p.value, &p.out}) *view = in.view();
-    p.normaliser = in.pointer();
-    p.key_shift = in.pointer();
-    p.key_mask = in.pointer<const uint8_t>();
-    p.projection = in.pointer();
-    if (backward) {
-        for (TensorView* view : {&p.grad_out, &p.dq, &p.dk, &p.dv}) *view = in.view();
-        p.grad_normaliser = in.pointer();
-    }
-    in.finish();
-    return p;
-}
-
 const Kernels& kernels() {
     static const Kernels* chosen = [] {
         const char* name = std::getenv("EFFICIENT_ATTN_ISA");

@@ -81,8 +81,6 @@ class Walk {
         if (!list_rows<kSide>(m)) {
             cursor_ = begin_ / kWidth * kWidth;
             end_ = begin_ < limit_ ? limit_ : cursor_;
-            origin_ = 0;
-            tile_ = next_tile_ = next_block_ = -1;
             entry_ = last_ = 0;
             return;
         }
@@ -95,6 +93,22 @@ class Walk {
         last_ = begin_ < limit_ ? static_cast<int>(last < entry_ ? entry_ : last > most ? most : last) : entry_;
         entry_ = first_entry(m, begin_ / step_block(m));
         cursor_ = end_ = 0;
+        read_ahead(m);
+    }
+
+    // Before the first step: keeps part `part` of `parts`, of as many steps, or where there is a list, entries each.
+    EA_DEVICE void take_part(const KernelParams& p, int part, int parts) {
+        const MaskView& m = p.call.mask;
+        if (!list_rows<kSide>(m)) {
+            const int each = ceil_div(ceil_div(end_ - cursor_, kWidth), parts) * kWidth;
+            cursor_ = smaller(cursor_ + part * each, end_);
+            end_ = smaller(cursor_ + each, end_);
+            return;
+        }
+        last_ = first_entry(m, ceil_div(limit_, step_block(m)));
+        const int each = ceil_div(last_ - entry_, parts);
+        entry_ = smaller(entry_ + part * each, last_);
+        last_ = smaller(entry_ + each, last_);
         read_ahead(m);
     }
 
@@ -148,7 +162,8 @@ class Walk {
         return begin;
     }
 
-    int begin_, limit_, cursor_, end_, origin_, tile_, entry_, last_, next_block_, next_tile_;
+    int begin_, limit_, cursor_, end_, entry_, last_;
+    int origin_ = 0, tile_ = -1, next_block_ = -1, next_tile_ = -1;
 };
 
 EA_DEVICE const uint8_t* bit_tile(const MaskView& m, int tile) {

@@ -31,15 +31,15 @@ EA_DEVICE uint64_t dropout_seed(const KernelParams& p) {
     return p.seed ? static_cast<uint64_t>(load_global(p.seed)) : p.call.dropout_seed;
 }
 
-// Sets invisible pairs to -inf. Rows are the lines row, row + 8, row + 16 ..; line i sees the steps i + low .. i +
-// high. The bits of a line are a row of the bit tile: lines are queries.
-template <int kM, int kN>
-EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& step, int row, Span lines, int low,
-                    int high, int lane) {
+// Sets invisible pairs to -inf. Row 8 r of this thread is line line_of(r); line i sees the steps i + low .. i + high.
+// The bits of a line are a row of the bit tile: lines are queries.
+template <int kM, int kN, class LineOf>
+EA_DEVICE void hide_lines(float (&s)[kM][kN][4], const KernelParams& p, const Step& step, LineOf line_of, Span lines,
+                          int low, int high, int lane) {
     const int row_bytes = static_cast<int>(p.call.mask.block_k) / 8, block = static_cast<int>(p.call.mask.block_q);
     EA_UNROLL
     for (int r = 0; r < 2 * kM; ++r) {
-        const int line = row + r * 8;
+        const int line = line_of(r);
         const bool exists = line < lines.end;
         const int begin = line + low - step.first;
         const int end = exists ? smaller(line + high + 1, step.end) - step.first : begin;
@@ -62,6 +62,13 @@ EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& st
             }
         }
     }
+}
+
+// The same for rows that are the lines row, row + 8, row + 16 ..
+template <int kM, int kN>
+EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& step, int row, Span lines, int low,
+                    int high, int lane) {
+    hide_lines(s, p, step, [&](int r) { return row + r * 8; }, lines, low, high, lane);
 }
 
 // The same for fragments whose rows are keys and whose columns are queries: a row of the bit tile is a column here.
@@ -155,6 +162,52 @@ EA_DEVICE uint32_t draw_kept(const KernelParams& p, int b, int h, int row, int c
 template <int kN>
 EA_DEVICE bool is_kept(uint32_t kept, int m, int n, int e) {
     return kept >> ((m * kN + n) * 4 + e) & 1;
+}
+
+// Turns scores (times `unit`: log2) into weights e^(s - top). What was summed before is to be faded: says whether so,
+// and by what. `top`, `total`: of rows g and g + 8, the maximum in units of log2 and this thread's part of the sum.
+template <int kM, int kN>
+EA_DEVICE bool online_softmax(float (&s)[kM][kN][4], float (&top)[kM][2], float (&total)[kM][2], float (&fade)[kM][2],
+                              float unit) {
+    bool fades = false;
+    EA_UNROLL
+    for (int r = 0; r < 2 * kM; ++r) {
+        const int m = r / 2, half = r % 2;
+        float best = -infinity();
+        EA_UNROLL
+        for (int n = 0; n < kN; ++n) best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        const float now = fmaxf(top[m][half], quad_maximum(best) * unit);
+        const float shift = now == -infinity() ? 0.0f : now;  // a row without a visible key so far
+        fade[m][half] = power_of_2(top[m][half] - shift);
+        fades |= fade[m][half] != 1.0f;
+        float sum = 0.0f;
+        EA_UNROLL
+        for (int k = 0; k < 2 * kN; ++k) {
+            float& score = s[m][k / 2][2 * half + k % 2];
+            score = power_of_2(multiply_add_scalar(score, unit, -shift));
+            sum += score;
+        }
+        top[m][half] = now;
+        total[m][half] = total[m][half] * fade[m][half] + sum;
+    }
+    return fades;
+}
+
+// Writes the lse of rows row, row + 8, .. below the end of the tile; `factor`: what their sums are to be divided by.
+template <int kM>
+EA_DEVICE void finish_softmax(const float (&top)[kM][2], const float (&total)[kM][2], float (&factor)[kM][2],
+                              const KernelParams& p, const Place& at, int row, int lane) {
+    EA_UNROLL
+    for (int r = 0; r < 2 * kM; ++r) {
+        const float sum = quad_sum(total[r / 2][r % 2]);
+        factor[r / 2][r % 2] = sum == 0.0f ? 0.0f : p.keep_scale / sum;
+        const int line = row + r * 8;
+        if (lane % 4 == 0 && line < at.lines.end) {
+            const int64_t head = static_cast<int64_t>(at.b) * p.call.Hq + at.h;
+            const float lse = (top[r / 2][r % 2] + logarithm_2(sum)) * 0.6931471805599453f;
+            store_global(static_cast<float*>(p.call.lse) + head * p.call.Nq + line, sum == 0.0f ? -infinity() : lse);
+        }
+    }
 }
 
 // Sets the weights of dropped pairs to 0.

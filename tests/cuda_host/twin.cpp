@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -43,6 +45,8 @@ namespace {
 
 constexpr int kLanes = 32, kMostWarps = 32, kBarriers = 16, kBanks = 32;
 constexpr uint32_t kAll = 0xFFFFFFFFu;
+// Vector clocks have a component for each warp, and one for the copies that each barrier in shared memory counts.
+constexpr int kSharedBarriers = 64, kClocks = kMostWarps + kSharedBarriers;
 constexpr size_t kStack = 128 * 1024;
 
 // --- global memory ---
@@ -52,6 +56,7 @@ struct Region {
     int64_t bytes;
     bool written, whole;         // may be written, and must be
     std::vector<int64_t> owner;  // of each byte: kOutside, kFree, kEarlierLaunch, or the block that wrote it
+    bool sums = false;           // float32 that every block may add to
 };
 constexpr int64_t kOutside = -2, kFree = -1, kEarlierLaunch = INT64_MAX;
 
@@ -59,7 +64,7 @@ std::vector<Region> regions;
 
 // --- a block of threads ---
 
-enum State : uint8_t { kRunnable, kAtWarpWide, kAtBarrier, kDone };
+enum State : uint8_t { kRunnable, kAtWarpWide, kAtBarrier, kAtSharedBarrier, kDone };
 
 struct Group {
     std::vector<Copy> copies;
@@ -72,24 +77,35 @@ struct Fiber {
     void* arguments;
     bool vote;
     std::vector<Group> groups;  // the last one is open
+    uint32_t fences;            // proxy fences so far
+    bool acquired;              // this thread alone has seen, by a barrier in shared memory, what `seen` says
+    uint32_t seen[kClocks];
+    std::map<const uint8_t*, std::vector<uint8_t>> known;  // registers as a group_fence or a group_wait left them
 };
 
 struct Word {
     uint32_t write_clock, write_step;
     int16_t write_warp, write_lane;  // -1: nobody yet
     bool under_way;
+    bool ordinary;     // the last write was by an instruction of the generic proxy, after `fences` fences of its thread
+    uint16_t readers;  // warps that a wgmma reads it for
+    uint32_t fences;
 };
 
 struct Warp {
     uint32_t runnable, arrived, done;
     uint32_t step;  // warp_syncs and barriers so far
-    uint32_t clock[kMostWarps];
+    uint32_t clock[kClocks];
+    bool at_group;  // all lanes have come to a group-wide instruction
+    bool fenced;    // a group_fence since the last group_wait
+    int commits, registers;
 };
 
 struct Barrier {
-    int arrived;
     bool vote;
-    std::vector<int> threads;
+    std::vector<int> threads;  // that wait
+    int arrivals;              // without waiting, and what they have seen
+    uint32_t clock[kClocks];
 };
 
 struct Block {
@@ -124,6 +140,13 @@ std::string here() {
            std::to_string(block.current % kLanes) + ": ";
 }
 
+// Of hopper.h.
+std::string shared_barrier_text(int address);
+bool work_under_way();
+bool advance();
+void check_group_idle();
+void check_no_sums();
+
 // Gives up: back to launch(), which throws. The fibers are left as they are.
 [[noreturn]] void fail(const std::string& text) {
     block.report = text;
@@ -142,6 +165,7 @@ std::string where_everybody_is() {
             if (f.state == kDone) ++done;
             if (f.state == kAtWarpWide) text += " " + std::to_string(lane) + "=" + operation_name(f.operation);
             if (f.state == kAtBarrier) text += " " + std::to_string(lane) + "=barrier " + std::to_string(f.barrier);
+            if (f.state == kAtSharedBarrier) text += " " + std::to_string(lane) + "=" + shared_barrier_text(f.barrier);
         }
         if (done) text += " " + std::to_string(done) + " lanes done";
     }
@@ -150,11 +174,13 @@ std::string where_everybody_is() {
 
 // Goes on with a random lane that can run: of the same warp mostly, now and then of another one.
 void run_another() {
+    if (work_under_way() && draw() % 4 == 0) advance();
     int w = block.current / kLanes;
     if (!block.warp[w].runnable || draw() % 8 == 0) {
         const int first = static_cast<int>(draw() % static_cast<uint32_t>(block.warps));
         int k = 0;
         while (k < block.warps && !block.warp[(first + k) % block.warps].runnable) ++k;
+        if (k == block.warps && advance()) return run_another();
         if (k == block.warps) {
             for (const Fiber& f : block.fibers)
                 if (f.state != kDone) fail("deadlock in block " + std::to_string(block.index) + where_everybody_is());
@@ -182,6 +208,8 @@ void fiber_main() {
     (*block.kernel)();
     for (const Group& group : block.fibers[block.current].groups)
         if (!group.copies.empty()) fail(here() + "ended with a cp.async under way");
+    check_group_idle();
+    check_no_sums();
     stop(kDone);
     block.warp[block.current / kLanes].done |= 1u << block.current % kLanes;
     run_another();
@@ -218,6 +246,23 @@ void check_elements(const void* address, int bytes, bool write) {
 
 // --- shared memory ---
 
+// Whether `lane` of warp w has seen what warp `other` did until `clock`.
+bool has_seen(int w, int lane, int other, uint32_t clock) {
+    if (clock <= block.warp[w].clock[other]) return true;
+    const Fiber& fiber = block.fibers[w * kLanes + lane];
+    return fiber.acquired && clock <= fiber.seen[other];
+}
+
+// What single lanes have seen is seen by the whole warp after a warp_sync or a barrier.
+void share_seen(int w) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        Fiber& fiber = block.fibers[w * kLanes + lane];
+        if (!fiber.acquired) continue;
+        for (int k = 0; k < kClocks; ++k) block.warp[w].clock[k] = std::max(block.warp[w].clock[k], fiber.seen[k]);
+        fiber.acquired = false;
+    }
+}
+
 void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const char* what) {
     const int w = block.current / kLanes;
     const auto say = [&](const std::string& text) {
@@ -231,10 +276,12 @@ void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const 
     for (uint32_t k = address / 4; k < (address + bytes) / 4; ++k) {
         Word& word = block.words[k];
         if (!write && word.write_warp < 0) say("read before anything was written");
-        if (word.under_way) say("cp.async is still under way there");
+        if (word.under_way) say("a copy is still under way there");
+        if (write && word.readers) say("a wgmma or a bulk_add may still be reading there");
         if (word.write_warp >= 0) {
-            if (word.write_warp != w && word.write_clock > warp.clock[word.write_warp])
-                say("race with a write by warp " + std::to_string(word.write_warp));
+            if (word.write_warp != w && !has_seen(w, lane, word.write_warp, word.write_clock))
+                say("race with a " + (word.write_warp < kMostWarps ? "write by warp " + std::to_string(word.write_warp)
+                                                                   : std::string("tensor copy")));
             if (word.write_warp == w && word.write_lane != lane && word.write_step == warp.step)
                 say("race with a write by lane " + std::to_string(word.write_lane));
         }
@@ -244,12 +291,14 @@ void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const 
             continue;
         }
         for (int other = 0; other < block.warps; ++other)
-            if (other != w && reads[other] > warp.clock[other])
+            if (other != w && !has_seen(w, lane, other, reads[other]))
                 say("race with a read by warp " + std::to_string(other));
         word.write_warp = static_cast<int16_t>(w);
         word.write_lane = static_cast<int16_t>(lane);
         word.write_clock = warp.clock[w];
         word.write_step = warp.step;
+        word.ordinary = true;
+        word.fences = block.fibers[w * kLanes + lane].fences;
     }
 }
 
@@ -353,9 +402,27 @@ void multiply_add(int w) {
         for (int r = 0; r < 4; ++r) argument<Mma>(w, lane).c[r] = c[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
 }
 
+#include "hopper.h"
+
 void execute(int operation, int w) {
     switch (operation) {
         case kWarpSync:
+            share_seen(w);
+            break;
+        case kRegisters:
+            change_registers(w);
+            break;
+        case kGroupFence:
+            group_fence(w);
+            break;
+        case kGroupMultiply:
+            issue_multiply(w / kGroupWarps);
+            break;
+        case kGroupCommit:
+            ++block.warp[w].commits;
+            break;
+        case kGroupWait:
+            group_wait(w);
             break;
         case kWarpAny: {
             bool any = false;
@@ -392,14 +459,17 @@ void execute(int operation, int w) {
 }
 
 void release(Barrier& barrier) {
-    uint32_t joined[kMostWarps] = {};
+    uint32_t joined[kClocks];
     bool part[kMostWarps] = {};
     for (int thread : barrier.threads) part[thread / kLanes] = true;
+    std::copy(barrier.clock, barrier.clock + kClocks, joined);
     for (int w = 0; w < block.warps; ++w)
-        for (int k = 0; part[w] && k < block.warps; ++k) joined[k] = std::max(joined[k], block.warp[w].clock[k]);
+        if (part[w]) share_seen(w);
+    for (int w = 0; w < block.warps; ++w)
+        for (int k = 0; part[w] && k < kClocks; ++k) joined[k] = std::max(joined[k], block.warp[w].clock[k]);
     for (int w = 0; w < block.warps; ++w)
         if (part[w]) {
-            std::copy(joined, joined + block.warps, block.warp[w].clock);
+            std::copy(joined, joined + kClocks, block.warp[w].clock);
             ++block.warp[w].clock[w];
             ++block.warp[w].step;
         }
@@ -410,6 +480,8 @@ void release(Barrier& barrier) {
     }
     barrier.threads.clear();
     barrier.vote = false;
+    barrier.arrivals = 0;
+    std::fill(barrier.clock, barrier.clock + kClocks, 0u);
     ++totals.barriers;
 }
 
@@ -419,12 +491,15 @@ void run_block(int64_t index) {
     block.warp.assign(static_cast<size_t>(block.warps), Warp{});
     block.barrier.assign(kBarriers, Barrier{});
     block.shared.assign(block.shared_bytes, 0xFF);
-    block.words.assign(block.shared_bytes / 4, Word{0, 0, -1, -1, false});
+    block.words.assign(block.shared_bytes / 4, Word{0, 0, -1, -1, false, false, 0, 0});
     block.reads.assign(block.words.size() * static_cast<size_t>(block.warps), 0);
     for (int w = 0; w < block.warps; ++w) {
         block.warp[w].runnable = kAll;
         block.warp[w].clock[w] = 1;
+        block.warp[w].registers = std::min(256, kRegisterFile / block.threads / 8 * 8);
     }
+    hopper = {};
+    hopper.groups.resize(static_cast<size_t>((block.warps + kGroupWarps - 1) / kGroupWarps));
     for (int t = 0; t < block.threads; ++t) {
         void** top = reinterpret_cast<void**>(stacks + (t + 1) * kStack - 16);
         *--top = nullptr;  // keeps the stack aligned as after a call
@@ -436,6 +511,7 @@ void run_block(int64_t index) {
     block.current = static_cast<int>(draw() % static_cast<uint32_t>(block.threads));
     twin_switch(&block.host, block.fibers[block.current].stack_pointer);
     ++totals.blocks;
+    if (block.report.empty()) check_block_ended();
     if (!block.report.empty()) throw std::runtime_error("host twin: " + block.report);
 }
 
@@ -454,10 +530,11 @@ const bool float16_ready = [] {
 }  // namespace
 
 const char* operation_name(int operation) {
-    static const char* const names[kOperations] = {"nothing",       "warp_sync",     "vote.any",       "shfl",
-                                                   "st.shared.32",  "st.shared.128", "ld.shared.32",   "ld.shared.64",
-                                                   "ld.shared.128", "ldmatrix",      "ldmatrix.trans", "cp.async",
-                                                   "cp.async.32",   "mma.bf16",      "mma.f16"};
+    static const char* const names[kOperations] = {
+        "nothing",      "warp_sync",    "vote.any",      "shfl",       "st.shared.32",   "st.shared.128",
+        "ld.shared.32", "ld.shared.64", "ld.shared.128", "ldmatrix",   "ldmatrix.trans", "cp.async",
+        "cp.async.32",  "mma.bf16",     "mma.f16",       "setmaxnreg", "group_fence",    "wgmma",
+        "group_commit", "group_wait",   "tensor_load",   "bulk_add"};
     return names[operation];
 }
 
@@ -486,6 +563,11 @@ void allow(const void* data, int64_t bytes, bool written) {
 void allow_workspace(void* data, int64_t bytes) {
     allow(data, bytes, true);
     regions.back().whole = false;
+}
+
+void allow_sums(void* data, int64_t bytes) {
+    allow(data, bytes, false);
+    regions.back().sums = true;
 }
 
 void forget() { regions.clear(); }
@@ -539,13 +621,22 @@ void block_barrier(int id, int threads) {
     barrier.threads.push_back(block.current);
     block.fibers[block.current].barrier = id;
     stop(kAtBarrier);
-    if (static_cast<int>(barrier.threads.size()) == wanted) release(barrier);
+    if (static_cast<int>(barrier.threads.size()) + barrier.arrivals == wanted) release(barrier);
     run_another();
 }
 
-bool block_any(bool value) {
-    block.barrier[0].vote |= value;
-    block_barrier(0, 0);
+void barrier_arrive_only(int id, int threads) {
+    Barrier& barrier = block.barrier[id];
+    Warp& warp = block.warp[block.current / kLanes];
+    join(barrier.clock, block.current);
+    ++warp.clock[block.current / kLanes];
+    ++barrier.arrivals;
+    if (static_cast<int>(barrier.threads.size()) + barrier.arrivals == threads) release(barrier);
+}
+
+bool barrier_any(int id, int threads, bool value) {
+    block.barrier[id].vote |= value;
+    block_barrier(id, threads);
     return block.fibers[block.current].vote;
 }
 
@@ -569,14 +660,140 @@ void warp_wide(int operation, void* arguments) {
         run_another();
         return;
     }
+    if (operation == kGroupMultiply && !group_is_here(w)) {
+        stop(kAtWarpWide);
+        run_another();
+        return;
+    }
     ++totals.calls[operation];
     execute(operation, w);
+    if (operation == kGroupMultiply) release_group(w / kGroupWarps);
     if (operation == kWarpSync) ++warp.step;  // the others order no memory
     block.current = self;
     warp.arrived = 0;
     warp.runnable = kAll;
     for (int k = 0; k < kLanes; ++k) block.fibers[w * kLanes + k].state = kRunnable;
 }
+
+void check_tensor_map(const TensorMapFields& map) {
+    const auto refuse = [](const std::string& why) {
+        throw std::runtime_error("host twin: cuTensorMapEncodeTiled refuses: " + why);
+    };
+    if (reinterpret_cast<uintptr_t>(map.base) % 16) refuse("the tensor does not begin on 16 bytes");
+    for (int d = 0; d < 4; ++d) {
+        if (map.sizes[d] < 1 || map.sizes[d] > int64_t{1} << 32) refuse("a size of " + std::to_string(map.sizes[d]));
+        if (map.box[d] < 1 || map.box[d] > 256) refuse("a box of " + std::to_string(map.box[d]));
+    }
+    for (int64_t stride : map.strides)
+        if (stride <= 0 || stride % 16 || stride >= int64_t{1} << 40) refuse("a stride of " + std::to_string(stride));
+    if (map.box[0] * 2 != 128) refuse("rows of the box that are not as wide as the swizzle");
+}
+
+void barrier_init(uint32_t barrier, int arrivals) {
+    check_shared(barrier, 8, true, block.current % kLanes, "mbarrier.init");
+    if (arrivals < 1) fail(here() + "a barrier of " + std::to_string(arrivals) + " arrivals");
+    SharedBarrier made{};
+    made.arrivals = made.pending = arrivals;
+    made.maker = block.current;
+    made.clock = kMostWarps + static_cast<int>(hopper.barriers.size());
+    if (made.clock == kClocks) fail(here() + "more barriers than the twin has clocks for");
+    if (!hopper.barriers.emplace(barrier, made).second) fail(here() + "a barrier is made where there is one");
+}
+
+void barrier_init_fence() {
+    for (auto& [address, barrier] : hopper.barriers) barrier.fenced |= barrier.maker == block.current;
+}
+
+void barrier_arrive(uint32_t address, int expected_bytes) {
+    SharedBarrier& barrier = shared_barrier(address, expected_bytes > 0);
+    join(barrier.arrived, block.current);
+    ++block.warp[block.current / kLanes].clock[block.current / kLanes];
+    barrier.bytes += expected_bytes;
+    if (--barrier.pending < 0)
+        fail(here() + "one arrival too many at the " + shared_barrier_text(static_cast<int>(address)));
+    complete_phase(barrier);
+}
+
+void barrier_wait(uint32_t address, int parity) {
+    SharedBarrier& barrier = shared_barrier(address, false);
+    if (parity != 0 && parity != 1) fail(here() + "parity " + std::to_string(parity));
+    Fiber& fiber = block.fibers[block.current];
+    if ((barrier.phase & 1) == parity) {
+        const int awaited = barrier.phase;
+        fiber.barrier = static_cast<int>(address);
+        barrier.waiting.push_back(block.current);
+        stop(kAtSharedBarrier);
+        run_another();
+        if (barrier.phase != awaited + 1)
+            fail(here() +
+                 "the phase waited for is past, the next one too: " + shared_barrier_text(static_cast<int>(address)));
+    }
+    if (!fiber.acquired) std::fill(fiber.seen, fiber.seen + kClocks, 0u);
+    fiber.acquired = true;
+    for (int k = 0; k < kClocks; ++k) fiber.seen[k] = std::max(fiber.seen[k], barrier.done[k]);
+}
+
+void tensor_load(uint32_t address, const TensorMapFields& map, uint32_t barrier, const int (&place)[4]) {
+    const SharedBarrier& counting = shared_barrier(barrier, true);
+    const int lane = block.current % kLanes;
+    if (address % 1024)
+        fail(here() + "tensor_load to shared byte " + std::to_string(address) + ", no multiple of 1024");
+    TensorCopy copy{address, barrier, map, {}, block.current, static_cast<uint32_t>(counting.phase) + 1};
+    std::copy(place, place + 4, copy.place);
+    const uint32_t end = address + static_cast<uint32_t>(box_bytes(map));
+    for (uint32_t chunk = address; chunk < end; chunk += 16) {
+        if (chunk + 16 <= block.shared_bytes) check_proxy(chunk, "tensor_load writes");
+        check_shared(chunk, 16, true, lane, "tensor_load");
+        for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) {
+            Word& word = block.words[k];
+            word.under_way = true;
+            word.ordinary = false;
+            word.write_warp = static_cast<int16_t>(counting.clock);  // seen by those who wait for the phase
+            word.write_clock = copy.clock;
+        }
+        std::memset(&block.shared[chunk], 0xFF, 16);
+    }
+    hopper.copies.push_back(copy);
+    ++totals.calls[kTensorLoad];
+}
+
+void bulk_add(float* target, uint32_t source, int bytes) {
+    const int lane = block.current % kLanes;
+    const uint8_t* first = reinterpret_cast<const uint8_t*>(target);
+    if (bytes <= 0 || bytes % 16 || source % 16 || reinterpret_cast<uintptr_t>(target) % 16)
+        fail(here() + "bulk_add of " + std::to_string(bytes) + " bytes, or misaligned");
+    if (std::none_of(regions.begin(), regions.end(), [&](const Region& region) {
+            return region.sums && first >= region.begin && first + bytes <= region.begin + region.bytes;
+        }))
+        fail(here() + "bulk_add outside of the sums");
+    for (uint32_t chunk = source; chunk < source + static_cast<uint32_t>(bytes); chunk += 16) {
+        check_shared(chunk, 16, false, lane, "bulk_add");
+        check_proxy(chunk, "bulk_add reads");
+        for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) ++block.words[k].readers;
+    }
+    hopper.sums.push_back({target, source, bytes, block.current, false, false});
+    ++totals.calls[kBulkAdd];
+}
+
+void bulk_commit() {
+    for (BulkSum& sum : hopper.sums) sum.committed |= sum.thread == block.current;
+}
+
+void bulk_wait() {
+    const int w = block.current / kLanes;
+    for (size_t k = hopper.sums.size(); k-- > 0;) {
+        BulkSum& sum = hopper.sums[k];
+        if (sum.thread != block.current || !sum.committed) continue;
+        if (!sum.executed) execute_sum(sum);
+        for (uint32_t word = sum.source / 4; word < (sum.source + static_cast<uint32_t>(sum.bytes)) / 4; ++word) {
+            --block.words[word].readers;
+            block.reads[word * static_cast<size_t>(block.warps) + static_cast<size_t>(w)] = block.warp[w].clock[w];
+        }
+        hopper.sums.erase(hopper.sums.begin() + static_cast<std::ptrdiff_t>(k));
+    }
+}
+
+void async_proxy_fence() { ++block.fibers[block.current].fences; }
 
 void commit_copies() {
     std::vector<Group>& groups = block.fibers[block.current].groups;

@@ -2,16 +2,19 @@
 // and a report for everything that a GPU would let pass silently:
 //
 //   * an access of shared memory outside of it, misaligned, not yet written, or under way by cp.async;
-//   * two accesses of shared memory, one of them a write, that no barrier or warp-wide instruction orders (vector
-//   clocks
-//     as in FastTrack, Flanagan and Freund, 2009; one clock a warp, and steps within a warp);
-//   * an access of global memory outside the elements of the tensors that were allowed, misaligned, a write to an
-//   input,
-//     an output element that nobody or more than one block has written;
+//   * two accesses of shared memory, one of them a write, that no barrier or warp-wide instruction orders
+//     (vector clocks as in FastTrack, Flanagan and Freund, 2009; one clock a warp, and steps within a warp);
+//   * an access of global memory outside the elements of the tensors that were allowed, misaligned, a write to
+//     an input, an output element that nobody or more than one block has written;
 //   * lanes of a warp at different warp-wide instructions, threads that wait for a barrier for ever, a copy that nobody
 //     waited for;
+//   * of Hopper: tensor copies and wgmma work at a random time before the wait that covers them. Reported are accesses
+//     before that of what they write or read (a warp reads its own 16 rows of an A in shared memory), registers written
+//     and not fenced, ordinary writes of shared memory that no proxy fence shows to them, descriptors and tensor maps
+//     against the rules, more registers taken than given.
 //
-// Shared memory is NaN at the start, and so is the target of a cp.async until its wait. Bank conflicts are counted.
+// Shared memory is NaN at the start, and so is the target of a copy until its wait, and the accumulators of a wgmma.
+// Bank conflicts are counted.
 #pragma once
 
 #include <cstddef>
@@ -37,6 +40,13 @@ enum Operation : int {
     kCopyAsync32,
     kMmaBFloat16,
     kMmaFloat16,
+    kRegisters,
+    kGroupFence,
+    kGroupMultiply,  // the one that all warps of a warpgroup execute together
+    kGroupCommit,
+    kGroupWait,
+    kTensorLoad,  // by one thread
+    kBulkAdd,     // likewise
     kOperations
 };
 
@@ -54,6 +64,7 @@ Counters& counters();
 void allow(const void* data, const int64_t* sizes, const int64_t* strides, int dimensions, int element, bool written);
 void allow(const void* data, int64_t bytes, bool written);
 void allow_workspace(void* data, int64_t bytes);  // like an output, of which some may stay unwritten
+void allow_sums(void* data, int64_t bytes);       // float32 that any block may add to by bulk_add, and read
 void forget();                                    // what was allowed
 void check_all_written();                         // throws unless every element that may be written is
 
@@ -66,7 +77,8 @@ int thread_index();
 int64_t block_index();
 int64_t block_count();
 void block_barrier(int id, int threads);  // threads 0: all
-bool block_any(bool value);
+void barrier_arrive_only(int id, int threads);
+bool barrier_any(int id, int threads, bool value);
 void warp_wide(int operation, void* arguments);  // executes when all 32 lanes have come with the same operation
 void commit_copies();
 void wait_copies(int pending);
@@ -92,6 +104,47 @@ struct Mma {
     float* c;
     const uint32_t* a;
     uint32_t b[2];
+};
+
+// Hopper; see hopper.h.
+
+// What a TensorMap holds here: elements of 2 bytes, dimensions from the innermost, strides in bytes of all but it.
+struct TensorMapFields {
+    const uint8_t* base;
+    int64_t sizes[4], strides[3];
+    int32_t box[4];
+};
+// Throws where cuTensorMapEncodeTiled would refuse a map with 128-byte swizzle.
+void check_tensor_map(const TensorMapFields& map);
+
+void barrier_init(uint32_t barrier, int arrivals);
+void barrier_init_fence();
+void barrier_arrive(uint32_t barrier, int expected_bytes);
+void barrier_wait(uint32_t barrier, int parity);
+void tensor_load(uint32_t address, const TensorMapFields& map, uint32_t barrier, const int (&place)[4]);
+void async_proxy_fence();
+void bulk_add(float* target, uint32_t source, int bytes);
+void bulk_commit();
+void bulk_wait();  // for what shared memory is read for, and for the sums, alike
+
+struct RegisterCount {
+    int count;
+    bool take;
+};
+struct Registers {  // of one thread
+    void* data;
+    size_t bytes;
+};
+struct Fence {
+    const Registers* named;
+    int count, pending;  // pending: of group_wait
+};
+struct GroupMultiply {
+    float* c;
+    const uint32_t* a_registers;  // or null
+    uint64_t a, b;
+    int columns;
+    bool bfloat16, transpose_b, accumulate, transpose_a;
 };
 
 float from_bfloat16(uint16_t bits);

@@ -54,32 +54,10 @@ EA_DEVICE void load_slot(const KernelParams& p, const Place& at, const Step& ste
                                                p.value_aligned);
 }
 
-// Turns scores (times `unit`: log2) into weights e^(s - top) and fades what was summed before.
 template <class F>
 EA_DEVICE void online_softmax_update(F& f, float (&s)[F::kM][F::kKeys / 8][4], float unit) {
     float fade[F::kM][2];
-    bool fades = false;
-    EA_UNROLL
-    for (int r = 0; r < 2 * F::kM; ++r) {
-        const int m = r / 2, half = r % 2;
-        float best = -infinity();
-        EA_UNROLL
-        for (int n = 0; n < F::kKeys / 8; ++n) best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-        const float top = fmaxf(f.top[m][half], quad_maximum(best) * unit);
-        const float shift = top == -infinity() ? 0.0f : top;  // a row without a visible key so far
-        fade[m][half] = power_of_2(f.top[m][half] - shift);
-        fades |= fade[m][half] != 1.0f;
-        float sum = 0.0f;
-        EA_UNROLL
-        for (int k = 0; k < F::kKeys / 4; ++k) {
-            float& score = s[m][k / 2][2 * half + k % 2];
-            score = power_of_2(multiply_add_scalar(score, unit, -shift));
-            sum += score;
-        }
-        f.top[m][half] = top;
-        f.total[m][half] = f.total[m][half] * fade[m][half] + sum;
-    }
-    if (!warp_any(fades)) return;  // most tiles after the first few change no maximum
+    if (!warp_any(online_softmax(s, f.top, f.total, fade, unit))) return;  // most tiles after the first few
     each(f.out, [&](float& x, int m, int, int e) { x *= fade[m][e / 2]; });
 }
 
@@ -148,17 +126,7 @@ EA_DEVICE void store_output(F& f, const KernelParams& p, const Place& at, int pa
     const int lane = thread_index() % kWarp, warp_row = first_row<F>(part);
     if (at.lines.begin + warp_row >= at.lines.end) return;
     float factor[F::kM][2];
-    EA_UNROLL
-    for (int r = 0; r < 2 * F::kM; ++r) {
-        const float total = quad_sum(f.total[r / 2][r % 2]);
-        factor[r / 2][r % 2] = total == 0.0f ? 0.0f : p.keep_scale / total;
-        const int row = at.lines.begin + warp_row + r * 8 + lane / 4;
-        if (lane % 4 == 0 && row < at.lines.end) {
-            const int64_t head = static_cast<int64_t>(at.b) * p.call.Hq + at.h;
-            const float lse = (f.top[r / 2][r % 2] + logarithm_2(total)) * 0.6931471805599453f;
-            store_global(static_cast<float*>(p.call.lse) + head * p.call.Nq + row, total == 0.0f ? -infinity() : lse);
-        }
-    }
+    finish_softmax(f.top, f.total, factor, p, at, at.lines.begin + warp_row + lane / 4, lane);
     each(f.out, [&](float& x, int m, int, int e) { x *= factor[m][e / 2]; });
     store_rows<typename F::T, F::kHead>(f.out, F::kQuery, head_pointer(p.call.out, at.b, at.h), p.call.out.row_stride,
                                         at.lines.begin, warp_row, at.lines.end, 0, static_cast<int>(p.call.Dv),

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "twin.h"
 
@@ -29,8 +30,10 @@ EA_DEVICE int64_t block_index() { return twin::block_index(); }
 EA_DEVICE int64_t block_count() { return twin::block_count(); }
 
 EA_DEVICE void block_sync() { twin::block_barrier(0, 0); }
-EA_DEVICE bool block_any(bool value) { return twin::block_any(value); }
+EA_DEVICE bool block_any(bool value) { return twin::barrier_any(0, 0, value); }
 EA_DEVICE void named_sync(int id, int threads) { twin::block_barrier(id, threads); }
+EA_DEVICE void named_arrive(int id, int threads) { twin::barrier_arrive_only(id, threads); }
+EA_DEVICE bool named_any(int id, int threads, bool value) { return twin::barrier_any(id, threads, value); }
 EA_DEVICE void warp_sync() { twin::warp_wide(twin::kWarpSync, nullptr); }
 
 EA_DEVICE bool warp_any(bool value) {
@@ -118,6 +121,77 @@ template <class T>
 EA_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     twin::Mma mma{c, a, {b0, b1}};
     twin::warp_wide(sizeof(T) && std::is_same_v<T, BFloat16> ? twin::kMmaBFloat16 : twin::kMmaFloat16, &mma);
+}
+
+// --- Hopper ---
+
+constexpr bool kHopper = true;
+
+template <int kCount>
+EA_DEVICE void registers_give() {
+    twin::RegisterCount change{kCount, false};
+    twin::warp_wide(twin::kRegisters, &change);
+}
+template <int kCount>
+EA_DEVICE void registers_take() {
+    twin::RegisterCount change{kCount, true};
+    twin::warp_wide(twin::kRegisters, &change);
+}
+
+EA_DEVICE void barrier_init(uint32_t barrier, int arrivals) { twin::barrier_init(barrier, arrivals); }
+EA_DEVICE void barrier_init_fence() { twin::barrier_init_fence(); }
+EA_DEVICE void barrier_arrive(uint32_t barrier) { twin::barrier_arrive(barrier, 0); }
+EA_DEVICE void barrier_arrive_expect(uint32_t barrier, int bytes) { twin::barrier_arrive(barrier, bytes); }
+EA_DEVICE void barrier_wait(uint32_t barrier, int parity) { twin::barrier_wait(barrier, parity); }
+
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+static_assert(sizeof(twin::TensorMapFields) <= sizeof(TensorMap));
+
+EA_DEVICE void tensor_prefetch(const TensorMap&) {}
+EA_DEVICE void tensor_load(uint32_t address, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+    twin::TensorMapFields fields;
+    std::memcpy(&fields, &map, sizeof fields);
+    twin::tensor_load(address, fields, barrier, {c0, c1, c2, c3});
+}
+EA_DEVICE void async_proxy_fence() { twin::async_proxy_fence(); }
+
+EA_DEVICE void bulk_add(float* target, uint32_t source, int bytes) { twin::bulk_add(target, source, bytes); }
+EA_DEVICE void bulk_commit() { twin::bulk_commit(); }
+EA_DEVICE void bulk_wait_read() { twin::bulk_wait(); }
+EA_DEVICE void bulk_wait() { twin::bulk_wait(); }
+
+EA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+    return static_cast<uint64_t>((address & 0x3FFFFu) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+           static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
+}
+EA_DEVICE uint64_t matrix_further(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+
+template <class... R>
+EA_DEVICE void group_fence(R&... written) {
+    const twin::Registers named[] = {{&written, sizeof written}..., {}};
+    twin::Fence fence{named, sizeof...(R), 0};
+    twin::warp_wide(twin::kGroupFence, &fence);
+}
+EA_DEVICE void group_commit() { twin::warp_wide(twin::kGroupCommit, nullptr); }
+template <int kPending, class... R>
+EA_DEVICE void group_wait(R&... done) {
+    const twin::Registers named[] = {{&done, sizeof done}..., {}};
+    twin::Fence fence{named, sizeof...(R), kPending};
+    twin::warp_wide(twin::kGroupWait, &fence);
+}
+
+template <class T, int kN, bool kTransposeB, bool kTransposeA = false>
+EA_DEVICE void group_multiply(float (&c)[kN / 8][4], uint64_t a, uint64_t b, bool accumulate) {
+    twin::GroupMultiply multiply{&c[0][0],    nullptr,    a,          b, kN, std::is_same_v<T, BFloat16>,
+                                 kTransposeB, accumulate, kTransposeA};
+    twin::warp_wide(twin::kGroupMultiply, &multiply);
+}
+template <class T, int kN, bool kTransposeB>
+EA_DEVICE void group_multiply(float (&c)[kN / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    twin::GroupMultiply multiply{&c[0][0], a, 0, b, kN, std::is_same_v<T, BFloat16>, kTransposeB, accumulate, false};
+    twin::warp_wide(twin::kGroupMultiply, &multiply);
 }
 
 template <class T>

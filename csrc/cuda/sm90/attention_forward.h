@@ -1,0 +1,281 @@
+// Attention forward on Hopper (wgmma, TMA), as sm80/attention_forward.h defines it, with the same tiles.
+//
+// After FlashAttention-3 (Shah et al., 2024): the warpgroups of a block of threads have different tasks. One of them,
+// the producer, walks the keys that a tile of 128 queries sees and has them copied into slots in shared memory; it
+// alone reads lists of blocks. Two consumers with 64 queries each multiply. They hear of each step through its slot:
+// which keys it holds, which bit tile, whether it is the last. Barriers tell when a slot is full and when it is empty
+// again.
+//
+// A consumer starts the scores of a step together with the sum over the values of the step before, so that its softmax
+// runs while tensor cores work; and the two consumers take turns in starting (ping-pong), so that one's softmax falls
+// into the other's products. A block of threads works off many tiles, the long ones first.
+//
+// Shared memory: Q of each consumer, K and V slots, all as panels of 64 columns (128 bytes a row, swizzled); a line of
+// 128 bytes for the step in each slot; barriers. A consumer's output passes through the memory of its Q.
+#pragma once
+
+#include "cuda/sm90/groups.h"
+
+namespace efficient_attn {
+namespace sm90 {
+namespace {
+
+// What a kernel reads by tensor copies, and its work.
+struct ForwardInputs {
+    TensorMap query, key, value;
+    Work work;
+};
+
+template <class T_, int kHead_>
+struct Forward {
+    using T = T_;
+    static constexpr int kHead = kHead_;
+    static constexpr int kConsumers = 2, kRows = kConsumers * kGroupRows, kKeys = kHead == 256 ? 64 : 128;
+    static constexpr int kThreads = (1 + kConsumers) * kGroup, kStages = kHead == 64 ? 4 : kHead == 128 ? 3 : 2;
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+    static constexpr bool kTurns = kHead <= 128;
+    static constexpr uint32_t kQueryBytes = kGroupRows * kHead * 2, kTileBytes = kKeys * kHead * 2;
+    static constexpr uint32_t kQuery = 0, kKeySlots = kConsumers * kQueryBytes;
+    static constexpr uint32_t kValueSlots = kKeySlots + kStages * kTileBytes;
+    static constexpr uint32_t kSteps = kValueSlots + kStages * kTileBytes;
+    static constexpr uint32_t kQueryFull = kSteps + kStages * kLineBytes, kQueryEmpty = kQueryFull + 8;
+    static constexpr uint32_t kKeyFull = kQueryEmpty + 8, kKeyEmpty = kKeyFull + kStages * 8;
+    static constexpr uint32_t kValueFull = kKeyEmpty + kStages * 8, kValueEmpty = kValueFull + kStages * 8;
+    static constexpr uint32_t kSharedBytes = kValueEmpty + kStages * 8;
+
+    float out[1][kHead / 8][4];       // not yet divided by `total`
+    float top[1][2], total[1][2];     // see online_softmax
+    uint32_t weights[kKeys / 16][4];  // of the step whose values are still to be added, as A operands
+};
+
+// Named barriers: 0 is block_sync's.
+EA_DEVICE int turn_of(int consumer) { return 1 + consumer; }
+
+// --- the producer ---
+
+template <class F>
+EA_DEVICE void load_queries(const ForwardInputs& in, const Place& at, int parity) {
+    barrier_wait(F::kQueryEmpty, parity ^ 1);
+    barrier_arrive_expect(F::kQueryFull, F::kConsumers * F::kQueryBytes);
+    EA_KEEP_LOOP
+    for (int consumer = 0; consumer < F::kConsumers; ++consumer)
+        load_panels<F::kHead, kGroupRows>(F::kQuery + consumer * F::kQueryBytes, in.query, F::kQueryFull,
+                                          at.lines.begin + consumer * kGroupRows, at.h, at.b);
+}
+
+// By one warp. A tile of which nobody sees a key has one step, with no key in it.
+template <class F>
+EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
+    const int lane = thread_index() % kWarp;
+    Slot<F::kStages> slot;
+    int query_parity = 0;
+    each_tile(in.work, [&](int tile) {
+        const Place at = query_place<F::kRows>(p, tile);
+        if (at.lines.begin >= at.lines.end) return;
+        const int kv = at.h / p.group;
+        const Reach sees = reach(at.lines.begin, at.lines.end - 1, p.low, p.high, key_count(p, at.b));
+        Walk<F::kKeys, kByQuery> walk(p, at.b, at.h, at.lines.begin, sees.any);
+        Step next{0, 0, -1, 0};
+        bool more = walk.next(p, next), first = true;
+        do {
+            const Step step = next;
+            more = more && walk.next(p, next);
+            barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);
+            send_step(slot.of(F::kSteps, kLineBytes), step, more, at.h, lane);
+            warp_sync();
+            if (lane == 0) {
+                const uint32_t key_full = slot.of(F::kKeyFull, 8), value_full = slot.of(F::kValueFull, 8);
+                barrier_arrive_expect(key_full, F::kTileBytes);
+                load_panels<F::kHead, F::kKeys>(slot.of(F::kKeySlots, F::kTileBytes), in.key, key_full, step.first, kv,
+                                                at.b);
+                barrier_wait(slot.of(F::kValueEmpty, 8), slot.parity ^ 1);
+                barrier_arrive_expect(value_full, F::kTileBytes);
+                load_panels<F::kHead, F::kKeys>(slot.of(F::kValueSlots, F::kTileBytes), in.value, value_full,
+                                                step.first, kv, at.b);
+                if (first) load_queries<F>(in, at, query_parity);
+            }
+            first = false;
+            slot.advance();
+        } while (more);
+        query_parity ^= 1;
+    });
+}
+
+// --- the consumers ---
+
+// Which of the two, this thread's lane, and the first row of its warp in the tile.
+struct Consumer {
+    int index, lane, row;
+};
+
+// The step in a slot, once its keys are there; says whether more follow.
+template <class F>
+EA_DEVICE bool receive(Step& step, const Slot<F::kStages>& slot) {
+    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);
+    return read_step(step, slot.of(F::kSteps, kLineBytes));
+}
+
+// Starts s = Q K^T.
+template <class F>
+EA_DEVICE void start_scores(float (&s)[1][F::kKeys / 8][4], int consumer, const Slot<F::kStages>& slot) {
+    const uint64_t queries = matrix_descriptor(F::kQuery + consumer * F::kQueryBytes, 0, kPattern);
+    const uint64_t keys = matrix_descriptor(slot.of(F::kKeySlots, F::kTileBytes), 0, kPattern);
+    group_fence(s[0]);
+    EA_UNROLL
+    for (int k = 0; k < F::kHead / 16; ++k) {
+        const uint32_t panel = k / 4, column = k % 4 * 32;
+        group_multiply<typename F::T, F::kKeys, false>(s[0], matrix_further(queries, panel * kGroupRows * 128 + column),
+                                                       matrix_further(keys, panel * F::kKeys * 128 + column), k > 0);
+    }
+    group_commit();
+}
+
+// Starts out += P V.
+template <class F>
+EA_DEVICE void start_sums(F& f, const Slot<F::kStages>& slot) {
+    const uint64_t values = matrix_descriptor(slot.of(F::kValueSlots, F::kTileBytes), F::kKeys * 128, kPattern);
+    group_fence(f.out[0], f.weights);
+    EA_UNROLL
+    for (int k = 0; k < F::kKeys / 16; ++k)
+        group_multiply<typename F::T, F::kHead, true>(f.out[0], f.weights[k], matrix_further(values, k * 2 * kPattern),
+                                                      true);
+    group_commit();
+}
+
+template <class F>
+EA_DEVICE void mask_scores(float (&s)[1][F::kKeys / 8][4], const KernelParams& p, const Place& at, const Step& step,
+                           const Reach& sees, const Consumer& c) {
+    const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + F::kKeys <= sees.all.end &&
+                      step.end == step.first + F::kKeys;
+    if (!full) hide(s, p, step, at.lines.begin + c.row + c.lane / 4, at.lines, p.low, p.high, c.lane);
+}
+
+// Walks the steps of a tile.
+template <class F>
+EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, const Consumer& c, Slot<F::kStages>& keys,
+                      Slot<F::kStages>& values) {
+    const int first = at.lines.begin + c.index * kGroupRows;
+    const Reach sees = reach(first, smaller(first + kGroupRows, at.lines.end) - 1, p.low, p.high, key_count(p, at.b));
+    float s[1][F::kKeys / 8][4], fade[1][2];
+    clear(f.out);
+    EA_UNROLL
+    for (int r = 0; r < 2; ++r) f.top[0][r] = -infinity(), f.total[0][r] = 0.0f;
+
+    Step step;
+    bool more = receive<F>(step, keys);
+    start_scores<F>(s, c.index, keys);
+    group_wait<0>(s[0]);
+    release(keys.of(F::kKeyEmpty, 8), c.lane);
+    keys.advance();
+    mask_scores<F>(s, p, at, step, sees, c);
+    online_softmax(s, f.top, f.total, fade, p.score_scale);
+    pack_a<typename F::T>(f.weights, s[0]);
+
+    EA_KEEP_LOOP
+    while (more) {
+        more = receive<F>(step, keys);
+        if (F::kTurns) named_sync(turn_of(c.index), F::kConsumers * kGroup);
+        start_scores<F>(s, c.index, keys);
+        barrier_wait(values.of(F::kValueFull, 8), values.parity);
+        start_sums(f, values);
+        if (F::kTurns) named_arrive(turn_of(1 - c.index), F::kConsumers * kGroup);
+        group_wait<1>(s[0]);
+        release(keys.of(F::kKeyEmpty, 8), c.lane);
+        keys.advance();
+        mask_scores<F>(s, p, at, step, sees, c);
+        // The wait stands in both branches: ptxas would move one between the softmax and them before the softmax.
+        if (warp_any(online_softmax(s, f.top, f.total, fade, p.score_scale))) {
+            group_wait<0>(f.out[0], f.weights);
+            each(f.out, [&](float& x, int m, int, int e) { x *= fade[m][e / 2]; });
+        } else {
+            group_wait<0>(f.out[0], f.weights);
+        }
+        release(values.of(F::kValueEmpty, 8), c.lane);
+        values.advance();
+        pack_a<typename F::T>(f.weights, s[0]);
+    }
+
+    barrier_wait(values.of(F::kValueFull, 8), values.parity);
+    start_sums(f, values);
+    group_wait<0>(f.out[0], f.weights);
+    release(values.of(F::kValueEmpty, 8), c.lane);
+    values.advance();
+}
+
+// Divides by the sums and writes out and lse; each consumer has half of the tile's flag.
+template <class F>
+EA_DEVICE void store_output(F& f, const KernelParams& p, const Place& at, int tile, const Consumer& c) {
+    const int row = at.lines.begin + c.row + c.lane / 4;
+    if (p.flags) {
+        const bool suspect = named_any(meeting_of(c.index), kGroup, suspicious(f.out, row, at.lines.end));
+        if (thread_index() % kGroup == 0)
+            store_global(reinterpret_cast<uint16_t*>(p.flags + tile) + c.index, static_cast<uint16_t>(suspect));
+    } else {
+        named_sync(meeting_of(c.index), kGroup);  // every warp is done with Q
+    }
+    float factor[1][2];
+    finish_softmax(f.top, f.total, factor, p, at, row, c.lane);
+    each(f.out, [&](float& x, int m, int, int e) { x *= factor[m][e / 2]; });
+    store_rows<typename F::T, F::kHead>(f.out, F::kQuery, head_pointer(p.call.out, at.b, at.h), p.call.out.row_stride,
+                                        at.lines.begin, c.row, at.lines.end, 0, static_cast<int>(p.call.Dv),
+                                        p.out_aligned, c.lane);
+    async_proxy_fence();  // Q of the next tile is copied to where the output has been
+}
+
+template <class F>
+EA_DEVICE void consume(const KernelParams& p, const ForwardInputs& in) {
+    const int lane = thread_index() % kWarp, index = thread_index() / kGroup - 1;
+    const Consumer c{index, lane, thread_index() / kWarp * 16 - kGroupRows};
+    Slot<F::kStages> keys, values;
+    int query_parity = 0;
+    if (F::kTurns && index == 1) named_arrive(turn_of(0), F::kConsumers * kGroup);
+    each_tile(in.work, [&](int tile) {
+        const Place at = query_place<F::kRows>(p, tile);
+        if (at.lines.begin >= at.lines.end) {
+            if (p.flags && thread_index() == kGroup) store_global(p.flags + tile, 0);
+            return;
+        }
+        F f;
+        barrier_wait(F::kQueryFull, query_parity);
+        query_parity ^= 1;
+        attend(f, p, at, c, keys, values);
+        store_output(f, p, at, tile, c);
+        release(F::kQueryEmpty, lane);
+    });
+    if (F::kTurns && index == 0) named_sync(turn_of(0), F::kConsumers * kGroup);  // the last turn given
+}
+
+// Grid: any; p.flags as in sm80, whose attention_forward_safe does the suspicious tiles again.
+template <class F>
+EA_KERNEL(F::kThreads, 1)
+attention_forward(EA_PARAMETER KernelParams p, EA_PARAMETER ForwardInputs in) {
+    if constexpr (kHopper) {
+        constexpr int kConsumerWarps = F::kConsumers * kGroup / kWarp;
+        if (thread_index() == 0) {
+            barrier_init(F::kQueryFull, 1);
+            barrier_init(F::kQueryEmpty, kConsumerWarps);
+            for (uint32_t stage = 0; stage < F::kStages; ++stage) {
+                barrier_init(F::kKeyFull + stage * 8, 1);
+                barrier_init(F::kKeyEmpty + stage * 8, kConsumerWarps);
+                barrier_init(F::kValueFull + stage * 8, 1);
+                barrier_init(F::kValueEmpty + stage * 8, kConsumerWarps);
+            }
+            barrier_init_fence();
+            tensor_prefetch(in.query);
+            tensor_prefetch(in.key);
+            tensor_prefetch(in.value);
+        }
+        block_sync();
+        if (thread_index() < kGroup) {
+            registers_give<F::kProducerRegisters>();
+            if (thread_index() < kWarp) produce<F>(p, in);
+        } else {
+            registers_take<F::kConsumerRegisters>();
+            consume<F>(p, in);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace sm90
+}  // namespace efficient_attn

@@ -22,15 +22,17 @@ ROOT = TESTS.parent
 TWIN = TESTS / "cuda_host"
 sys.path.insert(0, str(TWIN))
 import build_twin  # noqa: E402
-from faults import FAULTS  # noqa: E402
+from faults import FAULTS, HEADS  # noqa: E402
 
 sys.path.remove(str(TWIN))
 
 SAMPLES = {
     80: ["head_dim_3", "value_dim_200", "causal_bottom_right_empty_rows", "window", "bits", "blocks_window_lengths",
-         "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale"],
+         "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale", "one_query_grouped",
+         "few_queries_window", "few_queries_lengths_bias", "few_queries_blocks", "few_queries_of_many_heads"],
     90: ["dense_long", "head_dim_80", "causal_bottom_right_empty_rows", "bits", "lengths"],
 }  # fmt: skip
+LINEAR_SAMPLE = ["vectors-elu", "masked-identity", "causal-masked-performer_softmax", "causal-early-identity"]
 compiled = pytest.mark.skipif(
     shutil.which(build_twin.compiler().split()[0]) is None or os.uname().machine != "x86_64",
     reason="the host twin needs g++ on x86-64",
@@ -69,30 +71,47 @@ def test_what_only_these_kernels_promise(twin: Path) -> None:
 
 
 @compiled
+def test_conformance_of_a_sample_of_linear_attention(twin: Path) -> None:
+    wanted = " or ".join(f"cuda-{name}-bfloat16" for name in LINEAR_SAMPLE)
+    passes(twin, 80, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and ({wanted})")
+
+
+@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SAMPLES)
 @pytest.mark.parametrize("dtype, schedule", [("float16", 1), ("bfloat16", 2)])
 def test_conformance(twin: Path, dtype: str, schedule: int, capability: int) -> None:
     passes(twin, capability, str(TESTS / "test_conformance.py"), "-k", f"-{dtype}]", schedule=schedule)
+    if capability == 80:
+        passes(twin, 80, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and {dtype}")
 
 
-SOUND = ("none", "none on Hopper")
-IN_CI = ("none", "no barrier in the forward", "a slot is released before its keys are read")
+@compiled
+@pytest.mark.slow
+def test_what_only_linear_attention_promises(twin: Path) -> None:
+    passes(twin, 80, str(TESTS / "twin_linear.py"))
+
+
+SOUND = {"none": 64, "none on Hopper": 64, "none on Hopper, heads of 256": 256, "none on Hopper in one pass": 128}
+IN_CI = ("none", "no barrier in the forward", "a slot is released before its keys are read",
+         "a slot is released while it is multiplied")  # fmt: skip
 
 
 def run_fault(name: str, folder: Path) -> tuple[int, str]:
     """Exit status and output of twin_probe.py on kernels with that fault (one of `SOUND`: as they are)."""
     sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
-    hopper = name == SOUND[1]
+    hopper = "Hopper" in name
     if name not in SOUND:
         file, right, wrong = FAULTS[name]
         text = (sources / "cuda" / file).read_text()
         assert text.count(right) == 1, f"{file} holds {text.count(right)} times: {right}"
         (sources / "cuda" / file).write_text(text.replace(right, wrong))
         hopper = file.startswith("sm90")
-    module = build_twin.build(folder / "built", sources, small=True)
+    head = SOUND.get(name) or HEADS.get(name, 64)
+    module = build_twin.build(folder / "built", sources, small=head)
     environment = twin_environment(module, 90 if hopper else 80)
+    environment["EFFICIENT_ATTN_CUDA_ANY_ORDER"] = str(int(head == 128))
     command = [sys.executable, str(TESTS / "twin_probe.py")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return result.returncode, result.stdout + result.stderr
@@ -153,11 +172,21 @@ def test_the_table_holds_every_kernel() -> None:
     }
     shapes = {(part, head_dim, extras) for part in parts for head_dim in (64, 128, 256) for extras in (False, True)}
     shapes |= {("attention_bias_gradient", head_dim, True) for head_dim in (64, 128, 256)}
-    hopper = {("sm90::attention_forward", head_dim, False) for head_dim in (64, 128, 256)}
+    hopper = {
+        (f"sm90::attention_{part}", head_dim, False)
+        for part in ("forward", "key_gradient", "query_gradient") for head_dim in (64, 128, 256)
+    } | {("sm90::attention_backward", 128, False), ("sm90::attention_round_queries", 0, False)}  # fmt: skip
+    shapes |= {(f"attention_decode_{rows}", head_dim, False) for rows in (16, 64) for head_dim in (64, 128, 256)}
+    shapes |= {("attention_delta", 0, False), ("attention_decode_join", 0, False)}
+    linear = {
+        (f"linear_{part}", features, split) for part in ("states", "sums") for features in (64, 128, 256)
+        for split in (False, True)
+    } | {("linear_scan", 0, False), ("linear_terms", 0, False)}  # fmt: skip
     for kind in kinds:
         of_kind = [row for row in rows if (row["arch"], row["dtype"]) == kind]
         found = {(row["kernel"], row["head_dim"], row["extras"]) for row in of_kind}
-        assert found == shapes | {("attention_delta", 0, False)} | (hopper if kind[0] == "sm_90a" else set())
+        wanted = shapes | (hopper if kind[0] == "sm_90a" else set()) | (linear if kind[1] == "bfloat16" else set())
+        assert found == wanted
     for row in rows:
         check(row)
 

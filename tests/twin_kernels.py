@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,54 @@ def test_the_same_bits_under_every_schedule() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
+# --- few queries: their keys are shared by several blocks of threads ---
+
+FEW = {"causal": {"is_causal": True, "causal_alignment": "bottom_right"}, "bits": {}, "bias": {}}
+
+
+def few(kind: str) -> tuple[list[torch.Tensor], torch.Tensor, dict]:
+    """6 queries of 4 heads over 600 keys of 2 heads, hidden in some way."""
+    tensors = [draw(1, 4, 6, 24), draw(1, 2, 600, 24, seed=1), draw(1, 2, 600, 40, seed=2)]
+    hidden = torch.rand(6, 600, generator=torch.Generator().manual_seed(3)) < 0.5
+    hidden[:, 598] = True
+    arguments = {"bits": {"mask": ~hidden}, "bias": {"bias": torch.zeros(6, 600).masked_fill(hidden, -torch.inf)}}
+    return tensors, draw(1, 4, 6, 40, seed=3), FEW[kind] | arguments.get(kind, {})
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_few_queries_and_nan_stays_with_those_who_see_it(kind: str) -> None:
+    tensors, grad_out, arguments = few(kind)
+    for key in (20, 300, 597):
+        tensors[2][:, :, key, key % 40] = torch.nan
+    if kind != "causal":
+        tensors[1][:, 1, 598] = torch.nan
+    CHECKS.against_the_reference(tensors, grad_out, **arguments)
+
+
+def test_few_queries_give_the_same_bits_under_every_schedule() -> None:
+    tensors, grad_out, arguments = few("bits")
+    found = []
+    for schedule in range(4):
+        cuda.kernels().set_schedule(schedule)
+        found.append(results("cuda", tensors, grad_out, **arguments))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(8, 1), (4, 9)])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_few_queries_read_each_key_once_and_without_a_bank_conflict(D: int, heads: int, queries: int) -> None:
+    q, k, v = draw(2, heads, queries, D), draw(2, 1, 1024, D, seed=1), draw(2, 1, 1024, D, seed=2)
+    cuda.kernels().reset_counters()
+    attention(q, k, v, backend="cuda")
+    counted = cuda.kernels().counters()
+    assert counted["launches"] == 2  # the parts, and what joins them
+    chunks = counted["cp.async"]["calls"] * 32
+    tiles = counted["blocks"] - 2 * heads * queries  # one block joins a row
+    assert chunks == (2 * 2 * 1024 + tiles * (16 if heads * queries <= 16 else 64)) * D // 8
+    assert not any(c["conflicts"] for c in counted.values() if isinstance(c, dict)), counted
+
+
 def test_no_bank_conflict() -> None:
     cuda.kernels().reset_counters()
     for D, Dv in ((64, 64), (128, 100), (200, 256)):
@@ -113,14 +162,18 @@ def listed(block_size: tuple[int, int], q_len: int, kv_len: int, density: float 
     return BlockMask.from_dense(torch.where(kind < 0.3, bits, kind < 0.7), block_size=block_size)
 
 
+def close_to_the_reference(tensors: list[torch.Tensor], grad_out: torch.Tensor, **arguments: Any) -> None:
+    before = multiplies()
+    ours, expected = (results(name, tensors, grad_out, **arguments) for name in ("cuda", "reference"))
+    assert multiplies() > before
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=3e-2, atol=3e-2, equal_nan=True)
+
+
 @pytest.mark.parametrize("block_size", HOPPER_BLOCKS, ids=str)
 def test_hopper_walks_blocks_that_are_no_tiles(hopper: None, block_size: tuple[int, int]) -> None:
-    q, k, v = draw(1, 2, 300, 64), draw(1, 1, 420, 64, seed=1), draw(1, 1, 420, 40, seed=2)
-    mask = listed(block_size, 300, 420)
-    ours, expected = (attention(q, k, v, mask=mask, return_lse=True, backend=name) for name in ("cuda", "reference"))
-    assert multiplies() > 0
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=3e-2, atol=3e-2)
+    tensors = [draw(1, 2, 300, 64), draw(1, 1, 420, 64, seed=1), draw(1, 1, 420, 40, seed=2)]
+    close_to_the_reference(tensors, draw(1, 2, 300, 40, seed=3), mask=listed(block_size, 300, 420))
 
 
 def test_hopper_keeps_a_hidden_nan_away(hopper: None) -> None:
@@ -131,30 +184,64 @@ def test_hopper_keeps_a_hidden_nan_away(hopper: None) -> None:
     }
     v[:, :, POISONED] = torch.nan
     k[:, :, POISONED + 1] = torch.inf
+    q[:, :, POISONED + 2] = torch.nan
     for mask in cases.values():
-        ours, expected = (attention(q, k, v, mask=mask, backend=name) for name in ("cuda", "reference"))
-        torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2, equal_nan=True)
-    assert multiplies() > 0
+        close_to_the_reference([q, k, v], draw(2, 1, 200, 64, seed=3), mask=mask)
 
 
 def test_hopper_gives_the_same_bits_under_every_schedule(hopper: None) -> None:
-    q, k, v = draw(1, 4, 300, 128), draw(1, 2, 300, 128, seed=1), draw(1, 2, 300, 128, seed=2)
+    tensors, grad_out = [draw(1, h, 300, 128, seed=h) for h in (4, 2, 2)], draw(1, 4, 300, 128, seed=3)
     found = []
     for schedule in range(6):
         cuda.kernels().set_schedule(schedule)
-        found.append(attention(q, k, v, is_causal=True, return_lse=True, backend="cuda"))
+        found.append(results("cuda", tensors, grad_out, is_causal=True))
     assert multiplies() > 0
-    for out, lse in found[1:]:
-        assert torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
 def test_hopper_has_no_bank_conflict(hopper: None) -> None:
     for D, Dv in ((64, 64), (128, 104), (200, 256)):
-        attention(draw(1, 1, 70, D), draw(1, 1, 70, D, seed=1), draw(1, 1, 70, Dv, seed=2), backend="cuda")
+        tensors = [draw(1, 1, 70, D), draw(1, 1, 70, D, seed=1), draw(1, 1, 70, Dv, seed=2)]
+        results("cuda", tensors, draw(1, 1, 70, Dv, seed=3))
     counted = {name: c for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
     assert not any(c["conflicts"] for c in counted.values()), counted
-    for name in ("wgmma", "tensor_load", "st.shared.32", "ld.shared.128"):
+    for name in ("wgmma", "tensor_load", "st.shared.32", "st.shared.128", "ld.shared.64", "ld.shared.128"):
         assert counted[name]["calls"] > 0, name
+
+
+@pytest.fixture
+def any_order(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFICIENT_ATTN_CUDA_ANY_ORDER", "1")
+
+
+def sums() -> int:
+    return cuda.kernels().counters()["bulk_add"]["calls"]
+
+
+@pytest.mark.parametrize("mask", ["causal", "list", "lengths"])
+def test_one_pass_is_close_to_the_reference(any_order: None, mask: str) -> None:
+    tensors = [draw(2, 4, 200, 80), draw(2, 2, 300, 80, seed=1), draw(2, 2, 300, 128, seed=2)]
+    tensors[1][:, :, 290], tensors[0][:, :, 150] = torch.inf, torch.nan
+    arguments = {
+        "causal": {"is_causal": True, "causal_alignment": "bottom_right"},
+        "list": {"mask": listed((64, 128), 200, 300)},
+        "lengths": {"mask": BlockMask.from_lengths(torch.tensor([100, 257]), q_len=200, kv_len=300)},
+    }[mask]
+    close_to_the_reference(tensors, draw(2, 4, 200, 128, seed=3), **arguments)
+    assert sums() > 0
+
+
+def test_one_pass_only_where_it_is_asked_for(any_order: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, grad_out = [draw(1, 1, 70, 128, seed=s) for s in range(3)], draw(1, 1, 70, 128, seed=3)
+    for narrow in (True, False):
+        part = slice(64 if narrow else 128)
+        results("cuda", [t[..., part].contiguous() for t in tensors], grad_out[..., part].contiguous())
+        assert (sums() == 0) == narrow
+    before = sums()
+    monkeypatch.delenv("EFFICIENT_ATTN_CUDA_ANY_ORDER")
+    results("cuda", tensors, grad_out)
+    assert sums() == before
 
 
 @pytest.mark.parametrize("why", ["bias", "dropout", "scale", "rows", "expanded", "small blocks"])

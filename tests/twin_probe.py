@@ -1,7 +1,8 @@
 """A few calls of the CUDA kernels in the host twin: exit status 0 if all is well, 3 if something complains.
 
 tests/test_cuda_host.py runs it on kernels with a fault in them. Small: bfloat16, heads of up to 64. Where
-EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90 it is Hopper's kernels that are looked at: the forward, so far.
+EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90 it is Hopper's kernels that are looked at, with EFFICIENT_ATTN_CUDA_ANY_ORDER
+the backward in one pass.
 """
 
 from __future__ import annotations
@@ -13,17 +14,26 @@ from dataclasses import replace
 import torch
 from accuracy import Problem, assert_conforms, gradients
 from cases import CASES, Case, draw
+from twin_linear import against_the_definition, test_nan_is_not_met_before_its_time
 
 from efficient_attn import attention
 from efficient_attn.backends import cuda
 
 HOPPER = os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY") == "90"
-NAMES_80 = ("window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned")
+ONE_PASS = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
+NAMES_80 = (
+    "window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned",
+    "few_queries_window", "few_queries_blocks", "few_queries_bits",
+    "few_queries_of_many_heads",
+)  # fmt: skip
 NAMES_90 = ("dense_long", "window", "bits", "causal_top_left", "lengths")
 PROBES = [
     Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),
     *(case for case in CASES if case.name in (NAMES_90 if HOPPER else NAMES_80)),
 ]
+
+
+LINEAR = (2, 4, 2, 150, 150, 16, 24, True, 0, False)  # B, Hq, Hkv, Nq, Nk, F, Dv, causal, offset, masked
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,25 +45,37 @@ def padded(tensor: torch.Tensor) -> torch.Tensor:
 
 def probe(case: Case, schedule: int) -> None:
     cuda.kernels().set_schedule(schedule)
+    if ONE_PASS:
+        case = replace(case, D=72, Dv=88)
     drawn = draw(case, torch.bfloat16)
     names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
     if case.name == "ragged":
-        drawn |= {n: padded(drawn[n]) for n in names}
-    leaves = {n: drawn[n].detach().requires_grad_() for n in names}
+        drawn |= {n: padded(drawn[n]) for n in (*names, "grad_out")}
+    given = {n: drawn[n] for n in names}
+    if case.name == "few_queries_bits":  # whatever no query sees
+        given["value"] = drawn["value"].masked_fill(~drawn["visible"].any(2).view(1, 1, -1, 1), torch.nan)
+    leaves = {n: t.detach().requires_grad_() for n, t in given.items()}
     causal = {"is_causal": case.causal is not None, "causal_alignment": case.causal}
     out, lse = attention(**leaves, mask=drawn["mask"], **causal, return_lse=True, backend="cuda")
-    found = [] if HOPPER else gradients((out,), list(leaves.values()), (drawn["grad_out"],))
+    found = gradients((out,), list(leaves.values()), (drawn["grad_out"],))
     inputs = (drawn[n] for n in ("query", "key", "value", "bias", "visible"))
     problem = Problem(*inputs, case.D**-0.5, drawn["grad_out"])
-    assert_conforms(problem, {"out": out.detach(), "lse": lse, **dict(zip(names, found, strict=not HOPPER))})
+    assert_conforms(problem, {"out": out.detach(), "lse": lse, **dict(zip(names, found, strict=True))})
 
 
 def poisoned() -> None:
-    """A NaN that some queries of a tile see and others do not."""
-    q, k, v = (torch.randn(1, 1, 140, 16, generator=torch.Generator().manual_seed(s)).bfloat16() for s in range(3))
-    v[:, :, 60] = torch.nan
-    out = attention(q, k, v, is_causal=True, backend="cuda")
-    assert out[:, :, :60].isfinite().all() and out[:, :, 60:].isnan().all(), "a NaN does not stay with those who see it"
+    """A key that some queries of a tile see and others do not, and a query that some keys are seen by, are NaN."""
+    D = 72 if ONE_PASS else 16
+    drawn = [torch.randn(1, 1, 140, D, generator=torch.Generator().manual_seed(s)).bfloat16() for s in range(4)]
+    for tensor, place in zip(drawn, (20, 60, 60), strict=False):
+        tensor[:, :, place] = torch.nan
+    found = []
+    for backend in ("cuda", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in drawn[:3]]
+        out = attention(*leaves, is_causal=True, backend=backend)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, drawn[3])])
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours.isnan(), expected.isnan()), "a NaN does not stay with those who see it"
 
 
 def main() -> int:
@@ -62,7 +84,11 @@ def main() -> int:
             probe(replace(case, B=1), schedule)
         if HOPPER:
             poisoned()
-        assert not HOPPER or cuda.kernels().counters()["wgmma"]["calls"], "Hopper's kernels did not run"
+            assert cuda.kernels().counters()["wgmma"]["calls"], "Hopper's kernels did not run"
+        else:
+            test_nan_is_not_met_before_its_time()
+            cuda.processors = lambda device: 1  # few blocks of threads: several chunks of a segment each
+            against_the_definition(LINEAR, torch.bfloat16)
         conflicts = {name: c["conflicts"] for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
         assert not any(conflicts.values()), f"bank conflicts: {conflicts}"
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-// What the kernels of the backward share: delta, and a pair's gradient.
+// What the kernels of the backward share: a pair's gradient, the walk that gathers dK and dV, and delta.
 #pragma once
 
 #include "cuda/scores.h"
@@ -13,6 +13,51 @@ EA_DEVICE float weight_shift(float lse) { return lse == -infinity() ? infinity()
 EA_DEVICE float score_gradient(float weight, float grad_weight, float delta) {
     return weight == 0.0f ? 0.0f : weight * (grad_weight - delta);
 }
+
+// Of the two queries of a thread that are rows g and g + 8 of a fragment.
+struct RowSums {
+    float shift[2], delta[2];
+};
+
+EA_DEVICE RowSums load_sums(const KernelParams& p, int b, int h, int row, int end) {
+    RowSums sums;
+    EA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int64_t place = (static_cast<int64_t>(b) * p.call.Hq + h) * p.call.Nq + row + half * 8;
+        const bool exists = row + half * 8 < end;
+        sums.shift[half] =
+            exists ? weight_shift(load_global(static_cast<const float*>(p.call.lse) + place)) : infinity();
+        sums.delta[half] = exists ? load_global(p.delta + place) : 0.0f;
+    }
+    return sums;
+}
+
+// The queries of every head of a group, one head after the other.
+template <int kWidth>
+class GroupWalk {
+  public:
+    EA_DEVICE GroupWalk(const KernelParams& p, int b, int kv, int line, Span limits)
+        : b_(b),
+          line_(line),
+          head_(kv * p.group),
+          last_(head_ + p.group),
+          limits_(limits),
+          walk_(p, b, head_, line, limits) {}
+
+    EA_DEVICE bool next(const KernelParams& p, Step& step, int& head) {
+        while (!walk_.next(p, step)) {
+            if (++head_ >= last_) return false;
+            walk_ = Walk<kWidth, kByKey>(p, b_, head_, line_, limits_);
+        }
+        head = head_;
+        return true;
+    }
+
+  private:
+    int b_, line_, head_, last_;
+    Span limits_;
+    Walk<kWidth, kByKey> walk_;
+};
 
 constexpr int kDeltaThreads = 128;
 

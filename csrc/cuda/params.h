@@ -16,6 +16,7 @@ struct KernelParams {
     const int64_t* seed;      // on the device; null: call.dropout_seed
     int32_t* flags;           // one for each block of the grid: 1 where its tile is suspicious; null: not asked
     float* delta;             // (B, Hq, Nq) contiguous, backward only
+    float* query_sums;        // see sm90/attention_backward.h; null: every sum in a fixed order
     float score_scale;        // scale in units of log2
     float scale, keep_scale;  // keep_scale = 1 / (1 - dropout_p)
     uint32_t threshold;       // a pair is kept iff its random word is not below
@@ -23,6 +24,15 @@ struct KernelParams {
     int low, high;            // query i sees the keys i + low .. i + high, bounded so that beyond nothing changes
     bool query_aligned, key_aligned, value_aligned, out_aligned, grad_out_aligned, dq_aligned, dk_aligned,
         dv_aligned;  // every row begins on 16 bytes
+};
+
+// A call with few queries whose keys several blocks of threads share (sm80/attention_decode.h).
+struct DecodeParams {
+    KernelParams base;
+    float* part_out;  // (splits, B, Hq, Nq, Dv): attention over a part of the keys
+    float* part_lse;  // (splits, B, Hq, Nq), in units of log2
+    int splits;
+    int pack;  // query heads in a tile: those of a key/value head
 };
 
 inline int64_t bounded(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }

@@ -285,6 +285,25 @@ EA_DEVICE void tensor_load(uint32_t address, const TensorMap& map, uint32_t barr
 // accesses by tensor copies and group_multiply; those of other threads need a barrier besides, behind the fence.
 EA_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- Hopper: sums in global memory, from shared memory ---
+
+// cp.reduce.async.bulk add.f32: one thread starts adding `bytes` of float32 (a multiple of 16, both addresses too).
+// Sums of several blocks come in any order.
+EA_DEVICE void bulk_add(float* target, uint32_t source, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+                 "r"(shared_address(source)), "r"(bytes)
+                 : "memory");
+}
+
+// cp.async.bulk.commit_group: the sums since the last commit become one group of this thread.
+EA_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// cp.async.bulk.wait_group.read: no group of this thread still reads shared memory.
+EA_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// cp.async.bulk.wait_group: every group of this thread is complete.
+EA_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // --- Hopper: tensor cores of a warpgroup (wgmma) ---
 //
 // Accumulators [64, kN] of a warpgroup: warp w has rows 16 w .. +15, as m16n8 accumulators side by side. A in registers
@@ -358,11 +377,13 @@ EA_DEVICE void group_wait(Registers&... done) {
 #define EA_C_256 EA_C_128, EA_C4(16), EA_C4(20), EA_C4(24), EA_C4(28)
 
 // wgmma of kN = N columns; the operands behind the accumulators have the numbers that follow.
-#define EA_SHARED_ASM(TYPE, N, A, B, ADD, TRANSPOSE)                                                               \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N            \
-                 "k16.f32." TYPE "." TYPE " {" EA_NAMES_##N "}, %" #A ", %" #B ", p, 1, 1, 0, %" #TRANSPOSE ";\n}" \
-                 : EA_C_##N                                                                                        \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposeB))           \
+#define EA_SHARED_ASM(TYPE, N, A, B, ADD, TRANSPOSE_A, TRANSPOSE_B)                                        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
+                 "k16.f32." TYPE "." TYPE " {" EA_NAMES_##N "}, %" #A ", %" #B ", p, 1, 1, %" #TRANSPOSE_A \
+                                                            ", %" #TRANSPOSE_B ";\n}"                      \
+                 : EA_C_##N                                                                                \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposeA)),  \
+                   "n"(static_cast<int>(kTransposeB))                                                      \
                  : "memory")
 #define EA_SHARED(N, ...)                                   \
     if constexpr (kN == N && std::is_same_v<T, BFloat16>) { \
@@ -388,17 +409,18 @@ EA_DEVICE void group_wait(Registers&... done) {
 template <int kN>
 constexpr bool kGroupWidth = kN == 32 || kN == 64 || kN == 80 || kN == 96 || kN == 128 || kN == 256;
 
-// wgmma.mma_async.m64nNk16: c = a b, or c += a b where `accumulate`. a: [64, 16], K-major in shared memory. b: [16,
-// kN], K-major in shared memory (as the rows of B^T), or MN-major where kTransposeB; group-wide.
-template <class T, int kN, bool kTransposeB>
+// wgmma.mma_async.m64nNk16: c = a b, or c += a b where `accumulate`. a: [64, 16] in shared memory, K-major, or
+// MN-major where kTransposeA. b: [16, kN], K-major in shared memory (as the rows of B^T), or MN-major where
+// kTransposeB; group-wide.
+template <class T, int kN, bool kTransposeB, bool kTransposeA = false>
 EA_DEVICE void group_multiply(float (&c)[kN / 8][4], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(kGroupWidth<kN>, "no instruction of this width is written down here");
-    EA_SHARED(32, 16, 17, 18, 19)
-    EA_SHARED(64, 32, 33, 34, 35)
-    EA_SHARED(80, 40, 41, 42, 43)
-    EA_SHARED(96, 48, 49, 50, 51)
-    EA_SHARED(128, 64, 65, 66, 67)
-    EA_SHARED(256, 128, 129, 130, 131)
+    EA_SHARED(32, 16, 17, 18, 19, 20)
+    EA_SHARED(64, 32, 33, 34, 35, 36)
+    EA_SHARED(80, 40, 41, 42, 43, 44)
+    EA_SHARED(96, 48, 49, 50, 51, 52)
+    EA_SHARED(128, 64, 65, 66, 67, 68)
+    EA_SHARED(256, 128, 129, 130, 131, 132)
 }
 
 // The same with a, [64, 16], in registers.

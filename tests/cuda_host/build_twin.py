@@ -24,8 +24,8 @@ def compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
-def build(folder: Path, sources: Path = ROOT / "csrc", small: bool = False) -> Path:
-    """The module, up to date, of the kernels in `sources`; small: only bfloat16 and heads of up to 64."""
+def build(folder: Path, sources: Path = ROOT / "csrc", small: int = 0) -> Path:
+    """The module, up to date, of the kernels in `sources`; small: only bfloat16 and the kernels for heads of that."""
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def build(folder: Path, sources: Path = ROOT / "csrc", small: bool = False) -> P
     includes = [f"-I{HERE}", f"-I{sources}"]
     for path in (pybind11.get_include(), sysconfig.get_path("include")):
         includes += ["-isystem", path]
-    flags = [*FLAGS, *(["-DEFFICIENT_ATTN_TWIN_SMALL"] if small else [])]
+    flags = [*FLAGS, *([f"-DEFFICIENT_ATTN_TWIN_SMALL={small}"] if small else [])]
     jobs = []
     for name in PARTS:
         command = [*compiler().split(), *flags, *includes, "-c", str(HERE / name), "-o", str(folder / f"{name}.o")]

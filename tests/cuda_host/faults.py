@@ -5,7 +5,15 @@ Those in sm90/ are looked for on a twin of capability 90.
 
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
 ARRIVED = "        block_sync();  // this slot has arrived, and every warp is done with the other one\n"
-HOPPER = "sm90/attention_forward.h"
+LINEAR = "sm80/linear_sums.h"
+DECODE = "sm80/attention_decode.h"
+KEYS_ARRIVED = "        block_sync();  // the keys have arrived, and every warp is done with the tile before them\n"
+VALUES_ARRIVED = "        block_sync();  // the values have arrived, and every warp is done with the keys\n"
+HOPPER, GROUPS = "sm90/attention_forward.h", "sm90/groups.h"
+HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (
+    f"sm90/{name}.h" for name in ("attention_key_gradient", "attention_query_gradient", "gradients")
+)
+ONE_PASS = "sm90/attention_backward.h"
 SUMS = "        group_wait<0>(f.out[0], f.weights);\n"
 RELEASE = "        release(values.of(F::kValueEmpty, 8), c.lane);\n"
 WAIT = "        copy_async_wait<0>();\n" + ARRIVED
@@ -54,6 +62,59 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "every other tile is left out": ("mask.h", "        cursor_ += kWidth;\n", "        cursor_ += 2 * kWidth;\n"),
     "the bits of the next row": ("scores.h", "line % block * row_bytes", "(line + 1) % block * row_bytes"),
     "P is not faded": (FORWARD, "x *= fade[m][e / 2];", "x *= 1.0f;"),
+    "no barrier for the keys of few queries": (DECODE, KEYS_ARRIVED, ""),
+    "no barrier for the values of few queries": (DECODE, VALUES_ARRIVED, ""),
+    "values are not waited for": (
+        DECODE, "        copy_async_wait<D::kSlots - 2>();\n" + VALUES_ARRIVED,
+        "        copy_async_wait<D::kSlots - 1>();\n" + VALUES_ARRIVED,
+    ),
+    "the ring is filled one tile too early": (
+        DECODE, "load_next(tile + D::kSlots - 1);", "load_next(tile + D::kSlots);",
+    ),
+    "the ring is joined in while it is read": (DECODE, "    block_sync();  // every warp is done with the tiles\n", ""),
+    "no barrier before warps are joined": (DECODE, "    block_sync();  // what the warps found is there\n", ""),
+    "rows go to the next head of the group": (
+        DECODE, "h = head_of(p, at, row);", "h = head_of(p, at, row + 1);",
+    ),
+    "the last part of the keys is not joined": (
+        DECODE, "for (int s = warp; s < p.splits;", "for (int s = warp; s < p.splits - 1;",
+    ),
+    "parts of the keys overlap": (
+        "mask.h", "end_ = smaller(cursor_ + each, end_);", "end_ = smaller(cursor_ + each + kWidth, end_);",
+    ),
+    "parts of a list overlap": (
+        "mask.h", "last_ = smaller(entry_ + each, last_);", "last_ = smaller(entry_ + each + 1, last_);",
+    ),
+    "a NaN behind a mask meets a weight of zero": (
+        DECODE, "multiply<T, D::kHead, true>(f.out", "multiply<T, D::kHead, false>(f.out",
+    ),
+    "a chunk is loaded while the one before is read": (
+        LINEAR, "        block_sync();  // every warp is done with the chunk before\n", "",
+    ),
+    "a head is loaded while the one before is read": (
+        LINEAR, "                block_sync();  // every warp is done with the head before\n", "",
+    ),
+    "weights are read before they are there": (
+        LINEAR, "            block_sync();  // the weights are there\n", "",
+    ),
+    "rows of a state are read before they are there": (
+        LINEAR, "        block_sync();  // the rows are there\n", "",
+    ),
+    "normalisers are read before they are there": (LINEAR, "    block_sync();  // the normalisers are there\n", ""),
+    "a key of the future is visible": (LINEAR, "t >= s : t <= s;", "t >= s : t <= s + 1;"),
+    "a query does not see its own key": (LINEAR, "t >= s : t <= s;", "t > s : t <= s;"),
+    "a segment sees itself": (
+        LINEAR, "        if (p.causal) store_global(slot, sum);\n        sum += now;\n",
+        "        sum += now;\n        if (p.causal) store_global(slot, sum);\n",
+    ),
+    "chunks are walked forward": (LINEAR, "p.reverse ? p.times.chunks - 1 - step : step", "step"),
+    "one head of a group only": (LINEAR, "h = head + step % p.spread;", "h = head;"),
+    "what rounding left is left out": (
+        LINEAR, "    if (kB) multiply_add<", "    if (kA && kB) multiply_add<",
+    ),
+    "a NaN of the future meets a weight of zero": (
+        LINEAR, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
+    ),
     "no wait for the keys": (HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n", ""),
     "the wait for the keys has the other parity": (HOPPER, "(slot.of(F::kKeyFull, 8), slot.parity)",
                                                    "(slot.of(F::kKeyFull, 8), slot.parity ^ 1)"),
@@ -78,7 +139,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER, "        store_output(f, p, at, tile, c);\n        release(F::kQueryEmpty, lane);\n",
         "        release(F::kQueryEmpty, lane);\n        store_output(f, p, at, tile, c);\n",
     ),
-    "every lane releases": (HOPPER, "    if (lane == 0) barrier_arrive(barrier);", "    barrier_arrive(barrier);"),
+    "every lane releases": (GROUPS, "    if (lane == 0) barrier_arrive(barrier);", "    barrier_arrive(barrier);"),
     "no group_wait for the scores": (HOPPER, "    group_wait<0>(s[0]);\n", ""),
     "a group_wait that leaves the scores under way": (HOPPER, "group_wait<1>(s[0])", "group_wait<2>(s[0])"),
     "the scores are not committed": (
@@ -87,7 +148,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "no group_fence": (HOPPER, "    group_fence(s[0]);\n", ""),
     "a group_fence that leaves out P": (HOPPER, "group_fence(f.out[0], f.weights)", "group_fence(f.out[0])"),
     "P is packed while the product reads it": (
-        HOPPER, "        // Waiting for the next keys", "        pack_a<typename F::T>(f.weights, s[0]);\n        // Waiting",
+        HOPPER, "        // Waiting for the next keys",
+        "        pack_a<typename F::T>(f.weights, s[0]);\n        // Waiting for the next keys",
     ),
     "no proxy fence behind the output": (HOPPER, "    async_proxy_fence();  // Q of", "    // Q of"),
     "barriers that copies may not see": (HOPPER, "            barrier_init_fence();\n", ""),
@@ -103,8 +165,86 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "index == 0) ;\n",
     ),
     "more registers than there are": (HOPPER, "kConsumerRegisters = 232", "kConsumerRegisters = 240"),
-    "tiles taken in turn, one off": (HOPPER, "blocks - 1 - block", "blocks - block"),
+    "tiles taken in turn, one off": (GROUPS, "blocks - 1 - block", "blocks - block"),
     "the same values twice": (HOPPER, "        values.advance();\n        if (warp_any", "        if (warp_any"),
     "the output is not faded": (HOPPER, "x *= fade[m][e / 2];", "x *= 1.0f;"),
     "Hopper's flags are not written": (HOPPER, "static_cast<uint16_t>(suspect)", "uint16_t{0}"),
+    "no wait for a step of the backward": (GRADIENTS, "    barrier_wait(slot.of(G::kFull, 8), slot.parity);\n", ""),
+    "no wait for K and V": (HOPPER_KEYS, "        clear(dv);\n        barrier_wait(G::kKeysFull, keys_parity);\n",
+                            "        clear(dv);\n"),
+    "no wait for Q and dO": (HOPPER_QUERIES, "        barrier_wait(G::kRowsFull, rows_parity);\n", ""),
+    "queries are loaded over those in use": (
+        HOPPER_KEYS, "            barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);\n", "",
+    ),
+    "keys are loaded over those in use": (
+        HOPPER_QUERIES, "            barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);\n", "",
+    ),
+    "K is loaded over dK": (HOPPER_KEYS, "        barrier_wait(G::kKeysEmpty, keys_parity ^ 1);\n", ""),
+    "Q is loaded over dQ": (HOPPER_QUERIES, "        barrier_wait(G::kRowsEmpty, rows_parity ^ 1);\n", ""),
+    "the shifts of the queries are not waited for": (
+        HOPPER_KEYS, "barrier_init(G::kFull + stage * 8, 2)", "barrier_init(G::kFull + stage * 8, 1)",
+    ),
+    "half the bytes of a step are expected": (
+        HOPPER_QUERIES, "barrier_arrive_expect(full, 2 * G::kTileBytes)", "barrier_arrive_expect(full, G::kTileBytes)",
+    ),
+    "P^T is not fenced": (
+        HOPPER_KEYS, "s[0]);\n    group_fence(weights, dv[0]);\n    group_multiply_rows<T, "
+        "G::kHead, G::kQueries>(dv[0], weights, g",
+        "s[0]);\n    group_fence(dv[0]);\n    group_multiply_rows<T, G::kHead, G::kQueries>(dv[0], weights, g",
+    ),
+    "dS^T is found before dP^T is there": (HOPPER_KEYS, "    group_wait<1>(dp[0]);\n", "    group_wait<2>(dp[0]);\n"),
+    "a slot is released while it is multiplied": (
+        HOPPER_KEYS, "    group_wait<0>(dk[0], dv[0], weights, gradients);\n", "    group_wait<1>(dv[0], weights);\n",
+    ),
+    "a slot of K is released while it is multiplied": (
+        HOPPER_QUERIES, "    group_wait<0>(dq[0], gradients);\n", "    group_wait<1>(dq[0], gradients);\n",
+    ),
+    "both consumers read the first one's keys": (
+        HOPPER_KEYS, "return kShared ? 0 : consumer_index() * kOwnBytes;", "return 0;",
+    ),
+    "no barrier before gradients pass through tiles": (
+        GRADIENTS, "    if (!flags) return named_sync(meeting_of(consumer), kGroup);\n", "    if (!flags) return;\n",
+    ),
+    "no proxy fence behind dK and dV": (
+        HOPPER_KEYS, "rows, 1.0f, p.call.Dv, p.dv_aligned);\n        async_proxy_fence();",
+        "rows, 1.0f, p.call.Dv, p.dv_aligned);\n",
+    ),
+    "no proxy fence behind dQ": (HOPPER_QUERIES, "        async_proxy_fence();  // Q of", "        // Q of"),
+    "the shift of another query": (HOPPER_KEYS, "load_shared_64(shifts + n * 32 + lane % 4 * 8)",
+                                   "load_shared_64(shifts + n * 32 + (lane + 1) % 4 * 8)"),
+    "the bit of another pair": (GRADIENTS, "<< (n * 4 + e)", "<< (n * 4 + (e ^ 1))"),
+    "a step up to the length is taken for a full one": (
+        GRADIENTS, "step.end == step.first + width", "step.end <= step.first + width",
+    ),
+    "K read as if it were transposed": (
+        GRADIENTS, "group_multiply<T, kHead, true>(c", "group_multiply<T, kHead, false>(c",
+    ),
+    "the flag of another tile": (GRADIENTS, "in_head - 1 - tile : tile", "tile : tile"),
+    "Hopper's weights are read too early": (HOPPER_KEYS, "    barrier_wait(G::kWeightsFull, parity);\n", ""),
+    "weights are written over those in use": (HOPPER_KEYS, "    barrier_wait(G::kWeightsEmpty, parity ^ 1);\n", ""),
+    "dS of both is read before both have written it": (
+        ONE_PASS, "    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and", "    // and",
+    ),
+    "the tile of dS is that of the step before": (
+        ONE_PASS, "tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one", "",
+    ),
+    "dK passes through keys that the other consumer reads": (
+        HOPPER_KEYS, "        if (G::kOnePass) named_sync(kMeetingOfBoth, kConsumers * kGroup);", "        ",
+    ),
+    "a part of dQ is written over while it is added": (ONE_PASS, "    if (adds) bulk_wait_read();\n", ""),
+    "no proxy fence before a part of dQ is added": (
+        ONE_PASS, "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
+        "    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
+    ),
+    "the sums are not waited for": (ONE_PASS, "            if (thread_index() % kGroup == 0) bulk_wait();\n", ""),
+    "the sums of the other half": (ONE_PASS, "consumer_index(), step.first)", "1 - consumer_index(), step.first)"),
+    "sums without a swizzle": (ONE_PASS, "(chunk ^ (i % 2 * 4))", "(chunk)"),
 }  # fmt: skip
+
+# The head of the kernels that are built for a fault, where it is not 64.
+HEADS = {
+    "weights are read before they are there": 256,
+    "weights are written over those in use": 256,
+    "dK passes through keys that the other consumer reads": 128,
+    **{name: 128 for name, (file, _, _) in FAULTS.items() if file == ONE_PASS},
+}

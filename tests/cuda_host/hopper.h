@@ -45,8 +45,16 @@ struct WarpGroup {
     std::deque<Multiply> multiplies;
 };
 
+struct BulkSum {
+    float* target;
+    uint32_t source;
+    int bytes, thread;
+    bool committed, executed;
+};
+
 struct Asynchronous {
     std::map<uint32_t, SharedBarrier> barriers;
+    std::vector<BulkSum> sums;
     std::vector<TensorCopy> copies;
     std::vector<WarpGroup> groups;
 };
@@ -258,7 +266,8 @@ std::shared_ptr<Accumulators> accumulators(int group, const GroupMultiply& first
 
 bool same_instruction(const GroupMultiply& a, const GroupMultiply& b) {
     return a.a == b.a && a.b == b.b && a.columns == b.columns && a.bfloat16 == b.bfloat16 &&
-           a.transpose_b == b.transpose_b && a.accumulate == b.accumulate && !a.a_registers == !b.a_registers;
+           a.transpose_a == b.transpose_a && a.transpose_b == b.transpose_b && a.accumulate == b.accumulate &&
+           !a.a_registers == !b.a_registers;
 }
 
 // Whether all warps of w's group have come to the instruction; this one is marked as there.
@@ -299,10 +308,11 @@ void issue_multiply(int group) {
     m.c = accumulators(group, m.what);
     m.b_chunks = matrix_chunks(m.what.b, m.what.columns, m.what.transpose_b);
     std::vector<uint32_t> a_chunks;
-    if (!m.what.a_registers) a_chunks = matrix_chunks(m.what.a, 64, false);
+    if (!m.what.a_registers) a_chunks = matrix_chunks(m.what.a, 64, m.what.transpose_a);
     for (int k = 0; k < kGroupWarps; ++k) {
         m.group[k] = block.warp[first_warp + k].commits;
-        if (!m.what.a_registers) m.a_chunks[k].assign(&a_chunks[k * 32], &a_chunks[k * 32] + 32);
+        for (int chunk = 0; !m.what.a_registers && chunk < 32; ++chunk)  // of 16 rows, or where transposed columns
+            m.a_chunks[k].push_back(a_chunks[m.what.transpose_a ? chunk / 2 * 8 + k * 2 + chunk % 2 : k * 32 + chunk]);
         begin_reading(m.a_chunks[k], first_warp + k);
         begin_reading(m.b_chunks, first_warp + k);
     }
@@ -330,7 +340,9 @@ void execute_multiply(Multiply& m, int group) {
     };
     for (int row = 0; !m.what.a_registers && row < 64; ++row)
         for (int k = 0; k < 16; ++k)
-            a[row][k] = value(m.a_chunks[row / 16][static_cast<size_t>(row % 16 * 2 + k / 8)], k % 8);
+            a[row][k] = m.what.transpose_a
+                            ? value(m.a_chunks[row / 16][static_cast<size_t>(k * 2 + row % 16 / 8)], row % 8)
+                            : value(m.a_chunks[row / 16][static_cast<size_t>(row % 16 * 2 + k / 8)], k % 8);
     for (int k = 0; k < 16; ++k)
         for (int n = 0; n < columns; ++n)
             b[static_cast<size_t>(k * columns + n)] =
@@ -434,6 +446,28 @@ void check_group_idle() {
         if (!m.waited[block.current / kLanes % kGroupWarps]) fail(here() + "ended with a wgmma under way");
 }
 
+// --- sums in global memory ---
+
+void execute_sum(BulkSum& sum) {
+    for (int k = 0; k < sum.bytes / 4; ++k) {
+        float x;
+        std::memcpy(&x, &block.shared[sum.source + static_cast<uint32_t>(k) * 4], 4);
+        sum.target[k] += x;
+    }
+    sum.executed = true;
+}
+
+bool execute_some_sum() {
+    for (BulkSum& sum : hopper.sums)
+        if (!sum.executed) return execute_sum(sum), true;
+    return false;
+}
+
+void check_no_sums() {
+    for (const BulkSum& sum : hopper.sums)
+        if (sum.thread == block.current) fail(here() + "ended with a bulk_add under way");
+}
+
 // --- registers ---
 
 void change_registers(int w) {
@@ -465,6 +499,8 @@ void check_block_ended() {
 
 bool work_under_way() {
     if (!hopper.copies.empty()) return true;
+    if (std::any_of(hopper.sums.begin(), hopper.sums.end(), [](const BulkSum& sum) { return !sum.executed; }))
+        return true;
     return std::any_of(hopper.groups.begin(), hopper.groups.end(),
                        [](const WarpGroup& g) { return !g.multiplies.empty(); });
 }
@@ -479,9 +515,10 @@ bool advance() {
         execute_copy(copy);
         return true;
     }
+    if (draw() % 2 && execute_some_sum()) return true;
     const uint32_t first = draw();
     for (size_t k = 0; k < hopper.groups.size(); ++k)
         if (execute_next(static_cast<int>((first + k) % hopper.groups.size()))) return true;
     block.current = self;
-    return hopper.copies.empty() ? false : advance();
+    return hopper.copies.empty() ? execute_some_sum() : advance();
 }

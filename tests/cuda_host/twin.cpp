@@ -56,6 +56,7 @@ struct Region {
     int64_t bytes;
     bool written, whole;         // may be written, and must be
     std::vector<int64_t> owner;  // of each byte: kOutside, kFree, kEarlierLaunch, or the block that wrote it
+    bool sums = false;           // float32 that every block may add to
 };
 constexpr int64_t kOutside = -2, kFree = -1, kEarlierLaunch = INT64_MAX;
 
@@ -144,6 +145,7 @@ std::string shared_barrier_text(int address);
 bool work_under_way();
 bool advance();
 void check_group_idle();
+void check_no_sums();
 
 // Gives up: back to launch(), which throws. The fibers are left as they are.
 [[noreturn]] void fail(const std::string& text) {
@@ -207,6 +209,7 @@ void fiber_main() {
     for (const Group& group : block.fibers[block.current].groups)
         if (!group.copies.empty()) fail(here() + "ended with a cp.async under way");
     check_group_idle();
+    check_no_sums();
     stop(kDone);
     block.warp[block.current / kLanes].done |= 1u << block.current % kLanes;
     run_another();
@@ -274,7 +277,7 @@ void check_shared(uint32_t address, uint32_t bytes, bool write, int lane, const 
         Word& word = block.words[k];
         if (!write && word.write_warp < 0) say("read before anything was written");
         if (word.under_way) say("a copy is still under way there");
-        if (write && word.readers) say("a wgmma may still be reading there");
+        if (write && word.readers) say("a wgmma or a bulk_add may still be reading there");
         if (word.write_warp >= 0) {
             if (word.write_warp != w && !has_seen(w, lane, word.write_warp, word.write_clock))
                 say("race with a " + (word.write_warp < kMostWarps ? "write by warp " + std::to_string(word.write_warp)
@@ -531,7 +534,7 @@ const char* operation_name(int operation) {
         "nothing",      "warp_sync",    "vote.any",      "shfl",       "st.shared.32",   "st.shared.128",
         "ld.shared.32", "ld.shared.64", "ld.shared.128", "ldmatrix",   "ldmatrix.trans", "cp.async",
         "cp.async.32",  "mma.bf16",     "mma.f16",       "setmaxnreg", "group_fence",    "wgmma",
-        "group_commit", "group_wait",   "tensor_load"};
+        "group_commit", "group_wait",   "tensor_load",   "bulk_add"};
     return names[operation];
 }
 
@@ -560,6 +563,11 @@ void allow(const void* data, int64_t bytes, bool written) {
 void allow_workspace(void* data, int64_t bytes) {
     allow(data, bytes, true);
     regions.back().whole = false;
+}
+
+void allow_sums(void* data, int64_t bytes) {
+    allow(data, bytes, false);
+    regions.back().sums = true;
 }
 
 void forget() { regions.clear(); }
@@ -747,6 +755,42 @@ void tensor_load(uint32_t address, const TensorMapFields& map, uint32_t barrier,
     }
     hopper.copies.push_back(copy);
     ++totals.calls[kTensorLoad];
+}
+
+void bulk_add(float* target, uint32_t source, int bytes) {
+    const int lane = block.current % kLanes;
+    const uint8_t* first = reinterpret_cast<const uint8_t*>(target);
+    if (bytes <= 0 || bytes % 16 || source % 16 || reinterpret_cast<uintptr_t>(target) % 16)
+        fail(here() + "bulk_add of " + std::to_string(bytes) + " bytes, or misaligned");
+    if (std::none_of(regions.begin(), regions.end(), [&](const Region& region) {
+            return region.sums && first >= region.begin && first + bytes <= region.begin + region.bytes;
+        }))
+        fail(here() + "bulk_add outside of the sums");
+    for (uint32_t chunk = source; chunk < source + static_cast<uint32_t>(bytes); chunk += 16) {
+        check_shared(chunk, 16, false, lane, "bulk_add");
+        check_proxy(chunk, "bulk_add reads");
+        for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) ++block.words[k].readers;
+    }
+    hopper.sums.push_back({target, source, bytes, block.current, false, false});
+    ++totals.calls[kBulkAdd];
+}
+
+void bulk_commit() {
+    for (BulkSum& sum : hopper.sums) sum.committed |= sum.thread == block.current;
+}
+
+void bulk_wait() {
+    const int w = block.current / kLanes;
+    for (size_t k = hopper.sums.size(); k-- > 0;) {
+        BulkSum& sum = hopper.sums[k];
+        if (sum.thread != block.current || !sum.committed) continue;
+        if (!sum.executed) execute_sum(sum);
+        for (uint32_t word = sum.source / 4; word < (sum.source + static_cast<uint32_t>(sum.bytes)) / 4; ++word) {
+            --block.words[word].readers;
+            block.reads[word * static_cast<size_t>(block.warps) + static_cast<size_t>(w)] = block.warp[w].clock[w];
+        }
+        hopper.sums.erase(hopper.sums.begin() + static_cast<std::ptrdiff_t>(k));
+    }
 }
 
 void async_proxy_fence() { ++block.fibers[block.current].fences; }

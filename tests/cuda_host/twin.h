@@ -46,6 +46,7 @@ enum Operation : int {
     kGroupCommit,
     kGroupWait,
     kTensorLoad,  // by one thread
+    kBulkAdd,     // likewise
     kOperations
 };
 
@@ -63,6 +64,7 @@ Counters& counters();
 void allow(const void* data, const int64_t* sizes, const int64_t* strides, int dimensions, int element, bool written);
 void allow(const void* data, int64_t bytes, bool written);
 void allow_workspace(void* data, int64_t bytes);  // like an output, of which some may stay unwritten
+void allow_sums(void* data, int64_t bytes);       // float32 that any block may add to by bulk_add, and read
 void forget();                                    // what was allowed
 void check_all_written();                         // throws unless every element that may be written is
 
@@ -121,6 +123,9 @@ void barrier_arrive(uint32_t barrier, int expected_bytes);
 void barrier_wait(uint32_t barrier, int parity);
 void tensor_load(uint32_t address, const TensorMapFields& map, uint32_t barrier, const int (&place)[4]);
 void async_proxy_fence();
+void bulk_add(float* target, uint32_t source, int bytes);
+void bulk_commit();
+void bulk_wait();  // for what shared memory is read for, and for the sums, alike
 
 struct RegisterCount {
     int count;
@@ -139,7 +144,7 @@ struct GroupMultiply {
     const uint32_t* a_registers;  // or null
     uint64_t a, b;
     int columns;
-    bool bfloat16, transpose_b, accumulate;
+    bool bfloat16, transpose_b, accumulate, transpose_a;
 };
 
 float from_bfloat16(uint16_t bits);

@@ -58,33 +58,6 @@ EA_DEVICE void load_queries(const KernelParams& p, int b, int h, const Step& ste
     copy_async_32(G::kRowSums + (slot * 2 + warp) * G::kQueries * 4 + lane * 4, source + place, i < step.end);
 }
 
-// The queries of every head of a group, one head after the other.
-template <int kWidth>
-class GroupWalk {
-  public:
-    EA_DEVICE GroupWalk(const KernelParams& p, int b, int kv, int line, Span limits)
-        : b_(b),
-          line_(line),
-          head_(kv * p.group),
-          last_(head_ + p.group),
-          limits_(limits),
-          walk_(p, b, head_, line, limits) {}
-
-    EA_DEVICE bool next(const KernelParams& p, Step& step, int& head) {
-        while (!walk_.next(p, step)) {
-            if (++head_ >= last_) return false;
-            walk_ = Walk<kWidth, kByKey>(p, b_, head_, line_, limits_);
-        }
-        head = head_;
-        return true;
-    }
-
-  private:
-    int b_, line_, head_, last_;
-    Span limits_;
-    Walk<kWidth, kByKey> walk_;
-};
-
 // Walks the queries. Reading kMarks: weights are 1 for visible pairs, and dk and dv count the NaN and infinities that a
 // key is seen by.
 template <class G, bool kSafe>
@@ -150,9 +123,11 @@ EA_DEVICE void gather(G& g, const KernelParams& p, const Place& at, Reading read
             const Words2 lse = load_shared_64(sums + n * 32 + lane % 4 * 8);
             const float shift[2] = {weight_shift(as_float(lse.x)), weight_shift(as_float(lse.y))};
             EA_UNROLL
-            for (int e = 0; e < 4; ++e)
-                s[0][n][e] =
-                    power_of_2(multiply_add_scalar(s[0][n][e], G::kExtras ? 1.0f : p.score_scale, -shift[e % 2]));
+            for (int e = 0; e < 4; ++e) {
+                const bool hidden = kSafe && s[0][n][e] == -infinity();  // even from a query whose lse is NaN
+                const float unit = G::kExtras ? 1.0f : p.score_scale;
+                s[0][n][e] = hidden ? 0.0f : power_of_2(multiply_add_scalar(s[0][n][e], unit, -shift[e % 2]));
+            }
         }
         uint32_t kept = 0xFFFFFFFFu;
         if constexpr (G::kExtras) {

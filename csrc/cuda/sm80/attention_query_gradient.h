@@ -35,24 +35,6 @@ struct QueryGradient {
     static EA_DEVICE int first_column() { return thread_index() / kWarp % kColumnParts * kColumns; }
 };
 
-// The two rows of a thread, g and g + 8.
-struct RowSums {
-    float shift[2], delta[2];
-};
-
-EA_DEVICE RowSums load_sums(const KernelParams& p, int b, int h, int row, int end) {
-    RowSums sums;
-    EA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int64_t place = (static_cast<int64_t>(b) * p.call.Hq + h) * p.call.Nq + row + half * 8;
-        const bool exists = row + half * 8 < end;
-        sums.shift[half] =
-            exists ? weight_shift(load_global(static_cast<const float*>(p.call.lse) + place)) : infinity();
-        sums.delta[half] = exists ? load_global(p.delta + place) : 0.0f;
-    }
-    return sums;
-}
-
 template <class G>
 EA_DEVICE void load_rows(const KernelParams& p, int b, int h, Span rows) {
     const AttentionParams& c = p.call;

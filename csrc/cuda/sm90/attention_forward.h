@@ -14,21 +14,16 @@
 // 128 bytes for the step in each slot; barriers. A consumer's output passes through the memory of its Q.
 #pragma once
 
-#include "cuda/scores.h"
+#include "cuda/sm90/groups.h"
 
 namespace efficient_attn {
 namespace sm90 {
 namespace {
 
-constexpr int kGroup = 128;             // threads of a warpgroup
-constexpr int kGroupRows = 64;          // of the accumulators of one
-constexpr int kPanel = 64;              // columns
-constexpr uint32_t kPattern = 8 * 128;  // bytes of eight rows of a panel, after which the swizzle repeats
-
-// What a kernel reads by tensor copies, and the order of its work.
+// What a kernel reads by tensor copies, and its work.
 struct ForwardInputs {
     TensorMap query, key, value;
-    int tiles, tiles_per_head, heads_at_once;
+    Work work;
 };
 
 template <class T_, int kHead_>
@@ -42,8 +37,8 @@ struct Forward {
     static constexpr uint32_t kQueryBytes = kGroupRows * kHead * 2, kTileBytes = kKeys * kHead * 2;
     static constexpr uint32_t kQuery = 0, kKeySlots = kConsumers * kQueryBytes;
     static constexpr uint32_t kValueSlots = kKeySlots + kStages * kTileBytes;
-    static constexpr uint32_t kSteps = kValueSlots + kStages * kTileBytes, kStepBytes = kWarp * 4;
-    static constexpr uint32_t kQueryFull = kSteps + kStages * kStepBytes, kQueryEmpty = kQueryFull + 8;
+    static constexpr uint32_t kSteps = kValueSlots + kStages * kTileBytes;
+    static constexpr uint32_t kQueryFull = kSteps + kStages * kLineBytes, kQueryEmpty = kQueryFull + 8;
     static constexpr uint32_t kKeyFull = kQueryEmpty + 8, kKeyEmpty = kKeyFull + kStages * 8;
     static constexpr uint32_t kValueFull = kKeyEmpty + kStages * 8, kValueEmpty = kValueFull + kStages * 8;
     static constexpr uint32_t kSharedBytes = kValueEmpty + kStages * 8;
@@ -55,48 +50,8 @@ struct Forward {
 
 // Named barriers: 0 is block_sync's.
 EA_DEVICE int turn_of(int consumer) { return 1 + consumer; }
-EA_DEVICE int meeting_of(int consumer) { return 3 + consumer; }
-
-// A slot of a ring of kStages, and the parity of the phase in which it is filled.
-template <int kStages>
-struct Slot {
-    int index = 0, parity = 0;
-
-    EA_DEVICE void advance() {
-        if (++index < kStages) return;
-        index = 0;
-        parity ^= 1;
-    }
-    EA_DEVICE uint32_t of(uint32_t first, uint32_t bytes) const { return first + static_cast<uint32_t>(index) * bytes; }
-};
-
-// The tiles of one block of threads, f(tile) each. Work lies in sections of heads whose keys and values stay in the L2
-// cache; in a section the longest tiles of all heads come first. Blocks take it in turns there and back.
-template <class Function>
-EA_DEVICE void each_tile(const KernelParams& p, const ForwardInputs& in, Function f) {
-    const int blocks = static_cast<int>(block_count()), block = static_cast<int>(block_index());
-    const int heads = in.tiles / in.tiles_per_head, in_section = in.tiles_per_head * in.heads_at_once;
-    EA_KEEP_LOOP
-    for (int first = 0, turned = 0; first < in.tiles; first += blocks, turned ^= 1) {
-        const int work = first + (turned ? blocks - 1 - block : block);
-        if (work >= in.tiles) continue;
-        const int head = work / in_section * in.heads_at_once, here = smaller(in.heads_at_once, heads - head);
-        const int place = work % in_section;
-        const int tile = (head + place % here) * in.tiles_per_head + place / here;
-        const Place at = query_place<128>(p, tile);
-        f(tile, at);
-    }
-}
 
 // --- the producer ---
-
-// Starts copying a tile of rows, panel by panel.
-template <int kHead, int kRows>
-EA_DEVICE void load_panels(uint32_t tile, const TensorMap& map, uint32_t barrier, int row, int h, int b) {
-    EA_KEEP_LOOP
-    for (int panel = 0; panel < kHead / kPanel; ++panel)
-        tensor_load(tile + panel * kRows * 128, map, barrier, panel * kPanel, row, h, b);
-}
 
 template <class F>
 EA_DEVICE void load_queries(const ForwardInputs& in, const Place& at, int parity) {
@@ -114,7 +69,8 @@ EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
     const int lane = thread_index() % kWarp;
     Slot<F::kStages> slot;
     int query_parity = 0;
-    each_tile(p, in, [&](int, const Place& at) {
+    each_tile(in.work, [&](int tile) {
+        const Place at = query_place<F::kRows>(p, tile);
         if (at.lines.begin >= at.lines.end) return;
         const int kv = at.h / p.group;
         const Reach sees = reach(at.lines.begin, at.lines.end - 1, p.low, p.high, key_count(p, at.b));
@@ -125,8 +81,7 @@ EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
             const Step step = next;
             more = more && walk.next(p, next);
             barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);
-            const int word = lane == 0 ? step.first : lane == 1 ? step.end : lane == 2 ? step.tile : step.offset;
-            store_shared_32(slot.of(F::kSteps, F::kStepBytes) + lane * 4, lane == 4 ? more : word);
+            send_step(slot.of(F::kSteps, kLineBytes), step, more, at.h, lane);
             warp_sync();
             if (lane == 0) {
                 const uint32_t key_full = slot.of(F::kKeyFull, 8), value_full = slot.of(F::kValueFull, 8);
@@ -153,20 +108,11 @@ struct Consumer {
     int index, lane, row;
 };
 
-// Says that this warp is done with what `barrier` guards.
-EA_DEVICE void release(uint32_t barrier, int lane) {
-    warp_sync();
-    if (lane == 0) barrier_arrive(barrier);
-}
-
 // The step in a slot, once its keys are there; says whether more follow.
 template <class F>
 EA_DEVICE bool receive(Step& step, const Slot<F::kStages>& slot) {
     barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);
-    const uint32_t line = slot.of(F::kSteps, F::kStepBytes);
-    const Words4 words = load_shared_128(line);
-    step = {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};
-    return load_shared_32(line + 16) != 0;
+    return read_step(step, slot.of(F::kSteps, kLineBytes));
 }
 
 // Starts s = Q K^T.
@@ -281,7 +227,8 @@ EA_DEVICE void consume(const KernelParams& p, const ForwardInputs& in) {
     Slot<F::kStages> keys, values;
     int query_parity = 0;
     if (F::kTurns && index == 1) named_arrive(turn_of(0), F::kConsumers * kGroup);
-    each_tile(p, in, [&](int tile, const Place& at) {
+    each_tile(in.work, [&](int tile) {
+        const Place at = query_place<F::kRows>(p, tile);
         if (at.lines.begin >= at.lines.end) {
             if (p.flags && thread_index() == kGroup) store_global(p.flags + tile, 0);
             return;

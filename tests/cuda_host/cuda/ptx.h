@@ -157,6 +157,11 @@ EA_DEVICE void tensor_load(uint32_t address, const TensorMap& map, uint32_t barr
 }
 EA_DEVICE void async_proxy_fence() { twin::async_proxy_fence(); }
 
+EA_DEVICE void bulk_add(float* target, uint32_t source, int bytes) { twin::bulk_add(target, source, bytes); }
+EA_DEVICE void bulk_commit() { twin::bulk_commit(); }
+EA_DEVICE void bulk_wait_read() { twin::bulk_wait(); }
+EA_DEVICE void bulk_wait() { twin::bulk_wait(); }
+
 EA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
     return static_cast<uint64_t>((address & 0x3FFFFu) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
            static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
@@ -177,14 +182,15 @@ EA_DEVICE void group_wait(R&... done) {
     twin::warp_wide(twin::kGroupWait, &fence);
 }
 
-template <class T, int kN, bool kTransposeB>
+template <class T, int kN, bool kTransposeB, bool kTransposeA = false>
 EA_DEVICE void group_multiply(float (&c)[kN / 8][4], uint64_t a, uint64_t b, bool accumulate) {
-    twin::GroupMultiply multiply{&c[0][0], nullptr, a, b, kN, std::is_same_v<T, BFloat16>, kTransposeB, accumulate};
+    twin::GroupMultiply multiply{&c[0][0],    nullptr,    a,          b, kN, std::is_same_v<T, BFloat16>,
+                                 kTransposeB, accumulate, kTransposeA};
     twin::warp_wide(twin::kGroupMultiply, &multiply);
 }
 template <class T, int kN, bool kTransposeB>
 EA_DEVICE void group_multiply(float (&c)[kN / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    twin::GroupMultiply multiply{&c[0][0], a, 0, b, kN, std::is_same_v<T, BFloat16>, kTransposeB, accumulate};
+    twin::GroupMultiply multiply{&c[0][0], a, 0, b, kN, std::is_same_v<T, BFloat16>, kTransposeB, accumulate, false};
     twin::warp_wide(twin::kGroupMultiply, &multiply);
 }
 

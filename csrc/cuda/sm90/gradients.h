@@ -1,0 +1,122 @@
+// What the backward kernels of Hopper share.
+#pragma once
+
+#include "cuda/gradients.h"
+#include "cuda/sm90/groups.h"
+
+namespace efficient_attn {
+namespace sm90 {
+namespace {
+
+// What a kernel reads by tensor copies, and its work.
+struct BackwardInputs {
+    TensorMap query, key, value, grad_out;
+    Work work;
+};
+
+constexpr int kConsumers = 2, kConsumerWarps = kConsumers * kGroup / kWarp, kBlockThreads = (1 + kConsumers) * kGroup;
+
+// This thread's consumer, and the first row of its warp in the group's tile.
+EA_DEVICE int consumer_index() { return thread_index() / kGroup - 1; }
+EA_DEVICE int group_warp_row() { return thread_index() % kGroup / kWarp * 16; }
+
+// The step in a slot, once it has arrived; says whether more follow.
+template <class G>
+EA_DEVICE bool await_step(Step& step, const Slot<G::kStages>& slot) {
+    barrier_wait(slot.of(G::kFull, 8), slot.parity);
+    return read_step(step, slot.of(G::kSteps, kLineBytes));
+}
+
+// Whether a consumer has visible pairs in a step of `width`, and whether all of them are visible.
+struct Sight {
+    bool any, all;
+};
+
+EA_DEVICE Sight sight_of(const Reach& sees, const Step& step, int width) {
+    return {step.first < sees.any.end && step.end > sees.any.begin, step.tile < 0 && step.first >= sees.all.begin &&
+                                                                        step.end <= sees.all.end &&
+                                                                        step.end == step.first + width};
+}
+
+// s = A B^T of a group: A [64, kHead] and B [kN, kHead] are tiles. Not complete before a group_wait.
+template <class T, int kHead, int kN>
+EA_DEVICE void group_multiply_transposed(float (&s)[kN / 8][4], uint32_t a, uint32_t b) {
+    const uint64_t a_matrix = matrix_descriptor(a, 0, kPattern), b_matrix = matrix_descriptor(b, 0, kPattern);
+    EA_UNROLL
+    for (int k = 0; k < kHead / 16; ++k) {
+        const uint32_t panel = k * 16 / kPanel, inside = k * 16 % kPanel * 2;
+        group_multiply<T, kN, false>(s, matrix_further(a_matrix, panel * (kGroupRows * 128) + inside),
+                                     matrix_further(b_matrix, panel * (kN * 128) + inside), k > 0);
+    }
+}
+
+// c += A B of a group: A [64, kK] in registers, B a tile [kK, kHead]. Not complete before a group_wait.
+template <class T, int kHead, int kK>
+EA_DEVICE void group_multiply_rows(float (&c)[kHead / 8][4], const uint32_t (&a)[kK / 16][4], uint32_t b) {
+    const uint64_t matrix = matrix_descriptor(b, kK * 128, kPattern);
+    EA_UNROLL
+    for (int k = 0; k < kK / 16; ++k)
+        group_multiply<T, kHead, true>(c, a[k], matrix_further(matrix, k * (16 * 128)), true);
+}
+
+constexpr uint32_t kEveryPair = 0xFFFFFFFFu;
+
+// Which pairs `hide` lets be seen, a bit each as is_kept reads them: known before there are scores, whose registers are
+// free until then.
+template <int kN, class Hide>
+EA_DEVICE uint32_t visible_bits(Hide hide) {
+    static_assert(kN * 4 <= 32, "one bit an element");
+    float s[1][kN][4];
+    clear(s);
+    hide(s);
+    uint32_t visible = 0;
+    each(s, [&](float x, int, int n, int e) { visible |= static_cast<uint32_t>(x == 0.0f) << (n * 4 + e); });
+    return visible;
+}
+
+// Rounds a group's rows to T and writes those below `end`, through the group's own tile in shared memory. `first` is
+// the group's first row in the tensor.
+template <class T, int kHead>
+EA_DEVICE void store_panels(float (&c)[1][kHead / 8][4], uint32_t tile, uint16_t* base, int64_t row_stride, int first,
+                            int end, int width, bool aligned) {
+    const int lane = thread_index() % kWarp;
+    EA_UNROLL
+    for (int panel = 0; panel < kHead / kPanel; ++panel) {
+        float part[1][kPanel / 8][4];
+        each(part, [&](float& x, int, int n, int e) { x = c[0][panel * (kPanel / 8) + n][e]; });
+        store_rows<T, kPanel>(part, tile + panel * (kGroupRows * 128), base + panel * kPanel, row_stride, first,
+                              group_warp_row(), end, 0, width - panel * kPanel, aligned, lane);
+    }
+}
+
+constexpr int kMeetingOfBoth = 5;  // the named barrier of both consumers
+
+// The flag of the sm80 kernel's tile of kRows lines in which a consumer's lines begin, of an axis of `count`. Their
+// tile begins at line `begin`; -1: its block of the list has no such lines.
+template <int kRows>
+EA_DEVICE int64_t flag_of(bool listed, int block, int count, int64_t head, int begin, int line, bool last_first) {
+    const Tiling tiles = tiling<kRows>(listed, block);
+    const int in_head = ceil_div(count, tiles.block) * tiles.tiles_per_block;
+    const int tile = line / tiles.block * tiles.tiles_per_block + line % tiles.block / kRows;
+    if (listed ? line / block != begin / block : tile >= in_head) return -1;
+    return head * in_head + (last_first ? in_head - 1 - tile : tile);
+}
+
+// Every warp of a consumer is done with its tiles in shared memory. Writes whether its lines are suspicious: into the
+// flag of that number, or where both consumers share the flag, into a half of it.
+template <bool kHalves>
+EA_DEVICE void meet(int32_t* flags, int64_t place, bool suspect) {
+    const int consumer = consumer_index();
+    if (!flags) return named_sync(meeting_of(consumer), kGroup);
+    suspect = named_any(meeting_of(consumer), kGroup, suspect);
+    if (thread_index() % kGroup != 0 || place < 0) return;
+    if (kHalves) {
+        store_global(reinterpret_cast<uint16_t*>(flags + place) + consumer, static_cast<uint16_t>(suspect));
+    } else {
+        store_global(flags + place, suspect ? 1 : 0);
+    }
+}
+
+}  // namespace
+}  // namespace sm90
+}  // namespace efficient_attn

@@ -338,18 +338,19 @@ EA_DEVICE void hold(uint32_t (&a)[kN][4]) {
 }
 
 // wgmma.fence: ordinary accesses of registers come before later multiplies. Needed before the first multiply, after
-// each group_wait, and whenever registers were written: these are named. Warp-wide.
+// each group_wait, and whenever registers were written: these are named. Group-wide, as commit and wait are: behind no
+// branch in which the warps of a group may differ.
 template <class... Registers>
 EA_DEVICE void group_fence(Registers&... written) {
     (hold(written), ...);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// wgmma.commit_group: the multiplies since the last commit become one group; warp-wide.
+// wgmma.commit_group: the multiplies since the last commit become one group.
 EA_DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // wgmma.wait_group: returns when at most the latest kPending groups are still under way. `done`: the accumulators, and
-// the registers of A, that are free again by that; warp-wide.
+// the registers of A, that are free again by that.
 template <int kPending, class... Registers>
 EA_DEVICE void group_wait(Registers&... done) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");

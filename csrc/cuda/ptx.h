@@ -345,11 +345,11 @@ EA_DEVICE void group_fence(Registers&... written) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// wgmma.commit_group: the multiplies since the last commit become one group; warp-wide.
+// wgmma.commit_group: the multiplies since the last commit become one group.
 EA_DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // wgmma.wait_group: returns when at most the latest kPending groups are still under way. `done`: the accumulators, and
-// the registers of A, that are free again by that; warp-wide.
+// the registers of A, that are free again by that.
 template <int kPending, class... Registers>
 EA_DEVICE void group_wait(Registers&... done) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");

@@ -10,14 +10,7 @@ HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (
     f"sm90/{name}.h" for name in ("attention_key_gradient", "attention_query_gradient", "gradients")
 )
 ONE_PASS = "sm90/attention_backward.h"
-SUMS = """\
-        if (warp_any(online_softmax(s, f.top, f.total, fade, p.score_scale))) {
-            group_wait<0>(f.out[0], f.weights);
-            each(f.out, [&](float& x, int m, int, int e) { x *= fade[m][e / 2]; });
-        } else {
-            group_wait<0>(f.out[0], f.weights);
-        }
-"""
+SUMS = "        group_wait<0>(f.out[0], f.weights);\n"
 RELEASE = "        release(values.of(F::kValueEmpty, 8), c.lane);\n"
 WAIT = "        copy_async_wait<0>();\n" + ARRIVED
 
@@ -98,8 +91,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "no group_fence": (HOPPER, "    group_fence(s[0]);\n", ""),
     "a group_fence that leaves out P": (HOPPER, "group_fence(f.out[0], f.weights)", "group_fence(f.out[0])"),
     "P is packed while the product reads it": (
-        HOPPER, "        mask_scores<F>(s, p, at, step, sees, c);\n        //",
-        "        mask_scores<F>(s, p, at, step, sees, c);\n        pack_a<typename F::T>(f.weights, s[0]);\n        //",
+        HOPPER, "        // Waiting for the next keys", "        pack_a<typename F::T>(f.weights, s[0]);\n        // Waiting",
     ),
     "no proxy fence behind the output": (HOPPER, "    async_proxy_fence();  // Q of", "    // Q of"),
     "barriers that copies may not see": (HOPPER, "            barrier_init_fence();\n", ""),
@@ -107,9 +99,6 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a descriptor that goes on by rows": (HOPPER, "k * 2 * kPattern)", "k * kPattern)"),
     "a panel further on than the tile": (HOPPER, "column = k % 4 * 32", "column = k % 4 * 64"),
     "values read as if they were transposed": (HOPPER, "F::kHead, true>", "F::kHead, false>"),
-    "no barrier before the output passes through Q": (
-        HOPPER, "        named_sync(meeting_of(c.index), kGroup);  // every warp is done with Q\n", "        ;\n",
-    ),
     "a turn is not passed on": (
         HOPPER, "        if (F::kTurns) named_arrive(turn_of(1 - c.index), F::kConsumers * kGroup);\n", "",
     ),
@@ -119,7 +108,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "more registers than there are": (HOPPER, "kConsumerRegisters = 232", "kConsumerRegisters = 240"),
     "tiles taken in turn, one off": (GROUPS, "blocks - 1 - block", "blocks - block"),
-    "the same values twice": (HOPPER, "        values.advance();\n        pack_a", "        pack_a"),
+    "the same values twice": (HOPPER, "        values.advance();\n        if (warp_any", "        if (warp_any"),
     "the output is not faded": (HOPPER, "x *= fade[m][e / 2];", "x *= 1.0f;"),
     "Hopper's flags are not written": (HOPPER, "static_cast<uint16_t>(suspect)", "uint16_t{0}"),
     "no wait for a step of the backward": (GRADIENTS, "    barrier_wait(slot.of(G::kFull, 8), slot.parity);\n", ""),

@@ -183,15 +183,13 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, const Consum
         release(keys.of(F::kKeyEmpty, 8), c.lane);
         keys.advance();
         mask_scores<F>(s, p, at, step, sees, c);
-        // The wait stands in both branches: ptxas would move one between the softmax and them before the softmax.
-        if (warp_any(online_softmax(s, f.top, f.total, fade, p.score_scale))) {
-            group_wait<0>(f.out[0], f.weights);
-            each(f.out, [&](float& x, int m, int, int e) { x *= fade[m][e / 2]; });
-        } else {
-            group_wait<0>(f.out[0], f.weights);
-        }
+        const bool fades = online_softmax(s, f.top, f.total, fade, p.score_scale);
+        // Waiting for the next keys here keeps ptxas from moving the group_wait to before the softmax.
+        if (more) barrier_wait(keys.of(F::kKeyFull, 8), keys.parity);
+        group_wait<0>(f.out[0], f.weights);
         release(values.of(F::kValueEmpty, 8), c.lane);
         values.advance();
+        if (warp_any(fades)) each(f.out, [&](float& x, int m, int, int e) { x *= fade[m][e / 2]; });
         pack_a<typename F::T>(f.weights, s[0]);
     }
 

@@ -202,9 +202,6 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "both consumers read the first one's keys": (
         HOPPER_KEYS, "return kShared ? 0 : consumer_index() * kOwnBytes;", "return 0;",
     ),
-    "no barrier before gradients pass through tiles": (
-        GRADIENTS, "    if (!flags) return named_sync(meeting_of(consumer), kGroup);\n", "    if (!flags) return;\n",
-    ),
     "no proxy fence behind dK and dV": (
         HOPPER_KEYS, "rows, 1.0f, p.call.Dv, p.dv_aligned);\n        async_proxy_fence();",
         "rows, 1.0f, p.call.Dv, p.dv_aligned);\n",

@@ -94,7 +94,7 @@ EA_DEVICE uint32_t rest_of(uint32_t rounded, float low, float high) {
 // the tile behind it; zeros where a row does not count. Returns whether this thread met a NaN or infinity.
 template <class S, int kWidth>
 EA_DEVICE bool load_rows(uint32_t tile, const Rows& r, int b, int h, int first, int column) {
-    constexpr int kChunks = kWidth / 8, kRowsAtOnce = S::kThreads / kChunks, kBatch = S::kE == 256 ? 2 : 4;
+    constexpr int kChunks = kWidth / 8, kRowsAtOnce = S::kThreads / kChunks, kBatch = S::kE == 128 ? 4 : 2;
     constexpr int kPieces = S::kChunk / kRowsAtOnce, kAtOnce = kPieces < kBatch ? kPieces : kBatch;
     if (thread_index() >= S::kThreads) return false;
     const int chunk = thread_index() % kChunks, count = smaller(8, r.width - column - chunk * 8);
@@ -524,23 +524,21 @@ linear_sums(EA_PARAMETER SumsParams p) {
         const int t = p.times.first + (slot * p.times.chunks + chunk) * S::kChunk;
         float out[S::kM][2][4];
         clear(out);
-        const auto load_head = [&](int head) {
-            load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
-            if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
-            return load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
-        };
         block_sync();  // every warp is done with the chunk before
         load_rows<S, S::kE>(S::kX, p.x, b, h, t + p.x.shift, 0);
         if (p.extra) load_extra<S>(S::kExtraX, p.x, b, h, t + p.x.shift);
-        bool bad = p.causal && load_head(line * p.spread);
-        bad = block_any(bad);  // and the rows are there
-        multiply_state<S>(out, state, p.extra, lane);
-        for (int g = 0; p.causal && g < p.spread; ++g) {
-            if (g > 0) {
-                block_sync();  // every warp is done with the head before
-                bad = load_head(line * p.spread + g);
-                bad = block_any(bad);
+        for (int g = 0; g < p.spread; ++g) {
+            bool bad = false;
+            if (p.causal) {
+                const int head = line * p.spread + g;
+                if (g > 0) block_sync();  // every warp is done with the head before
+                load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
+                bad = load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
+                if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
             }
+            bad = block_any(bad);  // and the rows are there
+            if (g == 0) multiply_state<S>(out, state, p.extra, lane);
+            if (!p.causal) break;
             store_weights<S>(p, warp, lane);
             block_sync();  // the weights are there
             multiply_weights<S>(out, columns, bad, lane);

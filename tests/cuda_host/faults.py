@@ -92,7 +92,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         LINEAR, "        block_sync();  // every warp is done with the chunk before\n", "",
     ),
     "a head is loaded while the one before is read": (
-        LINEAR, "                block_sync();  // every warp is done with the head before\n", "",
+        LINEAR, "                if (g > 0) block_sync();  // every warp is done with the head before\n", "",
     ),
     "weights are read before they are there": (
         LINEAR, "            block_sync();  // the weights are there\n", "",

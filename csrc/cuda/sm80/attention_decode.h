@@ -91,23 +91,23 @@ EA_DEVICE void multiply_visible(D& f, const float (&s)[1][D::kKeys / 8][4], uint
     using T = typename D::T;
     constexpr int kN = D::kKeys / 8;
     multiply<T, D::kHead, true>(f.out, s, values, column, kFinite, lane);
-    float ones[kN][4];
-    EA_UNROLL
-    for (int k = 0; k < kN * 4; ++k) ones[k / 4][k % 4] = visible >> k & 1 ? 1.0f : 0.0f;
-    uint32_t a[kN / 2][4];
-    pack_a<T>(a, ones);
-    const uint32_t b_lane = matrices_at<D::kHead>(lane_down<D::kHead>(values, lane), 0, column);
+    const uint32_t ones = pack<T>(1.0f, 1.0f),
+                   b_lane = matrices_at<D::kHead>(lane_down<D::kHead>(values, lane), 0, column);
     EA_UNROLL
     for (int n = 0; n < D::kColumns / 16; ++n) {
         float met[2][4] = {};
-        EA_UNROLL
+        EA_KEEP_LOOP
         for (int k = 0; k < kN / 2; ++k) {
-            uint32_t b[4];
+            uint32_t a[4], b[4];
             load_b_transposed<D::kHead>(b, b_lane, k * 16, n);
             EA_UNROLL
-            for (int r = 0; r < 4; ++r) b[r] = read_as<T>(b[r], kMarks);
-            multiply_add<T>(met[0], a[k], b[0], b[1]);
-            multiply_add<T>(met[1], a[k], b[2], b[3]);
+            for (int r = 0; r < 4; ++r) {
+                const uint32_t bits = visible >> (k * 8 + r * 2);
+                a[r] = (bits & 1 ? ones & 0xFFFFu : 0u) | (bits & 2 ? ones & 0xFFFF0000u : 0u);
+                b[r] = read_as<T>(b[r], kMarks);
+            }
+            multiply_add<T>(met[0], a, b[0], b[1]);
+            multiply_add<T>(met[1], a, b[2], b[3]);
         }
         EA_UNROLL
         for (int k = 0; k < 8; ++k) {

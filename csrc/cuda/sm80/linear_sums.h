@@ -30,7 +30,7 @@ struct Sums {
     using T = BFloat16;
     static constexpr int kE = kE_, kR = 64, kChunk = kE == 256 ? 32 : 64, kM = kChunk / 16;
     static constexpr bool kSplit = kSplit_;
-    static constexpr int kBlocksAtOnce = kE == 64 ? 2 : 1;
+    static constexpr int kBlocksAtOnce = kE == 64 && kSplit ? 2 : 1;
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMostThreads = kThreads + kWarp;
     static constexpr uint32_t kWide = kChunk * kE * 2, kNarrow = kChunk * kR * 2, kCopies = kSplit ? 2 : 1;
     static constexpr uint32_t kX = 0, kY = kX + kCopies * kWide, kU = kY + kCopies * kWide;
@@ -94,7 +94,7 @@ EA_DEVICE uint32_t rest_of(uint32_t rounded, float low, float high) {
 // the tile behind it; zeros where a row does not count. Returns whether this thread met a NaN or infinity.
 template <class S, int kWidth>
 EA_DEVICE bool load_rows(uint32_t tile, const Rows& r, int b, int h, int first, int column) {
-    constexpr int kChunks = kWidth / 8, kRowsAtOnce = S::kThreads / kChunks, kBatch = S::kE == 256 ? 2 : 4;
+    constexpr int kChunks = kWidth / 8, kRowsAtOnce = S::kThreads / kChunks, kBatch = S::kE == 128 ? 4 : 2;
     constexpr int kPieces = S::kChunk / kRowsAtOnce, kAtOnce = kPieces < kBatch ? kPieces : kBatch;
     if (thread_index() >= S::kThreads) return false;
     const int chunk = thread_index() % kChunks, count = smaller(8, r.width - column - chunk * 8);
@@ -347,29 +347,31 @@ EA_DEVICE void multiply_weights(float (&out)[S::kM][2][4], const Columns<S>& u, 
     }
 }
 
-// NaN where a row sees a NaN or infinity of u within the chunk.
+// NaN where a row sees a NaN or infinity of u within the chunk; 16 rows at a time, for the registers' sake.
 template <class S>
 EA_DEVICE void mark(float (&out)[S::kM][2][4], const SumsParams& p, const Columns<S>& u, int lane) {
-    float met[S::kM][2][4];
-    clear(met);
-    Pair<4> a, b;
-    EA_KEEP_LOOP
-    for (int k = 0; k < S::kM; ++k) {
-        u.load_b(b, k);
-        EA_UNROLL
-        for (int r = 0; r < 4; ++r) b.high[r] = read_as<BFloat16>(b.high[r], kMarks);
-        EA_UNROLL
-        for (int m = 0; m < S::kM; ++m) {
+    EA_UNROLL
+    for (int m = 0; m < S::kM; ++m) {
+        float met[2][4] = {};
+        EA_KEEP_LOOP
+        for (int k = 0; k < S::kM; ++k) {
+            Pair<4> a, b;
+            u.load_b(b, k);
             EA_UNROLL
             for (int r = 0; r < 4; ++r) {
                 const int s = m * 16 + r % 2 * 8 + lane / 4, t = k * 16 + r / 2 * 8 + lane % 4 * 2;
                 a.high[r] = pack<BFloat16>(visible(p, s, t) ? 1.0f : 0.0f, visible(p, s, t + 1) ? 1.0f : 0.0f);
+                b.high[r] = read_as<BFloat16>(b.high[r], kMarks);
             }
-            multiply_add_pair<false, false>(met[m][0], a, b, 0);
-            multiply_add_pair<false, false>(met[m][1], a, b, 1);
+            multiply_add_pair<false, false>(met[0], a, b, 0);
+            multiply_add_pair<false, false>(met[1], a, b, 1);
+        }
+        EA_UNROLL
+        for (int e = 0; e < 8; ++e) {
+            float& x = out[m][e / 4][e % 4];
+            x = met[e / 4][e % 4] > 0.0f ? not_a_number() : x;
         }
     }
-    each(out, [&](float& x, int m, int n, int e) { x = met[m][n][e] > 0.0f ? not_a_number() : x; });
 }
 
 // --- states in memory ------------------------------------------------------------------------------------------------
@@ -524,23 +526,21 @@ linear_sums(EA_PARAMETER SumsParams p) {
         const int t = p.times.first + (slot * p.times.chunks + chunk) * S::kChunk;
         float out[S::kM][2][4];
         clear(out);
-        const auto load_head = [&](int head) {
-            load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
-            if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
-            return load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
-        };
         block_sync();  // every warp is done with the chunk before
         load_rows<S, S::kE>(S::kX, p.x, b, h, t + p.x.shift, 0);
         if (p.extra) load_extra<S>(S::kExtraX, p.x, b, h, t + p.x.shift);
-        bool bad = p.causal && load_head(line * p.spread);
-        bad = block_any(bad);  // and the rows are there
-        multiply_state<S>(out, state, p.extra, lane);
-        for (int g = 0; p.causal && g < p.spread; ++g) {
-            if (g > 0) {
-                block_sync();  // every warp is done with the head before
-                bad = load_head(line * p.spread + g);
-                bad = block_any(bad);
+        for (int g = 0; g < p.spread; ++g) {
+            bool bad = false;
+            if (p.causal) {
+                const int head = line * p.spread + g;
+                if (g > 0) block_sync();  // every warp is done with the head before
+                load_rows<S, S::kE>(S::kY, p.y, b, head, t + p.y.shift, 0);
+                bad = load_rows<S, S::kR>(S::kU, p.u, b, head, t + p.u.shift, r_tile * S::kR);
+                if (p.extra) load_extra<S>(S::kExtraY, p.y, b, head, t + p.y.shift);
             }
+            bad = block_any(bad);  // and the rows are there
+            if (g == 0) multiply_state<S>(out, state, p.extra, lane);
+            if (!p.causal) break;
             store_weights<S>(p, warp, lane);
             block_sync();  // the weights are there
             multiply_weights<S>(out, columns, bad, lane);

@@ -137,7 +137,7 @@ TABLE = ROOT / "benchmarks" / "results" / "cuda" / "compile.jsonl"
 
 
 def check(row: dict) -> None:
-    """Shared memory that an A100 has, and nothing spilled, with two exceptions: the `safe` kernels, which run only on tiles
+    """Shared memory that an A100 has, and nothing spilled. Two exceptions: the `safe` kernels, which run only on tiles
     where a NaN was met, and sums of linear attention over more than 128 columns, whose state fills the registers."""
     assert row["shared"] <= 163 * 1024, row
     wide = row["kernel"] == "linear_sums" and row["head_dim"] == 256 and row["spill_stores"] <= 64

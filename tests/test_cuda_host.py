@@ -200,7 +200,7 @@ def test_one_configuration_compiles_now(arch: str) -> None:
 
     rows = cuda_table.compile_rows(arch, "bfloat16", head_dims=(64,), parts=("forward",), extras=(0,))
     hopper = {"sm90::attention_forward"} if arch == "sm_90a" else set()
-    everywhere = {"attention_forward", "attention_forward_safe", "attention_delta"}
+    everywhere = {"attention_forward", "attention_forward_safe", "attention_delta", "linear_scan", "linear_terms"}
     assert {row["kernel"] for row in rows} == everywhere | hopper
     for row in rows:
         check(row)

@@ -1,15 +1,17 @@
-# make setup | test | test-slow | test-triton | test-cuda-host | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | triton-table | cuda-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# make setup | cuda | test | test-slow | test-triton | test-cuda-host | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | gpu-sanitize | triton-table | cuda-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
 ARGS ?=
+# Here nvcc's minutes are asked for (make cuda, or EFFICIENT_ATTN_CUDA=1 make setup), not spent wherever it happens to be.
+EFFICIENT_ATTN_CUDA ?= 0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: setup test test-slow test-triton test-cuda-host test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check triton-table cuda-table readme clean
+.PHONY: setup cuda test test-slow test-triton test-cuda-host test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme clean
 
 setup: $(STAMP)
 
@@ -17,8 +19,12 @@ setup: $(STAMP)
 # editable install holds what they compile to. Build isolation keeps PyTorch out of the build.
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	EFFICIENT_ATTN_CPU=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	EFFICIENT_ATTN_CPU=1 EFFICIENT_ATTN_CUDA=$(EFFICIENT_ATTN_CUDA) $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
 	touch $@
+
+# efficient_attn._cuda in place, with nvcc: EFFICIENT_ATTN_CUDA_ARCHS=90a make cuda for one GPU. Only what changed is compiled again.
+cuda: $(STAMP)
+	EFFICIENT_ATTN_CPU=0 EFFICIENT_ATTN_CUDA=1 $(BIN)/python setup.py build_ext --inplace --build-temp build/native
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu' $(ARGS) tests
@@ -36,7 +42,7 @@ test-triton: $(STAMP)
 TIMM_VENV ?= .venv-timm
 $(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(TIMM_VENV)/bin/python || $(PYTHON) -m venv $(TIMM_VENV)
-	EFFICIENT_ATTN_CPU=1 $(TIMM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	EFFICIENT_ATTN_CPU=1 EFFICIENT_ATTN_CUDA=$(EFFICIENT_ATTN_CUDA) $(TIMM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		'torch===2.13.0' torchvision timm open_clip_torch pytest matplotlib -e .
 	touch $@
 
@@ -66,13 +72,13 @@ test-upstream: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' 'tests/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' 'tests/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
 
 bench: $(STAMP)
 	$(BIN)/efficient-attn bench $(ARGS)
@@ -90,6 +96,10 @@ bench-cpu: $(STAMP)
 OUT ?= bench-results/gpu-check
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(ARGS)
+
+# Needs a GPU, compute-sanitizer and what gpu-check needs: the CUDA kernels under memcheck, racecheck, initcheck and synccheck.
+gpu-sanitize:
+	$(PYTHON) benchmarks/gpu_sanitize.py --out $(OUT) $(ARGS)
 
 # Registers, spills and shared memory of every kernel for sm_80 and sm_90: benchmarks/results/triton/compile.jsonl
 triton-table: $(STAMP)

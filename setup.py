@@ -1,11 +1,18 @@
-"""Builds the native CPU module with ninja: one object per instruction set, chosen at run time, without PyTorch.
+"""Builds the native modules with ninja, without PyTorch.
 
-EFFICIENT_ATTN_CPU=0 skips the build, 1 insists on it; CXX names the compiler. Without a compiler the package still
-installs, with a warning, and the reference backend serves.
+efficient_attn._cpu: one object per instruction set, chosen at run time. EFFICIENT_ATTN_CPU=0 skips it, 1 insists on it;
+CXX names the compiler. Without a compiler the package still installs, with a warning, and the reference backend serves.
+
+efficient_attn._cuda: the CUDA kernels in many units, each for every architecture. EFFICIENT_ATTN_CUDA=0 skips it, 1
+insists on it, auto (the default) builds it where nvcc is found, in CUDA_HOME, on PATH or in /usr/local/cuda.
+EFFICIENT_ATTN_CUDA_ARCHS, 80;90a by default, names the architectures: 80 serves 8.0, 8.6 and 8.9 and, compiled by the
+driver at first use, whatever has no code of its own; 90a serves 9.0. MAX_JOBS bounds the compilers at work.
 """
 
+import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +29,15 @@ ISA_SOURCE = "csrc/cpu/kernels.cpp"
 PLAIN_SOURCES = ["csrc/cpu/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/peak.cpp"]
 COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -ffp-contract=fast -fno-math-errno"
 ISA_FLAGS = "-fno-exceptions -fno-rtti -fno-threadsafe-statics"
+CUDA_MODULE = "efficient_attn._cuda"
+CUDA_UNIT = "csrc/cuda/unit.cu"
+CUDA_PLAIN_SOURCES = [f"csrc/cuda/{name}" for name in ("linear.cu", "module.cpp", "launch.cpp", "select.cu")]
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
+CUDA_ARCHS = "80;90a"
+WITHOUT = {
+    MODULE: "the reference backend serves; install a C++17 compiler (g++ or clang++) and reinstall for the CPU kernels",
+    CUDA_MODULE: "Triton serves GPUs; EFFICIENT_ATTN_CUDA=0 does not try, CUDA_HOME names the toolkit (12.5 or newer)",
+}
 
 
 def instruction_sets(build_dir: Path) -> dict[str, str]:
@@ -32,6 +48,7 @@ def instruction_sets(build_dir: Path) -> dict[str, str]:
         sets["avx2"] = "-march=x86-64-v3"
         sets["avx512"] = "-march=x86-64-v4 -mprefer-vector-width=512"
         sets["avx512_bf16"] = f"{sets['avx512']} -mavx512bf16"
+        sets["amx_bf16"] = f"{sets['avx512_bf16']} -mamx-tile -mamx-bf16"
     return {name: flags for name, flags in sets.items() if accepts(find_compiler(), flags, build_dir)}
 
 
@@ -99,23 +116,113 @@ def ninja_file(
     return "\n".join(lines)
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler, or None."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [str(Path(home) / "bin" / "nvcc") for home in homes] or ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, places)), None)
+
+
+def cuda_archs() -> list[str]:
+    """The architectures to compile for, oldest first, as in 80 or 90a."""
+    named = os.environ.get("EFFICIENT_ATTN_CUDA_ARCHS") or CUDA_ARCHS
+    archs = sorted(set(filter(None, re.split(r"[;, ]+", named))), key=lambda arch: (len(arch.rstrip("af")), arch))
+    wrong = [arch for arch in archs if not re.fullmatch(r"[1-9]\d{1,2}[af]?", arch) or int(arch.rstrip("af")) < 80]
+    if wrong or not archs:
+        raise CompileError(
+            f"EFFICIENT_ATTN_CUDA_ARCHS={named} names no architectures from 80 on; give them as in {CUDA_ARCHS}"
+        )
+    return archs
+
+
+def cuda_units() -> dict[str, str]:
+    """Name of each unit of csrc/cuda/unit.cu -> the macros that choose its kernels. Those that take longest first."""
+    dtypes = ("BFloat16", "Float16")
+    choices = [*itertools.product(("Backward", "Forward"), (256, 128, 64), dtypes, (True, False))]
+    choices += [("Decode", 256, dtype, False) for dtype in dtypes]
+    return {
+        f"{part}_{dtype}_{head}{'_extras' if extras else ''}".lower(): (
+            f"-DEFFICIENT_ATTN_PART=k{part} -DEFFICIENT_ATTN_DTYPE=k{dtype} -DEFFICIENT_ATTN_HEAD={head} "
+            f"-DEFFICIENT_ATTN_EXTRAS={str(extras).lower()}"
+        )
+        for part, head, dtype, extras in choices
+    }
+
+
+def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
+    """The build plan of the CUDA module. The runtime is linked in, so that it needs nothing but the driver."""
+    import pybind11
+
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if archs[0].isdecimal():
+        codes[0] = f"-gencode arch=compute_{archs[0]},code=[sm_{archs[0]},compute_{archs[0]}]"
+    host = f" -ccbin {os.environ['CXX']}" if os.environ.get("CXX") else ""
+    includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    macros = (
+        f"-DEFFICIENT_ATTN_HOPPER={str('90a' in archs).lower()} -DEFFICIENT_ATTN_CUDA_ARCHS='\"{';'.join(archs)}\"'"
+    )
+    lines = [
+        f"nvcc = {nvcc}{host}",
+        f"flags = {CUDA_FLAGS} {' '.join(codes)} {includes} {macros}",
+        "rule compile",
+        # nvcc names what is local to a unit by its file and a random number: here by the unit
+        "  command = $nvcc $flags $extra -frandom-seed=$out -MMD -MF $out.d -c $in -o $out",
+        "  description = nvcc $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $nvcc -shared -cudart static -nodlink -Xlinker --exclude-libs,ALL,-s $in -o $out",
+    ]
+    objects = []
+    for source in CUDA_PLAIN_SOURCES:
+        objects.append(Path(source).stem + ".o")
+        lines += [f"build {objects[-1]}: compile {ROOT / source}"]
+    for name, macros in cuda_units().items():
+        objects.append(f"{name}.o")
+        lines += [f"build {objects[-1]}: compile {ROOT / CUDA_UNIT}", f"  extra = {macros}"]
+    lines += [f"build {output}: link {' '.join(objects)}", ""]
+    return "\n".join(lines)
+
+
 class NinjaBuild(build_ext):
-    """Builds the extension with ninja and lets the installation go on when that is not possible."""
+    """Builds the extensions with ninja and lets the installation go on when that is not possible."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / "cpu"
+        build_dir = Path(self.build_temp).resolve() / ext.name.rpartition("._")[2]
         build_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             import ninja
 
-            (build_dir / "build.ninja").write_text(ninja_file(output, build_dir))
+            plan = ninja_file(output, build_dir) if ext.name == MODULE else self.cuda_plan(output)
+            (build_dir / "build.ninja").write_text(plan)
             jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
             subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir), "-j", jobs])
         except (ImportError, OSError, subprocess.CalledProcessError, CompileError) as error:
-            hint = "install a C++17 compiler (g++ or clang++) and reinstall for the fast CPU kernels"
-            raise CompileError(f"{MODULE} was not built: {error}; the reference backend serves; {hint}") from error
+            raise CompileError(f"{ext.name} was not built: {error}; {WITHOUT[ext.name]}") from error
+
+    def cuda_plan(self, output: Path) -> str:
+        nvcc, archs = find_nvcc(), cuda_archs()
+        if nvcc is None:
+            raise CompileError("no nvcc in CUDA_HOME or CUDA_PATH, on PATH or in /usr/local/cuda/bin")
+        architectures = ", ".join(f"sm_{arch}" for arch in archs)
+        print(f"{CUDA_MODULE}: {nvcc} compiles {len(cuda_units())} units for {architectures}; this takes minutes")
+        return cuda_ninja_file(output, nvcc, archs)
+
+
+def extensions() -> list[Extension]:
+    """The modules that the environment asks for; those that may fail are optional."""
+    cpu, cuda = (os.environ.get(f"EFFICIENT_ATTN_{name}") or "auto" for name in ("CPU", "CUDA"))
+    for name, wanted in (("CPU", cpu), ("CUDA", cuda)):
+        if wanted not in ("0", "1", "auto"):
+            raise SystemExit(f"EFFICIENT_ATTN_{name}={wanted} is not understood; use 0, 1 or auto")
+    found = []
+    if cpu != "0":
+        found.append(Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=cpu != "1"))
+    if cuda == "1" or (cuda == "auto" and find_nvcc() is not None):
+        found.append(Extension(CUDA_MODULE, sources=[CUDA_UNIT, *CUDA_PLAIN_SOURCES], optional=cuda != "1"))
+    return found
 
 
 def packages() -> tuple[list[str], dict[str, str]]:
@@ -134,14 +241,11 @@ def packages() -> tuple[list[str], dict[str, str]]:
 
 
 if __name__ == "__main__":
-    wanted = os.environ.get("EFFICIENT_ATTN_CPU", "auto")
     names, places = packages()
     setup(
         packages=names,
         package_dir=places,
         package_data={"efficient_attn": ["py.typed"], "efficient_attn.benchmarks": ["page/*"]},
-        ext_modules=[]
-        if wanted == "0"
-        else [Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=wanted != "1")],
+        ext_modules=extensions(),
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -25,9 +25,12 @@ ARCHS = ("sm_80", "sm_90a")
 DTYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
 HEAD_DIMS = (64, 128, 256)
 SERVES = {"forward": "ServeForward", "backward": "ServeBackward"}
+PARTS = (*SERVES, "decode", "linear")
 SOURCE = """
 #include <cstdio>
 #include "cuda/dispatch.h"
+#include "cuda/sm80/linear_attention_backward.h"
+#include "cuda/sm80/linear_attention_forward.h"
 using namespace efficient_attn;
 struct Launch {{
     template <class... P, class... A>
@@ -38,7 +41,7 @@ struct Launch {{
     int multiprocessors() const {{ return 1; }}
     TensorMap tensor_map(const TensorView&, int64_t, int64_t, int64_t, int64_t, int) const {{ return {{}}; }}
 }};
-void instantiate(const KernelParams& k) {{
+void instantiate(const KernelParams& k, const DecodeParams& d, const LinearAttentionParams& p) {{
     Launch launch;
 {calls}
 }}
@@ -50,9 +53,15 @@ def source(dtype: str, head_dims: Sequence[int], parts: Sequence[str], extras: S
     calls = "".join(
         f"    {SERVES[part]}::serve<{DTYPES[dtype]}, {head_dim}, {str(bool(extra)).lower()}>(k, launch);\n"
         for part in parts
+        if part in SERVES
         for head_dim in head_dims
         for extra in extras
     )
+    if "decode" in parts:
+        calls += "".join(f"    serve_decode_head<{DTYPES[dtype]}, {head_dim}>(d, launch);\n" for head_dim in head_dims)
+    if "linear" in parts and dtype == "bfloat16":  # they read every dtype
+        calls += "    serve_linear_forward(p, 1, nullptr, launch);\n"
+        calls += "    serve_linear_backward(p, 1, nullptr, launch);\n"
     return SOURCE.format(calls=calls)
 
 
@@ -69,8 +78,15 @@ def shared_bytes(head_dim: int, kernel: str, extra: bool) -> int:
         return (2 * 128 + 2 * 3 * (32 if head_dim == 256 else 64)) * line + 3 * 128 + (2 + 2 * 3) * 8
     if kernel == "sm90::attention_backward":
         return (2 * 128 + 2 * 2 * 64) * line + 2 * 128 * 64 * 2 + 2 * 64 * 64 * 4 + 2 * (2 * 64 * 4 + 128) + 8 * 8
-    if kernel in ("attention_delta", "sm90::attention_round_queries"):
+    if kernel in ("attention_delta", "sm90::attention_round_queries", "linear_terms", "linear_scan"):
         return 0
+    if kernel == "attention_decode_join":
+        return 4 * 256 * 4
+    if kernel.startswith("attention_decode"):
+        return (int(kernel.rsplit("_", 1)[1]) + (8 if head_dim == 64 else 4) * 64) * line
+    if kernel.startswith("linear"):
+        chunk, copies = (32 if head_dim == 256 else 64), (2 if extra else 1)
+        return chunk * (2 * copies * line + 128 * (copies + 2) + 3 * 4)
     if kernel.startswith("attention_forward"):
         keys = 64 if head_dim == 64 and not extra else 32
         return (128 + 4 * keys) * line
@@ -84,7 +100,7 @@ def compile_rows(
     dtype: str,
     *,
     head_dims: Sequence[int] = HEAD_DIMS,
-    parts: Sequence[str] = tuple(SERVES),
+    parts: Sequence[str] = PARTS,
     extras: Sequence[int] = (0, 1),
 ) -> list[dict[str, Any]]:
     """Compile the kernels of these calls; one row each. RuntimeError with what nvcc said where it complains."""
@@ -109,11 +125,11 @@ def read_report(text: str) -> list[dict[str, Any]]:
     for part in text.split("Compiling entry function '")[1:]:
         symbol = part.split("'", 1)[0]
         name = re.search(
-            r"\d+(attention_(?:forward|backward|key_gradient|query_gradient|bias_gradient|delta|round_queries)"
-            r"(?:_safe)?)[IE]",
-            symbol,
-        )
-        shape = re.search(r"(?:__nv_bfloat16|6__half)Li(\d+)E(?:Lb([01])E)?", symbol)
+            r"\d+(attention_(?:forward|backward|key_gradient|query_gradient|bias_gradient|delta|round_queries)(?:_safe)?"
+            r"|attention_decode(?:_join)?|linear_(?:states|scan|sums|terms))(?:[IE]|NS)", symbol
+        )  # fmt: skip
+        shape = re.search(r"(?:__nv_bfloat16|6__half|4SumsI)Li(\d+)E(?:Lb([01])E)?", symbol)
+        decode = re.search(r"6DecodeI.*?Li(\d+)ELi(\d+)E", symbol)
         usage = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
             part,
@@ -124,6 +140,8 @@ def read_report(text: str) -> list[dict[str, Any]]:
         kernel = f"sm90::{name[1]}" if "4sm90" in symbol else name[1]
         head_dim = int(shape[1]) if shape else 0
         extra = shape is not None and shape[2] == "1" and not kernel.startswith("sm90::")
+        if decode:
+            head_dim, kernel = int(decode[1]), f"{kernel}_{decode[2]}"
         rows.append(
             {
                 "kernel": kernel, "safe": name[1].endswith("_safe"), "head_dim": head_dim, "extras": extra,

@@ -1,5 +1,7 @@
 """Suite ``gpu``: the GPU kernels against PyTorch's and FlexAttention's in one alternation, timed with CUDA events.
 
+"ours" are the Triton kernels; the CUDA kernels, where they are built, are in the same alternation as "cuda".
+
 ``python -m efficient_attn.benchmarks.gpu --out DIR`` runs the table ``CASES`` and writes ``results.jsonl``,
 ``results.png`` (where matplotlib is there) and a summary. `make gpu-check` calls it; it needs PyTorch and Triton,
 nothing else.
@@ -8,6 +10,7 @@ nothing else.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -37,14 +40,28 @@ CASES: dict[str, dict[str, Any]] = {
     "bwd")},
     "dense 1k D128 B8": {"batch": 8, "kv_len": 1024, "head_dim": 128, "heads": 16, "visible": "full",
     "modes": ("fwd",)},
-    "dense 8k D256": {"kv_len": 8192, "head_dim": 256, "heads": 8, "visible": "full", "modes": ("fwd", "bwd")},
+    "dense 16k D256": {"kv_len": 16384, "head_dim": 256, "heads": 8, "visible": "full", "modes": ("fwd", "bwd")},
     "decode 16k GQA 32/8": {"batch": 16, "heads": 32, "kv_heads": 8, "q_len": 1, "kv_len": 16384, "head_dim": 128,
                             "visible": "full", "modes": ("fwd",)},
     "linear 64k D64": {"kv_len": 65536, "head_dim": 64, "heads": 16, "visible": "linear", "modes": ("fwd",)},
     "linear causal 64k D64": {"kv_len": 65536, "head_dim": 64, "heads": 16, "visible": "linear_causal",
     "modes": ("fwd",)},
+    "decode 8k GQA 32/8": {"batch": 16, "heads": 32, "kv_heads": 8, "q_len": 1, "kv_len": 8192, "head_dim": 128,
+                           "visible": "full", "modes": ("fwd",)},
+    "blocks 50% 16k D128": {"kv_len": 16384, "head_dim": 128, "heads": 16, "visible": "blocks:50", "modes": ("fwd",
+    "bwd")},
+    "blocks 5% 16k D128": {"kv_len": 16384, "head_dim": 128, "heads": 16, "visible": "blocks:5", "modes": ("fwd",
+    "bwd")},
 }  # fmt: skip
-DEFAULTS = {"batch": 1, "kv_heads": None, "q_len": None, "dtype": "bfloat16", "threads": 4, "budget_s": 1.5}
+DEFAULTS = {
+    "batch": 1,
+    "kv_heads": None,
+    "q_len": None,
+    "dtype": "bfloat16",
+    "threads": 4,
+    "budget_s": 1.5,
+    "cuda": True,
+}
 BLOCK = 128
 # (case, mode, figure, least value): what issue 4 asks of an H200
 TARGETS = (
@@ -57,6 +74,24 @@ TARGETS = (
     ("linear 64k D64", "fwd", "share of copy", 1 / 1.5),
     ("linear causal 64k D64", "fwd", "share of copy", 1 / 1.5),
 )
+# ... and what issue 5 asks of the CUDA kernels there
+CUDA_TARGETS = (
+    ("dense 16k D128", "fwd", "cuda vs cudnn", 1.0),
+    ("dense 16k D128", "fwd", "cuda tflops", 650.0),
+    ("causal 16k D128", "fwd", "cuda vs cudnn", 1.0),
+    ("causal 16k D128", "fwd", "cuda tflops", 620.0),
+    ("dense 16k D128", "bwd", "cuda vs cudnn", 0.95),
+    ("dense 16k D128", "bwd", "cuda tflops", 480.0),
+    ("dense 16k D128", "bwd", "cuda any order vs cudnn", 0.95),
+    ("dense 16k D128", "bwd", "cuda any order tflops", 560.0),
+    ("dense 16k D64", "fwd", "cuda tflops", 470.0),
+    ("dense 16k D256", "fwd", "cuda tflops", 680.0),
+    *((f"blocks {d}% 16k D128", "fwd", "cuda density efficiency", 1 / 1.10) for d in (50, 25, 10, 5)),
+    *((f"blocks {d}% 16k D128", "bwd", "cuda density efficiency", 1 / 1.15) for d in (50, 25, 10, 5)),
+    ("decode 8k GQA 32/8", "fwd", "cuda share of copy", 0.8),
+)
+# what is measured -> its dense call under the same name
+OURS = {"ours": "dense", "cuda": "cuda dense", "cuda any order": "cuda dense"}
 
 
 def cells() -> list[runner.Cell]:
@@ -85,7 +120,11 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     density, mask = 1.0, None
     if kind.startswith("linear"):
         query, key = query.abs(), key.abs()
-        candidates = {"ours": lambda q, k, v: linear_attention(q, k, v, is_causal=kind == "linear_causal")}
+        causal = kind == "linear_causal"
+        candidates = {
+            "ours": lambda q, k, v: linear_attention(q, k, v, is_causal=causal),
+            "cuda": lambda q, k, v: linear_attention(q, k, v, is_causal=causal, backend="cuda"),
+        }
     else:
         if kind == "blocks":
             mask = random_blocks(q_len, config["kv_len"], int(percent) / 100)
@@ -99,7 +138,11 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
             candidates["tma"] = by_tma(candidates["ours"])
         if kind == "blocks":
             candidates["dense"] = lambda q, k, v: attention(q, k, v, backend="triton")
+            candidates["cuda dense"] = lambda q, k, v: attention(q, k, v, backend="cuda")
     for name, operator in candidates.items():
+        if name.startswith("cuda") and not config["cuda"]:
+            absent[name] = "left out: the cell did not end well with it"
+            continue
         try:
             calls[name] = _bound(config["mode"], operator, (query, key, value))
             calls[name]()
@@ -109,6 +152,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
                 raise
             calls.pop(name, None)
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+    if config["mode"] == "bwd" and "cuda" in calls:
+        calls["cuda any order"] = in_any_order(calls["cuda"])
     times = interleaved(calls, config["budget_s"])
     result: dict[str, Any] = {"ms": times["ours"], "times_ms": times, "absent": absent, "density": round(density, 6)}
     return result | _figures(config, times, density, (query, key, value))
@@ -124,6 +169,7 @@ def _attention_candidates(
     grouped = query.shape[1] != key.shape[1]
     found: dict[str, Any] = {
         "ours": lambda q, k, v: attention(q, k, v, mask=mask, is_causal=causal, backend="triton"),
+        "cuda": lambda q, k, v: attention(q, k, v, mask=mask, is_causal=causal, backend="cuda"),
     }
 
     def sdpa(backend: Any) -> Any:
@@ -162,6 +208,19 @@ def by_tma(ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return ours(*tensors)
         finally:
             configs.DESCRIPTORS = False
+
+    return call
+
+
+def in_any_order(backward: Call) -> Call:
+    """The call with the option of the CUDA kernels that gives up repeatable bits; see backends/cuda.py."""
+
+    def call() -> object:
+        os.environ["EFFICIENT_ATTN_CUDA_ANY_ORDER"] = "1"
+        try:
+            return backward()
+        finally:
+            del os.environ["EFFICIENT_ATTN_CUDA_ANY_ORDER"]
 
     return call
 
@@ -208,25 +267,39 @@ def interleaved(calls: Mapping[str, Call], budget_s: float) -> dict[str, float]:
 def _figures(
     config: Mapping[str, Any], times: Mapping[str, float], density: float, tensors: tuple[Tensor, ...]
 ) -> dict[str, Any]:
-    """TFLOP/s (4 B Hq Nq Nk D forward, 2.5 times that backward, on visible pairs), or the share of the copy bound."""
+    """TFLOP/s (4 B Hq Nq Nk D forward, 2.5 times that backward, on visible pairs), or the share of the copy bound.
+
+    Those of the CUDA kernels begin with "cuda".
+    """
     query, key, value = tensors
-    ours = times["ours"]
-    figures: dict[str, Any] = {f"vs {name}": round(ms / ours, 4) for name, ms in times.items() if name != "ours"}
-    if config["visible"].startswith("linear") or query.shape[2] == 1:
+    figures: dict[str, Any] = {}
+    bound_by_memory = config["visible"].startswith("linear") or query.shape[2] == 1
+    if bound_by_memory:
         written = query.numel() // query.shape[3] * value.shape[3] * value.element_size()
         moved = sum(t.numel() * t.element_size() for t in tensors) + written
-        block = torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
-        target = torch.empty_like(block)
-        copy = interleaved({"ours": lambda: target.copy_(block)}, 0.3)["ours"]
-        copy_gbs = 2 * block.numel() * 2 / copy / 1e6
-        figures |= {"gbs": round(moved / ours / 1e6, 1), "copy_gbs": round(copy_gbs, 1)}
-        figures["share of copy"] = round(figures["gbs"] / copy_gbs, 4)
-    else:
-        flops = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3] * density
-        figures["tflops"] = round(flops * (2.5 if config["mode"] == "bwd" else 1.0) / ours / 1e9, 1)
-    if "dense" in times:
-        figures["density efficiency"] = round(density * times["dense"] / ours, 4)
+        figures["copy_gbs"] = copy_gbs = round(measured_copy(), 1)
+    for ours, dense in OURS.items():
+        if ours not in times:
+            continue
+        prefix = "" if ours == "ours" else f"{ours} "
+        figures |= {f"{prefix}vs {name}": round(ms / times[ours], 4) for name, ms in times.items() if name != ours}
+        if bound_by_memory:
+            figures[f"{prefix}gbs"] = round(moved / times[ours] / 1e6, 1)
+            figures[f"{prefix}share of copy"] = round(figures[f"{prefix}gbs"] / copy_gbs, 4)
+        else:
+            flops = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3] * density
+            flops *= 2.5 if config["mode"] == "bwd" else 1.0
+            figures[f"{prefix}tflops"] = round(flops / times[ours] / 1e9, 1)
+        if dense in times:
+            figures[f"{prefix}density efficiency"] = round(density * times[dense] / times[ours], 4)
     return figures
+
+
+def measured_copy() -> float:
+    """GB/s of a copy of 1 GiB, read and written."""
+    block = torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(block)
+    return 2 * block.numel() * 2 / interleaved({"ours": lambda: target.copy_(block)}, 0.3)["ours"] / 1e6
 
 
 def device_facts() -> dict[str, Any]:
@@ -247,30 +320,45 @@ def latest(found: list[Record]) -> list[Record]:
 
 
 def summary(found: list[Record]) -> str:
-    """The table of a run, and which targets it reached."""
-    heads = " ".join(f"{name:>7s}" for name in ("flash", "cudnn", "effic.", "flex"))
-    lines = [f"{'case':24s} {'mode':4s} {'ms':>9s} {'TFLOP/s':>8s} {heads}  more"]
+    """The tables of a run, and which targets it reached."""
     cells = [record for record in found if record["type"] == "cell"]
+    lines = _table(cells, "")
+    if any("cuda" in cell.get("times_ms", {}) for cell in cells):
+        lines += ["", "The CUDA kernels (experimental)", *_table(cells, "cuda ")]
+    by_name = {(c["config"]["case"], c["config"]["mode"]): c for c in cells}
+    for title, targets in (("issue 4", TARGETS), ("the CUDA kernels, issue 5", CUDA_TARGETS)):
+        lines.append(f"\nTargets (an H200, {title})")
+        for case, mode, figure, least in targets:
+            value = by_name.get((case, mode), {}).get(figure)
+            verdict = "not measured" if value is None else "reached" if value >= least else "MISSED"
+            lines.append(f"  {case} {mode}: {figure} >= {least:.3g}: {'-' if value is None else value} {verdict}")
+    return "\n".join(lines)
+
+
+def _table(cells: list[Record], prefix: str) -> list[str]:
+    """A line a cell: ours ("") or those of the CUDA kernels beside the peers."""
+    peers = ("flash", "cudnn", "efficient", "flex") if not prefix else ("flash", "cudnn", "efficient", "flex", "ours")
+    heads = " ".join(f"{name[:7]:>7s}" for name in (p.replace("ours", "triton") for p in peers))
+    lines = [f"{'case':24s} {'mode':4s} {'ms':>9s} {'TFLOP/s':>8s} {heads}  more"]
     for cell in cells:
         name, mode = cell["config"]["case"], cell["config"]["mode"]
         if cell["status"] != "ok":
             lines.append(f"{name:24s} {mode:4s} {cell['status']}: {cell.get('message', '')[:100]}")
             continue
-        peers = [
-            f"{cell[k]:6.2f}x" if (k := f"vs {p}") in cell else "      -"
-            for p in ("flash", "cudnn", "efficient", "flex")
-        ]
-        more = [f"{k} {cell[k]:.2f}" for k in ("density efficiency", "share of copy", "vs tma") if k in cell]
-        lines.append(
-            f"{name:24s} {mode:4s} {cell['ms']:9.3f} {cell.get('tflops', '-'):>8} {' '.join(peers)}  {', '.join(more)}"
+        ms = cell["ms"] if not prefix else cell["times_ms"].get("cuda")
+        if ms is None:
+            lines.append(f"{name:24s} {mode:4s} {cell['absent'].get('cuda', 'no CUDA kernel')[:100]}")
+            continue
+        beside = [f"{cell[k]:6.2f}x" if (k := f"{prefix}vs {p}") in cell else "      -" for p in peers]
+        kinds = (
+            ("density efficiency", "share of copy", "vs tma") if not prefix else ("density efficiency", "share of copy")
         )
-    lines.append("\nTargets (an H200, issue 4)")
-    by_name = {(c["config"]["case"], c["config"]["mode"]): c for c in cells}
-    for case, mode, figure, least in TARGETS:
-        value = by_name.get((case, mode), {}).get(figure)
-        verdict = "not measured" if value is None else "reached" if value >= least else "MISSED"
-        lines.append(f"  {case} {mode}: {figure} >= {least:.3g}: {'-' if value is None else value} {verdict}")
-    return "\n".join(lines)
+        more = [f"{k} {cell[prefix + k]:.2f}" for k in kinds if prefix + k in cell]
+        if prefix and "cuda any order tflops" in cell:
+            more.append(f"in any order {cell['cuda any order tflops']}")
+        tflops = cell.get(f"{prefix}tflops", "-")
+        lines.append(f"{name:24s} {mode:4s} {ms:9.3f} {tflops:>8} {' '.join(beside)}  {', '.join(more)}")
+    return lines
 
 
 def draw(found: list[Record], path: Path) -> bool:
@@ -286,17 +374,17 @@ def draw(found: list[Record], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = ("ours", "flex", "flash", "cudnn", "efficient")
+    names = ("ours", "cuda", "flex", "flash", "cudnn", "efficient")
     figure, axis = pyplot.subplots(figsize=(1.2 + 1.1 * len(cells), 4.2), layout="constrained")
     for k, name in enumerate(names):
         heights = [
             c["tflops"] * c["times_ms"]["ours"] / c["times_ms"][name] if name in c["times_ms"] else 0 for c in cells
         ]
-        axis.bar([x + (k - 2) * 0.16 for x in range(len(cells))], heights, width=0.16, label=name)
+        axis.bar([x + (k - 2.5) * 0.14 for x in range(len(cells))], heights, width=0.14, label=name)
     labels = [f"{c['config']['case']}\n{c['config']['mode']}" for c in cells]
     axis.set_xticks(range(len(cells)), labels, fontsize=7, rotation=30)
     axis.set(ylabel="TFLOP/s on visible pairs")
-    axis.legend(frameon=False, ncols=5)
+    axis.legend(frameon=False, ncols=6)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -318,6 +406,10 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{cell.config['case']} {cell.config['mode']}: not started, {options.seconds:.0f} s are over")
                 continue
             record = runner.run_cell(cell, out, runner.Limits(seconds=min(left, 90.0)), code)
+            left = options.seconds - (time.monotonic() - started)
+            if record["status"] != "ok" and left > 10:  # the experimental kernels may have taken the others with them
+                cell = runner.Cell("gpu", {**cell.config, "cuda": False})
+                record = runner.run_cell(cell, out, runner.Limits(seconds=min(left, 90.0)), code)
             print(f"{cell.config['case']} {cell.config['mode']}: {record['status']} {record.get('ms', '')}", flush=True)
     found = latest(list(records.read(path)))
     draw(found, options.out / "results.png")

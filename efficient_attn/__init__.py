@@ -4,6 +4,7 @@ from .backends import BACKENDS
 from .errors import (
     CheckpointError,
     ConversionError,
+    CudaError,
     EfficientAttnError,
     InputError,
     InputTypeError,
@@ -68,6 +69,7 @@ __all__ = [
     "CheckpointError",
     "Conversion",
     "ConversionError",
+    "CudaError",
     "Dense",
     "Dilated",
     "Documents",

@@ -21,6 +21,10 @@ class UnsupportedError(EfficientAttnError, NotImplementedError):
     """A well-defined request that the chosen method or backend cannot serve."""
 
 
+class CudaError(EfficientAttnError, RuntimeError):
+    """A call of the CUDA runtime or driver that failed, by name, with what it was for."""
+
+
 class ConversionError(EfficientAttnError, RuntimeError):
     """A converted model that does not compute, with dense attention, what the original computed."""
 

@@ -29,11 +29,17 @@ class Explanation:
     bytes: int
 
     def __str__(self) -> str:
-        lines = [f"backend: {self.backend or 'none can serve this call'}"]
-        lines += [f"  {name}: {'; '.join(why) if why else 'can serve'}" for name, why in self.reasons.items()]
+        lines = [f"backend: {_label(self.backend) if self.backend else 'none can serve this call'}"]
+        lines += [f"  {_label(name)}: {'; '.join(why) if why else 'can serve'}" for name, why in self.reasons.items()]
         lines.append(f"density: {self.density:.2%} of all pairs are visible")
         lines.append(f"forward: {self.flops / 1e9:.3f} GFLOP, {self.bytes / 1e6:.3f} MB")
         return "\n".join(lines)
+
+
+def _label(name: str) -> str:
+    """A backend's name, with what is to be known before it is asked for."""
+    why = backends.EXPERIMENTAL.get(name)
+    return name if why is None else f"{name} (EXPERIMENTAL: {why})"
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Explanation:

@@ -79,7 +79,8 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
     ("forward", 90, True, 128): (None, Config(64, 64, 4, 2)),
     ("forward", 90, True, 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 80, True, 64): (None, Config(64, 64, 4, 2)),
-    ("forward", 80, True, 128): (None, Config(64, 32, 4, 2)),
+    ("forward", 80, True, 128): (None, Config(64, 64, 8, 2)),
+    ("forward", 80, True, 256): (None, Config(32, 32, 8, 2)),
     ("key_gradient", 90, True, 64): (None, Config(32, 64, 4, 2)),
     ("key_gradient", 90, True, 128): (None, Config(32, 64, 8, 2)),
     ("query_gradient", 90, True, 64): (None, Config(64, 64, 8, 2)),
@@ -140,8 +141,10 @@ def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
 
 
 def short(config: Config, rows: int) -> Config:
-    """The configuration with a query tile of at most `rows`, a power of two; a small tile has work for four warps."""
-    return config._replace(block_q=min(config.block_q, rows), warps=4 if rows <= 32 else config.warps)
+    """The configuration with a query tile of at most `rows`, a power of two; a small tile has work for four warps, and
+    those have registers for 64 keys."""
+    config = config._replace(block_q=min(config.block_q, rows))
+    return config if rows > 32 else config._replace(block_k=min(config.block_k, 64), warps=4)
 
 
 def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -> Config:

@@ -51,17 +51,18 @@ def random_bits(density: float, *, batch: bool = True, heads: bool = True, empty
     return draw
 
 
-def random_blocks(block_size: tuple[int, int], density: float = 0.4) -> Callable:
+def random_blocks(block_size: tuple[int, int], density: float = 0.4, *, heads: bool = True) -> Callable:
     """Random full and partial blocks, some rows of blocks empty."""
 
     def draw(case: Case, generator: torch.Generator) -> BlockMask:
         bq, bk = block_size
         rows, columns = -(-case.Nq // bq), -(-case.Nk // bk)
-        kind = torch.rand(case.B, case.Hq, rows, columns, generator=generator)
+        lists = case.Hq if heads else 1
+        kind = torch.rand(case.B, lists, rows, columns, generator=generator)
         listed = kind < density
         listed[:, :, -1] = False
         partial = kind < density / 2
-        bits = torch.rand(case.B, case.Hq, rows * bq, columns * bk, generator=generator) < 0.7
+        bits = torch.rand(case.B, lists, rows * bq, columns * bk, generator=generator) < 0.7
         grow = lambda t: t.repeat_interleave(bq, 2).repeat_interleave(bk, 3)  # noqa: E731
         visible = (grow(listed) & (~grow(partial) | bits))[:, :, : case.Nq, : case.Nk]
         return BlockMask.from_dense(visible, block_size=block_size)
@@ -95,6 +96,13 @@ CASES = [
     Case("one_query", Nq=1, Nk=300, D=64, Dv=64),
     Case("one_query_grouped", Hq=8, Hkv=2, Nq=1, Nk=700, D=128, Dv=128),
     Case("four_queries_causal", Hq=8, Hkv=2, Nq=4, Nk=259, causal="bottom_right"),
+    Case("few_queries_window", Hq=6, Hkv=2, Nq=9, Nk=400, mask=window(2, 330)),
+    Case("few_queries_lengths_bias", B=3, Hq=4, Hkv=2, Nq=3, Nk=300, mask=lengths, bias=(1, 0, 0, 0)),
+    Case("few_queries_blocks", Hq=3, Hkv=1, Nq=20, Nk=500, mask=random_blocks((16, 48), 0.6, heads=False)),
+    Case("few_queries_blocks_of_each_head", Hq=4, Hkv=2, Nq=20, Nk=500, mask=random_blocks((16, 48), 0.6)),
+    Case("few_queries_bits", Hq=4, Hkv=1, Nq=5, Nk=700, mask=random_bits(0.3, heads=False)),
+    Case("few_queries_of_many_heads", B=1, Hq=8, Hkv=8, Nq=2, Nk=700),
+    Case("few_queries_negative_scale", Hq=4, Hkv=2, Nq=2, Nk=130, scale=-0.3),
     Case("one_key", Nk=1),
     Case("one_by_one", B=1, Hq=1, Hkv=1, Nq=1, Nk=1, D=1, Dv=1),
     Case("no_keys", Nk=0),

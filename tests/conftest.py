@@ -1,8 +1,9 @@
 """Fixtures for every test: uninitialised memory is NaN, and a backend that is not built skips with its reason.
 
 Triton's kernels are one of the backends in two cases: on a machine with a GPU (marked gpu), and in a process that was
-started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes). The CUDA
-kernels are the only one in a process with EFFICIENT_ATTN_CUDA_TWIN (tests/test_cuda_host.py), and else none.
+started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes). So are the
+CUDA kernels, with a GPU where they are built, and alone in a process with EFFICIENT_ATTN_CUDA_TWIN
+(tests/test_cuda_host.py).
 """
 
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from efficient_attn import backends
+from efficient_attn.backends import cuda
 from efficient_attn.backends.call import Call
 
 PLAIN_CALL = Call(torch.device("cpu"), torch.float32, None, 1, 1, 1, 8, 8, 8, 8, False, 0.0)
@@ -38,6 +40,7 @@ def one_thread():
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
+ON_GPU = () if INTERPRETED or TWIN else ("triton", "cuda")  # backends whose tensors lie on a GPU
 if INTERPRETED:
     from interpreter import patch_once
 
@@ -50,23 +53,27 @@ def tested_backends():
         return [pytest.param("triton", marks=pytest.mark.interpreter)]
     if TWIN:
         return [pytest.param("cuda", marks=pytest.mark.interpreter)]
-    others = [name for name in backends.BACKENDS if name not in ("triton", "cuda")]
-    return [*others, pytest.param("triton", marks=pytest.mark.gpu)] if torch.cuda.is_available() else others
+    others = [name for name in backends.BACKENDS if name not in ON_GPU]
+    if not torch.cuda.is_available():
+        return others
+    return others + [pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU]
 
 
 @pytest.fixture
 def device(backend):
     """Where the backend computes."""
-    return torch.device("cuda" if backend == "triton" and not INTERPRETED else "cpu")
+    return torch.device("cuda" if backend in ON_GPU else "cpu")
 
 
 @pytest.fixture(params=tested_backends())
 def backend(request):
-    """Each backend in turn. Only a build without native code (EFFICIENT_ATTN_CPU=0) may skip the CPU one."""
-    place = "cuda" if request.param == "triton" and not INTERPRETED else "cpu"
+    """Each backend in turn. Only a build without native code (EFFICIENT_ATTN_CPU=0, no nvcc) may skip its backend."""
+    if request.param == "cuda" and "cuda" in ON_GPU and cuda.missing():
+        pytest.skip(cuda.missing())
     reasons = backends.BACKENDS[request.param].not_supported_reasons(
         PLAIN_CALL._replace(
-            device=torch.device(place), dtype=torch.bfloat16 if request.param == "cuda" else torch.float32
+            device=torch.device("cuda" if request.param in ON_GPU else "cpu"),
+            dtype=torch.bfloat16 if request.param == "cuda" else torch.float32,
         )
     )
     if reasons and os.environ.get("EFFICIENT_ATTN_CPU") == "0":
@@ -80,11 +87,13 @@ def pytest_collection_modifyitems(items):
 
     EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side.
     """
-    if not INTERPRETED:
-        on_gpu = [
-            item for item in items if getattr(item, "callspec", None) and "triton" in item.callspec.params.values()
-        ]
-        items[:] = [item for item in items if item not in on_gpu or "device" in item.fixturenames]
+    items[:] = [
+        item
+        for item in items
+        if "device" in item.fixturenames
+        or "backend" not in item.fixturenames
+        or item.callspec.params["backend"] not in ON_GPU
+    ]
     share = os.environ.get("EFFICIENT_ATTN_SHARD")
     if share:
         first, step = map(int, share.split("/"))

@@ -250,7 +250,7 @@ def test_patience_gives_slow_calls_their_rounds_and_noisy_ones_more():
 def test_ceilings_count_what_they_do():
     """The FMA loop's count is exact, and what it reaches is more than a matrix product does, which it bounds."""
     _cpu = pytest.importorskip("efficient_attn._cpu", reason="the native module is not built")
-    lanes = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[_cpu.instruction_set()]
+    lanes = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx_bf16": 16}[_cpu.instruction_set()]
     assert _cpu.fma_loop(3, 1000) == 3 * 1000 * 10 * lanes * 2
     fma, (a, b) = clock.fma_ceiling(), torch.randn(2, 512, 512)
     times = clock.interleaved({"fma": fma.call, "sgemm": lambda: a @ b}, budget_s=0.3)

@@ -21,6 +21,11 @@ def test_forward_and_backward(case: Case, dtype: torch.dtype, backend: str, devi
         pytest.skip("Triton computes in float32")
     if backend == "cuda" and dtype in (torch.float32, torch.float64):
         pytest.skip("tensor cores multiply halves")
+    check(case, dtype, backend, device)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """Forward and backward of one case; benchmarks/gpu_sanitize.py calls it too."""
     drawn = draw(case, dtype)
     names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
     leaves = {n: _on(device, drawn[n].detach()).requires_grad_() for n in names}

@@ -28,9 +28,11 @@ sys.path.remove(str(TWIN))
 
 SAMPLES = {
     80: ["head_dim_3", "value_dim_200", "causal_bottom_right_empty_rows", "window", "bits", "blocks_window_lengths",
-         "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale"],
+         "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale", "one_query_grouped",
+         "few_queries_window", "few_queries_lengths_bias", "few_queries_blocks", "few_queries_of_many_heads"],
     90: ["dense_long", "head_dim_80", "causal_bottom_right_empty_rows", "bits", "lengths"],
 }  # fmt: skip
+LINEAR_SAMPLE = ["vectors-elu", "masked-identity", "causal-masked-performer_softmax", "causal-early-identity"]
 compiled = pytest.mark.skipif(
     shutil.which(build_twin.compiler().split()[0]) is None or os.uname().machine != "x86_64",
     reason="the host twin needs g++ on x86-64",
@@ -69,11 +71,25 @@ def test_what_only_these_kernels_promise(twin: Path) -> None:
 
 
 @compiled
+def test_conformance_of_a_sample_of_linear_attention(twin: Path) -> None:
+    wanted = " or ".join(f"cuda-{name}-bfloat16" for name in LINEAR_SAMPLE)
+    passes(twin, 80, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and ({wanted})")
+
+
+@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SAMPLES)
 @pytest.mark.parametrize("dtype, schedule", [("float16", 1), ("bfloat16", 2)])
 def test_conformance(twin: Path, dtype: str, schedule: int, capability: int) -> None:
     passes(twin, capability, str(TESTS / "test_conformance.py"), "-k", f"-{dtype}]", schedule=schedule)
+    if capability == 80:
+        passes(twin, 80, str(TESTS / "test_linear_attention.py"), "-k", f"test_equals_the_definition and {dtype}")
+
+
+@compiled
+@pytest.mark.slow
+def test_what_only_linear_attention_promises(twin: Path) -> None:
+    passes(twin, 80, str(TESTS / "twin_linear.py"))
 
 
 SOUND = {"none": 64, "none on Hopper": 64, "none on Hopper, heads of 256": 256, "none on Hopper in one pass": 128}
@@ -160,10 +176,17 @@ def test_the_table_holds_every_kernel() -> None:
         (f"sm90::attention_{part}", head_dim, False)
         for part in ("forward", "key_gradient", "query_gradient") for head_dim in (64, 128, 256)
     } | {("sm90::attention_backward", 128, False), ("sm90::attention_round_queries", 0, False)}  # fmt: skip
+    shapes |= {(f"attention_decode_{rows}", head_dim, False) for rows in (16, 64) for head_dim in (64, 128, 256)}
+    shapes |= {("attention_delta", 0, False), ("attention_decode_join", 0, False)}
+    linear = {
+        (f"linear_{part}", features, split) for part in ("states", "sums") for features in (64, 128, 256)
+        for split in (False, True)
+    } | {("linear_scan", 0, False), ("linear_terms", 0, False)}  # fmt: skip
     for kind in kinds:
         of_kind = [row for row in rows if (row["arch"], row["dtype"]) == kind]
         found = {(row["kernel"], row["head_dim"], row["extras"]) for row in of_kind}
-        assert found == shapes | {("attention_delta", 0, False)} | (hopper if kind[0] == "sm_90a" else set())
+        wanted = shapes | (hopper if kind[0] == "sm_90a" else set()) | (linear if kind[1] == "bfloat16" else set())
+        assert found == wanted
     for row in rows:
         check(row)
 

@@ -14,13 +14,16 @@ from efficient_attn.errors import UnsupportedError
 from efficient_attn.lowrank import linear_attention, performer_attention, random_projection
 from efficient_attn.ops import linear_attention as ops
 
-REASONS = ops.not_supported_reasons(torch.device("cpu"), torch.float32)
-# Triton's interpreter is slow: test_triton.py runs a few of these cases, for Triton only, in a process of its own.
+# Triton's interpreter and the twin of the CUDA kernels are slow: test_triton.py and test_cuda_host.py run some of these
+# cases in processes of their own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
+REASONS = ops.not_supported_reasons(torch.device("cpu"), torch.bfloat16 if TWIN else torch.float32)
+HERE = {"triton"} if INTERPRETED else {"cuda"} if TWIN else REASONS.keys() - {"triton", "cuda"}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
     for name, why in REASONS.items()
-    if (name == "triton") == INTERPRETED
+    if name in HERE
 ]
 KERNELS = [backend for backend in BACKENDS if backend.values != ("reference",)]
 MAPS = reference_linear.FEATURE_MAPS
@@ -89,7 +92,8 @@ def results(backend: str, inputs, key_mask, projection, case: Case, feature_map:
     return [t.detach() for t in (out, normaliser, *torch.autograd.grad((out, normaliser), leaves, cotangents))]
 
 
-# Rows are read and written alike for all maps: types other than float32 see one without and one with a projection.
+# Rows are read and written alike for all maps: types other than float32 see one without and one with a projection, and
+# half features as they are.
 MAPS_AND_TYPES = [
     *((feature_map, torch.float32) for feature_map in MAPS),
     *(
@@ -98,6 +102,7 @@ MAPS_AND_TYPES = [
         if dtype != torch.float32
         for feature_map in ("elu", "performer_softmax")
     ),
+    *(("identity", dtype) for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 
@@ -105,6 +110,8 @@ MAPS_AND_TYPES = [
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_equals_the_definition(backend, name, feature_map, dtype):
+    if backend == "cuda" and dtype in (torch.float32, torch.float64):
+        pytest.skip("tensor cores multiply halves")
     case = CASES[name]
     inputs, key_mask, projection = draw(case, feature_map, dtype)
     exact = results("reference", [t.double() for t in inputs], key_mask, projection, case, feature_map)

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_the_wheel_carries_the_native_module_and_not_the_checkout():
 @pytest.mark.skipif(WHEEL, reason="needs the checkout")
 def test_without_a_compiler_a_wheel_is_still_built(tmp_path):
     """On a machine with no compiler the package has no native module, and says at run time what serves instead."""
-    environment = {**os.environ, "CXX": "no-such-compiler"}
+    environment = {**os.environ, "CXX": "no-such-compiler", "EFFICIENT_ATTN_CUDA": "0"}
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(copy_of_sources(tmp_path))]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -89,11 +90,19 @@ def test_without_a_compiler_a_wheel_is_still_built(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(WHEEL, reason="needs the checkout")
 def test_the_sdist_holds_all_that_a_wheel_needs(tmp_path):
-    """`build` without options makes the sdist and then the wheel from it, in isolation and without PyTorch."""
+    """`build` without options makes the sdist and then the wheel from it, in isolation and without PyTorch. The CUDA
+    module (minutes, where nvcc is) is in the sdist only."""
+    environment = {**os.environ, "EFFICIENT_ATTN_CUDA": "0"}
     command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(copy_of_sources(tmp_path))]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "torch" not in result.stdout.split("Building")[0]
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        f"csrc/cuda/{name}" for name in ("unit.cu", "launch.cpp", "launch.h", "sm80/attention_forward.h")
+    } <= sources
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {

@@ -27,7 +27,7 @@ def check(row: dict) -> None:
     # are not promised: exact float32, whose multiply-adds hold whole rows in registers even in the smallest tile that
     # there is, and linear attention.
     attention = row["kernel"] in MATRIX and (row["dtype"] != "float32" or row["head_dim"] <= 128)
-    linear = row["feature"] == "linear" and row["sm"] == 90 and row["dtype"] != "float32" and row["head_dim"] <= 128
+    linear = row["feature"] == "linear" and row["dtype"] != "float32" and row["head_dim"] <= 128
     if (attention or linear) and not row["safe"]:
         assert row["spilled"] == 0, row
     if row["dtype"] != "float32" and row["kernel"] in MATRIX:
@@ -80,7 +80,7 @@ def gpu_check(*arguments: str) -> str:
 
 def test_gpu_check_says_why_it_is_skipped(tmp_path: Path) -> None:
     said = gpu_check("--out", str(tmp_path / "out"))
-    assert "skipped: PyTorch sees no CUDA GPU" in said and "5. " in said
+    assert "skipped: PyTorch sees no CUDA GPU" in said and "6. " in said
     assert not (tmp_path / "out").exists()
 
 
@@ -106,12 +106,17 @@ def test_the_gpu_suite_without_a_gpu() -> None:
 
     cells = gpu.cells()
     names = {(cell.config["case"], cell.config["mode"]) for cell in cells}
-    assert {(case, mode) for case, mode, *_ in gpu.TARGETS} <= names
+    assert {(case, mode) for case, mode, *_ in (*gpu.TARGETS, *gpu.CUDA_TARGETS)} <= names
     q = torch.empty(1, 16, 1024, 64, dtype=torch.bfloat16, device="meta")
     config = {**gpu.DEFAULTS, "visible": "full", "mode": "bwd"}
     figures = gpu._figures(config, {"ours": 2.0, "flex": 3.0, "dense": 4.0}, 0.5, (q, q, q))
     assert figures["vs flex"] == 1.5 and figures["density efficiency"] == 1.0
     assert figures["tflops"] == round(4 * 16 * 1024**2 * 64 * 0.5 * 2.5 / 2.0 / 1e9, 1)
+    figures = gpu._figures(config, {"ours": 2.0, "cuda": 1.0, "cudnn": 0.5, "cuda dense": 4.0}, 0.5, (q, q, q))
+    assert figures["vs cuda"] == 0.5 and figures["cuda vs cudnn"] == 0.5 and figures["cuda vs ours"] == 2.0
+    assert gpu.in_any_order(lambda: os.environ["EFFICIENT_ATTN_CUDA_ANY_ORDER"])() == "1"
+    assert "EFFICIENT_ATTN_CUDA_ANY_ORDER" not in os.environ
+    assert figures["cuda density efficiency"] == 2.0 and figures["cuda tflops"] == 2 * figures["tflops"]
     mask = gpu.random_blocks(1024, 2048, 0.25)
     assert mask.density == 0.25 and mask.block_size == (128, 128)
     records = [
@@ -121,7 +126,10 @@ def test_the_gpu_suite_without_a_gpu() -> None:
     said = gpu.summary(records)
     assert "oom: out of memory" in said
     assert "fwd: tflops >= 480: 500.0 reached" in said and "fwd: vs flex >= 1.3: 1.1 MISSED" in said
-    assert "not measured" in said
+    assert "not measured" in said and "experimental" not in said
+    records[0] |= {"times_ms": {"ours": 1.0, "cuda": 0.5}, "cuda tflops": 700.0, "cuda vs ours": 2.0}
+    said = gpu.summary(records).split("The CUDA kernels (experimental)")[1]
+    assert "0.500" in said and "2.00x" in said and "fwd: cuda tflops >= 650: 700.0 reached" in said
 
 
 def test_a_run_is_kept_drawn_and_summed_up_last(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -142,3 +150,22 @@ def test_a_run_is_kept_drawn_and_summed_up_last(tmp_path: Path, monkeypatch, cap
     assert sum("1.000" in line for line in table.splitlines()) == len(gpu.cells())
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2 * (1 + len(gpu.cells()))
     assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_a_cell_that_ends_badly_is_measured_again_without_the_experimental_kernels(tmp_path: Path, monkeypatch) -> None:
+    from efficient_attn.benchmarks import gpu
+
+    tried = []
+
+    def measured(cell, out, limits, code):
+        tried.append(cell.config["cuda"])
+        out.append(record := {"type": "cell", "status": "crash" if tried[-1] else "ok", "config": dict(cell.config),
+                              "ms": 1.0, "times_ms": {"ours": 1.0}, "absent": {"cuda": "left out"}})  # fmt: skip
+        return record
+
+    monkeypatch.setattr(gpu, "device_facts", dict)
+    monkeypatch.setattr(gpu, "cells", lambda: [gpu.runner.Cell("gpu", {**gpu.DEFAULTS, "case": "x", "mode": "fwd"})])
+    monkeypatch.setattr(gpu.runner, "run_cell", measured)
+    gpu.main(["--out", str(tmp_path)])
+    assert tried == [True, False]
+    assert "crash: " in (tmp_path / "summary.txt").read_text()

@@ -77,6 +77,54 @@ def test_the_same_bits_under_every_schedule() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
+# --- few queries: their keys are shared by several blocks of threads ---
+
+FEW = {"causal": {"is_causal": True, "causal_alignment": "bottom_right"}, "bits": {}, "bias": {}}
+
+
+def few(kind: str) -> tuple[list[torch.Tensor], torch.Tensor, dict]:
+    """6 queries of 4 heads over 600 keys of 2 heads, hidden in some way."""
+    tensors = [draw(1, 4, 6, 24), draw(1, 2, 600, 24, seed=1), draw(1, 2, 600, 40, seed=2)]
+    hidden = torch.rand(6, 600, generator=torch.Generator().manual_seed(3)) < 0.5
+    hidden[:, 598] = True
+    arguments = {"bits": {"mask": ~hidden}, "bias": {"bias": torch.zeros(6, 600).masked_fill(hidden, -torch.inf)}}
+    return tensors, draw(1, 4, 6, 40, seed=3), FEW[kind] | arguments.get(kind, {})
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_few_queries_and_nan_stays_with_those_who_see_it(kind: str) -> None:
+    tensors, grad_out, arguments = few(kind)
+    for key in (20, 300, 597):
+        tensors[2][:, :, key, key % 40] = torch.nan
+    if kind != "causal":
+        tensors[1][:, 1, 598] = torch.nan
+    CHECKS.against_the_reference(tensors, grad_out, **arguments)
+
+
+def test_few_queries_give_the_same_bits_under_every_schedule() -> None:
+    tensors, grad_out, arguments = few("bits")
+    found = []
+    for schedule in range(4):
+        cuda.kernels().set_schedule(schedule)
+        found.append(results("cuda", tensors, grad_out, **arguments))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(8, 1), (4, 9)])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_few_queries_read_each_key_once_and_without_a_bank_conflict(D: int, heads: int, queries: int) -> None:
+    q, k, v = draw(2, heads, queries, D), draw(2, 1, 1024, D, seed=1), draw(2, 1, 1024, D, seed=2)
+    cuda.kernels().reset_counters()
+    attention(q, k, v, backend="cuda")
+    counted = cuda.kernels().counters()
+    assert counted["launches"] == 2  # the parts, and what joins them
+    chunks = counted["cp.async"]["calls"] * 32
+    tiles = counted["blocks"] - 2 * heads * queries  # one block joins a row
+    assert chunks == (2 * 2 * 1024 + tiles * (16 if heads * queries <= 16 else 64)) * D // 8
+    assert not any(c["conflicts"] for c in counted.values() if isinstance(c, dict)), counted
+
+
 def test_no_bank_conflict() -> None:
     cuda.kernels().reset_counters()
     for D, Dv in ((64, 64), (128, 100), (200, 256)):

@@ -14,18 +14,26 @@ from dataclasses import replace
 import torch
 from accuracy import Problem, assert_conforms, gradients
 from cases import CASES, Case, draw
+from twin_linear import against_the_definition, test_nan_is_not_met_before_its_time
 
 from efficient_attn import attention
 from efficient_attn.backends import cuda
 
 HOPPER = os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY") == "90"
 ONE_PASS = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
-NAMES_80 = ("window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned")
+NAMES_80 = (
+    "window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned",
+    "few_queries_window", "few_queries_blocks", "few_queries_bits",
+    "few_queries_of_many_heads",
+)  # fmt: skip
 NAMES_90 = ("dense_long", "window", "bits", "causal_top_left", "lengths")
 PROBES = [
     Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),
     *(case for case in CASES if case.name in (NAMES_90 if HOPPER else NAMES_80)),
 ]
+
+
+LINEAR = (2, 4, 2, 150, 150, 16, 24, True, 0, False)  # B, Hq, Hkv, Nq, Nk, F, Dv, causal, offset, masked
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,7 +51,10 @@ def probe(case: Case, schedule: int) -> None:
     names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
     if case.name == "ragged":
         drawn |= {n: padded(drawn[n]) for n in (*names, "grad_out")}
-    leaves = {n: drawn[n].detach().requires_grad_() for n in names}
+    given = {n: drawn[n] for n in names}
+    if case.name == "few_queries_bits":  # whatever no query sees
+        given["value"] = drawn["value"].masked_fill(~drawn["visible"].any(2).view(1, 1, -1, 1), torch.nan)
+    leaves = {n: t.detach().requires_grad_() for n, t in given.items()}
     causal = {"is_causal": case.causal is not None, "causal_alignment": case.causal}
     out, lse = attention(**leaves, mask=drawn["mask"], **causal, return_lse=True, backend="cuda")
     found = gradients((out,), list(leaves.values()), (drawn["grad_out"],))
@@ -74,7 +85,11 @@ def main() -> int:
         if HOPPER:
             poisoned(key=130, value=130)  # of their tile, two queries do not see them
             poisoned(grad_out=20)
-        assert not HOPPER or cuda.kernels().counters()["wgmma"]["calls"], "Hopper's kernels did not run"
+            assert cuda.kernels().counters()["wgmma"]["calls"], "Hopper's kernels did not run"
+        else:
+            test_nan_is_not_met_before_its_time()
+            cuda.processors = lambda device: 1  # few blocks of threads: several chunks of a segment each
+            against_the_definition(LINEAR, torch.bfloat16)
         conflicts = {name: c["conflicts"] for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
         assert not any(conflicts.values()), f"bank conflicts: {conflicts}"
     except (RuntimeError, AssertionError) as error:

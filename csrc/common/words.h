@@ -1,4 +1,5 @@
-// A call as Python hands it over: one bytes object of 8-byte words, in the order in which backends/cpu.py packs them.
+// A call as Python hands it over: one bytes object of 8-byte words, in the order in which backends/cpu.py and
+// backends/cpu_linear.py pack them.
 #pragma once
 
 #include <cstdint>
@@ -83,6 +84,28 @@ inline AttentionParams read_params(const std::string& words, bool backward) {
         p.dbias.data = in.pointer();
         p.dbias.dtype = p.bias.dtype;
         for (int64_t& size : p.dbias.size) size = in.integer();
+    }
+    in.finish();
+    return p;
+}
+
+inline LinearAttentionParams read_linear_params(const std::string& words, bool backward) {
+    Reader in(words);
+    LinearAttentionParams p{};
+    p.feature_dtype = static_cast<int>(in.integer());
+    p.value_dtype = static_cast<int>(in.integer());
+    for (int64_t* size : {&p.B, &p.Hq, &p.Hkv, &p.Nq, &p.Nk, &p.D, &p.F, &p.Dv, &p.projection_heads, &p.feature_map,
+                          &p.is_causal, &p.causal_offset})
+        *size = in.integer();
+    for (double* number : {&p.root, &p.gain, &p.floor, &p.limit}) *number = in.take<double>();
+    for (TensorView* view : {&p.query, &p.key, &p.value, &p.out}) *view = in.view();
+    p.normaliser = in.pointer();
+    p.key_shift = in.pointer();
+    p.key_mask = in.pointer<const uint8_t>();
+    p.projection = in.pointer();
+    if (backward) {
+        for (TensorView* view : {&p.grad_out, &p.dq, &p.dk, &p.dv}) *view = in.view();
+        p.grad_normaliser = in.pointer();
     }
     in.finish();
     return p;

@@ -104,8 +104,8 @@ struct BackwardTile {
         top = arena.take<A>(kQueries);
         rest = arena.take<A>(kQueries);
         delta = arena.take<A>(kQueries);
-        K_buffer = arena.take<A>(kKeys * p.D);
-        V_buffer = arena.take<A>(kKeys * p.Dv);
+        K_buffer = arena.take<A>(kKeys * max_of(p.D, pair_depth(p.D)));
+        V_buffer = arena.take<A>(kKeys * max_of(p.Dv, pair_depth(p.Dv)));
         buffer = arena.take<A>(kKeys * widest);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, widest)));
         dK = arena.take<A>(key_span<A>(p) * D);
@@ -114,8 +114,8 @@ struct BackwardTile {
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
         if (multiplies_pairs(p)) {
-            Q_columns = arena.take<Pair>(ceil_div(p.D, 2) * kQueries);
-            dO_columns = arena.take<Pair>(ceil_div(p.Dv, 2) * kQueries);
+            Q_columns = arena.take<Pair>(pair_depth(p.D) * kQueries);
+            dO_columns = arena.take<Pair>(pair_depth(p.Dv) * kQueries);
             Q_pairs = arena.take<Pair>(kQueries / 2 * D);
             dO_pairs = arena.take<Pair>(kQueries / 2 * Dv);
             K_pairs = arena.take<Pair>(kKeys / 2 * p.D);
@@ -348,10 +348,10 @@ inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, R
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
         const Poison poison = masked ? find_poison(K, n, p.D) : Poison{};
-        pack_paired_rows<T>(p.key, q.b, kv, keys.begin, n, p.D, p.D, t.K_pairs);
-        clear_poison(poison, p.D, t.K_pairs);
+        const LeftFactor left = pack_left_factor<T>(p.key, q.b, kv, keys.begin, n, p.D, t.K_pairs);
+        clear_poison(poison, p.D, left);
         round_to_pairs(t.dP, n, w, t.dS_pairs);
-        accumulate_columns<A>(t.K_pairs, n, p.D, t.dS_pairs, w, nullptr, dQt);
+        accumulate_columns<A>(left, n, p.D, t.dS_pairs, w, nullptr, dQt);
         add_poison_to_columns(K, poison, p.D, t.dP, w, t.bits, dQt);
     } else if (masked) {
         accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
@@ -405,7 +405,7 @@ inline void span_task(const AttentionParams& p, int64_t task, char* memory, cons
     for (int64_t index = 0; index < line.tiles; ++index) {
         const QueryTile q = query_tile(p, tiling, b, kv * (p.Hq / p.Hkv) + index / tiling.count, index % tiling.count);
         A* dQt = shared.dQt + (head % line.slots * line.tiles + index) * p.D * kQueries;
-        const int64_t w = whole_vectors<A>(q.count);
+        const int64_t w = whole_lanes<T, A>(q.count);
         QueryRows<T, A> query_rows;
         auto begin = [&] {
             load_query_tile<T>(p, q, shared.delta, w, t);
@@ -481,7 +481,7 @@ inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, ch
             for (int64_t tile = by_query ? it : 0; tile < (by_query ? it + 1 : tiling.count); ++tile) {
                 const QueryTile q = query_tile(p, tiling, b, h, tile);
                 if (q.count <= 0) continue;
-                const int64_t w = whole_vectors<A>(q.count), kv = h / (p.Hq / p.Hkv);
+                const int64_t w = whole_lanes<T, A>(q.count), kv = h / (p.Hq / p.Hkv);
                 load_query_tile<T>(p, q, delta, w, t);
                 for_each_chunk(p, b, h, q.block, q.rows, keys, [&](Range chunk, const Segment& segment) {
                     const auto K = load_operand<T>(p.key, b, kv, chunk, p.D, t.K_buffer);

@@ -26,12 +26,12 @@ struct ForwardTile {
         total = arena.take<A>(kQueries);
         fade = arena.take<A>(kQueries);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, max_of(p.D, p.Dv))));
-        K_buffer = arena.take<A>(kKeys * max_of(p.D, p.Dv));
+        K_buffer = arena.take<A>(kKeys * max_of(pair_depth(p.D), max_of(p.D, p.Dv)));
         V_buffer = arena.take<A>(kKeys * p.Dv);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
         if (multiplies_pairs(p)) {
-            Q_pairs = arena.take<Pair>(ceil_div(p.D, 2) * kQueries);
+            Q_pairs = arena.take<Pair>(pair_depth(p.D) * kQueries);
             V_pairs = arena.take<Pair>(kKeys / 2 * p.Dv);
             P_pairs = arena.take<Pair>(kKeys / 2 * kQueries);
             scale = arena.take<A>(kQueries);
@@ -97,6 +97,33 @@ inline void online_softmax_update(const AttentionParams& p, int64_t keys, int64_
                 : online_softmax_update<A, false>(keys, w, S, top, total, fade);
 }
 
+// Values as left factors, packed once for all tiles of queries in memory that tasks share, a piece of kKeys keys after
+// another: where packing costs something beside the products, and each piece is needed more than once.
+inline bool shares_values(const AttentionParams& p) {
+    if (kTilePairs == 1 || !multiplies_pairs(p) || p.Nk == 0) return false;
+    const double tiles = static_cast<double>(p.Hq / p.Hkv * ceil_div(p.Nq, kQueries));
+    const MaskView& mask = p.mask;
+    if (!mask.indptr) return tiles >= 4;
+    const int64_t blocks = ceil_div(p.Nq, mask.block_q) * ceil_div(p.Nk, mask.block_k) * mask.heads * mask.batch;
+    return tiles * static_cast<double>(mask.entries) >= 4 * static_cast<double>(blocks);
+}
+inline int64_t value_pieces(const AttentionParams& p) { return p.B * p.Hkv * ceil_div(p.Nk, kKeys); }
+inline int64_t shared_values_bytes(const AttentionParams& p) {
+    return value_pieces(p) * kKeys / 2 * p.Dv * static_cast<int64_t>(sizeof(Pair));
+}
+inline Pair* shared_values(const AttentionParams& p, int64_t piece, char* shared) {
+    return reinterpret_cast<Pair*>(shared) + piece * (kKeys / 2 * p.Dv);
+}
+
+template <class T>
+inline void pack_values_task(const AttentionParams& p, int64_t task, char* shared) {
+    if constexpr (kPairProducts<T>) {
+        const int64_t pieces = ceil_div(p.Nk, kKeys), first = task % pieces * kKeys, head = task / pieces;
+        pack_left_factor<T>(p.value, head / p.Hkv, head % p.Hkv, first, min_of(kKeys, p.Nk - first), p.Dv,
+                            shared_values(p, task, shared));
+    }
+}
+
 // What a tile of queries keeps of them.
 template <class T, class A>
 inline void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t first, int64_t count, int64_t w,
@@ -121,18 +148,31 @@ inline void score(const AttentionParams& p, int64_t b, int64_t kv, Range keys, i
     }
 }
 
+// The values of some keys without the rows of `poison`: shared (null: none are), or packed now.
+template <class T, class A>
+inline LeftFactor load_values(const AttentionParams& p, int64_t b, int64_t kv, Range keys, const Poison& poison,
+                              char* shared, const ForwardTile<A>& t) {
+    const int64_t n = keys.end - keys.begin;
+    const bool whole = keys.begin % kKeys == 0 && (n == kKeys || keys.end == p.Nk);
+    if (shared && whole && !poison.count) {
+        const int64_t piece = (b * p.Hkv + kv) * ceil_div(p.Nk, kKeys) + keys.begin / kKeys;
+        return left_factor(shared_values(p, piece, shared), n, p.Dv);
+    }
+    const LeftFactor left = pack_left_factor<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_pairs);
+    clear_poison(poison, p.Dv, left);
+    return left;
+}
+
 // Ot = Ot * fade + values * S
 template <class T, class A>
 inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range keys, bool masked, int64_t w,
-                       ForwardTile<A>& t) {
+                       char* shared, ForwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
         const Rows<T> values{row_pointer<T>(p.value, b, kv, keys.begin), p.value.row_stride};
         const Poison poison = masked ? find_poison(values, n, p.Dv) : Poison{};
-        pack_paired_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, p.Dv, t.V_pairs);
-        clear_poison(poison, p.Dv, t.V_pairs);
         round_to_pairs(t.S, n, w, t.P_pairs);
-        accumulate_columns(t.V_pairs, n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
+        accumulate_columns(load_values<T>(p, b, kv, keys, poison, shared, t), n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
         add_poison_to_columns(values, poison, p.Dv, t.S, w, t.bits, t.Ot);
     } else {
         const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
@@ -145,7 +185,7 @@ inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range ke
 }
 
 template <class T, class A>
-inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
+inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
     const QueryTiling tiling = query_tiling(p, kQueries);
     const int64_t tile = tiling.count - 1 - task % tiling.count;  // under a causal mask the last tiles are the longest
     const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq, kv = h / (p.Hq / p.Hkv);
@@ -154,7 +194,7 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
     if (count <= 0) return;
     const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
-    const int64_t w = whole_vectors<A>(count);
+    const int64_t w = whole_lanes<T, A>(count);
     ForwardTile<A> t(p, memory);
 
     load_queries<T>(p, b, h, rows.begin, count, w, t);
@@ -172,7 +212,7 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory) {
             dropout_bits(p.dropout_seed, p.dropout_p, b, h, rows.begin, count, keys.begin, keys.end, t.keep);
             fill_masked(t.keep, n, w, A{0}, t.S);
         }
-        accumulate<T>(p, b, kv, keys, masked, w, t);
+        accumulate<T>(p, b, kv, keys, masked, w, shared, t);
     });
 
     for (int64_t r = 0; r < count; ++r) {

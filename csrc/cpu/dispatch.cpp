@@ -2,12 +2,34 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace efficient_attn {
 namespace {
+
+// Whether the processor has tile registers that multiply bfloat16, and the system lets this process have them.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
 
 bool can_run(const char* name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (!std::strcmp(name, "amx_bf16")) return can_run("avx512_bf16") && may_use_tiles();
     if (!std::strcmp(name, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16") && can_run("avx512");
     if (!std::strcmp(name, "avx512")) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -22,10 +44,23 @@ bool can_run(const char* name) {
     return !std::strcmp(name, "baseline");
 }
 
+// Intel's processors multiply pairs in vectors slower than what they widen to float32.
+bool pays(const char* name) {
+#if defined(__x86_64__)
+    return std::strcmp(name, "avx512_bf16") || !__builtin_cpu_is("intel");
+#else
+    (void)name;
+    return true;
+#endif
+}
+
 }  // namespace
 
 const Kernels* find_kernels(const char* name) {
     const Kernels* best_first[] = {
+#if EFFICIENT_ATTN_HAVE_AMX_BF16
+        &kernels_amx_bf16,
+#endif
 #if EFFICIENT_ATTN_HAVE_AVX512_BF16
         &kernels_avx512_bf16,
 #endif
@@ -38,7 +73,7 @@ const Kernels* find_kernels(const char* name) {
         &kernels_baseline,
     };
     for (const Kernels* kernels : best_first)
-        if ((!name || !std::strcmp(name, kernels->name)) && can_run(kernels->name)) return kernels;
+        if ((name ? !std::strcmp(name, kernels->name) : pays(kernels->name)) && can_run(kernels->name)) return kernels;
     return nullptr;
 }
 

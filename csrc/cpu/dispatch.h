@@ -15,6 +15,9 @@ extern const Kernels kernels_avx512;
 #if EFFICIENT_ATTN_HAVE_AVX512_BF16
 extern const Kernels kernels_avx512_bf16;
 #endif
+#if EFFICIENT_ATTN_HAVE_AMX_BF16
+extern const Kernels kernels_amx_bf16;
+#endif
 
 // The kernels named, or the best that this processor runs if `name` is null; null if the name is unknown or cannot run.
 const Kernels* find_kernels(const char* name);

@@ -38,8 +38,11 @@ inline int64_t with_accumulator(const AttentionParams& p, F f) {
     return p.dtype == kFloat64 ? f(double{}) : f(float{});
 }
 
+// In which phase the forward works on its tiles.
+int tiles_phase(const AttentionParams& p) { return shares_values(p) ? 1 : 0; }
+
 int64_t forward_shared(const AttentionParams& p) {
-    if (!is_decode(p)) return 0;
+    if (!is_decode(p)) return shares_values(p) ? shared_values_bytes(p) : 0;
     return with_accumulator(p, [&](auto a) {
         const DecodeCut cut(p);
         return decode_merges(p) * cut.spans * DecodePartial<decltype(a)>::elements(p, cut) *
@@ -54,16 +57,21 @@ int64_t forward_bytes(const AttentionParams& p) {
 }
 int64_t forward_tasks(const AttentionParams& p, int phase) {
     if (is_decode(p)) return decode_merges(p) * (phase == 0 ? DecodeCut(p).spans : 1);
-    return phase == 0 ? forward_task_count(p) : 0;
+    return phase == tiles_phase(p) ? forward_task_count(p) : phase == 0 ? value_pieces(p) : 0;
 }
-double forward_cost(const AttentionParams& p, int, int64_t task) {
-    return p.mask.indptr && !is_decode(p) ? query_tile_cost(p, task) : -1;
+double forward_cost(const AttentionParams& p, int phase, int64_t task) {
+    return p.mask.indptr && !is_decode(p) && phase == tiles_phase(p) ? query_tile_cost(p, task) : -1;
 }
 void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
     with_types(p, [&](auto types) {
         using T = typename decltype(types)::Storage;
         using A = typename decltype(types)::Accumulator;
-        if (!is_decode(p)) return forward_task<T, A>(p, task, memory);
+        if (!is_decode(p)) {
+            const int last = tiles_phase(p);
+            if (phase < last) return pack_values_task<T>(p, task, shared);
+            const TileRegisters tiles(kPairProducts<T>);
+            return forward_task<T, A>(p, task, memory, last > 0 ? shared : nullptr);
+        }
         A* partials = reinterpret_cast<A*>(shared);
         phase == 0 ? decode_span<T, A>(p, task, memory, partials) : decode_merge<T, A>(p, task, memory, partials);
     });
@@ -89,6 +97,7 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
         using A = typename decltype(types)::Accumulator;
         const BackwardShared<A> shared(p, shared_memory);
         if (phase == 0) return delta_task<T, A>(p, task, shared);
+        const TileRegisters tiles(kPairProducts<T>);
         if (phase == 1) return span_task<T, A>(p, task, memory, shared);
         bias_task<T, A>(p, task, shared.delta, memory);
     });

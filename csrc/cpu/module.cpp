@@ -18,28 +18,6 @@ namespace py = pybind11;
 namespace efficient_attn {
 namespace {
 
-LinearAttentionParams read_linear_params(const std::string& words, bool backward) {
-    Reader in(words);
-    LinearAttentionParams p{};
-    p.feature_dtype = static_cast<int>(in.integer());
-    p.value_dtype = static_cast<int>(in.integer());
-    for (int64_t* size : {&p.B, &p.Hq, &p.Hkv, &p.Nq, &p.Nk, &p.D, &p.F, &p.Dv, &p.projection_heads, &p.feature_map,
-                          &p.is_causal, &p.causal_offset})
-        *size = in.integer();
-    for (double* number : {&p.root, &p.gain, &p.floor, &p.limit}) *number = in.take<double>();
-    for (TensorView* view : {&p.query, &p.key, &p.value, &p.out}) *view = in.view();
-    p.normaliser = in.pointer();
-    p.key_shift = in.pointer();
-    p.key_mask = in.pointer<const uint8_t>();
-    p.projection = in.pointer();
-    if (backward) {
-        for (TensorView* view : {&p.grad_out, &p.dq, &p.dk, &p.dv}) *view = in.view();
-        p.grad_normaliser = in.pointer();
-    }
-    in.finish();
-    return p;
-}
-
 const Kernels& kernels() {
     static const Kernels* chosen = [] {
         const char* name = std::getenv("EFFICIENT_ATTN_ISA");
@@ -48,7 +26,7 @@ const Kernels& kernels() {
         if (!found) {
             throw std::runtime_error(std::string("EFFICIENT_ATTN_ISA=") + name +
                                      " is not an instruction set that this build has and this processor runs; "
-                                     "use one of baseline, avx2, avx512, avx512_bf16, or unset it");
+                                     "use one of baseline, avx2, avx512, avx512_bf16, amx_bf16, or unset it");
         }
         return found;
     }();
@@ -110,12 +88,12 @@ PYBIND11_MODULE(_cpu, module) {
         "Fused multiply-adds without memory on so many threads at once, for benchmarks; returns the operations done.");
     module.def(
         "instruction_set", [] { return kernels().name; },
-        "The instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
+        "The instruction set in use: baseline, avx2, avx512, avx512_bf16 or amx_bf16.");
     module.def(
         "instruction_sets",
         [] {
             py::list names;
-            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"})
+            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"})
                 if (find_kernels(name)) names.append(name);
             return names;
         },

@@ -268,9 +268,11 @@ typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
 
 EA_INLINE HalfVector round(Vec<float> x) { return (HalfVector)_mm512_cvtneps_pbh(x); }
 
-EA_INLINE PairVector join(const BFloat16* first, const BFloat16* second) {
-    const auto lanes = [](const BFloat16* p) {
-        return _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+// Elements of two rows, of which `count` exist.
+EA_INLINE PairVector join(const BFloat16* first, const BFloat16* second, int64_t count = kLanes<float>) {
+    const __mmask16 exist = static_cast<__mmask16>((1u << count) - 1);
+    const auto lanes = [exist](const BFloat16* p) {
+        return _mm512_maskz_cvtepu16_epi32(exist, _mm256_maskz_loadu_epi16(exist, p));
     };
     return (PairVector)lanes(first) | (PairVector)lanes(second) << 16;
 }

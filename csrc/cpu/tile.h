@@ -52,37 +52,44 @@ inline void accumulate_rows(const A* P, int64_t keys, int64_t w, int64_t queries
                                    padded);
 }
 
-constexpr int64_t kPairTerms = 128;  // pairs: every head, and every tile, in one go
+// out[m][n] (into) sum_k a[m][k] * b[k][n] of pairs; k < depth, pairs of a side by side or `pair_stride` elements
+// apart.
+template <Into kInto, class A>
+inline void pair_product(int64_t rows, int64_t lanes, int64_t depth, const BFloat16* a, int64_t row_stride,
+                         int64_t pair_stride, const Pair* b, A* out, const A* factor = nullptr) {
+#if defined(__AMX_BF16__)
+    (void)pair_stride;
+    tile_product<kInto>(rows, lanes, depth, a, row_stride, b, out, factor);
+#else
+    constexpr int64_t terms = 128;  // pairs: every head, and every tile, in one go
+    product<A, kInto, terms>(rows, lanes / kLanes<A>, depth, a, row_stride, pair_stride, b, lanes, out, lanes, factor);
+#endif
+}
 
 // The same products of pairs. A score is times the scale of its column if there is one.
 template <class T, class A>
 inline void score_tile(const Rows<T>& rows, int64_t keys, int64_t width, const Pair* columns, int64_t w, const A* scale,
                        A* S) {
-    const int64_t vectors = w / kLanes<A>, depth = ceil_div(width, 2);
     if (scale) {
-        product<A, Into::kScale, kPairTerms>(keys, vectors, depth, rows.data, rows.stride, int64_t{2}, columns, w, S, w,
-                                             scale);
+        pair_product<Into::kScale>(keys, w, pair_depth(width), rows.data, rows.stride, 2, columns, S, scale);
     } else {
-        product<A, Into::kReplace, kPairTerms>(keys, vectors, depth, rows.data, rows.stride, int64_t{2}, columns, w, S,
-                                               w);
+        pair_product<Into::kReplace>(keys, w, pair_depth(width), rows.data, rows.stride, 2, columns, S);
     }
 }
 template <class A>
-inline void accumulate_columns(const Pair* rows, int64_t keys, int64_t width, const Pair* P, int64_t w, const A* fade,
-                               A* out) {
-    const int64_t vectors = w / kLanes<A>, depth = ceil_div(keys, 2);
+inline void accumulate_columns(const LeftFactor& rows, int64_t keys, int64_t width, const Pair* P, int64_t w,
+                               const A* fade, A* out) {
     if (fade) {
-        product<A, Into::kFade, kPairTerms>(width, vectors, depth, &rows->first, int64_t{2}, 2 * width, P, w, out, w,
-                                            fade);
+        pair_product<Into::kFade>(width, w, pair_depth(keys), rows.data, rows.column_stride, rows.pair_stride, P, out,
+                                  fade);
     } else {
-        product<A, Into::kAdd, kPairTerms>(width, vectors, depth, &rows->first, int64_t{2}, 2 * width, P, w, out, w);
+        pair_product<Into::kAdd>(width, w, pair_depth(keys), rows.data, rows.column_stride, rows.pair_stride, P, out);
     }
 }
 template <class A>
 inline void accumulate_rows(const BFloat16* P, int64_t keys, int64_t w, int64_t queries, const Pair* rows,
                             int64_t padded, A* out) {
-    product<A, Into::kAdd, kPairTerms>(keys, padded / kLanes<A>, ceil_div(queries, 2), P, w, int64_t{2}, rows, padded,
-                                       out, padded);
+    pair_product<Into::kAdd>(keys, padded, pair_depth(queries), P, w, 2, rows, out);
 }
 
 // How the tiles of keys and values are read: in place in pairs, or as A.
@@ -234,14 +241,12 @@ inline Rows<A> without_poison(const Rows<A>& rows, const Poison& poison, int64_t
 }
 
 // Rows packed as pairs of rows, without those of `poison`.
+inline void clear_poison(const Poison& poison, int64_t padded, const LeftFactor& rows) {
+    for (int64_t n = 0; n < poison.count; ++n)
+        for (int64_t d = 0; d < padded; ++d) rows.at(poison.index[n], d) = BFloat16{0};
+}
 inline void clear_poison(const Poison& poison, int64_t padded, Pair* pairs) {
-    for (int64_t n = 0; n < poison.count; ++n) {
-        const int64_t r = poison.index[n];
-        for (int64_t d = 0; d < padded; ++d) {
-            Pair& pair = pairs[r / 2 * padded + d];
-            (r % 2 ? pair.second : pair.first) = BFloat16{0};
-        }
-    }
+    clear_poison(poison, padded, LeftFactor{&pairs->first, 2, 2 * padded});
 }
 
 // What the taken out rows add to accumulate_columns for the queries that see them.

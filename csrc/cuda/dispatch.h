@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "cuda/sm80/attention_decode.h"
 #include "cuda/sm80/attention_forward.h"
 #include "cuda/sm80/attention_key_gradient.h"
 #include "cuda/sm80/attention_query_gradient.h"
@@ -121,6 +122,73 @@ inline int64_t flag_count(const AttentionParams& p, bool backward) {
     return std::max(p.B * p.Hq * tile_count(p.Nq, p.mask.indptr ? p.mask.block_q : kRows, kRows),
                     p.B * p.Hkv * tile_count(p.Nk, p.mask.indptr ? p.mask.block_k : kRows, kRows));
 }
+
+// --- few queries ---
+
+constexpr int64_t kDecodeRows = 64;  // rows of a tile: queries times the query heads of a key/value head
+
+inline bool decodes(const AttentionParams& p) { return p.dropout_p == 0 && p.Nq * (p.Hq / p.Hkv) <= kDecodeRows; }
+
+// Query heads that share a tile: those of a key/value head, unless each has a list of its own.
+inline int64_t decode_pack(const AttentionParams& p) { return p.mask.indptr && p.mask.heads > 1 ? 1 : p.Hq / p.Hkv; }
+
+inline int64_t decode_tiles(const AttentionParams& p) {
+    return p.B * p.Hq / decode_pack(p) * (p.mask.indptr ? tile_count(p.Nq, p.mask.block_q, p.mask.block_q) : 1);
+}
+
+// Into how many parts the keys are split: 0 where other kernels serve the call, else enough parts to fill a GPU of so
+// many processors, each of two steps or more.
+inline int64_t decode_splits(const AttentionParams& p, int64_t processors) {
+    if (!decodes(p)) return 0;
+    constexpr int64_t kStep = sm80::Decode<BFloat16, 64, 16>::kStep;  // the same in every instance
+    int64_t steps = (p.Nk + kStep - 1) / kStep;
+    if (p.mask.indptr) {
+        const int64_t rows = p.mask.batch * p.mask.heads * tile_count(p.Nq, p.mask.block_q, p.mask.block_q);
+        steps = p.mask.entries * p.mask.block_k / kStep / std::max<int64_t>(rows, 1);
+    }
+    const int64_t tiles = decode_tiles(p);
+    if (tiles * 5 >= processors * 4 || steps < 4) return 1;
+    return bounded((2 * processors + tiles - 1) / tiles, 1, std::min<int64_t>(steps / 2, 128));
+}
+
+inline DecodeParams decode_params(const KernelParams& k, float* part_out, float* part_lse, int64_t splits) {
+    return {k, part_out, part_lse, static_cast<int>(splits), static_cast<int>(decode_pack(k.call))};
+}
+
+template <class D, class Launch>
+void launch_decode(const DecodeParams& d, Launch& launch) {
+    const AttentionParams& p = d.base.call;
+    launch(&sm80::attention_decode<D>, decode_tiles(p) * d.splits, D::kThreads, D::kSharedBytes, d);
+    if (d.splits > 1)
+        launch(&sm80::attention_decode_join<typename D::T>, p.B * p.Hq * p.Nq, sm80::kJoinThreads, sm80::kJoinShared,
+               d);
+}
+
+template <class T, int kHead, class Launch>
+void serve_decode_head(const DecodeParams& d, Launch& launch) {
+    const AttentionParams& p = d.base.call;
+    const int64_t queries = p.mask.indptr ? std::min(p.Nq, p.mask.block_q) : p.Nq;
+    if (queries * d.pack <= 16) {
+        launch_decode<sm80::Decode<T, kHead, 16>>(d, launch);
+    } else {
+        launch_decode<sm80::Decode<T, kHead, kDecodeRows>>(d, launch);
+    }
+}
+
+// Launches the kernels of a call for which decode_splits is not 0.
+template <class T, class Launch>
+void serve_decode(const DecodeParams& d, Launch& launch) {
+    const int64_t widest = std::max(d.base.call.D, d.base.call.Dv);
+    if (widest <= 64) {
+        serve_decode_head<T, 64>(d, launch);
+    } else if (widest <= 128) {
+        serve_decode_head<T, 128>(d, launch);
+    } else {
+        serve_decode_head<T, 256>(d, launch);
+    }
+}
+
+// --- the others ---
 
 // What serves a call: serve<T, kHead, kExtras>.
 struct ServeForward {

@@ -96,6 +96,22 @@ class Walk {
         read_ahead(m);
     }
 
+    // Before the first step: keeps part `part` of `parts`, of as many steps, or where there is a list, entries each.
+    EA_DEVICE void take_part(const KernelParams& p, int part, int parts) {
+        const MaskView& m = p.call.mask;
+        if (!list_rows<kSide>(m)) {
+            const int each = ceil_div(ceil_div(end_ - cursor_, kWidth), parts) * kWidth;
+            cursor_ = smaller(cursor_ + part * each, end_);
+            end_ = smaller(cursor_ + each, end_);
+            return;
+        }
+        last_ = first_entry(m, ceil_div(limit_, step_block(m)));
+        const int each = ceil_div(last_ - entry_, parts);
+        entry_ = smaller(entry_ + part * each, last_);
+        last_ = smaller(entry_ + each, last_);
+        read_ahead(m);
+    }
+
     EA_DEVICE bool next(const KernelParams& p, Step& step) {
         const MaskView& m = p.call.mask;
         while (cursor_ >= end_) {

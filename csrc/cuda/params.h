@@ -26,6 +26,15 @@ struct KernelParams {
         dv_aligned;  // every row begins on 16 bytes
 };
 
+// A call with few queries whose keys several blocks of threads share (sm80/attention_decode.h).
+struct DecodeParams {
+    KernelParams base;
+    float* part_out;  // (splits, B, Hq, Nq, Dv): attention over a part of the keys
+    float* part_lse;  // (splits, B, Hq, Nq), in units of log2
+    int splits;
+    int pack;  // query heads in a tile: those of a key/value head
+};
+
 inline int64_t bounded(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 inline bool rows_aligned(const TensorView& view, int64_t B, int64_t H, int64_t N) {

@@ -338,7 +338,8 @@ EA_DEVICE void hold(uint32_t (&a)[kN][4]) {
 }
 
 // wgmma.fence: ordinary accesses of registers come before later multiplies. Needed before the first multiply, after
-// each group_wait, and whenever registers were written: these are named. Warp-wide.
+// each group_wait, and whenever registers were written: these are named. Group-wide, as commit and wait are: behind no
+// branch in which the warps of a group may differ.
 template <class... Registers>
 EA_DEVICE void group_fence(Registers&... written) {
     (hold(written), ...);

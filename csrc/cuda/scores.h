@@ -31,15 +31,15 @@ EA_DEVICE uint64_t dropout_seed(const KernelParams& p) {
     return p.seed ? static_cast<uint64_t>(load_global(p.seed)) : p.call.dropout_seed;
 }
 
-// Sets invisible pairs to -inf. Rows are the lines row, row + 8, row + 16 ..; line i sees the steps i + low .. i +
-// high. The bits of a line are a row of the bit tile: lines are queries.
-template <int kM, int kN>
-EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& step, int row, Span lines, int low,
-                    int high, int lane) {
+// Sets invisible pairs to -inf. Row 8 r of this thread is line line_of(r); line i sees the steps i + low .. i + high.
+// The bits of a line are a row of the bit tile: lines are queries.
+template <int kM, int kN, class LineOf>
+EA_DEVICE void hide_lines(float (&s)[kM][kN][4], const KernelParams& p, const Step& step, LineOf line_of, Span lines,
+                          int low, int high, int lane) {
     const int row_bytes = static_cast<int>(p.call.mask.block_k) / 8, block = static_cast<int>(p.call.mask.block_q);
     EA_UNROLL
     for (int r = 0; r < 2 * kM; ++r) {
-        const int line = row + r * 8;
+        const int line = line_of(r);
         const bool exists = line < lines.end;
         const int begin = line + low - step.first;
         const int end = exists ? smaller(line + high + 1, step.end) - step.first : begin;
@@ -62,6 +62,13 @@ EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& st
             }
         }
     }
+}
+
+// The same for rows that are the lines row, row + 8, row + 16 ..
+template <int kM, int kN>
+EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& step, int row, Span lines, int low,
+                    int high, int lane) {
+    hide_lines(s, p, step, [&](int r) { return row + r * 8; }, lines, low, high, lane);
 }
 
 // The same for fragments whose rows are keys and whose columns are queries: a row of the bit tile is a column here.

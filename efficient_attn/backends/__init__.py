@@ -16,7 +16,7 @@ from . import cpu, cuda, reference, triton
 from .call import Call
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
-EXPERIMENTAL = ("cuda",)  # never yet run on a GPU: only when asked for by name
+EXPERIMENTAL = {"cuda": "never run on a GPU"}  # only when asked for by name, and why
 
 
 def check_name(backend: str) -> None:

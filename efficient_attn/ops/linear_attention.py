@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import automatic, cpu_linear, reference_linear, triton_linear
+from ..backends import automatic, cpu_linear, cuda_linear, reference_linear, triton_linear
 from ..backends.reference import accumulation_dtype
 from ..errors import InputError, UnsupportedError
 from .attention import _one_by_one
 
 BACKENDS: dict[str, ModuleType] = {  # fastest first
     "triton": triton_linear,
+    "cuda": cuda_linear,
     "cpu": cpu_linear,
     "reference": reference_linear,
 }

@@ -5,6 +5,10 @@ Those in sm90/ are looked for on a twin of capability 90.
 
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
 ARRIVED = "        block_sync();  // this slot has arrived, and every warp is done with the other one\n"
+LINEAR = "sm80/linear_sums.h"
+DECODE = "sm80/attention_decode.h"
+KEYS_ARRIVED = "        block_sync();  // the keys have arrived, and every warp is done with the tile before them\n"
+VALUES_ARRIVED = "        block_sync();  // the values have arrived, and every warp is done with the keys\n"
 HOPPER, GROUPS = "sm90/attention_forward.h", "sm90/groups.h"
 HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (
     f"sm90/{name}.h" for name in ("attention_key_gradient", "attention_query_gradient", "gradients")
@@ -58,6 +62,59 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "every other tile is left out": ("mask.h", "        cursor_ += kWidth;\n", "        cursor_ += 2 * kWidth;\n"),
     "the bits of the next row": ("scores.h", "line % block * row_bytes", "(line + 1) % block * row_bytes"),
     "P is not faded": (FORWARD, "x *= fade[m][e / 2];", "x *= 1.0f;"),
+    "no barrier for the keys of few queries": (DECODE, KEYS_ARRIVED, ""),
+    "no barrier for the values of few queries": (DECODE, VALUES_ARRIVED, ""),
+    "values are not waited for": (
+        DECODE, "        copy_async_wait<D::kSlots - 2>();\n" + VALUES_ARRIVED,
+        "        copy_async_wait<D::kSlots - 1>();\n" + VALUES_ARRIVED,
+    ),
+    "the ring is filled one tile too early": (
+        DECODE, "load_next(tile + D::kSlots - 1);", "load_next(tile + D::kSlots);",
+    ),
+    "the ring is joined in while it is read": (DECODE, "    block_sync();  // every warp is done with the tiles\n", ""),
+    "no barrier before warps are joined": (DECODE, "    block_sync();  // what the warps found is there\n", ""),
+    "rows go to the next head of the group": (
+        DECODE, "h = head_of(p, at, row);", "h = head_of(p, at, row + 1);",
+    ),
+    "the last part of the keys is not joined": (
+        DECODE, "for (int s = warp; s < p.splits;", "for (int s = warp; s < p.splits - 1;",
+    ),
+    "parts of the keys overlap": (
+        "mask.h", "end_ = smaller(cursor_ + each, end_);", "end_ = smaller(cursor_ + each + kWidth, end_);",
+    ),
+    "parts of a list overlap": (
+        "mask.h", "last_ = smaller(entry_ + each, last_);", "last_ = smaller(entry_ + each + 1, last_);",
+    ),
+    "a NaN behind a mask meets a weight of zero": (
+        DECODE, "multiply<T, D::kHead, true>(f.out", "multiply<T, D::kHead, false>(f.out",
+    ),
+    "a chunk is loaded while the one before is read": (
+        LINEAR, "        block_sync();  // every warp is done with the chunk before\n", "",
+    ),
+    "a head is loaded while the one before is read": (
+        LINEAR, "                block_sync();  // every warp is done with the head before\n", "",
+    ),
+    "weights are read before they are there": (
+        LINEAR, "            block_sync();  // the weights are there\n", "",
+    ),
+    "rows of a state are read before they are there": (
+        LINEAR, "        block_sync();  // the rows are there\n", "",
+    ),
+    "normalisers are read before they are there": (LINEAR, "    block_sync();  // the normalisers are there\n", ""),
+    "a key of the future is visible": (LINEAR, "t >= s : t <= s;", "t >= s : t <= s + 1;"),
+    "a query does not see its own key": (LINEAR, "t >= s : t <= s;", "t > s : t <= s;"),
+    "a segment sees itself": (
+        LINEAR, "        if (p.causal) store_global(slot, sum);\n        sum += now;\n",
+        "        sum += now;\n        if (p.causal) store_global(slot, sum);\n",
+    ),
+    "chunks are walked forward": (LINEAR, "p.reverse ? p.times.chunks - 1 - step : step", "step"),
+    "one head of a group only": (LINEAR, "h = head + step % p.spread;", "h = head;"),
+    "what rounding left is left out": (
+        LINEAR, "    if (kB) multiply_add<", "    if (kA && kB) multiply_add<",
+    ),
+    "a NaN of the future meets a weight of zero": (
+        LINEAR, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
+    ),
     "no wait for the keys": (HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n", ""),
     "the wait for the keys has the other parity": (HOPPER, "(slot.of(F::kKeyFull, 8), slot.parity)",
                                                    "(slot.of(F::kKeyFull, 8), slot.parity ^ 1)"),
@@ -91,7 +148,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "no group_fence": (HOPPER, "    group_fence(s[0]);\n", ""),
     "a group_fence that leaves out P": (HOPPER, "group_fence(f.out[0], f.weights)", "group_fence(f.out[0])"),
     "P is packed while the product reads it": (
-        HOPPER, "        // Waiting for the next keys", "        pack_a<typename F::T>(f.weights, s[0]);\n        // Waiting",
+        HOPPER, "        // Waiting for the next keys",
+        "        pack_a<typename F::T>(f.weights, s[0]);\n        // Waiting for the next keys",
     ),
     "no proxy fence behind the output": (HOPPER, "    async_proxy_fence();  // Q of", "    // Q of"),
     "barriers that copies may not see": (HOPPER, "            barrier_init_fence();\n", ""),
@@ -159,7 +217,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         GRADIENTS, "group_multiply<T, kHead, true>(c", "group_multiply<T, kHead, false>(c",
     ),
     "the flag of another tile": (GRADIENTS, "in_head - 1 - tile : tile", "tile : tile"),
-    "weights are read before they are there": (HOPPER_KEYS, "    barrier_wait(G::kWeightsFull, parity);\n", ""),
+    "Hopper's weights are read too early": (HOPPER_KEYS, "    barrier_wait(G::kWeightsFull, parity);\n", ""),
     "weights are written over those in use": (HOPPER_KEYS, "    barrier_wait(G::kWeightsEmpty, parity ^ 1);\n", ""),
     "dS of both is read before both have written it": (
         ONE_PASS, "    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and", "    // and",

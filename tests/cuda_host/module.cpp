@@ -7,6 +7,8 @@
 
 #include "common/words.h"
 #include "cuda/dispatch.h"
+#include "cuda/sm80/linear_attention_backward.h"
+#include "cuda/sm80/linear_attention_forward.h"
 
 namespace py = pybind11;
 
@@ -20,6 +22,12 @@ int from_environment(const char* name, int otherwise) {
 
 uint64_t schedule = static_cast<uint64_t>(from_environment("EFFICIENT_ATTN_CUDA_TWIN_SCHEDULE", 0));
 int capability_of_twin = from_environment("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY", 80);
+
+#ifdef EFFICIENT_ATTN_TWIN_SMALL
+constexpr int kWidest = 64;
+#else
+constexpr int kWidest = kWidestLinear;
+#endif
 
 struct TwinLaunch {
     int capability() const { return capability_of_twin; }
@@ -96,8 +104,8 @@ KernelParams params(const AttentionParams& p, uintptr_t seed, uintptr_t flags) {
     return k;
 }
 
-// The last argument is the stream of the GPU, of which there is none here.
-void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t) {
+// The last arguments are the number of the GPU and its stream, of which there are none here.
+void forward(const std::string& words, uintptr_t seed, uintptr_t flags, int, uintptr_t) {
     const AttentionParams p = read_params(words, false);
     Allowed allowed;
     allow_inputs(p);
@@ -109,8 +117,29 @@ void forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_
     twin::check_all_written();
 }
 
-void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums, uintptr_t,
-              uintptr_t query_sums) {
+// part_out, part_lse: workspace for `splits` parts, or null if there is one only.
+void decode(const std::string& words, uintptr_t part_out, uintptr_t part_lse, int64_t splits, int, uintptr_t) {
+    const AttentionParams p = read_params(words, false);
+    Allowed allowed;
+    allow_inputs(p);
+    allow(p.out, p.B, p.Hq, p.Nq, p.Dv, true);
+    const int64_t rows = p.B * p.Hq * p.Nq;
+    twin::allow(p.lse, rows * 4, true);
+    twin::allow(reinterpret_cast<void*>(part_out), splits * rows * p.Dv * 4, true);
+    twin::allow(reinterpret_cast<void*>(part_lse), splits * rows * 4, true);
+    const DecodeParams d =
+        decode_params(params(p, 0, 0), reinterpret_cast<float*>(part_out), reinterpret_cast<float*>(part_lse), splits);
+    TwinLaunch launch;
+#ifdef EFFICIENT_ATTN_TWIN_SMALL
+    serve_decode_head<BFloat16, EFFICIENT_ATTN_TWIN_SMALL>(d, launch);
+#else
+    p.dtype == kBFloat16 ? serve_decode<BFloat16>(d, launch) : serve_decode<Float16>(d, launch);
+#endif
+    twin::check_all_written();
+}
+
+void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums,
+              uintptr_t query_sums, int, uintptr_t) {
     AttentionParams p = read_params(words, true);
     if (bias_sums) p.dbias.dtype = kFloat32;
     KernelParams k = params(p, seed, flags);
@@ -136,6 +165,53 @@ void backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr
     twin::check_all_written();
 }
 
+void allow(const TensorView& view, int dtype, int64_t B, int64_t H, int64_t N, int64_t D, bool written) {
+    const int64_t sizes[] = {B, H, N, D}, strides[] = {view.batch_stride, view.head_stride, view.row_stride, 1};
+    twin::allow(view.data, sizes, strides, 4, bytes_of(dtype), written);
+}
+
+void allow_linear_inputs(const LinearAttentionParams& p) {
+    allow(p.query, p.feature_dtype, p.B, p.Hq, p.Nq, p.F, false);
+    allow(p.key, p.feature_dtype, p.B, p.Hkv, p.Nk, p.F, false);
+    allow(p.value, p.value_dtype, p.B, p.Hkv, p.Nk, p.Dv, false);
+    twin::allow(p.key_mask, p.B * p.Nk, false);
+}
+
+int64_t linear_workspace(const std::string& words, bool backward, int64_t processors) {
+    const LinearAttentionParams p = read_linear_params(words, backward);
+    return backward ? linear_backward_workspace(p, processors) : linear_forward_workspace(p, processors);
+}
+
+// Features are given: query and key hold them, whatever the feature map of the words.
+void linear_forward(const std::string& words, int64_t processors, uintptr_t workspace, int, uintptr_t) {
+    const LinearAttentionParams p = read_linear_params(words, false);
+    Allowed allowed;
+    allow_linear_inputs(p);
+    allow(p.out, p.value_dtype, p.B, p.Hq, p.Nq, p.Dv, true);
+    twin::allow(p.normaliser, p.B * p.Hq * p.Nq * 4, true);
+    twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_forward_workspace(p, processors) * 4);
+    TwinLaunch launch;
+    serve_linear_forward<kWidest>(p, processors, reinterpret_cast<float*>(workspace), launch);
+    twin::check_all_written();
+}
+
+void linear_backward(const std::string& words, int64_t processors, uintptr_t workspace, int, uintptr_t) {
+    const LinearAttentionParams p = read_linear_params(words, true);
+    Allowed allowed;
+    allow_linear_inputs(p);
+    allow(p.out, p.value_dtype, p.B, p.Hq, p.Nq, p.Dv, false);
+    allow(p.grad_out, p.value_dtype, p.B, p.Hq, p.Nq, p.Dv, false);
+    twin::allow(p.normaliser, p.B * p.Hq * p.Nq * 4, false);
+    twin::allow(p.grad_normaliser, p.B * p.Hq * p.Nq * 4, false);
+    allow(p.dq, p.feature_dtype, p.B, p.Hq, p.Nq, p.F, true);
+    allow(p.dk, p.feature_dtype, p.B, p.Hkv, p.Nk, p.F, true);
+    allow(p.dv, p.value_dtype, p.B, p.Hkv, p.Nk, p.Dv, true);
+    twin::allow_workspace(reinterpret_cast<void*>(workspace), linear_backward_workspace(p, processors) * 4);
+    TwinLaunch launch;
+    serve_linear_backward<kWidest>(p, processors, reinterpret_cast<float*>(workspace), launch);
+    twin::check_all_written();
+}
+
 py::dict counted() {
     const twin::Counters& c = twin::counters();
     py::dict result;
@@ -158,10 +234,17 @@ PYBIND11_MODULE(_cuda_twin, module) {
     using namespace efficient_attn;
     module.attr("__doc__") = "The CUDA kernels on a CPU, one fiber a thread: a test instrument.";
     module.def("attention_forward", &forward);
-    module.def("attention_backward", &backward, py::arg("words"), py::arg("seed"), py::arg("flags"), py::arg("delta"),
-               py::arg("bias_sums"), py::arg("stream"), py::arg("query_sums") = 0);
-    module.def("query_sum_count",
-               [](const std::string& words) { return query_sum_count(read_params(words, true), capability_of_twin); });
+    module.def("attention_decode", &decode);
+    module.def("attention_backward", &backward);
+    module.def("decode_splits", [](const std::string& words, int64_t processors) {
+        return decode_splits(read_params(words, false), processors);
+    });
+    module.def("linear_attention_forward", &linear_forward);
+    module.def("linear_attention_backward", &linear_backward);
+    module.def("linear_workspace", &linear_workspace);
+    module.def("query_sum_count", [](const std::string& words, int) {
+        return query_sum_count(read_params(words, true), capability_of_twin);
+    });
     module.def("flag_count", [](const std::string& words, bool backward) {
         return flag_count(read_params(words, backward), backward);
     });

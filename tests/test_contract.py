@@ -113,6 +113,18 @@ def test_rule_02_masked_keys_never_influence(poison: float, how: str, dtype: tor
             assert (gradient[:, :, hidden] == 0).all()
 
 
+@pytest.mark.parametrize("poisoned", ["query", "key", "value"])
+def test_rule_02_a_query_that_sees_nan_leaves_keys_alone_that_it_does_not_see(poisoned: str, backend: str) -> None:
+    leaves = dict(zip(("query", "key", "value"), tensors(1, 1, 70, 16), strict=True))
+    with torch.no_grad():
+        leaves[poisoned][:, :, 20] = torch.nan
+    out = attention(*leaves.values(), mask=SlidingWindow(left=8, right=0), backend=backend)
+    _, grad_key, grad_value = torch.autograd.grad(out.sum(), leaves.values())
+    beyond = torch.ones(70, dtype=torch.bool)
+    beyond[12:29] = False  # what queries 20 to 28 see
+    assert grad_key[:, :, beyond].isfinite().all() and grad_value[:, :, beyond].isfinite().all()
+
+
 # --- rule 3: causal alignment ---
 
 

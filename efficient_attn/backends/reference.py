@@ -70,6 +70,7 @@ def attention_backward(
     heads = query.shape[1]
     scores, visible = masked_scores(query, key, bias, mask, scale, first_row)
     weights = torch.exp(scores - lse[..., None].masked_fill(lse[..., None] == -torch.inf, 0.0))
+    weights = weights.masked_fill(~visible, 0.0)  # where lse is NaN, too
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
 

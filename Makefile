@@ -34,8 +34,8 @@ test-slow: $(STAMP)
 
 # Every case and dtype on the Triton kernels in Triton's interpreter, then every configuration compiled for sm_80 and sm_90.
 test-triton: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -W ignore $(ARGS) tests/test_conformance.py tests/interpreted_*.py
-	$(BIN)/python -m pytest -q $(ARGS) tests/test_triton_compile.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -W ignore $(ARGS) tests/contract/test_conformance.py tests/kernels/triton/interpreted_*.py
+	$(BIN)/python -m pytest -q $(ARGS) tests/kernels/triton/test_triton_compile.py
 
 # timm, open_clip and torchvision. They need torchvision, whose wheels want PyTorch's CUDA build (=== keeps 2.13.0+cpu out), so
 # they get an environment of their own: 5 GB, minutes to download.
@@ -47,22 +47,22 @@ $(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $@
 
 test-timm: $(TIMM_VENV)/.installed
-	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/test_timm.py
+	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/integrations/test_timm.py
 
 # Every case in both half dtypes on the CUDA kernels in their host twin (g++, no GPU), and the faults that it must find.
 test-cuda-host: $(STAMP)
-	$(BIN)/python -m pytest -q $(ARGS) tests/test_cuda_host.py
+	$(BIN)/python -m pytest -q $(ARGS) tests/kernels/cuda/test_cuda_host.py
 
 # Random calls of the native kernel against the definition: make fuzz CASES=100000
 CASES ?= 20000
 fuzz: $(STAMP)
-	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/test_fuzz.py
+	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/contract/test_fuzz.py
 	@echo "$(CASES) random cases, forward and backward"
 
 # Random calls of the native kernels alone, between guard pages, under AddressSanitizer and UBSan: make sanitize RANDOM_CALLS=1000
 RANDOM_CALLS ?= 10000
 sanitize: $(STAMP)
-	$(BIN)/python tests/native/build_harness.py build/sanitize
+	$(BIN)/python tests/kernels/cpu/native/build_harness.py build/sanitize
 	OMP_WAIT_POLICY=passive build/sanitize/harness --count $(RANDOM_CALLS) $(ARGS)
 
 # PyTorch's own tests of nn.MultiheadAttention on ours: make test-upstream PYTORCH=/path/to/a/pytorch/checkout
@@ -72,13 +72,13 @@ test-upstream: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' 'tests/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/cuda_host/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*' 'tests/cuda_host/*' 'tests/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/cuda_host/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
 
 bench: $(STAMP)
 	$(BIN)/efficient-attn bench $(ARGS)
@@ -95,19 +95,19 @@ bench-cpu: $(STAMP)
 # Needs a GPU and a Python with PyTorch and Triton; no network, no .venv: make gpu-check PYTHON=python3 OUT=dir
 OUT ?= bench-results/gpu-check
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(ARGS)
+	$(PYTHON) benchmarks/tools/gpu_check.py --out $(OUT) $(ARGS)
 
 # Needs a GPU, compute-sanitizer and what gpu-check needs: the CUDA kernels under memcheck, racecheck, initcheck and synccheck.
 gpu-sanitize:
-	$(PYTHON) benchmarks/gpu_sanitize.py --out $(OUT) $(ARGS)
+	$(PYTHON) benchmarks/tools/gpu_sanitize.py --out $(OUT) $(ARGS)
 
 # Registers, spills and shared memory of every kernel for sm_80 and sm_90: benchmarks/results/triton/compile.jsonl
 triton-table: $(STAMP)
-	$(BIN)/python -m efficient_attn.benchmarks.triton_table $(ARGS)
+	$(BIN)/python -m efficient_attn.benchmarks.tools.triton_table $(ARGS)
 
 # Registers, spills and shared memory of every CUDA kernel as nvcc compiles it: benchmarks/results/cuda/compile.jsonl
 cuda-table: $(STAMP)
-	$(BIN)/python -m efficient_attn.benchmarks.cuda_table $(ARGS)
+	$(BIN)/python -m efficient_attn.benchmarks.tools.cuda_table $(ARGS)
 
 # Writes the generated parts of README.md anew: the table of methods, and with ARGS=<results.jsonl> the picture and figures.
 readme: $(STAMP)

@@ -33,7 +33,8 @@ except ModuleNotFoundError as error:
 import torch
 
 from efficient_attn import EfficientAttnError, explain, parse
-from efficient_attn.backends import BACKENDS, cpu
+from efficient_attn.backends import BACKENDS
+from efficient_attn.backends.cpu import attention as cpu
 from efficient_attn.benchmarks import cases, clock, html_report, peers, plot, records, runner, suites
 from efficient_attn.benchmarks import compare as comparing
 from efficient_attn.benchmarks import report as reporting

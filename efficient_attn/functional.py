@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import reference
 from .backends.call import Call
+from .backends.reference import attention as reference
 from .errors import InputError, InputTypeError
 from .masks import BlockMask, MaskArrays
 from .ops import attention as ops

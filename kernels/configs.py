@@ -1,8 +1,8 @@
 """Block sizes, warps and stages of every kernel, by head dimension, dtype and compute capability.
 
-Defaults come from a small table, checked without a GPU by tests/test_triton_compile.py (no spills, shared memory within
-the limit). EFFICIENT_ATTN_AUTOTUNE=1 times the candidates of `candidates` once for each case on the machine at hand and
-keeps the winner in a private directory (efficient_attn/backends/autotune.py).
+Defaults come from a small table, checked without a GPU by tests/kernels/triton/test_triton_compile.py (no spills,
+shared memory within the limit). EFFICIENT_ATTN_AUTOTUNE=1 times the candidates of `candidates` once for each case on
+the machine at hand and keeps the winner in a private directory (efficient_attn/backends/triton/autotune.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ filled with zeros. Rows are counted in 64 bits before a stride is multiplied.
 
     visible(i, j)  =  list(i, j)  and  low <= j - i <= high  and  j < length[b]
 
-as in efficient_attn/masks.py, whose arrays are read as they are.
+as in efficient_attn/masks/block_mask.py, whose arrays are read as they are.
 """
 
 from __future__ import annotations

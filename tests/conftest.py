@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from efficient_attn import backends
-from efficient_attn.backends import cuda
 from efficient_attn.backends.call import Call
+from efficient_attn.backends.cuda import attention as cuda
 
 PLAIN_CALL = Call(torch.device("cpu"), torch.float32, None, 1, 1, 1, 8, 8, 8, 8, False, 0.0)
 
@@ -42,7 +42,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
 ON_GPU = () if INTERPRETED or TWIN else ("triton", "cuda")  # backends whose tensors lie on a GPU
 if INTERPRETED:
-    from interpreter import patch_once
+    from support.interpreter import patch_once
 
     patch_once()
 

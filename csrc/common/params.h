@@ -30,7 +30,7 @@ struct BiasGradient {
     int dtype;
 };
 
-// Pair (i, j) is visible when list, window and length all allow it; see efficient_attn/masks.py.
+// Pair (i, j) is visible when list, window and length all allow it; see efficient_attn/masks/block_mask.py.
 struct MaskView {
     const int64_t* indptr;  // null: no list
     const int32_t* indices;

@@ -1,6 +1,6 @@
 // Every machine instruction that the kernels use beside plain arithmetic, one function each; nothing else in csrc/cuda
 // names a thread, an address space or a line of PTX. The same kernels therefore run on a CPU with
-// tests/cuda_host/cuda/ptx.h in the place of this file.
+// tests/kernels/cuda/cuda_host/cuda/ptx.h in the place of this file.
 //
 // Layouts of fragments are those of the PTX ISA. With g = lane / 4 and t = lane % 4, for m16n8k16:
 //     A [16, 16]  a0 (g, 2t..2t+1)  a1 (g+8, 2t..)  a2 (g, 2t+8..)  a3 (g+8, 2t+8..)     two 16-bit elements a register

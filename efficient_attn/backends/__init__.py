@@ -15,7 +15,12 @@ from ..errors import InputError, UnsupportedError
 from . import cpu, cuda, reference, triton
 from .call import Call
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "triton": triton.attention,
+    "cuda": cuda.attention,
+    "cpu": cpu.attention,
+    "reference": reference.attention,
+}
 EXPERIMENTAL = {"cuda": "never run on a GPU"}  # only when asked for by name, and why
 
 

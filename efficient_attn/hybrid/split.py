@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..functional import MaskLike, as_block_mask, check_alignment
-from ..mask_build import FULL, entry_rows, pointers
 from ..masks import BlockMask
+from ..masks.lists import FULL, entry_rows, pointers
 from ..patterns import Pattern
 from ..tracing import PLAN, named
 

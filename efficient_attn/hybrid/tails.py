@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.reference import accumulation_dtype
+from ..backends.reference.attention import accumulation_dtype
 from ..errors import InputError, UnsupportedError
 from ..functional import MAX_HEAD_DIM, attention, attention_weights
 from ..lowrank.common import by_group

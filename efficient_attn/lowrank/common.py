@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.reference import dropout_keep
+from ..backends.reference.attention import dropout_keep
 from ..errors import UnsupportedError
 from ..functional import check_dropout, resolve_seed
 

@@ -7,8 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..backends.reference import accumulation_dtype
-from ..backends.reference_linear import POINTWISE, map_features
+from ..backends.reference.attention import accumulation_dtype
+from ..backends.reference.linear_attention import POINTWISE, map_features
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import autocast, check_alignment, check_inputs
 from ..ops import linear_attention as ops

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.reference import accumulation_dtype
+from ..backends.reference.attention import accumulation_dtype
 from ..errors import InputError, InputTypeError
 from ..functional import attention, attention_weights, autocast, check_inputs
 from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.reference_linear import map_features
+from ..backends.reference.linear_attention import map_features
 from ..errors import InputError, InputTypeError
 from ..functional import autocast, check_alignment, check_inputs
 from ..padding import check_key_mask

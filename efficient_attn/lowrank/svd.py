@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.reference import accumulation_dtype
+from ..backends.reference.attention import accumulation_dtype
 from ..errors import InputError, InputTypeError
 from ..functional import MaskLike, attention_weights, autocast, check_inputs
 from ..padding import add_to_bias, check_key_mask, select_keys

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import mask_build
-from ..backends import BACKENDS, reference
+from ..backends import BACKENDS
+from ..backends.reference import attention as reference
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
+from ..masks import lists as mask_build
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 DOUBLE_BACKWARD_ROWS = 256  # query rows replayed at a time

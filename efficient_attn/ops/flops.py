@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import mask_algebra
-from ..mask_build import BlockLists, Grid
 from ..masks import MaskArrays
+from ..masks import algebra as mask_algebra
+from ..masks.lists import BlockLists, Grid
 from . import linear_attention as _linear_attention  # noqa: F401  (an operator exists before its formula)
 from .attention import MASK_OPERANDS, mask_arrays
 

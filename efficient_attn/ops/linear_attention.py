@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import automatic, cpu_linear, cuda_linear, reference_linear, triton_linear
-from ..backends.reference import accumulation_dtype
+from ..backends import automatic
+from ..backends.cpu import linear_attention as cpu_linear
+from ..backends.cuda import linear_attention as cuda_linear
+from ..backends.reference import linear_attention as reference_linear
+from ..backends.reference.attention import accumulation_dtype
+from ..backends.triton import linear_attention as triton_linear
 from ..errors import InputError, UnsupportedError
 from .attention import _one_by_one
 

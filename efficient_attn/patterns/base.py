@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from ..mask_build import Grid, predicate_lists
-from ..mask_check import ALIGNMENTS, check_block_size, check_sizes, is_int
 from ..masks import BlockMask, BlockSize
+from ..masks.lists import Grid, predicate_lists
+from ..masks.rules import ALIGNMENTS, check_block_size, check_sizes, is_int
 
 MAX_OPTION = 2**31 - 1
 MAX_DEPTH = 16  # of combined patterns in JSON

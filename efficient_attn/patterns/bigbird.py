@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..mask_build import Grid, pointers, ragged_range
 from ..masks import BlockMask
+from ..masks.lists import Grid, pointers, ragged_range
 from .base import Pattern, register
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from ..mask_build import Grid, entry_rows, predicate_lists
 from ..masks import BlockMask
+from ..masks.lists import Grid, entry_rows, predicate_lists
 from .base import register
 from .content import ContentPattern
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..mask_algebra import explicit
-from ..mask_build import BlockLists, Grid, assemble, entry_rows, expand
 from ..masks import BlockMask
+from ..masks.algebra import explicit
+from ..masks.lists import BlockLists, Grid, assemble, entry_rows, expand
 from .base import Pattern, register
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..mask_algebra import how_cut
-from ..mask_build import FULL, all_blocks, entry_rows, expand, pointers
 from ..masks import BlockMask
+from ..masks.algebra import how_cut
+from ..masks.lists import FULL, all_blocks, entry_rows, expand, pointers
 from .base import Pattern, register
 
 SUMMARIES = ("mean", "minmax")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..mask_build import FULL, BlockLists, Grid, pointers, ragged_range
 from ..masks import BlockMask
+from ..masks.lists import FULL, BlockLists, Grid, pointers, ragged_range
 from .base import OPTIONS, Pattern, register
 
 DIRECTIONS = ("bidirectional", "unidirectional")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..mask_build import Grid, assemble
-from ..mask_check import MAX_LENGTH
 from ..masks import BlockMask
+from ..masks.lists import Grid, assemble
+from ..masks.rules import MAX_LENGTH
 from .base import Pattern, by_classes, cross, register
 
 

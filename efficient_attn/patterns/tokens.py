@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..mask_build import Grid
 from ..masks import BlockMask
+from ..masks.lists import Grid
 from .base import Pattern, along_diagonals, by_classes, cross, empty_mask, offset, register
 
 PARTS = ("both", "local", "summary")

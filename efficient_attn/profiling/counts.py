@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .. import mask_algebra
-from ..mask_build import Grid, entry_rows
 from ..masks import BlockMask, MaskArrays
+from ..masks import algebra as mask_algebra
+from ..masks.lists import Grid, entry_rows
 from ..ops.attention import MASK_OPERANDS, mask_arrays
 
 OURS = "efficient_attn::"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..backends import cpu
+from ..backends.cpu import attention as cpu
 
 
 @dataclass(frozen=True)

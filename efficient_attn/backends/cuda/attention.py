@@ -1,0 +1,257 @@
+"""The CUDA C++ backend (csrc/cuda): the same functions as `reference`, on tensor cores of NVIDIA GPUs.
+
+EXPERIMENTAL: compiled for sm_80 and sm_90a and proved in a host twin, never yet run on a GPU; taken only when asked for
+by name, from the module efficient_attn._cuda (`make cuda`, or an installation where nvcc is).
+EFFICIENT_ATTN_CUDA_TWIN=<path of the twin's module> runs the very same kernels on CPU tensors, one fiber a thread, for
+tests (tests/kernels/cuda/cuda_host), Hopper's where EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90. Nothing here waits for
+the GPU, and memory is allocated for results and O(n) workspace only.
+
+The bits of a result are the same in every run. EFFICIENT_ATTN_CUDA_ANY_ORDER=1 gives that up for speed: on Hopper,
+heads of 65 to 128 without bias and dropout then get a backward in one pass, whose sums over blocks of threads come in
+any order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from ...masks import MaskArrays
+from ..call import Call, zeroed
+from ..cpu.attention import BACKWARD, pack, pointer, readable, view
+
+MODULE = "efficient_attn._cuda"
+LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
+
+
+def twin_path() -> str:
+    """Where the host twin's module lies, or an empty string."""
+    return os.environ.get("EFFICIENT_ATTN_CUDA_TWIN", "")
+
+
+@cache
+def kernels() -> Any:
+    """The module that launches kernels: the host twin if one is asked for, else the compiled one; None: see
+    `missing`."""
+    if twin_path():
+        spec = importlib.util.spec_from_file_location("_cuda_twin", twin_path())
+        if spec is None or spec.loader is None:
+            raise ImportError(f"EFFICIENT_ATTN_CUDA_TWIN={twin_path()} is not a Python extension module")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return None if missing() else importlib.import_module(MODULE)
+
+
+@cache
+def missing() -> str:
+    """Why the compiled module cannot be had, or an empty string."""
+    try:
+        importlib.import_module(MODULE)
+    except ImportError as error:
+        return (
+            f"{MODULE} is not built or cannot be loaded ({error}); with nvcc, `make cuda` builds it in a checkout and "
+            "EFFICIENT_ATTN_CUDA=1 pip install in an installation"
+        )
+    return ""
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Processors to be filled with work; the twin stands for a small GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why no kernel of this module can run on tensors of this device and dtype."""
+    reasons = []
+    if kernels() is None:
+        reasons.append(missing())
+    if device.type != "cpu" and twin_path():
+        reasons.append(f"EFFICIENT_ATTN_CUDA_TWIN is set, under which it runs on CPU tensors; these are on {device}")
+    elif device.type != "cuda" and not twin_path():
+        reasons.append(f"it runs on CUDA tensors; these are on {device}")
+    elif device.type == "cuda":
+        reasons += _gpu_reasons(device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        reasons.append(f"it multiplies bfloat16 and float16 on tensor cores; these tensors are {name}")
+    return reasons
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    """Why this backend cannot serve `call`."""
+    reasons = device_reasons(call.device, call.dtype)
+    if not reasons and call.device.type == "cuda":
+        reasons += _shared_memory_reasons(call)
+    if max(call.Nq, call.Nk) > LONGEST:
+        reasons.append(f"it serves up to {LONGEST} queries and keys; these are {call.Nq} and {call.Nk}")
+    return reasons
+
+
+def _gpu_reasons(device: torch.device) -> list[str]:
+    """Why this GPU does not run the kernels of this build."""
+    capability = torch.cuda.get_device_capability(device)
+    said = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return [f"it needs compute capability 8.0 or newer; {said}"]
+    archs = "" if kernels() is None else kernels().architectures
+    if archs and not has_code(archs, capability):
+        return [f"it was built for {archs} and {said}; build it with EFFICIENT_ATTN_CUDA_ARCHS naming that one too"]
+    return []
+
+
+def _shared_memory_reasons(call: Call) -> list[str]:
+    needed, offered = kernels().shared_bytes(max(call.D, call.Dv)), kernels().most_shared_bytes(call.device.index)
+    if needed <= offered:
+        return []
+    return [
+        f"head dimensions {call.D} and {call.Dv} take {needed / 1024:.0f} KiB of shared memory a block; this GPU "
+        f"has {offered / 1024:.0f}"
+    ]
+
+
+def has_code(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for `architectures`, as in 80;90a, runs on a GPU: as machine code, which serves its own major
+    version from its minor one on (with an a, only itself), or as what the driver compiles, kept of a plain first."""
+    archs = architectures.split(";")
+    if archs[0].isdecimal() and divmod(int(archs[0]), 10) <= capability:
+        return True
+    for arch in archs:
+        major, minor = divmod(int(arch.rstrip("af")), 10)
+        if (major, minor) == capability or (major == capability[0] and minor <= capability[1] and arch[-1] != "a"):
+            return True
+    return False
+
+
+def attention_forward(
+    query: Tensor,  # (B, Hq, Nq, D)
+    key: Tensor,  # (B, Hkv, Nk, D)
+    value: Tensor,  # (B, Hkv, Nk, Dv)
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
+    query, key, value = map(readable, (query, key, value))
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    kept, words, seed = _pack(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
+    splits = kernels().decode_splits(words, processors(query.device))
+    if splits:  # few queries: several blocks of threads share the keys
+        parts = (splits,) if splits > 1 else (0,)
+        part_out = query.new_empty(*parts, *out.shape, dtype=torch.float32)
+        part_lse = query.new_empty(*parts, *lse.shape, dtype=torch.float32)
+        kernels().attention_decode(words, _workspace(part_out), _workspace(part_lse), splits, *place(query.device))
+        del kept
+        return out, lse
+    flags = query.new_empty(kernels().flag_count(words, False), dtype=torch.int32)
+    kernels().attention_forward(words, pointer(seed), _workspace(flags), *place(query.device))
+    del kept
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,  # (B, Hq, Nq, Dv)
+    grad_lse: Tensor | None,  # (B, Hq, Nq)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    bias_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
+    dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
+    dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
+    if out.numel() == 0 or key.shape[2] == 0:
+        return zeroed((dq, dk, dv, dbias))
+    query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+    kept, words, seed = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
+    target = _bias_target(dbias, query, key)
+    words += BACKWARD.pack(
+        *view(grad_out), *view(dq), *view(dk), *view(dv), pointer(grad_lse), pointer(target),
+        *(target.shape if target is not None else (0, 0, 0, 0)),
+    )  # fmt: skip
+    flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
+    delta = torch.empty_like(lse)
+    sums, query_sums = target is not dbias, _query_sums(words, query)
+    kernels().attention_backward(
+        words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, _workspace(query_sums), *place(query.device)
+    )
+    if dbias is not None and target is not None and target is not dbias:
+        dbias.copy_(target.sum_to_size(dbias.shape))
+    del kept
+    return dq, dk, dv, dbias
+
+
+def _pack(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], bytes, Tensor | None]:
+    """What must live until the call is done, the words that csrc/common/words.h reads, and a seed on the GPU."""
+    if mask.indices is not None and mask.indices.numel() >= 2**31:
+        raise UnsupportedError(
+            f"backend='cuda' reads lists of fewer than 2^31 blocks, got {mask.indices.numel()}; use larger blocks"
+        )
+    if mask.tiles is not None:
+        tiles = mask.tiles.contiguous()  # bits are read in words of 16
+        mask = mask._replace(tiles=tiles if tiles.data_ptr() % 2 == 0 else tiles.clone())
+    on_gpu = seed.reshape(1) if seed is not None and seed.device.type == "cuda" else None
+    kept, words = pack(
+        query, key, value, bias, out, lse, mask, scale, dropout_p, None if on_gpu is not None else seed
+    )  # fmt: skip
+    return (*kept, on_gpu), words, on_gpu
+
+
+def _bias_target(dbias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """What the kernel writes: dbias itself, or where it is one for all queries or keys, a row of sums for each head."""
+    if dbias is None:
+        return None
+    (B, Hq, Nq, _), Nk = query.shape, key.shape[2]
+    if dbias.shape[3] == 1 and Nk > 1:
+        return query.new_empty(B, Hq, Nq, 1, dtype=torch.float32)
+    if dbias.shape[2] == 1 and Nq > 1:
+        return query.new_empty(B, Hq, 1, Nk, dtype=torch.float32)
+    return dbias
+
+
+def _query_sums(words: bytes, query: Tensor) -> Tensor:
+    """Where a backward in one pass adds up dq; empty unless it is asked for and serves the call."""
+    asked_for = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
+    count = kernels().query_sum_count(words, place(query.device)[0]) if asked_for else 0
+    return query.new_zeros(count, dtype=torch.float32)
+
+
+def _workspace(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else 0
+
+
+def place(device: torch.device) -> tuple[int, int]:
+    """The number of the GPU and its current stream."""
+    return (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)

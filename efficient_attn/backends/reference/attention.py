@@ -1,0 +1,258 @@
+"""The definition of every operator, in plain PyTorch. Read this file first; it is slow, clear and runs anywhere.
+
+    s_ij = scale * q_i . k_j + bias_ij              for visible pairs, -inf otherwise
+    lse_i = log sum_j exp(s_ij)                     P_ij = exp(s_ij - lse_i)
+    out_i = sum_j Z_ij P_ij v_j                     Z_ij = keep_ij / (1 - dropout_p)
+
+and its gradient, with delta_i = dout_i . out_i - dlse_i:
+
+    dV = (Z P)^T dO     dP = Z (dO V^T)     dS = P (dP - delta)     dQ = scale dS K     dK = scale dS^T Q     dbias = dS
+
+Half precision is computed in float32. Masked pairs are selected away, never multiplied by zero, so that a NaN behind a
+mask stays behind it. A row without a visible key gives out = 0, lse = -inf and no gradient. Memory is O(Nq * Nk) here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...masks import MaskArrays
+from ..call import Call
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    """Why this backend cannot serve `call`: never, it is the definition."""
+    return []
+
+
+def attention_forward(
+    query: Tensor,  # (B, Hq, Nq, D)
+    key: Tensor,  # (B, Hkv, Nk, D)
+    value: Tensor,  # (B, Hkv, Nk, Dv)
+    bias: Tensor | None,  # each dimension 1 or full, of (B, Hq, Nq, Nk)
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) in the accumulation dtype."""
+    scores, visible = masked_scores(query, key, bias, mask, scale)
+    weights = softmax(scores)
+    if dropout_p > 0.0:
+        weights = apply_dropout(weights, dropout_p, dropout_seed)
+    out = select_matmul(weights, visible, group(value.to(weights.dtype), query.shape[1]))
+    return out.to(query.dtype), logsumexp(scores)
+
+
+def attention_backward(
+    grad_out: Tensor,  # (B, Hq, Nq, Dv)
+    grad_lse: Tensor | None,  # (B, Hq, Nq)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,  # (B, Hq, Nq, Dv)
+    lse: Tensor,  # (B, Hq, Nq)
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    bias_requires_grad: bool,
+    first_row: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq, dk, dv and dbias (None unless wanted), each shaped and typed like its input.
+
+    `first_row` says which row of the mask the first query is, for callers that walk the queries in slices.
+    """
+    heads = query.shape[1]
+    scores, visible = masked_scores(query, key, bias, mask, scale, first_row)
+    weights = torch.exp(scores - lse[..., None].masked_fill(lse[..., None] == -torch.inf, 0.0))
+    weights = weights.masked_fill(~visible, 0.0)  # where lse is NaN, too
+    dtype = weights.dtype
+    grad_out = grad_out.to(dtype)
+
+    grad_weights = grad_out @ group(value.to(dtype), heads).mT  # (B, Hq, Nq, Nk)
+    dropped = weights
+    if dropout_p > 0.0:
+        dropped = apply_dropout(weights, dropout_p, dropout_seed, first_row)
+        grad_weights = apply_dropout(grad_weights, dropout_p, dropout_seed, first_row)
+    delta = (grad_out * out.to(dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(dtype)
+    grad_scores = (weights * (grad_weights - delta[..., None])).masked_fill(~visible, 0.0)
+
+    dq = select_matmul(grad_scores, visible, group(key.to(dtype), heads)) * scale
+    dk = select_matmul(grad_scores.mT, visible.mT, query.to(dtype)) * scale
+    dv = select_matmul(dropped.mT, visible.mT, grad_out)
+    dbias = grad_scores.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and bias_requires_grad else None
+    return (
+        dq.to(query.dtype),
+        ungroup(dk, key.shape[1]).to(key.dtype),
+        ungroup(dv, value.shape[1]).to(value.dtype),
+        dbias,
+    )
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> Tensor:
+    """Return what multiplies the values, (B, Hq, Nq, Nk) in the query's dtype; differentiable."""
+    scores, _ = masked_scores(query, key, bias, mask, scale)
+    weights = softmax(scores)
+    if dropout_p > 0.0:
+        weights = apply_dropout(weights, dropout_p, dropout_seed)
+    return weights.to(query.dtype)
+
+
+# --- steps ---
+
+
+def masked_scores(
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: MaskArrays, scale: float, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return scores (B, Hq, Nq, Nk) with -inf at masked pairs, and which pairs are visible, in the same shape."""
+    dtype = accumulation_dtype(query.dtype)
+    scores = (query.to(dtype) @ group(key.to(dtype), query.shape[1]).mT) * scale
+    visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device, first_row).expand(scores.shape)
+    if bias is not None:
+        visible = visible & (bias != -torch.inf)
+        scores = scores + bias.to(dtype)
+    return scores.masked_fill(~visible, -torch.inf), visible
+
+
+def logsumexp(scores: Tensor) -> Tensor:
+    """Row-wise log-sum-exp (B, Hq, Nq) of scores (B, Hq, Nq, Nk); -inf for rows without a visible key."""
+    if scores.shape[-1] == 0:
+        return scores.new_full(scores.shape[:-1], -torch.inf)
+    return torch.logsumexp(scores, dim=-1)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the keys, zero for fully masked rows."""
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+def select_matmul(weights: Tensor, visible: Tensor, values: Tensor) -> Tensor:
+    """weights @ values in which an invisible pair contributes nothing even where the value is NaN or infinite."""
+    finite = values.isfinite()
+    result = weights @ values.masked_fill(~finite, 0.0)
+    poisoned = visible.to(weights.dtype) @ (~finite).to(weights.dtype)
+    return result.masked_fill(poisoned > 0, torch.nan)
+
+
+def group(tensor: Tensor, heads: int) -> Tensor:
+    """Repeat (B, Hkv, N, D) to (B, heads, N, D): query head h reads key/value head h // (heads / Hkv)."""
+    return tensor.repeat_interleave(heads // max(tensor.shape[1], 1), dim=1)
+
+
+def ungroup(gradient: Tensor, kv_heads: int) -> Tensor:
+    """Sum a gradient (B, Hq, N, D) over the query heads of each group: (B, Hkv, N, D)."""
+    return gradient.unflatten(1, (kv_heads, gradient.shape[1] // max(kv_heads, 1))).sum(2)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- which pairs are visible ---
+
+
+def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.device, first_row: int = 0) -> Tensor:
+    """Expand a mask to bool (1 | B, 1 | Hq, q_len, kv_len) for the query rows first_row .. first_row + q_len."""
+    i = torch.arange(first_row, first_row + q_len, device=device)[:, None] + mask.window_offset
+    j = torch.arange(kv_len, device=device)[None, :]
+    visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
+    if mask.window_left >= 0:
+        visible = visible & (j >= i - mask.window_left)
+    if mask.window_right >= 0:
+        visible = visible & (j <= i + mask.window_right)
+    visible = visible[None, None]
+    if mask.kv_lengths is not None:
+        visible = visible & (j < mask.kv_lengths[:, None, None, None])
+    if mask.indptr is not None:
+        visible = visible & expand_lists(mask, kv_len, first_row, first_row + q_len)
+    return visible
+
+
+def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor:
+    """Draw the listed blocks of rows first .. last as bool (batch, heads, last - first, kv_len)."""
+    assert mask.indptr is not None and mask.indices is not None and mask.tile_ids is not None and mask.tiles is not None
+    block_q, block_k = mask.block_q, mask.block_k
+    lines = mask.batch * mask.heads
+    row_blocks = (mask.indptr.numel() - 1) // max(lines, 1)
+    a, b = first // block_q, -(-last // block_q)
+    columns = -(-kv_len // block_k)
+    starts = mask.indptr[:-1].view(lines, row_blocks)[:, a:b].reshape(-1)
+    ends = mask.indptr[1:].view(lines, row_blocks)[:, a:b].reshape(-1)
+    counts = ends - starts
+    rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    within = torch.arange(rows.numel(), device=counts.device) - (counts.cumsum(0) - counts)[rows]
+    entries = starts[rows] + within
+    tile_ids = mask.tile_ids[entries]
+
+    drawn = torch.zeros(lines * (b - a), columns, block_q, block_k, dtype=torch.bool, device=counts.device)
+    blocks = torch.ones(entries.numel(), block_q, block_k, dtype=torch.bool, device=counts.device)
+    partial = tile_ids >= 0
+    bits = torch.arange(8, device=counts.device, dtype=torch.uint8)
+    tiles = mask.tiles[tile_ids[partial].long()]  # (partial, block_q, block_k / 8)
+    blocks[partial] = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)
+    drawn[rows, mask.indices[entries].long()] = blocks
+    drawn = drawn.view(mask.batch, mask.heads, b - a, columns, block_q, block_k).transpose(3, 4)
+    drawn = drawn.reshape(mask.batch, mask.heads, (b - a) * block_q, columns * block_k)
+    return drawn[:, :, first - a * block_q : last - a * block_q, :kv_len]
+
+
+# --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) -------------------
+
+
+def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, first_row: int = 0) -> Tensor:
+    """Zero the dropped pairs of (B, Hq, Nq, Nk) and scale the kept ones by 1 / (1 - dropout_p)."""
+    kept = dropout_keep(tensor.shape, dropout_p, dropout_seed, tensor.device, first_row)
+    return torch.where(kept, tensor / (1.0 - dropout_p), 0.0)
+
+
+def dropout_keep(
+    shape: Sequence[int], dropout_p: float, seed: Tensor | None, device: torch.device, first_row: int = 0
+) -> Tensor:
+    """Which pairs survive: a pure function of (seed, b, h, i, j), bool (B, Hq, Nq, Nk).
+
+    The counter is laid out so that one Philox call gives the four elements that one GPU thread holds in an m16n8
+    accumulator fragment: counter = (j >> 1, (i >> 4) * 8 + (i & 7), h, b), word = ((i >> 3) & 1) * 2 + (j & 1).
+    """
+    b, h, i, j = (
+        torch.arange(size, device=device).view([-1 if axis == d else 1 for d in range(4)])
+        for axis, size in enumerate(shape)
+    )
+    i = i + first_row
+    assert seed is not None, "functional.attention draws a seed whenever dropout_p > 0"
+    seed = seed.to(device)
+    counter = [j >> 1, (i >> 4) * 8 + (i & 7), h, b]
+    words = torch.stack(philox4x32([c.expand(shape) for c in counter], seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    word = (((i >> 3) & 1) * 2 + (j & 1)).expand(shape)
+    return words.gather(0, word[None])[0] >= int(dropout_p * 2.0**32)
+
+
+def philox4x32(counter: list[Tensor], key0: Tensor, key1: Tensor) -> list[Tensor]:
+    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words; returns the four output words."""
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products wrap, their bits are what we want
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & 0xFFFFFFFF) ^ c1 ^ key0,
+            product1 & 0xFFFFFFFF,
+            ((product0 >> 32) & 0xFFFFFFFF) ^ c3 ^ key1,
+            product0 & 0xFFFFFFFF,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [c0, c1, c2, c3]

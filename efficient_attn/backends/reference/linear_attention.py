@@ -1,0 +1,305 @@
+"""The definition of linear attention, in plain PyTorch; see `reference` for exact attention.
+
+    w_ij = a_i . b_j          for visible pairs          a = phi(query), b = phi(key), (F,) each
+    n_i  = sum_j w_ij                                    the normaliser
+    out_i = sum_j w_ij v_j / n_i                         0 where n_i = 0
+
+With v'_j = [v_j, 1] both sums are one: [n_i out_i, n_i] = sum_j (a_i . b_j) v'_j. Its gradient u_i with respect to
+that row is u_i = [dout_i / n_i, dn_i - dout_i . out_i / n_i] (dout counts as 0 where n_i = 0), and
+
+    da_i = sum_j (u_i . v'_j) b_j       db_j = sum_i (v'_j . u_i) a_i       dv'_j = sum_i (b_j . a_i) u_i
+
+are sums of the same form, so one function, `visible_sums`, serves all four. Without causality it is two matrix
+products; with it, a walk over chunks that carries the state sum_j b_j v'_j^T. O(N) time and memory. Half precision is
+summed in float32. Masked pairs are selected away, so that a NaN behind a mask stays behind it.
+
+The feature map phi is part of the operator, so that a kernel can apply it on the way: see `FEATURE_MAPS` and
+`map_features`. A backend without fused maps applies `map_features` and, backwards, `input_gradients`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import accumulation_dtype
+
+CHUNK = 128  # rows of a causal step: a tile of CHUNK x CHUNK weights beside the state
+
+# identity          phi(x) = x
+# elu               elu(x) + 1 (Katharopoulos et al. 2020), as x + 1 or e^x: without the rounding of e^x - 1 + 1
+# relu              max(x, 0)
+# performer_relu    max(w_f . x', 0) / sqrt(F) + RELU_FLOOR                       x' = sqrt(scale) x
+# performer_softmax exp(w_f . x' - |x'|^2 / 2) up to factors that cancel in out   w_f rows of the projection
+FEATURE_MAPS = ("identity", "elu", "relu", "performer_relu", "performer_softmax")
+RELU_FLOOR = 1e-3  # added to Performer's relu features, so that a normaliser cannot vanish
+CAUSAL_EXPONENT_LIMIT = 60.0  # e^60: room for sums over a million keys in float32
+
+
+def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> list[str]:
+    """The reference serves every call."""
+    return []
+
+
+def linear_attention_forward(
+    query: Tensor,  # (B, Hq, Nq, D)
+    key: Tensor,  # (B, Hkv, Nk, D)
+    value: Tensor,  # (B, Hkv, Nk, Dv)
+    key_mask: Tensor | None,  # (B, Nk) bool, True = attend
+    projection: Tensor | None,  # (F, D) or (Hkv, F, D)
+    is_causal: bool,
+    causal_offset: int,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out (B, Hq, Nq, Dv) in the value's dtype, and in the accumulation dtype the normaliser (B, Hq, Nq) and
+    the key shift of `map_features` (B, Hkv, F), or (B, Hkv, 0) if there is none.
+
+    Causal means that query i sees the keys j <= i + causal_offset.
+    """
+    a, b, shift = map_features(query, key, key_mask, projection, is_causal, feature_map, scale)
+    a, b, v = _grouped(a, b, value, key_mask)
+    sums = visible_sums(a, b, v, is_causal, causal_offset).flatten(1, 2)
+    normaliser = sums[..., -1]
+    out = sums[..., :-1] * _inverse(normaliser)[..., None]
+    return out.to(value.dtype), normaliser.contiguous(), shift
+
+
+def linear_attention_backward(
+    grad_out: Tensor,  # (B, Hq, Nq, Dv)
+    grad_normaliser: Tensor | None,  # (B, Hq, Nq)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    projection: Tensor | None,
+    out: Tensor,  # (B, Hq, Nq, Dv)
+    normaliser: Tensor,  # (B, Hq, Nq)
+    key_shift: Tensor,  # (B, Hkv, F) or (B, Hkv, 0)
+    is_causal: bool,
+    causal_offset: int,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, each shaped and typed like its input."""
+    query_features, key_features, _ = map_features(query, key, key_mask, projection, is_causal, feature_map, scale)
+    a, b, v = _grouped(query_features, key_features, value, key_mask)
+    dtype = a.dtype
+    grad_sums = grad_out.to(dtype).masked_fill((normaliser == 0)[..., None], 0.0) * _inverse(normaliser)[..., None]
+    grad_n = -(grad_sums * out.to(dtype)).sum(-1)
+    if grad_normaliser is not None:
+        grad_n = grad_n + grad_normaliser.to(dtype)
+    u = torch.cat([grad_sums, grad_n[..., None]], dim=-1).unflatten(1, a.shape[1:3])  # (B, Hkv, G, Nq, Dv + 1)
+
+    da = visible_sums(u, v, b, is_causal, causal_offset).flatten(1, 2)
+    db = _sums_over_queries(v, u, a, is_causal, causal_offset)
+    dv = _sums_over_queries(b, a, u, is_causal, causal_offset)[..., :-1]
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]
+        db, dv = db.masked_fill(hidden, 0.0), dv.masked_fill(hidden, 0.0)
+    dq, dk = input_gradients(
+        da, db, query_features, key_features, query, key, key_mask, projection, is_causal, feature_map, scale
+    )
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+# --- feature maps --------------------------------------------------------------------------------------------------
+
+
+def map_features(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    projection: Tensor | None,
+    is_causal: bool,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a (B, Hq, Nq, F), b (B, Hkv, Nk, F) in the accumulation dtype and the key shift.
+
+    Performer's softmax features (Choromanski et al. 2021) are scaled such that nothing overflows and a . b / n stays
+    what it is: each row of a by a constant, and, not causal, each feature by c_f in b and 1 / c_f in a, with c_f from
+    the largest visible key: log c_f is the key shift. That makes n >= 1 for every row. With causality no factor may
+    depend on keys to come, so there b saturates at e^60 instead. The factors have no gradient.
+    """
+    q, k = _prepared(query, scale, projection), _prepared(_visible(key, key_mask), scale, projection)
+    shift = k.new_zeros(*k.shape[:2], 0)
+    if feature_map in POINTWISE:
+        phi = POINTWISE[feature_map]
+        return phi(q), phi(k), shift
+    assert projection is not None
+    a, b = _projected(q, key.shape[1], projection), _projected(k, key.shape[1], projection)
+    if feature_map == "performer_relu":
+        root = projection.shape[-2] ** -0.5
+        return a.relu() * root + RELU_FLOOR, b.relu() * root + RELU_FLOOR, shift
+    b = b - k.square().sum(-1, keepdim=True) / 2
+    if is_causal:
+        b = b.clamp(max=CAUSAL_EXPONENT_LIMIT)
+    else:
+        shift = _largest(b.detach(), key_mask)  # (B, Hkv, F)
+        group = query.shape[1] // max(key.shape[1], 1)
+        a, b = a + shift.repeat_interleave(group, dim=1)[:, :, None], b - shift[:, :, None]
+        if key_mask is not None:  # a cleared key may be far above the largest visible one
+            b = b.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+    a = a - a.detach().amax(-1, keepdim=True)
+    return a.exp(), b.exp(), shift
+
+
+def input_gradients(
+    da: Tensor,
+    db: Tensor,
+    a: Tensor,
+    b: Tensor,
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    projection: Tensor | None,
+    is_causal: bool,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """From the gradients of the features a and b to those of query and key, in the accumulation dtype.
+
+    With u = W x':  dx = sqrt(scale) W^T du, and for the key of a softmax feature, whose exponent holds -|x'|^2 / 2,
+    also -sqrt(scale) x' sum_f du_f.
+    """
+    if feature_map == "identity":
+        return da, db
+    q, k = _prepared(query, scale, projection), _prepared(_visible(key, key_mask), scale, projection)
+    if feature_map == "elu":
+        return torch.where(q > 0, da, da * a), torch.where(k > 0, db, db * b)
+    if feature_map == "relu":
+        return torch.where(q > 0, da, 0.0), torch.where(k > 0, db, 0.0)
+    assert projection is not None
+    heads, root = key.shape[1], projection.shape[-2] ** -0.5
+    if feature_map == "performer_relu":
+        du_q = torch.where(_projected(q, heads, projection) > 0, da * root, 0.0)
+        du_k = torch.where(_projected(k, heads, projection) > 0, db * root, 0.0)
+    else:
+        du_q, du_k = da * a, db * b
+        if is_causal:
+            exponent = _projected(k, heads, projection) - k.square().sum(-1, keepdim=True) / 2
+            du_k = torch.where(exponent > CAUSAL_EXPONENT_LIMIT, 0.0, du_k)
+    dq, dk = _unprojected(du_q, heads, projection), _unprojected(du_k, heads, projection)
+    if feature_map == "performer_softmax":
+        dk = dk - k * du_k.sum(-1, keepdim=True)
+    return dq * scale**0.5, dk * scale**0.5
+
+
+def _prepared(x: Tensor, scale: float, projection: Tensor | None) -> Tensor:
+    """The rows in the accumulation dtype, before a projection times sqrt(scale)."""
+    x = x.to(accumulation_dtype(x.dtype))
+    return x if projection is None else x * scale**0.5
+
+
+def _projected(x: Tensor, heads: int, projection: Tensor) -> Tensor:
+    """W x for (B, H, N, D), with W (F, D) or (heads, F, D) and H a multiple of heads: (B, H, N, F)."""
+    projection = projection.to(x.dtype)
+    if projection.dim() == 3:
+        projection = projection.repeat_interleave(x.shape[1] // max(heads, 1), dim=0)
+    return x @ projection.mT
+
+
+def _unprojected(du: Tensor, heads: int, projection: Tensor) -> Tensor:
+    """W^T du: the adjoint of `_projected`."""
+    return _projected(du, heads, projection.mT)
+
+
+def elu_features(x: Tensor) -> Tensor:
+    """elu(x) + 1 = x + 1 for x > 0, e^x else; positive, without the rounding of e^x - 1 + 1."""
+    return torch.where(x > 0, x + 1.0, torch.exp(x.clamp(max=0.0)))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+POINTWISE = {"identity": _identity, "elu": elu_features, "relu": torch.relu}
+
+
+def _visible(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The keys, 0 where they are masked; neither their content nor a gradient passes."""
+    return key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], 0.0)
+
+
+def _largest(exponents: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The largest exponent of each feature over the visible keys of (B, Hkv, Nk, F); 0 where there is no key."""
+    if key_mask is not None:
+        exponents = exponents.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+    if exponents.shape[2] == 0:
+        return exponents.new_zeros(*exponents.shape[:2], exponents.shape[3])
+    largest = exponents.amax(2)
+    return largest.masked_fill(largest == -torch.inf, 0.0)
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def visible_sums(a: Tensor, b: Tensor, v: Tensor, is_causal: bool, offset: int) -> Tensor:
+    """r_i = sum_j (a_i . b_j) v_j over all j or j <= i + offset; a (..., N, E), b (..., M, E), v (..., M, R)."""
+    if not is_causal:
+        return a @ (b.mT @ v)
+    finite_b, finite_v = b.isfinite().all(-1, keepdim=True), v.isfinite()
+    if bool(finite_b.all()) and bool(finite_v.all()):
+        return _causal_sums(a, b, v, offset)
+    # A sum must not see what is not finite before its turn, and 0 * NaN is NaN: count such terms beside the sums.
+    sums = _causal_sums(a, b.masked_fill(~finite_b, 0.0), v.masked_fill(~(finite_b & finite_v), 0.0), offset)
+    poison = (~(finite_b & finite_v)).to(a.dtype)
+    one = poison.new_ones(())
+    seen = _causal_sums(one.expand(*a.shape[:-1], 1), one.expand(*b.shape[:-1], 1), poison, offset)
+    return sums.masked_fill(seen > 0, torch.nan)
+
+
+def _causal_sums(a: Tensor, b: Tensor, v: Tensor, offset: int) -> Tensor:
+    """`visible_sums` for j <= i + offset: the state holds the keys that a whole chunk sees, the tile does the rest."""
+    N, M = a.shape[-2], b.shape[-2]
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2], v.shape[:-2])
+    sums = a.new_empty(*batch, N, v.shape[-1])
+    state = b.new_zeros(*torch.broadcast_shapes(b.shape[:-2], v.shape[:-2]), b.shape[-1], v.shape[-1])
+    known = 0  # keys in the state
+    for start in range(0, N, CHUNK):
+        stop = min(start + CHUNK, N)
+        first, last = (min(max(i + offset + 1, 0), M) for i in (start, stop - 1))
+        for begin in range(known, first, CHUNK):  # longer than one chunk only when offset > 0
+            end = min(begin + CHUNK, first)
+            state = state + b[..., begin:end, :].mT @ v[..., begin:end, :]
+        known = first
+        rows = a[..., start:stop, :]
+        i = torch.arange(start, stop, device=a.device)[:, None]
+        j = torch.arange(first, last, device=a.device)[None, :]
+        tile = (rows @ b[..., first:last, :].mT).masked_fill(j > i + offset, 0.0)
+        sums[..., start:stop, :] = rows @ state + tile @ v[..., first:last, :]
+    return sums
+
+
+def _sums_over_queries(keys: Tensor, queries: Tensor, terms: Tensor, is_causal: bool, offset: int) -> Tensor:
+    """sum_i (keys_j . queries_i) terms_i over the queries i of the whole group that see key j: (B, Hkv, Nk, R).
+
+    Read backwards, the queries that see key j (i >= j - offset) are a causal prefix again.
+    """
+    if not is_causal:
+        return keys.squeeze(2) @ (queries.mT @ terms).sum(2)
+    backwards = offset + queries.shape[-2] - keys.shape[-2]
+    sums = visible_sums(keys.flip(-2), queries.flip(-2), terms.flip(-2), True, backwards)
+    return sums.flip(-2).sum(2)
+
+
+def _grouped(
+    query_features: Tensor, key_features: Tensor, value: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a (B, Hkv, G, Nq, F), b (B, Hkv, 1, Nk, F) and v' (B, Hkv, 1, Nk, Dv + 1); masked keys are 0."""
+    dtype = accumulation_dtype(value.dtype)
+    heads = key_features.shape[1]
+    a = query_features.to(dtype).unflatten(1, (heads, query_features.shape[1] // max(heads, 1)))
+    b = key_features.to(dtype)
+    v = torch.cat([value.to(dtype), b.new_ones(*b.shape[:-1], 1)], dim=-1)
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]
+        b, v = b.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    return a, b.unsqueeze(2), v.unsqueeze(2)
+
+
+def _inverse(normaliser: Tensor) -> Tensor:
+    """1 / n, and 0 where n = 0."""
+    zero = normaliser == 0
+    return (1.0 / normaliser.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)

@@ -1,0 +1,451 @@
+"""The Triton backend (kernels/): the same functions as `reference`, on any GPU that Triton compiles for.
+
+With TRITON_INTERPRET=1 the kernels run on CPU tensors in Triton's interpreter, for tests: only when asked for by name.
+Nothing here waits for the GPU, and memory is allocated for results and O(n) workspace only, so that a call can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...masks import MaskArrays
+from ..call import Call, zeroed
+from . import autotune
+from . import plan as triton_plan
+
+LOG2E = math.log2(math.e)
+L2_BYTES = 32 * 2**20  # keys and values that are worked off together
+INTERPRETER_PROCESSORS = 8
+HALF = (torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter; Triton reads the variable when the kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def kernels() -> Any:
+    """The kernels, imported at first use: importing Triton takes a while and needs no GPU to succeed."""
+    import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from ...kernels import attention, attention_backward, configs, linear_attention, plan, tiles
+
+    modules = (tiles, configs, plan, attention, attention_backward, linear_attention)
+    names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}
+    return type("Kernels", (), names | {"triton": triton, "TensorDescriptor": TensorDescriptor})
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> int:
+    """80 for compute capability 8.0, and so on; 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why the kernels cannot run on tensors of this device."""
+    reasons = []
+    if not installed():
+        reasons.append("Triton is not installed; pip install triton (Linux, NVIDIA GPU)")
+    if device.type == "cpu" and not interpreted():
+        reasons.append("it runs on CUDA tensors; these are on cpu (TRITON_INTERPRET=1 runs it there, for tests)")
+    elif device.type not in ("cpu", "cuda"):
+        reasons.append(f"it runs on CUDA tensors; these are on {device}")
+    elif device.type == "cuda" and interpreted():
+        reasons.append("TRITON_INTERPRET=1 is set, under which Triton runs on CPU tensors only")
+    elif device.type == "cuda" and torch.version.hip is None and capability(device) < 80:
+        reasons.append(f"it needs compute capability 8.0 or newer; this GPU has {capability(device) / 10}")
+    return reasons
+
+
+def not_supported_reasons(call: Call) -> list[str]:
+    """Why this backend cannot serve `call`."""
+    reasons = device_reasons(call.device)
+    if call.dtype == torch.float64:
+        reasons.append("it computes in float32, which float64 inputs do not allow")
+    return reasons
+
+
+class _Problem(NamedTuple):
+    """What forward and backward derive from their arguments alike."""
+
+    sizes: tuple[int, ...]  # B, Hq, Hkv, Nq, Nk, D, Dv
+    scale: float  # positive, in log2
+    sign: int
+    threshold: int
+    keep_scale: float
+    seed: Tensor | None
+    low: int | None
+    high: int | None
+    precision: str
+
+
+def attention_forward(
+    query: Tensor,  # (B, Hq, Nq, D)
+    key: Tensor,  # (B, Hkv, Nk, D)
+    value: Tensor,  # (B, Hkv, Nk, Dv)
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
+    query, key, value, mask = *map(_readable, (query, key, value)), _contiguous(mask)
+    B, Hq, Nq, D = query.shape
+    Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
+    out = query.new_empty(B, Hq, Nq, Dv)
+    lse = query.new_empty(B, Hq, Nq, dtype=torch.float32)
+    if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
+        return out.zero_(), lse.fill_(-torch.inf)
+    k = kernels()
+    problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
+    group = Hq // Hkv
+
+    def run(config: Any) -> None:
+        pack = group if mask.indptr is None and dropout_p == 0.0 and 2 * Nq <= config.block_q else 1
+        if mask.indptr is None:
+            config = k.short(config, k.padded(Nq * pack))
+        lines, tiles = B * Hq // pack, _tiles(Nq * pack, config.block_q, mask, 0)
+        splits = _splits(lines * tiles, _key_tiles(Nk, config.block_k, mask), processors(query.device))
+        walked = _mask(mask, B, False, problem, Hq // pack, lines * tiles > processors(query.device))
+        part_out, part_lse = out, lse
+        if splits > 1:
+            part_out = query.new_empty(splits * B, Hq, Nq, Dv, dtype=torch.float32)
+            part_lse = query.new_empty(splits * B, Hq, Nq, dtype=torch.float32)
+        _launch(
+            k.attention_forward_kernel, tiles * lines * splits, config, query.device, _hides(mask, bias),
+            (*map(_rows, (query, key, value)), *_described(k, config, key, value), _rows(part_out), part_lse,
+             _bias(bias), walked, problem.seed),
+            (lines, Hq // pack, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale,
+             _section(lines, Nk, key, value, group // pack), splits, group, pack, problem.sign),
+            (D, Dv, mask, problem, splits > 1), {} if splits > 1 else {"walk_k": 32},
+        )  # fmt: skip
+        if splits > 1:
+            rows, block = B * Hq * Nq, 16
+            k.merge_kernel[(-(-rows // block),)](
+                part_out, part_lse, _rows(out), lse, rows, Hq, Nq, splits, Dv, k.padded(Dv), block, num_warps=4
+            )
+
+    with _on(query.device):
+        run(_config("forward", query, Dv, mask, problem, bias is not None, run))
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,  # (B, Hq, Nq, Dv)
+    grad_lse: Tensor | None,  # (B, Hq, Nq)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    bias_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
+    dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
+    dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
+    B, Hq, Nq, Dv = out.shape
+    Hkv, Nk, D = key.shape[1:]
+    if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
+        return zeroed((dq, dk, dv, dbias))
+    query, key, value, out, grad_out = map(_readable, (query, key, value, out, grad_out))
+    mask = _contiguous(mask)
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+    lse = lse.contiguous()
+    k = kernels()
+    problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
+    group = Hq // Hkv
+    delta = torch.empty_like(lse)
+    views = tuple(map(_rows, (query, key, value, grad_out)))
+    numbers = (problem.scale, scale, problem.threshold, problem.keep_scale)
+    hides = _hides(mask, bias)
+
+    def run_keys(config: Any) -> None:
+        programs = _tiles(Nk, config.block_k, mask, 1) * B * Hkv
+        walked = _mask(mask, B, True, problem, Hkv, programs > processors(query.device))
+        _launch(
+            k.key_gradient_kernel, programs, config, query.device, hides,
+            (*views, _rows(dk), _rows(dv), lse, delta, _bias(bias), walked, problem.seed),
+            (B * Hkv, Hkv, Nq, Nk, *numbers, _section(B * Hkv, Nq * group, query, grad_out, 1), group, problem.sign),
+            (D, Dv, mask, problem), {"walk_q": 32},
+        )  # fmt: skip
+
+    def run_queries(config: Any) -> None:
+        programs = _tiles(Nq, config.block_q, mask, 0) * B * Hq
+        walked = _mask(mask, B, False, problem, Hq, programs > processors(query.device))
+        _launch(
+            k.query_gradient_kernel, programs, config, query.device, hides,
+            (*views, _rows(dq), lse, delta, _bias(bias), walked, problem.seed),
+            (B * Hq, Hq, Nq, Nk, *numbers, _section(B * Hq, Nk, key, value, group), group, problem.sign),
+            (D, Dv, mask, problem), {"walk_k": 32},
+        )  # fmt: skip
+
+    with _on(query.device):
+        rows, block = B * Hq * Nq, 32
+        k.delta_kernel[(-(-rows // block),)](
+            _rows(out), _rows(grad_out), grad_lse, delta, rows, Hq, Nq, Dv, k.padded(Dv), block, num_warps=4
+        )
+        run_keys(_config("key_gradient", query, Dv, mask, problem, bias is not None, run_keys))
+        run_queries(_config("query_gradient", query, Dv, mask, problem, bias is not None, run_queries))
+        if dbias is not None:
+            assert bias is not None
+            config = _config("bias_gradient", query, Dv, mask, problem, True)
+            _bias_gradient(k, config, views, lse, delta, bias, dbias, mask, problem)
+    return dq, dk, dv, dbias
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    config: Any,
+    device: torch.device,
+    hides: bool,
+    tensors: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    steps: dict[str, int],
+) -> None:
+    """Launch a kernel, and where the mask hides pairs once more for the tiles that a NaN behind it has spoiled."""
+    flags = torch.empty(programs, dtype=torch.int32, device=device) if hides else None
+    for safe in (False, True) if hides else (False,):
+        config = kernels().safe(config, **steps) if safe else config
+        grid = min(programs, processors(device)) if safe else programs
+        kernel[(grid,)](
+            *tensors, flags, programs, *numbers, *_constants(config, *constants), safe,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+
+def _bias_gradient(
+    k: Any,
+    config: Any,
+    views: tuple[Any, ...],
+    lse: Tensor,
+    delta: Tensor,
+    bias: Tensor,
+    dbias: Tensor,
+    mask: MaskArrays,
+    problem: _Problem,
+) -> None:
+    """Fill dbias. A bias that is the same for every query or key gets one row of sums for each head first."""
+    B, Hq, Hkv, Nq, Nk, D, Dv = problem.sizes
+    sum_k = bias.shape[3] == 1 and Nk > 1
+    sum_q = not sum_k and bias.shape[2] == 1 and Nq > 1
+    target = dbias
+    if sum_k or sum_q:
+        shape = (B, Hq, Nq, 1) if sum_k else (B, Hq, 1, Nk)
+        target = dbias.new_empty(shape, dtype=torch.float32)
+    q_tiles, k_tiles = -(-Nq // config.block_q), -(-Nk // config.block_k)
+    out_tiles = (1 if sum_q else q_tiles, 1 if sum_k else k_tiles)
+    loops = (B // target.shape[0], Hq // target.shape[1], q_tiles // out_tiles[0], k_tiles // out_tiles[1])
+    k.bias_gradient_kernel[(target.shape[0] * target.shape[1] * math.prod(out_tiles),)](
+        *views, k.Bias(target, *target.stride()), lse, delta, _bias(bias), _mask(mask, B, False, problem), problem.seed,
+        Hq, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale, target.shape[1], *out_tiles, *loops,
+        Hq // Hkv, problem.sign, *_constants(config, D, Dv, mask, problem), sum_q, sum_k,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if target is not dbias:
+        dbias.copy_(target.sum_to_size(dbias.shape))
+
+
+# --- from tensors to what the kernels read ---
+
+
+def _problem(
+    query: Tensor, key: Tensor, value: Tensor, mask: MaskArrays, scale: float, dropout_p: float, seed: Tensor | None
+) -> _Problem:
+    B, Hq, Nq, D = query.shape
+    Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
+    if dropout_p > 0.0 and seed is not None:
+        # A seed on the CPU is a number that is known here; one on the GPU is read there, for no call may wait for it.
+        seed = seed.reshape(1) if seed.device == query.device else torch.full((1,), int(seed), device=query.device)
+    low = None if mask.window_left < 0 else mask.window_offset - mask.window_left
+    high = None if mask.window_right < 0 else mask.window_offset + mask.window_right
+    return _Problem(
+        (B, Hq, Hkv, Nq, Nk, D, Dv),
+        abs(scale) * LOG2E if scale != 0.0 else 1.0,
+        (scale > 0.0) - (scale < 0.0),
+        int(dropout_p * 2.0**32),
+        1.0 / (1.0 - dropout_p),
+        seed if dropout_p > 0.0 else None,
+        None if low is None else min(max(low, -Nq), Nk),  # beyond these bounds nothing changes
+        None if high is None else min(max(high, -Nq), Nk),
+        "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+    )
+
+
+def _constants(config: Any, D: int, Dv: int, mask: MaskArrays, problem: _Problem, *more: bool) -> tuple[Any, ...]:
+    """The compile-time arguments that every attention kernel has, in their order, and `more`."""
+    padded = kernels().padded
+    listed = (mask.block_q, mask.block_k) if mask.indptr is not None else (config.block_q, config.block_k)
+    return (
+        D, Dv, padded(D), padded(Dv), config.block_q, config.block_k, *listed,
+        problem.low is not None, problem.high is not None, problem.seed is not None, problem.precision, *more,
+    )  # fmt: skip
+
+
+def _rows(tensor: Tensor) -> Any:
+    return kernels().Rows(tensor, *tensor.stride()[:3])
+
+
+def _described(k: Any, config: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
+    """Descriptors of keys and values where the configuration asks for them and TMA can read both, else None twice."""
+    if not config.descriptors or not all(map(_describable, (key, value))):
+        return None, None
+    block = lambda tensor: [1, 1, config.block_k, k.padded(tensor.shape[3])]  # noqa: E731
+    key_tiles, value_tiles = (k.TensorDescriptor(t, list(t.shape), list(t.stride()), block(t)) for t in (key, value))
+    return key_tiles, value_tiles
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether TMA can read (B, H, N, D): addresses in steps of 16 bytes, none of them 0."""
+    steps = [step * tensor.element_size() for step in tensor.stride()[:3]]
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(3) == 1 and all(s > 0 and s % 16 == 0 for s in steps)
+
+
+def _bias(bias: Tensor | None) -> Any:
+    if bias is None:
+        return kernels().Bias(None, 0, 0, 0, 0)
+    steps = (0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
+    return kernels().Bias(bias, *steps)
+
+
+def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, heads: int = 0, long: bool = False) -> Any:
+    """The mask as a kernel reads it that walks whole rows of the list for `heads` lines of a batch element, the longest
+    rows first if they are many (`long`); heads=0: as one that looks up single blocks."""
+    low, high = problem.low or 0, problem.high or 0
+    lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(batch).contiguous()
+    if mask.indptr is None:
+        return kernels().Mask(*(None,) * 7, lengths, 1, 1, 0, 0, 0, low, high)
+    indptr, indices, tile_ids = mask[8:11] if transposed else mask[4:7]
+    assert mask.tiles is not None and indptr is not None and indices is not None
+    entries, clean, live, order = (indices, tile_ids), None, None, None
+    if heads:
+        Nq, Nk = problem.sizes[3:5]
+        plan = triton_plan.plan(kernels(), mask, transposed, Nq, Nk, problem.low, problem.high)
+        entries, clean, live = plan[:2], plan.clean, plan.live
+        order = triton_plan.order(plan, mask, heads) if long else None
+    tiles = mask.tiles
+    tiles = tiles if tiles.data_ptr() % 16 == 0 else tiles.clone()  # bits are read in words
+    blocks = (indptr.numel() - 1) // (mask.batch * mask.heads)
+    numbers = (mask.batch, mask.heads, blocks, indices.numel(), tiles.shape[0], low, high)
+    return kernels().Mask(indptr, *entries, clean, live, order, tiles, lengths, *numbers)
+
+
+def _contiguous(mask: MaskArrays) -> MaskArrays:
+    """The mask with contiguous arrays: itself, unless somebody made it of slices."""
+    return MaskArrays._make(x.contiguous() if isinstance(x, Tensor) else x for x in mask)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension has stride 1, else a contiguous copy."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# --- sizes of the grids ---
+
+
+def _config(
+    kernel: str,
+    query: Tensor,
+    Dv: int,
+    mask: MaskArrays,
+    problem: _Problem,
+    biased: bool,
+    run: Callable[[Any], None] | None = None,
+) -> Any:
+    """The kernel's configuration: the table's, or where autotuning is on the one with which `run` is fastest."""
+    k, listed, chip = kernels(), mask.indptr is not None, capability(query.device)
+    head_dim, half, extras = max(query.shape[3], Dv), query.dtype in HALF, biased or problem.seed is not None
+    blocks = (mask.block_q, mask.block_k) if listed else (None, None)
+    default = k.fit(k.default_config(kernel, head_dim, half, chip, listed, extras), *blocks)
+    if run is None or chip == 0 or not autotune.enabled() or torch.cuda.is_current_stream_capturing():
+        return default
+    B, Hq, Hkv, Nq, Nk = problem.sizes[:5]
+    case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.seed is None, blocks, problem.low is None)
+    size = (problem.high is None, Hq // Hkv, *(n.bit_length() for n in (B * Hq, Nq, Nk)))
+    key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, *size)))
+    candidates = k.candidates(kernel, default, head_dim, query.element_size(), chip)
+    return k.Config(*autotune.best(key, [k.fit(c, *blocks) for c in candidates], lambda c: _time(run, k.Config(*c))))
+
+
+def _time(run: Callable[[Any], None], config: Any) -> float:
+    """Median milliseconds of a launch; infinity where this GPU has not the resources for the configuration."""
+    k = kernels()
+    try:
+        return float(k.triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median"))
+    except (k.triton.runtime.errors.OutOfResources, k.triton.runtime.errors.PTXASError):
+        return math.inf
+
+
+def _hides(mask: MaskArrays, bias: Tensor | None) -> bool:
+    """Whether a key may be visible to one query of a tile and not to another, so that a NaN in it must be kept away."""
+    return mask.indptr is not None or mask.window_left >= 0 or mask.window_right >= 0 or bias is not None
+
+
+def _lists_nothing(mask: MaskArrays) -> bool:
+    return mask.indices is not None and mask.indices.numel() == 0
+
+
+def _tiles(length: int, tile: int, mask: MaskArrays, axis: int) -> int:
+    """Tiles of `tile` rows that cover the queries (axis 0) or keys (axis 1); a list's blocks are covered whole."""
+    if mask.indptr is None:
+        return -(-length // tile)
+    block = (mask.block_q, mask.block_k)[axis]
+    return -(-length // block) * (block // tile)
+
+
+def _key_tiles(kv_len: int, tile: int, mask: MaskArrays) -> int:
+    """Key tiles that a program walks, on average under a list."""
+    if mask.indptr is None or mask.indices is None:
+        return -(-kv_len // tile)
+    return mask.indices.numel() * mask.block_k // tile // max(mask.indptr.numel() - 1, 1)
+
+
+def _splits(programs: int, key_tiles: int, processors: int) -> int:
+    """How many programs share the keys of one query tile: enough to fill the GPU, with at least two key tiles each."""
+    if programs >= 0.8 * processors or key_tiles < 4:
+        return 1
+    return max(1, min(-(-2 * processors // programs), key_tiles // 2, 128))
+
+
+def _section(lines: int, length: int, first: Tensor, second: Tensor, sharing: int) -> int:
+    """Lines whose `length` rows of two tensors fit the L2 cache together; `sharing` lines read the same rows."""
+    line = max(1, length * (first.shape[3] + second.shape[3]) * first.element_size())
+    return max(1, min(lines, L2_BYTES // line * sharing))

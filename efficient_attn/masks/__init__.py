@@ -1,0 +1,13 @@
+"""The one mask object, and what stands behind it.
+
+block_mask.py  `BlockMask`, what a user sees
+lists.py       block-compressed lists, and how they are built
+algebra.py     & | ~, windows written out, counts
+rules.py       what makes a mask valid
+flex.py        FlexAttention's BlockMask, from and to
+picture.py     drawings
+"""
+
+from .block_mask import BlockMask, BlockSize, Integers, MaskArrays
+
+__all__ = ["BlockMask", "BlockSize", "Integers", "MaskArrays"]

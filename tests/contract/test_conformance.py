@@ -1,0 +1,67 @@
+"""One suite for every backend: forward and backward of every case against float64, within the budget of rule 8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.accuracy import Problem, assert_conforms, gradients
+from support.cases import CASES, Case, draw
+
+from efficient_attn import BlockMask, attention
+from efficient_attn.backends.reference.attention import dropout_keep
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SEED = 0x1234_5678_9ABC
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton computes in float32")
+    if backend == "cuda" and dtype in (torch.float32, torch.float64):
+        pytest.skip("tensor cores multiply halves")
+    check(case, dtype, backend, device)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """Forward and backward of one case; benchmarks/gpu_sanitize.py calls it too."""
+    drawn = draw(case, dtype)
+    names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
+    leaves = {n: _on(device, drawn[n].detach()).requires_grad_() for n in names}
+    mask = drawn["mask"]
+    out, lse = attention(
+        **leaves,
+        mask=mask.to(device) if isinstance(mask, BlockMask | torch.Tensor) else mask,
+        is_causal=case.causal is not None,
+        causal_alignment=case.causal,
+        scale=case.scale,
+        dropout_p=case.dropout_p,
+        dropout_seed=SEED,
+        return_lse=True,
+        backend=backend,
+    )
+    outputs, cotangents = (out,), (_on(device, drawn["grad_out"]),)
+    if case.grad_lse:
+        outputs, cotangents = (out, lse), (*cotangents, drawn["grad_lse"].to(device))
+    found = [gradient.cpu() for gradient in gradients(outputs, list(leaves.values()), cotangents)]
+    out, lse = out.cpu(), lse.cpu()
+
+    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(gradient.dtype == drawn[n].dtype for n, gradient in zip(names, found, strict=True))
+    shape = torch.Size((case.B, case.Hq, case.Nq, case.Nk))
+    kept = dropout_keep(shape, case.dropout_p, torch.tensor(SEED), out.device) if case.dropout_p else None
+    scale = case.D**-0.5 if case.scale is None else case.scale
+    problem = Problem(
+        *(drawn[n] for n in ("query", "key", "value", "bias", "visible")),
+        scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p,
+    )  # fmt: skip
+    assert_conforms(problem, {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, found, strict=True))})
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device, laid out in memory as it was: strides and the offset of its first element."""
+    if device.type == "cpu":
+        return tensor
+    whole = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,0 +1,60 @@
+"""The registered operators: schema, fakes, autograd registration and ahead-of-time dispatch, by torch's opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.cases import CASES, Case, draw
+
+from efficient_attn import BlockMask, SlidingWindow
+from efficient_attn.masks import MaskArrays
+from efficient_attn.ops import attention as ops
+
+CHECKED = [
+    "dense",
+    "grouped",
+    "bits",
+    "blocks_window_lengths",
+    "bias_heads_pairs",
+    "bias_float32",
+    "dropout",
+    "value_dim_3",
+]
+
+
+def operands(case: Case, requires_grad: bool) -> tuple[dict, list]:
+    """The case's tensors and the operators' mask operands."""
+    drawn = draw(case, torch.float32)
+    mask = drawn["mask"]
+    if mask is None:
+        arrays = MaskArrays()
+    elif isinstance(mask, SlidingWindow):
+        arrays = mask.block_mask(case.Nq, case.Nk).arrays(True)
+    else:
+        arrays = (mask if isinstance(mask, BlockMask) else BlockMask.from_dense(mask)).arrays(True)
+    for name in ("query", "key", "value", "bias"):
+        if drawn[name] is not None:
+            drawn[name].requires_grad_(requires_grad)
+    return drawn, list(ops.operands(arrays))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", CHECKED)
+def test_opcheck_forward(name: str, requires_grad: bool, backend: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    t, mask = operands(case, requires_grad)
+    seed = torch.tensor(5) if case.dropout_p else None
+    arguments = (t["query"], t["key"], t["value"], t["bias"], *mask, 0.25, case.dropout_p, seed, backend)
+    torch.library.opcheck(torch.ops.efficient_attn.attention_forward, arguments)
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_opcheck_backward(name: str, backend: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    t, mask = operands(case, False)
+    seed = torch.tensor(5) if case.dropout_p else None
+    tail = (*mask, 0.25, case.dropout_p, seed)
+    inputs = (t["query"], t["key"], t["value"], t["bias"])
+    out, lse = torch.ops.efficient_attn.attention_forward(*inputs, *tail, backend)
+    arguments = (t["grad_out"], None, *inputs, out, lse, *tail, t["bias"] is not None, backend)
+    torch.library.opcheck(torch.ops.efficient_attn.attention_backward, arguments)

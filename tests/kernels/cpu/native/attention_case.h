@@ -1,0 +1,46 @@
+// One random attention call: sizes, tensors, mask, bias and dropout, all decided by a seed.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "image.h"
+
+namespace harness {
+
+// The arrays of a BlockMask (efficient_attn/masks/block_mask.py), and the same mask written out pair by pair.
+struct Mask {
+    int64_t batch = 1, heads = 1, block_q = 128, block_k = 128;
+    int64_t window_left = -1, window_right = -1, window_offset = 0;
+    bool listed = false;
+    std::vector<int64_t> indptr, t_indptr;
+    std::vector<int32_t> indices, tile_ids, t_indices, t_tile_ids;
+    std::vector<uint8_t> tiles;
+    std::vector<int32_t> kv_lengths;  // empty: every key
+    std::vector<uint8_t> pairs;       // [batch][heads][Nq][Nk], 1 where the list allows the pair
+
+    int64_t tile_count() const { return static_cast<int64_t>(tiles.size()) / (block_q * block_k / 8); }
+};
+
+struct AttentionCase {
+    int dtype;
+    int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
+    double scale, dropout_p;
+    uint64_t dropout_seed;
+    Image query, key, value, grad_out;
+    bool has_bias, wants_bias_gradient, has_grad_lse;
+    Image bias, grad_lse;
+    Image out, lse, dq, dk, dv, dbias;  // layouts, every byte unwritten
+    Mask mask;
+
+    int accumulator() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }
+    bool visible(int64_t b, int64_t h, int64_t i, int64_t j) const;
+    std::string describe() const;
+};
+
+AttentionCase random_attention_case(uint64_t seed);
+
+// Makes the lists of a case say what no BlockMask can: indices, tiles, pointers and lengths out of range.
+void corrupt_lists(Random& random, AttentionCase& c);
+
+}  // namespace harness

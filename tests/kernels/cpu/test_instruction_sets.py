@@ -1,0 +1,42 @@
+"""The native kernels once for each instruction set that this machine runs, forced by EFFICIENT_ATTN_ISA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_cpu = pytest.importorskip("efficient_attn._cpu", reason="the native module is not built")
+TESTS = Path(__file__).resolve().parents[2]
+OTHERS = [name for name in _cpu.instruction_sets() if name != _cpu.instruction_set()]
+
+
+def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EFFICIENT_ATTN_ISA": isa, "EFFICIENT_ATTN_FUZZ": "80"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+def test_conformance(isa: str) -> None:
+    suite = [
+        str(TESTS / name)
+        for name in ("contract/test_conformance.py", "contract/test_fuzz.py", "methods/test_linear_attention.py")
+    ]
+    wanted = "bfloat16 and cpu or random" if isa.endswith("_bf16") else "cpu or random"  # what differs from avx512
+    result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite, "-k", wanted)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("isa", _cpu.instruction_sets())
+def test_the_one_asked_for_is_taken(isa: str) -> None:
+    result = run(isa, "-c", "import torch; from efficient_attn import _cpu; print(_cpu.instruction_set())")
+    assert result.stdout.strip() == isa
+
+
+def test_an_unknown_one_fails_the_import() -> None:
+    result = run("avx1024", "-c", "import efficient_attn")
+    assert result.returncode != 0 and "EFFICIENT_ATTN_ISA=avx1024" in result.stderr

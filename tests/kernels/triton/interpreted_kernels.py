@@ -1,0 +1,102 @@
+"""Paths of the Triton kernels that no conformance case takes, run by test_triton.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.kernel_checks import BESIDE_A_LIST, MASKS, ODD_BLOCKS, Checks, draw, masked, results
+
+from efficient_attn import BlockMask, UnsupportedError, attention
+from efficient_attn.backends.triton import attention as backend
+
+pytestmark = pytest.mark.interpreter
+
+
+def nearly(a: torch.Tensor, b: torch.Tensor) -> None:
+    """The same up to numpy, whose products may differ in a last bit with the place of their operands in memory."""
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+N = 90
+SEEDS = (3, -5, 2**62 + 12345, torch.tensor(99))
+CHECKS = Checks("triton", N, torch.float32, {"rtol": 1e-4, "atol": 1e-5}, nearly)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_nan_stays_with_those_who_see_it(mask: str) -> None:
+    CHECKS.nan_stays_with_those_who_see_it(mask)
+
+
+@pytest.mark.parametrize("mask", BESIDE_A_LIST)
+def test_nan_in_a_hidden_key_changes_nothing(mask: str) -> None:
+    CHECKS.nan_in_a_hidden_key_changes_nothing(mask)
+
+
+@pytest.mark.parametrize("block_size", ODD_BLOCKS)
+def test_blocks_that_are_no_powers_of_two(block_size: tuple[int, int]) -> None:
+    CHECKS.odd_blocks(block_size)
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=str)
+def test_dropout_is_that_of_the_definition(seed: int | torch.Tensor) -> None:
+    CHECKS.dropout_is_that_of_the_definition(seed)
+
+
+def test_a_list_without_entries_gives_empty_rows() -> None:
+    CHECKS.a_list_without_entries_gives_empty_rows()
+
+
+def test_packed_heads_and_splits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    launch = backend._launch
+    monkeypatch.setattr(backend, "_launch", lambda *a: (seen.append(a[6]), launch(*a)))
+    q, k, v = draw(1, 8, 3, 16), draw(1, 2, 700, 16, seed=1), draw(1, 2, 700, 16, seed=2)
+    out = attention(q, k, v, backend="triton", is_causal=True, causal_alignment="bottom_right")
+    *_, splits, group, pack, _sign = seen[0]
+    assert (group, pack) == (4, 4) and splits > 1
+    expected = attention(q, k, v, backend="reference", is_causal=True, causal_alignment="bottom_right")
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_split_without_a_visible_key_adds_nothing() -> None:
+    q, k, v = draw(1, 1, 2, 16), draw(1, 1, 700, 16, seed=1), draw(1, 1, 700, 16, seed=2)
+    mask = BlockMask.from_lengths([100], q_len=2, kv_len=700)
+    v[:, :, 100:] = torch.nan
+    out = attention(q, k, v, mask=mask, backend="triton")
+    torch.testing.assert_close(out, attention(q, k, v, mask=mask, backend="reference"))
+
+
+def test_the_same_whatever_lay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspaces filled with NaN before they are written (conftest.py), and left as they are found."""
+    tensors, grad_out = [draw(1, 1, N, 16, seed=s) for s in range(3)], draw(1, 1, N, 16, seed=3)
+    for arguments in ({"bias": draw(1, 1, N, N, seed=4), "is_causal": True}, masked("blocks", N)):
+        assert torch.empty(4).isnan().all()
+        first = results("triton", tensors, grad_out, **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+            second = results("triton", tensors, grad_out, **arguments)
+        for a, b in zip(first, second, strict=True):
+            nearly(a, b)  # a value read before it was written is NaN in the first
+
+
+@pytest.mark.parametrize("mask", ["causal", "blocks"])
+def test_tiles_by_descriptor_are_the_same(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TMA can read keys and values; rows that do not start at 16 bytes are loaded as ever."""
+    from efficient_attn.kernels import configs
+
+    made, described = [], backend._described
+    monkeypatch.setattr(backend, "_described", lambda *a: (made.append(described(*a)), made[-1])[1])
+    q, k, v = (draw(2, heads, N, 40, seed=s).half() for s, heads in enumerate((4, 2, 2)))
+    v = v[..., :24]
+    expected = attention(q, k, v, backend="triton", **masked(mask, N))
+    monkeypatch.setattr(configs, "DESCRIPTORS", True)
+    for keys in (k, torch.cat([k, k[..., :1]], 3)[..., :40]):
+        out = attention(q, keys, v, backend="triton", **masked(mask, N))
+        assert torch.equal(out, expected)
+    assert [pair[0] is not None for pair in made] == [False, True, False]
+
+
+def test_float64_is_refused_with_a_reason() -> None:
+    q = draw(1, 1, 8, 8).double()
+    with pytest.raises(UnsupportedError, match="float64"):
+        attention(q, q, q, backend="triton")

@@ -1,0 +1,242 @@
+"""Forecasting: losses and measures against their definitions, then the models."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from support.model_checks import check_compiles, check_half_precision, check_round_trip, check_trains
+
+from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
+from efficient_attn.models import ForecasterConfig, PatchForecaster, TimeSeriesTransformer, TransformerConfig
+from efficient_attn.models.forecasting import (
+    instance_statistics,
+    mase,
+    quantile_loss,
+    seasonal_naive,
+)
+
+# --- what stands beside the models --------------------------------------------------------------------------------
+
+
+def test_quantile_loss_equals_its_definition():
+    torch.manual_seed(0)
+    forecast, target = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    levels = (0.05, 0.3, 0.5, 0.9)
+    total = 0.0
+    for b in range(2):
+        for t in range(3):
+            for i, q in enumerate(levels):
+                y, f = target[b, t].item(), forecast[b, t, i].item()
+                total += q * (y - f) if y >= f else (1 - q) * (f - y)
+    assert quantile_loss(forecast, target, levels).item() == pytest.approx(total / 24, rel=1e-12)
+
+
+def test_quantile_loss_is_least_at_the_quantile():
+    y = torch.arange(1001, dtype=torch.float64)
+    for q in (0.1, 0.5, 0.9):
+        losses = [quantile_loss(torch.full((1001, 1), f, dtype=y.dtype), y, (q,)).item() for f in range(0, 1001, 50)]
+        assert losses.index(min(losses)) * 50 == 1000 * q
+
+
+@pytest.mark.parametrize("levels", [(), (0.5, 0.1), (0.0, 0.5), (0.5, 1.0), (0.5, 0.5)])
+def test_wrong_quantiles_are_named(levels):
+    with pytest.raises(InputError, match="quantiles must be increasing"):
+        quantile_loss(torch.zeros(3, len(levels)), torch.zeros(3), levels)
+
+
+def test_quantile_loss_names_wrong_shapes():
+    with pytest.raises(InputError, match="forecast of 2 quantiles"):
+        quantile_loss(torch.zeros(3, 3), torch.zeros(3), (0.1, 0.9))
+
+
+def test_instance_statistics():
+    series = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]], requires_grad=True)
+    mean, std = instance_statistics(series, eps=1e-5)
+    assert mean.flatten().tolist() == [3.0, 5.0]
+    assert std.flatten().tolist() == pytest.approx([math.sqrt(3.5 + 1e-5), math.sqrt(1e-5)])
+    assert not mean.requires_grad and not std.requires_grad
+
+
+def test_seasonal_naive_repeats_the_last_season():
+    history = torch.arange(10.0).expand(2, 10)
+    assert seasonal_naive(history, 7, 3).tolist() == [[7, 8, 9, 7, 8, 9, 7]] * 2
+    assert seasonal_naive(history, 2, 1).tolist() == [[9, 9]] * 2
+    with pytest.raises(InputError, match="at least that long"):
+        seasonal_naive(history, 2, 11)
+
+
+def test_mase_equals_its_definition():
+    torch.manual_seed(0)
+    history, target, forecast = torch.randn(3, 20), torch.randn(3, 5), torch.randn(3, 5)
+    for m in (1, 4):
+        got = mase(forecast, target, history, season=m)
+        for s in range(3):
+            scale = sum(abs(history[s, t] - history[s, t - m]) for t in range(m, 20)) / (20 - m)
+            error = sum(abs(target[s, h] - forecast[s, h]) for h in range(5)) / 5
+            assert got[s].item() == pytest.approx((error / scale).item(), rel=1e-5)
+    with pytest.raises(InputError, match="longer than the season"):
+        mase(forecast, target, history, season=20)
+
+
+# --- TimeSeriesTransformer ----------------------------------------------------------------------------------------
+
+SPECS = ["dense", "sliding_window:left=4,right=4", "nystrom:landmarks=4", "performer:features=16"]
+
+
+def test_the_documents_interface():
+    torch.manual_seed(0)
+    model = TimeSeriesTransformer(input_dim=3, hidden_dim=32, nhead=4, num_layers=2).eval()
+    series = torch.randn(20, 5, 3)  # time, batch, features
+    assert model(series).shape == (5, 1)
+    first = TimeSeriesTransformer(dataclasses.replace(model.config, batch_first=True)).eval()
+    first.load_state_dict(model.state_dict())
+    torch.testing.assert_close(first(series.transpose(0, 1)), model(series))
+
+
+def test_it_reads_order_and_answers_at_the_last_step():
+    torch.manual_seed(0)
+    model = TimeSeriesTransformer(2, 16, 2, 1, output_dim=3, causal=True, dropout=0.0).eval()
+    series = torch.randn(10, 4, 2)
+    answer = model(series)
+    hidden = model.encoder(model.embedding(series.transpose(0, 1)) + model.positions(torch.arange(10)))
+    torch.testing.assert_close(answer, model.head(hidden[:, -1]))
+    shuffled = torch.cat([series[:-1].flip(0), series[-1:]])
+    assert (model(shuffled) - answer).abs().max() > 1e-4
+
+
+def test_padding_has_no_influence():
+    torch.manual_seed(0)
+    model = TimeSeriesTransformer(2, 16, 2, 2, batch_first=True, dropout=0.0).eval()
+    series, lengths = torch.randn(3, 12, 2), (12, 7, 1)
+    padding = torch.arange(12) >= torch.tensor(lengths)[:, None]
+    series[padding] = torch.nan
+    padded = model(torch.where(padding[..., None], 1e6, series), key_padding_mask=padding)
+    for b, length in enumerate(lengths):
+        torch.testing.assert_close(padded[b : b + 1], model(series[b : b + 1, :length]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", SPECS)
+def test_time_series_transformer_trains_and_comes_back(attention, tmp_path):
+    torch.manual_seed(0)
+    model = TimeSeriesTransformer(3, 32, 4, 2, output_dim=2, dropout=0.0, attention=attention)
+    series, target = torch.randn(20, 6, 3), torch.randn(6, 2)
+    torch.testing.assert_close(model.loss(series, target), (model(series) - target).square().mean())
+    check_trains(model, lambda m: m.loss(series, target))
+    check_round_trip(model, lambda m: m(series), tmp_path)
+    model.set_attention("causal")
+    assert model.config.encoder.attention == "causal" and model(series).shape == (6, 2)
+
+
+def test_time_series_transformer_names_wrong_input():
+    model = TimeSeriesTransformer(3, 16, 2, 1, max_len=8)
+    for series, error, message in (
+        (torch.zeros(5, 2, 4), InputError, r"\(time, batch, 3\)"),
+        (torch.zeros(5, 3), InputError, r"\(time, batch, 3\)"),
+        (torch.zeros(9, 2, 3), InputError, "positions for 8 tokens"),
+        (torch.zeros(0, 2, 3), InputError, "at least one step"),
+        (torch.zeros(5, 2, 3, dtype=torch.int64), InputTypeError, "floating-point"),
+    ):
+        with pytest.raises(error, match=message):
+            model(series)
+    with pytest.raises(InputError, match=r"target must be \(2, 1\)"):
+        model.loss(torch.zeros(5, 2, 3), torch.zeros(2))
+    with pytest.raises(InputError, match="output_dim must be"):
+        TimeSeriesTransformer(3, 16, 2, 1, output_dim=0)
+    with pytest.raises(UnsupportedError, match="cannot be causal"):
+        TimeSeriesTransformer(3, 16, 2, 1, causal=True, attention="nystrom")
+
+
+# --- PatchForecaster ----------------------------------------------------------------------------------------------
+
+
+def forecaster(attention="dense", **options):
+    encoder = TransformerConfig(hidden_dim=32, num_layers=2, num_heads=4, mlp_dim=48, attention=attention)
+    sizes = {"context": 40, "horizon": 6, "patch_len": 8, "stride": 4, "quantiles": (0.1, 0.5, 0.9)}
+    return PatchForecaster(ForecasterConfig(**(sizes | options), encoder=encoder))
+
+
+@pytest.mark.parametrize("attention", SPECS)
+def test_forecaster_trains_and_comes_back(attention, tmp_path):
+    torch.manual_seed(0)
+    model = forecaster(attention)
+    steps = torch.arange(46.0)
+    series = torch.stack([(steps / 3).sin() + 5, (steps / 2).cos() * 100], dim=1).expand(4, -1, -1)
+    past, future = series[:, :40], series[:, 40:]
+    check_trains(model, lambda m: m.loss(past, future))
+    check_round_trip(model, lambda m: m(past), tmp_path)
+    model.set_attention("bigbird:block=16")
+    assert model(past).shape == (4, 6, 2, 3)
+
+
+def test_forecaster_tokens_are_the_patches():
+    """A context that the stride does not divide loses no step, and the last patch repeats the last value."""
+    for context, patch, stride in ((40, 8, 4), (41, 8, 4), (43, 8, 3), (9, 9, 9)):
+        model = forecaster(context=context, patch_len=patch, stride=stride)
+        seen = []
+        model.embedding.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        past = torch.randn(2, context, 3)
+        model(past)
+        mean, std = instance_statistics(past.transpose(1, 2))
+        series = ((past.transpose(1, 2) - mean) / std).flatten(0, 1)
+        padded = torch.cat([series, series[:, -1:].expand(-1, stride)], dim=1)
+        assert seen[0].shape == (6, model.config.num_patches, patch)
+        for n in range(model.config.num_patches):
+            torch.testing.assert_close(seen[0][:, n], padded[:, n * stride : n * stride + patch])
+        assert (model.config.num_patches - 1) * stride + patch >= context
+
+
+def test_forecast_moves_with_level_and_scale_and_channels_are_apart():
+    torch.manual_seed(0)
+    model = forecaster().eval()
+    past = torch.randn(2, 40, 3)
+    forecast = model(past)
+    torch.testing.assert_close(model(past * 50 - 300), forecast * 50 - 300, atol=0.05, rtol=1e-3)
+    changed = past.clone()
+    changed[:, :, 1] = torch.randn(2, 40)
+    same = (model(changed) == forecast).all(dim=-1).all(dim=1)
+    assert same.tolist() == [[True, False, True]] * 2
+
+
+def test_forecaster_loss_is_the_quantile_loss_in_normalised_units():
+    torch.manual_seed(0)
+    model = forecaster().eval()
+    past, future = torch.randn(2, 40, 3) * 7 + 100, torch.randn(2, 6, 3) * 7 + 100
+    mean, std = (s.transpose(1, 2) for s in instance_statistics(past.transpose(1, 2)))
+    scaled = (model(past) - mean[..., None]) / std[..., None]
+    expected = quantile_loss(scaled, (future - mean) / std, (0.1, 0.5, 0.9))
+    torch.testing.assert_close(model.loss(past, future), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_and_compilation():
+    torch.manual_seed(0)
+    series, target = torch.randn(20, 6, 3), torch.randn(6, 1)
+    model = TimeSeriesTransformer(3, 32, 4, 2)
+    check_half_precision(model, lambda m, dtype: m.loss(series.to(dtype), target.to(dtype)))
+    past, future = torch.randn(2, 40, 3) + 5, torch.randn(2, 6, 3) + 5
+    check_half_precision(forecaster(), lambda m, dtype: m.loss(past, future))
+    check_compiles(forecaster().loss, past, future)
+    check_compiles(model, series)
+    assert forecaster().bfloat16()(past.bfloat16()).dtype == torch.bfloat16
+
+
+def test_predicted_quantiles_are_in_order():
+    torch.manual_seed(0)
+    model = forecaster().eval()
+    past = torch.randn(2, 40, 3)
+    predicted = model.predict(past)
+    assert (predicted.diff(dim=-1) >= 0).all() and (model(past).diff(dim=-1) < 0).any()
+    assert torch.equal(model.point(past), predicted[..., 1])
+
+
+def test_forecaster_names_wrong_input():
+    model = forecaster()
+    with pytest.raises(InputError, match="reads 40 steps, got 39"):
+        model(torch.zeros(2, 39, 1))
+    with pytest.raises(InputError, match="batch, time, channels"):
+        model(torch.zeros(2, 40))
+    with pytest.raises(InputError, match=r"future must be \(2, 6, 1\)"):
+        model.loss(torch.zeros(2, 40, 1), torch.zeros(2, 5, 1))
+    for wrong in ({"patch_len": 41}, {"stride": 9}, {"horizon": 0}, {"quantiles": (0.9, 0.1)}):
+        with pytest.raises(InputError):
+            forecaster(**wrong)

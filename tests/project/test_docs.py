@@ -1,0 +1,27 @@
+"""Pages in docs/ whose Python runs from top to bottom, and whose links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = ("integrations.md", "methods.md", "models.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_runs_from_top_to_bottom(page):
+    if page != "methods.md":
+        pytest.importorskip("transformers")
+        pytest.importorskip("diffusers")
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 5
+    names = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", (DOCS / page).read_text(encoding="utf-8")):
+        assert target.startswith("http") or (DOCS / target).exists(), target

@@ -131,7 +131,6 @@ def test_no_cycle_between_modules() -> None:
     assert not found, "\n".join(map(str, found))
 
 
-@until_merged
 def test_no_backend_knows_another() -> None:
     folder = lambda module: ".".join(module.split(".")[:3])  # noqa: E731
     backends = {folder(module) for module in GRAPH if re.match(rf"{PACKAGE}\.backends\.\w+\.", module)}

@@ -19,7 +19,7 @@ from .forecasting import check_quantiles, instance_statistics, quantile_loss
 from .positions import check_length, make_positions
 from .transformer import Specs, Transformer, TransformerConfig
 
-# --- steps in, an answer at the last one --------------------------------------------------------------------------
+# --- steps in, an answer at the last one ---
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TimeSeriesTransformer(Model):
 
         Args:
             series: (T, B, F), or (B, T, F) with batch_first, floating point.
-            key_padding_mask: bool (B, T), True = padding; the answer is then at the last step that is none.
+            key_padding_mask: bool (B, T), True = padding; the answer is then at the last step that is not padding.
 
         Returns:
             (B, output_dim).
@@ -148,7 +148,7 @@ class TimeSeriesTransformer(Model):
         return ("head.",)
 
 
-# --- a context in, quantiles of many steps out --------------------------------------------------------------------
+# --- a context in, quantiles of many steps out ---
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class PatchForecaster(Model):
         model.loss(past, future).backward()   # (batch, 132, channels), (batch, 24, channels)
         model.predict(past)                   # (batch, 24, channels, quantiles)
 
-    Channels are series of their own that share all parameters. Each is normalised by its own mean and deviation over
+    Channels are separate series that share all parameters. Each is normalised by its own mean and deviation over
     the context, and the forecast is scaled back (`instance_statistics`).
     """
 

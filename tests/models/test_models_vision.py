@@ -26,7 +26,7 @@ from efficient_attn.models.patches import PatchEmbedding, patchify, resize_posit
 from efficient_attn.models.vision import accuracy
 from efficient_attn.multihead import MultiheadAttention
 
-# --- patches and positions ----------------------------------------------------------------------------------------
+# --- patches and positions ---
 
 
 def test_patchify_cuts_in_row_major_order_with_channels_last():
@@ -92,7 +92,7 @@ def test_resized_positions_follow_rows_and_columns():
     assert resize_positions(field, (6, 8), (6, 8)) is field
 
 
-# --- masking and losses -------------------------------------------------------------------------------------------
+# --- masking and losses ---
 
 
 def test_random_masking_keeps_the_patches_of_least_noise():
@@ -151,7 +151,7 @@ def test_nt_xent_equals_its_definition():
         nt_xent(first, second, 0.0)
 
 
-# --- augmentations ------------------------------------------------------------------------------------------------
+# --- augmentations ---
 
 NOTHING = Augmentation(crop=(1, 1), ratio=(1, 1), flip=0, jitter=0, grayscale_p=0, blur_p=0)
 
@@ -196,7 +196,7 @@ def test_wrong_augmentations_are_named():
         Augmentation()(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
-# --- ViT ----------------------------------------------------------------------------------------------------------
+# --- ViT ---
 
 SPECS = [
     "dense",
@@ -377,7 +377,7 @@ def test_accuracy():
     assert accuracy(logits, labels) == 0.5 and accuracy(logits, labels, top=2) == 1.0
 
 
-# --- MAE ----------------------------------------------------------------------------------------------------------
+# --- MAE ---
 
 
 def mae(attention="dense", **options):
@@ -454,7 +454,7 @@ def test_mae_names_wrong_input():
         mae()(torch.zeros(2, 1, 16, 16), torch.rand(2, 15))
 
 
-# --- SimCLR and fine-tuning ---------------------------------------------------------------------------------------
+# --- SimCLR and fine-tuning ---
 
 
 def simclr(attention="dense"):

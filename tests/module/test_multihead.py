@@ -41,7 +41,7 @@ def causal_mask(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return nn.Transformer.generate_square_subsequent_mask(length, dtype=dtype)
 
 
-# --- the same numbers ------------------------------------------------------------------------------------------------
+# --- the same numbers ---
 
 
 def draw_call(seed: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -235,7 +235,7 @@ def test_weights_of_a_sparse_method_are_its_own(need_weights: bool, average: boo
         assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
 
 
-# --- dropout ---------------------------------------------------------------------------------------------------------
+# --- dropout ---
 
 
 def test_dropout_shows_in_the_weights_and_matches_the_output() -> None:
@@ -262,7 +262,7 @@ def test_dropout_follows_the_seed() -> None:
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
-# --- the causal hint -------------------------------------------------------------------------------------------------
+# --- the causal hint ---
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -290,7 +290,7 @@ def test_hint_with_other_lengths_is_top_left(add_bias_kv: bool) -> None:
     assert_close(ours(query, key, key, **call)[0], theirs(query, key, key, **call)[0], rtol=1e-5, atol=1e-6)
 
 
-# --- what the parent refuses -----------------------------------------------------------------------------------------
+# --- what the parent refuses ---
 
 X, MASK = torch.randn(4, 3, E), torch.zeros(4, 4)
 REFUSED: dict[str, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {
@@ -375,7 +375,7 @@ def test_mismatched_mask_types_warn_as_in_the_parent() -> None:
         ours(X, X, X, attn_mask=MASK, key_padding_mask=torch.zeros(3, 4))
 
 
-# --- state -----------------------------------------------------------------------------------------------------------
+# --- state ---
 
 LAYOUTS = [
     {},
@@ -436,7 +436,7 @@ def test_repr_names_the_method() -> None:
     assert "sliding_window" in repr(MultiheadAttention(E, H, attention=SPARSE))
 
 
-# --- a method with parameters of its own -----------------------------------------------------------------------------
+# --- a method with parameters of its own ---
 
 LINFORMER = "linformer:rank=4,max_len=16"
 
@@ -485,7 +485,7 @@ def test_float_padding_that_the_encoder_makes_is_taken_as_bool() -> None:
         ours(x, x, x, key_padding_mask=floats + 0.5, need_weights=False)
 
 
-# --- nested tensors --------------------------------------------------------------------------------------------------
+# --- nested tensors ---
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

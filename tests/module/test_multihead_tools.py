@@ -228,7 +228,7 @@ def test_double_backward() -> None:
         )
 
 
-# --- from_torch, to_torch, replace_attention -------------------------------------------------------------------------
+# --- from_torch, to_torch, replace_attention ---
 
 
 @pytest.mark.parametrize("options", [*LAYOUTS, {"batch_first": True, "dropout": 0.1, "dtype": torch.float64}], ids=str)
@@ -414,7 +414,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         "dense",
         "performer",
     ):
-        with pytest.raises(InputError, match="is none of attention="):
+        with pytest.raises(InputError, match="does not belong to attention="):
             MultiheadAttention(E, H, attention=attention, method_state=one.method_state)
     with pytest.raises(InputError, match="cannot serve a module on meta"):
         MultiheadAttention(E, H, attention=LAYERWISE, method_state=one.method_state, device="meta")

@@ -1,5 +1,6 @@
-"""CLIP: images and texts as unit vectors whose cosine says whether they belong together. Radford et al. 2021,
-arXiv:2103.00020.
+"""CLIP: images and texts as unit vectors whose cosine says whether they belong together.
+
+Radford et al. 2021, arXiv:2103.00020.
 
 Letters: B batch, N tokens, C channels, H height, W width, E features of a tower, P features of the common space.
 """

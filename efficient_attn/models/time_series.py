@@ -188,8 +188,9 @@ class ForecasterConfig:
 
 
 class PatchForecaster(Model):
-    """Forecasts quantiles of the next steps of each channel from patches of its past. After PatchTST, Nie et al. 2023,
-    arXiv:2211.14730, with quantile output.
+    """Forecasts quantiles of the next steps of each channel from patches of its past.
+
+    After PatchTST, Nie et al. 2023, arXiv:2211.14730, with quantile output.
 
         model = PatchForecaster(ForecasterConfig(context=132, horizon=24, patch_len=12, stride=6))
         model.loss(past, future).backward()   # (batch, 132, channels), (batch, 24, channels)
@@ -267,8 +268,10 @@ class PatchForecaster(Model):
 
     @torch.no_grad()
     def predict(self, past: Tensor) -> Tensor:
-        """(B, context, C) -> (B, horizon, C, Q), quantiles in order: sorted, which only brings them nearer to the true
-        ones (Chernozhukov et al. 2010). Call `eval()` first."""
+        """(B, context, C) -> (B, horizon, C, Q), quantiles in order. Call `eval()` first.
+
+        They are sorted, which only brings them nearer to the true ones (Chernozhukov et al. 2010).
+        """
         return self.forward(past).sort(dim=-1).values
 
     def point(self, past: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Images: the backbone of all image models, and the vision transformer that classifies. Dosovitskiy et al. 2020,
-arXiv:2010.11929.
+"""Images: the backbone of all image models, and the vision transformer that classifies.
+
+Dosovitskiy et al. 2020, arXiv:2010.11929.
 
     patches -> linear map -> [class token, patches] + positions -> Transformer -> class token or mean -> head
 

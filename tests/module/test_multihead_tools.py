@@ -8,23 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.multihead import LAYOUTS, SPARSE, E, H, causal_mask
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from efficient_attn.errors import InputError, UnsupportedError
 from efficient_attn.multihead import MultiheadAttention, replace_attention
 
-SPARSE = "sliding_window:left=2,right=2"
 LINFORMER = "linformer:rank=4,max_len=16"
-E, H = 12, 4
 X = torch.randn(4, 3, E)
-LAYOUTS = [
-    {},
-    {"bias": False},
-    {"add_bias_kv": True},
-    {"kdim": 5, "vdim": 7},
-    {"kdim": 5, "bias": False, "add_bias_kv": True},
-]
 
 
 def pair(attention: str = "dense", **options: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
@@ -32,10 +24,6 @@ def pair(attention: str = "dense", **options: Any) -> tuple[nn.MultiheadAttentio
     torch.manual_seed(7)
     theirs = nn.MultiheadAttention(E, H, **options)
     return theirs, MultiheadAttention.from_torch(theirs, attention)
-
-
-def causal_mask(length: int) -> Tensor:
-    return nn.Transformer.generate_square_subsequent_mask(length)
 
 
 @pytest.mark.parametrize("attention", ["dense", SPARSE])

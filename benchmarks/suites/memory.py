@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from efficient_attn.measuring import clock, inputs
-from efficient_attn.measuring.calls import WARM_UP_LENGTH, binder, shaped, sized
+from efficient_attn.measuring.calls import Bound, Layer
 
 from .. import cases
 from . import Chart, Claim, Column, Options, Row, Suite, grid
@@ -21,17 +21,10 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     ``config``: method (spec), seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, threads.
     """
     torch.manual_seed(0)
-    method = sized(config["method"], config["seqlen"])
-    heads, head_dim, dtype = config["heads"], config["head_dim"], getattr(torch, config["dtype"])
-    state = method.build(heads * head_dim, heads, head_dim, dtype=dtype)
-    qkv = inputs.photograph_qkv(config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype)
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = shaped(method, query.shape[2]).attend(query, key, value, state=state)[0]
-        return out
-
-    binder(config["mode"], [t[:, :, :WARM_UP_LENGTH] for t in qkv], state)(attend)()
-    call = binder(config["mode"], qkv, state)(attend)
+    shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
+    qkv = inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
+    call = Bound(config["method"], Layer(*qkv), config["mode"])
+    call.warm_up()
     with clock.PeakMemory() as peak:
         call()
     return {"peak_bytes": peak.bytes, "bytes_per_token": round(peak.bytes / config["seqlen"], 1)}

@@ -5,28 +5,16 @@ Forward, forward and backward, and decoding: one query at the end of a cache.
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from efficient_attn import functional, hybrid, methods
+from efficient_attn import functional
 from efficient_attn.errors import EfficientAttnError
-from efficient_attn.masks import BlockMask
 from efficient_attn.measuring import clock, inputs
-from efficient_attn.measuring.calls import (
-    UNPLANNED,
-    WARM_UP_LENGTH,
-    Call,
-    binder,
-    planned,
-    relative_error,
-    shaped,
-    sized,
-)
-from efficient_attn.patterns import Pattern
+from efficient_attn.measuring.calls import Bound, Call, Layer, binder
 
 from .. import cases, peers
 from . import Chart, Claim, Column, Options, Row, Suite, grid
@@ -39,41 +27,30 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     budget_s, threads, and at choice backend.
     """
     torch.manual_seed(config.get("seed", 0))
-    method = sized(config["method"], config["seqlen"])
-    heads, head_dim, dtype = config["heads"], config["head_dim"], getattr(torch, config["dtype"])
+    shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
+    qkv = inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
     decodes = config["mode"] == "decode"
-    causal = not decodes and (config["causal"] or method.name == "causal")
-    state = method.build(heads * head_dim, heads, head_dim, dtype=dtype)
-    qkv = inputs.photograph_qkv(config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype)
-    options: dict[str, Any] = {"is_causal": config["causal"], "backend": config.get("backend", "auto")}
+    alignment = "bottom_right" if decodes else None
     if decodes:
         qkv = (qkv[0][:, :, -1:].contiguous(), *qkv[1:])
-        options |= {"is_causal": True, "causal_alignment": "bottom_right"}
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        fitted = shaped(method, key.shape[2])
-        out: Tensor = fitted.attend(query, key, value, state=state, **options)[0]
-        return out
-
-    bound = binder(config["mode"], qkv, state)
-    # Thread pools, code pages and caches of the library are not this call's memory.
-    warm_up = [t[:, :, :WARM_UP_LENGTH] for t in qkv]
+    layer = Layer(*qkv, is_causal=decodes or config["causal"], causal_alignment=alignment)
+    call = Bound(config["method"], layer, config["mode"], backend=config.get("backend", "auto"))
     try:
-        binder(config["mode"], warm_up, state)(attend)()
+        call.warm_up()
     except EfficientAttnError as error:
         if decodes:  # "defined for self-attention"
             raise NotImplementedError(f"one query alone: {error}") from error
         raise
-
     with clock.PeakMemory() as peak:
-        plan = {} if decodes else _plan(method, qkv, causal=config["causal"])
-        call = bound(attend)
+        plan = {} if decodes else call.plan()
         call()
 
-    with torch.no_grad():
-        error = relative_error(attend(*qkv), *qkv, causal=causal)
+    causal = not decodes and (config["causal"] or call.method.name == "causal")
+    exact = dataclasses.replace(layer, is_causal=causal, causal_alignment=None)
+    error = call.error(exact)
+    bound = binder(config["mode"], qkv)
     calls: dict[str, Call] = {"method": call}
-    if method.name not in ("dense", "causal"):
+    if call.method.name not in ("dense", "causal"):
         calls["dense"] = bound(lambda q, k, v: functional.attention(q, k, v, is_causal=causal))
     calls["sdpa"] = bound(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal))
     times = clock.interleaved(calls, config["budget_s"])
@@ -89,24 +66,6 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak.bytes,
         "error": error,
         **plan,
-    }
-
-
-def _plan(method: methods.Method, qkv: Sequence[Tensor], *, causal: bool) -> dict[str, Any]:
-    """Makes the masks of a sparse method once, which a later call finds made: how long, how dense, how large."""
-    started = time.perf_counter()
-    masks: list[BlockMask] = []  # the first is that of the exact pairs
-    if isinstance(method, methods.Hybrid):
-        split = hybrid.plan(method.sparse, qkv[0], qkv[1], method.tail.block, is_causal=causal)
-        masks = [split.exact, split.over_blocks]
-    elif isinstance(method, Pattern) and method.name not in UNPLANNED:
-        masks = [planned(method, *qkv[:2])]
-    if not masks:
-        return {}
-    return {
-        "plan_ms": round((time.perf_counter() - started) * 1e3, 4),
-        "density": round(masks[0].density, 6),
-        "mask_bytes": sum(mask.nbytes for mask in masks),
     }
 
 

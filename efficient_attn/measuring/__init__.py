@@ -4,6 +4,6 @@ clock.py       interleaved times, peak memory, the ceilings of the machine
 records.py     the append-only result file, and what a record says of the machine
 runner.py      a cell in a worker process with limits
 run_folder.py  the folder of a run
-calls.py       methods as calls of no arguments, and their error
+calls.py       methods as calls of no arguments, with their plan and error
 inputs.py      query, key and value from photographs
 """

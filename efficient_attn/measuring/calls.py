@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, hybrid, methods
+from ..defaults import alignment_offset, default_scale
 from ..masks import BlockMask
 from ..patterns import Pattern
 
@@ -178,7 +179,7 @@ def relative_error(out: Tensor, layer: Layer) -> float:
     rows = torch.linspace(0, length - 1, min(length, ERROR_ROWS)).round().long()
     visible = _visible(layer, rows)
     group = layer.query.shape[1] // layer.key.shape[1]
-    scale = layer.query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
+    scale = default_scale(layer.scale, layer.query.shape[-1])
     difference = norm = 0.0
     for b, h in itertools.product(*map(range, layer.query.shape[:2])):  # one head at a time: rows x keys in float64
         value = layer.value[b, h // group].double()
@@ -200,7 +201,7 @@ def _visible(layer: Layer, rows: Tensor) -> Tensor | None:
     length, kv_len = layer.query.shape[2], layer.key.shape[2]
     visible = None
     if layer.is_causal:
-        offset = kv_len - length if layer.causal_alignment == "bottom_right" else 0
+        offset = alignment_offset(layer.causal_alignment, length, kv_len)
         visible = (torch.arange(kv_len) <= rows[:, None] + offset)[None, None]
     if layer.mask is not None:
         drawn = layer.mask.to_dense()[:, :, rows]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..defaults import default_scale
 from ..errors import InputError, UnsupportedError
 from ..integrations import convert
 from ..masks import BlockMask
@@ -22,7 +23,6 @@ from ..measuring.calls import Layer
 from ..measuring.inputs import photograph_qkv
 from ..multihead import MultiheadAttention
 from ..ops.attention import MASK_OPERANDS, mask_arrays
-from .counts import as_mask
 from .model import run
 
 KINDS = ("random", "photographs")
@@ -101,7 +101,7 @@ def _layer(args: tuple[Any, ...]) -> Layer:
     q_len, kv_len = query.shape[2], key.shape[2]
     query, key, value = (t.detach().clone() for t in (query, key, value))
     scale = float(args[4 + MASK_OPERANDS])
-    usual = abs(scale - query.shape[3] ** -0.5) < 1e-6 * scale  # some methods have no other
+    usual = abs(scale - default_scale(None, query.shape[3])) < 1e-6 * scale  # some methods have no other
     layer = Layer(query, key, value, key_mask=padding, scale=None if usual else scale)
     if arrays.kv_lengths is not None:
         inside = torch.arange(kv_len) < arrays.kv_lengths.cpu()[:, None]
@@ -113,7 +113,7 @@ def _layer(args: tuple[Any, ...]) -> Layer:
         layer.is_causal = True
         layer.causal_alignment = "top_left" if offset == 0 else "bottom_right"
         return layer
-    layer.mask = as_mask(arrays._replace(kv_lengths=None), q_len, kv_len)
+    layer.mask = BlockMask.from_arrays(arrays._replace(kv_lengths=None), q_len=q_len, kv_len=kv_len)
     return layer
 
 

@@ -18,7 +18,7 @@ import numpy
 import typer
 from rich.console import Console
 
-from . import records, report
+from . import records, report, view
 from .records import Record
 
 RESAMPLES = 2000
@@ -69,12 +69,13 @@ def compare(
 
 
 def _key(record: Record) -> str:
-    config = {key: value for key, value in record["config"].items() if key not in IGNORED}
+    config = {"seed": 0, **record["config"]}  # which old rows do not name
+    config = {key: value for key, value in config.items() if key not in IGNORED}
     return f"{record['suite']} {sorted(config.items())}"
 
 
 def _one(old: Record, new: Record, *, threshold: float, confidence: float, metric: str, relative: bool) -> Comparison:
-    name = report.cell_name(new)
+    name = view.cell_name(new)
     if new["status"] != "ok" or old["status"] != "ok":
         verdict = "failed" if old["status"] == "ok" else "fixed" if new["status"] == "ok" else "same"
         return Comparison(f"{name} ({old['status']} -> {new['status']})", None, None, None, None, verdict)
@@ -126,7 +127,7 @@ def bootstrap(before: Sequence[float], after: Sequence[float], confidence: float
 
 def print_comparison(found: Sequence[Comparison], metric: str, console: Console) -> None:
     """A table of all cells, the slowest change first, and a line with the geometric mean."""
-    table = report.make_table("", "cell", ("A", "B", "B / A", "interval", "verdict"), "")
+    table = report.make_table("", ("cell", "A", "B", "B / A", "interval", "verdict"), {0}, "")
     colours = {"regression": "red", "failed": "red", "improvement": "green", "fixed": "green", "unsure": "yellow"}
     for one in sorted(found, key=lambda one: -(one.ratio or math.inf)):
         shown = [f"{value:.4g}" if value is not None else "" for value in (one.before, one.after, one.ratio)]
@@ -155,7 +156,7 @@ def command(
 ) -> None:
     """Compares two runs cell by cell. Exit code 1: a cell of B is slower beyond the threshold, or fails."""
     try:
-        before, after = (report.latest(records.read(_file(path))) for path in (a, b))
+        before, after = (view.latest(records.read(_file(path))) for path in (a, b))
         found = compare(before, after, threshold=threshold, confidence=confidence, metric=metric, relative=relative)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

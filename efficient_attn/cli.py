@@ -35,7 +35,7 @@ import torch
 from efficient_attn import EfficientAttnError, explain, parse
 from efficient_attn.backends import BACKENDS
 from efficient_attn.backends.cpu import attention as cpu
-from efficient_attn.benchmarks import cases, clock, html_report, peers, plot, records, runner, suites
+from efficient_attn.benchmarks import cases, clock, figures, html_report, peers, records, runner, suites, view
 from efficient_attn.benchmarks import compare as comparing
 from efficient_attn.benchmarks import report as reporting
 from efficient_attn.errors import InputError
@@ -337,7 +337,7 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budg
                     if budget is not None and time.monotonic() - started >= 60 * budget:
                         console.print(f"{budget:g} minutes are over, {len(left) - number} cells are left: --resume")
                         break
-                    progress.update(task, description=reporting.cell_name(vars(cell)))
+                    progress.update(task, description=view.cell_name(vars(cell)))
                     runner.run_cell(cell, out, limits, code)
                     progress.advance(task)
         except KeyboardInterrupt as interrupt:
@@ -357,7 +357,7 @@ def _warn_if_busy(console: Console, noise: float) -> None:
 
 def _show(found: Sequence[records.Record], png: Path) -> bool:
     """Prints the tables and draws the picture of some records; False when they hold no cell."""
-    cells = reporting.latest(found)
+    cells = view.latest(found)
     if not cells:
         return False
     environment = next(record for record in reversed(found) if record["type"] == "environment")
@@ -370,7 +370,7 @@ def _show(found: Sequence[records.Record], png: Path) -> bool:
     noisy = sum(cell.get("spread", 0) > clock.NOISY for cell in cells)
     if noisy:
         console.print(f"[yellow]{noisy} of {len(cells)} times are noisy[/]: an interquartile range above 25 %")
-    if plot.save(cells, png, about):
+    if figures.overview(view.rows(cells), png, about):
         console.print(f"{png}", highlight=False)
     return True
 

@@ -1,4 +1,4 @@
-"""The suites by name. A module in this folder with a ``SUITE`` is one; so is what a file given to ``load`` registers.
+"""The suites by name. A module in this folder with a `SUITE` is one; so is what a file given to `load` registers.
 
 A suite is a grid of cells and the function that measures one of them, with the table and the charts that show it. It is
 looked up by name, so that a worker imports the one that it runs.
@@ -51,7 +51,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of a table: its heading, the key in a row, and how it is written (see ``view.text``)."""
+    """One figure of a table: its heading, the key in a row, and how it is written (see `view.text`)."""
 
     label: str
     key: str
@@ -60,10 +60,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture for each combination of ``split``'s values: y over x, a line for each value of the suite's series.
+    """One picture for each combination of `split`'s values: y over x, a line for each value of the suite's series.
 
-    ``references`` are other keys of the same rows, drawn dashed (a peer's time, an ideal line); ``where`` keeps rows;
-    ``order`` is the key in whose order points are joined, x by default.
+    `references` are other keys of the same rows, drawn dashed (a peer's time, an ideal line); `where` keeps rows;
+    `order` is the key in whose order points are joined, x by default.
     """
 
     title: str
@@ -99,10 +99,14 @@ class Suite:
         run_cell: measures one configuration, in a worker process, and returns JSON values.
         series: the key whose values are the lines of the charts.
         columns, charts: what tables and charts show of a row (its configuration and metrics in one mapping).
-        claims: sentences that the rows support.
+        claims: sentences that the rows support, printed below the table and first on the page.
         published: figures of others, labelled as such, shown beside ours: title -> rows of a table.
         key: the columns of the configuration that tell rows apart in a table.
-        default: whether ``bench all`` has it.
+        sections: keys of columns of `key` whose values stand above groups of rows, in a terminal, not in columns.
+        expand: the rows that tables and charts show of one record's row: with figures that follow from others added,
+            or several where a record has figures of several implementations; ids must differ.
+        retry: a configuration to measure where a cell of this one did not end well, or None.
+        default: whether `bench all` has it.
     """
 
     name: str
@@ -115,6 +119,9 @@ class Suite:
     charts: tuple[Chart, ...] = ()
     claims: Callable[[Sequence[Row]], Sequence[Claim]] = lambda rows: ()
     published: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
+    expand: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] = lambda row: (row,)
+    retry: Callable[[Config], Config | None] = lambda config: None
     default: bool = True
 
 
@@ -124,13 +131,13 @@ _loaded: list[str] = []
 
 
 def names() -> tuple[str, ...]:
-    """Every suite that ``get`` knows, those of this folder first."""
+    """Every suite that `get` knows, those of this folder first."""
     here = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     return (*here, *_added)
 
 
 def get(name: str) -> Suite:
-    """The suite of a name; ``KeyError`` for one that does not exist."""
+    """The suite of a name; `KeyError` for one that does not exist."""
     name = ALIASES.get(name, name)
     if name in _added:
         return _added[name]
@@ -141,7 +148,7 @@ def get(name: str) -> Suite:
 
 
 def register(suite: Suite) -> Suite:
-    """Makes a suite known; for files that are given to ``load``."""
+    """Makes a suite known; for files that are given to `load`."""
     _added[suite.name] = suite
     return suite
 
@@ -164,7 +171,7 @@ def load(path: str | os.PathLike[str]) -> None:
 
 
 def loaded() -> tuple[str, ...]:
-    """The files that ``load`` has run."""
+    """The files that `load` has run."""
     return tuple(_loaded)
 
 

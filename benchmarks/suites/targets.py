@@ -279,51 +279,93 @@ def _bound(
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:
-    """``patience_s``: how long a row may go on while the machine is noisy, or for three rounds of slow calls."""
+    """`patience_s`: how long a row may go on while the machine is noisy, or for three rounds of slow calls."""
     patience = {"patience_s": cases.TARGET_PATIENCE * options.budget_s}
     return [{**asdict(target), **options.common(), **patience} for target in cases.TARGETS]
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    wanted = [row for row in rows if row["target"] is not None]
-    met = [row for row in wanted if reached(row, row)]
-    text = f"{len(met)} of {len(wanted)} targets of the CPU kernels that were measured are met."
-    return [Claim(text, tuple(row["id"] for row in met))] if wanted else []
+def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """With the target and the share of a ceiling in words, and whether both are met."""
+    if row["status"] != "ok":
+        return [row]
+    wanted = "" if row["target"] is None else f"{'<=' if row['most'] else '>='} {row['target']:g}"
+    share = "" if row.get("peak_share") is None else f"{row['peak_share']:.0%}"
+    for ceiling in ("peak", "bandwidth"):
+        if row[ceiling] is not None:
+            share = f"{row[f'{ceiling}_share']:.0%} (>= {row[ceiling]:.0%})"
+    result = {None: "", True: "pass", False: "miss"}[reached(row)]
+    return [{**row, "wanted": wanted, "ceiling_share": share, "result": result}]
 
 
-def reached(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> bool | None:
+def reached(row: Row) -> bool | None:
     """Whether a row met its target and its share of the machine's ceiling; None where the row has no target."""
-    if config["target"] is None:
+    if row["target"] is None:
         return None
-    met: bool = metrics["figure"] <= config["target"] if config["most"] else metrics["figure"] >= config["target"]
+    met: bool = row["figure"] <= row["target"] if row["most"] else row["figure"] >= row["target"]
     return met and all(
-        config[ceiling] is None or metrics[f"{ceiling}_share"] >= config[ceiling] for ceiling in ("peak", "bandwidth")
+        row[ceiling] is None or row[f"{ceiling}_share"] >= row[ceiling] for ceiling in ("peak", "bandwidth")
     )
 
 
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """How many targets are met and which are not, the ceilings that were measured, and what rows leave to say."""
+    wanted = [row for row in rows if row["target"] is not None]
+    met = tuple(row["id"] for row in wanted if reached(row))
+    found = [Claim(f"{len(met)} of {len(wanted)} targets that were measured are met.", met)] if wanted else []
+    for row in wanted:
+        if row["id"] not in met:
+            figures = f"{row['figure']:.2f} ({row['wanted']}) {row['ceiling_share']}".rstrip()
+            found.append(Claim(f"Missed: {_name(row)} against {row['peer']}: {figures}.", (row["id"],)))
+    for ceiling, key, unit in (("peak", "peak_gflops", "GFLOP/s"), ("bandwidth", "bandwidth_gbs", "GB/s")):
+        having = [row for row in rows if key in row]
+        if having:
+            values = sorted(row[key] for row in having)
+            middle = f"{values[len(values) // 2]:.4g} {unit}, {values[0]:.4g} to {values[-1]:.4g} over the rows."
+            found.append(
+                Claim(f"{ceiling} ({having[0][f'{ceiling}_of']}): {middle}", tuple(row["id"] for row in having))
+            )
+    for row in rows:
+        if row["peer_plan_ms"] is not None:
+            found.append(Claim(f"{_name(row)}: {row['peer']} compiled in {row['peer_plan_ms']:.0f} ms.", (row["id"],)))
+        if row["note"]:
+            found.append(Claim(f"{_name(row)}: {row['note']}.", (row["id"],)))
+    return found
+
+
+def _name(row: Row) -> str:
+    return " ".join(str(row[column.key]) for column in KEY[:-1])
+
+
+KEY = (
+    Column("work", "work", "text"),
+    Column("dtype", "dtype", "text"),
+    Column("mode", "mode", "text"),
+    Column("visible", "visible", "text"),
+    Column("shape", "shape", "text"),
+    Column("peer", "peer", "text"),
+)
 SUITE = Suite(
     name="targets",
     about="The CPU kernels against their peers in one alternation. reached: the peer's time over ours; for "
-    "sparse_efficiency our time over (density x our dense time), for overhead microseconds.",
+    "sparse_efficiency our time over (density x our dense time), for overhead microseconds. ±: interquartile "
+    "range over median. MiB: peak memory of our first call. of peak: operations of the visible pairs (two products "
+    "forward, five backward) as a share of the FMA peak, or bytes of keys and values as a share of a copy, in the same "
+    "alternation.",
     configs=configs,
     run_cell=run_cell,
-    key=(
-        Column("work", "work", "text"),
-        Column("visible", "visible", "text"),
-        Column("peer", "peer", "text"),
-        Column("mode", "mode", "text"),
-        Column("dtype", "dtype", "text"),
-        Column("Nq", "q_len", "integer"),
-        Column("Nk", "kv_len", "integer"),
-        Column("D", "head_dim", "integer"),
-    ),
+    key=KEY,
     columns=(
         Column("ours ms", "ms", "ms"),
+        Column("±", "spread", "percent"),
         Column("peer ms", "peer_ms", "ms"),
-        Column("target", "target"),
+        Column("±", "peer_spread", "percent"),
+        Column("MiB", "peak_bytes", "mib"),
+        Column("target", "wanted"),
         Column("reached", "figure"),
-        Column("of peak", "peak_share", "percent"),
+        Column("of peak", "ceiling_share"),
+        Column("result", "result"),
     ),
+    expand=expand,
     claims=claims,
     default=False,
 )

@@ -139,7 +139,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 SUITE = Suite(
     name="vit",
     about="A vision transformer of two blocks on scikit-learn's digits, a token a pixel, trained with the same seed, "
-    "data order and steps for every method. A step is forward and backward of 64 images.",
+    "data order and steps for every method. A step is forward and backward of 64 images; vs torch.nn: the same model "
+    "with torch.nn.MultiheadAttention.",
     configs=configs,
     run_cell=run_cell,
     key=(Column("method", "method", "text"), Column("steps", "steps", "integer")),

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from efficient_attn.measuring.clock import NOISY
+from efficient_attn.measuring.records import Record
+
 from . import suites, view
-from .clock import NOISY
-from .records import Record
 from .suites import Column
 from .view import Row
 

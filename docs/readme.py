@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efficient_attn.benchmarks import figures, records, report, view
+from efficient_attn.benchmarks import figures, report, view
+from efficient_attn.measuring import records
 from efficient_attn.methods import methods_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -270,7 +270,7 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budg
                         console.print(f"{budget:g} minutes are over, {len(left) - number} cells are left: --resume")
                         break
                     progress.update(task, description=view.cell_name(vars(cell)))
-                    runner.run_cell(cell, out, limits, code, lookup)
+                    suites.measured(cell, lambda each: runner.run_cell(each, out, limits, code, lookup))
                     progress.advance(task)
         except KeyboardInterrupt as interrupt:
             exit_code, by = (143, "SIGTERM") if interrupt.args else (130, "Ctrl-C")

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from efficient_attn import BigBird, BlockMask, MultiheadAttention, SlidingWindow, attention, linear_attention
 from efficient_attn.measuring import clock, inputs
-from efficient_attn.measuring.calls import sized
+from efficient_attn.measuring.calls import Call, Operator, binder, sized
 
 from .. import cases, peers
 from . import Claim, Column, Options, Row, Suite
-from .sparsity import random_blocks
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def _visible(config: Mapping[str, Any]) -> Visible:
     elif kind == "bigbird":
         mask = BigBird().block_mask(q_len, kv_len, num_heads=heads)
     else:
-        mask = random_blocks(q_len, kv_len, int(percent) / 100, generator)
+        mask = inputs.random_blocks(q_len, kv_len, int(percent) / 100)
     return Visible(mask=mask, density=mask.density)
 
 
@@ -175,8 +172,9 @@ def _attention_calls(config: Mapping[str, Any], visible: Visible) -> dict[str, C
     tensors = (query, qkv[1], qkv[2])
 
     ours = partial(attention, mask=visible.mask, bias=visible.bias, is_causal=visible.is_causal)
-    calls = {"ours": _bound(config["mode"], ours, tensors, visible.bias)}
-    peer: Callable[..., Tensor] | None = None
+    bound = binder(config["mode"], tensors, more=() if visible.bias is None else (visible.bias,))
+    calls = {"ours": bound(ours)}
+    peer: Operator | None = None
     match config["peer"]:
         case "sdpa":
             peer = partial(peers.sdpa, is_causal=visible.is_causal)
@@ -188,7 +186,7 @@ def _attention_calls(config: Mapping[str, Any], visible: Visible) -> dict[str, C
         case "dense":
             peer = attention
     if peer is not None:
-        calls["peer"] = _bound(config["mode"], peer, tensors, visible.bias)
+        calls["peer"] = bound(peer)
     return calls
 
 
@@ -208,7 +206,8 @@ def _linear_calls(config: Mapping[str, Any]) -> dict[str, Call]:
             return torch.einsum("bhnf,bhnfd->bhnd", q, states) / (q * k.cumsum(dim=2)).sum(dim=-1, keepdim=True)
         return (q @ (k.transpose(-1, -2) @ v)) / (q * k.sum(dim=2, keepdim=True)).sum(dim=-1, keepdim=True)
 
-    return {name: _bound(config["mode"], call, qkv) for name, call in (("ours", ours), ("peer", formula))}
+    bound = binder(config["mode"], qkv)
+    return {"ours": bound(ours), "peer": bound(formula)}
 
 
 def _method_calls(config: Mapping[str, Any]) -> dict[str, Call]:
@@ -217,28 +216,20 @@ def _method_calls(config: Mapping[str, Any]) -> dict[str, Call]:
     heads, head_dim = config["heads"], config["head_dim"]
     state: Any = method.build(heads * head_dim, heads, head_dim)
     qkv = inputs.photograph_qkv(config["kv_len"], heads=heads, head_dim=head_dim)
-    parameters = () if state is None else tuple(state.parameters())
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = method.attend(q, k, v, state=state)[0]
         return out
 
-    peer: Callable[..., Tensor] = attention
-    if config["peer"] == "formula":
-        match method.name:
-            case "linformer":
-                peer = partial(peers.linformer, E=state.key_projection, F=state.value())
-            case "nystrom":
-                peer = partial(peers.nystrom, landmarks=method.landmarks)
-            case "performer":
-                peer = partial(peers.performer, projection=state.projection)
-        wanted = parameters
-    else:
-        wanted = ()
-    return {
-        "ours": _bound(config["mode"], ours, qkv, parameters=parameters),
-        "peer": _bound(config["mode"], peer, qkv, parameters=wanted),
+    bound = binder(config["mode"], qkv, state)
+    if config["peer"] != "formula":
+        return {"ours": bound(ours), "peer": binder(config["mode"], qkv)(attention)}
+    formula: Mapping[str, Callable[[], Operator]] = {
+        "linformer": lambda: partial(peers.linformer, E=state.key_projection, F=state.value()),
+        "nystrom": lambda: partial(peers.nystrom, landmarks=method.landmarks),
+        "performer": lambda: partial(peers.performer, projection=state.projection),
     }
+    return {"ours": bound(ours), "peer": bound(formula[method.name]())}
 
 
 def _module_calls(config: Mapping[str, Any]) -> dict[str, Call]:
@@ -258,25 +249,6 @@ def _module_calls(config: Mapping[str, Any]) -> dict[str, Call]:
         return lambda: torch.autograd.grad(module(x, x, x, need_weights=False)[0].sum(), parameters)
 
     return {name: call(module) for name, module in modules.items()}
-
-
-def _bound(
-    mode: str,
-    operator: Callable[..., Tensor],
-    tensors: tuple[Tensor, ...],
-    bias: Tensor | None = None,
-    parameters: tuple[Tensor, ...] = (),
-) -> Call:
-    """A call of no arguments: forward, both directions, or the backward alone on a graph that is kept."""
-    if mode == "fwd":
-        return torch.no_grad()(lambda: operator(*tensors))
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    wanted = [*leaves, *parameters] if bias is None else [*leaves, bias]
-    grad_out = tensors[0].roll(1, dims=2)
-    if mode == "fwd_bwd":
-        return lambda: torch.autograd.grad(operator(*leaves), wanted, grad_out)
-    out = operator(*leaves)
-    return lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True)
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:

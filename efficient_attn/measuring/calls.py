@@ -57,15 +57,28 @@ def relative_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *, ca
     return float(f"{((out[:, :, rows].double() - exact).norm() / exact.norm()).item():.3g}")
 
 
-def binder(mode: str, qkv: Sequence[Tensor], state: nn.Module | None = None) -> Callable[[Operator], Call]:
-    """Binds an operator to the inputs: a call of no arguments that runs forward, or forward and backward."""
+def binder(
+    mode: str, qkv: Sequence[Tensor], state: nn.Module | None = None, more: Sequence[Tensor] = ()
+) -> Callable[[Operator], Call]:
+    """Binds an operator to its inputs: a call of no arguments.
+
+    Args:
+        mode: fwd or decode (forward without gradients), fwd_bwd, or bwd: the backward alone, on a graph that is kept.
+        qkv: query, key and value; the output has the query's shape.
+        state: a module whose parameters are differentiated too.
+        more: other tensors that are.
+    """
     if mode in ("fwd", "decode"):
         return lambda operator: torch.no_grad()(lambda: operator(*qkv))
     leaves = [t.detach().clone().requires_grad_() for t in qkv]
     parameters = [] if state is None else [p for p in state.parameters() if p.requires_grad]
-    grad_out = qkv[0].roll(1, dims=2)  # as structured as the inputs; out has the query's shape
+    wanted = [*leaves, *parameters, *more]
+    grad_out = qkv[0].roll(1, dims=2)  # as structured as the inputs
 
     def bound(operator: Operator) -> Call:
-        return lambda: torch.autograd.grad(operator(*leaves), [*leaves, *parameters], grad_out, allow_unused=True)
+        if mode == "fwd_bwd":
+            return lambda: torch.autograd.grad(operator(*leaves), wanted, grad_out, allow_unused=True)
+        out = operator(*leaves)
+        return lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True, allow_unused=True)
 
     return bound

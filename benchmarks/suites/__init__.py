@@ -19,6 +19,8 @@ from typing import Any
 
 from efficient_attn.methods import METHODS
 
+from .. import cases
+
 Config = Mapping[str, Any]
 Row = Mapping[str, Any]
 ALIASES = {"cpu": "targets"}  # what a suite is also called on the command line
@@ -45,8 +47,9 @@ class Options:
         return {"threads": self.threads, "budget_s": self.budget_s, "seed": self.seed}
 
     def specs(self, default: Sequence[str]) -> tuple[str, ...]:
-        """The methods that were asked for; else the suite's, and those that a loaded file has registered."""
-        return self.methods or (*default, *_added_methods)
+        """The methods that were asked for; else the suite's, and those that somebody else has registered."""
+        ours = {"causal", *(spec.partition(":")[0] for spec in cases.OPERATOR_METHODS)}
+        return self.methods or (*default, *(name for name in METHODS if name not in ours))
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,6 @@ class Suite:
 
 
 _added: dict[str, Suite] = {}
-_added_methods: list[str] = []
 _loaded: list[str] = []
 
 
@@ -165,7 +167,6 @@ def load(path: str | os.PathLike[str]) -> None:
     place = str(Path(path).resolve())
     if place in _loaded:
         return
-    before = set(METHODS)
     name = f"efficient_attn_loaded_{len(_loaded)}_{Path(place).stem}"
     spec = importlib.util.spec_from_file_location(name, place)
     if spec is None or spec.loader is None:
@@ -174,7 +175,6 @@ def load(path: str | os.PathLike[str]) -> None:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     _loaded.append(place)
-    _added_methods.extend(sorted(set(METHODS) - before))
 
 
 def measured(cell: Any, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -6,31 +6,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from efficient_attn.measuring import clock, inputs
-from efficient_attn.measuring.calls import WARM_UP_LENGTH, binder, shaped, sized
+from efficient_attn.measuring import clock
+from efficient_attn.measuring.calls import binder
 
 from .. import cases
 from . import Chart, Claim, Column, Options, Row, Suite, grid
+from .ops import operator, prepared, warm_up
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Peak bytes above the inputs of planning and running ``config``'s method once.
+    """Peak bytes above the inputs of planning and running the method of `config` once.
 
-    ``config``: method (spec), seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, threads.
+    `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, threads.
     """
-    torch.manual_seed(0)
-    method = sized(config["method"], config["seqlen"])
-    heads, head_dim, dtype = config["heads"], config["head_dim"], getattr(torch, config["dtype"])
-    state = method.build(heads * head_dim, heads, head_dim, dtype=dtype)
-    qkv = inputs.photograph_qkv(config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype)
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = shaped(method, query.shape[2]).attend(query, key, value, state=state)[0]
-        return out
-
-    binder(config["mode"], [t[:, :, :WARM_UP_LENGTH] for t in qkv], state)(attend)()
+    method, state, qkv = prepared(config)
+    warm_up(config, method, state, qkv)
+    attend, _ = operator(config, method, state, qkv)
     call = binder(config["mode"], qkv, state)(attend)
     with clock.PeakMemory() as peak:
         call()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficient_attn import functional, hybrid, methods
 from efficient_attn.errors import EfficientAttnError
@@ -20,12 +20,14 @@ from efficient_attn.measuring.calls import (
     UNPLANNED,
     WARM_UP_LENGTH,
     Call,
+    Operator,
     binder,
     planned,
     relative_error,
     shaped,
     sized,
 )
+from efficient_attn.methods.continuation import continuation
 from efficient_attn.patterns import Pattern
 
 from .. import cases, peers
@@ -35,41 +37,21 @@ from . import Chart, Claim, Column, Options, Row, Suite, grid
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of one cell: memory first, while nothing else has run here, then error, then interleaved times.
 
-    ``config``: method (spec), seqlen, mode ("fwd", "fwd_bwd", "decode"), causal, dtype, batch, heads, head_dim,
+    `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd", "decode"), causal, dtype, batch, heads, head_dim,
     budget_s, threads, and at choice backend.
     """
-    torch.manual_seed(config.get("seed", 0))
-    method = sized(config["method"], config["seqlen"])
-    heads, head_dim, dtype = config["heads"], config["head_dim"], getattr(torch, config["dtype"])
+    method, state, qkv = prepared(config)
     decodes = config["mode"] == "decode"
     causal = not decodes and (config["causal"] or method.name == "causal")
-    state = method.build(heads * head_dim, heads, head_dim, dtype=dtype)
-    qkv = inputs.photograph_qkv(config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype)
-    options: dict[str, Any] = {"is_causal": config["causal"], "backend": config.get("backend", "auto")}
-    if decodes:
-        qkv = (qkv[0][:, :, -1:].contiguous(), *qkv[1:])
-        options |= {"is_causal": True, "causal_alignment": "bottom_right"}
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        fitted = shaped(method, key.shape[2])
-        out: Tensor = fitted.attend(query, key, value, state=state, **options)[0]
-        return out
-
+    warm_up(config, method, state, qkv)
     bound = binder(config["mode"], qkv, state)
-    # Thread pools, code pages and caches of the library are not this call's memory.
-    warm_up = [t[:, :, :WARM_UP_LENGTH] for t in qkv]
-    try:
-        binder(config["mode"], warm_up, state)(attend)()
-    except EfficientAttnError as error:
-        if decodes:  # "defined for self-attention"
-            raise NotImplementedError(f"one query alone: {error}") from error
-        raise
-
     with clock.PeakMemory() as peak:
-        plan = {} if decodes else _plan(method, qkv, causal=config["causal"])
+        started = time.perf_counter()
+        masks = [] if decodes else _masks(method, qkv, causal=config["causal"])
+        attend, mask = operator(config, method, state, qkv)
+        plan = _plan([mask] if mask is not None else masks, started)
         call = bound(attend)
         call()
-
     with torch.no_grad():
         error = relative_error(attend(*qkv), *qkv, causal=causal)
     calls: dict[str, Call] = {"method": call}
@@ -92,15 +74,62 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plan(method: methods.Method, qkv: Sequence[Tensor], *, causal: bool) -> dict[str, Any]:
-    """Makes the masks of a sparse method once, which a later call finds made: how long, how dense, how large."""
-    started = time.perf_counter()
-    masks: list[BlockMask] = []  # the first is that of the exact pairs
+def prepared(config: Mapping[str, Any]) -> tuple[methods.Method, nn.Module | None, tuple[Tensor, Tensor, Tensor]]:
+    """The method of a cell, its state, and query, key and value (B, H, N, D); to decode, the last query alone."""
+    torch.manual_seed(config.get("seed", 0))
+    method = sized(config["method"], config["seqlen"])
+    heads, head_dim, dtype = config["heads"], config["head_dim"], getattr(torch, config["dtype"])
+    state = method.build(heads * head_dim, heads, head_dim, dtype=dtype)
+    query, key, value = inputs.photograph_qkv(
+        config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype
+    )
+    return method, state, (query[:, :, -1:].contiguous() if config["mode"] == "decode" else query, key, value)
+
+
+def operator(
+    config: Mapping[str, Any], method: methods.Method, state: nn.Module | None, qkv: Sequence[Tensor]
+) -> tuple[Operator, BlockMask | None]:
+    """The method as a function of query, key and value; to decode, with the mask that places the query at the end."""
+    query, key, _ = qkv
+    options: dict[str, Any] = {"is_causal": config.get("causal", False), "backend": config.get("backend", "auto")}
+    mask = None
+    if config["mode"] == "decode":
+        last = key.shape[2] - 1
+        heads, device = query.shape[1], query.device
+        method, mask = continuation(method, 1, key.shape[2], num_heads=heads, first=last, device=device)
+        options |= {"mask": mask, "is_causal": True, "causal_alignment": "bottom_right"}
+    else:
+        method = shaped(method, key.shape[2])
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return method.attend(query, key, value, state=state, **options)[0]
+
+    return attend, mask
+
+
+def warm_up(config: Mapping[str, Any], method: methods.Method, state: nn.Module | None, qkv: Sequence[Tensor]) -> None:
+    """A short call: thread pools, code pages and caches of the library are not the memory of the call measured."""
+    short = [t[:, :, :WARM_UP_LENGTH] for t in qkv]
+    try:
+        binder(config["mode"], short, state)(operator(config, method, state, short)[0])()
+    except EfficientAttnError as error:
+        if config["mode"] == "decode":  # "cannot be causal"
+            raise NotImplementedError(f"one query alone: {error}") from error
+        raise
+
+
+def _masks(method: methods.Method, qkv: Sequence[Tensor], *, causal: bool) -> list[BlockMask]:
+    """The masks that a sparse method makes once, which a later call finds made; the first is of the exact pairs."""
     if isinstance(method, methods.Hybrid):
         split = hybrid.plan(method.sparse, qkv[0], qkv[1], method.tail.block, is_causal=causal)
-        masks = [split.exact, split.over_blocks]
-    elif isinstance(method, Pattern) and method.name not in UNPLANNED:
-        masks = [planned(method, *qkv[:2])]
+        return [split.exact, split.over_blocks]
+    if isinstance(method, Pattern) and method.name not in UNPLANNED:
+        return [planned(method, *qkv[:2])]
+    return []
+
+
+def _plan(masks: Sequence[BlockMask], started: float) -> dict[str, Any]:
+    """How long the masks took, how dense and how large they are."""
     if not masks:
         return {}
     return {
@@ -116,9 +145,8 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
     shape = {"dtype": options.dtypes, **cases.OPERATOR_SHAPE, "causal": options.causal, "backend": options.backend}
     for seqlen in lengths:
         for mode in options.modes or cases.MODES:
-            specs = options.specs(cases.OPERATOR_METHODS)
-            if mode == "decode" and not options.methods:
-                specs = tuple(spec for spec in specs if spec.partition(":")[0] in cases.DECODES and "+" not in spec)
+            methods = cases.OPERATOR_METHODS if mode != "decode" else cases.DECODES
+            specs = options.specs(tuple(methods))
             yield from grid(seqlen=seqlen, mode=mode, method=specs, **shape, **options.common())
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 
 from efficient_attn import attention
 from efficient_attn.benchmarks import cases
+from efficient_attn.benchmarks.suites import ops
 from efficient_attn.measuring import calls, inputs
 
 LENGTH = 2048
@@ -41,21 +42,13 @@ def one_thread():
 @pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("method", METHODS)
 def test_operator(benchmark, method, mode):
-    if mode == "decode" and method.partition(":")[0] not in cases.DECODES:
-        pytest.skip("one query alone cannot use it")
-    shape = cases.OPERATOR_SHAPE
-    built = calls.sized(method, LENGTH)
-    state = built.build(shape["heads"] * shape["head_dim"], shape["heads"], shape["head_dim"])
-    query, key, value = inputs.photograph_qkv(LENGTH, **shape)
-    options = {}
-    if mode == "decode":
-        query, options = query[:, :, -1:], {"is_causal": True, "causal_alignment": "bottom_right"}
-
-    def attend(query, key, value):
-        return built.attend(query, key, value, state=state, **options)[0]
-
+    if mode == "decode" and method not in cases.DECODES:
+        pytest.skip("not for one query alone")
+    config = {"method": method, "seqlen": LENGTH, "mode": mode, "dtype": "float32", **cases.OPERATOR_SHAPE}
+    built, state, qkv = ops.prepared(config)
+    attend, _ = ops.operator(config, built, state, qkv)
     benchmark.group = mode
-    benchmark(calls.binder(mode, (query, key, value), state)(attend))
+    benchmark(calls.binder(mode, qkv, state)(attend))
 
 
 @pytest.mark.parametrize("percent", [50, 10])

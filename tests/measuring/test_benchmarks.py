@@ -23,7 +23,7 @@ from rich.console import Console
 
 from efficient_attn import MultiheadAttention, lowrank, parse
 from efficient_attn.benchmarks import cases, figures, peers, report, suites, view
-from efficient_attn.benchmarks.suites import memory, targets, vit
+from efficient_attn.benchmarks.suites import memory, ops, targets, vit
 from efficient_attn.measuring import calls, clock, inputs, records, runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -318,17 +318,30 @@ def test_every_default_method_is_measured(tmp_path, method, mode):
     assert ("plan_ms" in record) == (parse(method).name not in plan_free)
 
 
-DECODING = [spec for spec in cases.OPERATOR_METHODS if spec.partition(":")[0] in cases.DECODES and "+" not in spec]
-
-
-@pytest.mark.parametrize("method", DECODING)
+@pytest.mark.parametrize("method", cases.DECODES)
 def test_one_query_at_the_end_of_a_cache_is_measured(method):
     row = run_operator(method, mode="decode")
-    assert row["ms"] > 0 and row["error"] < (1e-5 if method == "dense" else 2.0) and "plan_ms" not in row
+    assert row["ms"] > 0 and row["error"] < (1e-5 if method == "dense" else 2.0)
+    placed = parse(method).name in ("sliding_window", "strided", "longformer", "bigbird")
+    assert ("plan_ms" in row) == placed
+
+
+@pytest.mark.parametrize("method", ["sliding_window:left=16,right=16", "dilated:left=8,right=8,dilation=2"])
+def test_a_lone_query_sees_the_keys_at_the_end(method):
+    """As the last row of the whole sequence does, never the first keys."""
+    config = {**OPS, "method": method, "seqlen": 300, "causal": True}
+    whole, alone = {**config, "mode": "fwd"}, {**config, "mode": "decode"}
+    outs = []
+    for one in (whole, alone):
+        built, state, qkv = ops.prepared(one)
+        attend, mask = ops.operator(one, built, state, qkv)
+        outs.append(attend(*qkv)[:, :, -1:])
+        assert mask is None or not mask.to_dense()[..., : 300 - 17].any()
+    torch.testing.assert_close(*outs)
 
 
 def test_a_method_of_whole_sequences_does_not_decode(tmp_path):
-    record = run_one(tmp_path, "ops", {**OPS, "method": "documents:lengths=64", "mode": "decode"})
+    record = run_one(tmp_path, "ops", {**OPS, "method": "linformer:rank=16", "mode": "decode"})
     assert record["status"] == "unsupported" and "one query alone" in record["message"]
 
 

@@ -39,7 +39,7 @@ OPERATOR_SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 MODES = ("fwd", "fwd_bwd", "decode")
 SEQLENS = (128, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_SEQLENS = (128, 2048)
-# Those that generate token by token; of patterns that are for texts, images or other lengths nobody asks it.
+# The causal ones that are used to generate token by token.
 DECODES = tuple(
     spec
     for spec in OPERATOR_METHODS
@@ -74,12 +74,12 @@ TARGET_PATIENCE = 6
 
 @dataclass(frozen=True)
 class Target:
-    """One row of ``make bench-cpu``: our call against a peer's on the same tensors, and the ratio to reach.
+    """One row of `make bench-cpu`: our call against a peer's on the same tensors, and the ratio to reach.
 
-    ``visible`` says which pairs count: full, causal, window (256), bigbird, random:<percent> (block 64 lists), bool (a
-    dense bool mask), bias (a dense additive bias; with a gradient in fwd_bwd). ``peak`` is the share of the measured
-    FMA peak to reach, ``bandwidth`` that of the measured copy bandwidth. ``most`` marks a figure that must stay below
-    the target, ``note`` is printed below the table.
+    `visible` says which pairs count: full, causal, window (256), bigbird, random:<percent> (block 64 lists), bool (a
+    dense bool mask), bias (a dense additive bias; with a gradient in fwd_bwd). `peak` is the share of the measured
+    FMA peak to reach, `bandwidth` that of the measured copy bandwidth. `most` marks a figure that must stay below
+    the target, `note` is printed below the table.
     """
 
     work: str  # attention | linear_attention | method | sparse_efficiency | overhead | module

@@ -1,4 +1,4 @@
-"""``efficient-attn bench`` and ``efficient-attn report``."""
+"""`efficient-attn bench` and `efficient-attn report`."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def plan(
     backend: str = "auto",
     peer_names: tuple[str, ...] = (),
 ) -> list[runner.Cell]:
-    """The cells of a run, an equal share of each suite at any time; raises ``typer.BadParameter`` for anything wrong
+    """The cells of a run, an equal share of each suite at any time; raises `typer.BadParameter` for anything wrong
     before any of them starts."""
     known = suites.names()
     names = list(dict.fromkeys(suites.ALIASES.get(name, name) for name in names))
@@ -182,8 +182,8 @@ def _interleaved(grids: Sequence[Sequence[runner.Cell]]) -> list[runner.Cell]:
 
 
 def split_specs(text: str) -> list[str]:
-    """``"dense,bigbird:block=64,window=3"`` -> ``["dense", "bigbird:block=64,window=3"]``: a part whose ``=`` comes
-    before any ``:`` belongs to the spec before it."""
+    """`"dense,bigbird:block=64,window=3"` -> `["dense", "bigbird:block=64,window=3"]`: a part whose `=` comes
+    before any `:` belongs to the spec before it."""
     specs: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         if specs and "=" in part.partition(":")[0]:
@@ -194,7 +194,7 @@ def split_specs(text: str) -> list[str]:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """``"512,2k,16k"`` or ``"512:4096:x2"`` (from:to:factor) -> lengths, ascending."""
+    """`"512,2k,16k"` or `"512:4096:x2"` (from:to:factor) -> lengths, ascending."""
     geometric = re.fullmatch(r"(\w+):(\w+):x(\d+)", text)
     if geometric:
         first, last, factor = _length(geometric[1]), _length(geometric[2]), int(geometric[3])
@@ -245,7 +245,7 @@ def _folder(out: Path | None, resume: bool) -> Path:
 
 
 def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budget: float | None = None) -> int:
-    """Measures what is not done yet, for ``budget`` minutes at most, shows the results, and returns the exit code: 130
+    """Measures what is not done yet, for `budget` minutes at most, shows the results, and returns the exit code: 130
     or 143 after Ctrl-C or SIGTERM."""
     path = folder / "results.jsonl"
     code, console = records.code_version(), Console()

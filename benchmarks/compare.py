@@ -1,7 +1,7 @@
-"""``efficient-attn compare A B``: the cells that two runs share, their ratios, and whether B is slower.
+"""`efficient-attn compare A B`: the cells that two runs share, their ratios, and whether B is slower.
 
 The ratio is of medians; its interval is a percentile bootstrap (Efron, 1979) over the samples of both runs. Run the two
-on the same idle machine; with ``--relative`` each sample is first divided by that of the peer in the same round of the
+on the same idle machine; with `--relative` each sample is first divided by that of the peer in the same round of the
 alternation, which takes out what slowed both.
 """
 
@@ -30,9 +30,9 @@ IGNORED = ("budget_s", "patience_s")  # how long a cell was measured, not what
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell in both runs. ``ratio`` is B over A: above 1 is slower (or larger); ``interval`` None: too few samples.
+    """One cell in both runs. `ratio` is B over A: above 1 is slower (or larger); `interval` None: too few samples.
 
-    ``verdict``: regression, improvement, same, unsure (no interval), failed (B has no figure where A has one), fixed.
+    `verdict`: regression, improvement, same, unsure (no interval), failed (B has no figure where A has one), fixed.
     """
 
     name: str
@@ -54,11 +54,11 @@ def compare(
 ) -> list[Comparison]:
     """The cells that both sides have.
 
-    A regression is a ratio whose whole interval lies above ``1 + threshold``, an improvement one whose whole interval
-    lies below ``1 / (1 + threshold)``. A metric other than "ms" (peak_bytes, error...) is one number: its interval is
+    A regression is a ratio whose whole interval lies above `1 + threshold`, an improvement one whose whole interval
+    lies below `1 / (1 + threshold)`. A metric other than "ms" (peak_bytes, error...) is one number: its interval is
     the ratio itself.
 
-    Raises ``ValueError`` when no cell is in both.
+    Raises `ValueError` when no cell is in both.
     """
     old, new = ({_key(record): record for record in side} for side in (before, after))
     shared = [key for key in old if key in new]
@@ -113,7 +113,7 @@ def _samples(record: Mapping[str, Any], metric: str, relative: bool) -> list[flo
 
 
 def bootstrap(before: Sequence[float], after: Sequence[float], confidence: float) -> tuple[float, float] | None:
-    """The percentile interval of median(after) / median(before); None with fewer than ``FEWEST`` samples."""
+    """The percentile interval of median(after) / median(before); None with fewer than `FEWEST` samples."""
     if min(len(before), len(after)) < FEWEST:
         return None
     generator = numpy.random.default_rng(0)

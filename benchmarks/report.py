@@ -87,7 +87,7 @@ def _conditions(suite: suites.Suite, rows: Sequence[Row]) -> tuple[str, list[Col
 
 
 def _unknown(name: str, rows: Sequence[Row]) -> Table:
-    """Of a suite in a file that is not loaded now: nobody says what its figures are."""
+    """The rows as they are, of a suite whose file is not loaded now."""
     hidden = ("suite", "status", "id", "series", "shape", "noisy", "environment")
     lines = [([row["status"], str({k: v for k, v in row.items() if k not in hidden})], False) for row in rows]
     columns = [Column("status", "status", "text"), Column("row", "row", "text")]

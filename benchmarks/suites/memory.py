@@ -1,4 +1,4 @@
-"""Suite ``memory``: peak extra memory of one call against its length, the check that sparse attention needs O(n)."""
+"""Suite `memory`: peak extra memory of one call against its length, the check that sparse attention needs O(n)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suite ``ops``: one method as an operator on real activations, beside exact attention in the same run.
+"""Suite `ops`: one method as an operator on real activations, beside exact attention in the same run.
 
 Forward, forward and backward, and decoding: one query at the end of a cache.
 """
@@ -38,7 +38,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of one cell: memory first, while nothing else has run here, then error, then interleaved times.
 
     `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd", "decode"), causal, dtype, batch, heads, head_dim,
-    budget_s, threads, and at choice backend.
+    budget_s, threads, and optionally backend.
     """
     method, state, qkv = prepared(config)
     decodes = config["mode"] == "decode"

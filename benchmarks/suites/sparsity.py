@@ -1,4 +1,4 @@
-"""Suite ``sparsity``: time against density, beside the ideal line: density times the time of exact attention.
+"""Suite `sparsity`: time against density, beside the ideal line: density times the time of exact attention.
 
 Masks of whole blocks drawn at random are the worst case for caches; windows of the same density are contiguous.
 """
@@ -25,7 +25,7 @@ SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Time under the mask beside exact attention and torch SDPA without one, in one alternation.
 
-    ``config``: pattern ("random", "window"), percent, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim,
+    `config`: pattern ("random", "window"), percent, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim,
     budget_s, threads, seed.
     """
     length = config["seqlen"]

@@ -1,4 +1,4 @@
-"""Suite ``targets``: the CPU kernels against their peers and against the machine, one row of ``cases.TARGETS`` a
+"""Suite `targets`: the CPU kernels against their peers and against the machine, one row of `cases.TARGETS` a
 cell."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import Claim, Column, Options, Row, Suite
 
 @dataclass(frozen=True)
 class Visible:
-    """Which pairs a row computes, in our terms (``mask``, ``bias``) and in SDPA's (``theirs``)."""
+    """Which pairs a row computes, in our terms (`mask`, `bias`) and in SDPA's (`theirs`)."""
 
     mask: BlockMask | None = None
     bias: Tensor | None = None
@@ -36,8 +36,8 @@ class Visible:
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our time, the peer's and the machine's ceiling in the same alternation, and the figure that the target is about.
 
-    ``config``: the fields of ``cases.Target``, budget_s, patience_s, threads. What is done once (our mask, the peer's
-    compilation) is timed apart: ``plan_ms``, ``peer_plan_ms``.
+    `config`: the fields of `cases.Target`, budget_s, patience_s, threads. What is done once (our mask, the peer's
+    compilation) is timed apart: `plan_ms`, `peer_plan_ms`.
     """
     started = time.perf_counter()
     visible = _visible(config)

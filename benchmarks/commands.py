@@ -1,4 +1,4 @@
-"""``efficient-attn bench`` and ``efficient-attn report``."""
+"""`efficient-attn bench` and `efficient-attn report`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from efficient_attn.errors import InputError
 from efficient_attn.measuring import clock, records, runner
 from efficient_attn.measuring.run_folder import make_run_folder
 
-from . import cases, html_report, peers, plot, suites
+from . import cases, figures, html_report, peers, suites, view
 from . import report as reporting
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -135,7 +135,7 @@ def plan(
     backend: str = "auto",
     peer_names: tuple[str, ...] = (),
 ) -> list[runner.Cell]:
-    """The cells of a run, an equal share of each suite at any time; raises ``typer.BadParameter`` for anything wrong
+    """The cells of a run, an equal share of each suite at any time; raises `typer.BadParameter` for anything wrong
     before any of them starts."""
     known = suites.names()
     names = list(dict.fromkeys(suites.ALIASES.get(name, name) for name in names))
@@ -182,8 +182,8 @@ def _interleaved(grids: Sequence[Sequence[runner.Cell]]) -> list[runner.Cell]:
 
 
 def split_specs(text: str) -> list[str]:
-    """``"dense,bigbird:block=64,window=3"`` -> ``["dense", "bigbird:block=64,window=3"]``: a part whose ``=`` comes
-    before any ``:`` belongs to the spec before it."""
+    """`"dense,bigbird:block=64,window=3"` -> `["dense", "bigbird:block=64,window=3"]`: a part whose `=` comes
+    before any `:` belongs to the spec before it."""
     specs: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         if specs and "=" in part.partition(":")[0]:
@@ -194,7 +194,7 @@ def split_specs(text: str) -> list[str]:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """``"512,2k,16k"`` or ``"512:4096:x2"`` (from:to:factor) -> lengths, ascending."""
+    """`"512,2k,16k"` or `"512:4096:x2"` (from:to:factor) -> lengths, ascending."""
     geometric = re.fullmatch(r"(\w+):(\w+):x(\d+)", text)
     if geometric:
         first, last, factor = _length(geometric[1]), _length(geometric[2]), int(geometric[3])
@@ -245,7 +245,7 @@ def _folder(out: Path | None, resume: bool) -> Path:
 
 
 def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budget: float | None = None) -> int:
-    """Measures what is not done yet, for ``budget`` minutes at most, shows the results, and returns the exit code: 130
+    """Measures what is not done yet, for `budget` minutes at most, shows the results, and returns the exit code: 130
     or 143 after Ctrl-C or SIGTERM."""
     path = folder / "results.jsonl"
     code, console = records.code_version(), Console()
@@ -269,8 +269,8 @@ def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budg
                     if budget is not None and time.monotonic() - started >= 60 * budget:
                         console.print(f"{budget:g} minutes are over, {len(left) - number} cells are left: --resume")
                         break
-                    progress.update(task, description=reporting.cell_name(vars(cell)))
-                    runner.run_cell(cell, out, limits, code, lookup)
+                    progress.update(task, description=view.cell_name(vars(cell)))
+                    suites.measured(cell, lambda each: runner.run_cell(each, out, limits, code, lookup))
                     progress.advance(task)
         except KeyboardInterrupt as interrupt:
             exit_code, by = (143, "SIGTERM") if interrupt.args else (130, "Ctrl-C")
@@ -289,7 +289,7 @@ def _warn_if_busy(console: Console, noise: float) -> None:
 
 def _show(found: Sequence[records.Record], png: Path) -> bool:
     """Prints the tables and draws the picture of some records; False when they hold no cell."""
-    cells = reporting.latest(found)
+    cells = view.latest(found)
     if not cells:
         return False
     environment = next(record for record in reversed(found) if record["type"] == "environment")
@@ -302,7 +302,7 @@ def _show(found: Sequence[records.Record], png: Path) -> bool:
     noisy = sum(cell.get("spread", 0) > clock.NOISY for cell in cells)
     if noisy:
         console.print(f"[yellow]{noisy} of {len(cells)} times are noisy[/]: an interquartile range above 25 %")
-    if plot.save(cells, png, about):
+    if figures.overview(view.rows(cells), png, about):
         console.print(f"{png}", highlight=False)
     return True
 

@@ -1,7 +1,7 @@
-"""``efficient-attn compare A B``: the cells that two runs share, their ratios, and whether B is slower.
+"""`efficient-attn compare A B`: the cells that two runs share, their ratios, and whether B is slower.
 
 The ratio is of medians; its interval is a percentile bootstrap (Efron, 1979) over the samples of both runs. Run the two
-on the same idle machine; with ``--relative`` each sample is first divided by that of the peer in the same round of the
+on the same idle machine; with `--relative` each sample is first divided by that of the peer in the same round of the
 alternation, which takes out what slowed both.
 """
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from efficient_attn.measuring import records
 from efficient_attn.measuring.records import Record
 
-from . import report
+from . import report, view
 
 RESAMPLES = 2000
 FEWEST = 3  # samples on either side for an interval
@@ -30,9 +30,9 @@ IGNORED = ("budget_s", "patience_s")  # how long a cell was measured, not what
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell in both runs. ``ratio`` is B over A: above 1 is slower (or larger); ``interval`` None: too few samples.
+    """One cell in both runs. `ratio` is B over A: above 1 is slower (or larger); `interval` None: too few samples.
 
-    ``verdict``: regression, improvement, same, unsure (no interval), failed (B has no figure where A has one), fixed.
+    `verdict`: regression, improvement, same, unsure (no interval), failed (B has no figure where A has one), fixed.
     """
 
     name: str
@@ -54,11 +54,11 @@ def compare(
 ) -> list[Comparison]:
     """The cells that both sides have.
 
-    A regression is a ratio whose whole interval lies above ``1 + threshold``, an improvement one whose whole interval
-    lies below ``1 / (1 + threshold)``. A metric other than "ms" (peak_bytes, error...) is one number: its interval is
+    A regression is a ratio whose whole interval lies above `1 + threshold`, an improvement one whose whole interval
+    lies below `1 / (1 + threshold)`. A metric other than "ms" (peak_bytes, error...) is one number: its interval is
     the ratio itself.
 
-    Raises ``ValueError`` when no cell is in both.
+    Raises `ValueError` when no cell is in both.
     """
     old, new = ({_key(record): record for record in side} for side in (before, after))
     shared = [key for key in old if key in new]
@@ -71,12 +71,13 @@ def compare(
 
 
 def _key(record: Record) -> str:
-    config = {key: value for key, value in record["config"].items() if key not in IGNORED}
+    config = {"seed": 0, **record["config"]}  # which old rows do not name
+    config = {key: value for key, value in config.items() if key not in IGNORED}
     return f"{record['suite']} {sorted(config.items())}"
 
 
 def _one(old: Record, new: Record, *, threshold: float, confidence: float, metric: str, relative: bool) -> Comparison:
-    name = report.cell_name(new)
+    name = view.cell_name(new)
     if new["status"] != "ok" or old["status"] != "ok":
         verdict = "failed" if old["status"] == "ok" else "fixed" if new["status"] == "ok" else "same"
         return Comparison(f"{name} ({old['status']} -> {new['status']})", None, None, None, None, verdict)
@@ -112,7 +113,7 @@ def _samples(record: Mapping[str, Any], metric: str, relative: bool) -> list[flo
 
 
 def bootstrap(before: Sequence[float], after: Sequence[float], confidence: float) -> tuple[float, float] | None:
-    """The percentile interval of median(after) / median(before); None with fewer than ``FEWEST`` samples."""
+    """The percentile interval of median(after) / median(before); None with fewer than `FEWEST` samples."""
     if min(len(before), len(after)) < FEWEST:
         return None
     generator = numpy.random.default_rng(0)
@@ -128,7 +129,7 @@ def bootstrap(before: Sequence[float], after: Sequence[float], confidence: float
 
 def print_comparison(found: Sequence[Comparison], metric: str, console: Console) -> None:
     """A table of all cells, the slowest change first, and a line with the geometric mean."""
-    table = report.make_table("", "cell", ("A", "B", "B / A", "interval", "verdict"), "")
+    table = report.make_table("", ("cell", "A", "B", "B / A", "interval", "verdict"), {0}, "")
     colours = {"regression": "red", "failed": "red", "improvement": "green", "fixed": "green", "unsure": "yellow"}
     for one in sorted(found, key=lambda one: -(one.ratio or math.inf)):
         shown = [f"{value:.4g}" if value is not None else "" for value in (one.before, one.after, one.ratio)]
@@ -157,7 +158,7 @@ def command(
 ) -> None:
     """Compares two runs cell by cell. Exit code 1: a cell of B is slower beyond the threshold, or fails."""
     try:
-        before, after = (report.latest(records.read(_file(path))) for path in (a, b))
+        before, after = (view.latest(records.read(_file(path))) for path in (a, b))
         found = compare(before, after, threshold=threshold, confidence=confidence, metric=metric, relative=relative)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efficient_attn.benchmarks import plot, report
+from efficient_attn.benchmarks import figures, report, view
 from efficient_attn.measuring import records
 from efficient_attn.methods import methods_table
 
@@ -64,10 +64,10 @@ def _is_shown(cell: records.Record) -> bool:
 def with_figures(text: str, results: Path) -> str:
     """README's text with the tables of a run, drawing the picture on the way."""
     found = list(records.read(results))
-    cells = [cell for cell in report.latest(found) if _is_shown(cell)]
+    cells = [cell for cell in view.latest(found) if _is_shown(cell)]
     environment = next(record for record in reversed(found) if record["type"] == "environment")
     about = records.describe(environment)
-    plot.save(cells, PICTURE, about)
+    figures.overview(view.rows(cells), PICTURE, about)
     printed = io.StringIO()
     console = Console(file=printed, width=118, color_system=None)
     console.print(about)

@@ -1,4 +1,4 @@
-"""Suite ``memory``: peak extra memory of one call against its length, the check that sparse attention needs O(n)."""
+"""Suite `memory`: peak extra memory of one call against its length, the check that sparse attention needs O(n)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from efficient_attn.measuring import clock, inputs
-from efficient_attn.measuring.calls import Bound, Layer
+from efficient_attn.measuring import clock
 
 from .. import cases
 from . import Chart, Claim, Column, Options, Row, Suite, grid
+from .ops import bound
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Peak bytes above the inputs of planning and running ``config``'s method once.
+    """Peak bytes above the inputs of planning and running the method of `config` once.
 
-    ``config``: method (spec), seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, threads.
+    `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, threads.
     """
-    torch.manual_seed(0)
-    shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
-    qkv = inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
-    call = Bound(config["method"], Layer(*qkv), config["mode"])
+    call = bound(config)
     call.warm_up()
     with clock.PeakMemory() as peak:
         call()

@@ -1,4 +1,4 @@
-"""Suite ``ops``: one method as an operator on real activations, beside exact attention in the same run.
+"""Suite `ops`: one method as an operator on real activations, beside exact attention in the same run.
 
 Forward, forward and backward, and decoding: one query at the end of a cache.
 """
@@ -23,36 +23,28 @@ from . import Chart, Claim, Column, Options, Row, Suite, grid
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of one cell: memory first, while nothing else has run here, then error, then interleaved times.
 
-    ``config``: method (spec), seqlen, mode ("fwd", "fwd_bwd", "decode"), causal, dtype, batch, heads, head_dim,
-    budget_s, threads, and at choice backend.
+    `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd", "decode"), causal, dtype, batch, heads, head_dim,
+    budget_s, threads, and optionally backend.
     """
-    torch.manual_seed(config.get("seed", 0))
-    shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
-    qkv = inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
+    call = bound(config)
     decodes = config["mode"] == "decode"
-    alignment = "bottom_right" if decodes else None
-    if decodes:
-        qkv = (qkv[0][:, :, -1:].contiguous(), *qkv[1:])
-    layer = Layer(*qkv, is_causal=decodes or config["causal"], causal_alignment=alignment)
-    call = Bound(config["method"], layer, config["mode"], backend=config.get("backend", "auto"))
+    causal = not decodes and (config["causal"] or call.method.name == "causal")
     try:
         call.warm_up()
     except EfficientAttnError as error:
-        if decodes:  # "defined for self-attention"
+        if decodes:  # "cannot be causal"
             raise NotImplementedError(f"one query alone: {error}") from error
         raise
     with clock.PeakMemory() as peak:
-        plan = {} if decodes else call.plan()
+        plan = call.plan()
         call()
-
-    causal = not decodes and (config["causal"] or call.method.name == "causal")
-    exact = dataclasses.replace(layer, is_causal=causal, causal_alignment=None)
-    error = call.error(exact)
-    bound = binder(config["mode"], qkv)
+    layer = call.layer
+    error = call.error(dataclasses.replace(layer, is_causal=causal, causal_alignment=None))
+    exact = binder(config["mode"], layer.qkv)
     calls: dict[str, Call] = {"method": call}
     if call.method.name not in ("dense", "causal"):
-        calls["dense"] = bound(lambda q, k, v: functional.attention(q, k, v, is_causal=causal))
-    calls["sdpa"] = bound(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal))
+        calls["dense"] = exact(lambda q, k, v: functional.attention(q, k, v, is_causal=causal))
+    calls["sdpa"] = exact(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal))
     times = clock.interleaved(calls, config["budget_s"])
     ours = times["method"]["ms"]
     dense = times.get("dense", times["method"])
@@ -69,15 +61,26 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def bound(config: Mapping[str, Any]) -> Bound:
+    """The method of a cell on query, key and value (B, H, N, D) of photographs; to decode, on the last query alone."""
+    torch.manual_seed(config.get("seed", 0))
+    shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
+    query, key, value = inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
+    if config["mode"] == "decode":
+        layer = Layer(query[:, :, -1:].contiguous(), key, value, is_causal=True, causal_alignment="bottom_right")
+    else:
+        layer = Layer(query, key, value, is_causal=config.get("causal", False))
+    return Bound(config["method"], layer, config["mode"], backend=config.get("backend", "auto"))
+
+
 def configs(options: Options) -> Iterable[dict[str, Any]]:
     """Short sequences first, so that an interrupted run has covered every method."""
     lengths = options.seqlens or (cases.QUICK_SEQLENS if options.quick else cases.SEQLENS)
     shape = {"dtype": options.dtypes, **cases.OPERATOR_SHAPE, "causal": options.causal, "backend": options.backend}
     for seqlen in lengths:
         for mode in options.modes or cases.MODES:
-            specs = options.specs(cases.OPERATOR_METHODS)
-            if mode == "decode" and not options.methods:
-                specs = tuple(spec for spec in specs if spec.partition(":")[0] in cases.DECODES and "+" not in spec)
+            methods = cases.OPERATOR_METHODS if mode != "decode" else cases.DECODES
+            specs = options.specs(tuple(methods))
             yield from grid(seqlen=seqlen, mode=mode, method=specs, **shape, **options.common())
 
 
@@ -106,8 +109,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 SUITE = Suite(
     name="ops",
-    about="One method as an operator on photograph patches; projections untrained. Exact attention, ours and torch "
-    "SDPA's, is timed in the same alternation; the error is relative to exact attention in float64.",
+    about="One method as an operator on photograph patches; projections untrained. vs: the speed-up over exact "
+    "attention, ours and torch SDPA's, in the same alternation. plan: making the mask, once. MiB: peak memory of one "
+    "call above its inputs. error: relative to exact attention in float64.",
     configs=configs,
     run_cell=run_cell,
     key=(Column("method", "method", "text"), Column("N", "seqlen", "integer"), Column("mode", "mode", "text")),
@@ -128,4 +132,5 @@ SUITE = Suite(
               split=("mode", "dtype"), order="seqlen"),
     ),
     claims=claims,
+    sections=("seqlen", "mode"),
 )  # fmt: skip

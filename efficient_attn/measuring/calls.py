@@ -9,6 +9,7 @@ import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .. import functional, hybrid, methods
 from ..defaults import alignment_offset, default_scale
 from ..masks import BlockMask
+from ..methods.continuation import continuation
 from ..patterns import Pattern
 
 ERROR_ROWS = 256  # queries, spread evenly, over which an error is taken
@@ -44,21 +46,33 @@ def shaped(method: methods.Method, length: int) -> methods.Method:
 
 
 def binder(
-    mode: str, qkv: Sequence[Tensor], state: nn.Module | None = None, grad_out: Tensor | None = None
+    mode: str,
+    qkv: Sequence[Tensor],
+    state: nn.Module | None = None,
+    more: Sequence[Tensor] = (),
+    grad_out: Tensor | None = None,
 ) -> Callable[[Operator], Call]:
-    """Bind an operator to its inputs: a call of no arguments that runs forward ("fwd", "decode") or forward and
-    backward ("fwd_bwd").
+    """Bind an operator to its inputs: a call of no arguments.
 
-    `grad_out` is the gradient of the output; by default the query, rolled, so that it is as structured as the inputs.
+    Args:
+        mode: fwd or decode (forward without gradients), fwd_bwd, or bwd: the backward alone, on a graph that is kept.
+        qkv: query, key and value.
+        state: a module whose parameters are differentiated too.
+        more: other tensors that are.
+        grad_out: the gradient of the output; by default the query, rolled, as structured as the inputs.
     """
     if mode in ("fwd", "decode"):
         return lambda operator: torch.no_grad()(lambda: operator(*qkv))
     leaves = [t.detach().clone().requires_grad_() for t in qkv]
     parameters = [] if state is None else [p for p in state.parameters() if p.requires_grad]
+    wanted = [*leaves, *parameters, *more]
     gradient = qkv[0].roll(1, dims=2) if grad_out is None else grad_out
 
     def bound(operator: Operator) -> Call:
-        return lambda: torch.autograd.grad(operator(*leaves), [*leaves, *parameters], gradient, allow_unused=True)
+        if mode == "fwd_bwd":
+            return lambda: torch.autograd.grad(operator(*leaves), wanted, gradient, allow_unused=True)
+        out = operator(*leaves)
+        return lambda: torch.autograd.grad(out, wanted, gradient, retain_graph=True, allow_unused=True)
 
     return bound
 
@@ -102,28 +116,47 @@ class Layer:
 
 
 class Bound:
-    """A method bound to a layer: calling it runs forward, or forward and backward (mode "fwd_bwd").
+    """A method bound to a layer, as a call of no arguments.
 
-    `more` are further keywords of `Method.attend`, such as the backend.
+    Args:
+        spec: of the method, which is made as long and as wide as the layer.
+        layer: what it attends to.
+        mode: see `binder`; "decode" places the layer's queries at the end of the keys.
+        more: further keywords of `Method.attend`, such as the backend.
     """
 
     def __init__(self, spec: str, layer: Layer, mode: str, **more: Any) -> None:
         self.layer, self.mode, self.more = layer, mode, more
         heads, _, head_dim = layer.query.shape[1:]
-        length = layer.key.shape[2]
-        self.method = shaped(sized(spec, length), length)
+        self.method = shaped(sized(spec, layer.key.shape[2]), layer.key.shape[2])
         self.state: nn.Module | None = self.method.build(heads * head_dim, heads, head_dim, dtype=layer.query.dtype)
-        self._call = self._bind(layer)
+        self._inputs = self._bound_inputs(layer)
 
-    def _bind(self, layer: Layer) -> Call:
+    def _bound_inputs(self, layer: Layer) -> Callable[[Operator], Call]:
+        grad_out = layer.grad_out() if self.mode == "fwd_bwd" else None
+        return binder(self.mode, layer.qkv, self.state, grad_out=grad_out)
+
+    def operator(self, layer: Layer) -> Operator:
+        """The method as a function of query, key and value."""
         method, options = shaped(self.method, layer.key.shape[2]), layer.options | self.more
+        if self.mode == "decode":
+            method, mask = self._at_the_end(layer)
+            options |= {"mask": mask}
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             out: Tensor = method.attend(query, key, value, state=self.state, **options)[0]
             return out
 
-        grad_out = layer.grad_out() if self.mode == "fwd_bwd" else None
-        return binder(self.mode, layer.qkv, self.state, grad_out)(attend)
+        return attend
+
+    def _at_the_end(self, layer: Layer) -> tuple[methods.Method, BlockMask | None]:
+        (_, heads, q_len, _), kv_len = layer.query.shape, layer.key.shape[2]
+        device = layer.query.device
+        return continuation(self.method, q_len, kv_len, num_heads=heads, first=kv_len - q_len, device=device)
+
+    @cached_property
+    def _call(self) -> Call:
+        return self._inputs(self.operator(self.layer))
 
     def __call__(self) -> object:
         return self._call()
@@ -132,19 +165,21 @@ class Bound:
         """Run on a short piece: thread pools, code pages and caches of the library are not a call's memory."""
         short = self.layer.first(WARM_UP_LENGTH)
         if short is not None:
-            self._bind(short)()
+            self._bound_inputs(short)(self.operator(short))()
 
     @torch.no_grad()
     def error(self, exact: Layer | None = None) -> float:
         """The `relative_error` of the output, to dense attention on `exact` where that is another layer."""
-        options = self.layer.options | self.more
-        out: Tensor = self.method.attend(*self.layer.qkv, state=self.state, **options)[0]
-        return relative_error(out, exact or self.layer)
+        return relative_error(self.operator(self.layer)(*self.layer.qkv), exact or self.layer)
 
     def plan(self) -> dict[str, Any]:
-        """Make the mask as a first call does: ``plan_ms``, ``density``, ``mask_bytes``; nothing for methods without."""
+        """Make the masks, which a later call finds made: ``plan_ms``, ``density``, ``mask_bytes``; nothing for methods
+        without."""
         started = time.perf_counter()
-        masks = planned(self.method, self.layer)
+        if self.mode == "decode":
+            masks = [mask for mask in self._at_the_end(self.layer)[1:] if mask is not None]
+        else:
+            masks = planned(self.method, self.layer)
         if not masks:
             return {}
         spent = (time.perf_counter() - started) * 1e3

@@ -172,14 +172,17 @@ class Bound:
         """The `relative_error` of the output, to dense attention on `exact` where that is another layer."""
         return relative_error(self.operator(self.layer)(*self.layer.qkv), exact or self.layer)
 
-    def plan(self) -> dict[str, Any]:
-        """Make the masks, which a later call finds made: ``plan_ms``, ``density``, ``mask_bytes``; nothing for methods
-        without."""
-        started = time.perf_counter()
+    def plan_masks(self) -> list[BlockMask]:
+        """The masks that the method makes before it attends, that of the exact pairs first."""
         if self.mode == "decode":
-            masks = [mask for mask in self._at_the_end(self.layer)[1:] if mask is not None]
-        else:
-            masks = planned(self.method, self.layer)
+            mask = self._at_the_end(self.layer)[1]
+            return [] if mask is None else [mask]
+        return planned(self.method, self.layer)
+
+    def plan(self) -> dict[str, Any]:
+        """Make the masks, which a later call finds made: `plan_ms`, `density`, `mask_bytes`; empty without masks."""
+        started = time.perf_counter()
+        masks = self.plan_masks()
         if not masks:
             return {}
         spent = (time.perf_counter() - started) * 1e3

@@ -333,10 +333,10 @@ def test_a_lone_query_sees_the_keys_at_the_end(method):
     whole, alone = {**config, "mode": "fwd"}, {**config, "mode": "decode"}
     outs = []
     for one in (whole, alone):
-        built, state, qkv = ops.prepared(one)
-        attend, mask = ops.operator(one, built, state, qkv)
-        outs.append(attend(*qkv)[:, :, -1:])
-        assert mask is None or not mask.to_dense()[..., : 300 - 17].any()
+        call = ops.bound(one)
+        outs.append(call()[:, :, -1:])
+    (mask,) = call.plan_masks()
+    assert not mask.to_dense()[..., : 300 - 17].any()
     torch.testing.assert_close(*outs)
 
 

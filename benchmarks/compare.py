@@ -17,11 +17,14 @@ from typing import Annotated, Any
 import numpy
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from efficient_attn.errors import InputError
 from efficient_attn.measuring import records
 from efficient_attn.measuring.records import Record
+from efficient_attn.measuring.terminal import console, make_table, named_errors
 
-from . import report, view
+from . import view
 
 RESAMPLES = 2000
 FEWEST = 3  # samples on either side for an interval
@@ -58,12 +61,12 @@ def compare(
     lies below `1 / (1 + threshold)`. A metric other than "ms" (peak_bytes, error...) is one number: its interval is
     the ratio itself.
 
-    Raises `ValueError` when no cell is in both.
+    Raises `InputError` when no cell is in both.
     """
     old, new = ({_key(record): record for record in side} for side in (before, after))
     shared = [key for key in old if key in new]
     if not shared:
-        raise ValueError("the two have no cell in common: compare runs of the same suites, methods and lengths")
+        raise InputError("the two have no cell in common: compare runs of the same suites, methods and lengths")
     return [
         _one(old[key], new[key], threshold=threshold, confidence=confidence, metric=metric, relative=relative)
         for key in shared
@@ -127,23 +130,22 @@ def bootstrap(before: Sequence[float], after: Sequence[float], confidence: float
     return float(low), float(high)
 
 
-def print_comparison(found: Sequence[Comparison], metric: str, console: Console) -> None:
+def print_comparison(found: Sequence[Comparison], metric: str, out: Console) -> None:
     """A table of all cells, the slowest change first, and a line with the geometric mean."""
-    table = report.make_table("", ("cell", "A", "B", "B / A", "interval", "verdict"), {0}, "")
+    table = make_table("", ("cell", "A", "B", "B / A", "interval", "verdict"), {0}, "")
     colours = {"regression": "red", "failed": "red", "improvement": "green", "fixed": "green", "unsure": "yellow"}
     for one in sorted(found, key=lambda one: -(one.ratio or math.inf)):
         shown = [f"{value:.4g}" if value is not None else "" for value in (one.before, one.after, one.ratio)]
         between = f"{one.interval[0]:.3f} to {one.interval[1]:.3f}" if one.interval else ""
         colour = colours.get(one.verdict)
-        verdict = f"[{colour}]{one.verdict}[/]" if colour else one.verdict
-        table.add_row(one.name, *shown, between, verdict)
-    console.print(table)
+        table.add_row(one.name, *shown, between, Text(one.verdict, style=colour or ""))
+    out.print(table)
     ratios = [one.ratio for one in found if one.ratio]
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        console.print(f"geometric mean of B / A ({metric}): {mean:.3f} over {len(ratios)} cells", highlight=False)
+        out.print(f"geometric mean of B / A ({metric}): {mean:.3f} over {len(ratios)} cells")
     counts = Counter(one.verdict for one in found)
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
+    out.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
 def command(
@@ -157,15 +159,10 @@ def command(
     ] = False,
 ) -> None:
     """Compares two runs cell by cell. Exit code 1: a cell of B is slower beyond the threshold, or fails."""
-    try:
+    with named_errors():
         before, after = (view.latest(records.read(_file(path))) for path in (a, b))
         found = compare(before, after, threshold=threshold, confidence=confidence, metric=metric, relative=relative)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)
-    print_comparison(found, metric, console)
+    print_comparison(found, metric, console())
     if not any(one.before is not None for one in found):
         raise typer.BadParameter(f"--metric {metric}: no cell of both has this figure")
     raise typer.Exit(int(any(one.verdict in ("regression", "failed") for one in found)))
@@ -174,5 +171,5 @@ def command(
 def _file(path: Path) -> Path:
     file = path / "results.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} has no results.jsonl; run efficient-attn bench --out {path} first")
+        raise InputError(f"{path} has no results.jsonl; run efficient-attn bench --out {path} first")
     return file

@@ -18,9 +18,9 @@ from .. import methods
 from ..errors import InputError, UnsupportedError
 from ..measuring import records, runner
 from ..measuring.calls import ERROR_ROWS
+from ..measuring.options import MODES, check_choice, check_positive, check_shape
 from . import activations as activation_sources
 from .session import OPERATOR, Report, Session
-from .shapes import MODES, check_choice, check_positive, check_shape
 
 Record = dict[str, Any]
 CANDIDATES = (
@@ -86,7 +86,7 @@ class Recommendation:
         return recommendation_table(self)
 
     def __str__(self) -> str:
-        from .tables import as_text
+        from ..measuring.terminal import as_text
 
         return as_text(self.table())
 

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from efficient_attn import MultiheadAttention, lowrank, parse
 from efficient_attn.benchmarks import cases, figures, peers, report, suites, view
-from efficient_attn.benchmarks.suites import memory, ops, targets, vit
+from efficient_attn.benchmarks.suites import ops, targets, vit
 from efficient_attn.measuring import calls, clock, inputs, records, runner
+from efficient_attn.measuring.fit import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
@@ -274,8 +275,8 @@ def test_peak_memory_sees_what_is_freed_again_and_nothing_from_before():
 
 def test_the_fitted_exponent_is_the_slope():
     lengths = [1024, 2048, 4096]
-    assert memory.fitted_exponent(lengths, [n * 100 for n in lengths]) == pytest.approx(1)
-    assert memory.fitted_exponent(lengths, [n * n for n in lengths]) == pytest.approx(2)
+    assert fit(lengths, [n * 100 for n in lengths]).exponent == pytest.approx(1)
+    assert fit(lengths, [n * n for n in lengths]).exponent == pytest.approx(2)
 
 
 # --- inputs ---
@@ -516,5 +517,5 @@ def test_memory_of_a_sparse_call_is_linear_in_the_length(tmp_path, method):
     """Contract rule 9: forward and backward at 16k, 32k and 64k tokens."""
     configs = suites.get("memory").configs(suites.Options(methods=(method,), threads=2))
     peaks = [run_one(tmp_path, "memory", config)["peak_bytes"] for config in configs]
-    assert memory.fitted_exponent(cases.MEMORY_LENGTHS, peaks) < 1.15
+    assert fit(cases.MEMORY_LENGTHS, peaks).exponent < 1.15
     assert peaks[-1] < 64 * 2**20 + 40 * 65536 * 2 * 16 * 4  # far from the 8 GiB of one n x n byte mask

@@ -26,11 +26,11 @@ def learn(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]
         task: makes the task with an attention of this spec.
         splits: its data.
         config: method (spec), steps, batch, lr, held_out (test examples that are looked at), budget_s, seed,
-            and at choice metric, another of the task's.
+            and optionally metric, another of the task's.
 
     Returns:
-        score: the task's metric on the test examples, and ``baseline`` where the data has one; loss of the last steps;
-        the time of a step (forward, backward; ``ms``) and of a forward alone in one alternation with the same model
+        score: the task's metric on the test examples, and `baseline` where the data has one; loss of the last steps;
+        the time of a step (forward, backward; `ms`) and of a forward alone in one alternation with the same model
         under exact attention; examples_per_s in training and inference; peak_bytes of a step; parameters; tokens.
     """
     about = splits.about

@@ -1,6 +1,6 @@
-"""Suite ``models``: whole models end to end: a text classifier, a vision transformer, a forecaster, and CLIP.
+"""Suite `models`: whole models end to end: a text classifier, a vision transformer, a forecaster, and CLIP.
 
-The tasks and data are those of ``efficient-attn train``; each is trained for some steps with the same seed and data
+The tasks and data are those of `efficient-attn train`; each is trained for some steps with the same seed and data
 order for every method.
 """
 
@@ -41,7 +41,7 @@ QUICK_METHODS = ("dense", "sliding_window:left=16,right=16", "nystrom:landmarks=
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """See ``learning.learn``. ``config``: model, options (of its task), method, steps, batch, lr, held_out, budget_s,
+    """See `learning.learn`. `config`: model, options (of its task), method, steps, batch, lr, held_out, budget_s,
     threads, seed."""
 
     def make(attention: str) -> Task:

@@ -1,4 +1,4 @@
-"""Suite ``peers``: our call and each other implementation's on the same inputs, and whether their outputs are equal."""
+"""Suite `peers`: our call and each other implementation's on the same inputs, and whether their outputs are equal."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our time and the peer's in one alternation, both peaks of memory, and the difference of their outputs.
 
-    ``config``: peer, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, budget_s, threads. An absent peer
-    raises ``NotImplementedError`` with the reason, which makes an "unsupported" row.
+    `config`: peer, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, budget_s, threads. An absent peer
+    raises `NotImplementedError` with the reason, which makes an "unsupported" row.
     """
     peer = peers.get(config["peer"])
     reason = peer.absent()

@@ -74,5 +74,5 @@ PEERS = (
     _peer("fla", "linear attention, elu + 1, causal", "flash-linear-attention", _fla,
           partial(linear_attention, is_causal=True, feature_map="elu")),
     _peer("natten", f"neighborhood of {KERNEL} tokens", "natten", _natten,
-          partial(attention, mask=Neighborhood(kernel=KERNEL, axes=1))),
+          partial(attention, mask=Neighborhood(kernel=(KERNEL,), axes=1))),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from efficient_attn.measuring import records
 from efficient_attn.measuring.records import Record
@@ -136,7 +137,7 @@ def print_comparison(found: Sequence[Comparison], metric: str, console: Console)
         between = f"{one.interval[0]:.3f} to {one.interval[1]:.3f}" if one.interval else ""
         colour = colours.get(one.verdict)
         verdict = f"[{colour}]{one.verdict}[/]" if colour else one.verdict
-        table.add_row(one.name, *shown, between, verdict)
+        table.add_row(escape(one.name), *shown, between, verdict)
     console.print(table)
     ratios = [one.ratio for one in found if one.ratio]
     if ratios:

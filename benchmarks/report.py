@@ -133,10 +133,11 @@ def print_report(cells: Sequence[Record], console: Console) -> None:
 def make_table(title: str, labels: Sequence[str], text_columns: set[int], note: str) -> Any:
     """An empty table of rich, with columns of text on the left and of figures on the right."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table as Drawn
 
     style: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "header_style": "bold"}
-    drawn = Drawn(title=title, caption=note, box=SIMPLE_HEAD, **style)
+    drawn = Drawn(title=escape(title), caption=escape(note), box=SIMPLE_HEAD, **style)
     for number, label in enumerate(labels):
         text = number in text_columns
         drawn.add_column(label, justify="left" if text else "right", no_wrap=not text, overflow="fold")

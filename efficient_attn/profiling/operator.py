@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, hybrid, methods
+from .. import functional, methods
 from ..benchmarks import clock
 from ..benchmarks.ops import UNPLANNED, shaped, sized
 from ..masks import BlockMask
+from ..methods.hybrid import plan
 from ..patterns import Pattern
 from . import activations, counts, phases
 
@@ -118,7 +119,7 @@ def planned(method: methods.Method, layer: activations.Layer) -> list[BlockMask]
     )
     if isinstance(method, methods.Hybrid):
         pairs = {name: options[name] for name in ("mask", "is_causal", "causal_alignment", "key_mask", "scale")}
-        split = hybrid.plan(method.sparse, layer.query, layer.key, method.tail.block, **pairs)
+        split = plan(method.sparse, layer.query, layer.key, method.tail.block, **pairs)
         return [split.exact, split.over_blocks]
     if not isinstance(method, Pattern) or method.name in UNPLANNED:
         return []

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_attn.backends.reference import linear_attention as reference_linear
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.lowrank import linear_attention, linear_attention_weights
+from efficient_attn.methods import linear_attention, linear_attention_weights
 from efficient_attn.ops import linear_attention as linear_ops
 
 B = 2

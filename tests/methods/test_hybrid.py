@@ -9,9 +9,9 @@ import torch
 
 from efficient_attn import MultiheadAttention, attention, branch_share, replace_attention
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
-from efficient_attn.hybrid import plan, split
 from efficient_attn.masks import BlockMask
 from efficient_attn.methods import CentroidTail, Dense, Hybrid, PerformerTail, SlidingWindow, from_json, parse
+from efficient_attn.methods.hybrid import TailCall, plan, split
 from efficient_attn.patterns import BigBird, Longformer
 from efficient_attn.patterns import SlidingWindow as Window
 
@@ -285,10 +285,9 @@ def test_centroids_are_exact_for_equal_keys_and_second_order_for_normal_ones():
     errors = []
     for order in ("none", "diagonal", "full"):
         tail = CentroidTail(64, order)
-        call = {"projection": None, "key_mask": None, "is_causal": False, "scale": SCALE, "backend": "auto"}
         everything = plan(Window(0, 0), q, k, 64)
         nothing_exact = type(everything)(everything.exact, torch.ones_like(everything.tail), 64)
-        found = tail.branch(2 * q, k, v, nothing_exact, dropout_p=0.0, dropout_seed=None, **call)
+        found = tail.branch(2 * q, k, v, TailCall(nothing_exact, scale=SCALE))
         errors.append((found.lse - lse).abs().mean().item())
     assert (errors[0] > 2 * errors[1]) and errors[1] > errors[2], errors
 

@@ -11,7 +11,7 @@ import torch
 
 from efficient_attn.backends.reference import linear_attention as reference_linear
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.lowrank import linear_attention, performer_attention, random_projection
+from efficient_attn.methods import linear_attention, performer_attention, random_projection
 from efficient_attn.ops import linear_attention as ops
 
 # Triton's interpreter and the twin of the CUDA kernels are slow: test_triton.py and test_cuda_host.py run some of these

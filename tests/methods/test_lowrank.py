@@ -10,11 +10,11 @@ import math
 import pytest
 import torch
 
+from efficient_attn.backends.reference.linear_attention import elu_features
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.functional import attention
-from efficient_attn.lowrank import (
+from efficient_attn.methods import (
     elu_attention,
-    elu_features,
     elu_weights,
     iterative_pinv,
     linear_attention,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..benchmarks.inputs import photograph_qkv
 from ..errors import InputError, UnsupportedError
 from ..integrations import convert
 from ..masks import BlockMask
+from ..measuring.inputs import photograph_qkv
 from ..multihead import MultiheadAttention
 from ..ops.attention import MASK_OPERANDS, mask_arrays
 from .counts import as_mask

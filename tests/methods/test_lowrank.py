@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from efficient_attn import MultiheadAttention
-from efficient_attn.backends.reference.linear_attention import elu_features
+from efficient_attn.backends.features import elu_features
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.functional import attention
 from efficient_attn.methods import (

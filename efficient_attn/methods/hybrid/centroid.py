@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends.reference.attention import accumulation_dtype
+from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
 from ...functional import MAX_HEAD_DIM, attention, attention_weights
 from ...padding import select_keys

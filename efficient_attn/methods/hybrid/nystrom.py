@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends.reference.attention import accumulation_dtype
+from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
 from ...padding import select_keys
 from ..base import check_range

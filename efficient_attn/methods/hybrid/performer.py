@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backends.reference.attention import accumulation_dtype
-from ...backends.reference.linear_attention import CAUSAL_EXPONENT_LIMIT
+from ...backends.call import accumulation_dtype
+from ...backends.features import CAUSAL_EXPONENT_LIMIT
 from ...errors import InputError
 from ...padding import select_keys
 from ..lowrank import by_group

@@ -72,7 +72,9 @@ class Bound:
         self.layer = layer
         heads, _, head_dim = layer.query.shape[1:]
         self.method = shaped(sized(spec, layer.key.shape[2]), layer.query.shape[2])
-        self.state: nn.Module | None = self.method.build(heads * head_dim, heads, head_dim, dtype=layer.query.dtype)
+        self.state: nn.Module | None = self.method.build(
+            heads * head_dim, layer.key.shape[1], head_dim, dtype=layer.query.dtype
+        )
         self.backward = config["mode"] == "fwd_bwd"
         self.tensors = [t.detach().clone().requires_grad_() if self.backward else t for t in layer.qkv]
         self.parameters = [] if self.state is None else [p for p in self.state.parameters() if p.requires_grad]

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, hybrid, methods
+from .. import functional, methods
 from ..defaults import alignment_offset, default_scale
 from ..masks import BlockMask
 from ..methods.continuation import continuation
+from ..methods.hybrid import plan
 from ..patterns import Pattern
 
 ERROR_ROWS = 256  # queries, spread evenly, over which an error is taken
@@ -129,7 +130,9 @@ class Bound:
         self.layer, self.mode, self.more = layer, mode, more
         heads, _, head_dim = layer.query.shape[1:]
         self.method = shaped(sized(spec, layer.key.shape[2]), layer.key.shape[2])
-        self.state: nn.Module | None = self.method.build(heads * head_dim, heads, head_dim, dtype=layer.query.dtype)
+        self.state: nn.Module | None = self.method.build(
+            heads * head_dim, layer.key.shape[1], head_dim, dtype=layer.query.dtype
+        )
         self._inputs = self._bound_inputs(layer)
 
     def _bound_inputs(self, layer: Layer) -> Callable[[Operator], Call]:
@@ -194,7 +197,7 @@ def planned(method: methods.Method, layer: Layer) -> list[BlockMask]:
     """The masks that a method makes before it attends, that of the exact pairs first."""
     options = layer.options
     if isinstance(method, methods.Hybrid):
-        split = hybrid.plan(method.sparse, layer.query, layer.key, method.tail.block, **options)
+        split = plan(method.sparse, layer.query, layer.key, method.tail.block, **options)
         return [split.exact, split.over_blocks]
     if not isinstance(method, Pattern) or method.name in UNPLANNED:
         return []

@@ -176,7 +176,7 @@ def _forward(
         query,
         key,
         value,
-        state=layer_state(method, module, query),
+        state=layer_state(method, module, query, key),
         scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
         need_weights=_weights_wanted(kwargs),

@@ -43,7 +43,7 @@ class SDPAMode(TorchFunctionMode):
     def method_for(self, call: dict[str, Any]) -> Method:
         return self.method
 
-    def state_for(self, method: Method, query: Tensor) -> nn.Module | None:
+    def state_for(self, method: Method, query: Tensor, key: Tensor) -> nn.Module | None:
         return None
 
     def seen(self, reason: str | None) -> None:
@@ -67,7 +67,7 @@ class SDPAMode(TorchFunctionMode):
         reason = why_left(method, **call)
         self.seen(reason)
         if reason is None:
-            return attend(method, **call, state=self.state_for(method, call["query"]))
+            return attend(method, **call, state=self.state_for(method, call["query"], call["key"]))
         if method != Dense():
             raise UnsupportedError(f"{method} cannot serve a call of scaled_dot_product_attention: {reason}")
         return _SDPA(*args, **kwargs)

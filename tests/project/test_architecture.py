@@ -121,7 +121,6 @@ def test_no_arrow_runs_up() -> None:
     assert not up, "\n" + "\n".join(up)
 
 
-@until_merged
 def test_no_cycle_between_rooms() -> None:
     found = cycles(rooms_of(GRAPH))
     assert not found, "\n".join(map(str, found))

@@ -17,7 +17,6 @@ Letters: N batch, L queries, S keys, E embed_dim, H heads, D head_dim.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .errors import InputError, UnsupportedError
 from .functional import MAX_HEAD_DIM, resolve_seed
+from .handover import clone, hand_over_hooks, hides_forward, put
 from .methods import Dense, Method, parse
 from .methods.base import keep_state
 from .patterns import Pattern
@@ -107,23 +107,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         method = parse(attention)
         check_replaceable("the module", module)
-        clone: MultiheadAttention = _clone(module, cls)
-        clone._set_method(method, method_state)
-        return clone
+        ours: MultiheadAttention = clone(module, cls)
+        ours._modules.pop("method_state", None)
+        ours._set_method(method, method_state)
+        return ours
 
     def to_torch(self) -> nn.MultiheadAttention:
         """Return a plain torch.nn.MultiheadAttention on the same Parameter objects, for tools that want that very type.
 
         It computes dense attention whatever `self.attention` is; the method's own parameters stay behind.
         """
-        clone: nn.MultiheadAttention = _clone(self, _TorchMultiheadAttention)
-        clone.__dict__.pop("attention")
-        clone.__dict__.pop("method_state", None)
-        clone._modules.pop("method_state", None)
-        for key, hook in list(clone._forward_pre_hooks.items()):
+        plain: nn.MultiheadAttention = clone(self, _TorchMultiheadAttention)
+        plain.__dict__.pop("attention")
+        plain.__dict__.pop("method_state", None)
+        plain._modules.pop("method_state", None)
+        for key, hook in list(plain._forward_pre_hooks.items()):
             if hook is keep_own_forward:
-                del clone._forward_pre_hooks[key]
-        return clone
+                del plain._forward_pre_hooks[key]
+        return plain
 
     def _set_method(self, method: Method, state: nn.Module | None = None) -> None:
         if (self.bias_k is not None or self.add_zero_attn) and not isinstance(method, Dense):
@@ -451,11 +452,12 @@ def replace_attention(
     attention: str | Method | Pattern = "dense",
     *,
     predicate: Callable[[str, nn.MultiheadAttention], bool] | None = None,
-) -> dict[str, nn.MultiheadAttention]:
+) -> dict[str, nn.Module]:
     """Replace every `nn.MultiheadAttention` in `model` (also inside nn.Transformer, also ours) in place.
 
     The replacement holds the same Parameter objects, so optimisers and checkpoints stay valid, the same mode, and the
-    same hooks: handles that were returned for them now act on it. A module that appears twice is replaced by one.
+    same hooks: handles that were returned for them now act on it. A module that appears twice is replaced by one. What
+    other code put around a module's forward goes on around the replacement's.
 
     Args:
         model: the module to search; itself not an attention module (use `MultiheadAttention.from_torch` for that).
@@ -468,16 +470,17 @@ def replace_attention(
 
     Raises:
         InputError: `model` is an attention module itself.
-        UnsupportedError: a module of a subclass that computes something of its own. Then nothing has been replaced.
+        UnsupportedError: a module of a subclass that computes something of its own, or with a forward on the instance
+            that does not lead to its own. Then nothing has been replaced.
         InputError: layers on different devices that would share a state. Likewise.
     """
     method = parse(attention)
-    if isinstance(model, _TorchMultiheadAttention):
+    if isinstance(getattr(model, "_orig_mod", model), _TorchMultiheadAttention):
         raise InputError(
             f"the model is a {type(model).__name__} and cannot be replaced inside itself; "
             "use MultiheadAttention.from_torch(model, attention=...)"
         )
-    found: dict[str, nn.MultiheadAttention] = {}
+    found: dict[str, Any] = {}
     shared: Any = None  # the state of all modules, for a method that shares one
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, _TorchMultiheadAttention) or (predicate is not None and not predicate(name, module)):
@@ -495,19 +498,23 @@ def replace_attention(
             replacements[id(module)] = replacement
             shared = replacement.method_state if method.shares_state else None
     for module in {id(m): m for m in found.values()}.values():
-        _hand_over_hooks(module, replacements[id(module)])
-    for name, module in found.items():
-        model.set_submodule(name, replacements[id(module)])
-    return found
+        hand_over_hooks(module, replacements[id(module)])
+    return dict(put(model, name, replacements[id(module)]) for name, module in found.items())
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raise UnsupportedError for a subclass of nn.MultiheadAttention: its own forward would be lost."""
+    """Raise UnsupportedError for a module whose own forward would be lost: of a subclass, or put on the instance."""
     if type(module) not in (_TorchMultiheadAttention, MultiheadAttention):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise UnsupportedError(
             f"{name} is a {kind}, not a plain torch.nn.MultiheadAttention, and what it does differently would be lost. "
             "Replace before quantising or parametrising it, or leave it out with predicate="
+        )
+    if hides_forward(module):
+        raise UnsupportedError(
+            f"{name} has a forward of its own on the instance, which does not lead to {type(module).__name__}.forward "
+            "as far as can be seen, so that a replacement might never be called. Replace before wrapping it, or leave "
+            "it out with predicate="
         )
 
 
@@ -523,25 +530,6 @@ def _check_state(method: Method, given: nn.Module, own: nn.Module | None, device
     for tensor in given.state_dict().values():
         if tensor.device != device:
             raise InputError(f"a method_state on {tensor.device} cannot serve a module on {device}; move one of them")
-
-
-def _clone(module: nn.Module, cls: type) -> Any:
-    """A shallow copy as class `cls`: the same parameters and submodules in containers of its own."""
-    clone: Any = object.__new__(cls)
-    for name, value in vars(module).items():
-        if name != "_compiled_call_impl":
-            vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
-    clone._modules.pop("method_state", None)
-    return clone
-
-
-def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hook dictionaries that users' handles point to; `old` keeps copies."""
-    for name, value in list(old.__dict__.items()):
-        if isinstance(value, dict) and "_hooks" in name:
-            own = new.__dict__[name]
-            old.__dict__[name], new.__dict__[name] = copy.copy(value), value
-            value.update(own)
 
 
 def _check_mask_dtype(name: str, mask: Tensor | None, other_name: str = "", other: Tensor | None = None) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, InputError, InputTypeError
+from ..handover import hides_forward
 from ..methods import Dense, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
@@ -222,6 +223,9 @@ def _convert_torch(model: nn.Module, report: Conversion, wanted: Callable[[str, 
         if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             report.skipped[name] = f"{kind} computes something of its own, which would be lost"
+            return False
+        if hides_forward(module):
+            report.skipped[name] = "has a forward of its own on the instance that does not lead to the module's"
             return False
         report.converted[name] = f"{type(module).__name__}, replaced"
         return True

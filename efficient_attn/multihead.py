@@ -59,11 +59,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Attributes:
         attention: the `Method`. To change it, use `replace_attention` or `from_torch`.
+        dense_across: whether queries that are not as many as the keys get dense attention: cross-attention and learned
+            queries have no place in the keys' sequence, of which a method could mean anything. `replace_attention`
+            sets it, which cannot know how a module will be called; a module that is made with a method has it False.
         method_state: the method's own parameters (Linformer's projections ...), None for a method without any. They
             appear in `state_dict` under "method_state."; a checkpoint that has none of them still loads strictly.
     """
 
     attention: Method
+    dense_across: bool = False
     method_state: nn.Module | None
 
     def __init__(
@@ -202,7 +206,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         promised = is_causal and attn_mask is not None
         as_bias = attn_mask is not None and attn_mask.dtype != torch.bool
-        accepted = self.attention.accepts_bias if as_bias else self.attention.accepts_mask
+        method = self._method_for(query, key)
+        accepted = method.accepts_bias if as_bias else method.accepts_mask
         if promised and (not accepted or (key_padding_mask is None and not need_weights)):
             read_mask, causal = None, True  # as the parent, without a look at the mask
         else:
@@ -215,11 +220,19 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"{tuple(value.shape)} with embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}"
             )
         return self._forward_plain(
-            query, key, value, key_padding_mask, need_weights, read_mask, average_attn_weights, causal
+            method, query, key, value, key_padding_mask, need_weights, read_mask, average_attn_weights, causal
         )
+
+    def _method_for(self, query: Tensor, key: Tensor) -> Method:
+        """The method of a call: dense for queries of another length than the keys, with `dense_across`."""
+        if not self.dense_across:
+            return self.attention
+        length = 0 if query.dim() == 2 or not self.batch_first else 1
+        return self.attention if query.shape[length] == key.shape[length] else Dense()
 
     def _forward_plain(
         self,
+        method: Method,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -234,9 +247,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
             k, v = self._append_columns(k, self.bias_k), self._append_columns(v, self.bias_v)
-        key_mask, mask, bias = self._read_masks(key_padding_mask, attn_mask, q, extra)
+        key_mask, mask, bias = self._read_masks(method, key_padding_mask, attn_mask, q, extra)
         dropout_p = self.dropout if self.training else 0.0
-        out, weights = self.attention.attend(
+        out, weights = method.attend(
             q,
             k,
             v,
@@ -306,7 +319,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     # --- masks --------------------------------------------------------------------------------------------------------
 
     def _read_masks(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, extra: int
+        self, method: Method, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, extra: int
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Turn the module's masks (True = leave out) into key_mask (N, S), mask (N|1, H|1, L, S) and bias for `attend`.
 
@@ -322,8 +335,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 bias = F.pad(_as_bias(attn_mask, q), (0, extra))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.reshape(q.shape[0], -1)
-            if key_padding_mask.dtype != torch.bool and not self.attention.accepts_bias:
-                key_padding_mask = _padding_as_bool(key_padding_mask, self.attention)
+            if key_padding_mask.dtype != torch.bool and not method.accepts_bias:
+                key_padding_mask = _padding_as_bool(key_padding_mask, method)
             if key_padding_mask.dtype == torch.bool:
                 key_mask = F.pad(~key_padding_mask, (0, extra), value=True)
             else:
@@ -459,6 +472,10 @@ def replace_attention(
     same hooks: handles that were returned for them now act on it. A module that appears twice is replaced by one. What
     other code put around a module's forward goes on around the replacement's.
 
+    Cross-attention stays dense unless it is named: the `multihead_attn` of nn.TransformerDecoderLayer is left alone
+    without a predicate, and a replacement that is called with fewer or more queries than keys attends densely
+    (`MultiheadAttention.dense_across`; set it False where the method is meant for such calls).
+
     Args:
         model: the module to search; itself not an attention module (use `MultiheadAttention.from_torch` for that).
         attention: a spec string, `Method` or `Pattern`. Modules that have this method already stay as they are. With
@@ -483,7 +500,13 @@ def replace_attention(
     found: dict[str, Any] = {}
     shared: Any = None  # the state of all modules, for a method that shares one
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, _TorchMultiheadAttention) or (predicate is not None and not predicate(name, module)):
+        if not isinstance(module, _TorchMultiheadAttention):
+            continue
+        if predicate is None:
+            wanted = method == Dense() or not _attends_to_memory(model, name)
+        else:
+            wanted = predicate(name, module)
+        if not wanted:
             continue
         check_replaceable(repr(name), module)
         has_method = getattr(module, "attention", None) == method
@@ -495,11 +518,18 @@ def replace_attention(
     for module in found.values():
         if id(module) not in replacements:
             replacement = MultiheadAttention.from_torch(module, method, method_state=shared)
+            replacement.dense_across = True
             replacements[id(module)] = replacement
             shared = replacement.method_state if method.shares_state else None
     for module in {id(m): m for m in found.values()}.values():
         hand_over_hooks(module, replacements[id(module)])
     return dict(put(model, name, replacements[id(module)]) for name, module in found.items())
+
+
+def _attends_to_memory(model: nn.Module, name: str) -> bool:
+    """Whether the submodule of this name is the cross-attention of a decoder layer of torch.nn."""
+    path, _, last = name.rpartition(".")
+    return last == "multihead_attn" and isinstance(model.get_submodule(path), nn.TransformerDecoderLayer)
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:

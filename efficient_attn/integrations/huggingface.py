@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..methods import Dense, Method, parse
-from ..methods.continuation import continuation
+from ..methods.continuation import continuation, goes_by_positions
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
@@ -160,11 +160,8 @@ def _forward(
             place = (attention_mask.start + attention_mask.offset, attention_mask.offset)
     else:
         call = _from_tensor(attention_mask, method, query, Nk)
-        if Nq != Nk and getattr(module, "is_causal", False) and not isinstance(method, Dense):
-            raise UnsupportedError(
-                f"{method} needs to know where {Nq} queries stand among {Nk} keys, which a 4-D mask does not say; pass "
-                "attention_mask as (batch, keys)"
-            )
+    if place is None and not isinstance(method, Dense):
+        method = _without_place(method, module, Nq, Nk)
     if call.get("key_mask") is not None:
         call["key_mask"] = call["key_mask"].expand(key.shape[0], -1)
     if position_bias is not None:
@@ -183,6 +180,24 @@ def _forward(
         **call,
     )
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _without_place(method: Method, module: nn.Module, Nq: int, Nk: int) -> Method:
+    """The method for a call that does not say where its queries stand: dense where they attend to something else.
+
+    Cross-attention and learned queries have no positions among the keys, of which a pattern or a low-rank method could
+    mean anything. Queries of a causal layer have one, and must not be taken for the first ones.
+    """
+    cross = getattr(module, "is_cross_attention", False)
+    cross |= getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    if cross or (Nq != Nk and not getattr(module, "is_causal", False)):
+        return Dense()
+    if Nq != Nk and goes_by_positions(method):
+        raise UnsupportedError(
+            f"{method} needs to know where {Nq} queries stand among {Nk} keys, which neither torch.compile with a "
+            "cache nor a 4-D mask says; pass attention_mask as (batch, keys), and compile dense, or without a cache"
+        )
+    return method
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:

@@ -270,7 +270,7 @@ def test_padding_does_not_matter_to_low_rank_methods(spec):
         ("llama", "nystrom", "cannot be causal"),
         ("mistral", "performer", "mask of pairs"),
         ("t5", "linear", "bias"),
-        ("bart", "neighborhood:kernel=3,axes=1", "self-attention"),
+        ("bert", "neighborhood:kernel=3,size=3x3", "3x3|9"),
         ("bert", "linformer:share=layerwise", "share one state"),
     ],
 )

@@ -87,6 +87,7 @@ def register() -> None:
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> Any:
         if requested_attention is not None and requested_attention.partition(":")[0] == NAME:
             _add(requested_attention)
+            vars(self)["_efficient_attn_name"] = _Registered(requested_attention)
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
@@ -96,6 +97,18 @@ def register() -> None:
 
     get_correct_attn_implementation.knows_efficient_attn = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+class _Registered:
+    """What a model carries so that its name is known wherever it is unpickled: another process, a pool of workers."""
+
+    def __init__(self, name: str) -> None:
+        register()
+        _add(name)
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[_Registered], tuple[str]]:
+        return _Registered, (self.name,)
 
 
 def implementation_name(attention: str | Method | Pattern) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from efficient_attn import methods
 from efficient_attn.masks import BlockMask
-from efficient_attn.patterns import Pattern
 
 # The error is taken over this many queries, spread evenly; their exact outputs are computed in float64.
 ERROR_ROWS = 256
@@ -33,17 +31,18 @@ def sized(spec: str, length: int) -> methods.Method:
 
 def shaped(method: methods.Method, length: int) -> methods.Method:
     """The method for so many tokens; an image that is no square becomes the rectangle nearest to one."""
-    if getattr(method, "size", 0) is not None or getattr(method, "axes", 2) != 2 or math.isqrt(length) ** 2 == length:
+    pattern: Any = getattr(method, "pattern", None)
+    if getattr(pattern, "size", 0) is not None or getattr(pattern, "axes", 2) != 2 or math.isqrt(length) ** 2 == length:
         return method
     height = next(h for h in range(math.isqrt(length), 0, -1) if length % h == 0)
-    resized: methods.Method = dataclasses.replace(typing.cast(Any, method), size=(height, length // height))
-    return resized
+    return methods.Sparse(dataclasses.replace(pattern, size=(height, length // height)))
 
 
 def planned(method: methods.Method, query: Tensor, key: Tensor) -> BlockMask:
     """The mask that a sparse method makes before it attends."""
-    pattern = typing.cast(Pattern, shaped(method, query.shape[2]))
-    return pattern.for_inputs(query, key)
+    fitted: Any = shaped(method, query.shape[2])
+    mask: BlockMask = fitted.pattern.for_inputs(query, key)
+    return mask
 
 
 def relative_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> float:

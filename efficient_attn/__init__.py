@@ -23,37 +23,40 @@ from .lowrank import (
 )
 from .masks import BlockMask
 from .methods import (
-    LSH,
     METHODS,
-    Axial,
-    BigBird,
-    Causal,
     CentroidTail,
-    Dense,
-    Dilated,
-    Documents,
-    Fixed,
     Hybrid,
     Linear,
     Linformer,
-    Longformer,
     Method,
-    Neighborhood,
     Nystrom,
     NystromTail,
     Performer,
     PerformerTail,
+    branch_share,
+    parse,
+)
+from .multihead import MultiheadAttention, replace_attention
+from .patterns import (
+    LSH,
+    Axial,
+    BigBird,
+    Causal,
+    Dense,
+    Dilated,
+    Documents,
+    Fixed,
+    Longformer,
+    Neighborhood,
+    Pattern,
     PrefixLM,
     SlidingWindow,
     SortedBuckets,
     Strided,
     TopKBlocks,
     TopPBlocks,
-    branch_share,
-    parse,
+    per_head,
 )
-from .multihead import MultiheadAttention, replace_attention
-from .patterns import Pattern, per_head
 
 __version__ = "0.1.0"
 

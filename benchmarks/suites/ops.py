@@ -15,7 +15,6 @@ from torch import Tensor
 from efficient_attn import functional, hybrid, methods
 from efficient_attn.errors import EfficientAttnError
 from efficient_attn.masks import BlockMask
-from efficient_attn.patterns import Pattern
 
 from .. import cases, clock, inputs, peers
 from ..ops import UNPLANNED, WARM_UP_LENGTH, Call, binder, planned, relative_error, shaped, sized
@@ -87,9 +86,9 @@ def _plan(method: methods.Method, qkv: Sequence[Tensor], *, causal: bool) -> dic
     started = time.perf_counter()
     masks: list[BlockMask] = []  # the first is that of the exact pairs
     if isinstance(method, methods.Hybrid):
-        split = hybrid.plan(method.sparse, qkv[0], qkv[1], method.tail.block, is_causal=causal)
+        split = hybrid.plan(method.sparse.pattern, qkv[0], qkv[1], method.tail.block, is_causal=causal)
         masks = [split.exact, split.over_blocks]
-    elif isinstance(method, Pattern) and method.name not in UNPLANNED:
+    elif isinstance(method, methods.Sparse) and method.name not in UNPLANNED:
         masks = [planned(method, *qkv[:2])]
     if not masks:
         return {}

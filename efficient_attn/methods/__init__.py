@@ -1,83 +1,32 @@
 """The attention methods that a user names: a spec like "bigbird:block=64", an object like `BigBird(block=64)`, or JSON.
 
-base.py: what a method is, and text to method and back; sparse.py: patterns; buckets.py: those that sort tokens;
-lowrank.py: those with fewer columns; hybrid.py: a sparse method + a tail.
+base.py: what a method is; spec.py: text and JSON to method and back; sparse.py: the method of a pattern, and buckets.py
+how it sorts tokens; lowrank.py: those with fewer columns; hybrid.py: a pattern + a tail.
 """
 
-from .base import METHODS, Method, from_json, methods_table, parse, register
-from .sparse import (
-    Axial,
-    BigBird,
-    Causal,
-    Combined,
-    DeepSpeedBigBird,
-    DeepSpeedBSLongformer,
-    DeepSpeedFixed,
-    DeepSpeedLocalSlidingWindow,
-    DeepSpeedVariable,
-    Dense,
-    Dilated,
-    Documents,
-    Fixed,
-    Longformer,
-    Neighborhood,
-    PerHead,
-    PrefixLM,
-    SlidingWindow,
-    SparseMethod,
-    Strided,
-    TopKBlocks,
-    TopPBlocks,
-)
-
-# Sparse before low-rank: the table of methods has the order in which they register.
-# isort: split
-from .buckets import LSH, BucketMethod, SortedBuckets
-
-# isort: split
-from .lowrank import Linear, Linformer, LowRankMethod, Nystrom, Performer
-
-# isort: split
+from ..options import register
+from .base import METHODS, TAILS, Method
 from .hybrid import CentroidTail, Hybrid, NystromTail, PerformerTail, Tail, branch_share
+from .lowrank import Linear, Linformer, LowRankMethod, Nystrom, Performer
+from .sparse import DENSE, Sparse
+from .spec import from_json, methods_table, parse
 
 __all__ = [
-    "LSH",
+    "DENSE",
     "METHODS",
-    "Axial",
-    "BigBird",
-    "BucketMethod",
-    "Causal",
+    "TAILS",
     "CentroidTail",
-    "Combined",
-    "DeepSpeedBSLongformer",
-    "DeepSpeedBigBird",
-    "DeepSpeedFixed",
-    "DeepSpeedLocalSlidingWindow",
-    "DeepSpeedVariable",
-    "Dense",
-    "Dilated",
-    "Documents",
-    "Fixed",
     "Hybrid",
     "Linear",
     "Linformer",
-    "Longformer",
     "LowRankMethod",
     "Method",
-    "Neighborhood",
     "Nystrom",
     "NystromTail",
-    "PerHead",
     "Performer",
     "PerformerTail",
-    "PrefixLM",
-    "SlidingWindow",
-    "SortedBuckets",
-    "SparseMethod",
-    "Strided",
+    "Sparse",
     "Tail",
-    "TopKBlocks",
-    "TopPBlocks",
     "branch_share",
     "from_json",
     "methods_table",

@@ -6,15 +6,13 @@ tokens, an option of the tail; see `efficient_attn.hybrid.split`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import hybrid, specs
+from .. import hybrid
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import (
     MaskLike,
@@ -27,26 +25,26 @@ from ..functional import (
 )
 from ..lowrank.common import drop_columns, drop_keys
 from ..masks import BlockMask
+from ..options import Named, check_choice, check_range, register
 from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
-from .base import JOIN, TAILS, Method, check_choice, check_range, from_json, parse, read_json, read_spec
+from ..patterns import Pattern
+from .base import TAILS, Method
 from .lowrank import Performer, PerformerState
-from .sparse import SparseMethod
+from .sparse import Sparse
+from .spec import parse
 
 
-class Tail:
+class Tail(Named):
     """The approximate part of a hybrid. Subclasses are frozen dataclasses, described like a `Method`."""
 
-    name: ClassVar[str]
-    formula: ClassVar[str]
-    paper: ClassVar[str]
-    complexity: ClassVar[str]
+    family = "tail"
+    registry = TAILS
+    compounds: ClassVar[dict[str, Any]] = {}
     exact: ClassVar[bool] = False
     accepts_causal: ClassVar[bool] = False
     accepts_mask: ClassVar[bool] = True
     primitive: ClassVar[str] = "attention"
     block: int
-
-    __str__ = Method.__str__
 
     def build(self, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module | None:
         """The state that `branch` needs, or None."""
@@ -66,13 +64,7 @@ class Tail:
             raise InputError(f"{self.name}: block must be a multiple of 16 from 16 to 256, got {self.block}")
 
 
-def register_tail(cls: type[Tail]) -> type[Tail]:
-    """Class decorator: make a tail known to `parse`, `from_json` and the table."""
-    TAILS[cls.name] = cls
-    return cls
-
-
-@register_tail
+@register
 @dataclass(frozen=True)
 class CentroidTail(Tail):
     """Each block of keys by its mean key, mean value and count (see `hybrid.centroid_branch`).
@@ -91,7 +83,7 @@ class CentroidTail(Tail):
     block: int = 64
     second_order: str = "none"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_block()
         check_choice(self, "second_order", hybrid.SECOND_ORDER)
 
@@ -123,7 +115,7 @@ class FeatureTail(Tail):
         raise NotImplementedError
 
 
-@register_tail
+@register
 @dataclass(frozen=True)
 class NystromTail(FeatureTail):
     """The kernel interpolated from landmarks (see `hybrid.nystrom_branch`). Not causal: landmarks mix positions.
@@ -142,7 +134,7 @@ class NystromTail(FeatureTail):
     pinv_iterations: int = 6
     block: int = 64
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "landmarks", 1)
         check_range(self, "pinv_iterations", 1, 100)
         self._check_block()
@@ -167,7 +159,7 @@ class NystromTail(FeatureTail):
         return hybrid.nystrom_tail_weights(query, key, split, **self._options(query, key, call))
 
 
-@register_tail
+@register
 @dataclass(frozen=True)
 class PerformerTail(FeatureTail):
     """Positive random features: with a sparse part, this is Scatterbrain (see `hybrid.performer_branch`).
@@ -189,7 +181,7 @@ class PerformerTail(FeatureTail):
     redraw_interval: int = 0
     block: int = 64
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._performer()
         self._check_block()
 
@@ -211,6 +203,7 @@ class PerformerTail(FeatureTail):
         return hybrid.performer_tail_weights(query, key, split, call.pop("projection"), **call)
 
 
+@register
 @dataclass(frozen=True)
 class Hybrid(Method):
     """A sparse method and a tail in one softmax: `Hybrid(SlidingWindow(left=64, right=64), CentroidTail())`.
@@ -220,7 +213,7 @@ class Hybrid(Method):
     right=0 alone the future is in the tail.
 
     Fields:
-        sparse: a sparse method that is a pattern of pairs, of positions or chosen by content.
+        sparse: a sparse method, or the pattern of one, of positions or chosen by content.
         tail: `CentroidTail`, `NystromTail` or `PerformerTail`.
     """
 
@@ -228,13 +221,15 @@ class Hybrid(Method):
     accepts_causal = True
     accepts_mask = True
 
-    sparse: SparseMethod
+    sparse: Sparse
     tail: Tail
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not isinstance(self.tail, Tail):
             raise InputTypeError(f"a hybrid ends with a tail, one of {', '.join(TAILS)}; got {self.tail!r}")
-        if not isinstance(self.sparse, SparseMethod):
+        if isinstance(self.sparse, Pattern):
+            object.__setattr__(self, "sparse", Sparse(self.sparse))
+        if not isinstance(self.sparse, Sparse):
             raise InputError(
                 f"a hybrid starts with a sparse method that is a pattern of pairs, got {self.sparse}; write for "
                 f"instance sliding_window:left=64,right=64+{self.tail}"
@@ -243,11 +238,6 @@ class Hybrid(Method):
     def __str__(self) -> str:
         sparse = str(self.sparse)
         return f"({sparse})+{self.tail}" if " " in sparse else f"{sparse}+{self.tail}"
-
-    def to_json(self) -> str:
-        """The method with all its options as a JSON object, which `from_json` reads."""
-        tail = {"method": self.tail.name, **specs.options(self.tail)}
-        return json.dumps({"method": self.name, "sparse": json.loads(self.sparse.to_json()), "tail": tail})
 
     def build(
         self,
@@ -286,7 +276,7 @@ class Hybrid(Method):
         check_dropout(dropout_p)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
-        split = hybrid.plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
+        split = hybrid.plan(self.sparse.pattern, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         projection = self._projection(state, counted=True)
         exact: dict[str, Any] = {"mask": split.exact, "scale": scale, "dropout_p": dropout_p}
         exact["dropout_seed"] = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
@@ -332,7 +322,7 @@ class Hybrid(Method):
         projection = self._projection(state, counted=False)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
-        split = hybrid.plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
+        split = hybrid.plan(self.sparse.pattern, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         value = torch.zeros_like(key[..., :1])
         _, near = padded_attention(
             query, key, value, key_mask, mask=split.exact, scale=scale, return_lse=True, backend=backend
@@ -363,29 +353,3 @@ def branch_share(query: Tensor, key: Tensor, method: str | Hybrid, **arguments: 
     if not isinstance(found, Hybrid):
         raise InputError(f"{found} has one branch; branch_share is for hybrids such as {found}+centroid")
     return found.branch_share(query, key, **arguments)
-
-
-def _from_spec(parts: list[str]) -> Hybrid:
-    """Read the parts of `a+b`."""
-    if len(parts) != 2:
-        raise InputError(f"{'+'.join(parts)!r} joins {len(parts)} parts; a hybrid is one sparse method + one tail")
-    sparse: Any = parse(parts[0])
-    return Hybrid(sparse, read_spec(parts[1], TAILS))
-
-
-def _from_json(given: Mapping[str, Any]) -> Hybrid:
-    parts = given.get("sparse"), given.get("tail")
-    if set(given) != {"method", "sparse", "tail"} or not all(
-        isinstance(part, Mapping) and isinstance(part.get("method"), str) for part in parts
-    ):
-        raise InputError(
-            'a hybrid in JSON is {"method": "hybrid", "sparse": {"method": ...}, "tail": {"method": ...}}; got '
-            f"{dict(given)!r}"
-        )
-    sparse, tail = parts
-    assert sparse is not None and tail is not None
-    exact: Any = from_json(sparse)
-    return Hybrid(exact, read_json(tail, TAILS))
-
-
-JOIN["spec"], JOIN["json"] = _from_spec, _from_json

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import lowrank
-from ..errors import InputError, InputTypeError, UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..functional import resolve_seed
 from ..masks import BlockMask
-from .base import Method, check_choice, check_range, register
+from ..options import check_choice, check_range, register
+from .base import Method
 
 
 class LowRankMethod(Method):
@@ -94,7 +95,7 @@ class Linformer(LowRankMethod):
     init: str = "pool"
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "rank", 1)
         check_range(self, "max_len", 1)
         check_range(self, "seed", 0, 2**62)
@@ -155,7 +156,7 @@ class Nystrom(LowRankMethod):
     pinv_iterations: int = 6
     conv: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "landmarks", 1)
         check_range(self, "pinv_iterations", 1, 100)
         check_range(self, "conv", 0)
@@ -220,13 +221,11 @@ class Performer(LowRankMethod):
     seed: int = 0
     redraw_interval: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "features", 1)
         check_range(self, "redraw_interval", 0)
         check_range(self, "seed", 0, 2**62)
         check_choice(self, "feature", lowrank.FEATURES)
-        if not isinstance(self.orthogonal, bool):
-            raise InputTypeError(f"performer: orthogonal must be true or false, got {self.orthogonal!r}")
 
     def build(
         self,

@@ -18,7 +18,6 @@ from .. import functional, hybrid, methods
 from ..benchmarks import clock
 from ..benchmarks.ops import UNPLANNED, shaped, sized
 from ..masks import BlockMask
-from ..patterns import Pattern
 from . import activations, counts, phases
 
 WARM_UP_LENGTH = 256
@@ -49,7 +48,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         result |= error_of(calls, config)
 
     timed: dict[str, Callable[[], object]] = {"method": lambda: [call() for call in calls]}
-    if config["dense"] and methods.parse(config["method"]) != methods.Dense():
+    if config["dense"] and not methods.parse(config["method"]).is_dense:
         dense = [Bound("dense", layer, config) for layer in layers]
         timed["dense"] = lambda: [call() for call in dense]
     times = clock.interleaved(timed, config["budget_s"])
@@ -118,12 +117,12 @@ def planned(method: methods.Method, layer: activations.Layer) -> list[BlockMask]
     )
     if isinstance(method, methods.Hybrid):
         pairs = {name: options[name] for name in ("mask", "is_causal", "causal_alignment", "key_mask", "scale")}
-        split = hybrid.plan(method.sparse, layer.query, layer.key, method.tail.block, **pairs)
+        split = hybrid.plan(method.sparse.pattern, layer.query, layer.key, method.tail.block, **pairs)
         return [split.exact, split.over_blocks]
-    if not isinstance(method, Pattern) or method.name in UNPLANNED:
+    if not isinstance(method, methods.Sparse) or method.name in UNPLANNED:
         return []
-    within = causal if method.by_content else None
-    found = method.for_inputs(
+    within = causal if method.pattern.by_content else None
+    found = method.pattern.for_inputs(
         layer.query, layer.key, scale=options["scale"], key_mask=options["key_mask"], within=within
     )
     return [found if causal is None else found & causal]

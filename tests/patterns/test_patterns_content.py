@@ -406,7 +406,7 @@ def test_the_module_attends_as_masked_dense_attention(spec):
     q, k, v = (
         (x @ w_.mT + b_).unflatten(-1, (4, 8)).transpose(1, 2) for w_, b_ in zip(w.chunk(3), b.chunk(3), strict=True)
     )
-    visible = ours.attention.for_inputs(q, k, key_mask=~hidden).to_dense() & ~hidden[:, None, None]
+    visible = ours.attention.pattern.for_inputs(q, k, key_mask=~hidden).to_dense() & ~hidden[:, None, None]
     if "shared" in spec:
         k = q / q.norm(dim=-1, keepdim=True)
     expected = attend(q, k, v, visible.expand(2, 4, 64, 64)).transpose(1, 2).flatten(2) @ ours.out_proj.weight.mT

@@ -23,8 +23,7 @@ class Method(Named):
 
     Class attributes say, beside what `Named` has, whether it is `exact` (softmax attention over the pairs it looks at,
     none of them approximated) and `is_dense` (over all pairs), and what calls may ask of it: `accepts_causal`,
-    `accepts_mask` (any mask of pairs), `accepts_bias`. `primitive` is the operator that does the work, whose backends
-    serve the method.
+    `accepts_mask` (any mask of pairs), `accepts_bias`.
     """
 
     family = "method"
@@ -35,7 +34,6 @@ class Method(Named):
     accepts_causal: ClassVar[bool] = False
     accepts_mask: ClassVar[bool] = False
     accepts_bias: ClassVar[bool] = False
-    primitive: ClassVar[str] = "attention"
 
     @property
     def shares_state(self) -> bool:

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..defaults import alignment_offset
 from ..functional import (
     attention,
     attention_weights,
-    autocast,
-    check_inputs,
-    check_tensors,
     merge_attention,
+    prepare_inputs,
     resolve_seed,
 )
 from ..padding import select_keys
@@ -39,9 +38,7 @@ def bucketed_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values as they are attended to: with shared_qk the keys are the queries, of length one."""
     pattern._check_tracing(query)
-    check_tensors(query=query, key=key, value=value)
-    query, key, value = autocast(query, key, value)
-    check_inputs(query, key, value)
+    query, key, value = prepare_inputs(query, key, value)
     if pattern.shared_qk:
         pattern.buckets(query, key, key_mask)  # says what does not fit before the keys are replaced
         key = F.normalize(query, dim=-1)
@@ -66,7 +63,7 @@ def bucketed_attention(
     """`Method.attend` of a pattern of buckets, round by round, for what `bucketed_inputs` returned."""
     Nq, Nk = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
-    offset = (Nk - Nq if causal_alignment == "bottom_right" else 0) if is_causal else None
+    offset = alignment_offset(causal_alignment, Nq, Nk) if is_causal else None
     with torch.no_grad(), span(PLAN):
         found = pattern.buckets(query.detach(), key.detach(), key_mask)
     key, value = select_keys(key_mask, key, value)

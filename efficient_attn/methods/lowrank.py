@@ -213,7 +213,6 @@ class Performer(LowRankMethod):
     paper = "Choromanski et al. 2021"
     complexity = "n m d"
     accepts_causal = True
-    primitive = "linear_attention"
 
     features: int = 256
     feature: str = "softmax"
@@ -262,7 +261,6 @@ class Linear(LowRankMethod):
     paper = "Katharopoulos et al. 2020"
     complexity = "n d^2"
     accepts_causal = True
-    primitive = "linear_attention"
     needs_state = False
 
     def functions(

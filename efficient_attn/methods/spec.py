@@ -12,13 +12,12 @@ from typing import Any
 
 from .. import backends
 from ..errors import InputError, InputTypeError
-from ..ops import linear_attention
 from ..options import MAX_DEPTH, Named, read_spec, write
 from ..patterns import Combined, Pattern, PerHead
 from .base import METHODS, TAILS, Method
 from .sparse import Sparse
 
-BACKENDS = {"attention": backends.BACKENDS, "linear_attention": linear_attention.BACKENDS}  # of each primitive
+BACKENDS = [name for name in backends.BACKENDS if name not in backends.EXPERIMENTAL]  # of every method
 
 
 def parse(spec: str | Method | Pattern) -> Method:
@@ -66,9 +65,8 @@ def _row(name: str, spec: Named, method: Any) -> dict[str, str]:
         "causal": "yes" if method.accepts_causal else "no",
         "mask": "yes" if method.accepts_mask else "padding only",
         "parameters": ", ".join(f"{option}={write(getattr(spec, option))}" for option in spec.kinds) or "-",
-        "backends": ", ".join(f"{b} (experimental)" if b in backends.EXPERIMENTAL else b
-                              for b in BACKENDS[method.primitive]),
-    }  # fmt: skip
+        "backends": ", ".join(BACKENDS),
+    }
 
 
 def _read(text: str, depth: int) -> Any:

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..defaults import ALIGNMENTS
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask, BlockSize
 from ..masks.lists import Grid, predicate_lists
-from ..masks.rules import ALIGNMENTS, check_block_size, check_sizes
+from ..masks.rules import check_block_size, check_sizes
 from ..options import Named, check_choice, check_range
 
 MANY_BLOCKS = 2**20  # to transpose more takes a while: done when a backward asks for it first
@@ -186,11 +187,6 @@ class Pattern(Named):
 def empty_mask(grid: Grid, **window: Any) -> BlockMask:
     """A mask without lists for a grid, with a window or none."""
     return BlockMask(grid.q_len, grid.kv_len, (grid.block_q, grid.block_k), **window)
-
-
-def offset(alignment: str, q_len: int, kv_len: int) -> int:
-    """The key at which the diagonal of query 0 starts."""
-    return kv_len - q_len if alignment == "bottom_right" else 0
 
 
 def along_diagonals(pattern: Pattern, within: BlockMask) -> BlockMask:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficient_attn import methods
-from efficient_attn.masks import BlockMask
+from .. import methods
+from ..masks import BlockMask
 
 # The error is taken over this many queries, spread evenly; their exact outputs are computed in float64.
 ERROR_ROWS = 256

@@ -14,13 +14,6 @@ from .errors import (
 from .explanation import Explanation, explain
 from .functional import attention, attention_weights, merge_attention
 from .integrations import Conversion, convert
-from .lowrank import (
-    linear_attention,
-    linformer_attention,
-    nystrom_attention,
-    performer_attention,
-    truncated_svd_attention,
-)
 from .masks import BlockMask
 from .methods import (
     METHODS,
@@ -34,7 +27,12 @@ from .methods import (
     Performer,
     PerformerTail,
     branch_share,
+    linear_attention,
+    linformer_attention,
+    nystrom_attention,
     parse,
+    performer_attention,
+    truncated_svd_attention,
 )
 from .multihead import MultiheadAttention, replace_attention
 from .patterns import (

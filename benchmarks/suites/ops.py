@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_attn import functional, hybrid, methods
+from efficient_attn import functional, methods
 from efficient_attn.errors import EfficientAttnError
 from efficient_attn.masks import BlockMask
 from efficient_attn.measuring import clock, inputs
@@ -26,6 +26,7 @@ from efficient_attn.measuring.calls import (
     shaped,
     sized,
 )
+from efficient_attn.methods.hybrid import plan
 
 from .. import cases, peers
 from . import Chart, Claim, Column, Options, Row, Suite, grid
@@ -96,7 +97,7 @@ def _plan(method: methods.Method, qkv: Sequence[Tensor], *, causal: bool) -> dic
     started = time.perf_counter()
     masks: list[BlockMask] = []  # the first is that of the exact pairs
     if isinstance(method, methods.Hybrid):
-        split = hybrid.plan(method.sparse.pattern, qkv[0], qkv[1], method.tail.block, is_causal=causal)
+        split = plan(method.sparse.pattern, qkv[0], qkv[1], method.tail.block, is_causal=causal)
         masks = [split.exact, split.over_blocks]
     elif isinstance(method, methods.Sparse) and method.name not in UNPLANNED:
         masks = [planned(method, *qkv[:2])]

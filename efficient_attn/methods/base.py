@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import BlockMask
-from ..options import Named, check_choice, check_range, register
+from ..options import Named
 from ..patterns import PATTERNS, Pattern
 
-__all__ = ["METHODS", "TAILS", "Method", "check_choice", "check_range", "keep_state", "register"]
-
 METHODS: ChainMap[str, Any] = ChainMap({}, PATTERNS)  # what a spec names: the patterns, which attend as `Sparse`, first
-TAILS: dict[str, Any] = {}  # what may stand behind a +, see hybrid.py
+TAILS: dict[str, Any] = {}  # what may stand behind a +, see hybrid/
 
 
 class Method(Named):

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, hybrid, methods
+from .. import functional, methods
 from ..masks import BlockMask
 from ..measuring import clock
 from ..measuring.calls import UNPLANNED, shaped, sized
+from ..methods.hybrid import plan
 from . import activations, counts, phases
 
 WARM_UP_LENGTH = 256
@@ -117,7 +118,7 @@ def planned(method: methods.Method, layer: activations.Layer) -> list[BlockMask]
     )
     if isinstance(method, methods.Hybrid):
         pairs = {name: options[name] for name in ("mask", "is_causal", "causal_alignment", "key_mask", "scale")}
-        split = hybrid.plan(method.sparse.pattern, layer.query, layer.key, method.tail.block, **pairs)
+        split = plan(method.sparse.pattern, layer.query, layer.key, method.tail.block, **pairs)
         return [split.exact, split.over_blocks]
     if not isinstance(method, methods.Sparse) or method.name in UNPLANNED:
         return []

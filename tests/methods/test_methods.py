@@ -12,7 +12,7 @@ import torch
 import torch.utils.checkpoint
 
 import efficient_attn
-from efficient_attn import lowrank, patterns
+from efficient_attn import methods, patterns
 from efficient_attn.errors import EfficientAttnError, InputError, InputTypeError, UnsupportedError
 from efficient_attn.functional import attention
 from efficient_attn.masks import BlockMask
@@ -406,21 +406,21 @@ def test_options_reach_the_functions():
     assert state.key_projection.shape == (H, 8, N)
     torch.testing.assert_close(
         method.attend(q, k, v, state=state)[0],
-        lowrank.linformer_attention(q, k, v, state.key_projection, state.value_projection),
+        methods.linformer_attention(q, k, v, state.key_projection, state.value_projection),
     )
     method = Nystrom(landmarks=5, pinv_iterations=2, conv=3)
     state = state_of(method)
     torch.testing.assert_close(
         method.attend(q, k, v, state=state)[0],
-        lowrank.nystrom_attention(q, k, v, landmarks=5, pinv_iterations=2, conv_weight=state.conv_weight),
+        methods.nystrom_attention(q, k, v, landmarks=5, pinv_iterations=2, conv_weight=state.conv_weight),
     )
     method = Performer(features=12, feature="relu")
     state = state_of(method)
     torch.testing.assert_close(
         method.attend(q, k, v, state=state, scale=0.2, is_causal=True)[0],
-        lowrank.performer_attention(q, k, v, state.projection, feature="relu", scale=0.2, is_causal=True),
+        methods.performer_attention(q, k, v, state.projection, feature="relu", scale=0.2, is_causal=True),
     )
-    torch.testing.assert_close(Linear().attend(q, k, v)[0], lowrank.elu_attention(q, k, v))
+    torch.testing.assert_close(Linear().attend(q, k, v)[0], methods.elu_attention(q, k, v))
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def test_states_copy_pickle_save_and_train(spec):
 
 def test_linformer_starts_as_pooling():
     state = Linformer(rank=4, max_len=10).build(H * D, H, D)
-    pooled = lowrank.segment_means(torch.arange(10.0)[None, None, :, None], 4)[0].flatten()
+    pooled = methods.segment_means(torch.arange(10.0)[None, None, :, None], 4)[0].flatten()
     torch.testing.assert_close(state.key_projection @ torch.arange(10.0), pooled)
     assert torch.equal(state.key_projection, state.value()) and state.key_projection is not state.value()
     shared = Linformer(rank=4, max_len=10, share="kv").build(H * D, H, D)

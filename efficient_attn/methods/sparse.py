@@ -22,7 +22,8 @@ from .buckets import bucketed_attention, bucketed_inputs
 class Sparse(Method):
     """Exact attention where the pattern, the mask, the lengths and causality all allow it: `Sparse(BigBird(block=64))`.
 
-    It is described, written and read as its pattern. A pattern of buckets is run on sorted tokens where it can be.
+    It is described, written and read as its pattern, and has what that has: options, `block_mask`, `for_inputs`, ... So
+    it can also be a `mask=`. A pattern of buckets is run on sorted tokens where it can be.
     """
 
     exact = True
@@ -38,6 +39,11 @@ class Sparse(Method):
         for what in ("name", "formula", "paper", "complexity", "accepts_causal"):
             object.__setattr__(self, what, getattr(self.pattern, what))
         object.__setattr__(self, "is_dense", isinstance(self.pattern, Dense))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pattern" or name.startswith("__"):  # not there yet while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.pattern, name)
 
     def to_json(self) -> str:
         return self.pattern.to_json()

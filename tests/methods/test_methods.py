@@ -120,7 +120,11 @@ def test_a_pattern_becomes_a_sparse_method():
     assert method == Sparse(pattern) == parse("sliding_window:left=3,right=2") and isinstance(method, Method)
     assert (method.name, method.paper, str(method)) == (pattern.name, pattern.paper, str(pattern))
     q, k, v = make()
-    torch.testing.assert_close(attention(q, k, v, mask=pattern), method.attend(q, k, v)[0])
+    for mask in (pattern, method):
+        torch.testing.assert_close(attention(q, k, v, mask=mask), method.attend(q, k, v)[0])
+    assert method.left == 3 and method.block_mask(9, 9) == pattern.block_mask(9, 9)
+    for again in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
+        assert again == method and again.is_dense is False and not hasattr(again, "nothing")
     both = parse(BigBird() & patterns.Causal())
     assert both == parse("bigbird & causal") == Sparse(BigBird() & patterns.Causal())
     assert parse("dense").is_dense and not both.is_dense and not parse("linear").is_dense

@@ -154,7 +154,8 @@ def sorted_lists(
 
 def _ends(buckets: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """First and last bucket of each block of sorted (B, H, N)."""
-    stops = torch.arange(0, buckets.shape[-1] + size - 1, size, device=buckets.device).clamp(max=buckets.shape[-1])
+    N = buckets.shape[-1]
+    stops = torch.arange(0, N + size, size, device=buckets.device).clamp(max=N)
     return buckets[..., stops[:-1]], buckets[..., stops[1:] - 1]
 
 

@@ -165,8 +165,7 @@ def _traced(
     pattern: Pattern, q_len: int, kv_len: int, heads: int, block: int, alignment: str | None, device: str
 ) -> Split:
     """`_cached` as a graph sees it: tensors from one operator, and numbers."""
-    text = Pattern.to_json(pattern)
-    tail, *lists = split_lists(text, q_len, kv_len, heads, block, alignment or "", device)
+    tail, *lists = split_lists(pattern.to_json(), q_len, kv_len, heads, block, alignment or "", device)
     batch, split_heads, _, n_k = tail.shape
     offset = alignment_offset(alignment, q_len, kv_len)
 

@@ -25,7 +25,7 @@ from ..backends.call import accumulation_dtype
 from ..backends.reference import attention as reference
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
-from ..masks import lists as mask_build
+from ..masks.lists import BlockLists, Grid, transpose
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 DOUBLE_BACKWARD_ROWS = 256  # query rows replayed at a time
@@ -122,8 +122,8 @@ def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
         grad_out = torch.zeros_like(out)
     if lists[0] is not None and lists[4] is None and BACKENDS[backend].NEEDS_TRANSPOSED:
         batch, heads, block_q, block_k = block_shape
-        grid = mask_build.Grid(query.shape[2], key.shape[2], block_q, block_k)
-        lists[4:] = mask_build.transpose(mask_build.BlockLists(batch, heads, *lists[:4]), grid)
+        grid = Grid(query.shape[2], key.shape[2], block_q, block_k)
+        lists[4:] = transpose(BlockLists(batch, heads, *lists[:4]), grid)
     dq, dk, dv, dbias = attention_backward(
         grad_out, grad_lse, query, key, value, bias, out, lse, block_shape, *lists, window, kv_lengths,
         scale, dropout_p, dropout_seed, bias_requires_grad, backend,

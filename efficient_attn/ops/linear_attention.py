@@ -31,7 +31,7 @@ _library.define(
 )
 
 
-# --- the kernels -----------------------------------------------------------------------------------------------------
+# --- the kernels ---
 
 
 def _forward(
@@ -79,7 +79,7 @@ def _backward_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- gradients ---
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -121,7 +121,7 @@ torch.library.register_autograd(
 )
 
 
-# --- vmap: the mapped dimension joins the batch ----------------------------------------------------------------------
+# --- vmap: the mapped dimension joins the batch ---
 
 
 def _mapped(operator: Any, tensors: int, projection: int) -> Any:

@@ -82,8 +82,8 @@ class Pattern:
             return _cached(self, q_len, kv_len, heads, size, place)
         text = Pattern.to_json(self)
         indptr, indices, tile_ids, tiles, *transposed = pattern_lists(text, q_len, kv_len, heads, *size, place)
-        return BlockMask._trusted(
-            {"lists": tuple(transposed)},
+        return BlockMask.unchecked(
+            (transposed[0], transposed[1], transposed[2]),
             q_len=q_len,
             kv_len=kv_len,
             block_size=size,
@@ -235,7 +235,7 @@ def by_classes(
     visible: Callable[[Tensor, Tensor], Tensor], grid: Grid, rows: Tensor, cols: Tensor, *keys: Tensor
 ) -> BlockMask:
     """The mask of visible(i, j) in the given blocks, ascending; blocks with equal keys have equal tiles."""
-    return BlockMask._of_lists(
+    return BlockMask.from_lists(
         grid,
         predicate_lists(lambda b, h, i, j: visible(i, j), grid, 1, 1, rows, cols, keys=(*keys, grid.edge(rows, cols))),
     )
@@ -316,7 +316,7 @@ def _make(pattern: Pattern, grid: Grid, heads: int, device: str, explicit: bool)
     mask = pattern._build(grid, heads).reblock((grid.block_q, grid.block_k))
     mask = (mask.explicit() if explicit else mask).to(device)
     if mask.indices is not None and (explicit or mask.indices.numel() < MANY_BLOCKS):
-        mask._transposed["lists"] = mask.transposed()  # by itself it keeps nothing while anything is being traced
+        mask.keep_transposed()
     return mask
 
 

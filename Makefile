@@ -1,4 +1,4 @@
-# make setup | cuda | test | test-slow | test-triton | test-cuda-host | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | gpu-sanitize | triton-table | cuda-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# make setup | cuda | test | test-slow | test-triton | test-cuda-emulator | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | gpu-sanitize | triton-table | cuda-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: setup cuda test test-slow test-triton test-cuda-host test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme clean
+.PHONY: setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme clean
 
 setup: $(STAMP)
 
@@ -49,9 +49,9 @@ $(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 test-timm: $(TIMM_VENV)/.installed
 	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/integrations/test_timm.py
 
-# Every case in both half dtypes on the CUDA kernels in their host twin (g++, no GPU), and the faults that it must find.
-test-cuda-host: $(STAMP)
-	$(BIN)/python -m pytest -q $(ARGS) tests/kernels/cuda/test_cuda_host.py
+# Every case in both half dtypes on the CUDA kernels in their emulator (g++, no GPU), and the faults that it must find.
+test-cuda-emulator: $(STAMP)
+	$(BIN)/python -m pytest -q $(ARGS) tests/kernels/cuda/test_cuda_emulator.py
 
 # Random calls of the native kernel against the definition: make fuzz CASES=100000
 CASES ?= 20000
@@ -72,13 +72,13 @@ test-upstream: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/cuda_host/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/emulator/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/cuda_host/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/emulator/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
 
 bench: $(STAMP)
 	$(BIN)/efficient-attn bench $(ARGS)

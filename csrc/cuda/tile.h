@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kWarp = 32;
 
+template <int kDType>
+using Element = std::conditional_t<kDType == kBFloat16, BFloat16, Float16>;
+
 // Byte offset of chunk `chunk` (8 elements) of row `row` in a tile kWidth elements wide.
 template <int kWidth>
 EA_DEVICE uint32_t chunk_offset(int row, int chunk) {

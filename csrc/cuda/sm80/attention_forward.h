@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/scores.h"
+#include "cuda/sm80/pipeline.h"
 
 namespace efficient_attn {
 namespace sm80 {
@@ -23,7 +24,7 @@ struct Forward {
     using T = T_;
     static constexpr int kHead = kHead_;
     static constexpr bool kExtras = kExtras_;
-    static constexpr int kRows = 128, kKeys = kHead == 64 && !kExtras ? 64 : 32;
+    static constexpr int kRows = kForwardRows, kKeys = kHead == 64 && !kExtras ? 64 : 32;
     static constexpr int kWarps = kHead == 256 || kExtras ? 8 : 4, kThreads = kWarps * kWarp;
     static constexpr int kWarpRows = kRows / kWarps, kParts = kParts_, kM = kWarpRows / kParts / 16;
     using InParts = Forward<T, kHead, kExtras, kWarpRows / 16>;
@@ -79,34 +80,25 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, Reading read
     Walk<F::kKeys, kByQuery> walk(p, at.b, at.h, at.lines.begin, sees.any);
     Step next;
     bool more = walk.next(p, next);
-    if (kSafe) block_sync();  // the pass before may still be reading what is loaded now
-    if (more) {
+    fill_first_slot<kSafe>(more, [&] {
         if (!marks)
             load_tile<F::kRows, F::kHead, F::kThreads>(F::kQuery, head_pointer(p.call.query, at.b, at.h),
                                                        p.call.query.row_stride, at.lines.begin, at.lines.end,
                                                        static_cast<int>(p.call.D), p.query_aligned);
         load_slot<F>(p, at, next, 0);
-        copy_async_commit();
-    }
+    });
     for (int slot = 0; more; slot ^= 1) {
         const Step step = next;
         more = walk.next(p, next);
-        copy_async_wait<0>();
-        block_sync();  // this slot has arrived, and every warp is done with the other one
-        if (more) {
-            load_slot<F>(p, at, next, slot ^ 1);
-            copy_async_commit();
-        }
+        turn_slots(more, [&] { load_slot<F>(p, at, next, slot ^ 1); });
         if (!active) continue;
         const uint32_t keys = F::kSlots + slot * F::kSlotBytes, values = keys + F::kTileBytes;
         float s[F::kM][F::kKeys / 8][4];
         clear(s);
         if (!marks) multiply_transposed<T, F::kHead>(s, F::kQuery, warp_row, keys, lane);
         if (F::kExtras) scale_by(s, p.score_scale);
-        const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + F::kKeys <= sees.all.end &&
-                          step.end == step.first + F::kKeys;
         const int column = step.first + lane % 4 * 2;
-        if (!full || biased) hide(s, p, step, row, at.lines, p.low, p.high, lane);
+        if (!sight_of(sees, step, F::kKeys).all || biased) hide(s, p, step, row, at.lines, p.low, p.high, lane);
         if (biased) add_bias<T, true>(s, p, at.b, at.h, row, column, !marks);
         if (marks) {
             visible_ones(s);
@@ -145,9 +137,7 @@ attention_forward(EA_PARAMETER KernelParams p) {
         suspect = suspicious(f.out, at.lines.begin + first_row<F>(0) + thread_index() % kWarp / 4, at.lines.end);
         store_output(f, p, at, 0);
     }
-    if (!p.flags) return;
-    suspect = block_any(suspect);
-    if (thread_index() == 0) store_global(p.flags + block_index(), suspect ? 1 : 0);
+    write_flag(p, suspect);
 }
 
 // The suspicious tiles again; F has a warp's rows in parts of 16. A weight of zero does not silence a NaN: so zeros
@@ -155,8 +145,7 @@ attention_forward(EA_PARAMETER KernelParams p) {
 template <class F>
 EA_KERNEL(F::kThreads, 1)
 attention_forward_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
-        if (load_global(p.flags + index) == 0) continue;
+    each_flagged(p, tiles, [&](int64_t index) {
         const Place at = query_place<F::kRows>(p, index);
         for (int part = 0; part < F::kParts; ++part) {
             F f;
@@ -168,7 +157,7 @@ attention_forward_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
                                        at.lines.begin + first_row<F>(part) + lane / 4, at.lines.end, lane % 4 * 2,
                                        p.call.Dv);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -22,7 +22,7 @@
 #include <functional>
 #include <string>
 
-namespace twin {
+namespace emulator {
 
 enum Operation : int {
     kNothing,
@@ -71,7 +71,7 @@ void check_all_written();                         // throws unless every element
 // Runs `kernel` for each of the blocks in a random order; throws std::runtime_error with a report.
 void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed);
 
-// --- called by the threads (tests/cuda_host/cuda/ptx.h) ---
+// --- called by the threads (tests/kernels/cuda/emulator/cuda/ptx.h) ---
 
 int thread_index();
 int64_t block_index();
@@ -147,9 +147,4 @@ struct GroupMultiply {
     bool bfloat16, transpose_b, accumulate, transpose_a;
 };
 
-float from_bfloat16(uint16_t bits);
-float from_float16(uint16_t bits);
-uint16_t to_bfloat16(float value);
-uint16_t to_float16(float value);
-
-}  // namespace twin
+}  // namespace emulator

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from efficient_attn import BlockMask, MultiheadAttention, attention, parse, truncated_svd_attention
+from efficient_attn.measuring import inputs
 from efficient_attn.methods import Hybrid, SparseMethod
 
-from . import inputs
 from .suites import vit
 
 SIDE, STEPS, IMAGES = 16, 150, 8

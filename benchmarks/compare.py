@@ -18,8 +18,10 @@ import numpy
 import typer
 from rich.console import Console
 
-from . import records, report
-from .records import Record
+from efficient_attn.measuring import records
+from efficient_attn.measuring.records import Record
+
+from . import report
 
 RESAMPLES = 2000
 FEWEST = 3  # samples on either side for an interval

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from efficient_attn import BlockMask, SlidingWindow, attention, linear_attention
-
-from . import records, runner
-from .records import Record
+from efficient_attn.measuring import records, runner
+from efficient_attn.measuring.records import Record
 
 Call = Callable[[], object]
 
@@ -92,6 +91,11 @@ CUDA_TARGETS = (
 )
 # what is measured -> its dense call under the same name
 OURS = {"ours": "dense", "cuda": "cuda dense", "cuda any order": "cuda dense"}
+
+
+def measurement(suite: str) -> runner.Measure:
+    """What measures a cell; a worker looks it up."""
+    return run_cell
 
 
 def cells() -> list[runner.Cell]:
@@ -405,11 +409,11 @@ def main(arguments: list[str] | None = None) -> None:
             if left < 10:
                 print(f"{cell.config['case']} {cell.config['mode']}: not started, {options.seconds:.0f} s are over")
                 continue
-            record = runner.run_cell(cell, out, runner.Limits(seconds=min(left, 90.0)), code)
+            record = runner.run_cell(cell, out, runner.Limits(seconds=min(left, 90.0)), code, measurement)
             left = options.seconds - (time.monotonic() - started)
             if record["status"] != "ok" and left > 10:  # the experimental kernels may have taken the others with them
                 cell = runner.Cell("gpu", {**cell.config, "cuda": False})
-                record = runner.run_cell(cell, out, runner.Limits(seconds=min(left, 90.0)), code)
+                record = runner.run_cell(cell, out, runner.Limits(seconds=min(left, 90.0)), code, measurement)
             print(f"{cell.config['case']} {cell.config['mode']}: {record['status']} {record.get('ms', '')}", flush=True)
     found = latest(list(records.read(path)))
     draw(found, options.out / "results.png")

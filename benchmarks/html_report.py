@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import figures, records, report, view
-from .records import Record
+from efficient_attn.measuring import records
+from efficient_attn.measuring.records import Record
+
+from . import figures, report, view
 from .suites import Column, Suite
 
 PAGE = Path(__file__).parent / "page"

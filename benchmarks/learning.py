@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from efficient_attn.measuring import clock
+from efficient_attn.measuring.calls import sized
 from efficient_attn.training.data.base import Batch, Dataset, Splits
 from efficient_attn.training.optimizer import adamw, learning_rate
 from efficient_attn.training.task import Task
-
-from . import clock
-from .ops import sized
 
 EVALUATED_AT_ONCE = 64
 WARMUP, FINAL, DECAY, CLIP = 0.1, 0.05, 0.01, 1.0

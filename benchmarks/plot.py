@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import Record
+from efficient_attn.measuring.records import Record
+
 from .report import short_names
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from efficient_attn.measuring.clock import NOISY
+from efficient_attn.measuring.records import Record
+
 from . import suites, view
-from .clock import NOISY
-from .records import Record
 from .suites import targets
 from .suites.memory import fitted_exponent
 

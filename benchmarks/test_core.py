@@ -13,8 +13,9 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("sklearn")
 
 from efficient_attn import attention
-from efficient_attn.benchmarks import cases, inputs, ops
+from efficient_attn.benchmarks import cases
 from efficient_attn.benchmarks.suites import sparsity
+from efficient_attn.measuring import calls, inputs
 
 LENGTH = 2048
 METHODS = (
@@ -44,7 +45,7 @@ def test_operator(benchmark, method, mode):
     if mode == "decode" and method.partition(":")[0] not in cases.DECODES:
         pytest.skip("one query alone cannot use it")
     shape = cases.OPERATOR_SHAPE
-    built = ops.sized(method, LENGTH)
+    built = calls.sized(method, LENGTH)
     state = built.build(shape["heads"] * shape["head_dim"], shape["heads"], shape["head_dim"])
     query, key, value = inputs.photograph_qkv(LENGTH, **shape)
     options = {}
@@ -55,7 +56,7 @@ def test_operator(benchmark, method, mode):
         return built.attend(query, key, value, state=state, **options)[0]
 
     benchmark.group = mode
-    benchmark(ops.binder(mode, (query, key, value), state)(attend))
+    benchmark(calls.binder(mode, (query, key, value), state)(attend))
 
 
 @pytest.mark.parametrize("percent", [50, 10])
@@ -63,11 +64,11 @@ def test_sparse(benchmark, percent):
     mask = sparsity.random_blocks(LENGTH, LENGTH, percent / 100, torch.Generator().manual_seed(0))
     qkv = inputs.photograph_qkv(LENGTH, **cases.OPERATOR_SHAPE)
     benchmark.group = "random blocks"
-    benchmark(ops.binder("fwd", qkv)(lambda q, k, v: attention(q, k, v, mask=mask)))
+    benchmark(calls.binder("fwd", qkv)(lambda q, k, v: attention(q, k, v, mask=mask)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes(benchmark, dtype):
     qkv = inputs.photograph_qkv(LENGTH, dtype=getattr(torch, dtype), **cases.OPERATOR_SHAPE)
     benchmark.group = "dense, dtypes"
-    benchmark(ops.binder("fwd", qkv)(attention))
+    benchmark(calls.binder("fwd", qkv)(attention))

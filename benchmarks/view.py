@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from efficient_attn.measuring.clock import NOISY
+from efficient_attn.measuring.records import Record
+
 from . import suites
-from .clock import NOISY
-from .records import Record
 from .suites import Chart, Claim, Suite
 
 MIB = 2**20

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efficient_attn.benchmarks import plot, records, report
+from efficient_attn.benchmarks import plot, report
+from efficient_attn.measuring import records
 from efficient_attn.methods import methods_table
 
 ROOT = Path(__file__).resolve().parents[1]

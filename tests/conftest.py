@@ -70,7 +70,7 @@ def backend(request):
     """Each backend in turn. Only a build without native code (EFFICIENT_ATTN_CPU=0, no nvcc) may skip its backend."""
     if request.param == "cuda" and "cuda" in ON_GPU and cuda.missing():
         pytest.skip(cuda.missing())
-    reasons = backends.BACKENDS[request.param].not_supported_reasons(
+    reasons = backends.BACKENDS[request.param].attention.not_supported_reasons(
         PLAIN_CALL._replace(
             device=torch.device("cuda" if request.param in ON_GPU else "cpu"),
             dtype=torch.bfloat16 if request.param == "cuda" else torch.float32,

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import inputs
+from efficient_attn.measuring import inputs
+
 from .formulas import flex, linformer, nystrom, performer, sdpa, torch_module
 
 __all__ = [

@@ -140,6 +140,13 @@ def get(name: str) -> Suite:
     return suite
 
 
+def measurement(name: str, files: Sequence[str] = ()) -> Callable[[Config], dict[str, Any]]:
+    """What measures a cell of the suite of a name, once these files are loaded: how a worker finds it."""
+    for file in files:
+        load(file)
+    return get(name).run_cell
+
+
 def register(suite: Suite) -> Suite:
     """Makes a suite known; for files that are given to ``load``."""
     _added[suite.name] = suite

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from efficient_attn import attention
+from efficient_attn.measuring import clock, inputs
 
-from .. import approximation, clock, inputs
+from .. import approximation
 from ..cache import cached
 from . import Chart, Claim, Column, Options, Row, Suite, grid, vit
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from .. import cases, clock, inputs
-from ..ops import WARM_UP_LENGTH, binder, shaped, sized
+from efficient_attn.measuring import clock, inputs
+from efficient_attn.measuring.calls import WARM_UP_LENGTH, binder, shaped, sized
+
+from .. import cases
 from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 

@@ -15,10 +15,20 @@ from torch import Tensor
 from efficient_attn import functional, hybrid, methods
 from efficient_attn.errors import EfficientAttnError
 from efficient_attn.masks import BlockMask
+from efficient_attn.measuring import clock, inputs
+from efficient_attn.measuring.calls import (
+    UNPLANNED,
+    WARM_UP_LENGTH,
+    Call,
+    binder,
+    planned,
+    relative_error,
+    shaped,
+    sized,
+)
 from efficient_attn.patterns import Pattern
 
-from .. import cases, clock, inputs, peers
-from ..ops import UNPLANNED, WARM_UP_LENGTH, Call, binder, planned, relative_error, shaped, sized
+from .. import cases, peers
 from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import clock, peers, records
-from ..ops import binder
+from efficient_attn.measuring import clock, records
+from efficient_attn.measuring.calls import binder
+
+from .. import peers
 from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from efficient_attn import BlockMask, SlidingWindow, attention
+from efficient_attn.measuring import clock, inputs
+from efficient_attn.measuring.calls import binder
 
-from .. import clock, inputs, peers
-from ..ops import binder
+from .. import peers
 from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 BLOCK = 64

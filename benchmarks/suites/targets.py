@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from efficient_attn import BigBird, BlockMask, MultiheadAttention, SlidingWindow, attention, linear_attention
+from efficient_attn.measuring import clock, inputs
+from efficient_attn.measuring.calls import sized
 
-from .. import cases, clock, inputs, peers
-from ..ops import sized
+from .. import cases, peers
 from . import Claim, Column, Options, Row, Suite
 from .sparsity import random_blocks
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from efficient_attn import MultiheadAttention
+from efficient_attn.measuring import clock, inputs
+from efficient_attn.measuring.calls import sized
 
-from .. import cases, clock, inputs, peers
-from ..ops import sized
+from .. import cases, peers
 from . import Chart, Claim, Column, Options, Row, Suite, grid
 
 DIM, HEADS, DEPTH = 64, 4, 2

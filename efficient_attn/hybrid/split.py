@@ -22,6 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..defaults import alignment_offset
 from ..errors import UnsupportedError
 from ..functional import MaskLike, as_block_mask, check_alignment
 from ..masks import BlockMask
@@ -167,7 +168,7 @@ def _traced(
     text = Pattern.to_json(pattern)
     tail, *lists = split_lists(text, q_len, kv_len, heads, block, alignment or "", device)
     batch, split_heads, _, n_k = tail.shape
-    offset = kv_len - q_len if alignment == "bottom_right" else 0
+    offset = alignment_offset(alignment, q_len, kv_len)
 
     def mask(lists: list[Tensor], kv_len: int, width: int, window: tuple[int, int] | None) -> BlockMask:
         return BlockMask._trusted(

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.reference.attention import accumulation_dtype
+from ..backends.call import accumulation_dtype
+from ..backends.features import CAUSAL_EXPONENT_LIMIT
 from ..errors import InputError, UnsupportedError
 from ..functional import MAX_HEAD_DIM, attention, attention_weights
 from ..lowrank.common import by_group
@@ -23,7 +24,6 @@ from ..padding import select_keys
 from .split import Split
 
 SECOND_ORDER = ("none", "diagonal", "full")
-CAUSAL_EXPONENT_LIMIT = 60.0  # e^60: room for sums over a million keys in float32
 QUADRATIC_ROWS = 256  # query rows whose outer products exist at a time
 
 

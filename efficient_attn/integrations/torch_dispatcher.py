@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, functional
+from ..defaults import default_scale
 from ..errors import EfficientAttnError, UnsupportedError
 from ..masks import MaskArrays
 
@@ -220,7 +221,7 @@ def _forward(
     backend, bias = _chosen(query, key, value, attn_mask, dropout_p)
     if backend is None:
         return NotImplemented
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(scale, query.shape[-1])
     return backend.attention_forward(query, key, value, bias, _mask(is_causal), scale, 0.0, None)
 
 
@@ -239,7 +240,7 @@ def _backward(
     backend, bias = _chosen(query, key, value, attn_mask, dropout_p)
     if backend is None:
         return NotImplemented
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(scale, query.shape[-1])
     saved = (grad_out, None, query, key, value, bias, out, logsumexp)
     return backend.attention_backward(*saved, _mask(is_causal), scale, 0.0, None, False)[:3]
 
@@ -252,12 +253,12 @@ def _chosen(
         return None, None
     try:
         functional.check_inputs(query, key, value)
-        bias = functional.check_bias(attn_mask, query, key)
+        bias = None if attn_mask is None else functional.check_bias(attn_mask, query, key)
     except EfficientAttnError:
         return None, None
     call = functional.describe(query, key, value, bias, MaskArrays(), 0.0)
     name = backends.cached_select("auto", call)
-    return (None if name == "reference" else backends.BACKENDS[name]), bias
+    return (None if name == "reference" else backends.BACKENDS[name].attention), bias
 
 
 def _mask(is_causal: bool) -> MaskArrays:

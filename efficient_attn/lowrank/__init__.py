@@ -9,7 +9,7 @@ never formed, dropout drops whole keys: w_ij becomes w_ij keep_j / (1 - p), with
 Each weight is then dropped with probability p as usual, and the expectation is the same.
 """
 
-from ..backends.reference.linear_attention import elu_features
+from ..backends.features import elu_features
 from .linear import elu_attention, elu_weights, linear_attention, linear_attention_weights
 from .linformer import linformer_attention, linformer_weights
 from .nystrom import iterative_pinv, nystrom_attention, nystrom_weights, segment_means

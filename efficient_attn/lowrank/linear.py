@@ -7,11 +7,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..backends.reference.attention import accumulation_dtype
-from ..backends.reference.linear_attention import POINTWISE, map_features
+from ..backends import select
+from ..backends.call import LinearCall, accumulation_dtype
+from ..backends.features import POINTWISE, map_features
+from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import autocast, check_alignment, check_inputs
-from ..ops import linear_attention as ops
+from ..functional import check_alignment, prepare_inputs
 from ..padding import check_key_mask, select_keys
 from .common import by_group, drop_columns, drop_keys
 
@@ -71,7 +72,7 @@ def linear_attention(
         feature_map: "identity", "elu" (elu(x) + 1) or "relu", applied by the kernel in the accumulation dtype: the
             features are never in memory.
         return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add.
-        backend: "auto", or one of `ops.linear_attention.BACKENDS`; an explicit choice that cannot serve raises.
+        backend: "auto", or a name in `efficient_attn.backends.BACKENDS`; an explicit choice that cannot serve raises.
 
     Returns:
         out (B, Hq, Nq, Dv) in the value's dtype, or (out, n). Differentiable once in features and value.
@@ -102,12 +103,12 @@ def run_operator(
     projection: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """out and normaliser of checked inputs; the maps are those of `reference_linear.FEATURE_MAPS`."""
+    """out and normaliser of checked inputs; the maps are those of backends/features.py."""
     q_len, kv_len = query.shape[2], value.shape[2]
     check_alignment(is_causal, causal_alignment, q_len, kv_len)
-    offset = kv_len - q_len if causal_alignment == "bottom_right" else 0
+    offset = alignment_offset(causal_alignment, q_len, kv_len)
     features = key.shape[3] if projection is None else projection.shape[-2]
-    chosen = ops.select(backend, value.device, value.dtype, max(features, value.shape[3]))
+    chosen = select(backend, LinearCall(value.device, value.dtype, max(features, value.shape[3])))
     out, normaliser, _ = torch.ops.efficient_attn.linear_attention_forward(
         query, key, value, key_mask, projection, is_causal, offset, feature_map, scale, chosen
     )
@@ -132,7 +133,7 @@ def linear_attention_weights(
     weights = by_group(query_features.to(dtype), key_features) @ key_features.to(dtype).mT.unsqueeze(2)
     weights = weights.flatten(1, 2)
     if is_causal:
-        offset = kv_len - q_len if causal_alignment == "bottom_right" else 0
+        offset = alignment_offset(causal_alignment, q_len, kv_len)
         i = torch.arange(q_len, device=weights.device)[:, None] + offset
         weights = weights.masked_fill(torch.arange(kv_len, device=weights.device) > i, 0.0)
     total = weights.sum(-1, keepdim=True)
@@ -160,8 +161,7 @@ def elu_attention(
     Raises:
         UnsupportedError: a scale. InputError, InputTypeError: arguments that do not belong together.
     """
-    query, key, value = autocast(query, key, value)
-    check_inputs(query, key, value)
+    query, key, value = prepare_inputs(query, key, value)
     _refuse_scale(scale)
     check_key_mask(key_mask, key)
     value = drop_keys(value, dropout_p, dropout_seed)
@@ -181,8 +181,7 @@ def elu_weights(
     dropout_seed: int | Tensor | None = None,
 ) -> Tensor:
     """The weights that `elu_attention` stands for, (B, Hq, Nq, Nk)."""
-    query, key = autocast(query, key)
-    check_inputs(query, key, key)
+    query, key, _ = prepare_inputs(query, key, key)
     _refuse_scale(scale)
     check_key_mask(key_mask, key)
     a, b, _ = map_features(query, key, key_mask, None, is_causal, "elu", 1.0)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from ..functional import attention, attention_weights, autocast, check_inputs
+from ..functional import attention, attention_weights, prepare_inputs
 from ..padding import check_key_mask, select_keys
 from .common import refuse_causal
 
@@ -44,8 +44,7 @@ def linformer_attention(
     Raises:
         UnsupportedError: is_causal. InputError, InputTypeError: arguments that do not belong together.
     """
-    query, key, value = autocast(query, key, value)
-    check_inputs(query, key, value)
+    query, key, value = prepare_inputs(query, key, value)
     check_key_mask(key_mask, key)
     refuse_causal("Linformer", "each of its r keys mixes all positions", is_causal)
     E = _sequence_projection("key_projection", key_projection, key)
@@ -77,8 +76,7 @@ def linformer_weights(
     dropout_seed: int | Tensor | None = None,
 ) -> Tensor:
     """What multiplies the values in `linformer_attention`: softmax(scale Q (E K)^T) F, (B, Hq, Nq, Nk), any sign."""
-    query, key = autocast(query, key)
-    check_inputs(query, key, key)
+    query, key, _ = prepare_inputs(query, key, key)
     check_key_mask(key_mask, key)
     refuse_causal("Linformer", "each of its r keys mixes all positions", is_causal)
     E = _sequence_projection("key_projection", key_projection, key)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.reference.attention import accumulation_dtype
+from ..backends.call import accumulation_dtype
+from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import attention, attention_weights, autocast, check_inputs
+from ..functional import attention, attention_weights, prepare_inputs
 from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
 from .common import drop_columns, drop_keys, refuse_causal
 
@@ -52,13 +53,12 @@ def nystrom_attention(
     Raises:
         UnsupportedError: is_causal. InputError, InputTypeError: arguments that do not belong together.
     """
-    query, key, value = autocast(query, key, value)
-    check_inputs(query, key, value)
+    query, key, value = prepare_inputs(query, key, value)
     _check_nystrom(query, key, landmarks, pinv_iterations, conv_weight, key_mask, query_mask, is_causal)
     m = min(landmarks, query.shape[2], key.shape[2])
     if 0 in (m, *query.shape[:2]):
         return attention(query, key, value, scale=scale, backend=backend)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(scale, query.shape[-1])
     near, far, middle, far_bias = _nystrom_landmarks(query, key, m, key_mask, query_mask, scale)
     inverse = iterative_pinv(middle, pinv_iterations)  # (B, Hq, m, m)
     kept = drop_keys(value, dropout_p, dropout_seed)
@@ -84,15 +84,14 @@ def nystrom_weights(
     dropout_seed: int | Tensor | None = None,
 ) -> Tensor:
     """What multiplies the values in `nystrom_attention`, convolution included, (B, Hq, Nq, Nk). May be negative."""
-    query, key = autocast(query, key)
-    check_inputs(query, key, key)
+    query, key, _ = prepare_inputs(query, key, key)
     _check_nystrom(query, key, landmarks, pinv_iterations, conv_weight, key_mask, query_mask, is_causal)
     B, Hq, Nq, D = query.shape
     Hkv, Nk = key.shape[1:3]
     m = min(landmarks, Nq, Nk)
     if 0 in (m, B, Hq):
         return query.new_zeros(B, Hq, Nq, Nk)
-    scale = D**-0.5 if scale is None else float(scale)
+    scale = default_scale(scale, D)
     near, far, middle, far_bias = _nystrom_landmarks(query, key, m, key_mask, query_mask, scale)
     inverse = iterative_pinv(middle, pinv_iterations)
     outer = attention_weights(query, far, bias=far_bias, scale=scale).to(inverse.dtype)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.reference.linear_attention import map_features
+from ..backends.features import map_features
+from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import autocast, check_alignment, check_inputs
+from ..functional import check_alignment, prepare_inputs
 from ..padding import check_key_mask
 from .common import drop_columns, drop_keys
 from .linear import linear_attention, linear_attention_weights, run_operator
@@ -54,8 +55,7 @@ def performer_attention(
     Raises:
         InputError, InputTypeError: arguments that do not belong together.
     """
-    query, key, value = autocast(query, key, value)
-    check_inputs(query, key, value)
+    query, key, value = prepare_inputs(query, key, value)
     check_alignment(is_causal, causal_alignment, query.shape[2], key.shape[2])
     scale = _check_features(query, key, projection, feature, key_mask, scale)
     value = drop_keys(value, dropout_p, dropout_seed)
@@ -92,8 +92,7 @@ def performer_weights(
     dropout_seed: int | Tensor | None = None,
 ) -> Tensor:
     """The weights that `performer_attention` stands for, (B, Hq, Nq, Nk)."""
-    query, key = autocast(query, key)
-    check_inputs(query, key, key)
+    query, key, _ = prepare_inputs(query, key, key)
     features = performer_features(
         query, key, projection, feature=feature, key_mask=key_mask, is_causal=is_causal, scale=scale
     )
@@ -115,7 +114,7 @@ def performer_features(
 ) -> tuple[Tensor, Tensor]:
     """Features a (B, Hq, Nq, m) and b (B, Hkv, Nk, m), float32 (float64 for float64), for `linear_attention`.
 
-    How softmax features are scaled, so that nothing overflows, is said in `backends.reference_linear.map_features`.
+    How softmax features are scaled, so that nothing overflows, is said in `backends.features.map_features`.
 
     Raises:
         InputError, InputTypeError: an unknown feature, a projection or key_mask that does not fit, a scale <= 0.
@@ -161,7 +160,7 @@ def _check_features(
     """Return the scale; raise what `performer_features` raises."""
     _check_projection(projection, query, key, feature)
     check_key_mask(key_mask, key)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(scale, query.shape[-1])
     if not 0.0 < scale < math.inf:
         raise InputError(f"Performer needs a positive scale (features take its square root), got {scale}")
     return scale

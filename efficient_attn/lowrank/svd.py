@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.reference.attention import accumulation_dtype
+from ..backends.call import accumulation_dtype
 from ..errors import InputError, InputTypeError
-from ..functional import MaskLike, attention_weights, autocast, check_inputs
+from ..functional import MaskLike, attention_weights, prepare_inputs
 from ..padding import add_to_bias, check_key_mask, select_keys
 
 
@@ -55,8 +55,7 @@ def truncated_svd_attention(
         raise InputTypeError(f"rank must be an integer, got {rank!r}")
     if rank < 1:
         raise InputError(f"rank must be >= 1, got {rank}")
-    query, key, value = autocast(query, key, value)
-    check_inputs(query, key, value)
+    query, key, value = prepare_inputs(query, key, value)
     check_key_mask(key_mask, key)
     if key_mask is not None:
         key, value = select_keys(key_mask, key, value)

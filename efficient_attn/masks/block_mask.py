@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..defaults import ALIGNMENTS, alignment_offset
 from ..errors import MaskError
 from . import algebra as mask_algebra
 from . import flex as mask_flex
@@ -25,7 +26,7 @@ from . import lists as mask_build
 from . import picture as mask_picture
 from .algebra import Interval
 from .lists import FULL, BlockLists, Grid, Predicate
-from .rules import ALIGNMENTS, as_integers, check_block_size, check_mask, check_sizes, is_int, narrow
+from .rules import as_integers, check_block_size, check_mask, check_sizes, is_int, narrow
 
 BlockSize = int | tuple[int, int]
 Integers = Tensor | Sequence[int]
@@ -295,6 +296,17 @@ class BlockMask:
         return cls._of_lists(grid, mask_build.document_lists(ids, grid))
 
     @classmethod
+    def from_arrays(cls, arrays: MaskArrays, *, q_len: int, kv_len: int) -> BlockMask:
+        """The mask that `arrays()` was taken from; unchecked, since only a mask makes such arrays."""
+        return cls._trusted(
+            q_len=q_len,
+            kv_len=kv_len,
+            block_size=(arrays.block_q, arrays.block_k),
+            window=None if arrays.window_left == arrays.window_right == -1 else arrays[11:13],
+            **{name: getattr(arrays, name) for name in SHARED_FIELDS},
+        )
+
+    @classmethod
     def from_flex(cls, block_mask: Any) -> BlockMask:
         """The exact mask of a torch.nn.attention.flex_attention.BlockMask: its lists, and its mask_mod where it asks.
 
@@ -435,7 +447,7 @@ class BlockMask:
                 f"with {self.q_len} queries and {self.kv_len} keys a window is ambiguous; say alignment='top_left' "
                 "(query 0 around key 0) or 'bottom_right' (the last query around the last key)"
             )
-        return self.kv_len - self.q_len if alignment == "bottom_right" else 0
+        return alignment_offset(alignment, self.q_len, self.kv_len)
 
     # --- algebra -----------------------------------------------------------------------------------------------------
 
@@ -638,4 +650,5 @@ def _chosen(name: str, size: int, index: int | slice) -> list[int]:
 
 
 # Read once: torch.compile cannot trace dataclasses.fields of a class.
+SHARED_FIELDS = tuple(name for name in MaskArrays._fields if name in BlockMask.__dataclass_fields__)
 FIELD_DEFAULTS = tuple((field.name, field.default) for field in dataclasses.fields(BlockMask))

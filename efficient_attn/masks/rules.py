@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .block_mask import BlockMask
 
 MAX_LENGTH = 2**31 - 256  # lengths and block indices are int32, also when rounded up to a block
-ALIGNMENTS = ("top_left", "bottom_right")  # of a window when q_len != kv_len
 LIST_DTYPES = {"indptr": torch.int64, "indices": torch.int32, "tile_ids": torch.int32, "tiles": torch.uint8}
 
 

@@ -20,17 +20,13 @@ from torch import Tensor, nn
 from .. import backends, patterns, specs
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..masks import BlockMask
-from ..ops import linear_attention
 
 METHODS: dict[str, type[Method]] = {}
 TAILS: dict[str, Any] = {}  # what may stand behind a +, see hybrid.py
 JOIN: dict[str, Callable[..., Method]] = {}  # "spec" and "json" of a hybrid, from hybrid.py
 
 COMPOUNDS: dict[str, type[Method]] = {}  # made of other methods: known to JSON, without a spec of their own
-PRIMITIVES: dict[str, Mapping[str, Any]] = {
-    "attention": {name: m for name, m in backends.BACKENDS.items() if name not in backends.EXPERIMENTAL},
-    "linear_attention": linear_attention.BACKENDS,
-}
+BACKENDS = tuple(name for name in backends.BACKENDS if name not in backends.EXPERIMENTAL)  # of every method
 EXAMPLE = '{"method": "bigbird", "block": 64}'
 
 
@@ -207,7 +203,7 @@ def _row(name: str, cls: Any) -> dict[str, str]:
         "causal": "yes" if cls.accepts_causal else "no",
         "mask": "yes" if cls.accepts_mask else "padding only",
         "parameters": ", ".join(f"{k}={specs.write(v)}" for k, v in specs.options(cls()).items()) or "-",
-        "backends": ", ".join(PRIMITIVES[cls.primitive]),
+        "backends": ", ".join(BACKENDS),
     }
 
 

@@ -17,15 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import patterns
+from ..defaults import alignment_offset
 from ..errors import UnsupportedError
 from ..functional import (
     attention,
     attention_weights,
-    autocast,
     check_alignment,
-    check_inputs,
-    check_tensors,
     merge_attention,
+    prepare_inputs,
     resolve_seed,
 )
 from ..masks import BlockMask
@@ -65,9 +64,7 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
                 f"{self} cannot be causal: where a token is put depends on the whole sequence. Use lsh, topk_blocks or "
                 "another pattern"
             )
-        check_tensors(query=query, key=key, value=value)
-        query, key, value = autocast(query, key, value)
-        check_inputs(query, key, value)
+        query, key, value = prepare_inputs(query, key, value)
         check_key_mask(key_mask, key)
         Nq, Nk = query.shape[2], key.shape[2]
         check_alignment(is_causal, causal_alignment, Nq, Nk)
@@ -79,7 +76,7 @@ class BucketMethod(SparseMethod, patterns.BucketPattern):
             options |= {"mask": mask, "bias": bias, "is_causal": is_causal, "causal_alignment": causal_alignment}
             options |= {"dropout_seed": dropout_seed, "backend": backend, "need_weights": need_weights}
             return super().attend(query, key, value, key_mask=key_mask, **options)
-        offset = (Nk - Nq if causal_alignment == "bottom_right" else 0) if is_causal else None
+        offset = alignment_offset(causal_alignment, Nq, Nk) if is_causal else None
         with torch.no_grad(), span(PLAN):
             found = self.buckets(query.detach(), key.detach(), key_mask)
         key, value = select_keys(key_mask, key, value)

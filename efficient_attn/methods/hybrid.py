@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import hybrid, specs
+from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import (
     MaskLike,
     attention_weights,
-    autocast,
     check_dropout,
-    check_inputs,
     merge_attention,
+    prepare_inputs,
     resolve_seed,
 )
 from ..lowrank.common import drop_columns, drop_keys
@@ -280,11 +280,10 @@ class Hybrid(Method):
     ) -> tuple[Tensor, Tensor | None]:
         if bias is not None:
             raise UnsupportedError(f"{self} cannot add a bias to the scores of its tail; use a sparse method or dense")
-        query, key, value = autocast(query, key, value)
-        check_inputs(query, key, value)
+        query, key, value = prepare_inputs(query, key, value)
         check_key_mask(key_mask, key)
         check_dropout(dropout_p)
-        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = default_scale(scale, query.shape[-1])
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
         split = hybrid.plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         projection = self._projection(state, counted=True)
@@ -326,11 +325,10 @@ class Hybrid(Method):
 
         A row that sees no key has 0 and 0. O(N) memory. Arguments and errors as in `attend`.
         """
-        query, key = autocast(query, key)
-        check_inputs(query, key, key)
+        query, key, _ = prepare_inputs(query, key, key)
         check_key_mask(key_mask, key)
         projection = self._projection(state, counted=False)
-        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = default_scale(scale, query.shape[-1])
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
         split = hybrid.plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         value = torch.zeros_like(key[..., :1])

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import BACKENDS
+from ..backends.call import accumulation_dtype
 from ..backends.reference import attention as reference
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
@@ -65,13 +66,13 @@ def operands(arrays: MaskArrays) -> tuple[Any, ...]:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *mask, scale, dropout_p, dropout_seed, backend = rest
-    forward = BACKENDS[backend].attention_forward
+    forward = BACKENDS[backend].attention.attention_forward
     return forward(query, key, value, bias, mask_arrays(*mask), scale, dropout_p, dropout_seed)
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     key, value, bias, out, lse, *mask, scale, dropout_p, dropout_seed, bias_requires_grad, backend = rest
-    dq, dk, dv, dbias = BACKENDS[backend].attention_backward(
+    dq, dk, dv, dbias = BACKENDS[backend].attention.attention_backward(
         grad_out, grad_lse, query, key, value, bias, out, lse, mask_arrays(*mask),
         scale, dropout_p, dropout_seed, bias_requires_grad,
     )  # fmt: skip
@@ -85,7 +86,7 @@ _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 @torch.library.register_fake("efficient_attn::attention_forward", lib=_library)
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, Hq, Nq, _D = query.shape
-    lse_dtype = reference.accumulation_dtype(query.dtype)
+    lse_dtype = accumulation_dtype(query.dtype)
     return query.new_empty(B, Hq, Nq, value.shape[-1]), query.new_empty(B, Hq, Nq, dtype=lse_dtype)
 
 
@@ -119,7 +120,7 @@ def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
     block_shape, window, scale, dropout_p, bias_requires_grad, backend = ctx.numbers
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    if lists[0] is not None and lists[4] is None and backend not in ("cpu", "reference"):
+    if lists[0] is not None and lists[4] is None and BACKENDS[backend].NEEDS_TRANSPOSED:
         batch, heads, block_q, block_k = block_shape
         grid = mask_build.Grid(query.shape[2], key.shape[2], block_q, block_k)
         lists[4:] = mask_build.transpose(mask_build.BlockLists(batch, heads, *lists[:4]), grid)

@@ -7,27 +7,15 @@ differentiated. The backward operator has no derivative of its own: asking for o
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import automatic
-from ..backends.cpu import linear_attention as cpu_linear
-from ..backends.cuda import linear_attention as cuda_linear
-from ..backends.reference import linear_attention as reference_linear
-from ..backends.reference.attention import accumulation_dtype
-from ..backends.triton import linear_attention as triton_linear
-from ..errors import InputError, UnsupportedError
+from ..backends import BACKENDS
+from ..backends.call import accumulation_dtype
+from ..errors import UnsupportedError
 from .attention import _one_by_one
-
-BACKENDS: dict[str, ModuleType] = {  # fastest first
-    "triton": triton_linear,
-    "cuda": cuda_linear,
-    "cpu": cpu_linear,
-    "reference": reference_linear,
-}
 
 _library = torch.library.Library("efficient_attn", "FRAGMENT")
 _library.define(
@@ -43,30 +31,6 @@ _library.define(
 )
 
 
-def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> dict[str, list[str]]:
-    """Every backend with the reasons why it cannot serve values of this dtype there; an empty list: it can.
-
-    width: the larger one of the number of features and the value's last dimension; 0 leaves it open.
-    """
-    return {name: module.not_supported_reasons(device, dtype, width) for name, module in BACKENDS.items()}
-
-
-def select(backend: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
-    """The backend that will serve: the one asked for, or with "auto" the first that can.
-
-    InputError for an unknown name, UnsupportedError with the reasons when the one asked for cannot serve.
-    """
-    if backend != "auto" and backend not in BACKENDS:
-        raise InputError(f"backend={backend!r} does not exist for linear attention; choose from {['auto', *BACKENDS]}")
-    for name in BACKENDS if backend == "auto" else (backend,):
-        if backend == "auto" and not automatic(name, device):
-            continue
-        if not BACKENDS[name].not_supported_reasons(device, dtype, width):
-            return name
-    reasons = "; ".join(BACKENDS[backend].not_supported_reasons(device, dtype, width))
-    raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")
-
-
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -75,7 +39,7 @@ def _forward(
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(value.device.type, enabled=False):  # the sums stay in the accumulation dtype
-        return BACKENDS[backend].linear_attention_forward(
+        return BACKENDS[backend].linear_attention.linear_attention_forward(
             query, key, value, key_mask, projection, is_causal, causal_offset, feature_map, scale
         )
 
@@ -86,7 +50,7 @@ def _backward(
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(value.device.type, enabled=False):
-        return BACKENDS[backend].linear_attention_backward(
+        return BACKENDS[backend].linear_attention.linear_attention_backward(
             grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
             is_causal, causal_offset, feature_map, scale,
         )  # fmt: skip

@@ -17,10 +17,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ..defaults import ALIGNMENTS
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask, BlockSize
 from ..masks.lists import Grid, predicate_lists
-from ..masks.rules import ALIGNMENTS, check_block_size, check_sizes, is_int
+from ..masks.rules import check_block_size, check_sizes, is_int
 
 MAX_OPTION = 2**31 - 1
 MAX_DEPTH = 16  # of combined patterns in JSON
@@ -215,11 +216,6 @@ class Pattern:
 def empty_mask(grid: Grid, **window: Any) -> BlockMask:
     """A mask without lists for a grid, with a window or none."""
     return BlockMask(grid.q_len, grid.kv_len, (grid.block_q, grid.block_k), **window)
-
-
-def offset(alignment: str, q_len: int, kv_len: int) -> int:
-    """The key at which the diagonal of query 0 starts."""
-    return kv_len - q_len if alignment == "bottom_right" else 0
 
 
 def along_diagonals(pattern: Pattern, within: BlockMask) -> BlockMask:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..defaults import default_scale
 from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.algebra import how_cut
@@ -82,7 +83,7 @@ class _Blocks(ContentPattern):
         if n_q * n_k == 0:
             nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
             return self._listed(nothing, nothing.bool(), query, Nk)
-        scores, counts = self._scores(query, key, D**-0.5 if scale is None else scale, key_mask)
+        scores, counts = self._scores(query, key, default_scale(scale, D), key_mask)
         seen = (counts > 0).expand(B, 1, n_q, n_k)
         if within is not None:
             seen = seen & blocks_seen(within, self.block)

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..defaults import alignment_offset
 from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.lists import Grid
-from .base import Pattern, along_diagonals, by_classes, cross, empty_mask, offset, register
+from .base import Pattern, along_diagonals, by_classes, cross, empty_mask, register
 
 PARTS = ("both", "local", "summary")
 
@@ -59,11 +60,11 @@ class SlidingWindow(Pattern):
         return True
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        away = j - i - offset(self.alignment, q_len, kv_len)
+        away = j - i - alignment_offset(self.alignment, q_len, kv_len)
         return ((away >= -self.left) | (self.left < 0)) & ((away <= self.right) | (self.right < 0))
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
-        start = offset(self.alignment, grid.q_len, grid.kv_len)
+        start = alignment_offset(self.alignment, grid.q_len, grid.kv_len)
         return empty_mask(grid, window=(self.left, self.right), window_offset=start)
 
 
@@ -83,7 +84,7 @@ class Causal(Pattern):
         return True
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        return j <= i + offset(self.alignment, q_len, kv_len)
+        return j <= i + alignment_offset(self.alignment, q_len, kv_len)
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         return SlidingWindow(-1, 0, self.alignment)._build(grid, num_heads)
@@ -276,7 +277,7 @@ class PrefixLM(Pattern):
         self._check_alignment()
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        return (j < self.prefix) | (j <= i + offset(self.alignment, q_len, kv_len))
+        return (j < self.prefix) | (j <= i + alignment_offset(self.alignment, q_len, kv_len))
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         size = (grid.block_q, grid.block_k)

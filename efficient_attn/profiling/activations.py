@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..benchmarks.inputs import photograph_qkv
+from ..defaults import alignment_offset, default_scale
 from ..errors import InputError, UnsupportedError
 from ..integrations import convert
 from ..masks import BlockMask
+from ..measuring.inputs import photograph_qkv
 from ..multihead import MultiheadAttention
 from ..ops.attention import MASK_OPERANDS, mask_arrays
-from .counts import as_mask
 from .model import run
 
 KINDS = ("random", "photographs")
@@ -139,7 +139,7 @@ def _layer(args: tuple[Any, ...]) -> Layer:
     q_len, kv_len = query.shape[2], key.shape[2]
     query, key, value = (t.detach().clone() for t in (query, key, value))
     scale = float(args[4 + MASK_OPERANDS])
-    usual = abs(scale - query.shape[3] ** -0.5) < 1e-6 * scale  # some methods have no other
+    usual = abs(scale - default_scale(None, query.shape[3])) < 1e-6 * scale  # some methods have no other
     layer = Layer(query, key, value, key_mask=padding, scale=None if usual else scale)
     if arrays.kv_lengths is not None:
         inside = torch.arange(kv_len) < arrays.kv_lengths.cpu()[:, None]
@@ -151,7 +151,7 @@ def _layer(args: tuple[Any, ...]) -> Layer:
         layer.is_causal = True
         layer.causal_alignment = "top_left" if offset == 0 else "bottom_right"
         return layer
-    layer.mask = as_mask(arrays._replace(kv_lengths=None), q_len, kv_len)
+    layer.mask = BlockMask.from_arrays(arrays._replace(kv_lengths=None), q_len=q_len, kv_len=kv_len)
     return layer
 
 
@@ -190,7 +190,7 @@ def relative_error(out: Tensor, layer: Layer) -> float:
     rows = torch.linspace(0, length - 1, min(length, ERROR_ROWS)).round().long()
     visible = _visible(layer, rows)
     group = layer.query.shape[1] // layer.key.shape[1]
-    scale = layer.query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
+    scale = default_scale(layer.scale, layer.query.shape[-1])
     difference = norm = 0.0
     for b, h in itertools.product(*map(range, layer.query.shape[:2])):  # one head at a time: rows x keys in float64
         value = layer.value[b, h // group].double()
@@ -212,7 +212,7 @@ def _visible(layer: Layer, rows: Tensor) -> Tensor | None:
     length, kv_len = layer.query.shape[2], layer.key.shape[2]
     visible = None
     if layer.is_causal:
-        offset = kv_len - length if layer.causal_alignment == "bottom_right" else 0
+        offset = alignment_offset(layer.causal_alignment, length, kv_len)
         visible = (torch.arange(kv_len) <= rows[:, None] + offset)[None, None]
     if layer.mask is not None:
         drawn = layer.mask.to_dense()[:, :, rows]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..benchmarks import records, runner
 from ..errors import InputError
+from ..measuring import records, runner
 from ..patterns import Pattern
 from . import activations as activation_sources
 from . import roofline, sources

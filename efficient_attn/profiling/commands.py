@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..benchmarks import records, runner
 from ..errors import EfficientAttnError, InputError
-from ..run_folder import make_run_folder
+from ..measuring import records, runner
+from ..measuring.run_folder import make_run_folder
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
 from .recommendation import CANDIDATES, from_rows, recommend
 from .results import from_records

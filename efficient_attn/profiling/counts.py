@@ -126,7 +126,7 @@ def visited_keys(arrays: MaskArrays, batch: int, heads: int, kv_heads: int, q_le
     grid = Grid(q_len, kv_len, arrays.block_q, arrays.block_k)
     if 0 in (batch, heads, kv_heads, q_len, kv_len):
         return 0
-    mask = as_mask(arrays, q_len, kv_len)
+    mask = BlockMask.from_arrays(arrays, q_len=q_len, kv_len=kv_len)
     _, lists, window, lengths = mask._parts
     width = torch.arange(grid.n_k, device=lengths.device) * grid.block_k
     width = (kv_len - width).clamp(max=grid.block_k)
@@ -151,20 +151,3 @@ def visited_keys(arrays: MaskArrays, batch: int, heads: int, kv_heads: int, q_le
             table = table.view(kv_heads, group, -1).any(1)
         total += int((table * width).sum()) * (kv_heads // table.shape[0])
     return total * (batch // max(lengths.numel(), arrays.batch))
-
-
-def as_mask(arrays: MaskArrays, q_len: int, kv_len: int) -> BlockMask:
-    return BlockMask._trusted(
-        q_len=q_len,
-        kv_len=kv_len,
-        block_size=(arrays.block_q, arrays.block_k),
-        batch=arrays.batch,
-        heads=arrays.heads,
-        indptr=arrays.indptr,
-        indices=arrays.indices,
-        tile_ids=arrays.tile_ids,
-        tiles=arrays.tiles,
-        window=(arrays.window_left, arrays.window_right),
-        window_offset=arrays.window_offset,
-        kv_lengths=arrays.kv_lengths,
-    )

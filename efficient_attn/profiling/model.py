@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..benchmarks import clock
 from ..errors import InputError, InputTypeError, UnsupportedError
+from ..measuring import clock
 from . import counts, phases
 from .shapes import MODES, check_choice
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, hybrid, methods
-from ..benchmarks import clock
-from ..benchmarks.ops import UNPLANNED, shaped, sized
 from ..masks import BlockMask
+from ..measuring import clock
+from ..measuring.calls import UNPLANNED, shaped, sized
 from ..patterns import Pattern
 from . import activations, counts, phases
 

@@ -118,7 +118,7 @@ def recommendation_picture(found: Recommendation, path: Path) -> Path:
 
 def _saved(figure: Any, path: Path, environment: Mapping[str, Any]) -> Path:
     if environment:
-        from ..benchmarks.records import describe
+        from ..measuring.records import describe
 
         figure.suptitle(describe(environment), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

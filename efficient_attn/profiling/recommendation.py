@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from .. import methods
-from ..benchmarks import records, runner
 from ..errors import InputError, UnsupportedError
+from ..measuring import records, runner
 from . import activations as activation_sources
 from .session import OPERATOR, Report, Session
 from .shapes import MODES, check_choice, check_positive, check_shape

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..benchmarks import records, runner
 from ..errors import InputError
+from ..measuring import records, runner
 from .fit import fit_tail
 
 OPERATOR = f"{__package__}.operator"

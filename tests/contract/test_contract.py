@@ -355,7 +355,7 @@ def test_rule_12_auto_takes_the_fastest_and_explains() -> None:
 def test_rule_12_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from efficient_attn import backends
 
-    monkeypatch.setattr(backends.BACKENDS["cpu"], "not_supported_reasons", lambda call: ["out of order"])
+    monkeypatch.setattr(backends.BACKENDS["cpu"].attention, "not_supported_reasons", lambda call: ["out of order"])
     backends.cached_select.cache_clear()
     try:
         with pytest.raises(UnsupportedError, match="out of order"):

@@ -22,8 +22,9 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from efficient_attn import MultiheadAttention, lowrank, parse
-from efficient_attn.benchmarks import cases, clock, inputs, ops, peers, plot, records, report, runner, suites
+from efficient_attn.benchmarks import cases, peers, plot, report, suites
 from efficient_attn.benchmarks.suites import memory, sparsity, targets, vit
+from efficient_attn.measuring import calls, clock, inputs, records, runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
@@ -31,8 +32,9 @@ OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
 
 
 def run_one(tmp_path, suite, config, **limits):
+    lookup = runner.of_module if "." in suite else suites.measurement
     with records.ResultFile(tmp_path / "results.jsonl") as out:
-        return runner.run_cell(runner.Cell(suite, config), out, runner.Limits(**limits), "test")
+        return runner.run_cell(runner.Cell(suite, config), out, runner.Limits(**limits), "test", lookup)
 
 
 # --- the result file ---
@@ -179,7 +181,7 @@ def test_workers_run_kernels_on_openmp_threads(tmp_path, faults):
 RUN = """
 import sys
 from pathlib import Path
-from efficient_attn.benchmarks import records, runner
+from efficient_attn.measuring import records, runner
 
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
@@ -354,7 +356,7 @@ def test_the_vision_transformer_learns_with_every_default_method(method):
     images, labels, _, _ = inputs.digits()
     images, labels = images[: vit.BATCH], labels[: vit.BATCH]
     torch.manual_seed(0)
-    attention = ops.sized(method, vit.TOKENS)
+    attention = calls.sized(method, vit.TOKENS)
     model = vit.DigitsViT(lambda: MultiheadAttention(vit.DIM, vit.HEADS, batch_first=True, attention=attention))
     step = vit.trainer(model, images, labels, steps=60)
     losses = [step() for _ in range(60)]

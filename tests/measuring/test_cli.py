@@ -17,7 +17,8 @@ import typer
 from typer.testing import CliRunner
 
 from efficient_attn import cli
-from efficient_attn.benchmarks import cases, records
+from efficient_attn.benchmarks import cases, commands
+from efficient_attn.measuring import records
 
 SMALL = [
     "bench",
@@ -56,7 +57,7 @@ def invoke(*arguments):
     ],
 )
 def test_specs_in_a_list_keep_their_own_commas(text, specs):
-    assert cli.split_specs(text) == specs
+    assert commands.split_specs(text) == specs
 
 
 @pytest.mark.parametrize(
@@ -69,13 +70,13 @@ def test_specs_in_a_list_keep_their_own_commas(text, specs):
     ],
 )
 def test_lengths(text, lengths):
-    assert cli.parse_lengths(text) == lengths
+    assert commands.parse_lengths(text) == lengths
 
 
 @pytest.mark.parametrize("text", ["", "0", "-4", "1.5k", "512,,2k", "4k:512:x2", "512:4k:x1", "512:4k"])
 def test_wrong_lengths_are_explained(text):
     with pytest.raises(typer.BadParameter, match="seqlens"):
-        cli.parse_lengths(text)
+        commands.parse_lengths(text)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +121,9 @@ def test_resume_needs_a_run(tmp_path, monkeypatch):
 
 
 def test_a_plan_has_every_combination():
-    cells = cli.plan(["ops", "vit"], True, ["dense,linear"], "64,128", None, "float32", False, 1)
+    cells = commands.plan(["ops", "vit"], True, ["dense,linear"], "64,128", None, "float32", False, 1)
     assert len(cells) == 2 * 2 * len(cases.MODES) + 2
-    assert len(cli.plan(["cpu"], False, None, None, None, "float32", False, 2)) == len(cases.TARGETS)
+    assert len(commands.plan(["cpu"], False, None, None, None, "float32", False, 2)) == len(cases.TARGETS)
 
 
 # --- info ---

@@ -20,7 +20,7 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from efficient_attn import BlockMask, InputError, InputTypeError, MultiheadAttention, UnsupportedError, attention, parse
-from efficient_attn.benchmarks import runner
+from efficient_attn.measuring import runner
 from efficient_attn.profiling import (
     Ceilings,
     Profile,
@@ -288,7 +288,7 @@ def test_a_model_of_ones_own(name: str, tmp_path) -> None:
 
 
 def runner_rows(folder):
-    from efficient_attn.benchmarks import records
+    from efficient_attn.measuring import records
 
     return list(records.read(folder / "results.jsonl"))
 

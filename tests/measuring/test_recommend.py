@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from efficient_attn import InputError, UnsupportedError, attention, cli, parse
-from efficient_attn.benchmarks import records
+from efficient_attn.measuring import records
 from efficient_attn.profiling import (
     Candidate,
     activations,

@@ -17,8 +17,9 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
 from efficient_attn import attention
-from efficient_attn.benchmarks import peers, records, suites, view
+from efficient_attn.benchmarks import commands, peers, suites, view
 from efficient_attn.benchmarks.suites import fidelity
+from efficient_attn.measuring import records
 
 TOYS = 8
 TOY_SUITE = """
@@ -222,10 +223,9 @@ def test_a_budget_ends_a_run_normally_and_resume_goes_on(tmp_path, write):
 
 
 def test_suites_advance_together():
-    from efficient_attn import cli
 
     grids = [[(name, index) for index in range(count)] for name, count in (("a", 2), ("b", 8))]
-    order = cli._interleaved(grids)
+    order = commands._interleaved(grids)
     assert [item for item in order if item[0] == "b"] == grids[1]
     assert "".join(name for name, _ in order) == "bbbabbbbab" or order.index(("a", 0)) in (3, 4)
 

@@ -9,16 +9,17 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from efficient_attn.backends.reference import linear_attention as reference_linear
+from efficient_attn import backends
+from efficient_attn.backends.call import LinearCall
+from efficient_attn.backends.features import FEATURE_MAPS as MAPS
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.lowrank import linear_attention, performer_attention, random_projection
-from efficient_attn.ops import linear_attention as ops
 
 # Triton's interpreter and the emulator of the CUDA kernels are slow: test_triton.py and test_cuda_emulator.py run some
 # of these cases in processes of their own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = bool(os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR"))
-REASONS = ops.not_supported_reasons(torch.device("cpu"), torch.bfloat16 if EMULATED else torch.float32)
+REASONS = backends.not_supported_reasons(LinearCall(torch.device("cpu"), torch.bfloat16 if EMULATED else torch.float32))
 HERE = {"triton"} if INTERPRETED else {"cuda"} if EMULATED else REASONS.keys() - {"triton", "cuda"}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
@@ -26,7 +27,6 @@ BACKENDS = [
     if name in HERE
 ]
 KERNELS = [backend for backend in BACKENDS if backend.values != ("reference",)]
-MAPS = reference_linear.FEATURE_MAPS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORWARD = torch.ops.efficient_attn.linear_attention_forward
 # Room beside 1.5 times the error of the reference in the same dtype: the order of the sums, and 1 ulp of the result.
@@ -225,14 +225,15 @@ def test_vmap_over_projections():
 
 
 def test_an_explicit_backend_never_falls_back(monkeypatch):
-    reasons = ops.not_supported_reasons(torch.device("meta"), torch.float32)
+    here, meta = (LinearCall(torch.device(kind), torch.float32) for kind in ("cpu", "meta"))
+    reasons = backends.not_supported_reasons(meta)
     assert "CPU tensors" in reasons["cpu"][-1] and reasons["reference"] == []
-    assert ops.select("auto", torch.device("meta"), torch.float32) == "reference"
+    assert backends.select("auto", meta) == "reference"
     with pytest.raises(UnsupportedError, match=r"backend='cpu' cannot serve this call.*meta"):
-        ops.select("cpu", torch.device("meta"), torch.float32)
+        backends.select("cpu", meta)
     with pytest.raises(UnsupportedError, match=r"not torch\.float8"):
-        ops.select("cpu", torch.device("cpu"), torch.float8_e4m3fn)
+        backends.select("cpu", here._replace(dtype=torch.float8_e4m3fn))
     monkeypatch.setattr("efficient_attn.backends.cpu.attention.MISSING", "not built")
-    assert ops.select("auto", torch.device("cpu"), torch.float32) == "reference"
+    assert backends.select("auto", here) == "reference"
     with pytest.raises(UnsupportedError, match="not built"):
         linear_attention(*(torch.rand(1, 1, 2, 2) for _ in range(3)), backend="cpu")

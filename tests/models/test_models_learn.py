@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from efficient_attn.benchmarks.inputs import digits
+from efficient_attn.measuring.inputs import digits
 from efficient_attn.models import (
     CLIP,
     Augmentation,

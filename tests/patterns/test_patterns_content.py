@@ -19,7 +19,7 @@ from efficient_attn import (
     parse,
     patterns,
 )
-from efficient_attn.benchmarks.inputs import photograph_qkv
+from efficient_attn.measuring.inputs import photograph_qkv
 from efficient_attn.patterns import (
     LSH,
     Causal,

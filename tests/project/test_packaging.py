@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_installed_parts_import():
-    for part in ("kernels", "benchmarks", "benchmarks.runner", "functional", "methods"):
+    for part in ("kernels", "benchmarks", "measuring.runner", "functional", "methods"):
         importlib.import_module(f"efficient_attn.{part}")
     assert metadata.version("efficient-attn") == efficient_attn.__version__
 
@@ -106,7 +106,7 @@ def test_the_sdist_holds_all_that_a_wheel_needs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
-        "efficient_attn/benchmarks/runner.py",
+        "efficient_attn/measuring/runner.py",
         "efficient_attn/benchmarks/page/page.js",
         "efficient_attn/benchmarks/suites/ops.py",
         "efficient_attn/benchmarks/peers/formulas.py",

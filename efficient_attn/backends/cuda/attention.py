@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...masks import MaskArrays
-from ..call import Call, zeroed
-from ..cpu.attention import BACKWARD, pack, pointer, readable, view
+from ..call import Call, readable, zeroed
+from ..words import pack_attention, pack_attention_gradients, pointer
 
 MODULE = "efficient_attn._cuda"
 LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
@@ -188,10 +188,7 @@ def attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     kept, words, seed = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
     target = _bias_target(dbias, query, key)
-    words += BACKWARD.pack(
-        *view(grad_out), *view(dq), *view(dk), *view(dv), pointer(grad_lse), pointer(target),
-        *(target.shape if target is not None else (0, 0, 0, 0)),
-    )  # fmt: skip
+    words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, target)
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
     sums, query_sums = target is not dbias, _query_sums(words, query)
@@ -225,7 +222,7 @@ def _pack(
         tiles = mask.tiles.contiguous()  # bits are read in words of 16
         mask = mask._replace(tiles=tiles if tiles.data_ptr() % 2 == 0 else tiles.clone())
     on_gpu = seed.reshape(1) if seed is not None and seed.device.type == "cuda" else None
-    kept, words = pack(
+    kept, words = pack_attention(
         query, key, value, bias, out, lse, mask, scale, dropout_p, None if on_gpu is not None else seed
     )  # fmt: skip
     return (*kept, on_gpu), words, on_gpu

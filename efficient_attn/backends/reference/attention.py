@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...masks import MaskArrays
-from ..call import Call
+from ..call import Call, accumulation_dtype
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -158,11 +158,6 @@ def group(tensor: Tensor, heads: int) -> Tensor:
 def ungroup(gradient: Tensor, kv_heads: int) -> Tensor:
     """Sum a gradient (B, Hq, N, D) over the query heads of each group: (B, Hkv, N, D)."""
     return gradient.unflatten(1, (kv_heads, gradient.shape[1] // max(kv_heads, 1))).sum(2)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # --- which pairs are visible ---

@@ -22,6 +22,7 @@ from setuptools.errors import CompileError
 from efficient_attn import BlockMask, CudaError, explain
 from efficient_attn.backends.cuda import attention as cuda
 from efficient_attn.backends.cuda import linear_attention as cuda_linear
+from efficient_attn.backends.words import pack_attention
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -208,7 +209,7 @@ def test_without_a_gpu_it_says_so() -> None:
         ):
             with pytest.raises(CudaError, match="need an NVIDIA GPU"):
                 call()
-    words = cuda.pack(q, q, q, None, q, lse, mask, 1.0, 0.0, None)[1]
+    words = pack_attention(q, q, q, None, q, lse, mask, 1.0, 0.0, None)[1]
     assert module.flag_count(words, False) == 0
     with pytest.raises(ValueError, match="too short"):
         module.attention_forward(words[:-8], 0, 0, 0, 0)

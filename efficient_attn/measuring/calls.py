@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficient_attn import methods
-from efficient_attn.masks import BlockMask
-from efficient_attn.patterns import Pattern
+from .. import methods
+from ..masks import BlockMask
+from ..patterns import Pattern
 
 # The error is taken over this many queries, spread evenly; their exact outputs are computed in float64.
 ERROR_ROWS = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import math
 import resource
 import statistics
@@ -148,7 +149,7 @@ class Ceiling:
 def fma_ceiling() -> Ceiling:
     """Fused multiply-adds without memory (csrc/cpu/peak.h); without the native module a float32 matrix product."""
     try:
-        from efficient_attn import _cpu
+        _cpu = importlib.import_module("efficient_attn._cpu")
     except ModuleNotFoundError:
         a, b, c = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
         return Ceiling("sgemm", lambda: torch.mm(a, b, out=c), 2 * 1536**3)

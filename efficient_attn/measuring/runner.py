@@ -24,17 +24,15 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from . import records, suites
+from . import records
 from .records import Record
+
+Measure = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a suite and its configuration (JSON values only, among them ``threads``).
-
-    A suite is a name that ``suites.get`` knows, or a module, by its dotted name or beside this one, with
-    ``run_cell(config) -> dict`` of JSON.
-    """
+    """One measurement: the name of a suite and a configuration (JSON values only, among them `threads`)."""
 
     suite: str
     config: Mapping[str, Any]
@@ -55,14 +53,23 @@ class Limits:
         return cls(seconds, int(memory_gib * 2**30) if memory_gib else default)
 
 
-def run_cell(cell: Cell, out: records.ResultFile, limits: Limits, code: str) -> Record:
-    """Measures one cell in a worker and appends its record to ``out``.
+def of_module(suite: str) -> Measure:
+    """The `run_cell` of the module that a suite is named after."""
+    measure: Measure = importlib.import_module(suite).run_cell
+    return measure
 
-    An interrupt kills the worker and leaves no record, so that a resumed run measures the cell again.
+
+def run_cell(
+    cell: Cell, out: records.ResultFile, limits: Limits, code: str, lookup: Callable[[str], Measure] = of_module
+) -> Record:
+    """Measure one cell in a worker and append its record to `out`.
+
+    `lookup` runs in the worker, where it returns the function that measures the suite (JSON values in and out); it must
+    be picklable. Ctrl-C stops the worker and leaves no record, so that a resumed run measures the cell again.
     """
     started = time.perf_counter()
     load = round(os.getloadavg()[0], 2)
-    result = _run_worker(cell, limits)
+    result = _run_worker(cell, limits, lookup)
     record: Record = {
         "type": "cell",
         "id": records.cell_id(cell.suite, cell.config, code),
@@ -86,12 +93,12 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _run_worker(cell: Cell, limits: Limits) -> Record:
+def _run_worker(cell: Cell, limits: Limits, lookup: Callable[[str], Measure]) -> Record:
     context = _fork_server()
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
         # Not a daemon, which may have no children: a cell that compiles may start some. _follow ends an abandoned one.
-        work = (sender, cell, limits.memory_bytes, log.name, suites.loaded())
+        work = (sender, cell, limits.memory_bytes, log.name, lookup)
         process = context.Process(target=_work, args=work, daemon=False)
         process.start()
         sender.close()
@@ -108,7 +115,7 @@ def _run_worker(cell: Cell, limits: Limits) -> Record:
             receiver.close()
 
 
-def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str, files: tuple[str, ...]) -> None:
+def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str, lookup: Callable[[str], Measure]) -> None:
     """The worker: limits first, then the measurement, then one message."""
     os.setsid()
     threading.Thread(target=_follow, daemon=True).start()
@@ -124,21 +131,10 @@ def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str, fi
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         torch.set_num_threads(cell.config["threads"])
         torch.manual_seed(cell.config.get("seed", 0))
-        for file in files:
-            suites.load(file)
-        result: Record = {"status": "ok", **_measurement(cell.suite)(cell.config)}
+        result: Record = {"status": "ok", **lookup(cell.suite)(cell.config)}
     except BaseException as error:
         result = _failure(error)
     sender.send(result)
-
-
-def _measurement(suite: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    if "." in suite:
-        return importlib.import_module(suite).run_cell  # type: ignore[no-any-return]
-    try:
-        return suites.get(suite).run_cell
-    except KeyError:
-        return importlib.import_module(f"{__package__}.{suite}").run_cell  # type: ignore[no-any-return]
 
 
 def _follow() -> None:

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 def code_version() -> str:
     """The git commit of this checkout (``-dirty`` when it has changes), or the installed version outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)

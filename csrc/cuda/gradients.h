@@ -9,7 +9,7 @@ namespace {
 // What is taken off a score (log2) to get its weight: infinity for a row that sees nothing, whose weights are 0.
 EA_DEVICE float weight_shift(float lse) { return lse == -infinity() ? infinity() : lse * static_cast<float>(kLog2e); }
 
-// dS = P (Z dP - delta); 0 where P is 0, whatever NaN is behind the mask.
+// dS = P (Z dP - delta); 0 where P is 0, even if the mask hides a NaN.
 EA_DEVICE float score_gradient(float weight, float grad_weight, float delta) {
     return weight == 0.0f ? 0.0f : weight * (grad_weight - delta);
 }

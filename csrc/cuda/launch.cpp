@@ -64,7 +64,7 @@ int attribute(cudaDeviceAttr name, int device) {
     return value;
 }
 
-// What is known of a device: asked once, then the same object for ever.
+// What is known of a device: read once and kept.
 const Device& describe(int device) {
     static std::mutex mutex;
     static std::map<int, Device> known;  // its elements stay where they are

@@ -76,7 +76,8 @@ inline bool copies_serve(const TensorView& view, int64_t B, int64_t H, int64_t N
            fits(N, view.row_stride);
 }
 
-// Whether Hopper's forward takes a call without extras: tiles of 128 queries and 64 or 128 keys must be worth while.
+// Whether Hopper's forward takes a call without extras: its tiles, 128 queries by 64 or 128 keys, are wasted on a list
+// of blocks below 64.
 inline bool hopper_serves(const AttentionParams& p) {
     const MaskView& mask = p.mask;
     return copies_serve(p.query, p.B, p.Hq, p.Nq) && copies_serve(p.key, p.B, p.Hkv, p.Nk) &&

@@ -210,7 +210,8 @@ EA_DEVICE void finish_softmax(const float (&top)[kM][2], const float (&total)[kM
     }
 }
 
-// Every thread of the block says whether it met something suspicious in the block's tile. p.flags: null if nobody asks.
+// Every thread of the block says whether it met something suspicious in the block's tile. p.flags: null if it is not
+// asked for.
 EA_DEVICE void write_flag(const KernelParams& p, bool suspect) {
     if (!p.flags) return;
     suspect = block_any(suspect);

@@ -270,7 +270,7 @@ EA_DEVICE void multiply_state(float (&out)[S::kM][2][4], const State<S>& state, 
 EA_DEVICE bool visible(const SumsParams& p, int s, int t) { return p.reverse ? t >= s : t <= s; }
 
 // The weights x y^T + e f^T within a chunk, 16 rows a warp, to shared memory; 0 where not visible. Half of the columns
-// at a time, for the registers' sake.
+// at a time, to save registers.
 template <class S>
 EA_DEVICE void store_weights(const SumsParams& p, int warp, int lane) {
     if (warp >= S::kM) return;
@@ -341,7 +341,7 @@ EA_DEVICE void multiply_weights(float (&out)[S::kM][2][4], const Columns<S>& u, 
     }
 }
 
-// NaN where a row sees a NaN or infinity of u within the chunk; 16 rows at a time, for the registers' sake.
+// NaN where a row sees a NaN or infinity of u within the chunk; 16 rows at a time, to save registers.
 template <class S>
 EA_DEVICE void mark(float (&out)[S::kM][2][4], const SumsParams& p, const Columns<S>& u, int lane) {
     EA_UNROLL

@@ -86,7 +86,7 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     find_gradients<G>(weights, gradients, dv, p, step, alive, full, slot);
     store_gradients<G>(gradients, tile, lane);
     async_proxy_fence();
-    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and nobody reads the tile of the step before
+    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and the tile of the step before is free
     float dq[kPanel / 8][4];
     group_fence(gradients, dk[0], dq);
     group_multiply_rows<typename G::T, G::kHead, G::kQueries>(dk[0], gradients, slot.of(G::kQuerySlots, G::kTileBytes));

@@ -63,7 +63,7 @@ EA_DEVICE void load_queries(const ForwardInputs& in, const Place& at, int parity
                                           at.lines.begin + consumer * kGroupRows, at.h, at.b);
 }
 
-// By one warp. A tile of which nobody sees a key has one step, with no key in it.
+// By one warp. A tile without visible keys has one step, with no key in it.
 template <class F>
 EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
     const int lane = thread_index() % kWarp;

@@ -89,7 +89,7 @@ EA_DEVICE void load_own_keys(const BackwardInputs& in, const Place& at) {
     }
 }
 
-// The producer, one warp. A tile that nobody sees has one step, with no query in it.
+// The producer, one warp. A tile that no query sees has one step, with no query in it.
 template <class G>
 EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) {
     static_assert(G::kQueries == 2 * kWarp, "a lane loads the sums of two queries");

@@ -43,7 +43,7 @@ EA_DEVICE void load_rows(const BackwardInputs& in, const Place& at) {
     }
 }
 
-// The producer, one warp. A tile of which nobody sees a key has one step, with no key in it.
+// The producer, one warp. A tile without visible keys has one step, with no key in it.
 template <class G>
 EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
     const int lane = thread_index() % kWarp;

@@ -2,8 +2,8 @@
 
 python tests/kernels/cuda/emulator/build_emulator.py [FOLDER] [SOURCES]     # default: build/cuda_emulator, csrc
 
-What is older than a source of it is made anew. The kernels are compiled into module.cpp alone; the other objects, the
-GPU, lie in build/cuda_emulator for every folder.
+A file that is older than one of its sources is built again. module.cpp alone includes the kernels; the other objects
+are shared by all folders and lie in build/cuda_emulator.
 """
 
 from __future__ import annotations

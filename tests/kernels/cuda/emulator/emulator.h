@@ -5,9 +5,8 @@
 //   * two accesses of shared memory, one of them a write, that no barrier or warp-wide instruction orders
 //     (vector clocks as in FastTrack, Flanagan and Freund, 2009; one clock a warp, and steps within a warp);
 //   * an access of global memory outside the elements of the tensors that were allowed, misaligned, a write to
-//     an input, an output element that nobody or more than one block has written;
-//   * lanes of a warp at different warp-wide instructions, threads that wait for a barrier for ever, a copy that nobody
-//     waited for;
+//     an input, an output element that no block or more than one has written;
+//   * lanes of a warp at different warp-wide instructions, a deadlock at a barrier, a copy that is not waited for;
 //   * of Hopper: tensor copies and wgmma work at a random time before the wait that covers them. Reported are accesses
 //     before that of what they write or read (a warp reads its own 16 rows of an A in shared memory), registers written
 //     and not fenced, ordinary writes of shared memory that no proxy fence shows to them, descriptors and tensor maps

@@ -165,7 +165,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a turn is not passed on": (
         HOPPER, "        if (F::kTurns) named_arrive(turn_of(1 - c.index), F::kConsumers * kGroup);\n", "",
     ),
-    "the last turn is taken by nobody": (
+    "the last turn is not taken": (
         HOPPER, "index == 0) named_sync(turn_of(0), F::kConsumers * kGroup);  // the last turn given\n",
         "index == 0) ;\n",
     ),

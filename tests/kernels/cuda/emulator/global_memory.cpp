@@ -26,7 +26,7 @@ const char* judge(Region& region, int64_t first, int bytes, bool write) {
         const bool other = owner >= 0 && owner != block.index && owner != kEarlierLaunch;
         if (owner == kOutside) return "between the elements of a tensor";
         if (other) return "that another block of the launch has written";
-        if (!write && region.written && owner == kFree) return "that nobody has written";
+        if (!write && region.written && owner == kFree) return "that no block has written";
     }
     for (int64_t k = first; write && k < first + bytes; ++k) region.owner[static_cast<size_t>(k)] = block.index;
     return "";

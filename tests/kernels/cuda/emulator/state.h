@@ -37,7 +37,7 @@ struct Fiber {
 
 struct Word {
     uint32_t write_clock, write_step;
-    int16_t write_warp, write_lane;  // -1: nobody yet
+    int16_t write_warp, write_lane;  // -1: not written yet
     bool under_way;
     bool ordinary;     // the last write was by an instruction of the generic proxy, after `fences` fences of its thread
     uint16_t readers;  // warps that a wgmma reads it for

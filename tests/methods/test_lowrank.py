@@ -591,7 +591,7 @@ def test_wrong_arguments_raise_before_work():
         (InputError, "positive scale", lambda: performer_attention(q, k, v, W, scale=-1.0)),
         (InputError, "key_mask must be", lambda: performer_attention(q, k, v, W, key_mask=torch.ones(B, 3).bool())),
         (InputTypeError, "key_mask must be a bool", lambda: elu_attention(q, k, v, key_mask=torch.ones(B, NK))),
-        (InputError, "does not exist for linear attention", lambda: elu_attention(q, k, v, backend="tpu")),
+        (InputError, "backend='tpu' does not exist", lambda: elu_attention(q, k, v, backend="tpu")),
         (InputError, "feature_map must be one of", lambda: linear_attention(q, k, v, feature_map="performer_relu")),
         (InputError, "4-dimensional", lambda: linear_attention(q[0], k, v)),
         (InputError, "expected query_features", lambda: linear_attention(q, k[:, :, :3], v)),

@@ -110,7 +110,7 @@ def test_windows_need_no_memory(pattern):
         (Documents((1, 100, 7, 59, 133)), lambda i, j, ids: ids[i] == ids[j]),
         (Documents((1, 100, 7, 59, 133), causal=True), lambda i, j, ids: ids[i] == ids[j] and j <= i),
     ],
-    ids=str,
+    ids=["equal", "unequal", "causal"],
 )
 def test_documents(pattern, definition):
     ids = [k for k, length in enumerate((1, 100, 7, 59, 133)) for _ in range(length)]

@@ -78,8 +78,8 @@ def ninja_file(
 ) -> str:
     """The build plan: every kernel object from one source, plus what is around them.
 
-    The defaults are the Python module's; tests/kernels/cpu/native/build_harness.py has its own ``plain_sources``,
-    ``flags`` (which come after the usual ones) and ``link``.
+    The defaults are the Python module's; tests/kernels/cpu/native/build_harness.py has its own `plain_sources`,
+    `flags` (which come after the usual ones) and `link`.
     """
     import pybind11
 

@@ -37,6 +37,18 @@ def results_in_place(name: str, tensors: list[torch.Tensor], grad_out: torch.Ten
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
+def assert_the_same_bits(
+    tensors: list[torch.Tensor], grad_out: torch.Tensor, schedules: int = 4, **arguments: Any
+) -> None:
+    """Under every schedule of the threads."""
+    found = []
+    for schedule in range(schedules):
+        cuda.kernels().set_schedule(schedule)
+        found.append(results("cuda", tensors, grad_out, **arguments))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
 def test_the_same_bits_under_every_schedule() -> None:
     tensors, grad_out = [draw(1, h, N, 40, seed=h) for h in (4, 2, 2)], draw(1, 4, N, 40, seed=3)
     arguments = {
@@ -45,12 +57,7 @@ def test_the_same_bits_under_every_schedule() -> None:
         "dropout_p": 0.3,
         "dropout_seed": 7,
     }
-    found = []
-    for schedule in range(4):
-        cuda.kernels().set_schedule(schedule)
-        found.append(results("cuda", tensors, grad_out, **arguments))
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    assert_the_same_bits(tensors, grad_out, **arguments)
 
 
 # --- few queries: their keys are shared by several blocks of threads ---
@@ -79,12 +86,7 @@ def test_few_queries_and_nan_stays_with_those_who_see_it(kind: str) -> None:
 
 def test_few_queries_give_the_same_bits_under_every_schedule() -> None:
     tensors, grad_out, arguments = few("bits")
-    found = []
-    for schedule in range(4):
-        cuda.kernels().set_schedule(schedule)
-        found.append(results("cuda", tensors, grad_out, **arguments))
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    assert_the_same_bits(tensors, grad_out, **arguments)
 
 
 @pytest.mark.parametrize(("heads", "queries"), [(8, 1), (4, 9)])
@@ -168,13 +170,8 @@ def test_hopper_keeps_a_hidden_nan_away(hopper: None) -> None:
 
 def test_hopper_gives_the_same_bits_under_every_schedule(hopper: None) -> None:
     tensors, grad_out = [draw(1, h, 300, 128, seed=h) for h in (4, 2, 2)], draw(1, 4, 300, 128, seed=3)
-    found = []
-    for schedule in range(6):
-        cuda.kernels().set_schedule(schedule)
-        found.append(results("cuda", tensors, grad_out, is_causal=True))
+    assert_the_same_bits(tensors, grad_out, schedules=6, is_causal=True)
     assert multiplies() > 0
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
 def test_hopper_has_no_bank_conflict(hopper: None) -> None:

@@ -10,8 +10,6 @@ from efficient_attn import BlockMask, UnsupportedError, attention
 from efficient_attn.backends.triton import attention as backend
 
 pytestmark = pytest.mark.interpreter
-
-
 N = 90
 
 

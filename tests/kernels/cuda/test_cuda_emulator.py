@@ -89,7 +89,7 @@ def test_conformance_of_a_sample_of_linear_attention(emulator: Path) -> None:
 @pytest.mark.parametrize("capability", SAMPLES)
 @pytest.mark.parametrize("dtype, schedule", [("float16", 1), ("bfloat16", 2)])
 def test_conformance(emulator: Path, dtype: str, schedule: int, capability: int) -> None:
-    passes(emulator, capability, str(TESTS / "contract" / "test_conformance.py"), "-k", f"-{dtype}]", schedule=schedule)
+    passes(emulator, capability, str(TESTS / "contract" / "test_conformance.py"), f"-k-{dtype}]", schedule=schedule)
     if capability == 80:
         passes(
             emulator,

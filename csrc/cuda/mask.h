@@ -55,9 +55,10 @@ struct Sight {
 };
 
 EA_DEVICE Sight sight_of(const Reach& sees, const Step& step, int width) {
-    return {step.first < sees.any.end && step.end > sees.any.begin, step.tile < 0 && step.first >= sees.all.begin &&
-                                                                        step.first + width <= sees.all.end &&
-                                                                        step.end == step.first + width};
+    const bool any = step.first < sees.any.end && step.end > sees.any.begin;
+    const bool all = step.tile < 0 && step.first >= sees.all.begin && step.first + width <= sees.all.end &&
+                     step.end == step.first + width;
+    return {any, all};
 }
 
 // The lists of a mask by query block, as the forward and dQ walk them, or by key block, as dK and dV are gathered.

@@ -5,11 +5,10 @@
 //     launch(kernel, blocks, threads, shared bytes, arguments...)    starts a kernel
 //     launch.capability()        80 or 90: the newest kernels here that it runs
 //     launch.multiprocessors()   how many blocks of threads of a whole multiprocessor each run at once
-//     launch.tensor_map(view, B, H, N, D, rows)    a TensorMap of that tensor of 16-bit elements, dimensions (D, N, H,
-//     B)
-//         from the innermost, boxes of (64, rows, 1, 1), 128-byte swizzle, zeros outside: cuTensorMapEncodeTiled's
-//         rules hold (see copies_serve); the stride of a dimension of size 1 means nothing and must be replaced by a
-//         valid one
+//     launch.tensor_map(view, B, H, N, D, rows)    a TensorMap of that tensor of 16-bit elements: dimensions from the
+//         innermost (D, N, H, B), boxes of (64, rows, 1, 1), 128-byte swizzle, zeros outside. cuTensorMapEncodeTiled's
+//         rules hold (see copies_serve); the stride of a dimension of size 1 means nothing and is replaced by a valid
+//         one.
 #pragma once
 
 #include <algorithm>

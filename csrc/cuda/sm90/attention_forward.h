@@ -31,6 +31,7 @@ struct Forward {
     using T = T_;
     static constexpr int kHead = kHead_;
     static constexpr int kConsumers = 2, kRows = kForwardRows, kKeys = kHead == 256 ? 64 : 128;
+    static_assert(kRows == kConsumers * kGroupRows);
     static constexpr int kThreads = (1 + kConsumers) * kGroup, kStages = kHead == 64 ? 4 : kHead == 128 ? 3 : 2;
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
     static constexpr bool kTurns = kHead <= 128;

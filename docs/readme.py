@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efficient_attn.benchmarks import plot, report
+from efficient_attn.benchmarks import figures, report, view
 from efficient_attn.measuring import records
 from efficient_attn.methods import methods_table
 
@@ -85,10 +85,10 @@ def in_table(cell: records.Record) -> bool:
 def with_figures(text: str, results: Path) -> str:
     """README's text with the table of a run, drawing the picture on the way; cells of changed sources are left out."""
     found = [record for record in records.read(results) if is_clean(record)]
-    cells = [cell for cell in report.latest(found) if in_picture(cell)]
+    cells = [cell for cell in view.latest(found) if in_picture(cell)]
     environment = next(record for record in reversed(found) if record["type"] == "environment")
     about = records.describe(environment)
-    plot.save(cells, PICTURE, about)
+    figures.overview(view.rows(cells), PICTURE, about)
     printed = io.StringIO()
     console = Console(file=printed, width=118, color_system=None)
     console.print(about)

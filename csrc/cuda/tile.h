@@ -34,6 +34,12 @@ EA_DEVICE Words4 load_elements(const uint16_t* source, int count) {
     return {word[0], word[1], word[2], word[3]};
 }
 
+// In a walk with two slots of tiles, while one is worked off and the other one loaded: a step costs one barrier.
+EA_DEVICE void await_slot() {
+    copy_async_wait<0>();
+    block_sync();  // this slot has arrived, and every warp is done with the other one
+}
+
 // Starts loading rows [first, end) into a tile of kRows rows; rows and columns beyond `end` and `width` become zeros.
 // `base` is row 0. Visible to the block after copy_async_wait and block_sync.
 template <int kRows, int kWidth, int kThreads>

@@ -11,7 +11,6 @@
 #pragma once
 
 #include "cuda/scores.h"
-#include "cuda/sm80/pipeline.h"
 
 namespace efficient_attn {
 namespace sm80 {
@@ -80,17 +79,23 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, Reading read
     Walk<F::kKeys, kByQuery> walk(p, at.b, at.h, at.lines.begin, sees.any);
     Step next;
     bool more = walk.next(p, next);
-    fill_first_slot<kSafe>(more, [&] {
+    if (kSafe) block_sync();  // the pass before may still be reading what is loaded now
+    if (more) {
         if (!marks)
             load_tile<F::kRows, F::kHead, F::kThreads>(F::kQuery, head_pointer(p.call.query, at.b, at.h),
                                                        p.call.query.row_stride, at.lines.begin, at.lines.end,
                                                        static_cast<int>(p.call.D), p.query_aligned);
         load_slot<F>(p, at, next, 0);
-    });
+        copy_async_commit();
+    }
     for (int slot = 0; more; slot ^= 1) {
         const Step step = next;
         more = walk.next(p, next);
-        turn_slots(more, [&] { load_slot<F>(p, at, next, slot ^ 1); });
+        await_slot();
+        if (more) {
+            load_slot<F>(p, at, next, slot ^ 1);
+            copy_async_commit();
+        }
         if (!active) continue;
         const uint32_t keys = F::kSlots + slot * F::kSlotBytes, values = keys + F::kTileBytes;
         float s[F::kM][F::kKeys / 8][4];

@@ -13,7 +13,6 @@
 #pragma once
 
 #include "cuda/gradients.h"
-#include "cuda/sm80/pipeline.h"
 
 namespace efficient_attn {
 namespace sm80 {
@@ -78,17 +77,23 @@ EA_DEVICE void gather(G& g, const KernelParams& p, const Place& at, Reading read
     GroupWalk<G::kQueries> walk(p, at.b, at.h, at.lines.begin, seen.any);
     HeadStep next;
     bool more = walk.next(p, next);
-    fill_first_slot<kSafe>(more, [&] {
+    if (kSafe) block_sync();  // the pass before may still be reading what is loaded now
+    if (more) {
         load_tile<G::kRows, G::kHead, G::kThreads>(G::kKey, head_pointer(c.key, at.b, at.h), c.key.row_stride,
                                                    alive.begin, alive.end, static_cast<int>(c.D), p.key_aligned);
         load_tile<G::kRows, G::kHead, G::kThreads>(G::kValue, head_pointer(c.value, at.b, at.h), c.value.row_stride,
                                                    alive.begin, alive.end, static_cast<int>(c.Dv), p.value_aligned);
         load_queries<G>(p, at.b, next.head, next, 0);
-    });
+        copy_async_commit();
+    }
     for (int slot = 0; more; slot ^= 1) {
         const HeadStep step = next;
         more = walk.next(p, next);
-        turn_slots(more, [&] { load_queries<G>(p, at.b, next.head, next, slot ^ 1); });
+        await_slot();
+        if (more) {
+            load_queries<G>(p, at.b, next.head, next, slot ^ 1);
+            copy_async_commit();
+        }
         if (!active) continue;
         const uint32_t queries = G::kSlots + slot * G::kSlotBytes, grad_out = queries + G::kTileBytes;
         const uint32_t sums = G::kRowSums + slot * 2 * G::kQueries * 4;

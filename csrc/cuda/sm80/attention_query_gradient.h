@@ -10,7 +10,6 @@
 #pragma once
 
 #include "cuda/gradients.h"
-#include "cuda/sm80/pipeline.h"
 
 namespace efficient_attn {
 namespace sm80 {
@@ -100,15 +99,21 @@ EA_DEVICE void gather_keys(G& g, const KernelParams& p, const Place& at, Reading
     Walk<G::kKeys, kByQuery> walk(p, at.b, at.h, at.lines.begin, sees.any);
     Step next;
     bool more = walk.next(p, next);
-    fill_first_slot<kSafe>(more, [&] {
+    if (kSafe) block_sync();  // the pass before may still be reading what is loaded now
+    if (more) {
         load_rows<G>(p, at.b, at.h, at.lines);
         load_keys<G>(p, at.b, at.h, next, 0);
-    });
+        copy_async_commit();
+    }
     const RowSums sums = load_sums(p, at.b, at.h, row, at.lines.end);
     for (int slot = 0; more; slot ^= 1) {
         const Step step = next;
         more = walk.next(p, next);
-        turn_slots(more, [&] { load_keys<G>(p, at.b, at.h, next, slot ^ 1); });
+        await_slot();
+        if (more) {
+            load_keys<G>(p, at.b, at.h, next, slot ^ 1);
+            copy_async_commit();
+        }
         if (!active) continue;
         float ds[1][G::kN][4];
         if (marks) {

@@ -4,8 +4,7 @@ Those in sm90/ are looked for on a emulator of capability 90.
 """
 
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
-PIPELINE = "sm80/pipeline.h"
-ARRIVED = "    block_sync();  // this slot has arrived, and every warp is done with the other one\n"
+AWAIT, WAIT = "        await_slot();\n", "        copy_async_wait<0>();\n"
 LINEAR, LINEAR_TILES = (f"sm80/linear_attention_{name}.h" for name in ("sums", "tiles"))
 DECODE = "sm80/attention_decode.h"
 KEYS_ARRIVED = "        block_sync();  // the keys have arrived, and every warp is done with the tile before them\n"
@@ -17,34 +16,31 @@ HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (
 ONE_PASS = "sm90/attention_backward.h"
 SUMS = "        group_wait<0>(f.out[0], f.weights);\n"
 RELEASE = "        release(values.of(F::kValueEmpty, 8), c.lane);\n"
-WAIT = "    copy_async_wait<0>();\n" + ARRIVED
 
 FAULTS: dict[str, tuple[str, str, str]] = {
-    "no barrier between the slots": (PIPELINE, ARRIVED, ""),
-    "no wait for a slot": (PIPELINE, WAIT, ARRIVED),
-    "a wait that leaves one group under way": (PIPELINE, "copy_async_wait<0>", "copy_async_wait<1>"),
-    "the next tile is loaded before the barrier": (PIPELINE, WAIT, "    if (more) load();\n" + WAIT),
+    "no barrier in the forward": (FORWARD, AWAIT, WAIT),
+    "no wait in the forward": (FORWARD, AWAIT, "        block_sync();\n"),
+    "a wait that leaves one group under way": (
+        "tile.h", "    copy_async_wait<0>();\n    block_sync();", "    copy_async_wait<1>();\n    block_sync();",
+    ),
+    "the next tile is loaded before the barrier": (
+        FORWARD, AWAIT, "        if (more) load_slot<F>(p, at, next, slot ^ 1);\n" + AWAIT,
+    ),
     "the next tile goes to the same slot": (
         FORWARD, "load_slot<F>(p, at, next, slot ^ 1)", "load_slot<F>(p, at, next, slot)",
     ),
-    "the next queries go to the same slot": (
-        KEYS, "load_queries<G>(p, at.b, next.head, next, slot ^ 1)", "load_queries<G>(p, at.b, next.head, next, slot)",
-    ),
-    "the next keys of dQ go to the same slot": (
-        QUERIES, "load_keys<G>(p, at.b, at.h, next, slot ^ 1)", "load_keys<G>(p, at.b, at.h, next, slot)",
-    ),
+    "no barrier in dK and dV": (KEYS, AWAIT, WAIT),
+    "no barrier in dQ": (QUERIES, AWAIT, WAIT),
     "no barrier between the steps of dbias": (
         QUERIES, "        block_sync();  // every warp is done with the tiles\n", "",
     ),
     "no barrier between the warps' column sums": (
         QUERIES, "        block_sync();\n        if (warp == 0) {", "        if (warp == 0) {",
     ),
-    "a barrier that some warps pass by": (
-        PIPELINE, ARRIVED, ARRIVED.replace("block_sync", "if (thread_index() < kWarp) block_sync"),
-    ),
+    "a barrier that some warps pass by": (FORWARD, AWAIT, WAIT + "        if (active) block_sync();\n"),
     "the copies are not committed": (
-        PIPELINE, "    if (!more) return;\n    load();\n    copy_async_commit();\n",
-        "    if (!more) return;\n    load();\n",
+        FORWARD, "            load_slot<F>(p, at, next, slot ^ 1);\n            copy_async_commit();\n",
+        "            load_slot<F>(p, at, next, slot ^ 1);\n",
     ),
     "another swizzle where tiles are read": (
         "tile.h", "(lane_address ^ static_cast<uint32_t>(k << 5))", "(lane_address + static_cast<uint32_t>(k << 5))",

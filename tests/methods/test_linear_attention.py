@@ -137,6 +137,8 @@ def test_a_tiny_normaliser_divides(backend, keys, dtype, is_causal):
     """phi = e^x near the root of the smallest number: 1 / n is infinite, and out still an average of the values."""
     if backend == "cuda" and dtype in (torch.float32, torch.float64):
         pytest.skip("tensor cores multiply halves")
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("it serves no float64")
     x = -360.0 if dtype == torch.float64 else -46.0
     for width in (1, 5, 17):
         q, k = torch.full((1, 2, keys, 3), x, dtype=dtype), torch.full((1, 1, keys, 3), x, dtype=dtype)

@@ -57,6 +57,11 @@ class Shape:
     def width(self) -> int:
         return self.heads * self.head_dim
 
+    @property
+    def tolerance(self) -> float:
+        """Of equal computations in this dtype."""
+        return 1e-4 if self.dtype == torch.float32 else 2e-2
+
     def qkv(self) -> tuple[Tensor, ...]:
         """Query, key and value (B, H, N, D)."""
         shape = {"batch": self.batch, "heads": self.heads, "head_dim": self.head_dim}

@@ -191,6 +191,26 @@ def loaded() -> tuple[str, ...]:
     return tuple(_loaded)
 
 
+def beside(times: Mapping[str, Mapping[str, Any]], ours: str, peers: Sequence[str]) -> dict[str, Any]:
+    """What a row says of calls that were timed in one alternation: the times of ours; of each peer the median and our
+    speed-up over it, 1 where it was not timed for it is the same call; and the samples of the first."""
+    mine, found = times[ours], {name: times.get(name, times[ours]) for name in peers}
+    return {
+        **mine,
+        **{f"{name}_ms": peer["ms"] for name, peer in found.items()},
+        **{f"speedup_{name}": round(peer["ms"] / mine["ms"], 4) for name, peer in found.items()},
+        "reference_times": found[peers[0]]["times"],
+    }
+
+
+def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of some keys, in the order of their first."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return found
+
+
 def grid(**axes: Any) -> list[dict[str, Any]]:
     """Every combination: a tuple is an axis, anything else a constant. The last axis runs fastest.
 

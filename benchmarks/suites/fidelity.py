@@ -20,7 +20,7 @@ from efficient_attn.measuring import clock, inputs
 
 from .. import approximation
 from ..cache import cached
-from . import Chart, Claim, Column, Options, Row, Suite, grid, vit
+from . import Chart, Claim, Column, Options, Row, Suite, beside, grid, groups, vit
 
 SOURCES = ("digits", "minilm")
 QUICK_FAMILIES = ("best rank (SVD)", "Linformer", "Nystrom", "Performer", "window + centroids", "window", "BigBird",
@@ -68,12 +68,7 @@ def _times(spec: str, qkv: Sequence[Tensor], budget_s: float) -> dict[str, Any]:
         return {}
     call = approximation.prepared(spec, *qkv[:2])
     times = clock.interleaved({"method": lambda: call(*qkv), "dense": lambda: attention(*qkv)}, budget_s)
-    return {
-        **times["method"],
-        "dense_ms": times["dense"]["ms"],
-        "reference_times": times["dense"]["times"],
-        "speedup_dense": round(times["dense"]["ms"] / times["method"]["ms"], 4),
-    }
+    return beside(times, "method", ("dense",))
 
 
 def activations(source: str, steps: int, seed: int) -> Activations:
@@ -128,8 +123,8 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
-    for source in dict.fromkeys(row["source"] for row in rows):
-        near = [row for row in rows if row["source"] == source and row["error"] <= 0.1 and "SVD" not in row["family"]]
+    for (source,), group in groups(rows, "source").items():
+        near = [row for row in group if row["error"] <= 0.1 and "SVD" not in row["family"]]
         if near:
             best = min(near, key=lambda row: row["scores"])
             text = (

@@ -23,7 +23,7 @@ from efficient_attn.training.tasks.text import Bytes, Classification, ListOps
 
 from .. import learning
 from ..cache import cached
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from . import Chart, Claim, Column, Options, Row, Suite, grid, groups
 
 METHODS = (
     "dense",
@@ -130,8 +130,9 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if (row["task"], row["size"]) == (task, "small")]
+    for (task, size), mine in groups(rows, "task", "size").items():
+        if size != "small":
+            continue
         learned = [row for row in mine if row["score"] > (row["baseline"] or 0) + 0.05]
         if learned:
             best = max(learned, key=lambda row: row["score"])
@@ -139,7 +140,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             found.append(
                 Claim(f"{text}{best['score']:.1%} (always the same class: {best['baseline']:.1%}).", (best["id"],))
             )
-        elif mine:
+        else:
             text = f"{task}: no method is clearly better than naming one class after {mine[0]['steps']} steps."
             found.append(Claim(text, tuple(row["id"] for row in mine)))
     return found

@@ -9,7 +9,7 @@ from efficient_attn.measuring import clock
 from efficient_attn.measuring.fit import fit
 
 from .. import cases
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from . import Chart, Claim, Column, Options, Row, Suite, grid, groups
 from .ops import bound
 
 
@@ -33,8 +33,7 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        group = [row for row in rows if row["method"] == method]
+    for (method,), group in groups(rows, "method").items():
         if len({row["seqlen"] for row in group}) > 1:
             slope = fit([r["seqlen"] for r in group], [max(r["peak_bytes"], 1) for r in group]).exponent
             text = f"Extra memory of {method}, forward and backward, grows as N^{slope:.2f}."

@@ -17,7 +17,7 @@ from efficient_attn.measuring import clock, inputs
 from efficient_attn.measuring.calls import Bound, Call, Layer, binder
 
 from .. import cases, peers
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from . import Chart, Claim, Column, Options, Row, Suite, beside, grid, groups
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,19 +46,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         calls["dense"] = exact(lambda q, k, v: functional.attention(q, k, v, is_causal=causal))
     calls["sdpa"] = exact(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal))
     times = clock.interleaved(calls, config["budget_s"])
-    ours = times["method"]["ms"]
-    dense = times.get("dense", times["method"])
-    return {
-        **times["method"],
-        "dense_ms": dense["ms"],
-        "sdpa_ms": times["sdpa"]["ms"],
-        "reference_times": times["sdpa"]["times"],
-        "speedup_dense": round(dense["ms"] / ours, 4),
-        "speedup_sdpa": round(times["sdpa"]["ms"] / ours, 4),
-        "peak_bytes": peak.bytes,
-        "error": error,
-        **plan,
-    }
+    return {**beside(times, "method", ("sdpa", "dense")), "peak_bytes": peak.bytes, "error": error, **plan}
 
 
 def bound(config: Mapping[str, Any]) -> Bound:
@@ -87,9 +75,9 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """For each mode, at its longest sequence: the fastest exact and approximate methods beside exact attention."""
     found = []
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        longest = max(row["seqlen"] for row in rows if row["mode"] == mode)
-        here = [row for row in rows if (row["mode"], row["seqlen"]) == (mode, longest)]
+    for (mode,), group in groups(rows, "mode").items():
+        longest = max(row["seqlen"] for row in group)
+        here = [row for row in group if row["seqlen"] == longest]
         for row in here:
             if row["method"] == "dense":
                 text = f"Our exact attention takes {1 / row['speedup_sdpa']:.2f} of torch SDPA's time"

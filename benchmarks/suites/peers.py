@@ -13,7 +13,7 @@ from efficient_attn.measuring import clock, records
 from efficient_attn.measuring.calls import binder
 
 from .. import peers
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from . import Chart, Claim, Column, Options, Row, Suite, beside, grid
 
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 
@@ -56,11 +56,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         peaks[name] = peak.bytes
     times = clock.interleaved({"ours": ours, "peer": theirs}, config["budget_s"])
     return {
-        **times["ours"],
-        "peer_ms": times["peer"]["ms"],
+        **beside(times, "ours", ("peer",)),
         "peer_spread": times["peer"]["spread"],
-        "reference_times": times["peer"]["times"],
-        "speedup_peer": round(times["peer"]["ms"] / times["ours"]["ms"], 4),
         "peer_first_ms": round(first_ms, 2),
         "peak_bytes": peaks["ours"],
         "peer_peak_bytes": peaks["theirs"],

@@ -16,7 +16,7 @@ from efficient_attn.measuring import clock, inputs
 from efficient_attn.measuring.calls import binder
 
 from .. import peers
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from . import Chart, Claim, Column, Options, Row, Suite, beside, grid, groups
 
 PERCENTS, QUICK_PERCENTS = (75, 50, 25, 10, 5, 2), (50, 25, 10, 5)
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
@@ -41,17 +41,12 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "sdpa": bound(peers.sdpa),
     }
     times = clock.interleaved(calls, config["budget_s"])
-    sparse, dense = times["sparse"], times["dense"]
-    ideal = mask.density * dense["ms"]
+    ideal = mask.density * times["dense"]["ms"]
     return {
-        **sparse,
+        **beside(times, "sparse", ("dense", "sdpa")),
         "density": round(mask.density, 6),
-        "dense_ms": dense["ms"],
         "ideal_ms": float(f"{ideal:.5g}"),
-        "sdpa_ms": times["sdpa"]["ms"],
-        "reference_times": dense["times"],
-        "speedup_dense": round(dense["ms"] / sparse["ms"], 4),
-        "efficiency": round(ideal / sparse["ms"], 4),
+        "efficiency": round(ideal / times["sparse"]["ms"], 4),
         "plan_ms": plan_ms,
         "mask_bytes": mask.nbytes,
     }
@@ -75,9 +70,9 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        longest = max(row["seqlen"] for row in rows if row["mode"] == mode)
-        here = [row for row in rows if (row["mode"], row["seqlen"], row["pattern"]) == (mode, longest, "random")]
+    for (mode,), group in groups(rows, "mode").items():
+        longest = max(row["seqlen"] for row in group)
+        here = [row for row in group if (row["seqlen"], row["pattern"]) == (longest, "random")]
         if here:
             least, most = (pick(here, key=lambda row: row["efficiency"]) for pick in (min, max))
             low, high = (f"{row['efficiency']:.0%} (density {row['density']:.2f})" for row in (least, most))

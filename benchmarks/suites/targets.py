@@ -42,14 +42,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     visible = _visible(config)
     plan_ms = _since(started) if visible.mask is not None else None
-    if config["work"] == "module":
-        calls = _module_calls(config)
-    elif config["work"] == "linear_attention":
-        calls = _linear_calls(config)
-    elif config["work"] == "method":
-        calls = _method_calls(config)
-    else:
-        calls = _attention_calls(config, visible)
+    special = {"module": _module_calls, "linear_attention": _linear_calls, "method": _method_calls}
+    calls = special[config["work"]](config) if config["work"] in special else _attention_calls(config, visible)
     with clock.PeakMemory() as peak:
         calls["ours"]()
     peer_plan_ms = peer_bytes = None
@@ -81,7 +75,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "density": round(visible.density, 6),
         "peak_bytes": peak.bytes,
         "peer_peak_bytes": peer_bytes,
-        **_shares(config, visible, ceilings, times),
+        **_shares(config, visible.density, ceilings, times),
     }
 
 
@@ -101,40 +95,28 @@ def _ceilings(config: Mapping[str, Any]) -> dict[str, clock.Ceiling]:
 
 
 def _shares(
-    config: Mapping[str, Any],
-    visible: Visible,
-    ceilings: Mapping[str, clock.Ceiling],
-    times: Mapping[str, Mapping[str, Any]],
+    config: Mapping[str, Any], density: float, ceilings: Mapping[str, clock.Ceiling], times: Mapping[str, Any]
 ) -> dict[str, Any]:
     """GFLOP/s and GB/s reached, and their shares of the ceilings. Operations are those of the visible pairs: two
     products forward, five backward (scores again, and four gradients), whatever a kernel really does."""
-    result: dict[str, Any] = {}
     batch, heads, q_len, kv_len, dim = (config[k] for k in ("batch", "heads", "q_len", "kv_len", "head_dim"))
-    if "peak" in ceilings:
-        products = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}[config["mode"]]
-        operations = products * 2 * batch * heads * q_len * kv_len * visible.density * dim
-        result |= _share("peak", "gflops", operations, ceilings, times)
-    if "bandwidth" in ceilings:
-        read = 2 * batch * config["kv_heads"] * kv_len * dim * getattr(torch, config["dtype"]).itemsize
-        result |= _share("bandwidth", "gbs", read, ceilings, times)
-    return result
-
-
-def _share(
-    ceiling: str,
-    unit: str,
-    work: float,
-    ceilings: Mapping[str, clock.Ceiling],
-    times: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    reached, most = work / times["ours"]["ms"] / 1e6, ceilings[ceiling].giga_per_second(times[ceiling]["ms"])
-    return {
-        unit: round(reached, 2),
-        f"{ceiling}_{unit}": most,
-        f"{ceiling}_of": ceilings[ceiling].name,
-        f"{ceiling}_spread": times[ceiling]["spread"],
-        f"{ceiling}_share": round(reached / most, 4),
+    products = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}[config["mode"]]
+    work = {
+        "peak": ("gflops", products * 2 * batch * heads * q_len * kv_len * density * dim),
+        "bandwidth": ("gbs", 2 * batch * config["kv_heads"] * kv_len * dim * getattr(torch, config["dtype"]).itemsize),
     }
+    result: dict[str, Any] = {}
+    for name, ceiling in ceilings.items():
+        unit, amount = work[name]
+        reached, most = amount / times["ours"]["ms"] / 1e6, ceiling.giga_per_second(times[name]["ms"])
+        result |= {
+            unit: round(reached, 2),
+            f"{name}_{unit}": most,
+            f"{name}_of": ceiling.name,
+            f"{name}_spread": times[name]["spread"],
+            f"{name}_share": round(reached / most, 4),
+        }
+    return result
 
 
 def _visible(config: Mapping[str, Any]) -> Visible:

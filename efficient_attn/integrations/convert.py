@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, InputError, InputTypeError
-from ..methods import Dense, Method, parse
+from ..methods import DENSE, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
 from . import fidelity, routed
@@ -104,7 +104,7 @@ def convert(
     * attention of timm, open_clip and diffusers: its call of scaled_dot_product_attention, see `integrations.routed`.
 
     Args:
-        model: itself none of torch.nn.MultiheadAttention.
+        model: not itself a torch.nn.MultiheadAttention.
         attention: a spec string, `Method` or `Pattern`.
         sample: an input: a tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it in
             eval mode without gradients, more than once: as it was, with dense attention, which must give the same
@@ -165,7 +165,7 @@ def _convert_measured(
     report.before = fidelity.cost(model, sample, repeats) if repeats > 0 else None
     if comparable:
         # It must equal the original, so its layers stand for those of the original, which may be of any kind.
-        dense = report if report.attention == Dense() else Conversion(Dense())
+        dense = report if report.attention.is_dense else Conversion(DENSE)
         try:
             _convert(model, dense, predicate)
             with fidelity.traced(model) as original:
@@ -174,7 +174,7 @@ def _convert_measured(
         finally:
             if dense is not report:
                 dense.undo()
-    if not comparable or report.attention != Dense():
+    if not comparable or not report.attention.is_dense:
         _convert(model, report, predicate)
         with fidelity.traced(model) as converted:
             report.error = fidelity.difference(before, fidelity.outputs(model, sample))
@@ -189,17 +189,16 @@ def _is_dense(model: nn.Module) -> bool:
     for module in model.modules():
         config = getattr(module, "config", None)
         name, colon, spec = str(getattr(config, "_attn_implementation", "")).partition(":")
-        if name == "efficient_attn" and colon and parse(spec) != Dense():
+        if name == "efficient_attn" and colon and not parse(spec).is_dense:
             return False
-        own = getattr(module, "attention", None)
-        if (isinstance(module, MultiheadAttention) or _has_setter(module)) and parse(own) != Dense():  # type: ignore[arg-type]
-            return False
-        if routed.is_routed(module) and module.efficient_attn_method != Dense():
+        known = isinstance(module, MultiheadAttention) or _has_setter(module)
+        own: Any = module.attention if known else getattr(module, "efficient_attn_method", None)
+        if (known or routed.is_routed(module)) and not parse(own).is_dense:
             return False
     return True
 
 
-# --- kinds of modules ------------------------------------------------------------------------------------------------
+# --- kinds of modules ---
 
 
 def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.Module], bool] | None) -> None:
@@ -221,7 +220,7 @@ def _convert_torch(model: nn.Module, report: Conversion, wanted: Callable[[str, 
             return False
         if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            report.skipped[name] = f"{kind} computes something of its own, which would be lost"
+            report.skipped[name] = f"{kind} computes something else, which would be lost"
             return False
         report.converted[name] = f"{type(module).__name__}, replaced"
         return True
@@ -343,7 +342,7 @@ def _inside(name: str, names: Any, *, but_torch: bool = False) -> bool:
     return False
 
 
-# --- the sample ------------------------------------------------------------------------------------------------------
+# --- the sample ---
 
 
 def _compared(before: list[Tensor], after: list[Tensor], tolerance: float | None) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, UnsupportedError
-from ..methods import Dense, Method
+from ..methods import DENSE, Method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def compared(before: Trace, after: Trace) -> dict[str, LayerFidelity]:
     return found
 
 
-# --- running a sample ------------------------------------------------------------------------------------------------
+# --- running a sample ---
 
 
 def run(model: nn.Module, sample: Any) -> Any:
@@ -152,8 +152,8 @@ def traced(model: nn.Module) -> Iterator[Trace]:
         attending.append(running[-1][0])
         try:
             result = attend(method, *args, **kwargs)
-            if method != Dense():
-                exact, _ = Dense().attend(*args, **{**kwargs, "state": None, "need_weights": False})
+            if not method.is_dense:
+                exact, _ = DENSE.attend(*args, **{**kwargs, "state": None, "need_weights": False})
                 trace.errors.setdefault(attending[0], []).append(difference([exact], [result[0]]))
         finally:
             attending.clear()
@@ -192,7 +192,7 @@ def _wrapped(watch: Callable[..., Any]) -> Iterator[None]:
             cls.attend = attend  # type: ignore[method-assign]
 
 
-# --- time and memory -------------------------------------------------------------------------------------------------
+# --- time and memory ---
 
 
 def cost(model: nn.Module, sample: Any, repeats: int) -> Cost:
@@ -240,7 +240,7 @@ def _peak_on_cpu(model: nn.Module, sample: Any) -> int:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler writes lines of its own to the standard error, whatever the level of logging."""
+    """The profiler writes to the standard error at any logging level."""
     try:
         kept = os.dup(2)
     except OSError:  # a process without one
@@ -258,7 +258,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-# --- table and picture -----------------------------------------------------------------------------------------------
+# --- table and picture ---
 
 
 def table(layers: Mapping[str, LayerFidelity], before: Cost | None, after: Cost | None) -> list[str]:

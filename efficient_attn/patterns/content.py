@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.algebra import how_cut
 from ..masks.lists import FULL, all_blocks, entry_rows, expand, pointers
-from .base import Pattern, register
+from ..options import check_choice, register
+from .base import Pattern
 
 SUMMARIES = ("mean", "minmax")
 QUERIES = ("mean", "first")
@@ -59,9 +60,9 @@ class _Blocks(ContentPattern):
 
     def _check_blocks(self) -> None:
         self._check_block()
-        self._check(sink=0, local=1)
-        self._check_choice("summary", SUMMARIES)
-        self._check_choice("queries", QUERIES)
+        self._at_least(sink=0, local=1)
+        check_choice(self, "summary", SUMMARIES)
+        check_choice(self, "queries", QUERIES)
 
     @property
     def _own_block(self) -> tuple[int, int]:
@@ -82,7 +83,7 @@ class _Blocks(ContentPattern):
         n_q, n_k = -(-Nq // self.block), -(-Nk // self.block)
         if n_q * n_k == 0:
             nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
-            return self._listed(nothing, nothing.bool(), query, Nk)
+            return self._mask_of(nothing, nothing.bool(), query, Nk)
         scores, counts = self._scores(query, key, default_scale(scale, D), key_mask)
         seen = (counts > 0).expand(B, 1, n_q, n_k)
         if within is not None:
@@ -92,7 +93,7 @@ class _Blocks(ContentPattern):
         # Chosen first, whatever their score; then by score; never what no query of the block may see.
         scores = scores.masked_fill(~seen, -torch.inf)
         order, chosen = self._choose(scores, forced, seen, counts)
-        return self._listed(order, chosen, query, Nk)
+        return self._mask_of(order, chosen, query, Nk)
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Columns (B, Hq, n_q, k), distinct, and which of them are chosen."""
@@ -150,7 +151,7 @@ class _Blocks(ContentPattern):
         near &= column < (top + self.block - 1) // self.block + self.local
         return near | (column < self.sink)
 
-    def _listed(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
+    def _mask_of(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
         """The mask of the chosen columns."""
         B, Hq, n_q, k = order.shape
         device = order.device
@@ -166,7 +167,7 @@ class _Blocks(ContentPattern):
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # No shape may depend on a value: what is not chosen is an empty tile.
-            return BlockMask._trusted(
+            return BlockMask.unchecked(
                 **fields,
                 indptr=torch.arange(B * Hq * n_q + 1, device=device) * k,
                 indices=order.flatten().int(),
@@ -174,7 +175,7 @@ class _Blocks(ContentPattern):
                 tiles=empty,
             )
         indices = order[chosen].int()
-        return BlockMask._trusted(
+        return BlockMask.unchecked(
             **fields,
             indptr=pointers(chosen.sum(-1).flatten()),
             indices=indices,
@@ -201,7 +202,11 @@ class TopKBlocks(_Blocks):
     self-attention (Nq = Nk) a key mask also says which queries count.
     """
 
-    name: ClassVar[str] = "topk_blocks"
+    name = "topk_blocks"
+    formula = "softmax(QK^T)V over the k blocks of largest mean(Q_I) mean(K_J)^T"
+    paper = "Lu et al. 2025; Tang et al. 2024"
+    complexity = "n k b d + (n / b)^2 d"
+
     block: int = 64
     blocks: int = 16
     fraction: float | None = None
@@ -210,9 +215,9 @@ class TopKBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_blocks()
-        self._check(blocks=1)
+        self._at_least(blocks=1)
         _check_share(self, "fraction")
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +244,11 @@ class TopPBlocks(_Blocks):
     Other fields: as in `TopKBlocks`.
     """
 
-    name: ClassVar[str] = "topp_blocks"
+    name = "topp_blocks"
+    formula = "softmax(QK^T)V over the fewest blocks of estimated mass p"
+    paper = "Lin et al. 2025"
+    complexity = "n k b d + (n / b)^2 d"
+
     block: int = 64
     mass: float = 0.9
     sink: int = 1
@@ -247,7 +256,7 @@ class TopPBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_blocks()
         _check_share(self, "mass")
 
@@ -261,16 +270,14 @@ class TopPBlocks(_Blocks):
 
 def _check_share(pattern: Pattern, name: str) -> None:
     value = getattr(pattern, name)
-    if value is None and name == "fraction":
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+    if value is not None and not 0.0 < value <= 1.0:
         raise InputError(f"{pattern.name}: {name} must be a number in (0, 1], got {value!r}")
 
 
 def blocks_seen(mask: BlockMask, block: int) -> Tensor:
     """bool (batch, heads, n_q, n_k): the blocks of a mask that it lists and that its window and lengths touch."""
     mask = mask.reblock((block, block))
-    grid, lists, window, lengths = mask._parts
+    grid, lists, window, lengths = mask.parts
     batch, heads = (lengths.numel(), 1) if lists is None else (max(lists.batch, lengths.numel()), lists.heads)
     if lists is None:
         rows, cols = all_blocks(grid, batch, heads, lengths.device)

@@ -21,11 +21,12 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from efficient_attn import MultiheadAttention, lowrank, parse
-from efficient_attn.benchmarks import cases, figures, peers, report, suites, view
+from efficient_attn import MultiheadAttention, methods, parse
+from efficient_attn.benchmarks import cases, compare, figures, peers, report, suites, view
 from efficient_attn.benchmarks.suites import ops, targets, vit
 from efficient_attn.measuring import calls, clock, inputs, records, runner
 from efficient_attn.measuring.fit import fit
+from efficient_attn.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
@@ -404,11 +405,11 @@ def test_compilation_of_a_peer_is_timed_apart():
 def test_the_plain_formulas_of_low_rank_methods_agree_with_ours():
     q, k, v = (torch.randn(2, 3, 24, 8, dtype=torch.float64) for _ in range(3))
     E, F = (torch.randn(5, 24, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close(peers.linformer(q, k, v, E, F), lowrank.linformer_attention(q, k, v, E, F))
-    torch.testing.assert_close(peers.nystrom(q, k, v, 6), lowrank.nystrom_attention(q, k, v, landmarks=6))
-    W = lowrank.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(peers.linformer(q, k, v, E, F), methods.linformer_attention(q, k, v, E, F))
+    torch.testing.assert_close(peers.nystrom(q, k, v, 6), methods.nystrom_attention(q, k, v, landmarks=6))
+    W = methods.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q, k = q / 4, k / 4  # else the 1e-4 that the plain formula adds to each feature shows
-    ours = lowrank.performer_attention(q, k, v, W)
+    ours = methods.performer_attention(q, k, v, W)
     assert (peers.performer(q, k, v, W) - ours).norm() < 1e-3 * ours.norm()
 
 
@@ -437,7 +438,7 @@ def a_cell(**changes):
 def printed(cells):
     """What a terminal shows; all of its figures and sentences are in the text without rich too."""
     out = io.StringIO()
-    report.print_report(cells, Console(file=out, width=200))
+    report.print_report(cells, Console(file=out, width=400))
     wanted = {word for line in report.plain(cells).splitlines() for word in line.split()}
     assert wanted <= set(out.getvalue().split())
     return out.getvalue()
@@ -454,6 +455,56 @@ def test_tables_show_figures_failures_and_noise():
     failed = a_cell(status="oom", message="MemoryError: 9 GB", config={"seqlen": 512})
     text = printed([a_cell(), failed])
     assert "oom" in text and "MemoryError: 9 GB" in text
+
+
+def test_what_all_rows_share_is_in_the_title_and_what_differs_a_column():
+    here = {"code": "abc"}
+    (table,) = report.tables(view.rows([a_cell(**here), a_cell(config={"seqlen": 256}, **here)])).values()
+    assert table.title == "ops: float32, B1 H4 D64, 1 threads"
+    assert [head for head, _ in table.sections] == ["N 128, fwd", "N 256, fwd"]
+    labels = [column.label for column in table.columns]
+    assert labels[:2] == ["method", "ms"] and "threads" not in labels
+    (table,) = report.tables(
+        view.rows([a_cell(**here), a_cell(config={"threads": 2, "dtype": "float16"}, **here)])
+    ).values()
+    assert table.title == "ops: B1 H4 D64"
+    assert [column.label for column in table.columns][:3] == ["method", "threads", "dtype"]
+    assert [cells[:3] for cells, _ in table.sections[0][1]] == [["dense", "1", "float32"], ["dense", "2", "float16"]]
+
+
+def test_short_names_are_explained_and_failures_with_one_reason_are_one_line():
+    specs = ("bigbird:block=16", "bigbird:block=32", "linear", "performer:features=8")
+    rows = view.rows([a_cell(config={"method": spec}) for spec in specs])
+    assert [row["series"] for row in rows] == ["bigbird:block=16", "bigbird:block=32", "linear", "performer"]
+    assert report.tables(rows)["ops"].note.endswith("Here performer:features=8.")
+    failed = [a_cell(status="oom", message="[/INST] 9 GB", config={"seqlen": n}) for n in (1, 2, 3)]
+    text = printed([a_cell(), *failed])
+    assert "oom: ops dense 1 fwd and 2 more: [/INST] 9 GB" in text
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("cpu/*/results.jsonl")), ids=lambda path: path.parent.name)
+def test_results_of_older_versions_can_be_shown(path):
+    cells = view.latest(records.read(path))
+    text, rows = printed(cells), view.rows(cells)
+    assert {suite.name for suite in view.shown(rows)} == {cell["suite"] for cell in cells}
+    assert all(f"{suite.name}: " in text for suite in view.shown(rows))
+    compared = compare.compare(cells, cells)
+    assert len(compared) == len(cells) and {one.verdict for one in compared} <= {"same", "unsure"}
+
+
+def test_a_method_that_somebody_registers_is_measured(monkeypatch):
+    monkeypatch.setitem(METHODS, "toy", type("Toy", (), {"name": "toy"}))
+    for name in ("ops", "vit", "memory", "models", "lra"):
+        found = {config["method"] for config in suites.get(name).configs(suites.Options())}
+        assert "toy" in found and "causal" not in found
+
+
+def test_every_method_of_the_package_has_a_size_for_the_operator_suite():
+    sized = {spec.partition(":")[0] for spec in cases.OPERATOR_METHODS if "+" not in spec}
+    assert sized == set(METHODS) - {"causal"}
 
 
 def test_a_target_is_reached_only_with_its_share_of_the_peak():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from efficient_attn.measuring.clock import NOISY
 from efficient_attn.measuring.records import Record
@@ -111,7 +111,9 @@ def failures(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def print_report(cells: Sequence[Record], console: Console) -> None:
     """Prints for each suite its table and findings, then a line for each cell that failed."""
-    from rich.markup import escape
+    from rich.text import Text
+
+    from efficient_attn.measuring.terminal import make_table, note
 
     rows = view.rows(cells)
     claims = view.claims(rows)
@@ -121,30 +123,15 @@ def print_report(cells: Sequence[Record], console: Console) -> None:
         for head, lines in table.sections:
             if head:
                 drawn.add_section()
-                drawn.add_row(f"[bold]{escape(head)}[/]")
+                drawn.add_row(Text(head, style="bold"))
             for texts, failed in lines:
-                shown = [escape(text) for text in texts]
-                drawn.add_row(*shown[:-1], f"[yellow]{shown[-1]}[/]" if failed else shown[-1])
+                drawn.add_row(*texts[:-1], Text(texts[-1], style="yellow") if failed else texts[-1])
         console.print(drawn)
         for suite, claim in claims:
             if suite == name:
-                console.print(f"  {claim.text}", markup=False, highlight=False)
+                console.print(f"  {claim.text}")
     for status, text in failures(rows):
-        console.print(f"[yellow]{status}[/]: {escape(text)}", highlight=False)
-
-
-def make_table(title: str, labels: Sequence[str], text_columns: set[int], note: str) -> Any:
-    """An empty table of rich, with columns of text on the left and of figures on the right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table as Drawn
-
-    style: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "header_style": "bold"}
-    drawn = Drawn(title=escape(title), caption=escape(note), box=SIMPLE_HEAD, **style)
-    for number, label in enumerate(labels):
-        text = number in text_columns
-        drawn.add_column(label, justify="left" if text else "right", no_wrap=not text, overflow="fold")
-    return drawn
+        note(console, status, f": {text}")
 
 
 def plain(cells: Sequence[Record]) -> str:

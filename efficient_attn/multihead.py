@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .errors import InputError, UnsupportedError
 from .functional import MAX_HEAD_DIM, resolve_seed
-from .methods import Dense, Method, parse
+from .methods import DENSE, Method, parse
 from .methods.base import keep_state
 from .patterns import Pattern
 
@@ -126,7 +126,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return clone
 
     def _set_method(self, method: Method, state: nn.Module | None = None) -> None:
-        if (self.bias_k is not None or self.add_zero_attn) and not isinstance(method, Dense):
+        if (self.bias_k is not None or self.add_zero_attn) and not method.is_dense:
             raise UnsupportedError(
                 f"attention={str(method)!r} goes by the positions of keys, and the keys that add_bias_kv and "
                 "add_zero_attn append have none; use attention='dense', or neither of the two"
@@ -188,7 +188,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return self._forward_nested(query, key, value, need_weights, average_attn_weights)
         foreign = self._why_foreign(query, key, value)
         if foreign is not None:
-            if not isinstance(self.attention, Dense):
+            if not self.attention.is_dense:
                 raise UnsupportedError(
                     f"attention={str(self.attention)!r} cannot run with {foreign}; only dense attention can be left to "
                     "PyTorch. Use attention='dense', or to_torch() for a dense module on the same parameters"
@@ -418,7 +418,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def __prepare_scriptable__(self) -> nn.MultiheadAttention:
         """What torch.jit.script compiles in our place: for dense attention the parent, on the same parameters."""
-        if not isinstance(self.attention, Dense):
+        if not self.attention.is_dense:
             raise UnsupportedError(
                 f"TorchScript cannot compile attention={str(self.attention)!r}; use torch.compile or torch.export, or "
                 "script to_torch(), which computes dense attention"
@@ -434,7 +434,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "attention" not in state:
-            state["attention"], state["method_state"] = Dense(), None
+            state["attention"], state["method_state"] = DENSE, None
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._guard_own_forward()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from efficient_attn.measuring import clock
-from efficient_attn.measuring.calls import binder
+from efficient_attn.measuring.fit import fit
 
 from .. import cases
 from . import Chart, Claim, Column, Options, Row, Suite, grid, groups
-from .ops import operator, prepared, warm_up
+from .ops import bound
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,21 +18,11 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
 
     `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, threads.
     """
-    method, state, qkv = prepared(config)
-    warm_up(config, method, state, qkv)
-    attend, _ = operator(config, method, state, qkv)
-    call = binder(config["mode"], qkv, state)(attend)
+    call = bound(config)
+    call.warm_up()
     with clock.PeakMemory() as peak:
         call()
     return {"peak_bytes": peak.bytes, "bytes_per_token": round(peak.bytes / config["seqlen"], 1)}
-
-
-def fitted_exponent(lengths: Sequence[int], peaks: Sequence[int]) -> float:
-    """The least-squares slope of log(peak) over log(length): 1 for memory linear in the length, 2 for quadratic."""
-    x, y = [math.log(n) for n in lengths], [math.log(max(p, 1)) for p in peaks]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:
@@ -46,7 +35,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
     for (method,), group in groups(rows, "method").items():
         if len({row["seqlen"] for row in group}) > 1:
-            slope = fitted_exponent([r["seqlen"] for r in group], [r["peak_bytes"] for r in group])
+            slope = fit([r["seqlen"] for r in group], [max(r["peak_bytes"], 1) for r in group]).exponent
             text = f"Extra memory of {method}, forward and backward, grows as N^{slope:.2f}."
             found.append(Claim(text, tuple(row["id"] for row in group)))
     return found

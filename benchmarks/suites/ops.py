@@ -5,30 +5,16 @@ Forward, forward and backward, and decoding: one query at the end of a cache.
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from efficient_attn import functional, hybrid, methods
+from efficient_attn import functional
 from efficient_attn.errors import EfficientAttnError
-from efficient_attn.masks import BlockMask
 from efficient_attn.measuring import clock, inputs
-from efficient_attn.measuring.calls import (
-    UNPLANNED,
-    WARM_UP_LENGTH,
-    Call,
-    Operator,
-    binder,
-    planned,
-    relative_error,
-    shaped,
-    sized,
-)
-from efficient_attn.methods.continuation import continuation
-from efficient_attn.patterns import Pattern
+from efficient_attn.measuring.calls import Bound, Call, Layer, binder
 
 from .. import cases, peers
 from . import Chart, Claim, Column, Options, Row, Suite, beside, grid, groups
@@ -40,91 +26,39 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd", "decode"), causal, dtype, batch, heads, head_dim,
     budget_s, threads, and optionally backend.
     """
-    method, state, qkv = prepared(config)
+    call = bound(config)
     decodes = config["mode"] == "decode"
-    causal = not decodes and (config["causal"] or method.name == "causal")
-    warm_up(config, method, state, qkv)
-    bound = binder(config["mode"], qkv, state)
+    causal = not decodes and (config["causal"] or call.method.name == "causal")
+    try:
+        call.warm_up()
+    except EfficientAttnError as error:
+        if decodes:  # "cannot be causal"
+            raise NotImplementedError(f"one query alone: {error}") from error
+        raise
     with clock.PeakMemory() as peak:
-        started = time.perf_counter()
-        masks = [] if decodes else _masks(method, qkv, causal=config["causal"])
-        attend, mask = operator(config, method, state, qkv)
-        plan = _plan([mask] if mask is not None else masks, started)
-        call = bound(attend)
+        plan = call.plan()
         call()
-    with torch.no_grad():
-        error = relative_error(attend(*qkv), *qkv, causal=causal)
+    layer = call.layer
+    error = call.error(dataclasses.replace(layer, is_causal=causal, causal_alignment=None))
+    exact = binder(config["mode"], layer.qkv)
     calls: dict[str, Call] = {"method": call}
-    if method.name not in ("dense", "causal"):
-        calls["dense"] = bound(lambda q, k, v: functional.attention(q, k, v, is_causal=causal))
-    calls["sdpa"] = bound(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal))
+    if call.method.name not in ("dense", "causal"):
+        calls["dense"] = exact(lambda q, k, v: functional.attention(q, k, v, is_causal=causal))
+    calls["sdpa"] = exact(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal))
     times = clock.interleaved(calls, config["budget_s"])
     return {**beside(times, "method", ("sdpa", "dense")), "peak_bytes": peak.bytes, "error": error, **plan}
 
 
-def prepared(config: Mapping[str, Any]) -> tuple[methods.Method, nn.Module | None, tuple[Tensor, Tensor, Tensor]]:
-    """The method of a cell, its state, and query, key and value (B, H, N, D); to decode, the last query alone."""
+def bound(config: Mapping[str, Any]) -> Bound:
+    """The method of a cell on query, key and value (B, H, N, D) of photographs; to decode, on the last query alone."""
     torch.manual_seed(config.get("seed", 0))
-    method = sized(config["method"], config["seqlen"])
-    heads, head_dim, dtype = config["heads"], config["head_dim"], getattr(torch, config["dtype"])
-    state = method.build(heads * head_dim, heads, head_dim, dtype=dtype)
-    query, key, value = inputs.photograph_qkv(
-        config["seqlen"], batch=config["batch"], heads=heads, head_dim=head_dim, dtype=dtype
-    )
-    return method, state, (query[:, :, -1:].contiguous() if config["mode"] == "decode" else query, key, value)
-
-
-def operator(
-    config: Mapping[str, Any], method: methods.Method, state: nn.Module | None, qkv: Sequence[Tensor]
-) -> tuple[Operator, BlockMask | None]:
-    """The method as a function of query, key and value; to decode, with the mask that places the query at the end."""
-    query, key, _ = qkv
-    options: dict[str, Any] = {"is_causal": config.get("causal", False), "backend": config.get("backend", "auto")}
-    mask = None
+    shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
+    query, key, value = inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
     if config["mode"] == "decode":
-        last = key.shape[2] - 1
-        heads, device = query.shape[1], query.device
-        method, mask = continuation(method, 1, key.shape[2], num_heads=heads, first=last, device=device)
-        options |= {"mask": mask, "is_causal": True, "causal_alignment": "bottom_right"}
+        layer = Layer(query[:, :, -1:].contiguous(), key, value, is_causal=True, causal_alignment="bottom_right")
     else:
-        method = shaped(method, key.shape[2])
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return method.attend(query, key, value, state=state, **options)[0]
-
-    return attend, mask
-
-
-def warm_up(config: Mapping[str, Any], method: methods.Method, state: nn.Module | None, qkv: Sequence[Tensor]) -> None:
-    """A short call: thread pools, code pages and caches of the library are not the memory of the call measured."""
-    short = [t[:, :, :WARM_UP_LENGTH] for t in qkv]
-    try:
-        binder(config["mode"], short, state)(operator(config, method, state, short)[0])()
-    except EfficientAttnError as error:
-        if config["mode"] == "decode":  # "cannot be causal"
-            raise NotImplementedError(f"one query alone: {error}") from error
-        raise
-
-
-def _masks(method: methods.Method, qkv: Sequence[Tensor], *, causal: bool) -> list[BlockMask]:
-    """The masks that a sparse method makes once, which a later call finds made; the first is of the exact pairs."""
-    if isinstance(method, methods.Hybrid):
-        split = hybrid.plan(method.sparse, qkv[0], qkv[1], method.tail.block, is_causal=causal)
-        return [split.exact, split.over_blocks]
-    if isinstance(method, Pattern) and method.name not in UNPLANNED:
-        return [planned(method, *qkv[:2])]
-    return []
-
-
-def _plan(masks: Sequence[BlockMask], started: float) -> dict[str, Any]:
-    """How long the masks took, how dense and how large they are."""
-    if not masks:
-        return {}
-    return {
-        "plan_ms": round((time.perf_counter() - started) * 1e3, 4),
-        "density": round(masks[0].density, 6),
-        "mask_bytes": sum(mask.nbytes for mask in masks),
-    }
+        layer = Layer(query, key, value, is_causal=config.get("causal", False))
+    return Bound(config["method"], layer, config["mode"], backend=config.get("backend", "auto"))
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:

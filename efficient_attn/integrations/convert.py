@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, InputError, InputTypeError
-from ..methods import Dense, Method, parse
+from ..methods import DENSE, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
 from . import fidelity, routed
@@ -165,7 +165,7 @@ def _convert_measured(
     report.before = fidelity.cost(model, sample, repeats) if repeats > 0 else None
     if comparable:
         # It must equal the original, so its layers stand for those of the original, which may be of any kind.
-        dense = report if report.attention == Dense() else Conversion(Dense())
+        dense = report if report.attention.is_dense else Conversion(DENSE)
         try:
             _convert(model, dense, predicate)
             with fidelity.traced(model) as original:
@@ -174,7 +174,7 @@ def _convert_measured(
         finally:
             if dense is not report:
                 dense.undo()
-    if not comparable or report.attention != Dense():
+    if not comparable or not report.attention.is_dense:
         _convert(model, report, predicate)
         with fidelity.traced(model) as converted:
             report.error = fidelity.difference(before, fidelity.outputs(model, sample))
@@ -189,12 +189,11 @@ def _is_dense(model: nn.Module) -> bool:
     for module in model.modules():
         config = getattr(module, "config", None)
         name, colon, spec = str(getattr(config, "_attn_implementation", "")).partition(":")
-        if name == "efficient_attn" and colon and parse(spec) != Dense():
+        if name == "efficient_attn" and colon and not parse(spec).is_dense:
             return False
-        own = getattr(module, "attention", None)
-        if (isinstance(module, MultiheadAttention) or _has_setter(module)) and parse(own) != Dense():  # type: ignore[arg-type]
-            return False
-        if routed.is_routed(module) and module.efficient_attn_method != Dense():
+        known = isinstance(module, MultiheadAttention) or _has_setter(module)
+        own: Any = module.attention if known else getattr(module, "efficient_attn_method", None)
+        if (known or routed.is_routed(module)) and not parse(own).is_dense:
             return False
     return True
 

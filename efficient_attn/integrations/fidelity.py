@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, UnsupportedError
-from ..methods import Dense, Method
+from ..methods import DENSE, Method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,8 +152,8 @@ def traced(model: nn.Module) -> Iterator[Trace]:
         attending.append(running[-1][0])
         try:
             result = attend(method, *args, **kwargs)
-            if method != Dense():
-                exact, _ = Dense().attend(*args, **{**kwargs, "state": None, "need_weights": False})
+            if not method.is_dense:
+                exact, _ = DENSE.attend(*args, **{**kwargs, "state": None, "need_weights": False})
                 trace.errors.setdefault(attending[0], []).append(difference([exact], [result[0]]))
         finally:
             attending.clear()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
-from ..methods import Dense, Method, parse
+from ..methods import DENSE, Method, parse
 from ..methods.continuation import continuation
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
@@ -101,7 +101,7 @@ def register() -> None:
 def implementation_name(attention: str | Method | Pattern) -> str:
     """The attn_implementation that stands for a spec, a `Method` or a `Pattern`, such as "efficient_attn:linear"."""
     method = parse(attention)
-    return NAME if method == Dense() else f"{NAME}:{method}"
+    return NAME if method.is_dense else f"{NAME}:{method}"
 
 
 def _add(name: str) -> None:
@@ -110,7 +110,7 @@ def _add(name: str) -> None:
 
     if name not in AttentionInterface._global_mapping:
         spec = name.partition(":")[2]
-        method = parse(spec) if spec else Dense()
+        method = parse(spec) if spec else DENSE
         AttentionInterface.register(name, functools.partial(_forward, method))
         AttentionMaskInterface.register(name, pair_mask)
 
@@ -160,7 +160,7 @@ def _forward(
             place = (attention_mask.start + attention_mask.offset, attention_mask.offset)
     else:
         call = _from_tensor(attention_mask, method, query, Nk)
-        if Nq != Nk and getattr(module, "is_causal", False) and not isinstance(method, Dense):
+        if Nq != Nk and getattr(module, "is_causal", False) and not method.is_dense:
             raise UnsupportedError(
                 f"{method} needs to know where {Nq} queries stand among {Nk} keys, which a 4-D mask does not say; pass "
                 "attention_mask as (batch, keys)"
@@ -176,7 +176,7 @@ def _forward(
         query,
         key,
         value,
-        state=layer_state(method, module, query),
+        state=layer_state(method, module, query, key),
         scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
         need_weights=_weights_wanted(kwargs),

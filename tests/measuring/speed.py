@@ -45,10 +45,8 @@ def test_operator(benchmark, method, mode):
     if mode == "decode" and method not in cases.DECODES:
         pytest.skip("not for one query alone")
     config = {"method": method, "seqlen": LENGTH, "mode": mode, "dtype": "float32", **cases.OPERATOR_SHAPE}
-    built, state, qkv = ops.prepared(config)
-    attend, _ = ops.operator(config, built, state, qkv)
     benchmark.group = mode
-    benchmark(calls.binder(mode, qkv, state)(attend))
+    benchmark(ops.bound(config))
 
 
 @pytest.mark.parametrize("percent", [50, 10])

@@ -21,10 +21,11 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from efficient_attn import MultiheadAttention, lowrank, parse
+from efficient_attn import MultiheadAttention, methods, parse
 from efficient_attn.benchmarks import cases, compare, figures, peers, report, suites, view
-from efficient_attn.benchmarks.suites import memory, ops, targets, vit
+from efficient_attn.benchmarks.suites import ops, targets, vit
 from efficient_attn.measuring import calls, clock, inputs, records, runner
+from efficient_attn.measuring.fit import fit
 from efficient_attn.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,8 +276,8 @@ def test_peak_memory_sees_what_is_freed_again_and_nothing_from_before():
 
 def test_the_fitted_exponent_is_the_slope():
     lengths = [1024, 2048, 4096]
-    assert memory.fitted_exponent(lengths, [n * 100 for n in lengths]) == pytest.approx(1)
-    assert memory.fitted_exponent(lengths, [n * n for n in lengths]) == pytest.approx(2)
+    assert fit(lengths, [n * 100 for n in lengths]).exponent == pytest.approx(1)
+    assert fit(lengths, [n * n for n in lengths]).exponent == pytest.approx(2)
 
 
 # --- inputs ---
@@ -334,10 +335,10 @@ def test_a_lone_query_sees_the_keys_at_the_end(method):
     whole, alone = {**config, "mode": "fwd"}, {**config, "mode": "decode"}
     outs = []
     for one in (whole, alone):
-        built, state, qkv = ops.prepared(one)
-        attend, mask = ops.operator(one, built, state, qkv)
-        outs.append(attend(*qkv)[:, :, -1:])
-        assert mask is None or not mask.to_dense()[..., : 300 - 17].any()
+        call = ops.bound(one)
+        outs.append(call()[:, :, -1:])
+    (mask,) = call.plan_masks()
+    assert not mask.to_dense()[..., : 300 - 17].any()
     torch.testing.assert_close(*outs)
 
 
@@ -404,11 +405,11 @@ def test_compilation_of_a_peer_is_timed_apart():
 def test_the_plain_formulas_of_low_rank_methods_agree_with_ours():
     q, k, v = (torch.randn(2, 3, 24, 8, dtype=torch.float64) for _ in range(3))
     E, F = (torch.randn(5, 24, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close(peers.linformer(q, k, v, E, F), lowrank.linformer_attention(q, k, v, E, F))
-    torch.testing.assert_close(peers.nystrom(q, k, v, 6), lowrank.nystrom_attention(q, k, v, landmarks=6))
-    W = lowrank.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(peers.linformer(q, k, v, E, F), methods.linformer_attention(q, k, v, E, F))
+    torch.testing.assert_close(peers.nystrom(q, k, v, 6), methods.nystrom_attention(q, k, v, landmarks=6))
+    W = methods.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q, k = q / 4, k / 4  # else the 1e-4 that the plain formula adds to each feature shows
-    ours = lowrank.performer_attention(q, k, v, W)
+    ours = methods.performer_attention(q, k, v, W)
     assert (peers.performer(q, k, v, W) - ours).norm() < 1e-3 * ours.norm()
 
 
@@ -567,5 +568,5 @@ def test_memory_of_a_sparse_call_is_linear_in_the_length(tmp_path, method):
     """Contract rule 9: forward and backward at 16k, 32k and 64k tokens."""
     configs = suites.get("memory").configs(suites.Options(methods=(method,), threads=2))
     peaks = [run_one(tmp_path, "memory", config)["peak_bytes"] for config in configs]
-    assert memory.fitted_exponent(cases.MEMORY_LENGTHS, peaks) < 1.15
+    assert fit(cases.MEMORY_LENGTHS, peaks).exponent < 1.15
     assert peaks[-1] < 64 * 2**20 + 40 * 65536 * 2 * 16 * 4  # far from the 8 GiB of one n x n byte mask

@@ -13,7 +13,7 @@ from efficient_attn import backends
 from efficient_attn.backends.call import LinearCall
 from efficient_attn.backends.features import FEATURE_MAPS as MAPS
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.lowrank import linear_attention, performer_attention, random_projection
+from efficient_attn.methods import linear_attention, performer_attention, random_projection
 
 # Triton's interpreter and the twin of the CUDA kernels are slow: test_triton.py and test_cuda_host.py run some of these
 # cases in processes of their own.

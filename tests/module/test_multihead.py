@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
-from efficient_attn.methods import Dense
 from efficient_attn.multihead import MultiheadAttention, keep_own_forward
 
 TIGHT = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-10}}
@@ -427,7 +426,7 @@ def test_pickles_from_before_this_module_had_a_method() -> None:
         attributes.pop(name)
     attributes["_forward_pre_hooks"].clear()
     old.__setstate__(attributes)
-    assert old.attention == Dense() and old._qkv_same_embed_dim and keep_own_forward in old._forward_pre_hooks.values()
+    assert old.attention.is_dense and old._qkv_same_embed_dim and keep_own_forward in old._forward_pre_hooks.values()
     assert old(X, X, X)[0].shape == X.shape
 
 

@@ -22,13 +22,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..defaults import alignment_offset
-from ..errors import UnsupportedError
-from ..functional import MaskLike, as_block_mask, check_alignment
-from ..masks import BlockMask
-from ..masks.lists import FULL, entry_rows, pointers
-from ..patterns import Pattern
-from ..tracing import PLAN, named
+from ...defaults import alignment_offset
+from ...errors import UnsupportedError
+from ...functional import MaskLike, as_block_mask, check_alignment
+from ...masks import BlockMask
+from ...masks.lists import FULL, entry_rows, pointers
+from ...patterns import Pattern
+from ...tracing import PLAN, named
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ def _blocks(mask: BlockMask, block: int) -> tuple[Tensor, Tensor]:
 def _cached(
     pattern: Pattern, q_len: int, kv_len: int, heads: int, block: int, alignment: str | None, device: str
 ) -> Split:
-    # In a thread of its own, as in patterns.py: what is kept must not depend on the modes of whoever asks first.
+    # In a thread of its own, as for patterns: what is kept must not depend on the modes of whoever asks first.
     with ThreadPoolExecutor(max_workers=1) as clean:
         return clean.submit(_make, pattern, q_len, kv_len, heads, block, alignment, device).result()
 
@@ -158,15 +158,14 @@ def _make(
     return made
 
 
-# --- torch.compile ---------------------------------------------------------------------------------------------------
+# --- torch.compile ---
 
 
 def _traced(
     pattern: Pattern, q_len: int, kv_len: int, heads: int, block: int, alignment: str | None, device: str
 ) -> Split:
     """`_cached` as a graph sees it: tensors from one operator, and numbers."""
-    text = Pattern.to_json(pattern)
-    tail, *lists = split_lists(text, q_len, kv_len, heads, block, alignment or "", device)
+    tail, *lists = split_lists(pattern.to_json(), q_len, kv_len, heads, block, alignment or "", device)
     batch, split_heads, _, n_k = tail.shape
     offset = alignment_offset(alignment, q_len, kv_len)
 

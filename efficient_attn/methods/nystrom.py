@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.call import accumulation_dtype
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
 from ..functional import attention, attention_weights, prepare_inputs
+from ..options import check_range, register
 from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
-from .common import drop_columns, drop_keys, refuse_causal
+from .lowrank import LowRankMethod, drop_columns, drop_keys, refuse_causal
 
 
 def nystrom_attention(
@@ -43,7 +48,7 @@ def nystrom_attention(
         landmarks: m, used up to min(Nq, Nk).
         pinv_iterations: steps towards the pseudo-inverse, run in float32 (float64 for float64); the paper takes 6.
         conv_weight: (width,) or (Hkv, width), odd width: adds sum_t conv_weight[t] v_{i + t - width // 2}; Nq = Nk.
-        key_mask, dropout_p, dropout_seed: see `efficient_attn.lowrank`.
+        key_mask, dropout_p, dropout_seed: see `efficient_attn.methods.lowrank`.
         query_mask: bool (B, Nq): queries that shape the landmarks. All queries get an output. In self-attention pass
             key_mask here too, else what padding holds reaches the output through Q~.
 
@@ -138,7 +143,7 @@ def _nystrom_landmarks(
     with torch.autocast(query.device.type, enabled=False):  # the pseudo-inverse wants more than half precision
         if far_bias is None:
             middle = torch.softmax((near.to(dtype) @ far.to(dtype).mT) * scale, -1)
-        else:  # rows without a landmark are the definition's business
+        else:  # `attention_weights` defines rows without a landmark
             middle = attention_weights(near.to(dtype), far.to(dtype), bias=far_bias.to(dtype), scale=scale)
     if near_used is not None:
         middle = middle.masked_fill(~near_used[:, None, :, None], 0.0)
@@ -193,7 +198,8 @@ def _check_nystrom(
     query_mask: Tensor | None,
     is_causal: bool,
 ) -> None:
-    refuse_causal("Nystrom", "its landmarks mix positions", is_causal)
+    if is_causal:
+        refuse_causal("Nystrom", "its landmarks mix positions")
     if landmarks < 1 or pinv_iterations < 1:
         raise InputError(f"landmarks and pinv_iterations must be >= 1, got {landmarks} and {pinv_iterations}")
     check_key_mask(key_mask, key)
@@ -221,3 +227,73 @@ def _check_nystrom(
         raise InputError(
             f"the convolution of the values needs as many queries as keys, got {query.shape[2]} and {key.shape[2]}"
         )
+
+
+class NystromState(nn.Module):
+    """The filters of Nystrom's convolution, (Hkv, conv)."""
+
+    def __init__(
+        self, method: Nystrom, num_heads: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.conv_weight = nn.Parameter(torch.empty(num_heads, method.conv, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start at zero: the plain approximation, from which training departs."""
+        nn.init.zeros_(self.conv_weight)
+
+
+@register
+@dataclass(frozen=True)
+class Nystrom(LowRankMethod):
+    """The softmax matrix interpolated from landmarks (see `nystrom_attention`).
+
+    In self-attention (Nq = Nk) the key mask also says which queries shape the landmarks.
+
+    Fields:
+        landmarks: m.
+        pinv_iterations: steps of the pseudo-inverse.
+        conv: width of the depthwise convolution of the values, odd; 0 is none. The filters are learned, from zero.
+    """
+
+    name = "nystrom"
+    formula = "softmax(QK~^T) pinv(softmax(Q~K~^T)) softmax(Q~K^T)V"
+    paper = "Xiong et al. 2021"
+    complexity = "n m d"
+    _attention = staticmethod(nystrom_attention)
+    _weights = staticmethod(nystrom_weights)
+
+    landmarks: int = 32
+    pinv_iterations: int = 6
+    conv: int = 0
+
+    def check(self) -> None:
+        check_range(self, "landmarks", 1)
+        check_range(self, "pinv_iterations", 1, 100)
+        check_range(self, "conv", 0)
+        if self.conv and self.conv % 2 == 0:
+            raise InputError(f"nystrom: conv must be 0 or odd, got {self.conv}")
+
+    def build(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module | None:
+        return NystromState(self, num_heads, device=device, dtype=dtype) if self.conv else None
+
+    @property
+    def needs_state(self) -> bool:
+        return self.conv > 0
+
+    def _options(self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Mapping[str, Any]:
+        return {
+            "landmarks": self.landmarks,
+            "pinv_iterations": self.pinv_iterations,
+            "conv_weight": state.conv_weight if self.conv else None,
+            "query_mask": key_mask if query.shape[2] == key.shape[2] else None,
+        }

@@ -46,7 +46,7 @@ def truncated_svd_attention(
 
     Args:
         rank: r >= 1; min(Nq, Nk) and beyond give exact attention.
-        The others: as in `attention`; key_mask as in `efficient_attn.lowrank`. All of them shape P, so any is allowed.
+        The others: as in `attention`; key_mask as in `efficient_attn.methods.lowrank`. All shape P, so any is allowed.
 
     Raises:
         InputError, InputTypeError: arguments that do not belong together.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +15,9 @@ from ..backends.features import POINTWISE, map_features
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, prepare_inputs
+from ..options import register
 from ..padding import check_key_mask, select_keys
-from .common import by_group, drop_columns, drop_keys
+from .lowrank import LowRankMethod, by_group, drop_columns, drop_keys
 
 
 @overload
@@ -68,7 +71,7 @@ def linear_attention(
             `feature_map` makes a of.
         key_features: b, (B, Hkv, Nk, F), like query_features.
         value: (B, Hkv, Nk, Dv), float32, float64, bfloat16 or float16; sums are float32 (float64 for float64).
-        key_mask, is_causal, causal_alignment: as in `efficient_attn.lowrank` and in `attention`.
+        key_mask, is_causal, causal_alignment: as in `efficient_attn.methods.lowrank` and in `attention`.
         feature_map: "identity", "elu" (elu(x) + 1) or "relu", applied by the kernel in the accumulation dtype: the
             features are never in memory.
         return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add.
@@ -156,7 +159,7 @@ def elu_attention(
     """Linear attention with the feature map elu(x) + 1 (Katharopoulos et al., ICML 2020, eq. 7): O(N D Dv).
 
     Not an approximation of softmax attention: a kernel of its own, which the paper does not scale; `scale` raises.
-    Arguments and result as in `attention`, dropout as in `efficient_attn.lowrank`.
+    Arguments and result as in `attention`, dropout as in `efficient_attn.methods.lowrank`.
 
     Raises:
         UnsupportedError: a scale. InputError, InputTypeError: arguments that do not belong together.
@@ -223,3 +226,24 @@ def _check_features(query_features: Tensor, key_features: Tensor, value: Tensor)
         )
     if (Hq or Hkv) and (Hkv == 0 or Hq % Hkv):
         raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
+
+
+@register
+@dataclass(frozen=True)
+class Linear(LowRankMethod):
+    """Linear attention with the feature map elu(x) + 1 (see `elu_attention`)."""
+
+    name = "linear"
+    formula = "phi(Q)(phi(K)^T V) / phi(Q)(phi(K)^T 1), phi = elu + 1"
+    paper = "Katharopoulos et al. 2020"
+    complexity = "n d^2"
+    accepts_causal = True
+    _attention = staticmethod(elu_attention)
+    _weights = staticmethod(elu_weights)
+
+    @property
+    def needs_state(self) -> bool:
+        return False
+
+    def _options(self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Mapping[str, Any]:
+        return {}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.features import map_features
 from ..defaults import default_scale
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, prepare_inputs
+from ..options import check_choice, check_range, register
 from ..padding import check_key_mask
-from .common import drop_columns, drop_keys
 from .linear import linear_attention, linear_attention_weights, run_operator
+from .lowrank import LowRankMethod, drop_columns, drop_keys
 
 FEATURES = ("softmax", "relu")
 
@@ -46,7 +49,7 @@ def performer_attention(
         query, key, value, scale: as in `attention`; scale must be positive.
         projection: (m, D), or (Hkv, m, D) with own features for each key/value head; see `random_projection`.
         feature: "softmax" or "relu".
-        key_mask, dropout_p, dropout_seed: see `efficient_attn.lowrank`.
+        key_mask, dropout_p, dropout_seed: see `efficient_attn.methods.lowrank`.
         is_causal, causal_alignment: as in `attention`.
 
     Returns:
@@ -158,15 +161,6 @@ def _check_features(
     query: Tensor, key: Tensor, projection: Any, feature: str, key_mask: Tensor | None, scale: float | None
 ) -> float:
     """Return the scale; raise what `performer_features` raises."""
-    _check_projection(projection, query, key, feature)
-    check_key_mask(key_mask, key)
-    scale = default_scale(scale, query.shape[-1])
-    if not 0.0 < scale < math.inf:
-        raise InputError(f"Performer needs a positive scale (features take its square root), got {scale}")
-    return scale
-
-
-def _check_projection(projection: Any, query: Tensor, key: Tensor, feature: str) -> None:
     if feature not in FEATURES:
         raise InputError(f"feature must be one of {FEATURES}, got {feature!r}")
     if not isinstance(projection, Tensor) or not projection.is_floating_point():
@@ -177,3 +171,117 @@ def _check_projection(projection: Any, query: Tensor, key: Tensor, feature: str)
             f"projection must be (features, D) or (Hkv, features, D) with D={D}, Hkv={heads}; got "
             f"{tuple(projection.shape)}. random_projection(features, {D}) draws one"
         )
+    check_key_mask(key_mask, key)
+    scale = default_scale(scale, query.shape[-1])
+    if not 0.0 < scale < math.inf:
+        raise InputError(f"Performer needs a positive scale (features take its square root), got {scale}")
+    return scale
+
+
+class PerformerState(nn.Module):
+    """The random features of a Performer, (features, head_dim): buffers, saved with the model, for they define it.
+
+    Draw number `draws` is a function of the method's seed and that number (unless `redraw` was given a generator);
+    `calls` counts the forwards in training since. A loaded checkpoint goes on with the features, and the later draws,
+    of the run that saved it.
+    """
+
+    projection: Tensor
+    draws: Tensor
+    calls: Tensor
+
+    def __init__(
+        self, method: Performer, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.register_buffer("projection", torch.empty(method.features, head_dim, device=device, dtype=dtype))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again with the features that the method's seed stands for."""
+        self._draw(0)
+
+    def redraw(self, generator: torch.Generator | None = None) -> None:
+        """Draw new features in place: the next of the method's seed, or from a generator."""
+        self._draw(int(self.draws) + 1, generator)
+
+    def current(self) -> Tensor:
+        """The features for one forward, counted in training, and drawn anew when `redraw_interval` is over.
+
+        Raises:
+            UnsupportedError: redraw_interval under torch.compile, whose graphs cannot count.
+        """
+        interval = self.method.redraw_interval
+        if not interval or not self.training:
+            return self.projection
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                f"performer: redraw_interval={interval} cannot be counted under torch.compile; leave it 0 and call "
+                "redraw() on the module's method_state between steps"
+            )
+        if torch._C._current_graph_task_id() == -1:  # else activation checkpointing repeats an earlier forward
+            if int(self.calls) >= interval:
+                self.redraw()
+            self.calls += 1
+        return self.projection.clone()  # autograd keeps it, and the next draw is in place
+
+    def _draw(self, number: int, generator: torch.Generator | None = None) -> None:
+        if generator is None:
+            generator = torch.Generator().manual_seed((self.method.seed + number * 0x9E3779B97F4A7C15) % 2**63)
+        features, head_dim = self.projection.shape
+        drawn = random_projection(features, head_dim, orthogonal=self.method.orthogonal, generator=generator)
+        with torch.no_grad():
+            self.projection.copy_(drawn)
+            self.draws.fill_(number)
+            self.calls.zero_()
+
+
+@register
+@dataclass(frozen=True)
+class Performer(LowRankMethod):
+    """Random features whose products estimate the softmax kernel (see `performer_attention`).
+
+    Fields:
+        features: m, the number of random features.
+        feature: "softmax" or "relu".
+        orthogonal: whether the features are orthogonal in blocks.
+        seed: of the features, which every head shares, and of every later draw.
+        redraw_interval: new features after so many forwards in training; 0: only when `state.redraw()` is called.
+    """
+
+    name = "performer"
+    formula = "phi(Q)(phi(K)^T V) / phi(Q)(phi(K)^T 1), phi random"
+    paper = "Choromanski et al. 2021"
+    complexity = "n m d"
+    accepts_causal = True
+    _attention = staticmethod(performer_attention)
+    _weights = staticmethod(performer_weights)
+
+    features: int = 256
+    feature: str = "softmax"
+    orthogonal: bool = True
+    seed: int = 0
+    redraw_interval: int = 0
+
+    def check(self) -> None:
+        check_range(self, "features", 1)
+        check_range(self, "redraw_interval", 0)
+        check_range(self, "seed", 0, 2**62)
+        check_choice(self, "feature", FEATURES)
+
+    def build(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        return PerformerState(self, head_dim, device=device, dtype=dtype)
+
+    def _options(self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Mapping[str, Any]:
+        return {"projection": state.current(), "feature": self.feature}

@@ -83,7 +83,7 @@ class _Blocks(ContentPattern):
         n_q, n_k = -(-Nq // self.block), -(-Nk // self.block)
         if n_q * n_k == 0:
             nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
-            return self._listed(nothing, nothing.bool(), query, Nk)
+            return self._mask_of(nothing, nothing.bool(), query, Nk)
         scores, counts = self._scores(query, key, default_scale(scale, D), key_mask)
         seen = (counts > 0).expand(B, 1, n_q, n_k)
         if within is not None:
@@ -93,7 +93,7 @@ class _Blocks(ContentPattern):
         # Chosen first, whatever their score; then by score; never what no query of the block may see.
         scores = scores.masked_fill(~seen, -torch.inf)
         order, chosen = self._choose(scores, forced, seen, counts)
-        return self._listed(order, chosen, query, Nk)
+        return self._mask_of(order, chosen, query, Nk)
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Columns (B, Hq, n_q, k), distinct, and which of them are chosen."""
@@ -151,7 +151,7 @@ class _Blocks(ContentPattern):
         near &= column < (top + self.block - 1) // self.block + self.local
         return near | (column < self.sink)
 
-    def _listed(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
+    def _mask_of(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
         """The mask of the chosen columns."""
         B, Hq, n_q, k = order.shape
         device = order.device
@@ -167,7 +167,7 @@ class _Blocks(ContentPattern):
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # No shape may depend on a value: what is not chosen is an empty tile.
-            return BlockMask._trusted(
+            return BlockMask.unchecked(
                 **fields,
                 indptr=torch.arange(B * Hq * n_q + 1, device=device) * k,
                 indices=order.flatten().int(),
@@ -175,7 +175,7 @@ class _Blocks(ContentPattern):
                 tiles=empty,
             )
         indices = order[chosen].int()
-        return BlockMask._trusted(
+        return BlockMask.unchecked(
             **fields,
             indptr=pointers(chosen.sum(-1).flatten()),
             indices=indices,
@@ -277,7 +277,7 @@ def _check_share(pattern: Pattern, name: str) -> None:
 def blocks_seen(mask: BlockMask, block: int) -> Tensor:
     """bool (batch, heads, n_q, n_k): the blocks of a mask that it lists and that its window and lengths touch."""
     mask = mask.reblock((block, block))
-    grid, lists, window, lengths = mask._parts
+    grid, lists, window, lengths = mask.parts
     batch, heads = (lengths.numel(), 1) if lists is None else (max(lists.batch, lengths.numel()), lists.heads)
     if lists is None:
         rows, cols = all_blocks(grid, batch, heads, lengths.device)

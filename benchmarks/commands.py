@@ -1,40 +1,28 @@
-"""``efficient-attn bench`` and ``efficient-attn report``."""
+"""`efficient-attn bench` and `efficient-attn report`."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import re
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from efficient_attn import EfficientAttnError, parse
+from efficient_attn import InputError, parse
 from efficient_attn.backends import BACKENDS
-from efficient_attn.errors import InputError
 from efficient_attn.measuring import clock, records, runner
-from efficient_attn.measuring.run_folder import make_run_folder
+from efficient_attn.measuring.options import DTYPES, read_lengths, split_specs
+from efficient_attn.measuring.run_folder import choose_run_folder
+from efficient_attn.measuring.terminal import console, interrupted, named_errors, note, progress, sigterm_raises
 
-from . import cases, html_report, peers, plot, suites
+from . import cases, figures, html_report, peers, suites, view
 from . import report as reporting
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEFAULT_SUITES = ("ops", "vit")  # of a plain `bench`
 BUSY = 0.5  # load average per core above which a run starts with a warning
 
@@ -87,7 +75,8 @@ def bench(
     chosen_peers = tuple(name for text in peer or () for name in text.split(","))
     more: dict[str, Any] = {"seed": seed, "backend": backend, "peer_names": chosen_peers}
     cells = plan(wanted, quick, methods, seqlens, mode, dtype, causal, threads, **more)
-    folder = _folder(out, resume)
+    with named_errors():
+        folder = choose_run_folder(out, "bench-results", resume=resume)
     raise typer.Exit(_run(cells, folder, runner.Limits.asked_for(timeout, memory_limit), budget))
 
 
@@ -108,17 +97,15 @@ def report(
 ) -> None:
     """Prints the tables of result files and draws them."""
     _load(load)
-    try:
+    with named_errors():
         found = [record for file in files for record in records.read(file)]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if not _show(found, png or files[0].with_suffix(".png")):
-        raise typer.BadParameter(
-            f"{', '.join(map(str, files))} holds no cell yet; run efficient-attn bench --out FOLDER first"
-        )
-    if html is not None:
-        for written in html_report.write(found, html, [str(file) for file in files]):
-            print(written)
+        if not _show(found, png or files[0].with_suffix(".png")):
+            raise InputError(
+                f"{', '.join(map(str, files))} holds no cell yet; run efficient-attn bench --out FOLDER first"
+            )
+        if html is not None:
+            for written in html_report.write(found, html, [str(file) for file in files]):
+                print(written)
 
 
 def plan(
@@ -135,7 +122,7 @@ def plan(
     backend: str = "auto",
     peer_names: tuple[str, ...] = (),
 ) -> list[runner.Cell]:
-    """The cells of a run, an equal share of each suite at any time; raises ``typer.BadParameter`` for anything wrong
+    """The cells of a run, an equal share of each suite at any time; raises `typer.BadParameter` for anything wrong
     before any of them starts."""
     known = suites.names()
     names = list(dict.fromkeys(suites.ALIASES.get(name, name) for name in names))
@@ -154,16 +141,16 @@ def plan(
     for name in modes or ():
         _one_of("--mode", name, cases.MODES)
     chosen = tuple(spec for text in method_lists or () for spec in split_specs(text))
-    for spec in chosen:
-        try:
+    with named_errors("--methods"):
+        for spec in chosen:
             parse(spec)
-        except EfficientAttnError as error:
-            raise typer.BadParameter(f"--methods: {error}") from error
+    with named_errors("--seqlens"):
+        lengths = read_lengths(seqlens) if seqlens else None
     options = suites.Options(
         quick=quick,
         methods=chosen,
         peers=peer_names,
-        seqlens=parse_lengths(seqlens) if seqlens else None,
+        seqlens=lengths,
         modes=modes,
         dtypes=tuple(dtype.split(",")),
         backend=backend,
@@ -181,40 +168,6 @@ def _interleaved(grids: Sequence[Sequence[runner.Cell]]) -> list[runner.Cell]:
     return [cell for _, cell in sorted(order, key=lambda pair: pair[0])]
 
 
-def split_specs(text: str) -> list[str]:
-    """``"dense,bigbird:block=64,window=3"`` -> ``["dense", "bigbird:block=64,window=3"]``: a part whose ``=`` comes
-    before any ``:`` belongs to the spec before it."""
-    specs: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        if specs and "=" in part.partition(":")[0]:
-            specs[-1] += "," + part
-        else:
-            specs.append(part)
-    return specs
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """``"512,2k,16k"`` or ``"512:4096:x2"`` (from:to:factor) -> lengths, ascending."""
-    geometric = re.fullmatch(r"(\w+):(\w+):x(\d+)", text)
-    if geometric:
-        first, last, factor = _length(geometric[1]), _length(geometric[2]), int(geometric[3])
-        if factor < 2 or first > last:
-            raise typer.BadParameter(f"--seqlens {text!r}: from:to:xfactor needs from <= to and a factor of at least 2")
-        lengths = [first]
-        while lengths[-1] * factor <= last:
-            lengths.append(lengths[-1] * factor)
-        return tuple(lengths)
-    return tuple(sorted({_length(part.strip()) for part in text.split(",")}))
-
-
-def _length(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
-    value = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
-    if value < 1:
-        raise typer.BadParameter(f"--seqlens: {text!r} is not a length; write 512, 2k, 512,2k,16k or 512:65536:x2")
-    return value
-
-
 def _load(files: Sequence[Path] | None) -> None:
     for file in files or ():
         try:
@@ -228,94 +181,57 @@ def _one_of(what: str, given: str, allowed: Sequence[str]) -> None:
         raise typer.BadParameter(f"{what} {given!r} does not exist; choose from {', '.join(allowed)}")
 
 
-def _folder(out: Path | None, resume: bool) -> Path:
-    """The folder of this run. An existing result file is only continued when asked for."""
-    if out is None:
-        runs = sorted(Path("bench-results").glob("*/results.jsonl"), key=lambda path: path.stat().st_mtime)
-        if resume and not runs:
-            raise typer.BadParameter(
-                "--resume: there is no run under bench-results to go on with; leave it out or name --out"
-            )
-        out = runs[-1].parent if resume else Path("bench-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        make_run_folder(out, holds_run=not resume and (out / "results.jsonl").exists())
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
-    return out
-
-
 def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budget: float | None = None) -> int:
-    """Measures what is not done yet, for ``budget`` minutes at most, shows the results, and returns the exit code: 130
+    """Measures what is not done yet, for `budget` minutes at most, shows the results, and returns the exit code: 130
     or 143 after Ctrl-C or SIGTERM."""
-    path = folder / "results.jsonl"
-    code, console = records.code_version(), Console()
+    path, code, out = folder / "results.jsonl", records.code_version(), console()
     lookup = functools.partial(suites.measurement, files=suites.loaded())
     exit_code = 0
-    with records.ResultFile(path) as out:
+    with records.ResultFile(path) as file:
         done = {record.get("id") for record in records.read(path)}
         left = [cell for cell in cells if records.cell_id(cell.suite, cell.config, code) not in done]
         if len(left) < len(cells):
-            console.print(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
+            out.print(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
         noise = clock.noise()
         seed = cells[0].config.get("seed") if cells else None
-        out.append(records.environment(threads=torch.get_num_threads(), limits=vars(limits), noise=noise, seed=seed))
-        _warn_if_busy(console, noise)
+        file.append(records.environment(threads=torch.get_num_threads(), limits=vars(limits), noise=noise, seed=seed))
+        _warn_if_busy(out, noise)
         started = time.monotonic()
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         try:
-            with _sigterm_raises(), Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-                task = progress.add_task("", total=len(left))
+            with sigterm_raises(), progress(out) as bar:
+                task = bar.add_task("", total=len(left))
                 for number, cell in enumerate(left):
                     if budget is not None and time.monotonic() - started >= 60 * budget:
-                        console.print(f"{budget:g} minutes are over, {len(left) - number} cells are left: --resume")
+                        out.print(f"{budget:g} minutes are over, {len(left) - number} cells are left: --resume")
                         break
-                    progress.update(task, description=reporting.cell_name(vars(cell)))
-                    runner.run_cell(cell, out, limits, code, lookup)
-                    progress.advance(task)
+                    bar.update(task, description=view.cell_name(vars(cell)))
+                    suites.measured(cell, lambda each: runner.run_cell(each, file, limits, code, lookup))
+                    bar.advance(task)
         except KeyboardInterrupt as interrupt:
-            exit_code, by = (143, "SIGTERM") if interrupt.args else (130, "Ctrl-C")
-            console.print(f"[yellow]interrupted[/] by {by}; to go on, repeat the command with --out {folder} --resume")
+            exit_code = interrupted(interrupt, out, folder)
     _show(list(records.read(path)), folder / "results.png")
-    console.print(f"{path}", highlight=False)
+    out.print(f"{path}")
     return exit_code
 
 
-def _warn_if_busy(console: Console, noise: float) -> None:
+def _warn_if_busy(out: Console, noise: float) -> None:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > BUSY * cores or noise > clock.NOISY:
         about = f"load {load:.1f} on {cores} cores, the same work varies by {noise:.0%}"
-        console.print(f"[yellow]the machine is busy[/] ({about}): times will be noisy")
+        note(out, "the machine is busy", f" ({about}): times will be noisy")
 
 
 def _show(found: Sequence[records.Record], png: Path) -> bool:
     """Prints the tables and draws the picture of some records; False when they hold no cell."""
-    cells = reporting.latest(found)
+    cells = view.latest(found)
     if not cells:
         return False
-    environment = next(record for record in reversed(found) if record["type"] == "environment")
-    about = records.describe(environment)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)  # a file or pipe has no edge to wrap at
-    console.print(about, highlight=False)
-    reporting.print_report(cells, console)
+    about, out = records.described(found), console()
+    out.print(about)
+    reporting.print_report(cells, out)
     noisy = sum(cell.get("spread", 0) > clock.NOISY for cell in cells)
     if noisy:
-        console.print(f"[yellow]{noisy} of {len(cells)} times are noisy[/]: an interquartile range above 25 %")
-    if plot.save(cells, png, about):
-        console.print(f"{png}", highlight=False)
+        note(out, f"{noisy} of {len(cells)} times are noisy", ": an interquartile range above 25 %")
+    if figures.overview(view.rows(cells), png, about):
+        out.print(f"{png}")
     return True
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: the worker is stopped, what is measured is shown."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

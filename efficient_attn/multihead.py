@@ -9,8 +9,8 @@ Where it differs from its parent, on purpose:
 
 * A query that may see no key gives 0 (and weights 0) on every path; the parent gives NaN on some.
 * Nested tensors are accepted wherever dense ones are, in training too, strided and jagged.
-* In eval mode it keeps running its own attention. `nn.TransformerEncoderLayer` would else not call this module at all
-  but run dense attention on its weights; a forward pre-hook that does nothing is the documented way to prevent that.
+* In eval mode it keeps running its own attention. Otherwise `nn.TransformerEncoderLayer` would not call this
+  module but run dense attention on its weights; a forward pre-hook that does nothing is the documented way out.
 
 Letters: N batch, L queries, S keys, E embed_dim, H heads, D head_dim.
 """
@@ -35,7 +35,7 @@ from .patterns import Pattern
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
-_TorchMultiheadAttention = nn.MultiheadAttention  # bound once: whoever patches torch.nn must not patch our parent
+_TorchMultiheadAttention = nn.MultiheadAttention  # bound once: a patched torch.nn must not change our parent
 
 
 def keep_own_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -50,12 +50,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             `torch.nn.MultiheadAttention`; the same seed gives the same parameters.
         attention: a spec string such as "bigbird:block=64,window=3", a `Method` such as `Nystrom(landmarks=64)`, or a
             `Pattern` such as `SlidingWindow(left=64, right=0)`.
-        method_state: another module's `method_state` to use instead of an own one: the same parameters in both, as tied
+        method_state: another module's `method_state` to use instead of a new one: the same parameters in both, as tied
             weights are, in `state_dict` under both names. For methods that share them between layers
             (linformer:share=layerwise), which `replace_attention` does by itself.
 
     Raises:
-        InputError: a method_state that is none of this method.
+        InputError: a method_state that does not belong to this method.
 
     Attributes:
         attention: the `Method`. To change it, use `replace_attention` or `from_torch`.
@@ -102,8 +102,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         that of the constructor.
 
         Raises:
-            InputError: a method_state that is none of this method.
-            UnsupportedError: `module` is of a subclass that computes something of its own.
+            InputError: a method_state that does not belong to this method.
+            UnsupportedError: `module` is of a subclass, whose own computation would be lost.
         """
         method = parse(attention)
         check_replaceable("the module", module)
@@ -112,7 +112,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return clone
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """Return a plain torch.nn.MultiheadAttention on the same Parameter objects, for tools that want that very type.
+        """Return a plain torch.nn.MultiheadAttention on the same Parameter objects, for tools that check for that type.
 
         It computes dense attention whatever `self.attention` is; the method's own parameters stay behind.
         """
@@ -128,7 +128,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _set_method(self, method: Method, state: nn.Module | None = None) -> None:
         if (self.bias_k is not None or self.add_zero_attn) and not method.is_dense:
             raise UnsupportedError(
-                f"attention={str(method)!r} goes by the positions of keys, and the keys that add_bias_kv and "
+                f"attention={str(method)!r} depends on the positions of keys, and the keys that add_bias_kv and "
                 "add_zero_attn append have none; use attention='dense', or neither of the two"
             )
         weight = self.out_proj.weight
@@ -246,7 +246,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal=is_causal,
             causal_alignment="top_left" if is_causal else None,
             dropout_p=dropout_p,
-            dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,  # one seed: output and weights drop alike
+            dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,  # one seed for output and weights
             need_weights=need_weights,
         )
         out = F.linear(self._merge_heads(out, query.dim() == 3), self.out_proj.weight, self.out_proj.bias)
@@ -256,7 +256,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(dim=1)
         return out, weights if query.dim() == 3 else weights.squeeze(0)
 
-    # --- projections: the parameters are read at every call, so that what others merge into them counts ---------------
+    # --- projections: the parameters are read at every call, so that what others merge into them counts ---
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to E features each; inputs that are one tensor share one matrix product."""
@@ -302,7 +302,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             rows.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat(rows, dim=2)
 
-    # --- masks --------------------------------------------------------------------------------------------------------
+    # --- masks ---
 
     def _read_masks(
         self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, extra: int
@@ -355,7 +355,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         return key_padding_mask is None or key_padding_mask.shape in ((N, S), (S,))
 
-    # --- inputs that are not plain tensors ----------------------------------------------------------------------------
+    # --- inputs that are not plain tensors ---
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
@@ -397,7 +397,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.training and self.dropout == 1.0:
             return "dropout=1.0"
         if torch.onnx.is_in_onnx_export():
-            return "an export to ONNX, which has no such operator"
+            return "an export to ONNX, which has no operator for it"
         if torch.compiler.is_compiling():
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -425,7 +425,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         return self.to_torch()
 
-    # --- state --------------------------------------------------------------------------------------------------------
+    # --- state ---
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         keep_state(self.method_state, state_dict, prefix)
@@ -468,7 +468,7 @@ def replace_attention(
 
     Raises:
         InputError: `model` is an attention module itself.
-        UnsupportedError: a module of a subclass that computes something of its own. Then nothing has been replaced.
+        UnsupportedError: a module of a subclass, whose own computation would be lost. Then nothing has been replaced.
         InputError: layers on different devices that would share a state. Likewise.
     """
     method = parse(attention)
@@ -517,7 +517,7 @@ def _check_state(method: Method, given: nn.Module, own: nn.Module | None, device
     wanted = {} if own is None else {name: tensor.shape for name, tensor in own.state_dict().items()}
     if type(given) is not type(own) or found != wanted:
         raise InputError(
-            f"method_state {type(given).__name__} of {found} is none of attention={str(method)!r}, which has "
+            f"method_state {type(given).__name__} of {found} does not belong to attention={str(method)!r}, which has "
             f"{type(own).__name__} of {wanted}; pass another module's method_state, or leave it out"
         )
     for tensor in given.state_dict().values():
@@ -580,7 +580,7 @@ def _padding_as_bool(key_padding_mask: Tensor, method: Method) -> Tensor:
 
 
 def _overrides_torch_function(tensor: Any) -> bool:
-    """Whether a class gives torch functions a meaning of its own; tensors, parameters, bare subclasses do not."""
+    """Whether a class overrides torch functions; tensors, parameters and bare subclasses do not."""
     override = getattr(type(tensor), "__torch_function__", None)
     if override is None or override is torch._C._disabled_torch_function_impl:
         return False

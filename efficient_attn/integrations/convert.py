@@ -104,7 +104,7 @@ def convert(
     * attention of timm, open_clip and diffusers: its call of scaled_dot_product_attention, see `integrations.routed`.
 
     Args:
-        model: itself none of torch.nn.MultiheadAttention.
+        model: not itself a torch.nn.MultiheadAttention.
         attention: a spec string, `Method` or `Pattern`.
         sample: an input: a tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it in
             eval mode without gradients, more than once: as it was, with dense attention, which must give the same
@@ -198,7 +198,7 @@ def _is_dense(model: nn.Module) -> bool:
     return True
 
 
-# --- kinds of modules ------------------------------------------------------------------------------------------------
+# --- kinds of modules ---
 
 
 def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.Module], bool] | None) -> None:
@@ -220,7 +220,7 @@ def _convert_torch(model: nn.Module, report: Conversion, wanted: Callable[[str, 
             return False
         if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            report.skipped[name] = f"{kind} computes something of its own, which would be lost"
+            report.skipped[name] = f"{kind} computes something else, which would be lost"
             return False
         report.converted[name] = f"{type(module).__name__}, replaced"
         return True
@@ -342,7 +342,7 @@ def _inside(name: str, names: Any, *, but_torch: bool = False) -> bool:
     return False
 
 
-# --- the sample ------------------------------------------------------------------------------------------------------
+# --- the sample ---
 
 
 def _compared(before: list[Tensor], after: list[Tensor], tolerance: float | None) -> float:

@@ -67,7 +67,7 @@ def compared(before: Trace, after: Trace) -> dict[str, LayerFidelity]:
     return found
 
 
-# --- running a sample ------------------------------------------------------------------------------------------------
+# --- running a sample ---
 
 
 def run(model: nn.Module, sample: Any) -> Any:
@@ -192,7 +192,7 @@ def _wrapped(watch: Callable[..., Any]) -> Iterator[None]:
             cls.attend = attend  # type: ignore[method-assign]
 
 
-# --- time and memory -------------------------------------------------------------------------------------------------
+# --- time and memory ---
 
 
 def cost(model: nn.Module, sample: Any, repeats: int) -> Cost:
@@ -240,7 +240,7 @@ def _peak_on_cpu(model: nn.Module, sample: Any) -> int:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler writes lines of its own to the standard error, whatever the level of logging."""
+    """The profiler writes to the standard error at any logging level."""
     try:
         kept = os.dup(2)
     except OSError:  # a process without one
@@ -258,7 +258,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-# --- table and picture -----------------------------------------------------------------------------------------------
+# --- table and picture ---
 
 
 def table(layers: Mapping[str, LayerFidelity], before: Cost | None, after: Cost | None) -> list[str]:

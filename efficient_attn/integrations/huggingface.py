@@ -59,8 +59,8 @@ HARMLESS = frozenset(
     }
 )
 ADVICE = {
-    "cu_seq_lens_q": "pack sequences by position_ids that start anew instead",
-    "cu_seq_lens_k": "pack sequences by position_ids that start anew instead",
+    "cu_seq_lens_q": "pack sequences by position_ids that restart at 0 instead",
+    "cu_seq_lens_k": "pack sequences by position_ids that restart at 0 instead",
     "cache": "use generate() with a dynamic or static cache",
 }
 
@@ -99,7 +99,7 @@ def register() -> None:
 
 
 def implementation_name(attention: str | Method | Pattern) -> str:
-    """The attn_implementation that stands for a spec, a `Method` or a `Pattern`, such as "efficient_attn:linear"."""
+    """The attn_implementation of a spec, a `Method` or a `Pattern`, such as "efficient_attn:linear"."""
     method = parse(attention)
     return NAME if method.is_dense else f"{NAME}:{method}"
 
@@ -176,7 +176,7 @@ def _forward(
         query,
         key,
         value,
-        state=layer_state(method, module, query),
+        state=layer_state(method, module, query, key),
         scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
         need_weights=_weights_wanted(kwargs),
@@ -213,7 +213,7 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
     return recorded is not None and any("attentions" in name for name in recorded)
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------
+# --- masks ---
 
 
 def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[s
     return {"mask": mask}
 
 
-# --- queries that continue a sequence: cached generation -------------------------------------------------------------
+# --- queries that continue a sequence: cached generation ---
 
 
 def _among_earlier(

@@ -157,7 +157,7 @@ def _padding(attention_mask: Tensor | None, batch_size: int, kv_length: int, kv_
 
 
 def _interval(mask_function: Callable[..., Any]) -> Interval | None:
-    """The interval of key - query that a function stands for, or None if it is not known to be one.
+    """The interval of key - query in which a mask function is true, or None if it is not known to be an interval.
 
     transformers joins its functions from closures; their names and variables say which. A name that is not known here
     costs speed and never correctness: the function is asked instead.

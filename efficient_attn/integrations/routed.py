@@ -40,8 +40,8 @@ class LayerMode(SDPAMode):
             return self.method
         return DENSE if self.cross or call["query"].shape[-2] != call["key"].shape[-2] else self.method
 
-    def state_for(self, method: Method, query: Tensor) -> nn.Module | None:
-        return layer_state(method, self.layer, query[None] if query.dim() == 3 else query)
+    def state_for(self, method: Method, query: Tensor, key: Tensor) -> nn.Module | None:
+        return layer_state(method, self.layer, query, key)
 
 
 def library_of(module: nn.Module) -> str | None:

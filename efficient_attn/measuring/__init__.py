@@ -4,6 +4,9 @@ clock.py       interleaved times, peak memory, the ceilings of the machine
 records.py     the append-only result file, and what a record says of the machine
 runner.py      a cell in a worker process with limits
 run_folder.py  the folder of a run
-calls.py       methods as calls of no arguments, and their error
+options.py     shapes, lengths and specs that a user gives, checked
+calls.py       methods as calls of no arguments, with their plan and error
 inputs.py      query, key and value from photographs
+fit.py         power laws, predictions, crossings
+terminal.py    console, tables, progress, errors by name
 """

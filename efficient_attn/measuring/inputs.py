@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..masks import BlockMask
+
 PATCH = 8
 FEATURES = 64
 
@@ -74,6 +76,16 @@ def _positions(y: Tensor, x: Tensor) -> Tensor:
     frequencies = 2 * math.pi * 2.0 ** torch.arange(4)
     angles = torch.cat([y[:, None] * frequencies, x[:, None] * frequencies], dim=1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)  # [seqlen, 16]
+
+
+def random_blocks(q_len: int, kv_len: int, density: float, *, block: int = 64, seed: int = 0) -> BlockMask:
+    """A mask of whole blocks: in every block row the same number, drawn at random."""
+    rows, columns = -(-q_len // block), -(-kv_len // block)
+    count = max(1, round(density * columns))
+    scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
+    chosen = scores.argsort(dim=1)[:, :count].sort(dim=1).values
+    indptr = torch.arange(0, rows * count + 1, count)
+    return BlockMask.from_csr(indptr, chosen.flatten().int(), q_len=q_len, kv_len=kv_len, block_size=(block, block))
 
 
 @lru_cache(maxsize=1)

@@ -12,11 +12,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ..errors import InputError
 
 SCHEMA = 1
 # What a figure depends on; changes elsewhere in a checkout do not make its code version dirty.
@@ -63,12 +65,21 @@ def environment(**extra: Any) -> Record:
 
 
 def describe(environment: Mapping[str, Any]) -> str:
-    """An environment line in a few words."""
-    machine, versions = environment["machine"], environment["versions"]
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, "
-        f"efficient-attn {versions['efficient-attn']} ({environment['code']}), {environment['started']}"
-    )
+    """An environment line in a few words; of one that lacks something, what it has."""
+    machine, versions = environment.get("machine") or {}, environment.get("versions") or {}
+    parts = [
+        str(machine.get("cpu", "unknown machine")),
+        f"{machine['cores']} cores" if "cores" in machine else "",
+        f"torch {versions['torch']}" if "torch" in versions else "",
+        f"efficient-attn {versions.get('efficient-attn')} ({environment.get('code', 'unknown code')})",
+        str(environment.get("started", "")),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def described(found: Sequence[Record]) -> str:
+    """The last environment line of a file in a few words."""
+    return describe(next((record for record in reversed(found) if record["type"] == "environment"), {}))
 
 
 def machine() -> dict[str, Any]:
@@ -128,7 +139,7 @@ class ResultFile:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a file, oldest first, without a torn last line. A damaged line elsewhere raises ``ValueError``."""
+    """The records of a file, oldest first, without a torn last line. A damaged line elsewhere raises `InputError`."""
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -138,7 +149,7 @@ def read(path: Path) -> Iterator[Record]:
         except ValueError as error:
             if number == len(lines):
                 return
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number} is not JSON: {line[:60]!r}; remove the line and try again"
             ) from error
 

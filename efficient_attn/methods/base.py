@@ -49,6 +49,9 @@ class Method(Named):
     ) -> nn.Module | None:
         """Make what `attend` needs as `state`: learned parameters and random features; None for methods without any.
 
+        num_heads: those of keys and values, fewer than the queries' when heads are grouped: what a head has of its own
+            belongs to its keys.
+
         Draws nothing from PyTorch's global generator: a model's other parameters start the same with any method.
         """
         return None

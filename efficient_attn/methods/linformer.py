@@ -121,7 +121,7 @@ def _sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:
 
 
 class LinformerState(nn.Module):
-    """E and F of a Linformer: (rank, max_len), or (num_heads, rank, max_len) with share="none"."""
+    """E and F of a Linformer: (rank, max_len), or (Hkv, rank, max_len) with share="none"."""
 
     key_projection: nn.Parameter
     value_projection: nn.Parameter | None
@@ -167,7 +167,8 @@ class Linformer(LowRankMethod):
         rank: r, the number of mixtures.
         max_len: the longest sequence of keys.
         share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "layerwise": that one
-            for all layers too (`replace_attention` shares it); "none": own E and F for each head.
+            for all layers too (`replace_attention` shares it); "none": own E and F for each head of
+            the keys.
         init: "pool" starts as means over max_len / rank consecutive positions: attention at a lower resolution;
             "normal" as random mixtures of N(0, 1 / max_len), which keep the scale of the keys.
         seed: of "normal".

@@ -230,7 +230,7 @@ def _check_nystrom(
 
 
 class NystromState(nn.Module):
-    """The filters of Nystrom's convolution, (num_heads, conv)."""
+    """The filters of Nystrom's convolution, (Hkv, conv)."""
 
     def __init__(
         self, method: Nystrom, num_heads: int, *, device: Any = None, dtype: torch.dtype | None = None

@@ -73,11 +73,10 @@ class Pattern(Named):
         place = str(torch.device("cpu" if device is None else device))
         if not torch.compiler.is_compiling():
             return _cached(self, q_len, kv_len, heads, size, place)
-        indptr, indices, tile_ids, tiles, *transposed = pattern_lists(
-            self.to_json(), q_len, kv_len, heads, *size, place
-        )
-        return BlockMask._trusted(
-            {"lists": tuple(transposed)},
+        text = self.to_json()
+        indptr, indices, tile_ids, tiles, *transposed = pattern_lists(text, q_len, kv_len, heads, *size, place)
+        return BlockMask.unchecked(
+            (transposed[0], transposed[1], transposed[2]),
             q_len=q_len,
             kv_len=kv_len,
             block_size=size,
@@ -206,7 +205,7 @@ def by_classes(
     visible: Callable[[Tensor, Tensor], Tensor], grid: Grid, rows: Tensor, cols: Tensor, *keys: Tensor
 ) -> BlockMask:
     """The mask of visible(i, j) in the given blocks, ascending; blocks with equal keys have equal tiles."""
-    return BlockMask._of_lists(
+    return BlockMask.from_lists(
         grid,
         predicate_lists(lambda b, h, i, j: visible(i, j), grid, 1, 1, rows, cols, keys=(*keys, grid.edge(rows, cols))),
     )
@@ -248,7 +247,7 @@ def _make(pattern: Pattern, grid: Grid, heads: int, device: str, explicit: bool)
     mask = pattern._build(grid, heads).reblock((grid.block_q, grid.block_k))
     mask = (mask.explicit() if explicit else mask).to(device)
     if mask.indices is not None and (explicit or mask.indices.numel() < MANY_BLOCKS):
-        mask._transposed["lists"] = mask.transposed()  # by itself it keeps nothing while anything is being traced
+        mask.keep_transposed()
     return mask
 
 

@@ -99,8 +99,8 @@ class BucketPattern(ContentPattern):
 
 def _or_oneself(mask: BlockMask, within: BlockMask | None, there: Tensor) -> BlockMask:
     """The mask, and for queries that see nothing within it themselves, if `there` (B, 1, N) says that they exist."""
-    seen = (mask if within is None else mask & within).explicit()
-    grid, lists = seen._grid, seen._listed
+    seen = mask if within is None else mask & within
+    grid, lists = seen.grid, seen.explicit_lists()
     some = torch.cat([(lists.tiles != 0).any(-1), lists.tiles.new_ones(1, grid.block_q, dtype=torch.bool)])
     rows = torch.zeros(lists.indptr.numel() - 1, grid.block_q, dtype=torch.int32, device=there.device)
     rows.index_add_(0, entry_rows(lists), some[lists.tile_ids.long()].int())
@@ -149,7 +149,7 @@ def sorted_lists(
         return seen & (p != position) if others else seen
 
     lists = predicate_lists(visible, grid, batch, heads, lines, cols, keys=(keys, grid.edge(lines, cols)))
-    return BlockMask._of_lists(grid, lists)
+    return BlockMask.from_lists(grid, lists)
 
 
 def _ends(buckets: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..masks import BlockMask
-from ..masks.algebra import explicit
 from ..masks.lists import BlockLists, Grid, assemble, entry_rows, expand
 from ..options import Named, check_choice, register
 from .base import Pattern
@@ -171,8 +170,8 @@ def stack_heads(masks: Sequence[BlockMask], num_heads: int) -> BlockMask:
     size = tuple(min(sides) for sides in zip(*(mask.block_size for mask in masks), strict=True))
     masks = [mask.reblock((size[0], size[1])) for mask in masks]
     device = next((mask.device for mask in masks if mask.device is not None), torch.device("cpu"))
-    grid, batch = masks[0]._grid, max(mask.shape[0] for mask in masks)
-    all_lists = [expand(explicit(*mask.to(device)._parts), grid.n_q, batch, num_heads) for mask in masks]
+    grid, batch = masks[0].grid, max(mask.shape[0] for mask in masks)
+    all_lists = [expand(mask.to(device).explicit_lists(), grid.n_q, batch, num_heads) for mask in masks]
     entries, n_tiles = [], 0
     for first, lists in enumerate(all_lists):
         rows = entry_rows(lists)
@@ -184,4 +183,4 @@ def stack_heads(masks: Sequence[BlockMask], num_heads: int) -> BlockMask:
     order = (rows * max(grid.n_k, 1) + cols).argsort()
     tiles = torch.cat([lists.tiles for lists in all_lists])
     lists = assemble(grid, batch, num_heads, rows[order], cols[order], classes[order], tiles)
-    return BlockMask._of_lists(grid, BlockLists(*lists))
+    return BlockMask.from_lists(grid, BlockLists(*lists))

@@ -93,7 +93,7 @@ class _Blocks(ContentPattern):
         n_q, n_k = -(-Nq // self.block), -(-Nk // self.block)
         if n_q * n_k == 0:
             nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
-            return self._listed(nothing, nothing.bool(), query, Nk)
+            return self._mask_of(nothing, nothing.bool(), query, Nk)
         shown = None if within is None else shown_by(within, self.block)
         if shown is not None:  # a key that no query sees counts as little as padding
             key_mask = shown.keys.expand(B, Nk) if key_mask is None else key_mask & shown.keys
@@ -106,7 +106,7 @@ class _Blocks(ContentPattern):
         # Chosen first, whatever their score; then by score; never what no query of the block may see.
         scores = scores.masked_fill(~seen, -torch.inf)
         order, chosen = self._choose(scores, forced, seen, torch.where(whole, counts, 0))
-        return self._listed(order, chosen, query, Nk)
+        return self._mask_of(order, chosen, query, Nk)
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Columns (B, Hq, n_q, k), distinct, and which of them are chosen.
@@ -168,7 +168,7 @@ class _Blocks(ContentPattern):
         near &= column < (top + self.block - 1) // self.block + self.local
         return near | (column < self.sink)
 
-    def _listed(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
+    def _mask_of(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
         """The mask of the chosen columns."""
         B, Hq, n_q, k = order.shape
         device = order.device
@@ -184,7 +184,7 @@ class _Blocks(ContentPattern):
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # No shape may depend on a value: what is not chosen is an empty tile.
-            return BlockMask._trusted(
+            return BlockMask.unchecked(
                 **fields,
                 indptr=torch.arange(B * Hq * n_q + 1, device=device) * k,
                 indices=order.flatten().int(),
@@ -192,7 +192,7 @@ class _Blocks(ContentPattern):
                 tiles=empty,
             )
         indices = order[chosen].int()
-        return BlockMask._trusted(
+        return BlockMask.unchecked(
             **fields,
             indptr=pointers(chosen.sum(-1).flatten()),
             indices=indices,
@@ -309,7 +309,7 @@ class Shown(NamedTuple):
 def shown_by(mask: BlockMask, block: int) -> Shown:
     """What a mask shows in blocks of `block` queries and keys."""
     mask = mask.reblock((block, block))
-    grid, lists, window, lengths = mask._parts
+    grid, lists, window, lengths = mask.parts
     batch, heads = (lengths.numel(), 1) if lists is None else (max(lists.batch, lengths.numel()), lists.heads)
     keys = torch.arange(grid.kv_len, device=lengths.device) < lengths[:, None]
     if lists is None:

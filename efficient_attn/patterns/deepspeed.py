@@ -86,7 +86,7 @@ class _Layout(Pattern):
         counts, indices = (torch.cat(parts) for parts in zip(*heads, strict=True))
         none = torch.empty(0, self.block, self.block // 8, dtype=torch.uint8)
         lists = BlockLists(1, num_heads, pointers(counts), indices, torch.full_like(indices, FULL), none)
-        return BlockMask._of_lists(Grid(grid.q_len, grid.kv_len, self.block, self.block), lists)
+        return BlockMask.from_lists(Grid(grid.q_len, grid.kv_len, self.block, self.block), lists)
 
     def _check_common(self) -> None:
         self._check_block()

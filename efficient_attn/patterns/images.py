@@ -58,7 +58,7 @@ class _OnGrid(Pattern):
         return (tokens,) if axes == 1 else (side, side)
 
     def _with_prefix(self, mask: BlockMask) -> BlockMask:
-        return mask | cross(torch.arange(mask.q_len) < self.prefix, mask._grid) if self.prefix else mask
+        return mask | cross(torch.arange(mask.q_len) < self.prefix, mask.grid) if self.prefix else mask
 
     def _join_prefix(self, seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return seen | (i < self.prefix) | (j < self.prefix)
@@ -149,7 +149,7 @@ class Neighborhood(_OnGrid):
         rows, cols = touched.view(grid.n_q, grid.n_k).nonzero().unbind(1)
         tiles = tiles.view(-1, grid.block_q, grid.block_k // 8)
         lists = assemble(grid, 1, 1, rows, cols, torch.arange(rows.numel()), tiles)
-        return self._with_prefix(BlockMask._of_lists(grid, lists))
+        return self._with_prefix(BlockMask.from_lists(grid, lists))
 
     def _per_axis(self, q_len: int, kv_len: int) -> list[tuple[int, int, int, bool]]:
         """(length, kernel, dilation, causal) of each axis."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..measuring import clock
+from ..measuring.options import MODES, check_choice
 from . import counts, phases
-from .shapes import MODES, check_choice
 
 PROFILED_S = 2.0
 

@@ -202,7 +202,7 @@ def test_wrong_arguments():
         convert(Silent(), sample=X)
 
 
-# --- models of transformers ------------------------------------------------------------------------------------------
+# --- models of transformers ---
 
 
 @pytest.fixture

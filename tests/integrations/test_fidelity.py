@@ -114,7 +114,7 @@ def test_nested_tensors_between_layers_are_compared():
     assert report.dense_error < 1e-5 < min(found.output for found in report.layers.values())
 
 
-# --- time and memory -------------------------------------------------------------------------------------------------
+# --- time and memory ---
 
 
 class Costly(nn.Module):
@@ -156,7 +156,7 @@ def test_nothing_is_written_to_the_standard_error(capfd):
     assert captured.out == "" and captured.err == ""
 
 
-# --- table and picture -----------------------------------------------------------------------------------------------
+# --- table and picture ---
 
 LAYERS = {"a": LayerFidelity(0.25, 0.5), "cross": LayerFidelity(None, 0.125)}
 

@@ -184,7 +184,7 @@ def test_real_checkpoint_gives_the_embeddings_of_eager():
     assert 1e-2 < (window - eager).abs().max() < 1  # another attention is another result
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 class Largest(TorchDispatchMode):
@@ -220,7 +220,7 @@ def test_nothing_is_n_by_n(family, side):
     assert largest["efficient_attn"] < n * n / 4 <= largest["sdpa"]
 
 
-# --- other methods ---------------------------------------------------------------------------------------------------
+# --- other methods ---
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,11 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-import typer
 from typer.testing import CliRunner
 
 from efficient_attn import cli
 from efficient_attn.benchmarks import cases, commands
-from efficient_attn.measuring import records
+from efficient_attn.measuring import options, records
 
 SMALL = [
     "bench",
@@ -57,26 +56,7 @@ def invoke(*arguments):
     ],
 )
 def test_specs_in_a_list_keep_their_own_commas(text, specs):
-    assert commands.split_specs(text) == specs
-
-
-@pytest.mark.parametrize(
-    ("text", "lengths"),
-    [
-        ("512", (512,)),
-        ("2k,512", (512, 2048)),
-        ("512:4k:x2", (512, 1024, 2048, 4096)),
-        ("100:1000:x3", (100, 300, 900)),
-    ],
-)
-def test_lengths(text, lengths):
-    assert commands.parse_lengths(text) == lengths
-
-
-@pytest.mark.parametrize("text", ["", "0", "-4", "1.5k", "512,,2k", "4k:512:x2", "512:4k:x1", "512:4k"])
-def test_wrong_lengths_are_explained(text):
-    with pytest.raises(typer.BadParameter, match="seqlens"):
-        commands.parse_lengths(text)
+    assert options.split_specs(text) == specs
 
 
 @pytest.mark.parametrize(

@@ -321,3 +321,18 @@ def test_rows_are_flat_and_claims_name_theirs():
     assert row["peak_mib"] == 1.0
     ((suite, claim),) = view.claims([row])
     assert suite == "ops" and claim.rows == ("x",) and "0.50 of torch SDPA" in claim.text and "Noisy" in claim.text
+
+
+def test_packages_for_gpus_get_their_layout_and_give_ours(monkeypatch):
+    """Their calls are stood in for by SDPA, which takes (B, N, H, D) here as they do."""
+    from types import ModuleType
+
+    def stand_in(query, key, value):
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops := ModuleType("xformers.ops"))
+    ops.memory_efficient_attention = stand_in
+    pair = peers.get("xformers").build(peers.Shape(40, heads=2, head_dim=16))
+    torch.testing.assert_close(pair.theirs(*pair.inputs), pair.ours(*pair.inputs), rtol=1e-4, atol=1e-5)

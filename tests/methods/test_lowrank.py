@@ -15,6 +15,7 @@ from efficient_attn import MultiheadAttention
 from efficient_attn.backends.features import elu_features
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.functional import attention
+from efficient_attn.integrations.layer_state import layer_state
 from efficient_attn.methods import (
     METHODS,
     LowRankMethod,
@@ -36,6 +37,7 @@ from efficient_attn.methods import (
     register,
     segment_means,
 )
+from efficient_attn.models.attention import Attention
 
 B, NQ, NK, D, DV = 2, 11, 11, 6, 5
 HEADS = [(2, 2), (4, 2), (3, 1)]
@@ -248,6 +250,43 @@ def test_projections_and_filters_per_head():
         nystrom_attention(q, k, v, landmarks=4, conv_weight=conv),
         by_head(functools.partial(nystrom_paper, m=4, conv=conv), q, k, v, None),
     )
+
+
+STATES = [
+    *(f"linformer:rank=3,max_len=16,share={share}" for share in ("headwise", "kv", "layerwise", "none")),
+    "nystrom:landmarks=4",
+    "nystrom:landmarks=4,conv=5",
+    "performer:features=7",
+    "linear",
+    "sliding_window:left=2,right=2+performer:features=7,block=16",
+]
+
+
+@pytest.mark.parametrize("hkv", [1, 2, 4])
+@pytest.mark.parametrize("spec", STATES)
+def test_state_belongs_to_the_heads_of_the_keys(spec, hkv):
+    """Grouped queries: the operator, a layer with Hkv heads of keys, and a layer of another library."""
+    method, group = parse(spec), 4 // hkv
+    q, k, v = (t.detach() for t in make(4, hkv))
+    state = method.build(4 * D, hkv, D, dtype=torch.float64)
+    for parameter in [] if state is None else state.parameters():
+        torch.nn.init.normal_(parameter, generator=generator())
+    out, weights = method.attend(q, k, v, state=state, need_weights=True)
+    torch.testing.assert_close(weights @ v.repeat_interleave(group, 1), out)
+    for h in range(hkv):  # one head of keys and its queries alone
+        own = method.build(D, 1, D, dtype=torch.float64)
+        if own is not None:
+            shapes = {name: tensor.shape for name, tensor in own.state_dict().items()}
+            full = state.state_dict()
+            own.load_state_dict({n: t if t.shape == shapes[n] else t[h : h + 1] for n, t in full.items()})
+        queries = q[:, h * group : (h + 1) * group]
+        alone = method.attend(queries, k[:, h : h + 1], v[:, h : h + 1], state=own)[0]
+        torch.testing.assert_close(out[:, h * group : (h + 1) * group], alone)
+    layer = Attention(4 * D, 4, hkv, attention=method).double()
+    layer(torch.randn(B, NQ, 4 * D, dtype=torch.float64))[0].sum().backward()
+    if not method.shares_state:
+        held = layer_state(method, torch.nn.Module().eval(), q, k)
+        assert method.attend(q, k, v, state=held)[0].shape == out.shape
 
 
 def test_nystrom_across_lengths():
@@ -648,7 +687,7 @@ def test_wrong_arguments_raise_before_work():
         (InputError, "positive scale", lambda: performer_attention(q, k, v, W, scale=-1.0)),
         (InputError, "key_mask must be", lambda: performer_attention(q, k, v, W, key_mask=torch.ones(B, 3).bool())),
         (InputTypeError, "key_mask must be a bool", lambda: elu_attention(q, k, v, key_mask=torch.ones(B, NK))),
-        (InputError, "does not exist; choose from", lambda: elu_attention(q, k, v, backend="tpu")),
+        (InputError, "backend='tpu' does not exist", lambda: elu_attention(q, k, v, backend="tpu")),
         (InputError, "feature_map must be one of", lambda: linear_attention(q, k, v, feature_map="performer_relu")),
         (InputError, "4-dimensional", lambda: linear_attention(q[0], k, v)),
         (InputError, "expected query_features", lambda: linear_attention(q, k[:, :, :3], v)),

@@ -8,23 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.multihead import LAYOUTS, SPARSE, E, H, causal_mask
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from efficient_attn.errors import InputError, UnsupportedError
 from efficient_attn.multihead import MultiheadAttention, replace_attention
 
-SPARSE = "sliding_window:left=2,right=2"
 LINFORMER = "linformer:rank=4,max_len=16"
-E, H = 12, 4
 X = torch.randn(4, 3, E)
-LAYOUTS = [
-    {},
-    {"bias": False},
-    {"add_bias_kv": True},
-    {"kdim": 5, "vdim": 7},
-    {"kdim": 5, "bias": False, "add_bias_kv": True},
-]
 
 
 def pair(attention: str = "dense", **options: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
@@ -32,10 +24,6 @@ def pair(attention: str = "dense", **options: Any) -> tuple[nn.MultiheadAttentio
     torch.manual_seed(7)
     theirs = nn.MultiheadAttention(E, H, **options)
     return theirs, MultiheadAttention.from_torch(theirs, attention)
-
-
-def causal_mask(length: int) -> Tensor:
-    return nn.Transformer.generate_square_subsequent_mask(length)
 
 
 @pytest.mark.parametrize("attention", ["dense", SPARSE])
@@ -228,7 +216,7 @@ def test_double_backward() -> None:
         )
 
 
-# --- from_torch, to_torch, replace_attention -------------------------------------------------------------------------
+# --- from_torch, to_torch, replace_attention ---
 
 
 @pytest.mark.parametrize("options", [*LAYOUTS, {"batch_first": True, "dropout": 0.1, "dtype": torch.float64}], ids=str)
@@ -414,7 +402,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         "dense",
         "performer",
     ):
-        with pytest.raises(InputError, match="is none of attention="):
+        with pytest.raises(InputError, match="does not belong to attention="):
             MultiheadAttention(E, H, attention=attention, method_state=one.method_state)
     with pytest.raises(InputError, match="cannot serve a module on meta"):
         MultiheadAttention(E, H, attention=LAYERWISE, method_state=one.method_state, device="meta")

@@ -110,7 +110,7 @@ def test_windows_need_no_memory(pattern):
         (Documents((1, 100, 7, 59, 133)), lambda i, j, ids: ids[i] == ids[j]),
         (Documents((1, 100, 7, 59, 133), causal=True), lambda i, j, ids: ids[i] == ids[j] and j <= i),
     ],
-    ids=str,
+    ids=["equal", "unequal", "causal"],
 )
 def test_documents(pattern, definition):
     ids = [k for k, length in enumerate((1, 100, 7, 59, 133)) for _ in range(length)]
@@ -402,7 +402,7 @@ def test_long_lists_are_transposed_when_a_backward_asks(monkeypatch):
     pattern = BigBird(block=16, seed=99)
     monkeypatch.setattr(patterns.base, "MANY_BLOCKS", 10)
     mask = pattern.block_mask(200, 200)
-    assert not mask._transposed and mask.arrays(True).t_indices is mask.transposed()[1]
+    assert not mask._kept and mask.arrays(True).t_indices is mask.transposed()[1]
 
 
 def test_building_at_128k_takes_memory_for_the_blocks_only():

@@ -94,7 +94,7 @@ def linear_attention_backward(
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
 
 
-# --- steps ---------------------------------------------------------------------------------------------------------
+# --- steps ---
 
 
 def visible_sums(a: Tensor, b: Tensor, v: Tensor, is_causal: bool, offset: int) -> Tensor:

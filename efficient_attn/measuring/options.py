@@ -1,4 +1,4 @@
-"""Shapes and lengths that a user gives, checked before anything is measured."""
+"""Shapes, lengths and lists of specs that a user gives, checked before anything is measured."""
 
 from __future__ import annotations
 
@@ -49,17 +49,25 @@ def check_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
 
 
 def read_lengths(text: str) -> tuple[int, ...]:
-    """``"1k..256k"`` (doubling), ``"512,2k,16k"``, or both -> ascending lengths; raises InputError."""
+    """`"512,2k,16k"`, `"1k..256k"` (doubling), `"512:4k:x2"` (from:to:factor), or several of them: ascending lengths.
+
+    Raises:
+        InputError: a text that is none.
+    """
     found: set[int] = set()
     for part in text.split(","):
-        first, dots, last = part.partition("..")
-        low = _length(first, text)
-        high = _length(last, text) if dots else low
-        if high < low:
-            raise InputError(f"lengths {text!r}: {first.strip()} is beyond {last.strip()}")
-        while low <= high:
-            found.add(low)
-            low *= 2
+        span = re.fullmatch(r"([^.:]+)(?:\.\.([^.:]+)|:([^.:]+):x(\d+))", part)
+        if span is None:
+            found.add(_length(part, text))
+            continue
+        length, last, factor = _length(span[1], text), _length(span[2] or span[3], text), int(span[4] or 2)
+        if length > last:
+            raise InputError(f"lengths {text!r}: in {part.strip()} the first length is beyond the last")
+        if factor < 2:
+            raise InputError(f"lengths {text!r}: the factor of {part.strip()} must be at least 2")
+        while length <= last:
+            found.add(length)
+            length *= factor
     return tuple(sorted(found))
 
 
@@ -67,5 +75,19 @@ def _length(part: str, text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)([kKmM]?)\s*", part)
     value = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
     if value < 1:
-        raise InputError(f"lengths {text!r}: {part.strip()!r} is no length; write 1k..256k, 4096 or 512,2k,16k")
+        raise InputError(
+            f"lengths {text!r}: {part.strip()!r} is not a length; write 4096, 512,2k,16k, 1k..256k or 512:64k:x2"
+        )
     return value
+
+
+def split_specs(text: str) -> list[str]:
+    """`"dense,bigbird:block=64,window=3"` -> `["dense", "bigbird:block=64,window=3"]`: a part whose `=` comes before
+    any `:` belongs to the spec before it."""
+    specs: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if specs and "=" in part.partition(":")[0]:
+            specs[-1] += "," + part
+        else:
+            specs.append(part)
+    return specs

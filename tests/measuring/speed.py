@@ -1,7 +1,7 @@
-"""The core cells under pytest-benchmark, to guard against regressions on one machine. Not part of the tests.
+"""The core cells under pytest-benchmark, to guard against regressions on one machine. Collected only when it is named:
 
-pytest benchmarks --benchmark-autosave                                               before a change
-pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%            after it
+pytest tests/measuring/speed.py --benchmark-autosave                                            before a change
+pytest tests/measuring/speed.py --benchmark-compare --benchmark-compare-fail=median:10%         after it
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 
 from efficient_attn import attention
 from efficient_attn.benchmarks import cases
-from efficient_attn.benchmarks.suites import sparsity
+from efficient_attn.benchmarks.suites import ops
 from efficient_attn.measuring import calls, inputs
 
 LENGTH = 2048
@@ -42,26 +42,16 @@ def one_thread():
 @pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("method", METHODS)
 def test_operator(benchmark, method, mode):
-    if mode == "decode" and method.partition(":")[0] not in cases.DECODES:
-        pytest.skip("one query alone cannot use it")
-    shape = cases.OPERATOR_SHAPE
-    built = calls.sized(method, LENGTH)
-    state = built.build(shape["heads"] * shape["head_dim"], shape["heads"], shape["head_dim"])
-    query, key, value = inputs.photograph_qkv(LENGTH, **shape)
-    options = {}
-    if mode == "decode":
-        query, options = query[:, :, -1:], {"is_causal": True, "causal_alignment": "bottom_right"}
-
-    def attend(query, key, value):
-        return built.attend(query, key, value, state=state, **options)[0]
-
+    if mode == "decode" and method not in cases.DECODES:
+        pytest.skip("not for one query alone")
+    config = {"method": method, "seqlen": LENGTH, "mode": mode, "dtype": "float32", **cases.OPERATOR_SHAPE}
     benchmark.group = mode
-    benchmark(calls.binder(mode, (query, key, value), state)(attend))
+    benchmark(ops.bound(config))
 
 
 @pytest.mark.parametrize("percent", [50, 10])
 def test_sparse(benchmark, percent):
-    mask = sparsity.random_blocks(LENGTH, LENGTH, percent / 100, torch.Generator().manual_seed(0))
+    mask = inputs.random_blocks(LENGTH, LENGTH, percent / 100)
     qkv = inputs.photograph_qkv(LENGTH, **cases.OPERATOR_SHAPE)
     benchmark.group = "random blocks"
     benchmark(calls.binder("fwd", qkv)(lambda q, k, v: attention(q, k, v, mask=mask)))

@@ -32,6 +32,7 @@ from .tiles import (
     LOG2E,
     PARTIAL,
     PARTIAL_SUMS,
+    Inputs,
     Tile,
     any_not_finite,
     dot,
@@ -57,8 +58,26 @@ class Softmax(NamedTuple):
     sums: Any  # [BLOCK_Q, PARTIAL_SUMS]
 
 
+class Described(NamedTuple):
+    """Descriptors of k and v with blocks (1, 1, BLOCK_K, BLOCK_D or BLOCK_DV), by which the walk that needs no mask
+    loads its tiles (TMA), or None."""
+
+    k: Any
+    v: Any
+
+
+class Output(NamedTuple):
+    """out (B, Hq, Nq, DV) as tiles.Rows and lse (B, Hq, Nq), contiguous; SPLIT: of splits * B batch elements."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    n: Any
+    lse: Any
+
+
 @triton.jit
-def attend(state, b_q, x, k_tiles, v_tiles, own, walk, C: tl.constexpr, MODE: tl.constexpr):
+def attend(state, b_q, x, tiles, own, walk, C: tl.constexpr, MODE: tl.constexpr):
     """Take the key tiles of a walk into the softmax of the program's queries."""
     GAP: tl.constexpr = x.mask.lengths is not None
     BIASED: tl.constexpr = x.bias.ptr is not None
@@ -68,34 +87,34 @@ def attend(state, b_q, x, k_tiles, v_tiles, own, walk, C: tl.constexpr, MODE: tl
     entry = entry_at(x.mask, walk, walk.first, C.LIST_K // C.BLOCK_K, GAP)
     for t in range(walk.first, walk.end):
         j_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_K, C.BLOCK_K, GAP)
-        b_k = load_walked(k_tiles, p_k, x.k.n, own.i_b, i_hk, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE)
-        b_s = dot(b_q, tl.trans(b_k), C.PRECISION)
+        b_k = load_walked(tiles.k, p_k, x.k.n, own.i_b, i_hk, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE)
+        b_s = dot(b_q, tl.trans(b_k), C)
         if BIASED:
-            b_s *= x.scale
+            b_s *= x.sizes.scale
         b_s, m_visible = mask_scores(b_s, x, own.i_b, own.o_h, own.o, j_first, own.keys, tile, C, MODE, 1)
-        b_p, b_alpha, b_m, b_l = online_softmax_update(b_s, b_m, b_l, 1.0 if BIASED else x.scale)
+        b_p, b_alpha, b_m, b_l = online_softmax_update(b_s, b_m, b_l, 1.0 if BIASED else x.sizes.scale)
         if x.dropout.seed is not None:
             b_p = tl.where(kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1), b_p, 0.0)
-        b_v = load_walked(v_tiles, p_v, x.v.n, own.i_b, i_hk, j_first, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE)
-        b_acc = select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, None], C.PRECISION, C.SAFE)
+        b_v = load_walked(tiles.v, p_v, x.v.n, own.i_b, i_hk, j_first, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE)
+        b_acc = select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, None], C)
     return Softmax(b_acc, b_m, b_l)
 
 
 @triton.jit
-def forward_tile(i_program, x, k_tiles, v_tiles, out, lse, grid, C: tl.constexpr):
+def forward_tile(i_program, x, tiles, out, grid, C: tl.constexpr):
     """Compute and store one tile of out and lse; returns 1 if it is not finite."""
     i_split = i_program % grid.splits
-    rows = x.Nq * C.PACK
+    rows = x.sizes.Nq * C.PACK
     i_tile, i_b, i_line = locate(
         i_program // grid.splits, x.mask, grid, rows, C.LIST_Q, C.BLOCK_Q, x.mask.high is not None
     )
     i_h = i_line * C.PACK
     o_r = i_tile * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_i, o_h = o_r // C.PACK, i_h + o_r % C.PACK
-    m_i = o_i < x.Nq
+    m_i = o_i < x.sizes.Nq
     i_first = i_tile * C.BLOCK_Q // C.PACK
-    i_last = tl.minimum((i_tile * C.BLOCK_Q + C.BLOCK_Q - 1) // C.PACK, x.Nq - 1)
-    own = Tile(i_b, i_h, o_h, i_first, tl.minimum(o_i, x.Nq - 1), key_count(x.mask, i_b, x.Nk))
+    i_last = tl.minimum((i_tile * C.BLOCK_Q + C.BLOCK_Q - 1) // C.PACK, x.sizes.Nq - 1)
+    own = Tile(i_b, i_h, o_h, i_first, tl.minimum(o_i, x.sizes.Nq - 1), key_count(x.mask, i_b, x.sizes.Nk))
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
     if C.SPLIT:
         span = split_span(span, i_split, grid.splits)
@@ -105,8 +124,8 @@ def forward_tile(i_program, x, k_tiles, v_tiles, out, lse, grid, C: tl.constexpr
     b_m = tl.full([C.BLOCK_Q], -INF, tl.float32)
     state = Softmax(b_acc, b_m, tl.full([C.BLOCK_Q, PARTIAL_SUMS], 0.0, tl.float32))
     if not C.SAFE:
-        state = attend(state, b_q, x, k_tiles, v_tiles, own, full_tiles(span), C, FULL)
-    state = attend(state, b_q, x, k_tiles, v_tiles, own, other_tiles(span, C.SAFE), C, PARTIAL)
+        state = attend(state, b_q, x, tiles, own, full_tiles(span), C, FULL)
+    state = attend(state, b_q, x, tiles, own, other_tiles(span, C.SAFE), C, PARTIAL)
 
     b_l = tl.sum(state.sums, 1)
     b_sum = tl.where(b_l == 0.0, 1.0, b_l)
@@ -114,19 +133,20 @@ def forward_tile(i_program, x, k_tiles, v_tiles, out, lse, grid, C: tl.constexpr
     i_part = i_b + i_split * (grid.lines // grid.heads)
     b_out = state.acc * (x.dropout.keep_scale / b_sum)[:, None]
     store_tile(out, i_part, o_h, o_i, m_i, b_out, C.DV, C.BLOCK_DV)
-    tl.store(lse + line_offsets(x, i_part, o_h, o_i), b_lse, mask=m_i)
+    tl.store(out.lse + line_offsets(x, i_part, o_h, o_i), b_lse, mask=m_i)
     return any_not_finite(state.acc)
 
 
 @triton.jit
-def attention_forward_kernel(x, k_tiles, v_tiles, out, lse, flags, grid, C: tl.constexpr):
-    """Grid: grid.programs; SAFE: fewer, each with its share of them.
+def attention_forward_kernel(q, k, v, bias, mask, dropout, sizes, k_tiles, v_tiles, out, flags, grid, C: tl.constexpr):
+    """The inputs are those of tiles.Inputs. Grid: grid.programs; SAFE: fewer, each with its share of them.
 
-    k_tiles, v_tiles: descriptors of k and v with blocks (1, 1, BLOCK_K, BLOCK_D or BLOCK_DV), or None: the walk that
-    needs no mask then loads its tiles by TMA. SPLIT: out (splits * B, ..) and lse (splits * B, ..) hold a partial
-    result for each of the splits. flags [programs], None without a mask: which tiles are not finite.
+    SPLIT: out and lse hold a partial result for each of the splits. flags [programs], None without a mask: which tiles
+    are not finite.
     """
-    run_tiles(forward_tile, (x, k_tiles, v_tiles, out, lse, grid), flags, grid.programs, C)
+    x = Inputs(q, k, v, bias, mask, dropout, sizes)
+    tiles = Described(k_tiles, v_tiles)  # no tuple with a descriptor can be given at a launch
+    run_tiles(forward_tile, (x, tiles, out, grid), flags, grid.programs, C)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from .tiles import (
     INF,
     LOG2E,
     PARTIAL,
+    Inputs,
     Tile,
     any_not_finite,
     dot,
@@ -56,9 +57,13 @@ from .walk import (
 
 
 class Upstream(NamedTuple):
-    """What the passes read besides the inputs; lse and delta are contiguous (B, Hq, Nq)."""
+    """What the passes read besides the inputs: dout (B, Hq, Nq, DV) as tiles.Rows, and lse and delta (B, Hq, Nq),
+    contiguous."""
 
-    grad_out: Any  # Rows (B, Hq, Nq, DV)
+    ptr: Any
+    b: Any
+    h: Any
+    n: Any
     lse: Any
     delta: Any
     grad_scale: Any  # the true scale, with its sign
@@ -118,23 +123,23 @@ def pair_gradient(b_p, b_dp, b_delta, m_kept, dropout):
 @triton.jit
 def gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_h, walk, C: tl.constexpr, MODE: tl.constexpr):
     """Add what the query tiles of a walk over head i_h give to dK and dV of the program's keys."""
-    p_q, p_do = head_pointer(x.q, own.i_b, i_h), head_pointer(given.grad_out, own.i_b, i_h)
+    p_q, p_do = head_pointer(x.q, own.i_b, i_h), head_pointer(given, own.i_b, i_h)
     entry = entry_at(x.mask, walk, walk.first, C.LIST_Q // C.BLOCK_Q, False)
     for t in range(walk.first, walk.end):
         i_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_Q, C.BLOCK_Q, False)
         o_i = i_first + tl.arange(0, C.BLOCK_Q)
-        b_q = load_block(p_q, x.q.n, i_first, x.Nq, C.D, C.BLOCK_Q, C.BLOCK_D, MODE != FULL)
-        b_lse, b_delta = load_rows(x, given, own.i_b, i_h, o_i, o_i < x.Nq)
-        b_s = dot(b_k, tl.trans(b_q), C.PRECISION) * x.scale  # [BLOCK_K, BLOCK_Q]
+        b_q = load_block(p_q, x.q.n, i_first, x.sizes.Nq, C.D, C.BLOCK_Q, C.BLOCK_D, MODE != FULL)
+        b_lse, b_delta = load_rows(x, given, own.i_b, i_h, o_i, o_i < x.sizes.Nq)
+        b_s = dot(b_k, tl.trans(b_q), C) * x.sizes.scale  # [BLOCK_K, BLOCK_Q]
         b_s, m_visible = mask_scores(b_s, x, own.i_b, i_h, o_i, own.first, own.keys, tile, C, MODE, 0)
         b_p = tl.exp2(b_s - b_lse[None, :])
         m_kept = kept_pairs(x.dropout, own.i_b, i_h, i_first, own.first, C, 0)
 
-        b_do = load_block(p_do, given.grad_out.n, i_first, x.Nq, C.DV, C.BLOCK_Q, C.BLOCK_DV, MODE != FULL)
-        b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)
+        b_do = load_block(p_do, given.n, i_first, x.sizes.Nq, C.DV, C.BLOCK_Q, C.BLOCK_DV, MODE != FULL)
+        b_dp = dot(b_v, tl.trans(b_do), C)
         b_zp, b_ds = pair_gradient(b_p, b_dp, b_delta[None, :], m_kept, x.dropout)
-        b_dv = select_dot(b_zp, m_visible, b_do, b_dv, C.PRECISION, C.SAFE)
-        b_dk = select_dot(b_ds, m_visible, b_q, b_dk, C.PRECISION, C.SAFE)
+        b_dv = select_dot(b_zp, m_visible, b_do, b_dv, C)
+        b_dk = select_dot(b_ds, m_visible, b_q, b_dk, C)
     return b_dk, b_dv
 
 
@@ -142,10 +147,10 @@ def gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_h, walk, C: tl.co
 def key_gradient_tile(i_program, x, given, dk, dv, grid, C: tl.constexpr):
     """Compute and store one tile of dk and dv; returns 1 if it is not finite."""
     LAST_FIRST: tl.constexpr = x.mask.low is not None and x.mask.high is None
-    i_tile, i_b, i_h = locate(i_program, x.mask, grid, x.Nk, C.LIST_K, C.BLOCK_K, LAST_FIRST)
+    i_tile, i_b, i_h = locate(i_program, x.mask, grid, x.sizes.Nk, C.LIST_K, C.BLOCK_K, LAST_FIRST)
     j_first = i_tile * C.BLOCK_K
     o_j = j_first + tl.arange(0, C.BLOCK_K)
-    own = Tile(i_b, i_h, i_h, j_first, o_j, key_count(x.mask, i_b, x.Nk))
+    own = Tile(i_b, i_h, i_h, j_first, o_j, key_count(x.mask, i_b, x.sizes.Nk))
     m_read = o_j < own.keys
     b_k = signed(load_tile(x.k, i_b, i_h, o_j, m_read, C.D, C.BLOCK_D), C.SIGN)
     b_v = load_tile(x.v, i_b, i_h, o_j, m_read, C.DV, C.BLOCK_DV)
@@ -159,16 +164,17 @@ def key_gradient_tile(i_program, x, given, dk, dv, grid, C: tl.constexpr):
         others = other_tiles(span, C.SAFE)
         b_dk, b_dv = gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_hq, others, C, PARTIAL)
 
-    m_j, m_dead = o_j < x.Nk, (m_read == 0)[:, None]
+    m_j, m_dead = o_j < x.sizes.Nk, (m_read == 0)[:, None]
     store_tile(dk, i_b, i_h, o_j, m_j, tl.where(m_dead, 0.0, b_dk * given.grad_scale), C.D, C.BLOCK_D)
     store_tile(dv, i_b, i_h, o_j, m_j, tl.where(m_dead, 0.0, b_dv * x.dropout.keep_scale), C.DV, C.BLOCK_DV)
     return any_not_finite(b_dk) | any_not_finite(b_dv)
 
 
 @triton.jit
-def key_gradient_kernel(x, given, dk, dv, flags, grid, C: tl.constexpr):
+def key_gradient_kernel(q, k, v, bias, mask, dropout, sizes, given, dk, dv, flags, grid, C: tl.constexpr):
     """dK and dV of BLOCK_K keys a program. Grid and flags as in attention.py; the lines are those of key heads, and the
     mask is the transposed list."""
+    x = Inputs(q, k, v, bias, mask, dropout, sizes)
     run_tiles(key_gradient_tile, (x, given, dk, dv, grid), flags, grid.programs, C)
 
 
@@ -185,30 +191,30 @@ def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, walk, C: tl.c
     for t in range(walk.first, walk.end):
         j_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_K, C.BLOCK_K, GAP)
         b_k = load_block(p_k, x.k.n, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
-        b_s = dot(b_q, tl.trans(b_k), C.PRECISION) * x.scale
+        b_s = dot(b_q, tl.trans(b_k), C) * x.sizes.scale
         b_s, m_visible = mask_scores(b_s, x, own.i_b, own.i_h, own.o, j_first, own.keys, tile, C, MODE, 1)
         b_p = tl.exp2(b_s - b_lse[:, None])
 
         b_v = load_block(p_v, x.v.n, j_first, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE != FULL)
-        b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)
+        b_dp = dot(b_do, tl.trans(b_v), C)
         m_kept = kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1)
         _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, x.dropout)
-        b_dq = select_dot(b_ds, m_visible, b_k, b_dq, C.PRECISION, C.SAFE)
+        b_dq = select_dot(b_ds, m_visible, b_k, b_dq, C)
     return b_dq
 
 
 @triton.jit
 def query_gradient_tile(i_program, x, given, dq, grid, C: tl.constexpr):
     """Compute and store one tile of dq; returns 1 if it is not finite."""
-    i_tile, i_b, i_h = locate(i_program, x.mask, grid, x.Nq, C.LIST_Q, C.BLOCK_Q, x.mask.high is not None)
+    i_tile, i_b, i_h = locate(i_program, x.mask, grid, x.sizes.Nq, C.LIST_Q, C.BLOCK_Q, x.mask.high is not None)
     i_first = i_tile * C.BLOCK_Q
     o_i = i_first + tl.arange(0, C.BLOCK_Q)
-    m_i = o_i < x.Nq
-    own = Tile(i_b, i_h, i_h, i_first, tl.minimum(o_i, x.Nq - 1), key_count(x.mask, i_b, x.Nk))
-    i_last = tl.minimum(i_first + C.BLOCK_Q, x.Nq) - 1
+    m_i = o_i < x.sizes.Nq
+    own = Tile(i_b, i_h, i_h, i_first, tl.minimum(o_i, x.sizes.Nq - 1), key_count(x.mask, i_b, x.sizes.Nk))
+    i_last = tl.minimum(i_first + C.BLOCK_Q, x.sizes.Nq) - 1
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
     b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
-    b_do = load_tile(given.grad_out, i_b, i_h, o_i, m_i, C.DV, C.BLOCK_DV)
+    b_do = load_tile(given, i_b, i_h, o_i, m_i, C.DV, C.BLOCK_DV)
     b_lse, b_delta = load_rows(x, given, i_b, i_h, o_i, m_i)
     b_dq = tl.full([C.BLOCK_Q, C.BLOCK_D], 0.0, tl.float32)
     if not C.SAFE:
@@ -220,8 +226,9 @@ def query_gradient_tile(i_program, x, given, dq, grid, C: tl.constexpr):
 
 
 @triton.jit
-def query_gradient_kernel(x, given, dq, flags, grid, C: tl.constexpr):
+def query_gradient_kernel(q, k, v, bias, mask, dropout, sizes, given, dq, flags, grid, C: tl.constexpr):
     """dQ of BLOCK_Q queries a program. Grid and flags as in attention.py."""
+    x = Inputs(q, k, v, bias, mask, dropout, sizes)
     run_tiles(query_gradient_tile, (x, given, dq, grid), flags, grid.programs, C)
 
 
@@ -229,9 +236,13 @@ def query_gradient_kernel(x, given, dq, flags, grid, C: tl.constexpr):
 
 
 @triton.jit
-def bias_gradient_kernel(x, given, dbias, tiles, C: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr):
+def bias_gradient_kernel(
+    q, k, v, bias, mask, dropout, sizes, given, dbias, tiles,
+    C: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
+):  # fmt: skip
     """dbias of one tile of dbias (a Bias of float32 or the bias's dtype). Grid: batch elements of dbias * tiles.heads *
     tiles.q_tiles * tiles.k_tiles. SUM_Q, SUM_K: the rows, the columns of the tile are added up too."""
+    x = Inputs(q, k, v, bias, mask, dropout, sizes)
     i_program = tl.program_id(0)
     out_k = i_program % tiles.k_tiles
     out_q = i_program // tiles.k_tiles % tiles.q_tiles
@@ -244,9 +255,9 @@ def bias_gradient_kernel(x, given, dbias, tiles, C: tl.constexpr, SUM_Q: tl.cons
         i_h = out_h + t // tiles.over_k // tiles.over_q % tiles.over_h
         i_b = out_b + t // tiles.over_k // tiles.over_q // tiles.over_h
         i_first, j_first = i_q * C.BLOCK_Q, i_k * C.BLOCK_K
-        keys = key_count(x.mask, i_b, x.Nk)
+        keys = key_count(x.mask, i_b, x.sizes.Nk)
         any_first, any_end, _first, _end = visible_keys(x.mask, i_first, i_first + C.BLOCK_Q - 1, keys)
-        needed = (i_first < x.Nq) & (j_first < any_end) & (j_first + C.BLOCK_K > any_first)
+        needed = (i_first < x.sizes.Nq) & (j_first < any_end) & (j_first + C.BLOCK_K > any_first)
         tile = -1
         if x.mask.indptr is not None:
             begin, stop = list_entries(x.mask, i_b, i_h, i_first // C.LIST_Q)
@@ -255,17 +266,17 @@ def bias_gradient_kernel(x, given, dbias, tiles, C: tl.constexpr, SUM_Q: tl.cons
             needed = needed & (at < stop) & (block == j_first // C.LIST_K)
         if needed:
             o_i, o_j = i_first + tl.arange(0, C.BLOCK_Q), j_first + tl.arange(0, C.BLOCK_K)
-            m_i, m_j = o_i < x.Nq, o_j < keys
+            m_i, m_j = o_i < x.sizes.Nq, o_j < keys
             b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
-            b_do = load_tile(given.grad_out, i_b, i_h, o_i, m_i, C.DV, C.BLOCK_DV)
+            b_do = load_tile(given, i_b, i_h, o_i, m_i, C.DV, C.BLOCK_DV)
             b_k = load_tile(x.k, i_b, i_h // C.GROUP, o_j, m_j, C.D, C.BLOCK_D)
             b_v = load_tile(x.v, i_b, i_h // C.GROUP, o_j, m_j, C.DV, C.BLOCK_DV)
             b_lse, b_delta = load_rows(x, given, i_b, i_h, o_i, m_i)
-            b_s = dot(b_q, tl.trans(b_k), C.PRECISION) * x.scale
-            o_row = tl.minimum(o_i, x.Nq - 1)
+            b_s = dot(b_q, tl.trans(b_k), C) * x.sizes.scale
+            o_row = tl.minimum(o_i, x.sizes.Nq - 1)
             b_s, m_visible = mask_scores(b_s, x, i_b, i_h, o_row, j_first, keys, tile, C, PARTIAL, 1)
             b_p = tl.exp2(b_s - b_lse[:, None])
-            b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)
+            b_dp = dot(b_do, tl.trans(b_v), C)
             m_kept = kept_pairs(x.dropout, i_b, i_h, i_first, j_first, C, 1)
             _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, x.dropout)
             b_sum += tl.where(m_visible, b_ds, 0.0)
@@ -275,11 +286,13 @@ def bias_gradient_kernel(x, given, dbias, tiles, C: tl.constexpr, SUM_Q: tl.cons
     p_line = dbias.ptr + tl.cast(out_b, tl.int64) * dbias.b + tl.cast(out_h, tl.int64) * dbias.h
     if SUM_K:
         b_row = tl.sum(b_sum, 1)
-        tl.store(p_line + tl.cast(o_q, tl.int64) * dbias.q, b_row.to(dbias.ptr.dtype.element_ty), mask=o_q < x.Nq)
+        tl.store(p_line + tl.cast(o_q, tl.int64) * dbias.q, b_row.to(dbias.ptr.dtype.element_ty), mask=o_q < x.sizes.Nq)
     elif SUM_Q:
         b_column = tl.sum(b_sum, 0)
-        tl.store(p_line + tl.cast(o_k, tl.int64) * dbias.k, b_column.to(dbias.ptr.dtype.element_ty), mask=o_k < x.Nk)
+        tl.store(
+            p_line + tl.cast(o_k, tl.int64) * dbias.k, b_column.to(dbias.ptr.dtype.element_ty), mask=o_k < x.sizes.Nk
+        )
     else:
         p_pairs = p_line + (tl.cast(o_q, tl.int64) * dbias.q)[:, None] + (tl.cast(o_k, tl.int64) * dbias.k)[None, :]
-        m_pairs = (o_q < x.Nq)[:, None] & (o_k < x.Nk)[None, :]
+        m_pairs = (o_q < x.sizes.Nq)[:, None] & (o_k < x.sizes.Nk)[None, :]
         tl.store(p_pairs, b_sum.to(dbias.ptr.dtype.element_ty), mask=m_pairs)

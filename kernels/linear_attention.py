@@ -28,9 +28,13 @@ from .tiles import INF, dot, load_tile, row_offsets
 
 
 class Side(NamedTuple):
-    """Rows of one operand, divided by `norm` and with the factor `extra` (e or f above), left out where not alive."""
+    """One operand (B, heads, N, dim): pointer and strides as of tiles.Rows. Its rows are divided by `norm`, have the
+    factor `extra` (e or f above), and are left out where not alive."""
 
-    rows: Any  # tiles.Rows (B, heads, N, dim)
+    ptr: Any
+    b: Any
+    h: Any
+    n: Any
     norm: Any  # (B, heads, N); None: 1
     extra: Any  # (B, heads, N); None: 1
     alive: Any  # bytes (B, N); None: all
@@ -71,7 +75,7 @@ def load_part(side, alive, i_b, i_h, o_n, first, D: tl.constexpr, BLOCK_D: tl.co
     if alive is not None:
         m_n = m_n & (tl.load(alive + tl.cast(i_b, tl.int64) * side.N + o_n, mask=m_n, other=0) != 0)
     o_d = first + tl.arange(0, BLOCK_D)
-    p_tile = side.rows.ptr + row_offsets(side.rows, i_b, i_h, o_n)[:, None] + o_d[None, :]
+    p_tile = side.ptr + row_offsets(side, i_b, i_h, o_n)[:, None] + o_d[None, :]
     b_tile = tl.load(p_tile, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
     if side.norm is not None:
         b_n = tl.load(side.norm + (tl.cast(i_b, tl.int64) * side.heads + i_h) * side.N + o_n, mask=m_n, other=0.0)
@@ -150,7 +154,7 @@ def state_kernel(y, u, states, vectors, times, r_tiles, C: tl.constexpr):
         o_y = start + t // C.SPREAD * C.CHUNK + tl.arange(0, C.CHUNK)
         i_hy = i_h + t % C.SPREAD
         b_y, b_u, m_y = load_pair(y, u, i_b, i_hy, o_y, i_r, C)
-        b_state += dot(tl.trans(b_y), b_u, C.PRECISION)
+        b_state += dot(tl.trans(b_y), b_u, C)
         if C.EXTRA:
             b_vector += tl.sum(load_extra(y, i_b, i_hy, o_y, m_y)[:, None] * b_u, 0)
         if C.NORMALISE:
@@ -184,10 +188,10 @@ def scan_kernel(states, slots, size, TOTAL: tl.constexpr, REVERSE: tl.constexpr,
 
 
 @triton.jit
-def within_chunk(b_out, b_w, b_u, m_seen, PRECISION: tl.constexpr):
+def within_chunk(b_out, b_w, b_u, m_seen, C: tl.constexpr):
     """b_out + b_w @ b_u, NaN where a pair that is seen meets what is not finite, which others must not meet."""
     m_bad = (tl.abs(b_u) < INF) == 0
-    b_out += dot(b_w, tl.where(m_bad, 0.0, b_u), PRECISION)
+    b_out += dot(b_w, tl.where(m_bad, 0.0, b_u), C)
     if tl.max(m_bad.to(tl.int32)) > 0:
         b_seen = tl.dot(m_seen.to(tl.float16), m_bad.to(tl.float16))
         b_out = tl.where(b_seen > 0.0, float("nan"), b_out)
@@ -221,7 +225,7 @@ def sums_kernel(x, y, u, out, states, vectors, normaliser, times, r_tiles, C: tl
         o_x, o_y = o_t + x.shift, o_t + y.shift
         b_x, m_x = load_part(x, x.alive, i_b, i_h, o_x, 0, C.E, C.BLOCK_E)
         b_e = load_extra(x, i_b, i_h, o_x, m_x)
-        b_out = dot(b_x, b_state, C.PRECISION)
+        b_out = dot(b_x, b_state, C)
         b_n = tl.full([C.CHUNK], 0.0, tl.float32)
         if C.EXTRA:
             b_out += b_e[:, None] * b_vector[None, :]
@@ -231,7 +235,7 @@ def sums_kernel(x, y, u, out, states, vectors, normaliser, times, r_tiles, C: tl
             m_pairs = (o_t[None, :] >= o_t[:, None]) if C.REVERSE else (o_t[None, :] <= o_t[:, None])
             for g in range(C.SPREAD):
                 b_y, b_u, m_y = load_pair(y, u, i_b, i_hy + g, o_y, i_r, C)
-                b_w = dot(b_x, tl.trans(b_y), C.PRECISION)
+                b_w = dot(b_x, tl.trans(b_y), C)
                 if C.EXTRA:
                     b_f = load_extra(y, i_b, i_hy + g, o_y, m_y)
                     b_w += b_e[:, None] * b_f[None, :]
@@ -241,8 +245,8 @@ def sums_kernel(x, y, u, out, states, vectors, normaliser, times, r_tiles, C: tl
                 if C.NORMALISE:
                     b_n += tl.sum(b_w, 1)
                     b_vector += tl.sum(b_y, 0)
-                b_state += dot(tl.trans(b_y), b_u, C.PRECISION)
-                b_out = within_chunk(b_out, b_w, b_u, m_seen, C.PRECISION)
+                b_state += dot(tl.trans(b_y), b_u, C)
+                b_out = within_chunk(b_out, b_w, b_u, m_seen, C)
         m_row = (o_x >= 0) & (o_x < x.N)
         if C.NORMALISE:
             b_out = tl.where((b_n == 0.0)[:, None], 0.0, b_out / tl.where(b_n == 0.0, 1.0, b_n)[:, None])

@@ -80,8 +80,18 @@ class Dropout(NamedTuple):
     keep_scale: Any
 
 
+class Sizes(NamedTuple):
+    """Numbers of query heads, queries and keys, and the scale."""
+
+    Hq: Any
+    Nq: Any
+    Nk: Any
+    scale: Any  # positive and in units of log2; SIGN times it is the true one
+
+
 class Inputs(NamedTuple):
-    """What every attention kernel reads."""
+    """What every attention kernel reads. A kernel takes them one by one and puts them together, and there are tuples
+    alone in here: of other tuples within tuples Triton 3.6 forgets, in a loop, which numbers are known to be 1."""
 
     q: Any  # Rows (B, Hq, Nq, D)
     k: Any  # Rows (B, Hkv, Nk, D)
@@ -89,10 +99,7 @@ class Inputs(NamedTuple):
     bias: Any
     mask: Any
     dropout: Any
-    Hq: Any
-    Nq: Any
-    Nk: Any
-    scale: Any  # positive and in units of log2; SIGN times it is the true one
+    sizes: Any
 
 
 class Constants(NamedTuple):
@@ -138,7 +145,7 @@ def row_offsets(view, i_b, i_h, o_n):
 @triton.jit
 def line_offsets(x, i_b, i_h, o_i):
     """Offset of queries o_i in a contiguous (B, Hq, Nq) array; i_h is one head, or a head for each row."""
-    return (tl.cast(i_b, tl.int64) * x.Hq + i_h) * x.Nq + o_i
+    return (tl.cast(i_b, tl.int64) * x.sizes.Hq + i_h) * x.sizes.Nq + o_i
 
 
 @triton.jit
@@ -203,25 +210,25 @@ def store_tile(view, i_b, i_h, o_n, m_n, b_tile, D: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def dot(b_a, b_b, PRECISION: tl.constexpr):
+def dot(b_a, b_b, C: tl.constexpr):
     """b_a @ b_b in float32; b_a takes b_b's dtype."""
     b_a = b_a.to(b_b.dtype)
     if INTERPRETED:
         return tl.dot(b_a.to(tl.float32).to(tl.float64), b_b.to(tl.float32).to(tl.float64)).to(tl.float32)
     else:
-        return tl.dot(b_a, b_b, input_precision=PRECISION)
+        return tl.dot(b_a, b_b, input_precision=C.PRECISION)
 
 
 @triton.jit
-def select_dot(b_w, m_visible, b_x, b_acc, PRECISION: tl.constexpr, SAFE: tl.constexpr):
+def select_dot(b_w, m_visible, b_x, b_acc, C: tl.constexpr):
     """b_acc + b_w @ b_x. SAFE: an invisible pair adds nothing even where b_x is NaN or infinite, a visible one NaN."""
-    if SAFE:
+    if C.SAFE:
         m_bad = (tl.abs(b_x.to(tl.float32)) < INF) == 0
-        b_acc += dot(b_w, tl.where(m_bad, 0.0, b_x.to(tl.float32)).to(b_x.dtype), PRECISION)
+        b_acc += dot(b_w, tl.where(m_bad, 0.0, b_x.to(tl.float32)).to(b_x.dtype), C)
         b_seen = tl.dot(m_visible.to(tl.float16), m_bad.to(tl.float16))
         return tl.where(b_seen > 0.0, float("nan"), b_acc)
     else:
-        return b_acc + dot(b_w, b_x, PRECISION)
+        return b_acc + dot(b_w, b_x, C)
 
 
 @triton.jit
@@ -293,7 +300,7 @@ def mask_scores(
         # Only the ends keep a load back: a mask that differs from key to key would take the load apart.
         m_inside = m_visible & (o_k < keys)
         if KEY_AXIS == 0:
-            m_inside = m_inside & (o_q < x.Nq)
+            m_inside = m_inside & (o_q < x.sizes.Nq)
         b_bias = load_bias(x.bias, i_b, i_h, o_i, o_j, m_inside, KEY_AXIS)
         m_visible = m_visible & (b_bias != -INF)
         b_s = tl.where(m_visible, b_s + b_bias, -INF)

@@ -108,10 +108,16 @@ def tile_range(any_first, any_end, all_first, all_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def list_row(mask, i_b, i_h, i_block):
+    """The row of the list for a block; a list of one batch element, or one head, serves all."""
+    row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * mask.heads
+    return (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_block
+
+
+@triton.jit
 def list_entries(mask, i_b, i_h, i_block):
     """Entries [begin, end) of a row of the list, kept inside the arrays whatever they hold."""
-    row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * mask.heads
-    row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_block
+    row = list_row(mask, i_b, i_h, i_block)
     begin = tl.maximum(tl.load(mask.indptr + row), 0)
     end = tl.minimum(tl.load(mask.indptr + row + 1), mask.entries)
     return begin, tl.maximum(begin, end)
@@ -139,8 +145,7 @@ def lower_bound(p_indices, begin, end, block):
 @triton.jit
 def planned_entries(mask, i_b, i_h, i_block):
     """Where a row of the plan begins, how many of its entries are clean, and how many there are."""
-    row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * mask.heads
-    row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_block
+    row = list_row(mask, i_b, i_h, i_block)
     begin = tl.minimum(tl.maximum(tl.load(mask.indptr + row), 0), mask.entries)
     live = tl.minimum(tl.load(mask.live + row), mask.entries - begin).to(tl.int32)
     return begin, tl.minimum(tl.load(mask.clean + row), live), live
@@ -148,8 +153,8 @@ def planned_entries(mask, i_b, i_h, i_block):
 
 @triton.jit
 def planned_range(mask, begin, clean, live, keys, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    """A walk over the keys of a row of the plan, in tiles of which a block has PARTS: how many are clean, how many
-    there are, and after which ones how many are skipped, being beyond the `keys` that live."""
+    """The key tiles of a row of the plan, PARTS to a block of SIZE keys: how many clean ones and how many in all lie
+    within the `keys` that live, and after which one how many are left out because they do not."""
     clean_end, end, gap_at, gap = clean, live, live, 0
     if mask.lengths is not None:
         clean_end = (lower_bound(mask.indices, begin, begin + clean, keys // SIZE) - begin).to(tl.int32)
@@ -185,14 +190,14 @@ def query_span(x, i_b, i_h, j_first, keys, C: tl.constexpr):
     if x.mask.indptr is not None:
         PARTS: tl.constexpr = C.LIST_Q // C.BLOCK_Q
         begin, clean, live = planned_entries(x.mask, i_b, i_h, j_first // C.LIST_K)
-        # Keys beyond a length are seen by nobody, and masked in a tile that a length cuts.
+        # No query sees keys beyond a length; in a tile that a length cuts they are masked.
         end = tl.where(j_first < keys, live, 0) * PARTS
         full_end = tl.where(j_first + C.BLOCK_K <= keys, clean, 0) * PARTS
         zero = tl.zeros([], tl.int32)
         return Span(zero, end, zero, full_end, begin, 0, 0)
     else:
         j_last = j_first + C.BLOCK_K - 1
-        any_first, any_end, all_first, all_end = visible_queries(x.mask, j_first, j_last, keys, x.Nq)
+        any_first, any_end, all_first, all_end = visible_queries(x.mask, j_first, j_last, keys, x.sizes.Nq)
         first, end, full_first, full_end = tile_range(any_first, any_end, all_first, all_end, C.BLOCK_Q)
         return Span(first, end, full_first, full_end, tl.zeros([], tl.int64), 0, 0)
 
@@ -296,7 +301,8 @@ def any_flag(p_flags, first, programs, step):
 @triton.jit
 def run_tiles(tile, arguments, flags, programs, C: tl.constexpr):
     """Compute the tile of this program by the function `tile` and, in a masked call, flag it if it is not finite.
-    SAFE: compute the flagged tiles among this program's share of all `programs` again."""
+    SAFE: compute the flagged tiles among this program's share of all `programs` again. The arguments are tuples, as in
+    tiles.Inputs."""
     i_program = tl.program_id(0)
     if C.SAFE:
         if any_flag(flags, i_program, programs, tl.num_programs(0)):

@@ -141,7 +141,8 @@ def attention_forward(
         section = _section(lines, Nk, key, value, group // pack)
         _launch(
             k.attention_forward_kernel,
-            (inputs._replace(mask=walked), *_described(k, config, key, value), _rows(part_out), part_lse),
+            inputs._replace(mask=walked),
+            (*_described(k, config, key, value), k.Output(*_rows(part_out), part_lse)),
             k.Grid(tiles * lines * splits, lines, Hq // pack, section, splits),
             config, mask, problem, {} if splits > 1 else {"walk_k": 32}, pack,
         )  # fmt: skip
@@ -187,14 +188,14 @@ def attention_backward(
     group = Hq // Hkv
     delta = torch.empty_like(lse)
     inputs = _inputs(query, key, value, bias, problem)
-    given = k.Upstream(_rows(grad_out), lse, delta, scale)
+    given = k.Upstream(*_rows(grad_out), lse, delta, scale)
 
     def run_keys(config: Any) -> None:
         programs = _tiles(Nk, config.block_k, mask, 1) * B * Hkv
         walked = _mask(mask, B, True, problem, Hkv, programs > processors(query.device))
         section = _section(B * Hkv, Nq * group, query, grad_out, 1)
         _launch(
-            k.key_gradient_kernel, (inputs._replace(mask=walked), given, _rows(dk), _rows(dv)),
+            k.key_gradient_kernel, inputs._replace(mask=walked), (given, _rows(dk), _rows(dv)),
             k.Grid(programs, B * Hkv, Hkv, section), config, mask, problem, {"walk_q": 32},
         )  # fmt: skip
 
@@ -203,7 +204,7 @@ def attention_backward(
         walked = _mask(mask, B, False, problem, Hq, programs > processors(query.device))
         section = _section(B * Hq, Nk, key, value, group)
         _launch(
-            k.query_gradient_kernel, (inputs._replace(mask=walked), given, _rows(dq)),
+            k.query_gradient_kernel, inputs._replace(mask=walked), (given, _rows(dq)),
             k.Grid(programs, B * Hq, Hq, section), config, mask, problem, {"walk_k": 32},
         )  # fmt: skip
 
@@ -224,6 +225,7 @@ def attention_backward(
 
 def _launch(
     kernel: Any,
+    inputs: Any,
     arguments: tuple[Any, ...],
     grid: Any,
     config: Any,
@@ -232,16 +234,15 @@ def _launch(
     steps: dict[str, int],
     pack: int = 1,
 ) -> None:
-    """Launch a kernel whose first argument is the inputs, and where the mask hides pairs once more for the tiles that
-    a NaN behind it has spoiled, in smaller `steps`."""
-    inputs, programs = arguments[0], grid.programs
-    hides, device = _hides(mask, inputs.bias.ptr), inputs.q.ptr.device
+    """Launch a kernel, and where the mask hides pairs once more for the tiles that a NaN behind it has spoiled, in
+    smaller `steps`."""
+    programs, hides, device = grid.programs, _hides(mask, inputs.bias.ptr), inputs.q.ptr.device
     flags = torch.empty(programs, dtype=torch.int32, device=device) if hides else None
     for safe in (False, True) if hides else (False,):
         if safe:
             config, programs = kernels().safe(config, **steps), min(programs, processors(device))
         kernel[(programs,)](
-            *arguments, flags, grid, _constants(config, mask, problem, pack, grid.splits > 1, safe),
+            *inputs, *arguments, flags, grid, _constants(config, mask, problem, pack, grid.splits > 1, safe),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -268,7 +269,7 @@ def _bias_gradient(
     out_tiles = (1 if sum_q else q_tiles, 1 if sum_k else k_tiles)
     loops = (B // target.shape[0], Hq // target.shape[1], q_tiles // out_tiles[0], k_tiles // out_tiles[1])
     k.bias_gradient_kernel[(target.shape[0] * target.shape[1] * math.prod(out_tiles),)](
-        inputs, given, k.Bias(target, *target.stride()), k.Broadcast(target.shape[1], *out_tiles, *loops),
+        *inputs, given, k.Bias(target, *target.stride()), k.Broadcast(target.shape[1], *out_tiles, *loops),
         _constants(config, mask, problem), sum_q, sum_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if target is not dbias:
@@ -314,8 +315,8 @@ def _constants(
 def _inputs(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, problem: _Problem) -> Any:
     """What every attention kernel reads, but for the mask: each kernel has its own view of it."""
     _B, Hq, _Hkv, Nq, Nk = problem.sizes[:5]
-    rows = map(_rows, (query, key, value))
-    return kernels().Inputs(*rows, _bias(bias), None, problem.dropout, Hq, Nq, Nk, problem.scale)
+    k, sizes = kernels(), (Hq, Nq, Nk, problem.scale)
+    return k.Inputs(*map(_rows, (query, key, value)), _bias(bias), None, problem.dropout, k.Sizes(*sizes))
 
 
 def _rows(tensor: Tensor) -> Any:
@@ -366,7 +367,7 @@ def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, hea
 
 
 def _contiguous(mask: MaskArrays) -> MaskArrays:
-    """The mask with contiguous arrays: itself, unless somebody made it of slices."""
+    """The mask with contiguous arrays: itself, unless it was made of slices."""
     return MaskArrays._make(x.contiguous() if isinstance(x, Tensor) else x for x in mask)
 
 

@@ -221,7 +221,8 @@ def _sums(
 def _side(side: _Side) -> Any:
     """An operand as the kernels read it."""
     heads, length = side.rows.shape[1:3]
-    return shared.kernels().Side(shared._rows(side.rows), side.norm, side.extra, side.alive, heads, length, side.shift)
+    rows = shared._rows(side.rows)
+    return shared.kernels().Side(*rows, side.norm, side.extra, side.alive, heads, length, side.shift)
 
 
 def _alive(key_mask: Tensor | None) -> Any:

@@ -16,32 +16,16 @@ from .functional import attention, attention_weights, merge_attention
 from .integrations import Conversion, convert
 from .masks import BlockMask
 from .methods import (
-    LSH,
     METHODS,
-    Axial,
-    BigBird,
-    Causal,
     CentroidTail,
-    Dense,
-    Dilated,
-    Documents,
-    Fixed,
     Hybrid,
     Linear,
     Linformer,
-    Longformer,
     Method,
-    Neighborhood,
     Nystrom,
     NystromTail,
     Performer,
     PerformerTail,
-    PrefixLM,
-    SlidingWindow,
-    SortedBuckets,
-    Strided,
-    TopKBlocks,
-    TopPBlocks,
     branch_share,
     linear_attention,
     linformer_attention,
@@ -51,7 +35,26 @@ from .methods import (
     truncated_svd_attention,
 )
 from .multihead import MultiheadAttention, replace_attention
-from .patterns import Pattern, per_head
+from .patterns import (
+    LSH,
+    Axial,
+    BigBird,
+    Causal,
+    Dense,
+    Dilated,
+    Documents,
+    Fixed,
+    Longformer,
+    Neighborhood,
+    Pattern,
+    PrefixLM,
+    SlidingWindow,
+    SortedBuckets,
+    Strided,
+    TopKBlocks,
+    TopPBlocks,
+    per_head,
+)
 
 __version__ = "0.1.0"
 

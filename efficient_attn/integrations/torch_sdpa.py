@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .. import backends, functional
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
-from ..methods import Dense, Method, parse
+from ..methods import Method, parse
 from ..patterns import Pattern
 from .torch_dispatcher import activate, restore
 
@@ -68,7 +68,7 @@ class SDPAMode(TorchFunctionMode):
         self.seen(reason)
         if reason is None:
             return attend(method, **call, state=self.state_for(method, call["query"], call["key"]))
-        if method != Dense():
+        if not method.is_dense:
             raise UnsupportedError(f"{method} cannot serve a call of scaled_dot_product_attention: {reason}")
         return _SDPA(*args, **kwargs)
 
@@ -107,7 +107,7 @@ class use_for_sdpa(SDPAMode):
         self.left: collections.Counter[str] = collections.Counter()
 
     def method_for(self, call: dict[str, Any]) -> Method:
-        if self.method == Dense() or call["query"].is_nested:
+        if self.method.is_dense or call["query"].is_nested:
             return self.method
         Nq, Nk = call["query"].shape[-2], call["key"].shape[-2]
         if Nq != Nk:
@@ -197,7 +197,7 @@ def why_left(
     if Hq != Hkv and (not enable_gqa or Hq % Hkv):
         return f"{Hq} query heads and {Hkv} key heads, enable_gqa={enable_gqa}"
     reason = None if attn_mask is None else _why_other_mask(attn_mask, query, key)
-    return reason if reason is not None or method != Dense() else _why_not_faster(query, key, value, dropout_p)
+    return reason if reason is not None or not method.is_dense else _why_not_faster(query, key, value, dropout_p)
 
 
 def _why_other_tensors(tensors: list[Tensor]) -> str | None:

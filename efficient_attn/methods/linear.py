@@ -15,8 +15,8 @@ from ..backends.features import POINTWISE, map_features
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, prepare_inputs
+from ..options import register
 from ..padding import check_key_mask, select_keys
-from .base import register
 from .lowrank import LowRankMethod, by_group, drop_columns, drop_keys
 
 
@@ -238,7 +238,6 @@ class Linear(LowRankMethod):
     paper = "Katharopoulos et al. 2020"
     complexity = "n d^2"
     accepts_causal = True
-    primitive = "linear_attention"
     _attention = staticmethod(elu_attention)
     _weights = staticmethod(elu_weights)
 

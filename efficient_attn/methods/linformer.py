@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, InputTypeError
 from ..functional import attention, attention_weights, prepare_inputs
+from ..options import check_choice, check_range, register
 from ..padding import check_key_mask, select_keys
-from .base import check_choice, check_range, register
 from .lowrank import LowRankMethod, refuse_causal
 
 
@@ -187,7 +187,7 @@ class Linformer(LowRankMethod):
     init: str = "pool"
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "rank", 1)
         check_range(self, "max_len", 1)
         check_range(self, "seed", 0, 2**62)

@@ -14,8 +14,8 @@ from ..backends.call import accumulation_dtype
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
 from ..functional import attention, attention_weights, prepare_inputs
+from ..options import check_range, register
 from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
-from .base import check_range, register
 from .lowrank import LowRankMethod, drop_columns, drop_keys, refuse_causal
 
 
@@ -268,7 +268,7 @@ class Nystrom(LowRankMethod):
     pinv_iterations: int = 6
     conv: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "landmarks", 1)
         check_range(self, "pinv_iterations", 1, 100)
         check_range(self, "conv", 0)

@@ -14,8 +14,8 @@ from ..backends.features import map_features
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, prepare_inputs
+from ..options import check_choice, check_range, register
 from ..padding import check_key_mask
-from .base import check_choice, check_range, register
 from .linear import linear_attention, linear_attention_weights, run_operator
 from .lowrank import LowRankMethod, drop_columns, drop_keys
 
@@ -257,7 +257,6 @@ class Performer(LowRankMethod):
     paper = "Choromanski et al. 2021"
     complexity = "n m d"
     accepts_causal = True
-    primitive = "linear_attention"
     _attention = staticmethod(performer_attention)
     _weights = staticmethod(performer_weights)
 
@@ -267,13 +266,11 @@ class Performer(LowRankMethod):
     seed: int = 0
     redraw_interval: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "features", 1)
         check_range(self, "redraw_interval", 0)
         check_range(self, "seed", 0, 2**62)
         check_choice(self, "feature", FEATURES)
-        if not isinstance(self.orthogonal, bool):
-            raise InputTypeError(f"performer: orthogonal must be true or false, got {self.orthogonal!r}")
 
     def build(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import patterns
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..methods import Hybrid
+from ..methods import Hybrid, Sparse
 from .base import Model
 from .patches import PatchEmbedding, Size, as_size, grid_of, resize_positions, sinusoidal_2d
 from .transformer import Outputs, Transformer, TransformerConfig
@@ -168,6 +168,8 @@ class ImageBackbone(nn.Module):
 def _on_grid(method: object) -> bool:
     if isinstance(method, Hybrid):
         return _on_grid(method.sparse)
+    if isinstance(method, Sparse):
+        return _on_grid(method.pattern)
     parts = getattr(method, "parts", ())
     return isinstance(method, (patterns.Neighborhood, patterns.Axial)) or any(map(_on_grid, parts))
 

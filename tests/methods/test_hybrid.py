@@ -12,21 +12,20 @@ from efficient_attn import MultiheadAttention, attention, attention_weights, bra
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.masks import BlockMask
 from efficient_attn.methods import (
+    TAILS as REGISTERED,
+)
+from efficient_attn.methods import (
     CentroidTail,
-    Dense,
     Hybrid,
     PerformerTail,
-    SlidingWindow,
     Tail,
-    base,
     from_json,
     methods_table,
     parse,
-    register_tail,
+    register,
 )
 from efficient_attn.methods.hybrid import Branch, TailCall, plan, split
-from efficient_attn.patterns import BigBird, Longformer
-from efficient_attn.patterns import SlidingWindow as Window
+from efficient_attn.patterns import BigBird, Dense, Longformer, SlidingWindow
 
 B, N, D, DV, BLOCK = 2, 75, 6, 5, 16
 SCALE = D**-0.5
@@ -120,11 +119,11 @@ def by_head(method, q, k, v, key_mask, allowed, state):
     Hq, Hkv = q.shape[1], k.shape[1]
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     allowed = allowed.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
-    if method.sparse.by_content:
+    if method.sparse.pattern.by_content:
         within = BlockMask.from_dense(allowed)
-        pattern = method.sparse.for_inputs(q, k, scale=SCALE, key_mask=key_mask, within=within).to_dense()
+        pattern = method.sparse.pattern.for_inputs(q, k, scale=SCALE, key_mask=key_mask, within=within).to_dense()
     else:
-        pattern = method.sparse.visible(i, j, q.shape[2], k.shape[2])
+        pattern = method.sparse.pattern.visible(i, j, q.shape[2], k.shape[2])
     pattern = pattern.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
     kept = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
     projection = None if state is None else state.projection
@@ -245,7 +244,7 @@ def test_scatterbrain_as_its_paper_writes_it():
     method = parse("sliding_window:left=5,right=3+performer:features=9,block=16")
     q, k, v = make(1, 1)
     state = state_of(method)
-    support, _ = parts(Window(5, 3).block_mask(N, N).to_dense()[0, 0], torch.ones(N, N, dtype=torch.bool))
+    support, _ = parts(SlidingWindow(5, 3).block_mask(N, N).to_dense()[0, 0], torch.ones(N, N, dtype=torch.bool))
     x, y = q[:, 0] * SCALE**0.5, k[:, 0] * SCALE**0.5
     W = state.projection
     phi = [torch.exp(t @ W.T - t.square().sum(-1, keepdim=True) / 2) / math.sqrt(len(W)) for t in (x, y)]
@@ -257,7 +256,12 @@ def test_scatterbrain_as_its_paper_writes_it():
 
 def test_the_parts_are_a_partition():
     g = generator(3)
-    for pattern in (Window(9, 0), BigBird(block=16, random_blocks=1), Longformer(window=10), Window(0, 0)):
+    for pattern in (
+        SlidingWindow(9, 0),
+        BigBird(block=16, random_blocks=1),
+        Longformer(window=10),
+        SlidingWindow(0, 0),
+    ):
         found = pattern.block_mask(130, 100)
         random = torch.rand(2, 1, 130, 100, generator=g) < 0.8
         random[:, :, :64] = True
@@ -298,7 +302,7 @@ def test_centroids_are_exact_for_equal_keys_and_second_order_for_normal_ones():
     errors = []
     for order in ("none", "diagonal", "full"):
         tail = CentroidTail(64, order)
-        everything = plan(Window(0, 0), q, k, 64)
+        everything = plan(SlidingWindow(0, 0), q, k, 64)
         nothing_exact = type(everything)(everything.exact, torch.ones_like(everything.tail), 64)
         found = tail.branch(2 * q, k, v, TailCall(nothing_exact, scale=SCALE))
         errors.append((found.lse - lse).abs().mean().item())
@@ -438,7 +442,7 @@ def test_in_the_module():
 def test_a_tail_from_outside_is_one_class():
     """One that knows the answer: a dense tail under the same denominator gives exact attention."""
 
-    @register_tail
+    @register
     @dataclasses.dataclass(frozen=True)
     class Everything(Tail):
         name = "toy_everything"
@@ -472,7 +476,7 @@ def test_a_tail_from_outside_is_one_class():
         (row,) = (row for row in methods_table() if row["name"] == "...+toy_everything")
         assert row["parameters"] == "block=16"
     finally:
-        del base.TAILS["toy_everything"]
+        del REGISTERED["toy_everything"]
 
 
 def test_errors():
@@ -493,10 +497,13 @@ def test_errors():
         branch_share(q, k, "sliding_window")
     with pytest.raises(InputTypeError, match="ends with a tail"):
         Hybrid(Dense(), Dense())
-    with pytest.raises(InputTypeError, match="block must be an integer"):
+    with pytest.raises(InputTypeError, match="block='64' is not an integer"):
         CentroidTail(block="64")
-    with pytest.raises(InputError, match="hybrid in JSON"):
-        from_json({"method": "hybrid", "sparse": "dense"})
+    with pytest.raises(InputError, match="hybrid needs tail, a tail"):
+        from_json({"method": "hybrid", "sparse": {"method": "dense"}})
+    with pytest.raises(InputError, match="starts with a sparse method"):
+        from_json({"method": "hybrid", "sparse": "dense", "tail": {"method": "centroid"}})
+    assert Hybrid(Dense(), CentroidTail()) == parse("dense+centroid") == Hybrid(parse("dense"), CentroidTail())
     method = parse("dense+centroid")
     call = torch.compile(
         lambda q: method.attend(q, k, v, mask=torch.ones(N, N) > 0)[0], backend="eager", fullgraph=True

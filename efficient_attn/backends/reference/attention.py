@@ -208,7 +208,7 @@ def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor
     return drawn[:, :, first - a * block_q : last - a * block_q, :kv_len]
 
 
-# --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) -------------------
+# --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---
 
 
 def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, first_row: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ tail.py: what a tail is. Each tail is one file: centroid.py, nystrom.py, and per
 
 from .hybrid import Hybrid, branch_share
 from .split import Split, plan, split
-from .tail import Branch, Tail, TailCall, register_tail
+from .tail import Branch, Tail, TailCall
 
 # The table of methods has the order in which tails register.
 # isort: split
@@ -30,6 +30,5 @@ __all__ = [
     "TailCall",
     "branch_share",
     "plan",
-    "register_tail",
     "split",
 ]

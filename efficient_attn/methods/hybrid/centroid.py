@@ -19,16 +19,16 @@ from torch import Tensor
 from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
 from ...functional import MAX_HEAD_DIM, attention, attention_weights
+from ...options import check_choice, register
 from ...padding import select_keys
-from ..base import check_choice
 from ..lowrank import by_group
-from .tail import Branch, Tail, TailCall, in_blocks, register_tail
+from .tail import Branch, Tail, TailCall, in_blocks
 
 SECOND_ORDER = ("none", "diagonal", "full")
 QUADRATIC_ROWS = 256  # query rows whose outer products exist at a time
 
 
-@register_tail
+@register
 @dataclass(frozen=True)
 class CentroidTail(Tail):
     """Each block of keys by its mean key, mean value and count.
@@ -48,7 +48,7 @@ class CentroidTail(Tail):
     block: int = 64
     second_order: str = "none"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_block()
         check_choice(self, "second_order", SECOND_ORDER)
 

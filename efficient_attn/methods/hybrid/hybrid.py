@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import specs
 from ...defaults import default_scale
 from ...errors import InputError, InputTypeError, UnsupportedError
 from ...functional import (
@@ -23,13 +20,17 @@ from ...functional import (
     resolve_seed,
 )
 from ...masks import BlockMask
+from ...options import register
 from ...padding import add_to_bias, check_key_mask, padded_attention, select_keys
-from ..base import JOIN, TAILS, Method, from_json, parse, read_json, read_spec
-from ..sparse import SparseMethod
+from ...patterns import Pattern
+from ..base import TAILS, Method
+from ..sparse import Sparse
+from ..spec import parse
 from .split import plan
 from .tail import Branch, Tail, TailCall
 
 
+@register
 @dataclass(frozen=True)
 class Hybrid(Method):
     """A sparse method and a tail in one softmax: `Hybrid(SlidingWindow(left=64, right=64), CentroidTail())`.
@@ -39,21 +40,23 @@ class Hybrid(Method):
     right=0 alone the future is in the tail.
 
     Fields:
-        sparse: a sparse method that is a pattern of pairs, of positions or chosen by content.
-        tail: one of `CentroidTail`, `NystromTail`, `PerformerTail`, or a class that `register_tail` has made known.
+        sparse: a sparse method, or the pattern of one, of positions or chosen by content.
+        tail: one of `CentroidTail`, `NystromTail`, `PerformerTail`, or another class that `register` has made known.
     """
 
     name = "hybrid"
     accepts_causal = True
     accepts_mask = True
 
-    sparse: SparseMethod
+    sparse: Sparse
     tail: Tail
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not isinstance(self.tail, Tail):
             raise InputTypeError(f"a hybrid ends with a tail, one of {', '.join(TAILS)}; got {self.tail!r}")
-        if not isinstance(self.sparse, SparseMethod):
+        if isinstance(self.sparse, Pattern):
+            object.__setattr__(self, "sparse", Sparse(self.sparse))
+        if not isinstance(self.sparse, Sparse):
             raise InputError(
                 f"a hybrid starts with a sparse method that is a pattern of pairs, got {self.sparse}; write for "
                 f"instance sliding_window:left=64,right=64+{self.tail}"
@@ -62,11 +65,6 @@ class Hybrid(Method):
     def __str__(self) -> str:
         sparse = str(self.sparse)
         return f"({sparse})+{self.tail}" if " " in sparse else f"{sparse}+{self.tail}"
-
-    def to_json(self) -> str:
-        """The method with all its options as a JSON object, which `from_json` reads."""
-        tail = {"method": self.tail.name, **specs.options(self.tail)}
-        return json.dumps({"method": self.name, "sparse": json.loads(self.sparse.to_json()), "tail": tail})
 
     def build(
         self,
@@ -104,7 +102,7 @@ class Hybrid(Method):
         check_dropout(dropout_p)
         scale = default_scale(scale, query.shape[-1])
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
-        split = plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
+        split = plan(self.sparse.pattern, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
         call = TailCall(split, scale, state, key_mask, is_causal, dropout_p, seed, backend, need_weights)
         near, far = self._branches(query, key, value, call)
@@ -136,7 +134,7 @@ class Hybrid(Method):
         check_key_mask(key_mask, key)
         scale = default_scale(scale, query.shape[-1])
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
-        split = plan(self.sparse, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
+        split = plan(self.sparse.pattern, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
         call = TailCall(split, scale, state, key_mask, is_causal, backend=backend, counted=False)
         near, far = self._branches(query, key, torch.zeros_like(key[..., :1]), call)
         lses = torch.stack([near.lse, far.lse], -1)
@@ -169,29 +167,3 @@ def branch_share(query: Tensor, key: Tensor, method: str | Hybrid, **arguments: 
     if not isinstance(found, Hybrid):
         raise InputError(f"{found} has one branch; branch_share is for hybrids such as {found}+centroid")
     return found.branch_share(query, key, **arguments)
-
-
-def _from_spec(parts: list[str]) -> Hybrid:
-    """Read the parts of `a+b`."""
-    if len(parts) != 2:
-        raise InputError(f"{'+'.join(parts)!r} joins {len(parts)} parts; a hybrid is one sparse method + one tail")
-    sparse: Any = parse(parts[0])
-    return Hybrid(sparse, read_spec(parts[1], TAILS))
-
-
-def _from_json(given: Mapping[str, Any]) -> Hybrid:
-    parts = given.get("sparse"), given.get("tail")
-    if set(given) != {"method", "sparse", "tail"} or not all(
-        isinstance(part, Mapping) and isinstance(part.get("method"), str) for part in parts
-    ):
-        raise InputError(
-            'a hybrid in JSON is {"method": "hybrid", "sparse": {"method": ...}, "tail": {"method": ...}}; got '
-            f"{dict(given)!r}"
-        )
-    sparse, tail = parts
-    assert sparse is not None and tail is not None
-    exact: Any = from_json(sparse)
-    return Hybrid(exact, read_json(tail, TAILS))
-
-
-JOIN["spec"], JOIN["json"] = _from_spec, _from_json

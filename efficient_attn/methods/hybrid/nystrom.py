@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
+from ...options import check_range, register
 from ...padding import select_keys
-from ..base import check_range
 from ..lowrank import by_group
 from ..nystrom import iterative_pinv, segment_means
-from .tail import FeatureTail, TailCall, largest, register_tail
+from .tail import FeatureTail, TailCall, largest
 
 
-@register_tail
+@register
 @dataclass(frozen=True)
 class NystromTail(FeatureTail):
     """The kernel interpolated from landmarks. Not causal: landmarks mix positions.
@@ -45,7 +45,7 @@ class NystromTail(FeatureTail):
     pinv_iterations: int = 6
     block: int = 64
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range(self, "landmarks", 1)
         check_range(self, "pinv_iterations", 1, 100)
         self._check_block()

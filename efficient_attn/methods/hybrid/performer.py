@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ...backends.call import accumulation_dtype
 from ...backends.features import CAUSAL_EXPONENT_LIMIT
 from ...errors import InputError
+from ...options import register
 from ...padding import select_keys
 from ..lowrank import by_group
 from ..performer import Performer, PerformerState
-from .tail import FeatureTail, TailCall, largest, register_tail
+from .tail import FeatureTail, TailCall, largest
 
 
-@register_tail
+@register
 @dataclass(frozen=True)
 class PerformerTail(FeatureTail):
     """Positive random features: with a sparse part, this is Scatterbrain.
@@ -46,7 +47,7 @@ class PerformerTail(FeatureTail):
     redraw_interval: int = 0
     block: int = 64
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._performer()
         self._check_block()
 

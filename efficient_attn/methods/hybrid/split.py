@@ -125,7 +125,7 @@ def plan(
 
 def _blocks(mask: BlockMask, block: int) -> tuple[Tensor, Tensor]:
     """Which blocks hold a visible pair, and which hold nothing else: bool (batch, heads, query blocks, key blocks)."""
-    lists = mask.reblock(block).explicit()._listed
+    lists = mask.reblock(block).explicit_lists()
     n_q, n_k = -(-mask.q_len // block), -(-mask.kv_len // block)
     some = torch.zeros(lists.batch * lists.heads * n_q, n_k, dtype=torch.bool, device=lists.indptr.device)
     every = torch.zeros_like(some)
@@ -154,7 +154,7 @@ def _make(
     made = split(pattern.block_mask(q_len, kv_len, num_heads=heads), allowed, block)
     made = Split(made.exact.to(device), made.tail.to(device), block)
     for mask in (made.exact, made.over_blocks):
-        mask._transposed["lists"] = mask.transposed()  # by itself it keeps nothing while anything is being traced
+        mask.keep_transposed()
     return made
 
 
@@ -165,14 +165,13 @@ def _traced(
     pattern: Pattern, q_len: int, kv_len: int, heads: int, block: int, alignment: str | None, device: str
 ) -> Split:
     """`_cached` as a graph sees it: tensors from one operator, and numbers."""
-    text = Pattern.to_json(pattern)
-    tail, *lists = split_lists(text, q_len, kv_len, heads, block, alignment or "", device)
+    tail, *lists = split_lists(pattern.to_json(), q_len, kv_len, heads, block, alignment or "", device)
     batch, split_heads, _, n_k = tail.shape
     offset = alignment_offset(alignment, q_len, kv_len)
 
     def mask(lists: list[Tensor], kv_len: int, width: int, window: tuple[int, int] | None) -> BlockMask:
-        return BlockMask._trusted(
-            {"lists": tuple(lists[4:])},
+        return BlockMask.unchecked(
+            (lists[4], lists[5], lists[6]),
             q_len=q_len, kv_len=kv_len, block_size=(block, width), batch=batch, heads=split_heads,
             indptr=lists[0], indices=lists[1], tile_ids=lists[2], tiles=lists[3],
             window=window, window_offset=offset if window else 0,

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...options import Named, check_range
 from ...padding import select_keys
-from ..base import TAILS, Method, check_range
+from ..base import TAILS
 from ..lowrank import drop_columns, drop_keys
 from .split import Split
 
@@ -56,20 +57,16 @@ class TailCall:
     counted: bool = True
 
 
-class Tail:
+class Tail(Named):
     """The approximate part of a hybrid. Subclasses are frozen dataclasses, described like a `Method`."""
 
-    name: ClassVar[str]
-    formula: ClassVar[str]
-    paper: ClassVar[str]
-    complexity: ClassVar[str]
+    family = "tail"
+    registry = TAILS
+    compounds: ClassVar[dict[str, Any]] = {}
     exact: ClassVar[bool] = False
     accepts_causal: ClassVar[bool] = False
     accepts_mask: ClassVar[bool] = True
-    primitive: ClassVar[str] = "attention"
     block: int
-
-    __str__ = Method.__str__
 
     def build(self, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module | None:
         """The state that `branch` needs, or None."""
@@ -83,12 +80,6 @@ class Tail:
         check_range(self, "block", 16, 256)
         if self.block % 16:
             raise InputError(f"{self.name}: block must be a multiple of 16 from 16 to 256, got {self.block}")
-
-
-def register_tail(cls: type[Tail]) -> type[Tail]:
-    """Class decorator: make a tail known to `parse`, `from_json` and the table."""
-    TAILS[cls.name] = cls
-    return cls
 
 
 class FeatureTail(Tail):

@@ -17,10 +17,9 @@ from torch import Tensor
 from ..backends.call import accumulation_dtype
 from ..backends.features import CAUSAL_EXPONENT_LIMIT
 from ..errors import InputError, UnsupportedError
-from ..functional import MAX_HEAD_DIM, attention, attention_weights
+from ..functional import MAX_HEAD_DIM, attention, attention_weights, select_keys
 from ..lowrank.common import by_group
 from ..lowrank.nystrom import iterative_pinv, segment_means
-from ..padding import select_keys
 from .split import Split
 
 SECOND_ORDER = ("none", "diagonal", "full")

@@ -12,8 +12,7 @@ from ..backends.call import LinearCall, accumulation_dtype
 from ..backends.features import POINTWISE, map_features
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import check_alignment, prepare_inputs
-from ..padding import check_key_mask, select_keys
+from ..functional import check_alignment, check_key_mask, prepare_inputs, select_keys
 from .common import by_group, drop_columns, drop_keys
 
 

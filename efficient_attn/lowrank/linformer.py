@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from ..functional import attention, attention_weights, prepare_inputs
-from ..padding import check_key_mask, select_keys
+from ..functional import attention, attention_weights, check_key_mask, prepare_inputs, select_keys
 from .common import refuse_causal
 
 

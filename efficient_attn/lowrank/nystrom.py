@@ -9,8 +9,15 @@ from torch import Tensor
 from ..backends.call import accumulation_dtype
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import attention, attention_weights, prepare_inputs
-from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
+from ..functional import (
+    add_to_bias,
+    attention,
+    attention_weights,
+    check_key_mask,
+    padded_attention,
+    prepare_inputs,
+    select_keys,
+)
 from .common import drop_columns, drop_keys, refuse_causal
 
 

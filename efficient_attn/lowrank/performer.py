@@ -11,8 +11,7 @@ from torch import Tensor
 from ..backends.features import map_features
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import check_alignment, prepare_inputs
-from ..padding import check_key_mask
+from ..functional import check_alignment, check_key_mask, prepare_inputs
 from .common import drop_columns, drop_keys
 from .linear import linear_attention, linear_attention_weights, run_operator
 

@@ -23,12 +23,13 @@ from ..functional import (
     attention,
     attention_weights,
     check_alignment,
+    check_key_mask,
     merge_attention,
     prepare_inputs,
     resolve_seed,
+    select_keys,
 )
 from ..masks import BlockMask
-from ..padding import check_key_mask, select_keys
 from ..patterns.buckets import sorted_lists
 from ..tracing import PLAN, span
 from .base import register

@@ -19,15 +19,18 @@ from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import (
     MaskLike,
+    add_to_bias,
     attention_weights,
     check_dropout,
+    check_key_mask,
     merge_attention,
+    padded_attention,
     prepare_inputs,
     resolve_seed,
+    select_keys,
 )
 from ..lowrank.common import drop_columns, drop_keys
 from ..masks import BlockMask
-from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
 from .base import JOIN, TAILS, Method, check_choice, check_range, from_json, parse, read_json, read_spec
 from .lowrank import Performer, PerformerState
 from .sparse import SparseMethod

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from efficient_attn import BlockMask, MultiheadAttention, attention, parse, truncated_svd_attention
 from efficient_attn.measuring import inputs
-from efficient_attn.methods import Hybrid, SparseMethod
+from efficient_attn.methods import Hybrid, Sparse
 
 from .suites import vit
 
@@ -137,12 +137,12 @@ def prepared(spec: str, query: Tensor, key: Tensor) -> Callable[[Tensor, Tensor,
 def _scores(spec: str, size: float, query: Tensor, key: Tensor) -> float:
     method: Any = parse(spec)
     length = query.shape[2]
-    if isinstance(method, SparseMethod):
-        mask: BlockMask = method.for_inputs(query, key)  # type: ignore[attr-defined, unused-ignore]
+    if isinstance(method, Sparse):
+        mask: BlockMask = method.pattern.for_inputs(query, key)
         return mask.density * length
     if isinstance(method, Hybrid):
         tail: Any = method.tail
-        near = method.sparse.block_mask(length, length).reblock(tail.block)  # type: ignore[attr-defined]
+        near = method.sparse.pattern.block_mask(length, length).reblock(tail.block)
         columns = {"nystrom": "landmarks", "performer": "features"}.get(tail.name)
         far = getattr(tail, columns) if columns else length / tail.block
         return near.block_density * length + far

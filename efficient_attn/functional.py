@@ -364,8 +364,6 @@ def as_block_mask(
     """
     B, Hq, Nq, _ = query.shape
     Nk = key.shape[2]
-    if isinstance(mask, Pattern):
-        return mask.for_inputs(query, key, scale=scale, within=within)
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise InputTypeError(
@@ -378,6 +376,8 @@ def as_block_mask(
         mask = mask.expand(*mask.shape[:-2], Nq, Nk) if mask.dim() > 1 else mask.expand(Nq, Nk)
         return BlockMask.from_dense(mask, static=torch.compiler.is_compiling())
     if not isinstance(mask, BlockMask):
+        if hasattr(mask, "for_inputs"):  # a pattern, or the method of one
+            return mask.for_inputs(query, key, scale=scale, within=within)
         raise InputTypeError(f"mask must be a BlockMask, a pattern, a bool tensor or None, got {type(mask).__name__}")
     if (mask.q_len, mask.kv_len) != (Nq, Nk):
         raise InputError(f"the mask is for {mask.q_len} queries and {mask.kv_len} keys; this call has {Nq} and {Nk}")

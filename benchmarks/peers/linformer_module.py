@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from efficient_attn.lowrank import linformer_attention
+from efficient_attn.methods import linformer_attention
 
 from . import Pair, Peer, Shape, missing, no_grad_of
 

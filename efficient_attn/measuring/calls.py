@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import time
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, hybrid, methods
+from .. import functional, methods
 from ..defaults import alignment_offset, default_scale
 from ..masks import BlockMask
 from ..methods.continuation import continuation
-from ..patterns import Pattern
+from ..methods.hybrid import plan
 
 ERROR_ROWS = 256  # queries, spread evenly, over which an error is taken
 WARM_UP_LENGTH = 256
@@ -38,11 +37,11 @@ def sized(spec: str, length: int) -> methods.Method:
 
 def shaped(method: methods.Method, length: int) -> methods.Method:
     """The method for so many tokens; an image that is no square becomes the rectangle nearest to one."""
-    if getattr(method, "size", 0) is not None or getattr(method, "axes", 2) != 2 or math.isqrt(length) ** 2 == length:
+    pattern: Any = getattr(method, "pattern", None)
+    if getattr(pattern, "size", 0) is not None or getattr(pattern, "axes", 2) != 2 or math.isqrt(length) ** 2 == length:
         return method
     height = next(h for h in range(math.isqrt(length), 0, -1) if length % h == 0)
-    resized: methods.Method = dataclasses.replace(typing.cast(Any, method), size=(height, length // height))
-    return resized
+    return methods.Sparse(dataclasses.replace(pattern, size=(height, length // height)))
 
 
 def binder(
@@ -129,7 +128,9 @@ class Bound:
         self.layer, self.mode, self.more = layer, mode, more
         heads, _, head_dim = layer.query.shape[1:]
         self.method = shaped(sized(spec, layer.key.shape[2]), layer.key.shape[2])
-        self.state: nn.Module | None = self.method.build(heads * head_dim, heads, head_dim, dtype=layer.query.dtype)
+        self.state: nn.Module | None = self.method.build(
+            heads * head_dim, layer.key.shape[1], head_dim, dtype=layer.query.dtype
+        )
         self._inputs = self._bound_inputs(layer)
 
     def _bound_inputs(self, layer: Layer) -> Callable[[Operator], Call]:
@@ -194,15 +195,16 @@ def planned(method: methods.Method, layer: Layer) -> list[BlockMask]:
     """The masks that a method makes before it attends, that of the exact pairs first."""
     options = layer.options
     if isinstance(method, methods.Hybrid):
-        split = hybrid.plan(method.sparse, layer.query, layer.key, method.tail.block, **options)
+        split = plan(method.sparse.pattern, layer.query, layer.key, method.tail.block, **options)
         return [split.exact, split.over_blocks]
-    if not isinstance(method, Pattern) or method.name in UNPLANNED:
+    if not isinstance(method, methods.Sparse) or method.name in UNPLANNED:
         return []
+    pattern = method.pattern
     causal = functional.causal_mask(
         layer.query.shape[2], layer.key.shape[2], options["is_causal"], options["causal_alignment"]
     )
-    within = causal if method.by_content else None
-    found = method.for_inputs(
+    within = causal if pattern.by_content else None
+    found = pattern.for_inputs(
         layer.query, layer.key, scale=options["scale"], key_mask=options["key_mask"], within=within
     )
     return [found if causal is None else found & causal]

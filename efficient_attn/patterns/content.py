@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.algebra import how_cut
 from ..masks.lists import FULL, all_blocks, entry_rows, expand, pointers
-from .base import Pattern, register
+from ..options import check_choice, register
+from .base import Pattern
 
 SUMMARIES = ("mean", "minmax")
 QUERIES = ("mean", "first")
@@ -59,9 +60,9 @@ class _Blocks(ContentPattern):
 
     def _check_blocks(self) -> None:
         self._check_block()
-        self._check(sink=0, local=1)
-        self._check_choice("summary", SUMMARIES)
-        self._check_choice("queries", QUERIES)
+        self._at_least(sink=0, local=1)
+        check_choice(self, "summary", SUMMARIES)
+        check_choice(self, "queries", QUERIES)
 
     @property
     def _own_block(self) -> tuple[int, int]:
@@ -201,7 +202,11 @@ class TopKBlocks(_Blocks):
     self-attention (Nq = Nk) a key mask also says which queries count.
     """
 
-    name: ClassVar[str] = "topk_blocks"
+    name = "topk_blocks"
+    formula = "softmax(QK^T)V over the k blocks of largest mean(Q_I) mean(K_J)^T"
+    paper = "Lu et al. 2025; Tang et al. 2024"
+    complexity = "n k b d + (n / b)^2 d"
+
     block: int = 64
     blocks: int = 16
     fraction: float | None = None
@@ -210,9 +215,9 @@ class TopKBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_blocks()
-        self._check(blocks=1)
+        self._at_least(blocks=1)
         _check_share(self, "fraction")
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +244,11 @@ class TopPBlocks(_Blocks):
     Other fields: as in `TopKBlocks`.
     """
 
-    name: ClassVar[str] = "topp_blocks"
+    name = "topp_blocks"
+    formula = "softmax(QK^T)V over the fewest blocks of estimated mass p"
+    paper = "Lin et al. 2025"
+    complexity = "n k b d + (n / b)^2 d"
+
     block: int = 64
     mass: float = 0.9
     sink: int = 1
@@ -247,7 +256,7 @@ class TopPBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_blocks()
         _check_share(self, "mass")
 
@@ -261,9 +270,7 @@ class TopPBlocks(_Blocks):
 
 def _check_share(pattern: Pattern, name: str) -> None:
     value = getattr(pattern, name)
-    if value is None and name == "fraction":
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+    if value is not None and not 0.0 < value <= 1.0:
         raise InputError(f"{pattern.name}: {name} must be a number in (0, 1], got {value!r}")
 
 

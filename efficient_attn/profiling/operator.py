@@ -43,7 +43,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         result |= {"error": max(errors), "errors": errors}
 
     timed: dict[str, Callable[[], object]] = {"method": lambda: [call() for call in calls]}
-    if config["dense"] and methods.parse(config["method"]) != methods.Dense():
+    if config["dense"] and not methods.parse(config["method"]).is_dense:
         dense = [Bound("dense", layer, config["mode"]) for layer in layers]
         timed["dense"] = lambda: [call() for call in dense]
     times = clock.interleaved(timed, config["budget_s"])

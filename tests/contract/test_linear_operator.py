@@ -12,7 +12,7 @@ from efficient_attn.backends.call import LinearCall
 from efficient_attn.backends.features import FEATURE_MAPS
 from efficient_attn.backends.reference import linear_attention as reference_linear
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.lowrank import linear_attention, linear_attention_weights
+from efficient_attn.methods import linear_attention, linear_attention_weights
 
 B = 2
 FORWARD = torch.ops.efficient_attn.linear_attention_forward

@@ -7,8 +7,8 @@ import torch
 
 from efficient_attn import SlidingWindow, attention, attention_weights, truncated_svd_attention
 from efficient_attn.errors import InputError, InputTypeError
-from efficient_attn.hybrid import plan
-from efficient_attn.lowrank import linformer_weights, nystrom_weights, performer_weights, random_projection
+from efficient_attn.methods import linformer_weights, nystrom_weights, performer_weights, random_projection
+from efficient_attn.methods.hybrid import plan
 
 pytest.importorskip("sklearn")
 from efficient_attn.benchmarks import approximation, figures, suites, view

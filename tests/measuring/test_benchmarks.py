@@ -21,7 +21,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from efficient_attn import MultiheadAttention, lowrank, parse
+from efficient_attn import MultiheadAttention, methods, parse
 from efficient_attn.benchmarks import cases, compare, figures, peers, report, suites, view
 from efficient_attn.benchmarks.suites import ops, targets, vit
 from efficient_attn.measuring import calls, clock, inputs, records, runner
@@ -405,11 +405,11 @@ def test_compilation_of_a_peer_is_timed_apart():
 def test_the_plain_formulas_of_low_rank_methods_agree_with_ours():
     q, k, v = (torch.randn(2, 3, 24, 8, dtype=torch.float64) for _ in range(3))
     E, F = (torch.randn(5, 24, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close(peers.linformer(q, k, v, E, F), lowrank.linformer_attention(q, k, v, E, F))
-    torch.testing.assert_close(peers.nystrom(q, k, v, 6), lowrank.nystrom_attention(q, k, v, landmarks=6))
-    W = lowrank.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(peers.linformer(q, k, v, E, F), methods.linformer_attention(q, k, v, E, F))
+    torch.testing.assert_close(peers.nystrom(q, k, v, 6), methods.nystrom_attention(q, k, v, landmarks=6))
+    W = methods.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q, k = q / 4, k / 4  # else the 1e-4 that the plain formula adds to each feature shows
-    ours = lowrank.performer_attention(q, k, v, W)
+    ours = methods.performer_attention(q, k, v, W)
     assert (peers.performer(q, k, v, W) - ours).norm() < 1e-3 * ours.norm()
 
 

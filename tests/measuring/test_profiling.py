@@ -116,7 +116,7 @@ MASKS = {
     "dense": BlockMask(N, N),
     "window": BlockMask(N, N, (32, 16), window=(5, 3), window_offset=150),
     "lengths": BlockMask.from_lengths([300, 130], q_len=N, kv_len=N),
-    "blocks": parse("bigbird:block=16").block_mask(N, N),
+    "blocks": parse("bigbird:block=16").pattern.block_mask(N, N),
     "per_head": BlockMask.from_dense(
         torch.rand(1, H, N, N, generator=torch.Generator().manual_seed(0)) > 0.9999, block_size=(16, 16)
     ),

@@ -13,14 +13,14 @@ from efficient_attn import backends
 from efficient_attn.backends.call import LinearCall
 from efficient_attn.backends.features import FEATURE_MAPS as MAPS
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.lowrank import linear_attention, performer_attention, random_projection
+from efficient_attn.methods import linear_attention, performer_attention, random_projection
 
-# Triton's interpreter and the twin of the CUDA kernels are slow: test_triton.py and test_cuda_host.py run some of these
-# cases in processes of their own.
+# Triton's interpreter and the emulator of the CUDA kernels are slow: test_triton.py and test_cuda_emulator.py run some
+# of these cases in processes of their own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
-REASONS = backends.not_supported_reasons(LinearCall(torch.device("cpu"), torch.bfloat16 if TWIN else torch.float32))
-HERE = {"triton"} if INTERPRETED else {"cuda"} if TWIN else REASONS.keys() - {"triton", "cuda"}
+EMULATED = bool(os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR"))
+REASONS = backends.not_supported_reasons(LinearCall(torch.device("cpu"), torch.bfloat16 if EMULATED else torch.float32))
+HERE = {"triton"} if INTERPRETED else {"cuda"} if EMULATED else REASONS.keys() - {"triton", "cuda"}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
     for name, why in REASONS.items()

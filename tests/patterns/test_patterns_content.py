@@ -289,6 +289,31 @@ def test_buckets_equal_the_definition(pattern, pad):
         assert torch.equal(found & rows, visible & allowed & rows)
 
 
+LENGTHS = (1, 63, 64, 65, 127, 128, 129, 257)  # around the blocks of 64 sorted tokens
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("pattern", [BUCKETS[1], BUCKETS[2], BUCKETS[4], BUCKETS[6]], ids=str)
+def test_buckets_equal_the_definition_at_the_ends_of_blocks(pattern, n):
+    shared = getattr(pattern, "shared_qk", False)
+    for m in (n,) if shared else LENGTHS:
+        q, k, v = (t.detach() for t in make(n, m, heads=HQ if shared else HKV))
+        causal = pattern.accepts_causal and m % 2 == 1
+        allowed = torch.ones(n, m, dtype=torch.bool).tril(m - n if causal else m)
+        visible = bucketed(pattern, q, k, allowed, None)
+        call = {"is_causal": causal, "causal_alignment": "bottom_right" if causal else None}
+        out, weights = parse(pattern).attend(q, k, v, need_weights=True, **call)
+        expected = attend(q, q / q.norm(dim=-1, keepdim=True) if shared else k, v, visible)
+        torch.testing.assert_close(out, expected, msg=lambda text, m=m: f"{m} keys: {text}")
+        assert torch.equal(weights > 0, visible), f"{m} keys"
+
+
+def test_one_token_sees_itself():
+    x = torch.ones(1, 1, 1, 4)
+    for spec in ("lsh", "lsh:shared_qk=true", "sorted_buckets"):
+        assert torch.equal(parse(spec).attend(x, x, x)[0], x)
+
+
 def test_rounds_are_joined_under_one_softmax_with_dropout():
     q, k, v = make(150)
     for pattern in (LSH(4, 3), LSH(8, 2, shared_qk=True), SortedBuckets(40, 2)):
@@ -406,7 +431,7 @@ def test_the_module_attends_as_masked_dense_attention(spec):
     q, k, v = (
         (x @ w_.mT + b_).unflatten(-1, (4, 8)).transpose(1, 2) for w_, b_ in zip(w.chunk(3), b.chunk(3), strict=True)
     )
-    visible = ours.attention.for_inputs(q, k, key_mask=~hidden).to_dense() & ~hidden[:, None, None]
+    visible = ours.attention.pattern.for_inputs(q, k, key_mask=~hidden).to_dense() & ~hidden[:, None, None]
     if "shared" in spec:
         k = q / q.norm(dim=-1, keepdim=True)
     expected = attend(q, k, v, visible.expand(2, 4, 64, 64)).transpose(1, 2).flatten(2) @ ours.out_proj.weight.mT

@@ -56,7 +56,9 @@ def graph_of(folders: Mapping[str, Path]) -> Graph:
 
 
 def room(module: str) -> str:
-    """The folder or file below the package; the package itself for its public names."""
+    """The folder or file below the package; the package itself for its public names; `__main__` for any program."""
+    if module.endswith(".__main__"):
+        return "__main__"
     return module.split(".")[1] if "." in module else PACKAGE
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import sys
 from typing import Annotated, Any
 
 try:
+    import rich  # noqa: F401
     import typer
-    from rich.console import Console
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"efficient-attn: the command line needs {error.name}; pip install 'efficient-attn[bench]'"
@@ -20,7 +22,7 @@ from . import explain
 from .backends.cpu import attention as cpu
 from .benchmarks import commands as benchmarks
 from .benchmarks import compare
-from .measuring import records
+from .measuring import records, terminal
 from .profiling import commands as profiling
 from .training import command as training
 
@@ -33,8 +35,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the ``efficient-attn`` command."""
-    app()
+    """Entry point of the `efficient-attn` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal in ASCII or cp1252 shows what it can
+    try:
+        app()
+    except OSError as error:  # a full disk, a folder that may not be written to
+        raise SystemExit(f"efficient-attn: {error}") from error
 
 
 @app.command()
@@ -45,12 +53,12 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    console = Console(highlight=False)
+    out = terminal.console()
     for section, values in found.items():
-        console.print(f"[bold]{section}[/]")
+        out.print(section, style="bold")
         for name, value in values.items():
             shown = value if not isinstance(value, list) else "; ".join(map(str, value)) or "serves"
-            console.print(f"  {name:<16}{shown}", soft_wrap=True)
+            out.print(f"  {name:<16}{shown}", soft_wrap=True)
 
 
 app.command("bench")(benchmarks.bench)

@@ -117,7 +117,7 @@ def available_memory() -> int | None:
 
 
 class ResultFile:
-    """An append-only JSONL file. Opening it drops a torn last line; ``append`` returns once the line is on the disk."""
+    """An append-only JSONL file. Opening it drops a torn last line; `append` returns once the line is on the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,19 +139,36 @@ class ResultFile:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a file, oldest first, without a torn last line. A damaged line elsewhere raises `InputError`."""
+    """The records of a file, oldest first, without a torn last line.
+
+    Raises:
+        InputError: a damaged line elsewhere, or one that is JSON but no record.
+    """
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except ValueError as error:
             if number == len(lines):
                 return
             raise InputError(
                 f"{path}, line {number} is not JSON: {line[:60]!r}; remove the line and try again"
             ) from error
+        if not _is_record(record):
+            raise InputError(f"{path}, line {number} is no record of a run: {line[:60]!r}; is this a results.jsonl?")
+        yield record
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a line says what it is, and a cell which one."""
+    if not isinstance(found, dict) or not isinstance(found.get("type"), str):
+        return False
+    if found["type"] != "cell":
+        return True
+    named = all(isinstance(found.get(key), str) for key in ("suite", "status"))
+    return named and isinstance(found.get("config"), dict)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -90,6 +92,14 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # Not this package: its native module starts plain threads in a process that was forked with it (parallel.cpp).
     context.set_forkserver_preload(["torch", "sklearn.datasets"])
+    # It is started by `python -c`, which imports from the working directory first: a torch/ or random.py of the user's.
+    before = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(sys.prefix)
+        forkserver.ensure_running()
+    finally:
+        os.fchdir(before)
+        os.close(before)
     return context
 
 

@@ -27,12 +27,11 @@ CHECKS = TestKernels()
 
 def test_packed_heads_and_splits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    launch = backend._launch
-    monkeypatch.setattr(backend, "_launch", lambda *a: (seen.append(a[6]), launch(*a)))
+    constants = backend._constants
+    monkeypatch.setattr(backend, "_constants", lambda *a: (seen.append(constants(*a)), seen[-1])[1])
     q, k, v = draw(1, 8, 3, 16), draw(1, 2, 700, 16, seed=1), draw(1, 2, 700, 16, seed=2)
     out = attention(q, k, v, backend="triton", is_causal=True, causal_alignment="bottom_right")
-    *_, splits, group, pack, _sign = seen[0]
-    assert (group, pack) == (4, 4) and splits > 1
+    assert (seen[0].GROUP, seen[0].PACK, seen[0].SPLIT) == (4, 4, True)
     expected = attention(q, k, v, backend="reference", is_causal=True, causal_alignment="bottom_right")
     torch.testing.assert_close(out, expected)
 

@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations=
 NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup cuda test test-slow test-triton test-cuda-host test-timm fuzz sanitize test-upstream lint format \
+.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format \
 	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme clean
 
 help: ## this list
@@ -57,8 +57,8 @@ $(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 test-timm: $(TIMM_VENV)/.installed ## timm, open_clip and torchvision, in an environment of their own (5 GB)
 	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/integrations/test_timm.py
 
-test-cuda-host: $(STAMP) ## every case on the CUDA kernels compiled for the CPU, and the faults that must be found there
-	$(PYTEST) $(ARGS) tests/kernels/cuda/test_cuda_host.py
+test-cuda-emulator: $(STAMP) ## every case on the CUDA kernels in the emulator (g++, no GPU), and the faults that it must find
+	$(PYTEST) $(ARGS) tests/kernels/cuda/test_cuda_emulator.py
 
 CASES ?= 20000
 fuzz: $(STAMP) ## random calls against the definition: CASES=100000

@@ -47,11 +47,13 @@ def tables(rows: Sequence[Row]) -> dict[str, Table]:
 
 
 def _table(suite: suites.Suite, rows: Sequence[Row]) -> Table:
+    """What the suite declares of these rows, without columns in which none has a figure."""
     heads = [column for column in suite.key if column.key in suite.sections]
     common, differing = _conditions(suite, rows)
     keys = [column for column in (*suite.key, *differing) if column not in heads]
-    columns = [*keys, *suite.columns]
-    noisy = next((column.key for column in suite.columns if column.key == "ms"), suite.columns[0].key)
+    ready = [row for row in rows if row["status"] == "ok"]
+    figures = [c for c in suite.columns if any(row.get(c.key) not in (None, "") for row in ready)] or suite.columns[:1]
+    noisy = next((column.key for column in figures if column.key == "ms"), figures[0].key)
     sections: dict[str, list[tuple[list[str], bool]]] = {}
     for row in rows:
         head = ", ".join(
@@ -65,18 +67,19 @@ def _table(suite: suites.Suite, rows: Sequence[Row]) -> Table:
             cells.append(row["status"])
         else:
             mark = "~" if row["noisy"] else ""
-            cells += [view.text(row.get(c.key), c.form) + (mark if c.key == noisy else "") for c in suite.columns]
+            cells += [view.text(row.get(c.key), c.form) + (mark if c.key == noisy else "") for c in figures]
         sections.setdefault(head, []).append((cells, failed))
     meant = sorted({str(row[suite.series]) for row in rows if row["series"] not in ("", str(row.get(suite.series)))})
     legend = f" Here {', '.join(meant)}." if meant else ""
     note = f"{suite.about} ~ noisy: spread above {NOISY:.0%}.{legend}"
-    return Table(f"{suite.name}: {common}" if common else suite.name, columns, list(sections.items()), note)
+    title = f"{suite.name}: {common}" if common else suite.name
+    return Table(title, [*keys, *figures], list(sections.items()), note)
 
 
 def _conditions(suite: suites.Suite, rows: Sequence[Row]) -> tuple[str, list[Column]]:
     """What all rows were measured under, in words, and a column for each condition in which they differ."""
     told = {column.key for column in suite.key}
-    told |= {"batch", "heads", "head_dim"} if "shape" in told else set()
+    told |= {"batch", "heads", "head_dim"} if told & {"shape", "case"} else set()
     values = {key: {row.get(key) for row in rows} for key in view.APART if key not in told}
     differing = [Column(key, key, "text") for key, found in values.items() if len(found) > 1]
     common = {key: found.pop() for key, found in values.items() if len(found) == 1}

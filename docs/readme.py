@@ -70,16 +70,16 @@ def is_clean(record: records.Record) -> bool:
 
 
 def in_picture(cell: records.Record) -> bool:
-    """There is room for one method of a kind, forward, in two suites; the page of the run has everything."""
+    """There is room for one method of a kind, forward; the page of the run has everything."""
     config = cell["config"]
     method = config.get("method", "")
     shown = method.partition(":")[0] in SHOWN and "+" not in method
-    return shown and cell["suite"] in ("ops", "vit") and config.get("mode", "fwd") == "fwd"
+    return shown and cell["suite"] == "ops" and config["mode"] == "fwd"
 
 
 def in_table(cell: records.Record) -> bool:
     """README prints one table: the operator on 2048 tokens."""
-    return cell["suite"] == "ops" and cell["config"]["seqlen"] == 2048
+    return cell["config"]["seqlen"] == 2048
 
 
 def with_figures(text: str, results: Path) -> str:

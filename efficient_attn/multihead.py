@@ -17,7 +17,6 @@ Letters: N batch, L queries, S keys, E embed_dim, H heads, D head_dim.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .errors import InputError, UnsupportedError
 from .functional import MAX_HEAD_DIM, resolve_seed
+from .handover import clone, hand_over_hooks, hides_forward, put
 from .methods import DENSE, Method, parse
 from .methods.base import keep_state
 from .patterns import Pattern
@@ -59,11 +59,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Attributes:
         attention: the `Method`. To change it, use `replace_attention` or `from_torch`.
+        dense_across: whether queries that are not as many as the keys get dense attention: cross-attention and learned
+            queries have no place in the keys' sequence, of which a method could mean anything. `replace_attention`
+            sets it, which cannot know how a module will be called; a module that is made with a method has it False.
         method_state: the method's own parameters (Linformer's projections ...), None for a method without any. They
             appear in `state_dict` under "method_state."; a checkpoint that has none of them still loads strictly.
     """
 
     attention: Method
+    dense_across: bool = False
     method_state: nn.Module | None
 
     def __init__(
@@ -107,23 +111,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         method = parse(attention)
         check_replaceable("the module", module)
-        clone: MultiheadAttention = _clone(module, cls)
-        clone._set_method(method, method_state)
-        return clone
+        ours: MultiheadAttention = clone(module, cls)
+        ours._modules.pop("method_state", None)
+        ours._set_method(method, method_state)
+        return ours
 
     def to_torch(self) -> nn.MultiheadAttention:
         """Return a plain torch.nn.MultiheadAttention on the same Parameter objects, for tools that check for that type.
 
         It computes dense attention whatever `self.attention` is; the method's own parameters stay behind.
         """
-        clone: nn.MultiheadAttention = _clone(self, _TorchMultiheadAttention)
-        clone.__dict__.pop("attention")
-        clone.__dict__.pop("method_state", None)
-        clone._modules.pop("method_state", None)
-        for key, hook in list(clone._forward_pre_hooks.items()):
+        plain: nn.MultiheadAttention = clone(self, _TorchMultiheadAttention)
+        plain.__dict__.pop("attention")
+        plain.__dict__.pop("method_state", None)
+        plain._modules.pop("method_state", None)
+        for key, hook in list(plain._forward_pre_hooks.items()):
             if hook is keep_own_forward:
-                del clone._forward_pre_hooks[key]
-        return clone
+                del plain._forward_pre_hooks[key]
+        return plain
 
     def _set_method(self, method: Method, state: nn.Module | None = None) -> None:
         if (self.bias_k is not None or self.add_zero_attn) and not method.is_dense:
@@ -201,7 +206,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         promised = is_causal and attn_mask is not None
         as_bias = attn_mask is not None and attn_mask.dtype != torch.bool
-        accepted = self.attention.accepts_bias if as_bias else self.attention.accepts_mask
+        method = self._method_for(query, key)
+        accepted = method.accepts_bias if as_bias else method.accepts_mask
         if promised and (not accepted or (key_padding_mask is None and not need_weights)):
             read_mask, causal = None, True  # as the parent, without a look at the mask
         else:
@@ -214,11 +220,19 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"{tuple(value.shape)} with embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}"
             )
         return self._forward_plain(
-            query, key, value, key_padding_mask, need_weights, read_mask, average_attn_weights, causal
+            method, query, key, value, key_padding_mask, need_weights, read_mask, average_attn_weights, causal
         )
+
+    def _method_for(self, query: Tensor, key: Tensor) -> Method:
+        """The method of a call: dense for queries of another length than the keys, with `dense_across`."""
+        if not self.dense_across:
+            return self.attention
+        length = 0 if query.dim() == 2 or not self.batch_first else 1
+        return self.attention if query.shape[length] == key.shape[length] else DENSE
 
     def _forward_plain(
         self,
+        method: Method,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -233,9 +247,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
             k, v = self._append_columns(k, self.bias_k), self._append_columns(v, self.bias_v)
-        key_mask, mask, bias = self._read_masks(key_padding_mask, attn_mask, q, extra)
+        key_mask, mask, bias = self._read_masks(method, key_padding_mask, attn_mask, q, extra)
         dropout_p = self.dropout if self.training else 0.0
-        out, weights = self.attention.attend(
+        out, weights = method.attend(
             q,
             k,
             v,
@@ -305,7 +319,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     # --- masks ---
 
     def _read_masks(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, extra: int
+        self, method: Method, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, extra: int
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Turn the module's masks (True = leave out) into key_mask (N, S), mask (N|1, H|1, L, S) and bias for `attend`.
 
@@ -321,8 +335,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 bias = F.pad(_as_bias(attn_mask, q), (0, extra))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.reshape(q.shape[0], -1)
-            if key_padding_mask.dtype != torch.bool and not self.attention.accepts_bias:
-                key_padding_mask = _padding_as_bool(key_padding_mask, self.attention)
+            if key_padding_mask.dtype != torch.bool and not method.accepts_bias:
+                key_padding_mask = _padding_as_bool(key_padding_mask, method)
             if key_padding_mask.dtype == torch.bool:
                 key_mask = F.pad(~key_padding_mask, (0, extra), value=True)
             else:
@@ -451,11 +465,16 @@ def replace_attention(
     attention: str | Method | Pattern = "dense",
     *,
     predicate: Callable[[str, nn.MultiheadAttention], bool] | None = None,
-) -> dict[str, nn.MultiheadAttention]:
+) -> dict[str, nn.Module]:
     """Replace every `nn.MultiheadAttention` in `model` (also inside nn.Transformer, also ours) in place.
 
     The replacement holds the same Parameter objects, so optimisers and checkpoints stay valid, the same mode, and the
-    same hooks: handles that were returned for them now act on it. A module that appears twice is replaced by one.
+    same hooks: handles that were returned for them now act on it. A module that appears twice is replaced by one. What
+    other code put around a module's forward goes on around the replacement's.
+
+    Cross-attention stays dense unless it is named: the `multihead_attn` of nn.TransformerDecoderLayer is left alone
+    without a predicate, and a replacement that is called with fewer or more queries than keys attends densely
+    (`MultiheadAttention.dense_across`; set it False where the method is meant for such calls).
 
     Args:
         model: the module to search; itself not an attention module (use `MultiheadAttention.from_torch` for that).
@@ -468,19 +487,26 @@ def replace_attention(
 
     Raises:
         InputError: `model` is an attention module itself.
-        UnsupportedError: a module of a subclass, whose own computation would be lost. Then nothing has been replaced.
+        UnsupportedError: a module of a subclass, whose own computation would be lost, or with a forward on the instance
+            that does not lead to its own. Then nothing has been replaced.
         InputError: layers on different devices that would share a state. Likewise.
     """
     method = parse(attention)
-    if isinstance(model, _TorchMultiheadAttention):
+    if isinstance(getattr(model, "_orig_mod", model), _TorchMultiheadAttention):
         raise InputError(
             f"the model is a {type(model).__name__} and cannot be replaced inside itself; "
             "use MultiheadAttention.from_torch(model, attention=...)"
         )
-    found: dict[str, nn.MultiheadAttention] = {}
+    found: dict[str, Any] = {}
     shared: Any = None  # the state of all modules, for a method that shares one
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, _TorchMultiheadAttention) or (predicate is not None and not predicate(name, module)):
+        if not isinstance(module, _TorchMultiheadAttention):
+            continue
+        if predicate is None:
+            wanted = method.is_dense or not _attends_to_memory(model, name)
+        else:
+            wanted = predicate(name, module)
+        if not wanted:
             continue
         check_replaceable(repr(name), module)
         has_method = getattr(module, "attention", None) == method
@@ -492,22 +518,33 @@ def replace_attention(
     for module in found.values():
         if id(module) not in replacements:
             replacement = MultiheadAttention.from_torch(module, method, method_state=shared)
+            replacement.dense_across = True
             replacements[id(module)] = replacement
             shared = replacement.method_state if method.shares_state else None
     for module in {id(m): m for m in found.values()}.values():
-        _hand_over_hooks(module, replacements[id(module)])
-    for name, module in found.items():
-        model.set_submodule(name, replacements[id(module)])
-    return found
+        hand_over_hooks(module, replacements[id(module)])
+    return dict(put(model, name, replacements[id(module)]) for name, module in found.items())
+
+
+def _attends_to_memory(model: nn.Module, name: str) -> bool:
+    """Whether the submodule of this name is the cross-attention of a decoder layer of torch.nn."""
+    path, _, last = name.rpartition(".")
+    return last == "multihead_attn" and isinstance(model.get_submodule(path), nn.TransformerDecoderLayer)
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raise UnsupportedError for a subclass of nn.MultiheadAttention: its own forward would be lost."""
+    """Raise UnsupportedError for a module whose own forward would be lost: of a subclass, or put on the instance."""
     if type(module) not in (_TorchMultiheadAttention, MultiheadAttention):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise UnsupportedError(
             f"{name} is a {kind}, not a plain torch.nn.MultiheadAttention, and what it does differently would be lost. "
             "Replace before quantising or parametrising it, or leave it out with predicate="
+        )
+    if hides_forward(module):
+        raise UnsupportedError(
+            f"{name} has a forward of its own on the instance, which does not lead to {type(module).__name__}.forward "
+            "as far as can be seen, so that a replacement might never be called. Replace before wrapping it, or leave "
+            "it out with predicate="
         )
 
 
@@ -523,25 +560,6 @@ def _check_state(method: Method, given: nn.Module, own: nn.Module | None, device
     for tensor in given.state_dict().values():
         if tensor.device != device:
             raise InputError(f"a method_state on {tensor.device} cannot serve a module on {device}; move one of them")
-
-
-def _clone(module: nn.Module, cls: type) -> Any:
-    """A shallow copy as class `cls`: the same parameters and submodules in containers of its own."""
-    clone: Any = object.__new__(cls)
-    for name, value in vars(module).items():
-        if name != "_compiled_call_impl":
-            vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
-    clone._modules.pop("method_state", None)
-    return clone
-
-
-def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hook dictionaries that users' handles point to; `old` keeps copies."""
-    for name, value in list(old.__dict__.items()):
-        if isinstance(value, dict) and "_hooks" in name:
-            own = new.__dict__[name]
-            old.__dict__[name], new.__dict__[name] = copy.copy(value), value
-            value.update(own)
 
 
 def _check_mask_dtype(name: str, mask: Tensor | None, other_name: str = "", other: Tensor | None = None) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+HEAD_DIMS = (64, 128, 256)  # the tables' steps: a head dimension takes the row of the least that holds it
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
-
 
 # Whether the forward loads whole tiles of keys and values by TMA (compute capability 9.0 and newer) unless autotuning
 # finds otherwise. Off until a GPU has shown that it helps: `make gpu-check` measures both.
@@ -92,19 +92,35 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
 }
 
 
-# half precision? -> largest of features and Dv -> rows of a chunk, columns of a program, warps; see linear_attention.py
+# capability -> half precision? -> largest of features and Dv -> rows of a chunk, columns of a program, warps; see
+# linear_attention.py
 LINEAR: dict[int, dict[bool, dict[int, tuple[int, int, int]]]] = {
-    80: {True: {64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 8)}, False: {64: (16, 16, 4), 256: (16, 16, 8)}},
-    90: {True: {64: (64, 64, 8), 128: (64, 32, 8), 256: (16, 32, 8)}, False: {64: (16, 16, 4), 256: (16, 16, 8)}},
+    80: {
+        True: {64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 8)},
+        False: {64: (16, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
+    },
+    90: {
+        True: {64: (64, 64, 8), 128: (64, 32, 8), 256: (16, 32, 8)},
+        False: {64: (16, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
+    },
 }
+
+
+def step(size: int) -> int:
+    """The row of the tables for a head dimension, or a number of features."""
+    return next(step for step in HEAD_DIMS if size <= step)
+
+
+def tabled(capability: int) -> int:
+    """The compute capability whose row serves: 80 or 90, which stands for everything newer too."""
+    return 90 if capability >= 90 else 80
 
 
 def linear_config(features: int, half: bool, capability: int) -> tuple[int, int, int]:
     """Rows of a chunk, columns of a program and its warps, for linear attention."""
     if capability == 0:
         return (64, 64, 4)
-    sizes = LINEAR[90 if capability >= 90 else 80][half]
-    return sizes[next(size for size in sizes if features <= size)]
+    return LINEAR[tabled(capability)][half][step(features)]
 
 
 def padded(size: int) -> int:
@@ -123,11 +139,9 @@ def default_config(
     described = kernel == "forward" and half and head_dim <= 128 and capability not in range(1, 90)
     if capability == 0:
         return INTERPRETER._replace(descriptors=DESCRIPTORS and described)
-    capability = 90 if capability >= 90 else 80
-    sizes = TABLE[kernel][capability][half]
-    size = next(size for size in sizes if head_dim <= size)
+    capability, size = tabled(capability), step(head_dim)
     with_list, with_extras = VARIANTS.get((kernel, capability, half, size), (None, None))
-    chosen = (extras and with_extras) or (listed and with_list) or sizes[size]
+    chosen = (extras and with_extras) or (listed and with_list) or TABLE[kernel][capability][half][size]
     return chosen._replace(descriptors=DESCRIPTORS and described)
 
 
@@ -157,7 +171,7 @@ def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -
 def candidates(kernel: str, default: Config, head_dim: int, element_size: int, capability: int) -> list[Config]:
     """What autotuning tries: the default first, then what fits the shared memory by a rough count of tiles in flight;
     the forward with TMA too where there is one."""
-    limit = SHARED_MEMORY[90 if capability >= 90 else 80]
+    limit = SHARED_MEMORY[tabled(capability)]
     found = [default]
     for block_q in (32, 64, 128):
         for block_k in (32, 64, 128):

@@ -19,37 +19,85 @@ Products are of float32 tiles: exact "ieee", or "tf32", which holds any float16 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_tile, row_offsets
+from .tiles import INF, dot, load_tile, row_offsets
+
+
+class Side(NamedTuple):
+    """One operand (B, heads, N, dim): pointer and strides as of tiles.Rows. Its rows are divided by `norm`, have the
+    factor `extra` (e or f above), and are left out where not alive."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    n: Any
+    norm: Any  # (B, heads, N); None: 1
+    extra: Any  # (B, heads, N); None: 1
+    alive: Any  # bytes (B, N); None: all
+    heads: Any
+    N: Any
+    shift: Any  # row of time t: t + shift
+
+
+class Times(NamedTuple):
+    """How time is cut: `slots` segments of `chunks` chunks, the first of which starts at `first`."""
+
+    slots: Any
+    chunks: Any
+    first: Any
+
+
+class LinearConstants(NamedTuple):
+    """What a kernel is compiled for: its only constexpr argument."""
+
+    E: int  # columns of x and y
+    R: int  # columns of u and out
+    BLOCK_E: int  # E padded to a power of two
+    BLOCK_R: int  # columns of u that a program owns
+    CHUNK: int
+    SPREAD: int  # heads of y that belong to a line: a key head's group for queries, 1 for keys
+    EXTRA: bool  # whether there are factors e and f
+    NORMALISE: bool  # whether the output is divided by sum_t x_s . y_t
+    CAUSAL: bool
+    REVERSE: bool
+    PRECISION: str
 
 
 @triton.jit
-def load_part(view, norm, alive, i_b, i_h, heads, o_n, N, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows o_n in float32, columns from `first`: [rows, BLOCK_D]; 0 outside, where `alive` (B, N) is 0 or the norm is.
-
-    norm (B, heads, N), None: 1. Returns the tile and which rows count.
-    """
-    m_n = (o_n >= 0) & (o_n < N)
+def load_part(side, alive, i_b, i_h, o_n, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows o_n of a side in float32, columns from `first`: [rows, BLOCK_D]; 0 outside, where `alive` or the norm is 0.
+    Returns the tile and which rows count."""
+    m_n = (o_n >= 0) & (o_n < side.N)
     if alive is not None:
-        m_n = m_n & (tl.load(alive + tl.cast(i_b, tl.int64) * N + o_n, mask=m_n, other=0) != 0)
+        m_n = m_n & (tl.load(alive + tl.cast(i_b, tl.int64) * side.N + o_n, mask=m_n, other=0) != 0)
     o_d = first + tl.arange(0, BLOCK_D)
-    p_tile = view.ptr + row_offsets(view, i_b, i_h, o_n)[:, None] + o_d[None, :]
+    p_tile = side.ptr + row_offsets(side, i_b, i_h, o_n)[:, None] + o_d[None, :]
     b_tile = tl.load(p_tile, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
-    if norm is not None:
-        b_n = tl.load(norm + (tl.cast(i_b, tl.int64) * heads + i_h) * N + o_n, mask=m_n, other=0.0)
+    if side.norm is not None:
+        b_n = tl.load(side.norm + (tl.cast(i_b, tl.int64) * side.heads + i_h) * side.N + o_n, mask=m_n, other=0.0)
         b_tile = tl.where((b_n == 0.0)[:, None], 0.0, b_tile / tl.where(b_n == 0.0, 1.0, b_n)[:, None])
     return b_tile, m_n
 
 
 @triton.jit
-def load_extra(extra, i_b, i_h, heads, o_n, N, m_n):
-    """The factor e or f of rows o_n: (B, heads, N), None: 1; 0 for rows that do not count."""
-    if extra is None:
+def load_pair(y, u, i_b, i_h, o_y, i_r, C: tl.constexpr):
+    """Rows o_y of y and the program's columns of u, and which rows count; both are alive where y is."""
+    b_y, m_y = load_part(y, y.alive, i_b, i_h, o_y, 0, C.E, C.BLOCK_E)
+    b_u, m_y = load_part(u, y.alive, i_b, i_h, o_y, i_r * C.BLOCK_R, C.R, C.BLOCK_R)
+    return b_y, b_u, m_y
+
+
+@triton.jit
+def load_extra(side, i_b, i_h, o_n, m_n):
+    """The factor of rows o_n; 0 for rows that do not count."""
+    if side.extra is None:
         return tl.where(m_n, 1.0, 0.0)
     else:
-        return tl.load(extra + (tl.cast(i_b, tl.int64) * heads + i_h) * N + o_n, mask=m_n, other=0.0)
+        return tl.load(side.extra + (tl.cast(i_b, tl.int64) * side.heads + i_h) * side.N + o_n, mask=m_n, other=0.0)
 
 
 @triton.jit
@@ -71,79 +119,51 @@ def terms_kernel(
 
 
 @triton.jit
-def add_chunk(
-    b_state, b_vector, y, u, y_norm, u_norm, y_extra, y_alive, i_b, i_h, heads, o_y, N, i_r,
-    E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-    EXTRA: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the rows o_y to the state sum_t y_t^T u_t and to sum_t f_t u_t (EXTRA) or sum_t y_t (NORMALISE)."""
-    b_y, m_y = load_part(y, y_norm, y_alive, i_b, i_h, heads, o_y, N, 0, E, BLOCK_E)
-    b_u, m_y = load_part(u, u_norm, y_alive, i_b, i_h, heads, o_y, N, i_r * BLOCK_R, R, BLOCK_R)
-    b_state += dot(tl.trans(b_y), b_u, PRECISION)
-    if EXTRA:
-        b_vector += tl.sum(load_extra(y_extra, i_b, i_h, heads, o_y, N, m_y)[:, None] * b_u, 0)
-    if NORMALISE:
-        b_vector += tl.sum(b_y, 0)
-    return b_state, b_vector
-
-
-@triton.jit
-def state_offsets(
-    i_line, i_slot, slots, i_r, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def state_offsets(i_line, i_slot, slots, i_r, C: tl.constexpr):
     """Where the state [BLOCK_E, BLOCK_R] of a slot lies in (lines, slots, E, R), and which of it exists."""
-    o_e, o_r = tl.arange(0, BLOCK_E), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_state = (tl.cast(i_line, tl.int64) * slots + i_slot) * E * R + (o_e * R)[:, None] + o_r[None, :]
-    return o_state, (o_e < E)[:, None] & (o_r < R)[None, :]
+    o_e, o_r = tl.arange(0, C.BLOCK_E), i_r * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
+    o_state = (tl.cast(i_line, tl.int64) * slots + i_slot) * C.E * C.R + (o_e * C.R)[:, None] + o_r[None, :]
+    return o_state, (o_e < C.E)[:, None] & (o_r < C.R)[None, :]
 
 
 @triton.jit
-def vector_offsets(
-    i_line, i_slot, slots, i_r, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-    NORMALISE: tl.constexpr,
-):  # fmt: skip
+def vector_offsets(i_line, i_slot, slots, i_r, C: tl.constexpr):
     """Likewise of the vector beside the state: (lines, slots, E) with NORMALISE, else (lines, slots, R)."""
-    if NORMALISE:
-        o_e = tl.arange(0, BLOCK_E)
-        return (tl.cast(i_line, tl.int64) * slots + i_slot) * E + o_e, o_e < E
+    if C.NORMALISE:
+        o_e = tl.arange(0, C.BLOCK_E)
+        return (tl.cast(i_line, tl.int64) * slots + i_slot) * C.E + o_e, o_e < C.E
     else:
-        o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        return (tl.cast(i_line, tl.int64) * slots + i_slot) * R + o_r, o_r < R
+        o_r = i_r * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
+        return (tl.cast(i_line, tl.int64) * slots + i_slot) * C.R + o_r, o_r < C.R
 
 
 @triton.jit
-def state_kernel(
-    y, u, y_norm, u_norm, y_extra, y_alive, states, vectors,
-    slots, heads, N, first_time, shift, chunks, r_tiles,
-    SPREAD: tl.constexpr,
-    E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
-    EXTRA: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state of every segment. Grid: lines * slots * r_tiles; a line is a batch element and a key head.
-
-    y and u have `heads` heads; SPREAD of them (a key head's group for queries, 1 for keys) belong to a line. Row of y
-    at time t: t + shift; the first segment starts at first_time.
-    """
+def state_kernel(y, u, states, vectors, times, r_tiles, C: tl.constexpr):
+    """The state sum_t y_t^T u_t of every segment, and beside it sum_t f_t u_t (EXTRA) or sum_t y_t (NORMALISE). Grid:
+    lines * slots * r_tiles; a line is a batch element and a key head."""
     i_program = tl.program_id(0)
     i_r = i_program % r_tiles
-    i_slot = i_program // r_tiles % slots
-    i_line = i_program // r_tiles // slots
-    lines_per_batch = heads // SPREAD
-    i_b, i_h = i_line // lines_per_batch, i_line % lines_per_batch * SPREAD
-    b_state = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
-    b_vector = tl.zeros([BLOCK_E if NORMALISE else BLOCK_R], tl.float32)
-    start = first_time + i_slot * chunks * CHUNK + shift
-    for t in range(chunks * SPREAD):
-        o_y = start + t // SPREAD * CHUNK + tl.arange(0, CHUNK)
-        b_state, b_vector = add_chunk(
-            b_state, b_vector, y, u, y_norm, u_norm, y_extra, y_alive, i_b, i_h + t % SPREAD, heads, o_y, N, i_r,
-            E, R, BLOCK_E, BLOCK_R, EXTRA, NORMALISE, PRECISION,
-        )  # fmt: skip
-    o_state, m_state = state_offsets(i_line, i_slot, slots, i_r, E, R, BLOCK_E, BLOCK_R)
+    i_slot = i_program // r_tiles % times.slots
+    i_line = i_program // r_tiles // times.slots
+    lines_per_batch = y.heads // C.SPREAD
+    i_b, i_h = i_line // lines_per_batch, i_line % lines_per_batch * C.SPREAD
+    b_state = tl.full([C.BLOCK_E, C.BLOCK_R], 0.0, tl.float32)
+    b_vector = tl.full([C.BLOCK_E if C.NORMALISE else C.BLOCK_R], 0.0, tl.float32)
+    start = times.first + i_slot * times.chunks * C.CHUNK + y.shift
+    for t in range(times.chunks * C.SPREAD):
+        o_y = start + t // C.SPREAD * C.CHUNK + tl.arange(0, C.CHUNK)
+        i_hy = i_h + t % C.SPREAD
+        b_y, b_u, m_y = load_pair(y, u, i_b, i_hy, o_y, i_r, C)
+        b_state += dot(tl.trans(b_y), b_u, C)
+        if C.EXTRA:
+            b_vector += tl.sum(load_extra(y, i_b, i_hy, o_y, m_y)[:, None] * b_u, 0)
+        if C.NORMALISE:
+            b_vector += tl.sum(b_y, 0)
+    o_state, m_state = state_offsets(i_line, i_slot, times.slots, i_r, C)
     tl.store(states + o_state, b_state, mask=m_state)
-    if EXTRA or NORMALISE:
-        o_vector, m_vector = vector_offsets(i_line, i_slot, slots, i_r, E, R, BLOCK_E, BLOCK_R, NORMALISE)
-        tl.store(vectors + o_vector, b_vector, mask=m_vector & ((i_r == 0) | EXTRA))
+    if C.EXTRA or C.NORMALISE:
+        o_vector, m_vector = vector_offsets(i_line, i_slot, times.slots, i_r, C)
+        tl.store(vectors + o_vector, b_vector, mask=m_vector & ((i_r == 0) | C.EXTRA))
 
 
 @triton.jit
@@ -168,74 +188,70 @@ def scan_kernel(states, slots, size, TOTAL: tl.constexpr, REVERSE: tl.constexpr,
 
 
 @triton.jit
-def sums_kernel(
-    x, y, u, out, x_norm, y_norm, u_norm, x_extra, y_extra, x_alive, y_alive, states, vectors, normaliser,
-    slots, x_heads, y_heads, Nx, Ny, first_time, x_shift, y_shift, chunks, r_tiles,
-    SPREAD: tl.constexpr,
-    E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
-    EXTRA: tl.constexpr, NORMALISE: tl.constexpr, CAUSAL: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def within_chunk(b_out, b_w, b_u, m_seen, C: tl.constexpr):
+    """b_out + b_w @ b_u, NaN where a pair that is seen meets what is not finite, which others must not meet."""
+    m_bad = (tl.abs(b_u) < INF) == 0
+    b_out += dot(b_w, tl.where(m_bad, 0.0, b_u), C)
+    if tl.max(m_bad.to(tl.int32)) > 0:
+        b_seen = tl.dot(m_seen.to(tl.float16), m_bad.to(tl.float16))
+        b_out = tl.where(b_seen > 0.0, float("nan"), b_out)
+    return b_out
+
+
+@triton.jit
+def sums_kernel(x, y, u, out, states, vectors, normaliser, times, r_tiles, C: tl.constexpr):
     """out_s = sum_t (x_s . y_t + e_s f_t) u_t, with NORMALISE divided by sum_t x_s . y_t, which is written too.
 
-    Grid: B * x_heads * slots * r_tiles. SPREAD heads of y and u (a key head's group for queries, 1 for keys) are
-    summed over.
+    Grid: B * heads of x * slots * r_tiles. SPREAD heads of y and u are summed over.
     """
     i_program = tl.program_id(0)
     i_r = i_program % r_tiles
-    i_slot = i_program // r_tiles % slots
-    i_x = i_program // r_tiles // slots
-    i_b, i_h = i_x // x_heads, i_x % x_heads
-    i_hy = i_h * SPREAD if SPREAD > 1 else i_h // (x_heads // y_heads)
-    i_line = i_x if SPREAD > 1 else i_b * y_heads + i_hy
-    i_state = i_slot if CAUSAL else 0
-    o_state, m_state = state_offsets(i_line, i_state, slots, i_r, E, R, BLOCK_E, BLOCK_R)
+    i_slot = i_program // r_tiles % times.slots
+    i_x = i_program // r_tiles // times.slots
+    i_b, i_h = i_x // x.heads, i_x % x.heads
+    i_hy = i_h * C.SPREAD if C.SPREAD > 1 else i_h // (x.heads // y.heads)
+    i_line = i_x if C.SPREAD > 1 else i_b * y.heads + i_hy
+    i_state = i_slot if C.CAUSAL else 0
+    o_state, m_state = state_offsets(i_line, i_state, times.slots, i_r, C)
     b_state = tl.load(states + o_state, mask=m_state, other=0.0)
-    b_vector = tl.zeros([BLOCK_E if NORMALISE else BLOCK_R], tl.float32)
-    if EXTRA or NORMALISE:
-        o_vector, m_vector = vector_offsets(i_line, i_state, slots, i_r, E, R, BLOCK_E, BLOCK_R, NORMALISE)
+    b_vector = tl.full([C.BLOCK_E if C.NORMALISE else C.BLOCK_R], 0.0, tl.float32)
+    if C.EXTRA or C.NORMALISE:
+        o_vector, m_vector = vector_offsets(i_line, i_state, times.slots, i_r, C)
         b_vector = tl.load(vectors + o_vector, mask=m_vector, other=0.0)
 
-    for c in range(chunks):
-        i_chunk = chunks - 1 - c if REVERSE else c
-        o_t = first_time + (i_slot * chunks + i_chunk) * CHUNK + tl.arange(0, CHUNK)
-        o_x, o_y = o_t + x_shift, o_t + y_shift
-        b_x, m_x = load_part(x, x_norm, x_alive, i_b, i_h, x_heads, o_x, Nx, 0, E, BLOCK_E)
-        b_e = load_extra(x_extra, i_b, i_h, x_heads, o_x, Nx, m_x)
-        b_out = dot(b_x, b_state, PRECISION)
-        b_n = tl.zeros([CHUNK], tl.float32)
-        if EXTRA:
+    for c in range(times.chunks):
+        i_chunk = times.chunks - 1 - c if C.REVERSE else c
+        o_t = times.first + (i_slot * times.chunks + i_chunk) * C.CHUNK + tl.arange(0, C.CHUNK)
+        o_x, o_y = o_t + x.shift, o_t + y.shift
+        b_x, m_x = load_part(x, x.alive, i_b, i_h, o_x, 0, C.E, C.BLOCK_E)
+        b_e = load_extra(x, i_b, i_h, o_x, m_x)
+        b_out = dot(b_x, b_state, C)
+        b_n = tl.full([C.CHUNK], 0.0, tl.float32)
+        if C.EXTRA:
             b_out += b_e[:, None] * b_vector[None, :]
-        if NORMALISE:
+        if C.NORMALISE:
             b_n = tl.sum(b_x * b_vector[None, :], 1)
-        if CAUSAL:
-            m_pairs = (o_t[None, :] >= o_t[:, None]) if REVERSE else (o_t[None, :] <= o_t[:, None])
-            for g in range(SPREAD):
-                b_y, m_y = load_part(y, y_norm, y_alive, i_b, i_hy + g, y_heads, o_y, Ny, 0, E, BLOCK_E)
-                b_u, m_y = load_part(u, u_norm, y_alive, i_b, i_hy + g, y_heads, o_y, Ny, i_r * BLOCK_R, R, BLOCK_R)
-                b_w = dot(b_x, tl.trans(b_y), PRECISION)
-                if EXTRA:
-                    b_f = load_extra(y_extra, i_b, i_hy + g, y_heads, o_y, Ny, m_y)
+        if C.CAUSAL:
+            m_pairs = (o_t[None, :] >= o_t[:, None]) if C.REVERSE else (o_t[None, :] <= o_t[:, None])
+            for g in range(C.SPREAD):
+                b_y, b_u, m_y = load_pair(y, u, i_b, i_hy + g, o_y, i_r, C)
+                b_w = dot(b_x, tl.trans(b_y), C)
+                if C.EXTRA:
+                    b_f = load_extra(y, i_b, i_hy + g, o_y, m_y)
                     b_w += b_e[:, None] * b_f[None, :]
                     b_vector += tl.sum(b_f[:, None] * b_u, 0)
-                b_w = tl.where(m_pairs & m_y[None, :], b_w, 0.0)
-                if NORMALISE:
+                m_seen = m_pairs & m_y[None, :]
+                b_w = tl.where(m_seen, b_w, 0.0)
+                if C.NORMALISE:
                     b_n += tl.sum(b_w, 1)
                     b_vector += tl.sum(b_y, 0)
-                b_state += dot(tl.trans(b_y), b_u, PRECISION)
-                # What is not finite must not be met before its time.
-                m_bad = (tl.abs(b_u) < float("inf")) == 0
-                b_out += dot(b_w, tl.where(m_bad, 0.0, b_u), PRECISION)
-                if tl.max(m_bad.to(tl.int32)) > 0:
-                    m_seen = m_pairs & m_y[None, :]
-                    b_seen = tl.dot(m_seen.to(tl.float16), m_bad.to(tl.float16))
-                    b_out = tl.where(b_seen > 0.0, float("nan"), b_out)
-        if NORMALISE:
+                b_state += dot(tl.trans(b_y), b_u, C)
+                b_out = within_chunk(b_out, b_w, b_u, m_seen, C)
+        m_row = (o_x >= 0) & (o_x < x.N)
+        if C.NORMALISE:
             b_out = tl.where((b_n == 0.0)[:, None], 0.0, b_out / tl.where(b_n == 0.0, 1.0, b_n)[:, None])
-            m_row = (o_x >= 0) & (o_x < Nx) & (i_r == 0)
-            tl.store(normaliser + tl.cast(i_x, tl.int64) * Nx + o_x, b_n, mask=m_row)
-        o_d = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_out = ((o_x >= 0) & (o_x < Nx))[:, None] & (o_d < R)[None, :]
+            tl.store(normaliser + tl.cast(i_x, tl.int64) * x.N + o_x, b_n, mask=m_row & (i_r == 0))
+        o_d = i_r * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
         p_out = out.ptr + row_offsets(out, i_b, i_h, o_x)[:, None] + o_d[None, :]
         b_out = tl.where(m_x[:, None], b_out, 0.0)
-        tl.store(p_out, b_out.to(out.ptr.dtype.element_ty), mask=m_out)
+        tl.store(p_out, b_out.to(out.ptr.dtype.element_ty), mask=m_row[:, None] & (o_d < C.R)[None, :])

@@ -3,7 +3,7 @@
 A block of the list is *clean* if every pair of it is visible: it is full, and no window or end of a sequence cuts it.
 It is left out if the window hides it whole. `plan_kernel` writes the rest of a row in its own order, clean blocks
 first, so that the walk over them loads no bits and checks no bounds. Made once for a mask, window and direction
-(efficient_attn/backends/triton_plan.py); lengths, which differ between batch elements, are looked at by each walk.
+(efficient_attn/backends/triton/plan.py); lengths, which differ between batch elements, are looked at by each walk.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import list_entry, visible_keys, visible_queries
+from .walk import list_entry, visible_keys, visible_queries
 
 
 @triton.jit
 def plan_kernel(
     mask, indices, tile_ids, clean, live, Nq, Nk,
-    LIST_Q: tl.constexpr, LIST_K: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LIST_Q: tl.constexpr, LIST_K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Fill indices and tile_ids [entries], and clean and live [rows]: how many blocks of a row are clean, and how many
     there are. Grid: rows of the list. TRANSPOSED: rows are of key blocks."""
@@ -29,11 +28,11 @@ def plan_kernel(
     if TRANSPOSED:
         j_first = i_block * LIST_K
         j_last = tl.minimum(j_first + LIST_K, Nk) - 1
-        any_first, any_end, all_first, all_end = visible_queries(mask, j_first, j_last, Nk, Nq, LOW, HIGH)
+        any_first, any_end, all_first, all_end = visible_queries(mask, j_first, j_last, Nk, Nq)
         all_end = tl.where(j_first + LIST_K <= Nk, all_end, all_first)  # missing keys are masked
     else:
         i_last = tl.minimum(i_block * LIST_Q + LIST_Q, Nq) - 1
-        any_first, any_end, all_first, all_end = visible_keys(mask, i_block * LIST_Q, i_last, Nk, LOW, HIGH)
+        any_first, any_end, all_first, all_end = visible_keys(mask, i_block * LIST_Q, i_last, Nk)
     SIZE: tl.constexpr = LIST_Q if TRANSPOSED else LIST_K
 
     o_entry = tl.arange(0, BLOCK)

@@ -53,10 +53,7 @@ class Bias(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The arrays of a BlockMask, or those of its transpose; for a walk in the order of a plan (plan.py).
-
-    `blocks`: rows of the list for one batch element and head.
-    """
+    """The arrays of a BlockMask, or those of its transpose; for a walk in the order of a plan (plan.py)."""
 
     indptr: Any  # None: no list
     indices: Any
@@ -68,11 +65,72 @@ class Mask(NamedTuple):
     lengths: Any  # None: every key
     batch: Any
     heads: Any
-    blocks: Any
+    blocks: Any  # rows of the list for one batch element and head
     entries: Any
     tile_count: Any
-    low: Any  # of j - i
+    low: Any  # of j - i; None: no bound
     high: Any
+
+
+class Dropout(NamedTuple):
+    """The seed (pointer to int64; None: no dropout), the least random word that is kept, and 1 / (1 - p)."""
+
+    seed: Any
+    threshold: Any
+    keep_scale: Any
+
+
+class Sizes(NamedTuple):
+    """Numbers of query heads, queries and keys, and the scale."""
+
+    Hq: Any
+    Nq: Any
+    Nk: Any
+    scale: Any  # positive and in units of log2; SIGN times it is the true one
+
+
+class Inputs(NamedTuple):
+    """What every attention kernel reads. A kernel takes them one by one and puts them together, and there are tuples
+    alone in here: of other tuples within tuples Triton 3.6 forgets, in a loop, which numbers are known to be 1."""
+
+    q: Any  # Rows (B, Hq, Nq, D)
+    k: Any  # Rows (B, Hkv, Nk, D)
+    v: Any  # Rows (B, Hkv, Nk, DV)
+    bias: Any
+    mask: Any
+    dropout: Any
+    sizes: Any
+
+
+class Constants(NamedTuple):
+    """What an attention kernel is compiled for: its only constexpr argument."""
+
+    D: int
+    DV: int
+    BLOCK_D: int  # D and DV padded to powers of two
+    BLOCK_DV: int
+    BLOCK_Q: int  # queries and keys of a tile
+    BLOCK_K: int
+    LIST_Q: int  # queries and keys of a block of the list; those of a tile without one
+    LIST_K: int
+    GROUP: int  # query heads that share a key head
+    SIGN: int  # -1, 0 or 1: of the scale
+    PRECISION: str  # of float32 products: "ieee" or "tf32"
+    PACK: int = 1  # query heads in the rows of one tile
+    SPLIT: bool = False  # whether programs share the keys of a tile
+    SAFE: bool = False  # the second launch, whose products select
+
+
+class Tile(NamedTuple):
+    """What a program owns: rows `o` from `first` of a head, queries or, for their gradient, keys. Queries beyond the
+    end repeat the last one; they are not stored."""
+
+    i_b: Any
+    i_h: Any
+    o_h: Any  # the head of each row, where heads are packed
+    first: Any
+    o: Any
+    keys: Any  # of the batch element, that its length lets live
 
 
 # --- loading and storing ---
@@ -82,6 +140,18 @@ class Mask(NamedTuple):
 def row_offsets(view, i_b, i_h, o_n):
     """Offset of rows o_n; i_h is one head, or a head for each row."""
     return tl.cast(i_b, tl.int64) * view.b + tl.cast(i_h, tl.int64) * view.h + tl.cast(o_n, tl.int64) * view.n
+
+
+@triton.jit
+def line_offsets(x, i_b, i_h, o_i):
+    """Offset of queries o_i in a contiguous (B, Hq, Nq) array; i_h is one head, or a head for each row."""
+    return (tl.cast(i_b, tl.int64) * x.sizes.Hq + i_h) * x.sizes.Nq + o_i
+
+
+@triton.jit
+def head_pointer(view, i_b, i_h):
+    """Pointer to the first row of a head."""
+    return view.ptr + row_offsets(view, i_b, i_h, 0)
 
 
 @triton.jit
@@ -108,9 +178,24 @@ def load_block(
 
 
 @triton.jit
-def load_described(tiles, i_b, i_h, first, N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """N rows from `first` of a head by the tensor's descriptor, zeros beyond its ends: [N, BLOCK_D]."""
-    return tl.reshape(tiles.load([i_b, i_h, first, 0]), [N, BLOCK_D])
+def load_walked(
+    tiles, p_head, stride, i_b, i_h, first, end,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """`load_block` of a walk; where it needs no mask, by the tensor's descriptor `tiles` if there is one."""
+    if MODE == FULL and tiles is not None:
+        return tl.reshape(tiles.load([i_b, i_h, first, 0]), [N, BLOCK_D])
+    else:
+        return load_block(p_head, stride, first, end, D, N, BLOCK_D, MODE != FULL)
+
+
+@triton.jit
+def signed(b_x, SIGN: tl.constexpr):
+    """b_x times the sign of the scale."""
+    if SIGN == 1:
+        return b_x
+    else:
+        return (b_x.to(tl.float32) * SIGN).to(b_x.dtype)
 
 
 @triton.jit
@@ -125,25 +210,25 @@ def store_tile(view, i_b, i_h, o_n, m_n, b_tile, D: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def dot(b_a, b_b, PRECISION: tl.constexpr):
+def dot(b_a, b_b, C: tl.constexpr):
     """b_a @ b_b in float32; b_a takes b_b's dtype."""
     b_a = b_a.to(b_b.dtype)
     if INTERPRETED:
         return tl.dot(b_a.to(tl.float32).to(tl.float64), b_b.to(tl.float32).to(tl.float64)).to(tl.float32)
     else:
-        return tl.dot(b_a, b_b, input_precision=PRECISION)
+        return tl.dot(b_a, b_b, input_precision=C.PRECISION)
 
 
 @triton.jit
-def select_dot(b_w, m_visible, b_x, b_acc, PRECISION: tl.constexpr, SAFE: tl.constexpr):
+def select_dot(b_w, m_visible, b_x, b_acc, C: tl.constexpr):
     """b_acc + b_w @ b_x. SAFE: an invisible pair adds nothing even where b_x is NaN or infinite, a visible one NaN."""
-    if SAFE:
+    if C.SAFE:
         m_bad = (tl.abs(b_x.to(tl.float32)) < INF) == 0
-        b_acc += dot(b_w, tl.where(m_bad, 0.0, b_x.to(tl.float32)).to(b_x.dtype), PRECISION)
+        b_acc += dot(b_w, tl.where(m_bad, 0.0, b_x.to(tl.float32)).to(b_x.dtype), C)
         b_seen = tl.dot(m_visible.to(tl.float16), m_bad.to(tl.float16))
         return tl.where(b_seen > 0.0, float("nan"), b_acc)
     else:
-        return b_acc + dot(b_w, b_x, PRECISION)
+        return b_acc + dot(b_w, b_x, C)
 
 
 @triton.jit
@@ -152,137 +237,7 @@ def any_not_finite(b_x):
     return tl.max(tl.where(tl.abs(b_x) < INF, 0, 1))
 
 
-@triton.jit
-def any_flag(p_flags, first, programs, step):
-    """Whether one of the flags first, first + step, .. below `programs` is set: a scalar."""
-    found = tl.zeros([], tl.int32)
-    for start in range(first, programs, step * 1024):
-        o_flag = start + tl.arange(0, 1024) * step
-        found = tl.maximum(found, tl.max(tl.load(p_flags + o_flag, mask=o_flag < programs, other=0)))
-    return found > 0
-
-
 # --- which pairs are visible ---
-
-
-@triton.jit
-def key_count(mask, i_b, Nk):
-    """The keys of batch element i_b that its length lets live."""
-    if mask.lengths is None:
-        return Nk
-    else:
-        return tl.minimum(tl.maximum(tl.load(mask.lengths + i_b), 0), Nk)
-
-
-@triton.jit
-def tile_range(any_first, any_end, all_first, all_end, BLOCK: tl.constexpr):
-    """Tiles [first, end) that hold a visible position, and of these [full_first, full_end) that hold no other."""
-    first = any_first // BLOCK
-    end = tl.where(any_end > any_first, tl.cdiv(any_end, BLOCK), first)
-    full_first = tl.minimum(tl.maximum(tl.cdiv(all_first, BLOCK), first), end)
-    full_end = tl.maximum(tl.minimum(all_end // BLOCK, end), full_first)
-    return first, end, full_first, full_end
-
-
-@triton.jit
-def visible_keys(mask, i_first, i_last, keys, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Keys [any_first, any_end) that some of the queries i_first .. i_last see by window and length, and those that
-    all of them see."""
-    any_first, all_first = 0, 0
-    any_end, all_end = keys, keys
-    if LOW:
-        any_first = tl.maximum(i_first + mask.low, 0)
-        all_first = tl.maximum(i_last + mask.low, 0)
-    if HIGH:
-        any_end = tl.minimum(i_last + mask.high + 1, keys)
-        all_end = tl.minimum(i_first + mask.high + 1, keys)
-    return any_first, any_end, all_first, all_end
-
-
-@triton.jit
-def visible_queries(mask, j_first, j_last, keys, Nq, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Queries [any_first, any_end) that see some of the keys j_first .. j_last, and those that see all of them."""
-    any_first, all_first = 0, 0
-    any_end, all_end = Nq, Nq
-    if HIGH:
-        any_first = tl.maximum(j_first - mask.high, 0)
-        all_first = tl.maximum(j_last - mask.high, 0)
-    if LOW:
-        any_end = tl.minimum(j_last - mask.low + 1, Nq)
-        all_end = tl.minimum(j_first - mask.low + 1, Nq)
-    any_end = tl.where(j_first < keys, any_end, any_first)
-    all_end = tl.where(j_last < keys, all_end, all_first)
-    return any_first, any_end, all_first, all_end
-
-
-@triton.jit
-def list_entries(mask, i_b, i_h, i_block):
-    """Entries [begin, end) of a row of the list, kept inside the arrays whatever they hold."""
-    row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * mask.heads
-    row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_block
-    begin = tl.maximum(tl.load(mask.indptr + row), 0)
-    end = tl.minimum(tl.load(mask.indptr + row + 1), mask.entries)
-    return begin, tl.maximum(begin, end)
-
-
-@triton.jit
-def lower_bound(p_indices, begin, end, block):
-    """The first of the ascending entries [begin, end) that is not before `block`."""
-    while begin < end:
-        middle = (begin + end) // 2
-        before = tl.load(p_indices + middle) < block
-        begin = tl.where(before, middle + 1, begin)
-        end = tl.where(before, end, middle)
-    return begin
-
-
-@triton.jit
-def planned_entries(mask, i_b, i_h, i_block):
-    """Where a row of the plan begins, how many of its entries are clean, and how many there are."""
-    row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * mask.heads
-    row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_block
-    begin = tl.minimum(tl.maximum(tl.load(mask.indptr + row), 0), mask.entries)
-    live = tl.minimum(tl.load(mask.live + row), mask.entries - begin).to(tl.int32)
-    return begin, tl.minimum(tl.load(mask.clean + row), live), live
-
-
-@triton.jit
-def planned_entry(mask, entry):
-    """Block and bit tile (-1: none) of an entry of the plan; there is one more than the plan fills, for to be read
-    ahead."""
-    return tl.load(mask.indices + entry), tl.load(mask.tile_ids + entry)
-
-
-@triton.jit
-def planned_range(mask, begin, clean, live, keys, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    """A walk over the keys of a row of the plan, in tiles of which a block has PARTS: how many are clean, how many
-    there are, and after which ones how many are skipped, being beyond the `keys` that live."""
-    clean_end, end, gap_at, gap = clean, live, live, 0
-    if mask.lengths is not None:
-        clean_end = (lower_bound(mask.indices, begin, begin + clean, keys // SIZE) - begin).to(tl.int32)
-        block = tl.load(mask.indices + begin + clean_end, mask=clean_end < clean, other=0)
-        gap_at = clean_end + ((clean_end < clean) & (block * SIZE < keys)).to(tl.int32)
-        gap = clean - gap_at
-        end = lower_bound(mask.indices, begin + clean, begin + live, tl.cdiv(keys, SIZE)) - begin
-        end = end.to(tl.int32) - gap
-    return clean_end * PARTS, end * PARTS, gap_at * PARTS, gap * PARTS
-
-
-@triton.jit
-def walk_position(t, skip_at, skip, gap_at, gap, GAP: tl.constexpr):
-    """Where step t of a walk is that leaves out `skip` tiles at `skip_at`, and then `gap` more at `gap_at`."""
-    at = t + tl.where(t >= skip_at, skip, 0)
-    if GAP:
-        at += tl.where(at >= gap_at, gap, 0)
-    return at
-
-
-@triton.jit
-def list_entry(mask, entry, last):
-    """Block and bit tile (-1: full) of an entry, or of `last` for those behind it."""
-    entry = tl.maximum(tl.minimum(entry, last), 0)
-    tile = tl.load(mask.tile_ids + entry)
-    return tl.maximum(tl.load(mask.indices + entry), 0), tl.where(tile < mask.tile_count, tile, -1)
 
 
 @triton.jit
@@ -307,49 +262,87 @@ def tile_bits(
 
 
 @triton.jit
-def window_pairs(mask, o_i, o_j, keys, LOW: tl.constexpr, HIGH: tl.constexpr):
+def window_pairs(mask, o_i, o_j, keys):
     """What window and length say of queries o_i and keys o_j, shaped to broadcast against each other."""
     m_visible = (o_j < keys) & (o_i >= 0)
-    if LOW:
+    if mask.low is not None:
         m_visible = m_visible & (o_j - o_i >= mask.low)
-    if HIGH:
+    if mask.high is not None:
         m_visible = m_visible & (o_j - o_i <= mask.high)
     return m_visible
 
 
-# --- bias and dropout ---
+# --- scores ---
 
 
 @triton.jit
-def load_bias(bias, i_b, i_h, o_i, o_j, m_ij):
-    """The bias of queries o_i and keys o_j (shaped to broadcast) in units of log2, 0 where m_ij is false."""
+def load_bias(bias, i_b, i_h, o_i, o_j, m_ij, KEY_AXIS: tl.constexpr):
+    """The bias of queries o_i and keys o_j in units of log2, 0 where m_ij is false; keys run along KEY_AXIS."""
     o_row = tl.cast(i_b, tl.int64) * bias.b + tl.cast(i_h, tl.int64) * bias.h + tl.cast(o_i, tl.int64) * bias.q
-    return tl.load(bias.ptr + o_row + tl.cast(o_j, tl.int64) * bias.k, mask=m_ij, other=0.0).to(tl.float32) * LOG2E
+    o_column = tl.cast(o_j, tl.int64) * bias.k
+    p_pairs = bias.ptr + tl.expand_dims(o_row, KEY_AXIS) + tl.expand_dims(o_column, 1 - KEY_AXIS)
+    return tl.load(p_pairs, mask=m_ij, other=0.0).to(tl.float32) * LOG2E
 
 
 @triton.jit
-def kept_pairs(p_seed, i_b, i_h, i_first, j_first, threshold, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which pairs dropout keeps, [BLOCK_Q, BLOCK_K] from query i_first (a multiple of 16) and key j_first (even).
+def mask_scores(
+    b_s, x, i_b, i_h, o_i, j_first, keys, tile, C: tl.constexpr, MODE: tl.constexpr, KEY_AXIS: tl.constexpr
+):
+    """Add the bias to scores in log2 and hide pairs (-inf): returns the scores and which pairs are visible.
+
+    The queries are o_i of head i_h (one, or one a query), the keys BLOCK_K from j_first, along KEY_AXIS. PARTIAL: by
+    window, length, the ends and bit tile `tile`; FULL: only a bias of -inf hides a pair.
+    """
+    o_j = j_first + tl.arange(0, C.BLOCK_K)
+    o_q, o_k = tl.expand_dims(o_i, KEY_AXIS), tl.expand_dims(o_j, 1 - KEY_AXIS)
+    m_visible = (o_q >= 0) & (o_k >= 0)
+    if x.bias.ptr is not None:
+        # Only the ends keep a load back: a mask that differs from key to key would take the load apart.
+        m_inside = m_visible & (o_k < keys)
+        if KEY_AXIS == 0:
+            m_inside = m_inside & (o_q < x.sizes.Nq)
+        b_bias = load_bias(x.bias, i_b, i_h, o_i, o_j, m_inside, KEY_AXIS)
+        m_visible = m_visible & (b_bias != -INF)
+        b_s = tl.where(m_visible, b_s + b_bias, -INF)
+    if MODE == PARTIAL:
+        m_visible = m_visible & window_pairs(x.mask, o_q, o_k, keys)
+        if x.mask.indptr is not None:
+            m_visible = m_visible & tile_bits(
+                x.mask, tile, o_i % C.LIST_Q, j_first % C.LIST_K, C.LIST_Q, C.LIST_K, C.BLOCK_K, KEY_AXIS
+            )
+        b_s = tl.where(m_visible, b_s, -INF)
+    return b_s, m_visible
+
+
+@triton.jit
+def kept_pairs(dropout, i_b, i_h, i_first, j_first, C: tl.constexpr, KEY_AXIS: tl.constexpr):
+    """Which pairs dropout keeps, of BLOCK_Q queries from i_first (a multiple of 16) and BLOCK_K keys from j_first
+    (even), which run along KEY_AXIS; without dropout all.
 
     The rule of csrc/common/philox.h: one Philox4x32-10 call (Salmon et al., SC 2011) serves the queries i and i + 8 and
     the keys j and j + 1, so a quarter of the tile is drawn and its four words are spread over the pairs.
     """
-    o_group = i_first // 16 * 8 + tl.arange(0, BLOCK_Q // 2)  # (i >> 4) * 8 + (i & 7)
-    o_pair = j_first // 2 + tl.arange(0, BLOCK_K // 2)
-    c_zero = tl.zeros([BLOCK_Q // 2, BLOCK_K // 2], tl.uint32)
-    c_key = o_pair[None, :].to(tl.uint32) + c_zero
-    c_query = o_group[:, None].to(tl.uint32) + c_zero
-    w0, w1, w2, w3 = tl.philox(
-        tl.load(p_seed), c_key, c_query, c_zero + tl.cast(i_h, tl.uint32), c_zero + tl.cast(i_b, tl.uint32)
-    )
-    upper = tl.reshape(tl.join(w0, w1), [BLOCK_Q // 2, BLOCK_K])
-    lower = tl.reshape(tl.join(w2, w3), [BLOCK_Q // 2, BLOCK_K])
-    words = tl.reshape(tl.join(upper, lower), [BLOCK_Q // 16, 8, BLOCK_K, 2])
-    words = tl.reshape(tl.permute(words, (0, 3, 1, 2)), [BLOCK_Q, BLOCK_K])
-    return words >= tl.cast(threshold, tl.uint32)
-
-
-# --- softmax ---
+    BLOCK_Q: tl.constexpr = C.BLOCK_Q
+    BLOCK_K: tl.constexpr = C.BLOCK_K
+    if dropout.seed is None:
+        m_kept = tl.full([BLOCK_Q, BLOCK_K], True, tl.int1)
+    else:
+        o_group = i_first // 16 * 8 + tl.arange(0, BLOCK_Q // 2)  # (i >> 4) * 8 + (i & 7)
+        o_pair = j_first // 2 + tl.arange(0, BLOCK_K // 2)
+        c_zero = tl.zeros([BLOCK_Q // 2, BLOCK_K // 2], tl.uint32)
+        c_key = o_pair[None, :].to(tl.uint32) + c_zero
+        c_query = o_group[:, None].to(tl.uint32) + c_zero
+        w0, w1, w2, w3 = tl.philox(
+            tl.load(dropout.seed), c_key, c_query, c_zero + tl.cast(i_h, tl.uint32), c_zero + tl.cast(i_b, tl.uint32)
+        )
+        upper = tl.reshape(tl.join(w0, w1), [BLOCK_Q // 2, BLOCK_K])
+        lower = tl.reshape(tl.join(w2, w3), [BLOCK_Q // 2, BLOCK_K])
+        words = tl.reshape(tl.join(upper, lower), [BLOCK_Q // 16, 8, BLOCK_K, 2])
+        words = tl.reshape(tl.permute(words, (0, 3, 1, 2)), [BLOCK_Q, BLOCK_K])
+        m_kept = words >= tl.cast(dropout.threshold, tl.uint32)
+    if KEY_AXIS == 0:
+        m_kept = tl.trans(m_kept)
+    return m_kept
 
 
 @triton.jit
@@ -366,29 +359,3 @@ def online_softmax_update(b_s, b_m, b_l, scale):
     b_alpha = tl.exp2(b_m - b_shift)
     b_part = tl.sum(tl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // PARTIAL_SUMS, PARTIAL_SUMS]), 1)
     return b_p, b_alpha, b_new, b_l * b_alpha[:, None] + b_part
-
-
-# --- order of the programs ---
-
-
-@triton.jit
-def locate(i_program, mask, tiles, lines, heads, section, PARTS: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Tile and line (batch element and head) of a program.
-
-    A section of lines is worked off together, so that its keys and values stay in the L2 cache; within it the tiles
-    with most work start first: those of the longest rows of the list (PARTS tiles each), without one the last ones
-    under a causal window.
-    """
-    i_section = i_program // (section * tiles)
-    rest = i_program - i_section * section * tiles
-    width = tl.minimum(section, lines - i_section * section)
-    i_tile = rest // width
-    i_line = i_section * section + rest - i_tile * width
-    if mask.order is not None:
-        i_b, i_h = i_line // heads, i_line % heads
-        row = tl.where(mask.batch == 1, 0, tl.cast(i_b, tl.int64)) * tl.where(mask.heads == 1, 1, heads)
-        row = (row + tl.where(mask.heads == 1, 0, i_h)) * mask.blocks + i_tile // PARTS
-        i_tile = tl.load(mask.order + row) * PARTS + i_tile % PARTS
-    elif LAST_FIRST:
-        i_tile = tiles - 1 - i_tile
-    return i_tile, i_line

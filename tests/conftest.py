@@ -1,9 +1,9 @@
 """Fixtures for every test: uninitialised memory is NaN, and a backend that is not built skips with its reason.
 
 Triton's kernels are one of the backends in two cases: on a machine with a GPU (marked gpu), and in a process that was
-started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes). So are the
-CUDA kernels, with a GPU where they are built, and alone in a process with EFFICIENT_ATTN_CUDA_TWIN
-(tests/test_cuda_host.py).
+started with TRITON_INTERPRET=1, where they are the only one (kernels/triton/test_triton.py starts such processes). So
+are the CUDA kernels, with a GPU where they are built, and alone in a process with EFFICIENT_ATTN_CUDA_EMULATOR
+(kernels/cuda/test_cuda_emulator.py).
 """
 
 import os
@@ -43,8 +43,8 @@ def one_thread():
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
-ON_GPU = () if INTERPRETED or TWIN else ("triton", "cuda")  # backends whose tensors lie on a GPU
+EMULATED = bool(os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR"))
+ON_GPU = () if INTERPRETED or EMULATED else ("triton", "cuda")  # backends whose tensors lie on a GPU
 if INTERPRETED:
     from support.interpreter import patch_once
 
@@ -55,7 +55,7 @@ def tested_backends():
     """The backends that this process tests, as parameters."""
     if INTERPRETED:
         return [pytest.param("triton", marks=pytest.mark.interpreter)]
-    if TWIN:
+    if EMULATED:
         return [pytest.param("cuda", marks=pytest.mark.interpreter)]
     others = [name for name in backends.BACKENDS if name not in ON_GPU]
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """What Triton makes of every shipped kernel for sm_80 and sm_90, without a GPU: registers, spills, shared memory,
 instructions.
 
-    python -m efficient_attn.benchmarks.triton_table [--out FILE] [--only sm_90/bfloat16/128]
+    python -m efficient_attn.benchmarks.tools.triton_table [--out FILE] [--only sm_90/bfloat16/128]
 
 The backend runs as it would on a GPU, on CPU tensors and with a driver that only knows a compute capability; instead
 of being launched, each kernel is compiled with the very arguments of the launch. Rows go to a JSONL file, one a kernel.
@@ -31,7 +31,6 @@ from efficient_attn.masks import MaskArrays
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "triton" / "compile.jsonl"
 CAPABILITIES = (80, 90)
-HEAD_DIMS = (64, 128, 256)
 # float16 takes the configurations of bfloat16. A call without a mask compiles less than one with a window.
 FEATURES = {
     torch.bfloat16: ("window", "lists", "extras", "decode", "linear", "tma"),
@@ -69,6 +68,7 @@ class _Compiled:
             names = [p.name for p in self.kernel.params]
             given = dict(zip(names, arguments, strict=True))
             compiled = self.kernel.warmup(*arguments, grid=(1,), num_warps=num_warps, num_stages=num_stages)
+            given |= given["C"]._asdict() if "C" in given else {}
             row = {"kernel": self.kernel.fn.__name__, "safe": bool(given.get("SAFE", False))}
             tiles = {n.lower(): given[n] for n in ("BLOCK_Q", "BLOCK_K", "CHUNK", "BLOCK_R") if n in given}
             self.rows.append(row | tiles | {"warps": num_warps, "stages": num_stages} | measure(compiled))
@@ -155,7 +155,7 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
 
 def cases() -> list[tuple[int, torch.dtype, int, str]]:
     """Every case of the table."""
-    every = [(c, t, d, f) for c in CAPABILITIES for t in FEATURES for d in HEAD_DIMS for f in FEATURES[t]]
+    every = [(c, t, d, f) for c in CAPABILITIES for t in FEATURES for d in configs.HEAD_DIMS for f in FEATURES[t]]
     return [case for case in every if case[3] != "tma" or (case[0] >= 90 and case[2] <= 128)]
 
 

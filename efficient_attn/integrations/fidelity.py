@@ -51,8 +51,12 @@ class LayerFidelity:
 
 @dataclass
 class Trace:
-    """What layers did in one forward: by name, what they returned and the errors of their attention, call by call."""
+    """What layers did in one forward: by name, what they returned and the errors of their attention, call by call.
 
+    ran: the names of all modules whose forward ran, with its class.
+    """
+
+    ran: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
 
@@ -139,6 +143,7 @@ def traced(model: nn.Module) -> Iterator[Trace]:
 
     def enter(module: nn.Module, args: Any) -> None:
         running.append([names[id(module)], False])
+        trace.ran[names[id(module)]] = type(module).__name__
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         name, attended = running.pop()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..methods import DENSE, Method, parse
-from ..methods.continuation import continuation
+from ..methods.continuation import continuation, goes_by_positions
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
@@ -87,6 +87,7 @@ def register() -> None:
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> Any:
         if requested_attention is not None and requested_attention.partition(":")[0] == NAME:
             _add(requested_attention)
+            vars(self)["_efficient_attn_name"] = _Registered(requested_attention)
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
@@ -96,6 +97,18 @@ def register() -> None:
 
     get_correct_attn_implementation.knows_efficient_attn = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+class _Registered:
+    """What a model carries so that its name is known wherever it is unpickled: another process, a pool of workers."""
+
+    def __init__(self, name: str) -> None:
+        register()
+        _add(name)
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[_Registered], tuple[str]]:
+        return _Registered, (self.name,)
 
 
 def implementation_name(attention: str | Method | Pattern) -> str:
@@ -160,11 +173,8 @@ def _forward(
             place = (attention_mask.start + attention_mask.offset, attention_mask.offset)
     else:
         call = _from_tensor(attention_mask, method, query, Nk)
-        if Nq != Nk and getattr(module, "is_causal", False) and not method.is_dense:
-            raise UnsupportedError(
-                f"{method} needs to know where {Nq} queries stand among {Nk} keys, which a 4-D mask does not say; pass "
-                "attention_mask as (batch, keys)"
-            )
+    if place is None and not method.is_dense:
+        method = _without_place(method, module, Nq, Nk)
     if call.get("key_mask") is not None:
         call["key_mask"] = call["key_mask"].expand(key.shape[0], -1)
     if position_bias is not None:
@@ -183,6 +193,24 @@ def _forward(
         **call,
     )
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _without_place(method: Method, module: nn.Module, Nq: int, Nk: int) -> Method:
+    """The method for a call that does not say where its queries stand: dense where they attend to something else.
+
+    Cross-attention and learned queries have no positions among the keys, of which a pattern or a low-rank method could
+    mean anything. Queries of a causal layer have one, and must not be taken for the first ones.
+    """
+    cross = getattr(module, "is_cross_attention", False)
+    cross |= getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    if cross or (Nq != Nk and not getattr(module, "is_causal", False)):
+        return DENSE
+    if Nq != Nk and goes_by_positions(method):
+        raise UnsupportedError(
+            f"{method} needs to know where {Nq} queries stand among {Nk} keys, which neither torch.compile with a "
+            "cache nor a 4-D mask says; pass attention_mask as (batch, keys), and compile dense, or without a cache"
+        )
+    return method
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:

@@ -32,7 +32,8 @@ def layer_state(method: Method, module: nn.Module, query: Tensor, key: Tensor) -
         )
     heads, head_dim = query.shape[-3], query.shape[-1]
     like = next((p for p in module.parameters() if p.is_floating_point()), query)
-    state = method.build(heads * head_dim, key.shape[-3], head_dim, device=like.device, dtype=like.dtype)
+    with torch.inference_mode(False):  # else it could never be trained
+        state = method.build(heads * head_dim, key.shape[-3], head_dim, device=like.device, dtype=like.dtype)
     if state is None:
         return None
     if module.training and torch.is_grad_enabled() and any(True for _ in state.parameters()):

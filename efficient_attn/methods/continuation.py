@@ -37,12 +37,18 @@ def continuation(
             f"{method} cannot continue a cached sequence ({q_len} queries, {kv_len} keys); call "
             "generate(use_cache=False)"
         )
-    if not isinstance(method, Sparse) or method.is_dense or method.pattern.by_content:
+    if not isinstance(method, Sparse) or not goes_by_positions(method):
         return method, None
     if torch.compiler.is_compiling():
         raise UnsupportedError(f"torch.compile cannot place {method} in a cached sequence; compile dense, or no cache")
     heads = num_heads if method.pattern._heads_differ else 1
     return DENSE, _rows(method.pattern, q_len, kv_len, first, offset, heads, str(device))
+
+
+def goes_by_positions(method: Method) -> bool:
+    """Whether the method is or holds a pattern of positions in one sequence, which queries of another do not have."""
+    sparse = method.sparse if isinstance(method, Hybrid) else method
+    return isinstance(sparse, Sparse) and not sparse.is_dense and not sparse.pattern.by_content
 
 
 @functools.lru_cache(maxsize=16)  # the layers of a model ask for the same few in turn

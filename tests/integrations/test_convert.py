@@ -149,6 +149,32 @@ class DependsOnType(nn.Module):
         return out if type(self.inner) is nn.MultiheadAttention else out + 0.01
 
 
+class PartlyUsed(nn.Module):
+    """One attention is called, one is not, and of one the weights are read by other code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.idle, self.read = (nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read.out_proj(self.called(x, x, x)[0])
+
+
+def test_modules_that_are_never_reached_are_named():
+    report = convert(PartlyUsed(), "sliding_window:left=2,right=2", sample=torch.randn(2, 9, 16), repeats=0)
+    assert list(report.layers) == ["called"] and sorted(report.converted) == ["called", "idle", "read"]
+    assert report.unreached == {"idle": "MultiheadAttention", "read": "MultiheadAttention"}
+    assert "never reached on the sample: 2\n  idle: MultiheadAttention" in str(report)
+
+
+def test_a_conversion_that_reaches_nothing_raises_and_leaves_the_model():
+    model = PartlyUsed()
+    old = model.idle
+    with pytest.raises(ConversionError, match=r"none of the converted modules \(idle\) called"):
+        convert(model, "linear", sample=torch.randn(2, 9, 16), predicate=lambda name, _: name == "idle")
+    assert model.idle is old
+
+
 @pytest.mark.parametrize("spec", ["dense", WINDOW])
 def test_a_model_that_differs_with_dense_attention_raises_and_is_as_before(spec):
     model = DependsOnType()
@@ -254,6 +280,19 @@ def test_parameters_of_layers_come_and_go(transformers):
     assert model.encoder.layer[0].attention.self.method_state.key_projection.shape == (4, 16)
     report.undo()
     assert set(model.state_dict()) == names and model.config._attn_implementation == "sdpa"
+
+
+def test_layers_of_transformers_that_are_never_reached_are_named(transformers):
+    """SAM's vision encoder has attention of its own, and no call of the interface, whatever its config says."""
+    config = transformers.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16, window_size=2,
+        global_attn_indexes=[1], output_channels=8, mlp_dim=32,
+    )  # fmt: skip
+    model = transformers.SamVisionModel(config)
+    before = model.config._attn_implementation
+    with pytest.raises(ConversionError, match="changes nothing"):
+        convert(model, "sliding_window", sample=torch.randn(1, 3, 64, 64), repeats=0)
+    assert model.config._attn_implementation == before
 
 
 def test_transformers_without_the_interface_are_left(transformers):

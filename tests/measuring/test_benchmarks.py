@@ -463,7 +463,7 @@ def test_what_all_rows_share_is_in_the_title_and_what_differs_a_column():
     assert table.title == "ops: float32, B1 H4 D64, 1 threads"
     assert [head for head, _ in table.sections] == ["N 128, fwd", "N 256, fwd"]
     labels = [column.label for column in table.columns]
-    assert labels[:2] == ["method", "ms"] and "threads" not in labels
+    assert labels == ["method", "ms", "vs dense", "vs SDPA", "MiB", "error"]  # no plan, no density
     (table,) = report.tables(
         view.rows([a_cell(**here), a_cell(config={"threads": 2, "dtype": "float16"}, **here)])
     ).values()

@@ -15,12 +15,12 @@ from efficient_attn.backends.features import FEATURE_MAPS as MAPS
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.methods import linear_attention, performer_attention, random_projection
 
-# Triton's interpreter and the twin of the CUDA kernels are slow: test_triton.py and test_cuda_host.py run some of these
-# cases in processes of their own.
+# Triton's interpreter and the emulator of the CUDA kernels are slow: test_triton.py and test_cuda_emulator.py run some
+# of these cases in processes of their own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
-REASONS = backends.not_supported_reasons(LinearCall(torch.device("cpu"), torch.bfloat16 if TWIN else torch.float32))
-HERE = {"triton"} if INTERPRETED else {"cuda"} if TWIN else REASONS.keys() - {"triton", "cuda"}
+EMULATED = bool(os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR"))
+REASONS = backends.not_supported_reasons(LinearCall(torch.device("cpu"), torch.bfloat16 if EMULATED else torch.float32))
+HERE = {"triton"} if INTERPRETED else {"cuda"} if EMULATED else REASONS.keys() - {"triton", "cuda"}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
     for name, why in REASONS.items()
@@ -127,6 +127,26 @@ def test_equals_the_definition(backend, name, feature_map, dtype):
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None]
         assert all((t.masked_select(hidden) == 0).all() for t in found[3:])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 2, 130])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tiny_normaliser_divides(backend, keys, dtype, is_causal):
+    """phi = e^x near the root of the smallest number: 1 / n is infinite, and out still an average of the values."""
+    if backend == "cuda" and dtype in (torch.float32, torch.float64):
+        pytest.skip("tensor cores multiply halves")
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("it serves no float64")
+    x = -360.0 if dtype == torch.float64 else -46.0
+    for width in (1, 5, 17):
+        q, k = torch.full((1, 2, keys, 3), x, dtype=dtype), torch.full((1, 1, keys, 3), x, dtype=dtype)
+        v = torch.rand(1, 1, keys, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+        out = FORWARD(q, k, v, None, None, is_causal, 0, "elu", 1.0, backend)[0]
+        count = torch.arange(1, keys + 1)[:, None] if is_causal else keys
+        exact = (v.double().cumsum(2) if is_causal else v.double().sum(2, keepdim=True)) / count
+        assert (out.double() - exact).abs().max() < {torch.bfloat16: 4e-3, torch.float16: 1e-3}.get(dtype, 1e-4)
 
 
 @pytest.mark.parametrize("feature_map", ["elu", "performer_softmax"])

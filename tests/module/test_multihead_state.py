@@ -11,7 +11,6 @@ import torch
 from support.multihead import LAYOUTS, SPARSE, E, H, pair
 from torch import nn
 
-from efficient_attn.methods import Dense
 from efficient_attn.multihead import MultiheadAttention, keep_own_forward
 
 X = torch.randn(4, 3, E)
@@ -58,7 +57,7 @@ def test_pickles_from_before_this_module_had_a_method() -> None:
         attributes.pop(name)
     attributes["_forward_pre_hooks"].clear()
     old.__setstate__(attributes)
-    assert old.attention == Dense() and old._qkv_same_embed_dim and keep_own_forward in old._forward_pre_hooks.values()
+    assert old.attention.is_dense and old._qkv_same_embed_dim and keep_own_forward in old._forward_pre_hooks.values()
     assert old(X, X, X)[0].shape == X.shape
 
 

@@ -101,7 +101,7 @@ def test_the_sdist_holds_all_that_a_wheel_needs(tmp_path):
     with tarfile.open(sdist) as archive:
         sources = {name.partition("/")[2] for name in archive.getnames()}
     assert {
-        f"csrc/cuda/{name}" for name in ("unit.cu", "launch.cpp", "launch.h", "sm80/attention_forward.h")
+        f"csrc/cuda/{name}" for name in ("attention_forward.cu", "launch.cpp", "launch.h", "sm80/attention_forward.h")
     } <= sources
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -1,14 +1,14 @@
 """The CUDA C++ backend (csrc/cuda): the same functions as `reference`, on tensor cores of NVIDIA GPUs.
 
-EXPERIMENTAL: compiled for sm_80 and sm_90a and proved in a host twin, never yet run on a GPU; taken only when asked for
-by name, from the module efficient_attn._cuda (`make cuda`, or an installation where nvcc is).
-EFFICIENT_ATTN_CUDA_TWIN=<path of the twin's module> runs the very same kernels on CPU tensors, one fiber a thread, for
-tests (tests/kernels/cuda/cuda_host), Hopper's where EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90. Nothing here waits for
-the GPU, and memory is allocated for results and O(n) workspace only.
+EXPERIMENTAL: compiled for sm_80 and sm_90a and tested in an emulator, never yet run on a GPU; taken only when asked for
+by name, from the module `efficient_attn._cuda` (`make cuda`, or an installation where nvcc is found). For tests,
+`EFFICIENT_ATTN_CUDA_EMULATOR=<path of the emulator's module>` runs the very same kernels on CPU tensors, one fiber a
+thread (tests/kernels/cuda/emulator), Hopper's where `EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY` is 90. Nothing here waits
+for the GPU, and memory is allocated for results and O(n) workspace only.
 
-The bits of a result are the same in every run. EFFICIENT_ATTN_CUDA_ANY_ORDER=1 gives that up for speed: on Hopper,
-heads of 65 to 128 without bias and dropout then get a backward in one pass, whose sums over blocks of threads come in
-any order.
+The bits of a result are the same in every run. `EFFICIENT_ATTN_CUDA_ANY_ORDER=1` gives that up for speed: on Hopper,
+heads of 65 to 128 without bias and dropout then get a backward in one pass, which adds up the sums of its blocks of
+threads in any order.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ MODULE = "efficient_attn._cuda"
 LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
 
 
-def twin_path() -> str:
-    """Where the host twin's module lies, or an empty string."""
-    return os.environ.get("EFFICIENT_ATTN_CUDA_TWIN", "")
+def emulator_path() -> str:
+    """Where the emulator's module lies, or an empty string."""
+    return os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR", "")
 
 
 @cache
 def kernels() -> Any:
-    """The module that launches kernels: the host twin if one is asked for, else the compiled one; None: see
+    """The module that launches kernels: the emulator if one is asked for, else the compiled one; None: see
     `missing`."""
-    if twin_path():
-        spec = importlib.util.spec_from_file_location("_cuda_twin", twin_path())
+    if emulator_path():
+        spec = importlib.util.spec_from_file_location("_cuda_emulator", emulator_path())
         if spec is None or spec.loader is None:
-            raise ImportError(f"EFFICIENT_ATTN_CUDA_TWIN={twin_path()} is not a Python extension module")
+            raise ImportError(f"EFFICIENT_ATTN_CUDA_EMULATOR={emulator_path()} is not a Python extension module")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -65,7 +65,7 @@ def missing() -> str:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Processors to be filled with work; the twin stands for a small GPU."""
+    """Processors to be filled with work; the emulator stands for a small GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
@@ -74,9 +74,11 @@ def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = []
     if kernels() is None:
         reasons.append(missing())
-    if device.type != "cpu" and twin_path():
-        reasons.append(f"EFFICIENT_ATTN_CUDA_TWIN is set, under which it runs on CPU tensors; these are on {device}")
-    elif device.type != "cuda" and not twin_path():
+    if device.type != "cpu" and emulator_path():
+        reasons.append(
+            f"EFFICIENT_ATTN_CUDA_EMULATOR is set, under which it runs on CPU tensors; these are on {device}"
+        )
+    elif device.type != "cuda" and not emulator_path():
         reasons.append(f"it runs on CUDA tensors; these are on {device}")
     elif device.type == "cuda":
         reasons += _gpu_reasons(device)

@@ -87,7 +87,7 @@ def linear_attention_backward(
 def _launch(direction: str, words: bytes, out: Tensor) -> None:
     """Run the kernels of one direction on workspace of O(n)."""
     kernels, processors = cuda.kernels(), cuda.processors(out.device)
-    floats = kernels.linear_workspace(words, direction == "backward", processors)
+    floats = kernels.linear_attention_workspace(words, direction == "backward", processors)
     workspace = out.new_empty(floats, dtype=torch.float32)
     call = getattr(kernels, f"linear_attention_{direction}")
     call(words, processors, workspace.data_ptr(), *cuda.place(out.device))

@@ -52,7 +52,7 @@ def linear_attention_forward(
     a, b, v = _grouped(a, b, value, key_mask)
     sums = visible_sums(a, b, v, is_causal, causal_offset).flatten(1, 2)
     normaliser = sums[..., -1]
-    out = sums[..., :-1] * _inverse(normaliser)[..., None]
+    out = _divided(sums[..., :-1], normaliser)
     return out.to(value.dtype), normaliser.contiguous(), shift
 
 
@@ -76,7 +76,7 @@ def linear_attention_backward(
     query_features, key_features, _ = map_features(query, key, key_mask, projection, is_causal, feature_map, scale)
     a, b, v = _grouped(query_features, key_features, value, key_mask)
     dtype = a.dtype
-    grad_sums = grad_out.to(dtype).masked_fill((normaliser == 0)[..., None], 0.0) * _inverse(normaliser)[..., None]
+    grad_sums = _divided(grad_out.to(dtype), normaliser)
     grad_n = -(grad_sums * out.to(dtype)).sum(-1)
     if grad_normaliser is not None:
         grad_n = grad_n + grad_normaliser.to(dtype)
@@ -161,7 +161,7 @@ def _grouped(
     return a, b.unsqueeze(2), v.unsqueeze(2)
 
 
-def _inverse(normaliser: Tensor) -> Tensor:
-    """1 / n, and 0 where n = 0."""
-    zero = normaliser == 0
-    return (1.0 / normaliser.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+def _divided(rows: Tensor, normaliser: Tensor) -> Tensor:
+    """Rows / n, and 0 where n = 0. Not times 1 / n: that is infinite for the smallest n."""
+    zero = (normaliser == 0)[..., None]
+    return (rows / normaliser[..., None].masked_fill(zero, 1.0)).masked_fill(zero, 0.0)

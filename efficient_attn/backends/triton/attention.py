@@ -45,9 +45,9 @@ def kernels() -> Any:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from ...kernels import attention, attention_backward, configs, linear_attention, plan, tiles
+    from ...kernels import attention, attention_backward, configs, linear_attention, plan, tiles, walk
 
-    modules = (tiles, configs, plan, attention, attention_backward, linear_attention)
+    modules = (tiles, walk, configs, plan, attention, attention_backward, linear_attention)
     names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}
     return type("Kernels", (), names | {"triton": triton, "TensorDescriptor": TensorDescriptor})
 
@@ -98,9 +98,7 @@ class _Problem(NamedTuple):
     sizes: tuple[int, ...]  # B, Hq, Hkv, Nq, Nk, D, Dv
     scale: float  # positive, in log2
     sign: int
-    threshold: int
-    keep_scale: float
-    seed: Tensor | None
+    dropout: Any  # tiles.Dropout
     low: int | None
     high: int | None
     precision: str
@@ -118,7 +116,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
     query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
-    B, Hq, Nq, D = query.shape
+    B, Hq, Nq, _ = query.shape
     Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
     out = query.new_empty(B, Hq, Nq, Dv)
     lse = query.new_empty(B, Hq, Nq, dtype=torch.float32)
@@ -126,6 +124,7 @@ def attention_forward(
         return out.zero_(), lse.fill_(-torch.inf)
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
+    inputs = _inputs(query, key, value, bias, problem)
     group = Hq // Hkv
 
     def run(config: Any) -> None:
@@ -139,13 +138,13 @@ def attention_forward(
         if splits > 1:
             part_out = query.new_empty(splits * B, Hq, Nq, Dv, dtype=torch.float32)
             part_lse = query.new_empty(splits * B, Hq, Nq, dtype=torch.float32)
+        section = _section(lines, Nk, key, value, group // pack)
         _launch(
-            k.attention_forward_kernel, tiles * lines * splits, config, query.device, _hides(mask, bias),
-            (*map(_rows, (query, key, value)), *_described(k, config, key, value), _rows(part_out), part_lse,
-             _bias(bias), walked, problem.seed),
-            (lines, Hq // pack, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale,
-             _section(lines, Nk, key, value, group // pack), splits, group, pack, problem.sign),
-            (D, Dv, mask, problem, splits > 1), {} if splits > 1 else {"walk_k": 32},
+            k.attention_forward_kernel,
+            inputs._replace(mask=walked),
+            (*_described(k, config, key, value), k.Output(*_rows(part_out), part_lse)),
+            k.Grid(tiles * lines * splits, lines, Hq // pack, section, splits),
+            config, mask, problem, {} if splits > 1 else {"walk_k": 32}, pack,
         )  # fmt: skip
         if splits > 1:
             rows, block = B * Hq * Nq, 16
@@ -177,7 +176,7 @@ def attention_backward(
     dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
     B, Hq, Nq, Dv = out.shape
-    Hkv, Nk, D = key.shape[1:]
+    Hkv, Nk = key.shape[1:3]
     if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
         return zeroed((dq, dk, dv, dbias))
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
@@ -188,28 +187,25 @@ def attention_backward(
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
     group = Hq // Hkv
     delta = torch.empty_like(lse)
-    views = tuple(map(_rows, (query, key, value, grad_out)))
-    numbers = (problem.scale, scale, problem.threshold, problem.keep_scale)
-    hides = _hides(mask, bias)
+    inputs = _inputs(query, key, value, bias, problem)
+    given = k.Upstream(*_rows(grad_out), lse, delta, scale)
 
     def run_keys(config: Any) -> None:
         programs = _tiles(Nk, config.block_k, mask, 1) * B * Hkv
         walked = _mask(mask, B, True, problem, Hkv, programs > processors(query.device))
+        section = _section(B * Hkv, Nq * group, query, grad_out, 1)
         _launch(
-            k.key_gradient_kernel, programs, config, query.device, hides,
-            (*views, _rows(dk), _rows(dv), lse, delta, _bias(bias), walked, problem.seed),
-            (B * Hkv, Hkv, Nq, Nk, *numbers, _section(B * Hkv, Nq * group, query, grad_out, 1), group, problem.sign),
-            (D, Dv, mask, problem), {"walk_q": 32},
+            k.key_gradient_kernel, inputs._replace(mask=walked), (given, _rows(dk), _rows(dv)),
+            k.Grid(programs, B * Hkv, Hkv, section), config, mask, problem, {"walk_q": 32},
         )  # fmt: skip
 
     def run_queries(config: Any) -> None:
         programs = _tiles(Nq, config.block_q, mask, 0) * B * Hq
         walked = _mask(mask, B, False, problem, Hq, programs > processors(query.device))
+        section = _section(B * Hq, Nk, key, value, group)
         _launch(
-            k.query_gradient_kernel, programs, config, query.device, hides,
-            (*views, _rows(dq), lse, delta, _bias(bias), walked, problem.seed),
-            (B * Hq, Hq, Nq, Nk, *numbers, _section(B * Hq, Nk, key, value, group), group, problem.sign),
-            (D, Dv, mask, problem), {"walk_k": 32},
+            k.query_gradient_kernel, inputs._replace(mask=walked), (given, _rows(dq)),
+            k.Grid(programs, B * Hq, Hq, section), config, mask, problem, {"walk_k": 32},
         )  # fmt: skip
 
     with _on(query.device):
@@ -222,28 +218,31 @@ def attention_backward(
         if dbias is not None:
             assert bias is not None
             config = _config("bias_gradient", query, Dv, mask, problem, True)
-            _bias_gradient(k, config, views, lse, delta, bias, dbias, mask, problem)
+            inputs = inputs._replace(mask=_mask(mask, B, False, problem))
+            _bias_gradient(k, config, inputs, given, bias, dbias, mask, problem)
     return dq, dk, dv, dbias
 
 
 def _launch(
     kernel: Any,
-    programs: int,
+    inputs: Any,
+    arguments: tuple[Any, ...],
+    grid: Any,
     config: Any,
-    device: torch.device,
-    hides: bool,
-    tensors: tuple[Any, ...],
-    numbers: tuple[Any, ...],
-    constants: tuple[Any, ...],
+    mask: MaskArrays,
+    problem: _Problem,
     steps: dict[str, int],
+    pack: int = 1,
 ) -> None:
-    """Launch a kernel, and where the mask hides pairs once more for the tiles that a NaN behind it has spoiled."""
+    """Launch a kernel, and where the mask hides pairs once more for the tiles that a NaN behind it has spoiled, in
+    smaller `steps`."""
+    programs, hides, device = grid.programs, _hides(mask, inputs.bias.ptr), inputs.q.ptr.device
     flags = torch.empty(programs, dtype=torch.int32, device=device) if hides else None
     for safe in (False, True) if hides else (False,):
-        config = kernels().safe(config, **steps) if safe else config
-        grid = min(programs, processors(device)) if safe else programs
-        kernel[(grid,)](
-            *tensors, flags, programs, *numbers, *_constants(config, *constants), safe,
+        if safe:
+            config, programs = kernels().safe(config, **steps), min(programs, processors(device))
+        kernel[(programs,)](
+            *inputs, *arguments, flags, grid, _constants(config, mask, problem, pack, grid.splits > 1, safe),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -251,16 +250,15 @@ def _launch(
 def _bias_gradient(
     k: Any,
     config: Any,
-    views: tuple[Any, ...],
-    lse: Tensor,
-    delta: Tensor,
+    inputs: Any,
+    given: Any,
     bias: Tensor,
     dbias: Tensor,
     mask: MaskArrays,
     problem: _Problem,
 ) -> None:
     """Fill dbias. A bias that is the same for every query or key gets one row of sums for each head first."""
-    B, Hq, Hkv, Nq, Nk, D, Dv = problem.sizes
+    B, Hq, _Hkv, Nq, Nk = problem.sizes[:5]
     sum_k = bias.shape[3] == 1 and Nk > 1
     sum_q = not sum_k and bias.shape[2] == 1 and Nq > 1
     target = dbias
@@ -271,10 +269,8 @@ def _bias_gradient(
     out_tiles = (1 if sum_q else q_tiles, 1 if sum_k else k_tiles)
     loops = (B // target.shape[0], Hq // target.shape[1], q_tiles // out_tiles[0], k_tiles // out_tiles[1])
     k.bias_gradient_kernel[(target.shape[0] * target.shape[1] * math.prod(out_tiles),)](
-        *views, k.Bias(target, *target.stride()), lse, delta, _bias(bias), _mask(mask, B, False, problem), problem.seed,
-        Hq, Nq, Nk, problem.scale, problem.threshold, problem.keep_scale, target.shape[1], *out_tiles, *loops,
-        Hq // Hkv, problem.sign, *_constants(config, D, Dv, mask, problem), sum_q, sum_k,
-        num_warps=config.warps, num_stages=config.stages,
+        *inputs, given, k.Bias(target, *target.stride()), k.Broadcast(target.shape[1], *out_tiles, *loops),
+        _constants(config, mask, problem), sum_q, sum_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
@@ -297,23 +293,30 @@ def _problem(
         (B, Hq, Hkv, Nq, Nk, D, Dv),
         abs(scale) * LOG2E if scale != 0.0 else 1.0,
         (scale > 0.0) - (scale < 0.0),
-        int(dropout_p * 2.0**32),
-        1.0 / (1.0 - dropout_p),
-        seed if dropout_p > 0.0 else None,
+        kernels().Dropout(seed if dropout_p > 0.0 else None, int(dropout_p * 2.0**32), 1.0 / (1.0 - dropout_p)),
         None if low is None else min(max(low, -Nq), Nk),  # beyond these bounds nothing changes
         None if high is None else min(max(high, -Nq), Nk),
         "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     )
 
 
-def _constants(config: Any, D: int, Dv: int, mask: MaskArrays, problem: _Problem, *more: bool) -> tuple[Any, ...]:
-    """The compile-time arguments that every attention kernel has, in their order, and `more`."""
-    padded = kernels().padded
-    listed = (mask.block_q, mask.block_k) if mask.indptr is not None else (config.block_q, config.block_k)
-    return (
-        D, Dv, padded(D), padded(Dv), config.block_q, config.block_k, *listed,
-        problem.low is not None, problem.high is not None, problem.seed is not None, problem.precision, *more,
-    )  # fmt: skip
+def _constants(
+    config: Any, mask: MaskArrays, problem: _Problem, pack: int = 1, split: bool = False, safe: bool = False
+) -> Any:
+    """What an attention kernel is compiled for."""
+    k = kernels()
+    _B, Hq, Hkv, _Nq, _Nk, D, Dv = problem.sizes
+    tile = (config.block_q, config.block_k)
+    block = (mask.block_q, mask.block_k) if mask.indptr is not None else tile
+    head_dims = (D, Dv, k.padded(D), k.padded(Dv))
+    return k.Constants(*head_dims, *tile, *block, Hq // Hkv, problem.sign, problem.precision, pack, split, safe)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, problem: _Problem) -> Any:
+    """What every attention kernel reads, but for the mask: each kernel has its own view of it."""
+    _B, Hq, _Hkv, Nq, Nk = problem.sizes[:5]
+    k, sizes = kernels(), (Hq, Nq, Nk, problem.scale)
+    return k.Inputs(*map(_rows, (query, key, value)), _bias(bias), None, problem.dropout, k.Sizes(*sizes))
 
 
 def _rows(tensor: Tensor) -> Any:
@@ -345,10 +348,9 @@ def _bias(bias: Tensor | None) -> Any:
 def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, heads: int = 0, long: bool = False) -> Any:
     """The mask as a kernel reads it that walks whole rows of the list for `heads` lines of a batch element, the longest
     rows first if they are many (`long`); heads=0: as one that looks up single blocks."""
-    low, high = problem.low or 0, problem.high or 0
     lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(batch).contiguous()
     if mask.indptr is None:
-        return kernels().Mask(*(None,) * 7, lengths, 1, 1, 0, 0, 0, low, high)
+        return kernels().Mask(*(None,) * 7, lengths, 1, 1, 0, 0, 0, problem.low, problem.high)
     indptr, indices, tile_ids = mask[8:11] if transposed else mask[4:7]
     assert mask.tiles is not None and indptr is not None and indices is not None
     entries, clean, live, order = (indices, tile_ids), None, None, None
@@ -360,12 +362,12 @@ def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, hea
     tiles = mask.tiles
     tiles = tiles if tiles.data_ptr() % 16 == 0 else tiles.clone()  # bits are read in words
     blocks = (indptr.numel() - 1) // (mask.batch * mask.heads)
-    numbers = (mask.batch, mask.heads, blocks, indices.numel(), tiles.shape[0], low, high)
+    numbers = (mask.batch, mask.heads, blocks, indices.numel(), tiles.shape[0], problem.low, problem.high)
     return kernels().Mask(indptr, *entries, clean, live, order, tiles, lengths, *numbers)
 
 
 def _contiguous(mask: MaskArrays) -> MaskArrays:
-    """The mask with contiguous arrays: itself, unless somebody made it of slices."""
+    """The mask with contiguous arrays: itself, unless it was made of slices."""
     return MaskArrays._make(x.contiguous() if isinstance(x, Tensor) else x for x in mask)
 
 
@@ -387,13 +389,13 @@ def _config(
 ) -> Any:
     """The kernel's configuration: the table's, or where autotuning is on the one with which `run` is fastest."""
     k, listed, chip = kernels(), mask.indptr is not None, capability(query.device)
-    head_dim, half, extras = max(query.shape[3], Dv), query.dtype in HALF, biased or problem.seed is not None
+    head_dim, half, extras = max(query.shape[3], Dv), query.dtype in HALF, biased or problem.dropout.seed is not None
     blocks = (mask.block_q, mask.block_k) if listed else (None, None)
     default = k.fit(k.default_config(kernel, head_dim, half, chip, listed, extras), *blocks)
     if run is None or chip == 0 or not autotune.enabled() or torch.cuda.is_current_stream_capturing():
         return default
     B, Hq, Hkv, Nq, Nk = problem.sizes[:5]
-    case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.seed is None, blocks, problem.low is None)
+    case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.dropout.seed is None, blocks, problem.low is None)
     size = (problem.high is None, Hq // Hkv, *(n.bit_length() for n in (B * Hq, Nq, Nk)))
     key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, *size)))
     candidates = k.candidates(kernel, default, head_dim, query.element_size(), chip)

@@ -168,8 +168,8 @@ def _sums(
 ) -> None:
     """Fill out_s = sum_t (x_s . y_t + e_s f_t) u_t; see kernels/linear_attention.py."""
     k, device = shared.kernels(), out.device
-    B, x_heads, Nx, E = x.rows.shape
-    y_heads, Ny, R = y.rows.shape[1], y.rows.shape[2], u.rows.shape[3]
+    B, x_heads, _, E = x.rows.shape
+    y_heads, R = y.rows.shape[1], u.rows.shape[3]
     spread = y_heads // x_heads if reverse else 1
     lines = B * y_heads // spread
     states = torch.empty(lines, times.slots, E, R, dtype=torch.float32, device=device)
@@ -177,16 +177,16 @@ def _sums(
     vectors = torch.empty(lines, times.slots, wide, dtype=torch.float32, device=device)
     half = _half(x.rows, y.rows, u.rows)
     _, block_r, warps = k.linear_config(max(E, R), half, shared.capability(device))
-    blocks = (k.padded(E), min(block_r, k.padded(R)))
-    r_tiles = -(-R // blocks[1])
+    block_r = min(block_r, k.padded(R))
+    r_tiles = -(-R // block_r)
     precision = "tf32" if half or torch.get_float32_matmul_precision() != "highest" else "ieee"
     config = {"num_warps": warps, "num_stages": 1}
-    sizes = (E, R, *blocks, times.chunk)
-    k.state_kernel[(lines * times.slots * r_tiles,)](
-        shared._rows(y.rows), shared._rows(u.rows), y.norm, u.norm, y.extra, y.alive, states, vectors,
-        times.slots, y_heads, Ny, times.first, y.shift, times.chunks, r_tiles, spread,
-        *sizes, extra, normaliser is not None, precision, **config,
-    )  # fmt: skip
+    constants = k.LinearConstants(
+        E, R, k.padded(E), block_r, times.chunk, spread, extra, normaliser is not None, causal, reverse, precision
+    )
+    cut = k.Times(times.slots, times.chunks, times.first)
+    x_side, y_side, u_side = map(_side, (x, y, u))
+    k.state_kernel[(lines * times.slots * r_tiles,)](y_side, u_side, states, vectors, cut, r_tiles, constants, **config)
     for array, size in ((states, E * R), (vectors, wide)):
         if array is states or extra or normaliser is not None:
             block = 256
@@ -194,10 +194,15 @@ def _sums(
                 array, times.slots, size, not causal, reverse, block, num_warps=4
             )
     k.sums_kernel[(B * x_heads * times.slots * r_tiles,)](
-        *map(shared._rows, (x.rows, y.rows, u.rows, out)), x.norm, y.norm, u.norm, x.extra, y.extra, x.alive, y.alive,
-        states, vectors, normaliser, times.slots, x_heads, y_heads, Nx, Ny, times.first, x.shift, y.shift, times.chunks,
-        r_tiles, spread, *sizes, extra, normaliser is not None, causal, reverse, precision, **config,
-    )  # fmt: skip
+        x_side, y_side, u_side, shared._rows(out), states, vectors, normaliser, cut, r_tiles, constants, **config
+    )
+
+
+def _side(side: _Side) -> Any:
+    """An operand as the kernels read it."""
+    heads, length = side.rows.shape[1:3]
+    rows = shared._rows(side.rows)
+    return shared.kernels().Side(*rows, side.norm, side.extra, side.alive, heads, length, side.shift)
 
 
 def _alive(key_mask: Tensor | None) -> Any:

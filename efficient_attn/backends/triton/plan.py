@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     orders: dict[int, Tensor]  # lines of a batch element -> `order`
 
 
-# Indices -> what the plan depends on besides -> the other two arrays of the list, for to know it again, and the plan.
+# Indices -> what else the plan depends on -> the other two arrays of the list, to recognise it by, and the plan.
 _plans: Any = WeakTensorKeyDictionary()
 
 
@@ -85,10 +85,9 @@ def _make(
     empty = indices.new_empty
     made = Plan(empty(entries), empty(entries), empty(rows), empty(rows), {})
     blocks = rows // (mask.batch * mask.heads)
-    numbers = (mask.batch, mask.heads, blocks, indices.numel(), mask.tiles.shape[0], low or 0, high or 0)
+    numbers = (mask.batch, mask.heads, blocks, indices.numel(), mask.tiles.shape[0], low, high)
     view = kernels.Mask(indptr, indices, tile_ids, None, None, None, None, None, *numbers)
     kernels.plan_kernel[(rows,)](
-        view, *made[:4], q_len, kv_len, mask.block_q, mask.block_k, low is not None, high is not None, transposed, 128,
-        num_warps=4,
-    )  # fmt: skip
+        view, *made[:4], q_len, kv_len, mask.block_q, mask.block_k, transposed, 128, num_warps=4
+    )
     return made

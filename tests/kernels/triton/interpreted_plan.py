@@ -13,7 +13,7 @@ import triton.language as tl
 from efficient_attn import BlockMask, attention
 from efficient_attn.backends.triton import attention as backend
 from efficient_attn.backends.triton import plan as triton_plan
-from efficient_attn.kernels.tiles import locate
+from efficient_attn.kernels.walk import Grid, locate
 from efficient_attn.masks import lists as mask_build
 
 pytestmark = pytest.mark.interpreter
@@ -73,11 +73,11 @@ def test_clean_blocks_come_first_and_hidden_ones_not_at_all(window: tuple | None
 
 
 @triton.jit
-def where_programs_are(mask, out, tiles, lines, heads, section, PARTS: tl.constexpr):
+def where_programs_are(mask, out, grid, length, LIST: tl.constexpr, BLOCK: tl.constexpr):
     i_program = tl.program_id(0)
-    i_tile, i_line = locate(i_program, mask, tiles, lines, heads, section, PARTS, False)
+    i_tile, i_b, i_h = locate(i_program, mask, grid, length, LIST, BLOCK, False)
     tl.store(out + i_program * 2, i_tile)
-    tl.store(out + i_program * 2 + 1, i_line)
+    tl.store(out + i_program * 2 + 1, i_b * grid.heads + i_h)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -91,7 +91,8 @@ def test_the_longest_rows_start_first(heads: int) -> None:
     lines, parts, section = 6, 2, 4
     tiles = view.blocks * parts
     out = torch.full((tiles * lines, 2), -1, dtype=torch.int32)
-    where_programs_are[(tiles * lines,)](view, out, tiles, lines, 2, section, parts)
+    grid = Grid(tiles * lines, lines, 2, section)
+    where_programs_are[(tiles * lines,)](view, out, grid, NQ, BLOCKS[0], BLOCKS[0] // parts)
     assert len({tuple(x) for x in out.tolist()}) == tiles * lines and (out >= 0).all()
     live = plan_of(mask, False).live.view(heads, view.blocks)
     work = [int(live[line % 2 % heads, tile // parts]) for tile, line in out.tolist()]

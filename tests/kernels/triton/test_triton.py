@@ -98,6 +98,18 @@ def test_grids_come_from_shapes_alone() -> None:
     assert not backend._lists_nothing(mask) and backend._hides(mask, None)
 
 
+def test_kernels_and_their_steps_have_short_signatures() -> None:
+    """Pointers, strides and constants are passed in tuples (kernels/tiles.py)."""
+    from triton.runtime.jit import JITFunction
+
+    from efficient_attn.backends.triton import attention as backend
+
+    functions = {name: f for name, f in vars(backend.kernels()).items() if isinstance(f, JITFunction)}
+    assert {"attention_forward_kernel", "bias_gradient_kernel", "sums_kernel", "mask_scores"} <= set(functions)
+    kernels = {name for name in functions if name.endswith("_kernel")}
+    assert all(len(f.arg_names) < (20 if name in kernels else 13) for name, f in functions.items())
+
+
 class Noted:
     """Stands for a kernel: a launch is noted, and nothing runs."""
 

@@ -1,23 +1,24 @@
-// Linear attention forward on given features a = phi(query) and b = phi(key):
+// Launches linear attention forward on given features a = phi(query) and b = phi(key):
 //
 //     n_i = sum_j a_i . b_j        out_i = sum_j (a_i . b_j) v_j / n_i        over visible keys j (causal: j <= i +
 //     offset)
 //
-// one of the sums of linear_sums.h, with a column of ones beside the values.
+// one of the sums of sm80/linear_attention_sums.h, with a column of ones beside the values.
 #pragma once
 
-#include "cuda/linear_launch.h"
+#include "cuda/linear_attention.h"
 
 namespace efficient_attn {
 namespace {
 
-inline int64_t linear_forward_workspace(const LinearAttentionParams& p, int64_t processors) {
+inline int64_t linear_attention_forward_workspace(const LinearAttentionParams& p, int64_t processors) {
     return state_floats(p, p.F, p.Dv, processors);
 }
 
 // workspace: as many floats.
 template <int kWidest = kWidestLinear, class Launch>
-void serve_linear_forward(const LinearAttentionParams& p, int64_t processors, float* workspace, Launch& launch) {
+void launch_linear_attention_forward(const LinearAttentionParams& p, int64_t processors, float* workspace,
+                                     Launch& launch) {
     const int64_t offset = causal_offset(p);
     SumsParams s{};
     s.x = rows(p.query, p.feature_dtype, p.B, p.Hq, p.Nq, p.F, 0);

@@ -5,9 +5,8 @@
 //   * two accesses of shared memory, one of them a write, that no barrier or warp-wide instruction orders
 //     (vector clocks as in FastTrack, Flanagan and Freund, 2009; one clock a warp, and steps within a warp);
 //   * an access of global memory outside the elements of the tensors that were allowed, misaligned, a write to
-//     an input, an output element that nobody or more than one block has written;
-//   * lanes of a warp at different warp-wide instructions, threads that wait for a barrier for ever, a copy that nobody
-//     waited for;
+//     an input, an output element that no block or more than one has written;
+//   * lanes of a warp at different warp-wide instructions, a deadlock at a barrier, a copy that is not waited for;
 //   * of Hopper: tensor copies and wgmma work at a random time before the wait that covers them. Reported are accesses
 //     before that of what they write or read (a warp reads its own 16 rows of an A in shared memory), registers written
 //     and not fenced, ordinary writes of shared memory that no proxy fence shows to them, descriptors and tensor maps
@@ -22,7 +21,7 @@
 #include <functional>
 #include <string>
 
-namespace twin {
+namespace emulator {
 
 enum Operation : int {
     kNothing,
@@ -71,7 +70,7 @@ void check_all_written();                         // throws unless every element
 // Runs `kernel` for each of the blocks in a random order; throws std::runtime_error with a report.
 void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed);
 
-// --- called by the threads (tests/cuda_host/cuda/ptx.h) ---
+// --- called by the threads (tests/kernels/cuda/emulator/cuda/ptx.h) ---
 
 int thread_index();
 int64_t block_index();
@@ -147,9 +146,4 @@ struct GroupMultiply {
     bool bfloat16, transpose_b, accumulate, transpose_a;
 };
 
-float from_bfloat16(uint16_t bits);
-float from_float16(uint16_t bits);
-uint16_t to_bfloat16(float value);
-uint16_t to_float16(float value);
-
-}  // namespace twin
+}  // namespace emulator

@@ -1,8 +1,8 @@
-"""A few calls of the CUDA kernels in the host twin: exit status 0 if all is well, 3 if something complains.
+"""A few calls of the CUDA kernels in the emulator: exit status 0 if all is well, 3 if something complains.
 
-tests/kernels/cuda/test_cuda_host.py runs it on kernels with a fault in them. Small: bfloat16, heads of up to 64. Where
-EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90 it is Hopper's kernels that are looked at, with EFFICIENT_ATTN_CUDA_ANY_ORDER
-the backward in one pass.
+test_cuda_emulator.py runs it on kernels with a fault in them. Small: bfloat16, heads of up to 64. Where
+`EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY` is 90 it tests Hopper's kernels, with `EFFICIENT_ATTN_CUDA_ANY_ORDER` the
+backward in one pass.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tests/: run as a script, not by pytest
+from emulated_linear import TestLinearAttention
 from support.accuracy import Problem, assert_conforms, gradients
 from support.cases import CASES, Case, draw
-from twin_linear import against_the_definition, test_nan_is_not_met_before_its_time
 
 from efficient_attn import attention
 from efficient_attn.backends.cuda import attention as cuda
 
-HOPPER = os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY") == "90"
+HOPPER = os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY") == "90"
 ONE_PASS = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
 NAMES_80 = (
     "window", "bits", "causal_top_left", "blocks_64_32", "bias_per_key", "bias_pairs", "unaligned",
@@ -90,9 +90,10 @@ def main() -> int:
             poisoned(grad_out=20)
             assert cuda.kernels().counters()["wgmma"]["calls"], "Hopper's kernels did not run"
         else:
-            test_nan_is_not_met_before_its_time()
+            checks = TestLinearAttention()
+            checks.test_nan_is_not_met_before_its_time()
             cuda.processors = lambda device: 1  # few blocks of threads: several chunks of a segment each
-            against_the_definition(LINEAR, torch.bfloat16)
+            checks.check_against_the_definition(LINEAR, torch.bfloat16)
         conflicts = {name: c["conflicts"] for name, c in cuda.kernels().counters().items() if isinstance(c, dict)}
         assert not any(conflicts.values()), f"bank conflicts: {conflicts}"
     except (RuntimeError, AssertionError) as error:

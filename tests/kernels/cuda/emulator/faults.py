@@ -1,11 +1,11 @@
 """Faults that one could make in the kernels: name -> (file below csrc/cuda, what stands there, what would be wrong).
 
-Those in sm90/ are looked for on a twin of capability 90.
+Those in sm90/ are looked for on a emulator of capability 90.
 """
 
 FORWARD, KEYS, QUERIES = (f"sm80/attention_{name}.h" for name in ("forward", "key_gradient", "query_gradient"))
-ARRIVED = "        block_sync();  // this slot has arrived, and every warp is done with the other one\n"
-LINEAR = "sm80/linear_sums.h"
+AWAIT, WAIT = "        await_slot();\n", "        copy_async_wait<0>();\n"
+LINEAR, LINEAR_TILES = (f"sm80/linear_attention_{name}.h" for name in ("sums", "tiles"))
 DECODE = "sm80/attention_decode.h"
 KEYS_ARRIVED = "        block_sync();  // the keys have arrived, and every warp is done with the tile before them\n"
 VALUES_ARRIVED = "        block_sync();  // the values have arrived, and every warp is done with the keys\n"
@@ -16,27 +16,28 @@ HOPPER_KEYS, HOPPER_QUERIES, GRADIENTS = (
 ONE_PASS = "sm90/attention_backward.h"
 SUMS = "        group_wait<0>(f.out[0], f.weights);\n"
 RELEASE = "        release(values.of(F::kValueEmpty, 8), c.lane);\n"
-WAIT = "        copy_async_wait<0>();\n" + ARRIVED
 
 FAULTS: dict[str, tuple[str, str, str]] = {
-    "no barrier in the forward": (FORWARD, ARRIVED, ""),
-    "no wait in the forward": (FORWARD, WAIT, ARRIVED),
-    "a wait that leaves one group under way": (FORWARD, "copy_async_wait<0>", "copy_async_wait<1>"),
+    "no barrier in the forward": (FORWARD, AWAIT, WAIT),
+    "no wait in the forward": (FORWARD, AWAIT, "        block_sync();\n"),
+    "a wait that leaves one group under way": (
+        "tile.h", "    copy_async_wait<0>();\n    block_sync();", "    copy_async_wait<1>();\n    block_sync();",
+    ),
     "the next tile is loaded before the barrier": (
-        FORWARD, WAIT, "        if (more) load_slot<F>(p, at, next, slot ^ 1);\n" + WAIT,
+        FORWARD, AWAIT, "        if (more) load_slot<F>(p, at, next, slot ^ 1);\n" + AWAIT,
     ),
     "the next tile goes to the same slot": (
         FORWARD, "load_slot<F>(p, at, next, slot ^ 1)", "load_slot<F>(p, at, next, slot)",
     ),
-    "no barrier in dK and dV": (KEYS, ARRIVED, ""),
-    "no barrier in dQ": (QUERIES, ARRIVED, ""),
+    "no barrier in dK and dV": (KEYS, AWAIT, WAIT),
+    "no barrier in dQ": (QUERIES, AWAIT, WAIT),
     "no barrier between the steps of dbias": (
         QUERIES, "        block_sync();  // every warp is done with the tiles\n", "",
     ),
     "no barrier between the warps' column sums": (
         QUERIES, "        block_sync();\n        if (warp == 0) {", "        if (warp == 0) {",
     ),
-    "a barrier that some warps pass by": (FORWARD, ARRIVED, ARRIVED.replace("block_sync", "if (active) block_sync")),
+    "a barrier that some warps pass by": (FORWARD, AWAIT, WAIT + "        if (active) block_sync();\n"),
     "the copies are not committed": (
         FORWARD, "            load_slot<F>(p, at, next, slot ^ 1);\n            copy_async_commit();\n",
         "            load_slot<F>(p, at, next, slot ^ 1);\n",
@@ -101,8 +102,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         LINEAR, "        block_sync();  // the rows are there\n", "",
     ),
     "normalisers are read before they are there": (LINEAR, "    block_sync();  // the normalisers are there\n", ""),
-    "a key of the future is visible": (LINEAR, "t >= s : t <= s;", "t >= s : t <= s + 1;"),
-    "a query does not see its own key": (LINEAR, "t >= s : t <= s;", "t > s : t <= s;"),
+    "a key of the future is visible": (LINEAR_TILES, "t >= s : t <= s;", "t >= s : t <= s + 1;"),
+    "a query does not see its own key": (LINEAR_TILES, "t >= s : t <= s;", "t > s : t <= s;"),
     "a segment sees itself": (
         LINEAR, "        if (p.causal) store_global(slot, sum);\n        sum += now;\n",
         "        sum += now;\n        if (p.causal) store_global(slot, sum);\n",
@@ -110,10 +111,10 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "chunks are walked forward": (LINEAR, "p.reverse ? p.times.chunks - 1 - step : step", "step"),
     "one head of a group only": (LINEAR, "h = head + step % p.spread;", "h = head;"),
     "what rounding left is left out": (
-        LINEAR, "    if (kB) multiply_add<", "    if (kA && kB) multiply_add<",
+        LINEAR_TILES, "    if (kB) multiply_add<", "    if (kA && kB) multiply_add<",
     ),
     "a NaN of the future meets a weight of zero": (
-        LINEAR, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
+        LINEAR_TILES, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
     ),
     "no wait for the keys": (HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n", ""),
     "the wait for the keys has the other parity": (HOPPER, "(slot.of(F::kKeyFull, 8), slot.parity)",
@@ -160,7 +161,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a turn is not passed on": (
         HOPPER, "        if (F::kTurns) named_arrive(turn_of(1 - c.index), F::kConsumers * kGroup);\n", "",
     ),
-    "the last turn is taken by nobody": (
+    "the last turn is not taken": (
         HOPPER, "index == 0) named_sync(turn_of(0), F::kConsumers * kGroup);  // the last turn given\n",
         "index == 0) ;\n",
     ),
@@ -182,10 +183,10 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "K is loaded over dK": (HOPPER_KEYS, "        barrier_wait(G::kKeysEmpty, keys_parity ^ 1);\n", ""),
     "Q is loaded over dQ": (HOPPER_QUERIES, "        barrier_wait(G::kRowsEmpty, rows_parity ^ 1);\n", ""),
     "the shifts of the queries are not waited for": (
-        HOPPER_KEYS, "barrier_init(G::kFull + stage * 8, 2)", "barrier_init(G::kFull + stage * 8, 1)",
+        HOPPER_KEYS, "init_slots<G>(2)", "init_slots<G>(1)",
     ),
     "half the bytes of a step are expected": (
-        HOPPER_QUERIES, "barrier_arrive_expect(full, 2 * G::kTileBytes)", "barrier_arrive_expect(full, G::kTileBytes)",
+        GRADIENTS, "barrier_arrive_expect(full, 2 * G::kTileBytes)", "barrier_arrive_expect(full, G::kTileBytes)",
     ),
     "P^T is not fenced": (
         HOPPER_KEYS, "s[0]);\n    group_fence(weights, dv[0]);\n    group_multiply_rows<T, "
@@ -210,8 +211,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "the shift of another query": (HOPPER_KEYS, "load_shared_64(shifts + n * 32 + lane % 4 * 8)",
                                    "load_shared_64(shifts + n * 32 + (lane + 1) % 4 * 8)"),
     "the bit of another pair": (GRADIENTS, "<< (n * 4 + e)", "<< (n * 4 + (e ^ 1))"),
-    "a step up to the length is taken for a full one": (
-        GRADIENTS, "step.end == step.first + width", "step.end <= step.first + width",
+    "a step that is cut short is taken for a full one": (
+        "mask.h", "step.end == step.first + width", "step.end <= step.first + width",
     ),
     "K read as if it were transposed": (
         GRADIENTS, "group_multiply<T, kHead, true>(c", "group_multiply<T, kHead, false>(c",

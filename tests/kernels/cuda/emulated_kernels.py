@@ -1,4 +1,4 @@
-"""What the conformance cases do not ask of the CUDA kernels, run by test_cuda_host.py in the host twin."""
+"""What the conformance cases do not ask of the CUDA kernels, run by test_cuda_emulator.py in the emulator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.kernel_checks import BESIDE_A_LIST, MASKS, ODD_BLOCKS, POISONED, Checks, masked, results
+from support.kernel_checks import POISONED, KernelChecks, masked, results
 from support.kernel_checks import draw as draw_float32
 
 from efficient_attn import BlockMask, UnsupportedError, attention
@@ -16,15 +16,15 @@ from efficient_attn.backends.cuda import attention as cuda
 
 pytestmark = pytest.mark.interpreter
 N = 140
-CAPABILITY = int(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY", "80"))
-SEEDS = (3, -5, 2**62 + 12345)
+CAPABILITY = int(os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY", "80"))
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert torch.equal(a, b)
+class TestKernels(KernelChecks):
+    backend, n, dtype = "cuda", N, torch.bfloat16
+    rtol, atol = 3e-2, 3e-2
 
 
-CHECKS = Checks("cuda", N, torch.bfloat16, {"rtol": 3e-2, "atol": 3e-2}, same_bits)
+CHECKS = TestKernels()
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,28 +37,16 @@ def results_in_place(name: str, tensors: list[torch.Tensor], grad_out: torch.Ten
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_nan_stays_with_those_who_see_it(mask: str) -> None:
-    CHECKS.nan_stays_with_those_who_see_it(mask)
-
-
-@pytest.mark.parametrize("mask", BESIDE_A_LIST)
-def test_nan_in_a_hidden_key_changes_nothing(mask: str) -> None:
-    CHECKS.nan_in_a_hidden_key_changes_nothing(mask)
-
-
-@pytest.mark.parametrize("block_size", ODD_BLOCKS)
-def test_blocks_that_are_no_powers_of_two(block_size: tuple[int, int]) -> None:
-    CHECKS.odd_blocks(block_size)
-
-
-@pytest.mark.parametrize("seed", SEEDS, ids=str)
-def test_dropout_is_that_of_the_definition(seed: int | torch.Tensor) -> None:
-    CHECKS.dropout_is_that_of_the_definition(seed)
-
-
-def test_a_list_without_entries_gives_empty_rows() -> None:
-    CHECKS.a_list_without_entries_gives_empty_rows()
+def assert_the_same_bits(
+    tensors: list[torch.Tensor], grad_out: torch.Tensor, schedules: int = 4, **arguments: Any
+) -> None:
+    """Under every schedule of the threads."""
+    found = []
+    for schedule in range(schedules):
+        cuda.kernels().set_schedule(schedule)
+        found.append(results("cuda", tensors, grad_out, **arguments))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
 def test_the_same_bits_under_every_schedule() -> None:
@@ -69,12 +57,7 @@ def test_the_same_bits_under_every_schedule() -> None:
         "dropout_p": 0.3,
         "dropout_seed": 7,
     }
-    found = []
-    for schedule in range(4):
-        cuda.kernels().set_schedule(schedule)
-        found.append(results("cuda", tensors, grad_out, **arguments))
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    assert_the_same_bits(tensors, grad_out, **arguments)
 
 
 # --- few queries: their keys are shared by several blocks of threads ---
@@ -103,12 +86,7 @@ def test_few_queries_and_nan_stays_with_those_who_see_it(kind: str) -> None:
 
 def test_few_queries_give_the_same_bits_under_every_schedule() -> None:
     tensors, grad_out, arguments = few("bits")
-    found = []
-    for schedule in range(4):
-        cuda.kernels().set_schedule(schedule)
-        found.append(results("cuda", tensors, grad_out, **arguments))
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    assert_the_same_bits(tensors, grad_out, **arguments)
 
 
 @pytest.mark.parametrize(("heads", "queries"), [(8, 1), (4, 9)])
@@ -192,13 +170,8 @@ def test_hopper_keeps_a_hidden_nan_away(hopper: None) -> None:
 
 def test_hopper_gives_the_same_bits_under_every_schedule(hopper: None) -> None:
     tensors, grad_out = [draw(1, h, 300, 128, seed=h) for h in (4, 2, 2)], draw(1, 4, 300, 128, seed=3)
-    found = []
-    for schedule in range(6):
-        cuda.kernels().set_schedule(schedule)
-        found.append(results("cuda", tensors, grad_out, is_causal=True))
+    assert_the_same_bits(tensors, grad_out, schedules=6, is_causal=True)
     assert multiplies() > 0
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
 def test_hopper_has_no_bank_conflict(hopper: None) -> None:

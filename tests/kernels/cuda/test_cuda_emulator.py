@@ -1,6 +1,6 @@
-"""The CUDA kernels without a GPU: in the host twin (tests/cuda_host), in processes of their own, and as nvcc sees them.
+"""The CUDA kernels without a GPU: in the emulator (emulator/), in processes of their own, and as nvcc sees them.
 
-`make test-cuda-host` runs every case; here is a sample of them, and of the faults that the twin must find.
+`make test-cuda-emulator` runs every case; here is a sample of them, and of the faults that the emulator must find.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from efficient_attn import UnsupportedError, attention, explain
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parents[1]
 ROOT = TESTS.parent
-TWIN = HERE / "cuda_host"
+EMULATOR = HERE / "emulator"
 LINEAR = TESTS / "methods" / "test_linear_attention.py"
-sys.path.insert(0, str(TWIN))
-import build_twin  # noqa: E402
+sys.path.insert(0, str(EMULATOR))
+import build_emulator  # noqa: E402
 from faults import FAULTS, HEADS  # noqa: E402
 
-sys.path.remove(str(TWIN))
+sys.path.remove(str(EMULATOR))
 
 SAMPLES = {
     80: ["head_dim_3", "value_dim_200", "causal_bottom_right_empty_rows", "window", "bits", "blocks_window_lengths",
@@ -36,24 +36,24 @@ SAMPLES = {
 }  # fmt: skip
 LINEAR_SAMPLE = ["vectors-elu", "masked-identity", "causal-masked-performer_softmax", "causal-early-identity"]
 compiled = pytest.mark.skipif(
-    shutil.which(build_twin.compiler().split()[0]) is None or os.uname().machine != "x86_64",
-    reason="the host twin needs g++ on x86-64",
+    shutil.which(build_emulator.compiler().split()[0]) is None or os.uname().machine != "x86_64",
+    reason="the emulator needs g++ on x86-64",
 )
 
 
 @pytest.fixture(scope="module")
-def twin() -> Path:
-    return build_twin.build(ROOT / "build" / "cuda_host")
+def emulator() -> Path:
+    return build_emulator.build(ROOT / "build" / "cuda_emulator")
 
 
-def twin_environment(module: Path, capability: int, schedule: int = 0) -> dict[str, str]:
-    twin = "EFFICIENT_ATTN_CUDA_TWIN"
-    chosen = {twin: str(module), f"{twin}_CAPABILITY": str(capability), f"{twin}_SCHEDULE": str(schedule)}
+def emulator_environment(module: Path, capability: int, schedule: int = 0) -> dict[str, str]:
+    emulator = "EFFICIENT_ATTN_CUDA_EMULATOR"
+    chosen = {emulator: str(module), f"{emulator}_CAPABILITY": str(capability), f"{emulator}_SCHEDULE": str(schedule)}
     return {**os.environ, **chosen}
 
 
 def passes(module: Path, capability: int, *arguments: str, schedule: int = 0) -> None:
-    environment = twin_environment(module, capability, schedule) | {"PYTHONWARNINGS": "ignore"}
+    environment = emulator_environment(module, capability, schedule) | {"PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
@@ -62,21 +62,21 @@ def passes(module: Path, capability: int, *arguments: str, schedule: int = 0) ->
 
 @compiled
 @pytest.mark.parametrize("capability", SAMPLES)
-def test_conformance_of_a_sample(twin: Path, capability: int) -> None:
+def test_conformance_of_a_sample(emulator: Path, capability: int) -> None:
     wanted = " or ".join(f"{name}-bfloat16" for name in SAMPLES[capability])
-    passes(twin, capability, str(TESTS / "contract" / "test_conformance.py"), "-k", f"({wanted}) and not bits_")
+    passes(emulator, capability, str(TESTS / "contract" / "test_conformance.py"), "-k", f"({wanted}) and not bits_")
 
 
 @compiled
-def test_what_only_these_kernels_promise(twin: Path) -> None:
-    passes(twin, 80, str(HERE / "twin_kernels.py"))
+def test_what_only_these_kernels_promise(emulator: Path) -> None:
+    passes(emulator, 80, str(HERE / "emulated_kernels.py"))
 
 
 @compiled
-def test_conformance_of_a_sample_of_linear_attention(twin: Path) -> None:
+def test_conformance_of_a_sample_of_linear_attention(emulator: Path) -> None:
     wanted = " or ".join(f"cuda-{name}-bfloat16" for name in LINEAR_SAMPLE)
     passes(
-        twin,
+        emulator,
         80,
         str(TESTS / "methods" / "test_linear_attention.py"),
         "-k",
@@ -88,11 +88,11 @@ def test_conformance_of_a_sample_of_linear_attention(twin: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SAMPLES)
 @pytest.mark.parametrize("dtype, schedule", [("float16", 1), ("bfloat16", 2)])
-def test_conformance(twin: Path, dtype: str, schedule: int, capability: int) -> None:
-    passes(twin, capability, str(TESTS / "contract" / "test_conformance.py"), "-k", f"-{dtype}]", schedule=schedule)
+def test_conformance(emulator: Path, dtype: str, schedule: int, capability: int) -> None:
+    passes(emulator, capability, str(TESTS / "contract" / "test_conformance.py"), f"-k-{dtype}]", schedule=schedule)
     if capability == 80:
         passes(
-            twin,
+            emulator,
             80,
             str(TESTS / "methods" / "test_linear_attention.py"),
             "-k",
@@ -102,8 +102,8 @@ def test_conformance(twin: Path, dtype: str, schedule: int, capability: int) -> 
 
 @compiled
 @pytest.mark.slow
-def test_what_only_linear_attention_promises(twin: Path) -> None:
-    passes(twin, 80, str(HERE / "twin_linear.py"))
+def test_what_only_linear_attention_promises(emulator: Path) -> None:
+    passes(emulator, 80, str(HERE / "emulated_linear.py"))
 
 
 SOUND = {"none": 64, "none on Hopper": 64, "none on Hopper, heads of 256": 256, "none on Hopper in one pass": 128}
@@ -111,23 +111,27 @@ IN_CI = ("none", "a slot is released before its keys are read")
 
 
 def run_fault(name: str, folder: Path) -> tuple[int, str]:
-    """Exit status and output of twin_probe.py on kernels with that fault (one of `SOUND`: as they are)."""
+    """Exit status and output of emulated_probe.py on kernels with that fault (one of `SOUND`: as they are)."""
     sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
     hopper = "Hopper" in name
     if name not in SOUND:
         file, right, wrong = FAULTS[name]
         text = (sources / "cuda" / file).read_text()
-        assert text.count(right) == 1, f"{file} holds {text.count(right)} times: {right}"
         (sources / "cuda" / file).write_text(text.replace(right, wrong))
         hopper = file.startswith("sm90")
     head = SOUND.get(name) or HEADS.get(name, 64)
-    module = build_twin.build(folder / "built", sources, small=head)
-    environment = twin_environment(module, 90 if hopper else 80)
+    module = build_emulator.build(folder / "built", sources, small=head)
+    environment = emulator_environment(module, 90 if hopper else 80)
     environment["EFFICIENT_ATTN_CUDA_ANY_ORDER"] = str(int(head == 128))
-    command = [sys.executable, str(HERE / "twin_probe.py")]
+    command = [sys.executable, str(HERE / "emulated_probe.py")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return result.returncode, result.stdout + result.stderr
+
+
+def test_every_fault_has_one_place() -> None:
+    for name, (file, right, _) in FAULTS.items():
+        assert (ROOT / "csrc" / "cuda" / file).read_text().count(right) == 1, name
 
 
 @compiled
@@ -151,12 +155,12 @@ def test_it_is_taken_by_name_only_and_says_why_not() -> None:
 
 
 @compiled
-def test_automatic_passes_it_by(twin: Path) -> None:
+def test_automatic_passes_it_by(emulator: Path) -> None:
     program = (
         "import torch, efficient_attn as ea; q = torch.randn(1, 1, 8, 8).bfloat16(); "
         "print(ea.explain(q, q, q).backend, ea.explain(q, q, q, backend='cuda').backend)"
     )
-    environment = {**os.environ, "EFFICIENT_ATTN_CUDA_TWIN": str(twin)}
+    environment = {**os.environ, "EFFICIENT_ATTN_CUDA_EMULATOR": str(emulator)}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     auto, named = result.stdout.split()
     assert auto in ("cpu", "reference") and named == "cuda"
@@ -174,7 +178,7 @@ def check(row: dict) -> None:
     that is summed fills the registers.
     """
     assert row["shared"] <= (227 if row["kernel"].startswith("sm90::") else 163) * 1024, row
-    wide = row["kernel"] == "linear_sums" and row["head_dim"] == 256 and row["spill_stores"] <= 64
+    wide = row["kernel"] == "linear_attention_sums" and row["head_dim"] == 256 and row["spill_stores"] <= 64
     assert row["safe"] or wide or row["spill_stores"] == row["spill_loads"] == 0, row
 
 
@@ -194,9 +198,9 @@ def test_the_table_holds_every_kernel() -> None:
     shapes |= {(f"attention_decode_{rows}", head_dim, False) for rows in (16, 64) for head_dim in (64, 128, 256)}
     shapes |= {("attention_delta", 0, False), ("attention_decode_join", 0, False)}
     linear = {
-        (f"linear_{part}", features, split) for part in ("states", "sums") for features in (64, 128, 256)
+        (f"linear_attention_{part}", features, split) for part in ("states", "sums") for features in (64, 128, 256)
         for split in (False, True)
-    } | {("linear_scan", 0, False), ("linear_terms", 0, False)}  # fmt: skip
+    } | {("linear_attention_scan", 0, False), ("linear_attention_terms", 0, False)}  # fmt: skip
     for kind in kinds:
         of_kind = [row for row in rows if (row["arch"], row["dtype"]) == kind]
         found = {(row["kernel"], row["head_dim"], row["extras"]) for row in of_kind}
@@ -213,7 +217,13 @@ def test_one_configuration_compiles_now(arch: str) -> None:
 
     rows = cuda_table.compile_rows(arch, "bfloat16", head_dims=(64,), parts=("forward",), extras=(0,))
     hopper = {"sm90::attention_forward"} if arch == "sm_90a" else set()
-    everywhere = {"attention_forward", "attention_forward_safe", "attention_delta", "linear_scan", "linear_terms"}
+    everywhere = {
+        "attention_forward",
+        "attention_forward_safe",
+        "attention_delta",
+        "linear_attention_scan",
+        "linear_attention_terms",
+    }
     assert {row["kernel"] for row in rows} == everywhere | hopper
     for row in rows:
         check(row)

@@ -1,9 +1,10 @@
-// From one of the sums of linear attention to the kernels that compute it. `launch` as in dispatch.h.
+// What the launchers of linear attention share: from one of its sums to the kernels that compute it. `launch` as in
+// plan.h.
 #pragma once
 
 #include <algorithm>
 
-#include "cuda/sm80/linear_sums.h"
+#include "cuda/sm80/linear_attention_sums.h"
 
 namespace efficient_attn {
 namespace {
@@ -53,10 +54,10 @@ void launch_sums_of(const SumsParams& p, Launch& launch) {
     const int64_t lines = p.B * (p.y.heads / p.spread), slots = p.times.slots, r_tiles = p.r_tiles;
     const int64_t size = static_cast<int64_t>(p.u.width + (p.normaliser ? 1 : 0)) * (p.x.width + p.extra);
     const int threads = p.normaliser ? S::kMostThreads : S::kThreads;
-    launch(&sm80::linear_states<S>, lines * slots * r_tiles, threads, S::kSharedBytes, p);
+    launch(&sm80::linear_attention_states<S>, lines * slots * r_tiles, threads, S::kSharedBytes, p);
     const int64_t scans = (size + sm80::kScanThreads - 1) / sm80::kScanThreads;
-    launch(&sm80::linear_scan, lines * scans, sm80::kScanThreads, 0u, p);
-    launch(&sm80::linear_sums<S>, p.B * p.x.heads * slots * r_tiles, threads, S::kSharedBytes, p);
+    launch(&sm80::linear_attention_scan, lines * scans, sm80::kScanThreads, 0u, p);
+    launch(&sm80::linear_attention_sums<S>, p.B * p.x.heads * slots * r_tiles, threads, S::kSharedBytes, p);
 }
 
 template <int kE, class Launch>

@@ -1,4 +1,4 @@
-// What the kernels of linear attention are launched with: sums over pairs of rows (sm80/linear_sums.h).
+// What the kernels of linear attention are launched with: sums over pairs of rows (sm80/linear_attention_sums.h).
 #pragma once
 
 #include "cuda/params.h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import statistics
+import struct
 import sys
 
 import numpy as np
@@ -236,6 +237,96 @@ def test_an_image_keeps_its_central_square(tmp_path):
     wide[:, 4:8] = 200
     pillow.fromarray(wide).save(tmp_path / "wide.png")
     assert (images.read_image(tmp_path / "wide.png", 4) == 200).all()
+
+
+GREYS = np.arange(256).repeat(16).reshape(64, 64)
+
+
+def deep_tiff(path, values, **tags):
+    """A TIFF of unsigned 16-bit numbers, written by hand: Pillow writes neither 12 bits nor white as zero."""
+    names = {"bits": 258, "photometric": 262}
+    entries = {256: 64, 257: 64, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: values.nbytes}
+    entries |= {names[name]: value for name, value in tags.items()}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    head = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes)
+    path.write_bytes(head + values.tobytes() + struct.pack("<H", len(entries)) + table + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("8.png", GREYS.astype(np.uint8)),
+        ("8.tif", GREYS.astype(np.uint8)),
+        ("16.png", (GREYS * 257).astype(np.uint16)),
+        ("16.tif", (GREYS * 257).astype(np.uint16)),
+        ("16-big-endian.tif", (GREYS * 257).astype(">u2")),
+        ("float.tif", (GREYS / 255).astype(np.float32)),
+        ("colour.png", GREYS.astype(np.uint8)[..., None].repeat(3, 2)),
+        ("opaque.png", np.stack([*[GREYS] * 3, np.full_like(GREYS, 255)], 2).astype(np.uint8)),
+        ("grey-opaque.png", np.stack([GREYS, np.full_like(GREYS, 255)], 2).astype(np.uint8)),
+    ],
+)
+def test_an_image_is_the_same_in_every_depth_and_mode(tmp_path, name, values):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.fromarray(values).save(tmp_path / name)
+    for size in (64, 16):
+        pillow.fromarray(GREYS.astype(np.uint8)).save(tmp_path / "plain.png")
+        expected = images.read_image(tmp_path / "plain.png", size).float()
+        read = images.read_image(tmp_path / name, size)
+        assert read.shape == (size, size, 3) and (read.float() - expected).abs().max() <= 1, "rounding to bytes"
+    batch = images.ImageFiles([tmp_path / name, tmp_path / "plain.png"], 8).batch(torch.arange(2))["image"]
+    assert batch.dtype == torch.float32 and (batch[0] - batch[1]).abs().max() < 0.01
+
+
+def test_deep_greys_are_scaled_by_the_depth_that_the_file_states(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.tif"
+    deep_tiff(path, (GREYS * 257).astype("<u2"))
+    torch.testing.assert_close(images.read_image(path, 64)[..., 0], torch.from_numpy(GREYS).float())
+    deep_tiff(path, (GREYS * 257).astype("<u2"), photometric=0)
+    torch.testing.assert_close(images.read_image(path, 64)[..., 0], 255 - torch.from_numpy(GREYS).float())
+    twelve = np.zeros((64, 96), np.uint8)  # two numbers in three bytes
+    high, low = (GREYS * 16)[:, ::2], (GREYS * 16)[:, 1::2]
+    twelve[:, ::3], twelve[:, 1::3], twelve[:, 2::3] = high >> 4, (high & 15) << 4 | low >> 8, low & 255
+    deep_tiff(path, twelve, bits=12)
+    expected = torch.from_numpy(GREYS * 16 * 255 / 4095).float()
+    torch.testing.assert_close(images.read_image(path, 64)[..., 0], expected)
+    pillow.fromarray((GREYS * 16).astype(np.uint16)).save(tmp_path / "a.png")  # 12 bits of 16: dark, but all there
+    assert len(images.read_image(tmp_path / "a.png", 64).unique()) == 256
+
+
+def test_transparent_is_white(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    half = np.zeros((8, 8, 4), np.uint8)  # black ink, or nothing
+    half[:4, :, 3] = 255
+    pillow.fromarray(half).save(tmp_path / "a.png")
+    pillow.fromarray(half).quantize(4).save(tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        read = images.read_image(tmp_path / name, 8)
+        assert (read[:4] == 0).all() and (read[4:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ((GREYS * 16).astype(np.int32), "from 0 to 4080 of a kind whose black and white the file does not say"),
+        ((GREYS * 4.0 - 1000).astype(np.float32), "from -1000 to 20"),
+        (np.full((4, 4), np.nan, np.float32), "from nan to nan"),
+    ],
+)
+def test_images_without_a_known_range_are_refused(tmp_path, values, says):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=says):
+        images.read_image(tmp_path / "a.tif", 8)
+
+
+def test_several_pages_are_refused(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    page = pillow.new("L", (4, 4))
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page, page])
+    with pytest.raises(InputError, match="holds 3 pages"):
+        images.read_image(tmp_path / "a.tif", 4)
 
 
 def test_captions_name_their_digit():

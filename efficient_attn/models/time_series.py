@@ -150,6 +150,8 @@ class TimeSeriesTransformer(Model):
 
 # --- a context in, quantiles of many steps out ---
 
+FARTHEST = 20.0  # deviations from the context's mean that the loss tells apart
+
 
 @dataclass(frozen=True)
 class ForecasterConfig:
@@ -197,7 +199,8 @@ class PatchForecaster(Model):
         model.predict(past)                   # (batch, 24, channels, quantiles)
 
     Channels are separate series that share all parameters. Each is normalised by its own mean and deviation over
-    the context, and the forecast is scaled back (`instance_statistics`).
+    the context, and the forecast is scaled back (`instance_statistics`): the forecast of a * x + b is a times that of
+    x plus b, in any unit. A flat context has no scale; its forecast is its level.
     """
 
     config_class = ForecasterConfig
@@ -241,7 +244,7 @@ class PatchForecaster(Model):
         """(B, C, L) -> (B, C, S, Q), in units of std around mean."""
         config: ForecasterConfig = self._config
         B, C, L = series.shape
-        x = F.pad(((series - mean) / std).reshape(B * C, 1, L), (0, config.stride), mode="replicate")
+        x = F.pad(_in_units(series, mean, std).reshape(B * C, 1, L), (0, config.stride), mode="replicate")
         patches = x.squeeze(1).unfold(1, config.patch_len, config.stride)  # [B C, N, patch_len]
         tokens = self.embedding(patches.to(self.embedding.weight.dtype)) + self.positions
         hidden = self.dropout(self.encoder(self.dropout(tokens)))
@@ -250,6 +253,10 @@ class PatchForecaster(Model):
 
     def loss(self, past: Tensor, future: Tensor) -> Tensor:
         """The mean quantile loss in normalised units, in which all series weigh alike; a scalar.
+
+        A future farther than 20 deviations from the context's mean counts as 20: a jump after a nearly flat context
+        would outweigh all else, and quantiles within them stay what they are. Flat contexts count as 0, since no
+        parameter changes their forecasts.
 
         Args:
             past: as in `forward`. future: (B, horizon, C).
@@ -263,8 +270,9 @@ class PatchForecaster(Model):
         if future.shape != expected:
             raise InputError(f"future must be {expected}, got {tuple(future.shape)}")
         mean, std = instance_statistics(series)
-        target = (future.to(series.dtype).transpose(1, 2) - mean) / std
-        return quantile_loss(self._normalised(series, mean, std), target, config.quantiles)
+        target = _in_units(future.to(series.dtype).transpose(1, 2), mean, std).clamp(-FARTHEST, FARTHEST)
+        forecast = self._normalised(series, mean, std) * (std > 0)[..., None]
+        return quantile_loss(forecast, target, config.quantiles)
 
     @torch.no_grad()
     def predict(self, past: Tensor) -> Tensor:
@@ -283,6 +291,11 @@ class PatchForecaster(Model):
     def head_prefixes(self) -> tuple[str, ...]:
         """The head may start fresh, for another horizon or other quantiles."""
         return ("head.",)
+
+
+def _in_units(series: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(series - mean) / std, and 0 for series whose context is flat."""
+    return torch.where(std > 0, (series - mean) / torch.where(std > 0, std, 1), 0)
 
 
 def _check_positive(config: Any, *names: str) -> None:

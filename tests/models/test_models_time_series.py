@@ -180,7 +180,7 @@ def test_forecaster_tokens_are_the_patches():
         past = torch.randn(2, context, 3)
         model(past)
         mean, std = instance_statistics(past.transpose(1, 2))
-        series = ((past.transpose(1, 2) - mean) / std).flatten(0, 1)
+        series = ((past.transpose(1, 2) - mean) / std).flatten(0, 1).float()
         padded = torch.cat([series, series[:, -1:].expand(-1, stride)], dim=1)
         assert seen[0].shape == (6, model.config.num_patches, patch)
         for n in range(model.config.num_patches):
@@ -199,7 +199,7 @@ def test_channels_are_apart():
     assert same.tolist() == [[True, False, True]] * 2
 
 
-# Kinds of series, (steps) -> values of the order of 1, that forecasts must treat alike in every unit and at every level.
+# Kinds of series, steps -> values of the order of 1, whose forecasts must be alike in every unit and at every level.
 KINDS = {
     "noise": torch.randn,
     "walk": lambda n: torch.randn(n).cumsum(0),
@@ -225,6 +225,27 @@ def test_the_unit_changes_neither_forecast_nor_loss(scale):
     forecast, loss = model(past), model.loss(past, future)
     torch.testing.assert_close(model(past * scale) / scale, forecast, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.loss(past * scale, future * scale), loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", [-1e12, -1e5, 300.0, 1e7, 1e9])
+def test_the_level_changes_neither_forecast_nor_loss(level):
+    """In float64 as far as that has room for the changes: of 1e12 it keeps 16 - 12 digits behind the point."""
+    series = in_all_kinds(46, torch.float64)
+    past, future = series[:, :40], series[:, 40:]
+    model = forecaster().eval()
+    forecast, loss = model(past), model.loss(past, future)
+    room = 1e-5 + 1e-14 * abs(level)
+    torch.testing.assert_close(model(past + level) - level, forecast, atol=room, rtol=1e-4)
+    torch.testing.assert_close(model.loss(past + level, future + level), loss, atol=1e-4, rtol=2e-3)
+    assert model(past).dtype == torch.float64 and loss.dtype == torch.float32
+
+
+def test_the_changes_that_float32_keeps_at_a_high_level_are_not_lost():
+    torch.manual_seed(0)
+    model = forecaster().eval()
+    past = torch.randint(-40, 40, (2, 40, 3)).float()
+    forecast = model(past + 2.0**23) - 2.0**23  # whole numbers are all that float32 has there
+    assert (forecast - model(past)).abs().max() <= 1.0
 
 
 @pytest.mark.parametrize("jump", [1e-3, 1.0, 1e6])

@@ -398,6 +398,18 @@ def test_series_from_a_table(tmp_path):
         series.load(write(tmp_path / "v.csv", "a,b\n1,2\n1\n"), context=4, horizon=2, season=2)
 
 
+@pytest.mark.parametrize(("scale", "level"), [(1e-9, 0.0), (1e9, 0.0), (1.0, 1e8), (1.0, -1e11)])
+def test_a_table_in_other_units_gives_the_same_windows(tmp_path, scale, level):
+    plain = [10 + (t % 7) + (t * t % 11) / 8 for t in range(200)]
+    read = []
+    for values in (plain, [value * scale + level for value in plain]):
+        table = write(tmp_path / "t.csv", "y\n" + "".join(f"{value!r}\n" for value in values))
+        parts = series.load(table, context=20, horizon=4, season=7)
+        read.append((everything(parts.test)["past"], parts.about["scale"]))
+    torch.testing.assert_close((read[1][0] - level) / scale, read[0][0], atol=1e-4, rtol=1e-9)
+    torch.testing.assert_close(read[1][1] / scale, read[0][1], atol=1e-5, rtol=1e-9)
+
+
 # --- characters and numbers ---
 
 

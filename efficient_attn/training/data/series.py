@@ -23,8 +23,9 @@ SERIES = {"sunspots": 11, "co2": 52, "elnino": 12}
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of a series: ``past`` float32 ``[B, context, C]`` and ``future`` ``[B, horizon, C]`` that follows it.
+    """Pieces of a series: ``past`` float64 ``[B, context, C]`` and ``future`` ``[B, horizon, C]`` that follows it.
 
+    float64 as it was read: in float32 a series of small changes at a high level would be rounded away.
     ``starts`` int64 ``[windows]`` are the places of the first observations of the futures.
     """
 
@@ -58,7 +59,7 @@ def load(
         season: observations in a season; known for the three, needed for a file.
         columns: of the file, joined by commas. Default: all that hold nothing but numbers.
 
-    ``about`` has ``channels``, ``season`` and ``scale``, float32 ``[C]``: the mean absolute error of the seasonal naive
+    ``about`` has ``channels``, ``season`` and ``scale``, float64 ``[C]``: the mean absolute error of the seasonal naive
     forecast over the training part.
 
     Raises:
@@ -101,7 +102,7 @@ def load(
 
 
 def read_table(path: Path, columns: str | None) -> Tensor:
-    """Columns of a .csv file with a header, float32 ``[T, C]``; gaps are filled by the line between their ends."""
+    """Columns of a .csv file with a header, float64 ``[T, C]``; gaps are filled by the line between their ends."""
     header, cells = read_csv(path)
     table = torch.tensor([[_number(cell) for cell in row] for row in cells], dtype=torch.float64)
     if columns is not None:
@@ -120,7 +121,7 @@ def read_table(path: Path, columns: str | None) -> Tensor:
             raise InputError(
                 f"{path}, column {header[place]!r} holds {cells[int(bad[0])][place]!r}, which is no number"
             )
-    return fill_gaps(table[:, chosen]).float()
+    return fill_gaps(table[:, chosen])
 
 
 def _number(cell: str) -> float:
@@ -150,7 +151,7 @@ def fill_gaps(values: Tensor) -> Tensor:
 
 
 def _from_statsmodels(name: str) -> Tensor:
-    """A series that comes with statsmodels, float32 ``[T, 1]``."""
+    """A series that comes with statsmodels, float64 ``[T, 1]``."""
     try:
         import statsmodels.datasets
     except ModuleNotFoundError as error:
@@ -162,4 +163,4 @@ def _from_statsmodels(name: str) -> Tensor:
         values = table["co2"].to_numpy()
     else:  # elnino: a row a year, a column a month
         values = table.drop(columns="YEAR").to_numpy().reshape(-1)
-    return fill_gaps(torch.tensor(values, dtype=torch.float64).unsqueeze(1)).float()
+    return fill_gaps(torch.tensor(values, dtype=torch.float64).unsqueeze(1))

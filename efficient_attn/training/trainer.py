@@ -1,5 +1,7 @@
 """The loop that trains any :class:`Task`: repeatable, interruptible, and the same in one process or many.
 
+All data are read once before the first step, and a run goes on with the very same ones only.
+
 All that a step depends on is the model, the optimizer, the number of the step and the random numbers' states. The
 order of the data follows from seed and epoch, the learning rate from the step. So a run that goes on from a checkpoint
 computes, on a CPU with as many threads, the same bits as one that was never interrupted.
@@ -80,7 +82,8 @@ def train(
     Under ``torchrun`` every process calls this; the first one writes and reports.
 
     Raises:
-        InputError: data or options that cannot be trained on; a folder that holds a run already, without ``resume``.
+        InputError: data or options that cannot be trained on; a folder that holds a run already, without ``resume``;
+            with it, other data than the run began with.
         CheckpointError: nothing to go on from, or of something else.
         DivergedError: a loss that is no number.
         Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
@@ -124,6 +127,7 @@ class _Run:
         self.model = model.to(here.device)
         self.parallel = here.parallel(Objective(self.model, task, self.splits.about), chosen.parallel)
         self.optimizer = optimizer.adamw(self.model, lr=chosen.lr, weight_decay=chosen.weight_decay)
+        self.data = self.splits.fingerprint()  # reads every file, so that a damaged one is found before the first step
         _seed(chosen.seed + 1 + here.rank)
         if resume:
             self._load()
@@ -276,6 +280,7 @@ class _Run:
             "best_step": None if self.best is None else int(self.best["step"]),
             "examples": {name: len(getattr(self.splits, name)) for name in ("train", "valid", "test")},
             "parameters": trained,
+            "data": self.data,
             "processes": self.here.world,
             "threads": torch.get_num_threads(),
             "environment": records.environment(),
@@ -304,6 +309,7 @@ class _Run:
             "best": self.best,
             "total": self.total,
             "config": self.config,
+            "data": self.data,
             "model": checkpoint.weights(self.model),
             "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
             "random": self.here.gather(checkpoint.random_state()),
@@ -316,6 +322,14 @@ class _Run:
     def _load(self) -> None:
         state = checkpoint.read(self.options.out / checkpoint.LAST)
         checkpoint.load_weights(self.model, state["model"])
+        before = state.get("data")
+        if before is None:
+            self.notes.append("the checkpoint does not say of which data it is: whether they changed is not known")
+        elif changed := [name for name in before if self.data.get(name) != before[name]]:
+            raise InputError(
+                f"the data are not those that the run in {self.options.out} began with ({', '.join(changed)} changed), "
+                "so what it is tested on may be what it has learned from; put the data back, or start a new run"
+            )
         checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.seconds, self.cpu_seconds, self.best = state["seconds"], state["cpu_seconds"], state["best"]

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,75 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert any("15 steps long now instead of 10" in note for note in watch.notes)
     with pytest.raises(InputError, match="15 steps behind it already"):
         run(Line(), tmp_path / "a", resume=True, steps=12)
+
+
+def folder_of_images(root):
+    pillow = pytest.importorskip("PIL.Image")
+    for place, name in enumerate(["cat/0", "cat/1", "cat/2", "cat/3", "cat/4", "dog/0", "dog/1", "dog/2", "dog/3"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pillow.new("RGB", (8, 8), (20 * place, 0, 0)).save(root / f"{name}.png")
+    return root
+
+
+def brighter(file):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.new("RGB", (8, 8), "white").save(file)
+
+
+CHANGES = {
+    "a file is removed": lambda root: (root / "cat/2.png").unlink(),
+    "a file is added": lambda root: shutil.copy(root / "cat/2.png", root / "cat/9.png"),
+    "a file has other content": lambda root: brighter(root / "dog/1.png"),
+    "a file changes its class": lambda root: (root / "cat/2.png").rename(root / "dog/9.png"),
+    "a class has another name": lambda root: (root / "dog").rename(root / "wolf"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, change):
+    data = folder_of_images(tmp_path / "data")
+    task, options = Images(data=str(data), image_size=8, **SMALL), {"batch": 4, "steps": 1}
+    first = run(task, tmp_path / "a", **options)
+    assert run(task, tmp_path / "a", resume=True, **options | {"steps": 2})["data"] == first["data"]
+    CHANGES[change](data)
+    last = (tmp_path / "a" / checkpoint.LAST).read_bytes()
+    with pytest.raises(InputError, match="the data are not those that the run in"):
+        run(task, tmp_path / "a", resume=True, **options | {"steps": 3})
+    assert (tmp_path / "a" / checkpoint.LAST).read_bytes() == last
+
+
+def test_every_file_is_read_before_the_first_step(tmp_path):
+    data = folder_of_images(tmp_path / "data")
+    for file in sorted(data.rglob("*.png")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:45])
+        with pytest.raises(InputError, match=f"{file.name} cannot be read as an image"):
+            run(Images(data=str(data), image_size=8, **SMALL), tmp_path / "a", steps=1, batch=4)
+        assert not (tmp_path / "a").exists()
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "images"])
+def test_a_fingerprint_is_that_of_the_data(tmp_path, name):
+    """The same for the same seed in another object, and another one for another seed where that divides the data."""
+    if name == "forecast":
+        pytest.importorskip("statsmodels")
+    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"a text {n},{n % 2}\n" for n in range(40)))
+    data = {"data": str(tmp_path / "texts.csv")} if name == "bytes" else {}
+    task = TASKS[name](**FEW.get(name, {}), **data)
+    one, same, other = (task.splits(seed).fingerprint() for seed in (0, 0, 1))
+    assert one == same and len(set(one.values())) == 4
+    assert (one["train"] == other["train"]) == (name in ("forecast", "lm")), "those are divided by place"
+
+
+def test_a_checkpoint_that_does_not_know_its_data_goes_on_with_a_word(tmp_path):
+    run(Line(), tmp_path / "a", steps=2)
+    path, watch = tmp_path / "a" / checkpoint.LAST, Watch()
+    state = checkpoint.read(path)
+    del state["data"]
+    checkpoint.write_whole(path, state)
+    run(Line(), tmp_path / "a", resume=True, reporter=watch, steps=3)
+    assert any("does not say of which data" in note for note in watch.notes)
 
 
 def test_a_run_without_a_checkpoint_can_begin_again(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from ...errors import InputError
 Batch = dict[str, Tensor]
 
 PAD = 0
+SPLITS = ("train", "valid", "test")
+CHUNK = 256  # examples of a split that are read at once for its fingerprint
 
 
 class Dataset(Protocol):
@@ -45,9 +48,45 @@ class Splits:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("train", "valid", "test"):
+        for name in SPLITS:
             if not len(getattr(self, name)):
                 raise InputError(f"the {name} split is empty; give more data")
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of every example of each split, and of ``about``: of all that a run learns and is judged by.
+
+        Made of the batches themselves, so that it holds for any data set, and what cannot be read is found here.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        found = {}
+        for name in SPLITS:
+            data, digest = getattr(self, name), hashlib.blake2b(digest_size=16)
+            for begin in range(0, len(data), CHUNK):
+                _add(digest, data.batch(torch.arange(begin, min(begin + CHUNK, len(data)))))
+            found[name] = digest.hexdigest()
+        about = hashlib.blake2b(digest_size=16)
+        _add(about, self.about)
+        return found | {"about": about.hexdigest()}
+
+
+def _add(digest: hashlib.blake2b, value: Any) -> None:
+    """Tensors with shape and dtype, containers, and plain values; of other objects only the type is known to last."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            _add(digest, (str(key), value[key]))
+    elif isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)}:".encode())
+        for item in value:
+            _add(digest, item)
+    else:
+        plain = value is None or isinstance(value, str | int | float)
+        digest.update((repr(value) if plain else type(value).__name__).encode() + b";")
 
 
 class Tensors:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from ..errors import EfficientAttnError, InputError
 from ..measuring import records
 from ..measuring.run_folder import make_run_folder
 from . import checkpoint, optimizer, options, start
-from .data.base import Batch, Dataset
+from .data.base import SPLITS, Batch, Dataset
 from .metrics import Metrics
 from .options import TrainOptions
 from .processes import Processes, accumulating, processes
@@ -109,6 +110,13 @@ class _Run:
         self.best: dict[str, float] | None = None
         _seed(chosen.seed)
         self.splits = task.splits(chosen.seed)
+        fewest = {"--batch": chosen.batch} | {f"the {n} split": len(getattr(self.splits, n)) for n in SPLITS}
+        for name, count in fewest.items():
+            if count < task.least_batch:
+                raise InputError(
+                    f"{name} has {count} examples, and the loss of {task.name} is that of at least {task.least_batch}; "
+                    "raise --batch or give more data"
+                )
         self.global_batch = chosen.batch * chosen.accumulate * here.world
         self.steps_per_epoch = len(self.splits.train) // self.global_batch
         if not self.steps_per_epoch:
@@ -255,11 +263,14 @@ class _Run:
         _seed(self.options.seed)
         self.parallel.eval()
         parts: list[Values] = []
-        for begin in range(0, len(data), self.options.batch):
+        bounds = list(range(0, len(data), self.options.batch)) + [len(data)]
+        if len(bounds) > 2 and bounds[-1] - bounds[-2] < self.task.least_batch:
+            del bounds[-2]  # the last examples are too few for a loss of their own
+        for begin, end in pairwise(bounds):
             if interruptible and self.here.world == 1 and self.stops.signum is not None:
                 checkpoint.set_random_state(before)
                 return None
-            batch = self._placed(data.batch(torch.arange(begin, min(begin + self.options.batch, len(data)))))
+            batch = self._placed(data.batch(torch.arange(begin, end)))
             with self._autocast():
                 parts.append({name: value.cpu() for name, value in self.parallel(batch, evaluate=True).items()})
         checkpoint.set_random_state(before)

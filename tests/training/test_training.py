@@ -29,7 +29,7 @@ from efficient_attn import InputError, UnsupportedError, cli
 from efficient_attn.errors import CheckpointError
 from efficient_attn.models import ViT
 from efficient_attn.training import DivergedError, Interrupted, TrainOptions, checkpoint, metrics, optimizer, train
-from efficient_attn.training.data.base import Splits, Tensors
+from efficient_attn.training.data.base import Splits, Subset, Tensors
 from efficient_attn.training.task import Task, option
 from efficient_attn.training.tasks import TASKS, Digits, Images, MaskedAutoencoding, SimClr, Translation
 
@@ -519,6 +519,22 @@ def test_every_parameter_of_every_task_learns(tmp_path, name, attention):
 def test_digits_are_learned_in_seconds(tmp_path):
     result = run(Digits(dim=32, layers=1, heads=2), tmp_path / "a", steps=120, batch=64, lr=5e-3)
     assert result["test"]["accuracy"] > 0.6 > 0.2 > result["baselines"]["majority"]
+
+
+@pytest.mark.parametrize("name", ["clip", "simclr"])
+def test_contrastive_tasks_refuse_batches_of_one_and_measure_every_example(tmp_path, monkeypatch, name):
+    task = TASKS[name](**SMALL)
+    with pytest.raises(InputError, match="--batch has 1 examples"):
+        run(task, tmp_path / "a", steps=1, batch=1)
+    assert not (tmp_path / "a").exists()
+    splits = task.splits(0)
+    object.__setattr__(splits, "valid", Subset(splits.valid, torch.arange(9)))  # 4 + 4 + 1: the last joins the others
+    object.__setattr__(splits, "test", Subset(splits.test, torch.arange(2)))
+    monkeypatch.setattr(type(task), "splits", lambda self, seed: splits)
+    assert all(math.isfinite(value) for value in run(task, tmp_path / "a", steps=1, batch=4)["valid"].values())
+    object.__setattr__(splits, "test", Subset(splits.test, torch.arange(1)))
+    with pytest.raises(InputError, match="the test split has 1 examples"):
+        run(task, tmp_path / "b", steps=1, batch=4)
 
 
 def test_images_of_a_folder_are_learned(tmp_path):

@@ -57,6 +57,6 @@ def _check_pairs(first: Tensor, second: Tensor) -> None:
         )
     if first.shape[0] < 2:
         raise InputError(
-            f"a contrastive loss tells the pairs of a batch apart, and this one has {first.shape[0]}: its loss would be "
-            "0 and nothing learned; give at least 2"
+            f"a contrastive loss tells the pairs of a batch apart, and this one has {first.shape[0]}: its loss would "
+            "be 0 and nothing learned; give at least 2"
         )

@@ -263,7 +263,7 @@ class _Run:
         _seed(self.options.seed)
         self.parallel.eval()
         parts: list[Values] = []
-        bounds = list(range(0, len(data), self.options.batch)) + [len(data)]
+        bounds = [*range(0, len(data), self.options.batch), len(data)]
         if len(bounds) > 2 and bounds[-1] - bounds[-2] < self.task.least_batch:
             del bounds[-2]  # the last examples are too few for a loss of their own
         for begin, end in pairwise(bounds):

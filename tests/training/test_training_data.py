@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import csv
 import re
 import statistics
@@ -359,6 +360,8 @@ def test_captions_from_files(tmp_path):
 
 # --- series ---
 
+DAYS = [f"2020-{1 + n // 28:02}-{1 + n % 28:02}" for n in range(200)]
+
 
 @pytest.mark.parametrize(("name", "count"), [("sunspots", 309), ("co2", 2284), ("elnino", 732)])
 def test_series_are_divided_by_time(name, count):
@@ -378,7 +381,7 @@ def test_series_are_divided_by_time(name, count):
 
 
 def test_series_from_a_table(tmp_path):
-    rows = "".join(f"2020-{n},{n % 5 + n / 100},{'' if n == 40 else 2 * n},x\n" for n in range(200))
+    rows = "".join(f"{DAYS[n]},{n % 5 + n / 100},{'' if n == 40 else 2 * n},x\n" for n in range(200))
     table = write(tmp_path / "t.csv", "day,a,b,c\n" + rows)
     parts = series.load(table, context=20, horizon=4, season=5)
     assert parts.about["channels"] == 2 and parts.train.values[40, 1] == 80, "the gap lies on the line"
@@ -396,6 +399,82 @@ def test_series_from_a_table(tmp_path):
         series.load(write(tmp_path / "u.csv", "a\n" + "1\n2\n" * 50), context=4, horizon=2, season=2)
     with pytest.raises(InputError, match="row 3 has 1 columns"):
         series.load(write(tmp_path / "v.csv", "a,b\n1,2\n1\n"), context=4, horizon=2, season=2)
+
+
+VALUES = [f"{(n * n % 11) + n / 100:.2f}" for n in range(200)]
+FORMS = {
+    "iso": lambda n: f"2020-{1 + n // 28:02}-{1 + n % 28:02}",
+    "iso with time and zone": lambda n: f"2020-{1 + n // 28:02}-{1 + n % 28:02}T12:00:00Z",
+    "american": lambda n: f"{1 + n // 28}/{1 + n % 28}/2020",
+    "european": lambda n: f"{1 + n % 28}.{1 + n // 28}.2020 00:00",
+    "day or month first": lambda n: f"{1 + n % 28}/{1 + n // 28}/2020",
+    "named month": lambda n: f"{1 + n % 28:02} {calendar.month_abbr[1 + n // 28]} 2020",
+    "number": lambda n: f"{20200000 + 100 * (1 + n // 28) + 1 + n % 28}",
+    "seconds": lambda n: f"{1577836800 + 86400 * n}",
+}
+
+
+def table_of(path, header, *columns):
+    return write(path, ",".join(header) + "\n" + "".join(",".join(row) + "\n" for row in zip(*columns, strict=True)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_time_may_be_written_in_any_usual_form_and_must_run_forward(tmp_path, form):
+    path, days = tmp_path / "t.csv", [FORMS[form](n) for n in range(200)]
+    expected = torch.tensor([float(value) for value in VALUES], dtype=torch.float64)[:, None]
+    assert torch.equal(series.read_table(table_of(path, ["ds", "y"], days, VALUES), "y"), expected)
+    if form not in ("number", "seconds"):
+        assert torch.equal(series.read_table(path, None), expected)
+    for order, says in [
+        (days[::-1], "runs backwards; turn the rows around"),
+        (days[:50] * 4, "says the same more than once: are there several series"),
+        ([days[n // 2] for n in range(200)], "says the same more than once"),
+        (days[100:] + days[:100], "runs to and fro; sort the rows"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            series.read_table(table_of(path, ["ds", "y"], order, VALUES), "y")
+
+
+def test_time_may_be_in_parts(tmp_path):
+    years, months = [f"{2000 + n // 12}" for n in range(200)], [f"{1 + n % 12}" for n in range(200)]
+    path = table_of(tmp_path / "t.csv", ["y", "year", "month"], VALUES, years, months)
+    assert series.read_table(path, "y").shape == (200, 1)
+    with pytest.raises(InputError, match="'year month' runs backwards"):
+        series.read_table(table_of(path, ["y", "year", "month"], VALUES, years[::-1], months[::-1]), "y")
+    with pytest.raises(InputError, match="'year' says the same more than once"):
+        series.read_table(table_of(path, ["y", "year"], VALUES, years), "y")
+
+
+LAYOUTS = {  # header, columns, what is said of it
+    "long": (["unique_id", "y"], [["a"] * 100 + ["b"] * 100, VALUES], "2 series below one another"),
+    "long by numbers": (["item_id", "y"], [[f"{n % 4}" for n in range(200)], VALUES], "4 series below one another"),
+    "long with dates": (["ds", "shop", "y"], [DAYS[:50] * 4, ["a"] * 200, VALUES], "several series below one another"),
+    "long by date": (["ds", "y"], [sorted(DAYS[:50] * 4), VALUES], "several series below one another"),
+    "years": (["year", "y"], [[f"{1700 + n}" for n in range(200)], VALUES], "'year' looks like a time or a count"),
+    "a count": (["n", "y"], [[f"{n}" for n in range(200)], VALUES], "'n' looks like a time or a count"),
+    "the index of pandas": (["", "y"], [[f"{n}" for n in range(200)], VALUES], "'' looks like a time or a count"),
+    "hours": (["hour", "y"], [[f"{n % 24}" for n in range(200)], VALUES], "'hour' looks like a time or a count"),
+    "no header": (["1.0", "7"], [VALUES, VALUES], "holds numbers instead of names"),
+    "a row a series": ([f"{n}" for n in range(1990, 2000)], [VALUES] * 10, "holds numbers instead of names"),
+    "dates unread": (["date", "y"], [[f"day {n}" for n in range(200)], VALUES], "cannot be read as a time"),
+    "thousands": (["x", "y"], [VALUES, ['"1,000.5"', *VALUES[1:]]], "'y' holds '1,000.5', which is no number"),
+    "a word for nothing": (["x", "y"], [VALUES, [*VALUES[1:], "closed"]], "'y' holds 'closed', which is no number"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_table_of_another_layout_is_refused(tmp_path, layout):
+    header, columns, says = LAYOUTS[layout]
+    with pytest.raises(InputError, match=says):
+        series.read_table(table_of(tmp_path / "t.csv", header, *columns), None)
+
+
+def test_what_is_text_or_empty_is_no_series(tmp_path):
+    remarks, weekdays = ["", "rain"] * 100, [("Mon", "Tue")[n % 2] for n in range(200)]
+    header = ["day", "remark", "y", "nothing", "z"]
+    path = table_of(tmp_path / "t.csv", header, weekdays, remarks, VALUES, [""] * 200, VALUES[::-1])
+    assert series.read_table(path, None).shape == (200, 2)
+    assert series.read_table(path, "z, y").shape == (200, 2)
 
 
 @pytest.mark.parametrize(("scale", "level"), [(1e-9, 0.0), (1e9, 0.0), (1.0, 1e8), (1.0, -1e11)])

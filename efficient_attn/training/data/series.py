@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Batch, Splits, existing, read_csv
+from .base import Batch, Splits, existing
+from .series_table import fill_gaps, read_table
 
 # Name -> observations in a season.
 SERIES = {"sunspots": 11, "co2": 52, "elnino": 12}
@@ -57,13 +58,14 @@ def load(
     Args:
         series: sunspots, co2, elnino, or a .csv file.
         season: observations in a season; known for the three, needed for a file.
-        columns: of the file, joined by commas. Default: all that hold nothing but numbers.
+        columns: of the file, joined by commas. Default: all but those of text and dates.
 
     ``about`` has ``channels``, ``season`` and ``scale``, float64 ``[C]``: the mean absolute error of the seasonal naive
     forecast over the training part.
 
     Raises:
-        InputError: an unknown name or file, a series too short, or a season that is missing.
+        InputError: an unknown name or file, a table of another layout (`series_table`), a series too short, or a season
+            that is missing.
         UnsupportedError: statsmodels is not installed.
     """
     if isinstance(series, str):
@@ -99,55 +101,6 @@ def load(
         raise InputError(f"a column of {series} repeats itself exactly each season: there is nothing to forecast")
     about = {"channels": values.shape[1], "season": season, "scale": scale, "context": context, "horizon": horizon}
     return Splits(windows(0, valid_from), windows(valid_from, test_from), windows(test_from, total), about)
-
-
-def read_table(path: Path, columns: str | None) -> Tensor:
-    """Columns of a .csv file with a header, float64 ``[T, C]``; gaps are filled by the line between their ends."""
-    header, cells = read_csv(path)
-    table = torch.tensor([[_number(cell) for cell in row] for row in cells], dtype=torch.float64)
-    if columns is not None:
-        asked = [name.strip() for name in columns.split(",")]
-        missing = [name for name in asked if name not in header]
-        if missing:
-            raise InputError(f"{path} has no column {', '.join(missing)}; its columns: {', '.join(header)}")
-        chosen = [header.index(name) for name in asked]
-    else:
-        chosen = [place for place in range(len(header)) if len(cells) and not table[:, place].isinf().any()]
-    if not chosen or not len(cells):
-        raise InputError(f"{path} has no column of numbers; its columns: {', '.join(header) or 'none'}")
-    for place in chosen:
-        bad = table[:, place].isinf().nonzero()
-        if len(bad):
-            raise InputError(
-                f"{path}, column {header[place]!r} holds {cells[int(bad[0])][place]!r}, which is no number"
-            )
-    return fill_gaps(table[:, chosen])
-
-
-def _number(cell: str) -> float:
-    """A number; nan for an empty cell, inf for what is no finite number."""
-    cell = cell.strip()
-    if cell.lower() in ("", "nan", "na", "null", "none"):
-        return float("nan")
-    try:
-        value = float(cell)
-    except ValueError:
-        return float("inf")
-    return value if abs(value) < float("inf") else float("inf")
-
-
-def fill_gaps(values: Tensor) -> Tensor:
-    """Each missing (nan) value from the line between its neighbours in time, float64 ``[T, C]``."""
-    import numpy as np
-
-    filled = values.clone()
-    time = np.arange(len(values))
-    for column in filled.T:
-        known = ~column.isnan().numpy()
-        if not known.any():
-            raise InputError("a column of the series is empty")
-        column.copy_(torch.from_numpy(np.interp(time, time[known], column.numpy()[known])))
-    return filled
 
 
 def _from_statsmodels(name: str) -> Tensor:

@@ -128,7 +128,10 @@ class _Run:
         self.eval_every = chosen.eval_every or max(1, self.total // 10)
         self.save_every = chosen.save_every or max(1, self.total // 10)
         model = task.model(self.splits.about)
-        self.notes = start.adopt(task, model, chosen.start) if chosen.start and not resume else []
+        last = chosen.out / checkpoint.LAST
+        # A run that has begun and was killed before its first checkpoint goes on from its beginning.
+        goes_on = resume and (last.exists() or not (chosen.out / CONFIG).exists())
+        self.notes = start.adopt(task, model, chosen.start) if chosen.start and not goes_on else []
         if chosen.freeze:
             frozen = optimizer.freeze(model, chosen.freeze)
             self.notes.append(f"{frozen:,} parameters are frozen")
@@ -137,11 +140,14 @@ class _Run:
         self.optimizer = optimizer.adamw(self.model, lr=chosen.lr, weight_decay=chosen.weight_decay)
         self.data = self.splits.fingerprint()  # reads every file, so that a damaged one is found before the first step
         _seed(chosen.seed + 1 + here.rank)
-        if resume:
+        if goes_on:
             self._load()
+        elif resume:
+            self.notes.append(f"there is no checkpoint in {chosen.out} yet: begins at the first step")
         elif here.first:
-            # One that was killed before its first checkpoint is no run: there is nothing to go on from.
-            make_run_folder(chosen.out, holds_run=(chosen.out / checkpoint.LAST).exists())
+            # One that was killed before its first checkpoint may be begun again, by other options too.
+            make_run_folder(chosen.out, holds_run=last.exists())
+        if here.first:
             _write_json(chosen.out / CONFIG, self.config)
         here.wait()
         self.metrics = (
@@ -211,7 +217,7 @@ class _Run:
         if not math.isfinite(loss_all) or not math.isfinite(norm.item()):
             raise DivergedError(
                 f"step {self.step + 1}: the loss is {loss_all:g} and the gradient's norm {norm.item():g}; lower --lr "
-                f"({chosen.lr:g}) or raise --warmup, and go on with --resume or begin anew"
+                f"({chosen.lr:g}) or raise --warmup, and go on from the last checkpoint with --resume, or begin anew"
             )
         self.optimizer.step()
         self.step += 1
@@ -348,6 +354,10 @@ class _Run:
             raise InputError(f"the run has {self.step} steps behind it already, more than the {self.total} asked for")
         if state["total"] != self.total:
             self.notes.append(f"the run is {self.total} steps long now instead of {state['total']}: so is its schedule")
+        for name in options.STEADYING:
+            then, now = state["config"]["options"][name], getattr(self.options, name)
+            if then != now:
+                self.notes.append(f"--{name} is {now:g} from here on instead of {then:g}")
         if len(state["random"]) == self.here.world:
             checkpoint.set_random_state(state["random"][self.here.rank])
         else:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -268,11 +269,63 @@ def test_a_run_without_a_checkpoint_can_begin_again(tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(Line(), tmp_path / "a", steps=10, save_every=10, reporter=Watch(step3=lambda: 1 / 0))
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        run(Line(), tmp_path / "a", resume=True, steps=10)
+        run(Line(), tmp_path / "nothing", resume=True, steps=10)
     run(Line(), tmp_path / "a", steps=4)
     assert [line["step"] for line in metrics.read(tmp_path / "a") if line["type"] == "train"] == [1, 2, 3, 4]
     with pytest.raises(InputError, match="holds a run already"):
         run(Line(), tmp_path / "a", steps=4)
+
+
+def test_a_run_without_a_checkpoint_goes_on_from_its_beginning(tmp_path):
+    options, watch = {"steps": 10, "save_every": 10}, Watch()
+    run(Line(), tmp_path / "whole", **options)
+    with pytest.raises(ZeroDivisionError):
+        run(Line(), tmp_path / "a", reporter=Watch(step3=lambda: 1 / 0), **options)
+    run(Line(), tmp_path / "a", resume=True, reporter=watch, **options)
+    assert same_weights(tmp_path / "whole", tmp_path / "a") and curve(tmp_path / "whole") == curve(tmp_path / "a")
+    assert any("begins at the first step" in note for note in watch.notes)
+
+
+@pytest.mark.parametrize("save_every", [1, 20])
+@pytest.mark.parametrize(
+    "change", [["--lr", "0.001"], ["--lr", "0.001", "--warmup", "1.0"], ["--lr", "1e-3", "--clip", "1"]]
+)
+def test_the_advice_of_a_diverged_run_works(tmp_path, monkeypatch, change, save_every):
+    """Also before the first checkpoint; and what was chosen anew stays so when the run goes on once more."""
+    loss, factor = Digits.loss, [math.nan]
+    monkeypatch.setattr(Digits, "loss", lambda *given: loss(*given) * factor[0])
+    small = ["--dim", "16", "--layers", "1", "--heads", "2", "--batch", "8", "--no-tensorboard", "--threads", "1"]
+    out = ["--out", str(tmp_path / "a")]
+    failed = invoke("digits", *small, "--lr", "0.5", "--steps", "4", "--save-every", str(save_every), *out)
+    assert failed.exit_code == 2 and "lower --lr (0.5) or raise --warmup" in " ".join(failed.output.split())
+    factor[0] = 1.0
+    gone_on = invoke("digits", *out, "--resume", *change)
+    assert gone_on.exit_code == 0, gone_on.output
+    again = invoke("digits", *out, "--resume", "--steps", "5")
+    assert again.exit_code == 0 and "--lr" not in again.output
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["options"]["lr"] == 0.001
+
+
+def test_a_damaged_config_is_explained(tmp_path):
+    for content, says in [
+        ('{"task": "dig', "is no JSON that can be read"),
+        ("[]", "is no config of efficient-attn train"),
+        ('{"task": "digits", "options": {}, "task_options": {}}', "another version"),
+        ('{"task": "digits", "options": {"start": null}, "task_options": {"colour": 1}}', "another version"),
+    ]:
+        (tmp_path / "config.json").write_text(content)
+        refused = invoke("digits", "--out", str(tmp_path), "--resume")
+        assert refused.exit_code == 2 and says in " ".join(refused.output.split()), refused.output
+
+
+def test_the_printed_command_can_be_pasted(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise Interrupted(signal.SIGINT, 3)
+
+    monkeypatch.setattr("efficient_attn.training.trainer.train", interrupted)
+    out = str(tmp_path / "my 'runs' $HOME")
+    printed = next(line for line in invoke("digits", "--out", out).output.splitlines() if "--resume" in line)
+    assert shlex.split(printed) == ["efficient-attn", "train", "digits", "--out", out, "--resume"]
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -572,7 +625,7 @@ def test_the_command_trains_resumes_and_refuses(tmp_path, monkeypatch):
     assert longer.exit_code == 0 and json.loads(Path("a/result.json").read_text())["steps"] == 3
     for arguments, says in [
         (["digits", "--steps", "3", "--out", "a"], "holds a run already"),
-        (["digits", "--lr", "3", "--out", "a", "--resume"], "--lr 3.0 is not what the run in a began with"),
+        (["digits", "--seed", "3", "--out", "a", "--resume"], "--seed 3 is not what the run in a began with"),
         (["mae", "--out", "a", "--resume"], "is of the task digits"),
         (["digits", "--out", "b", "--resume"], "there is no run in b"),
         (["digits", "--resume"], "there is no run of digits under runs"),

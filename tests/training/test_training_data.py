@@ -330,6 +330,89 @@ def test_several_pages_are_refused(tmp_path):
         images.read_image(tmp_path / "a.tif", 4)
 
 
+CLUTTER = (
+    ".ipynb_checkpoints/0{}",
+    "._0{}",
+    ".hidden{}",
+    "cat/.ipynb_checkpoints/0{}",
+    "cat/._0{}",
+    "__MACOSX/cat/0{}",
+)
+
+
+def test_hidden_files_are_no_examples_and_empty_classes_are_refused(tmp_path):
+    for root, suffix in ((tmp_path / "images", ".png"), (tmp_path / "texts", ".txt")):
+        for name in ("cat", "dog"):
+            for number in range(5):
+                file = root / name / f"{number}{suffix}"
+                picture(file, (9, 9, 9)) if suffix == ".png" else file.parent.mkdir(parents=True, exist_ok=True)
+                file.exists() or file.write_text("a text")
+        for name in CLUTTER:
+            (root / name.format(suffix)).parent.mkdir(parents=True, exist_ok=True)
+            (root / name.format(suffix)).write_bytes(b"\0\5\x16\7")
+    for read in (
+        lambda: images.load(0, tmp_path / "images", image_size=8),
+        lambda: text.load(0, str(tmp_path / "texts")),
+    ):
+        parts = read()
+        assert parts.about["names"] == ["cat", "dog"] and sum(map(len, (parts.train, parts.valid, parts.test))) == 10
+        parts.fingerprint()
+    (tmp_path / "images/cat/0.txt").write_text("a cat")
+    assert [image.name for image, _ in captions._from_text_files(tmp_path / "images")] == ["0.png"]
+    for root, read in (
+        ("images", lambda: images.load(0, tmp_path / "images")),
+        ("texts", lambda: text.load(0, str(tmp_path / "texts"))),
+    ):
+        (tmp_path / root / "bird").mkdir()
+        (tmp_path / root / "bird" / ".DS_Store").write_bytes(b"")
+        with pytest.raises(InputError, match=r"bird holds no (images|text files)"):
+            read()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "deep.png"])
+def test_an_image_is_turned_as_its_camera_was_held(tmp_path, name, orientation):
+    pillow = pytest.importorskip("PIL.Image")
+    seen = np.zeros((16, 16), np.uint8)
+    seen[:8, :8], seen[:8, 8:], seen[8:, :8] = 250, 170, 90  # as it shall be seen, no two turns of it alike
+    stored = [
+        seen,
+        seen[:, ::-1],
+        seen[::-1, ::-1],
+        seen[::-1],
+        seen.T,
+        np.rot90(seen),
+        seen[::-1, ::-1].T,
+        np.rot90(seen, 3),
+    ]
+    exif = pillow.Exif()
+    exif[274] = orientation
+    values = np.ascontiguousarray(stored[orientation - 1])
+    pillow.fromarray(values.astype(np.uint16) * 257 if name == "deep.png" else values).save(tmp_path / name, exif=exif)
+    read = images.read_image(tmp_path / name, 16)[..., 0].float()
+    assert (read - torch.from_numpy(seen)).abs().max() < 12, "but for JPEG's losses"
+
+
+def test_an_image_too_large_to_decode_is_explained(tmp_path, monkeypatch):
+    pillow = pytest.importorskip("PIL.Image")
+    picture(tmp_path / "a.png", (0, 0, 0), size=(30, 30))
+    monkeypatch.setattr(pillow, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"a\.png is too large to be decoded"):
+        images.read_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_captions_may_have_a_byte_order_mark_and_other_encodings_are_explained(tmp_path, encoding):
+    for number in range(4):
+        picture(tmp_path / f"{number}.png", (number, 0, 0))
+        (tmp_path / f"{number}.txt").write_text("naïve", encoding=encoding)
+    if encoding == "latin-1":
+        with pytest.raises(InputError, match=r"0\.txt is not in UTF-8"):
+            captions.load(0, tmp_path)
+    else:
+        assert text.decode(everything(captions.load(0, tmp_path).train)["tokens"][0]) == "naïve"
+
+
 def test_captions_name_their_digit():
     pytest.importorskip("sklearn")
     parts = captions.load(0)

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Batch, Dataset, Splits, Subset, Tensors, existing, few_per_class, majority, split_indices
+from .base import (
+    Batch,
+    Dataset,
+    Splits,
+    Subset,
+    Tensors,
+    existing,
+    few_per_class,
+    files_per_class,
+    majority,
+    split_indices,
+    visible_files,
+)
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 DECODERS = 4
@@ -38,7 +50,8 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_pe
         train, valid, test = split_indices(len(labels), seed, test=0.2)
         about: dict[str, Any] = {"channels": 1, "image_size": 8, "classes": 10}
     else:
-        files, names = folder_per_class(existing(data, "a folder with a folder of images for each class"))
+        root = existing(data, "a folder with a folder of images for each class")
+        files, names = files_per_class(root, "images", SUFFIXES)
         classes = sorted(set(names))
         labels = torch.tensor([classes.index(name) for name in names])
         found = ImageFiles(files, image_size, label=labels)
@@ -87,7 +100,7 @@ def read_image(path: Path, size: int) -> Tensor:
     """An image file as ``[size, size, 3]``, from 0 to 255: its largest central square, resized.
 
     uint8 for files of eight bits a channel; float32 for deeper greys, whose levels would not survive in a byte.
-    What is transparent is white, as a viewer shows it.
+    Turned as its EXIF orientation says, and white where it is transparent, as a viewer shows it.
 
     Raises:
         InputError: what is no image, has several pages, or values whose range the file does not say.
@@ -95,13 +108,18 @@ def read_image(path: Path, size: int) -> Tensor:
     import numpy as np
 
     image_class = pillow()
+    from PIL import ImageOps
+
     try:
         with image_class.open(path) as opened:
             if opened.format == "TIFF" and opened.n_frames > 1:
                 raise InputError(f"{path} holds {opened.n_frames} pages; save those to train on as a file each")
+            ImageOps.exif_transpose(opened, in_place=True)  # cameras store how they were held, not a turned picture
             image = _deep_grey(path, opened) if opened.mode.startswith(("I", "F")) else _colour(opened)
     except InputError:
         raise
+    except image_class.DecompressionBombError as error:
+        raise InputError(f"{path} is too large to be decoded ({error}); make it smaller") from error
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for damaged files and for colours it cannot convert
         raise InputError(f"{path} cannot be read as an image ({error}); remove or repair it") from error
     side = min(image.size)
@@ -145,19 +163,9 @@ def _deep_grey(path: Path, image: Any) -> Any:
     return pillow().fromarray((values * (255 / top)).astype(np.float32))
 
 
-def folder_per_class(root: Path) -> tuple[list[Path], list[str]]:
-    """The image files below each folder of ``root``, and those folders' names."""
-    files = [
-        (file, folder.name) for folder in sorted(root.iterdir()) if folder.is_dir() for file in image_files(folder)
-    ]
-    if len({name for _, name in files}) < 2:
-        raise InputError(f"{root} needs a folder of images for each class, at least two, as in {root}/cat/1.jpg")
-    return [file for file, _ in files], [name for _, name in files]
-
-
 def image_files(folder: Path) -> list[Path]:
-    """All image files in and below a folder, in order of their names."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    """All image files in and below a folder, in order of their names, but for hidden ones."""
+    return [file for file in visible_files(folder) if file.suffix.lower() in SUFFIXES]
 
 
 def pillow() -> Any:

@@ -1,4 +1,4 @@
-# make setup | cuda | test | test-slow | test-triton | test-cuda-host | test-timm | fuzz | sanitize | test-upstream | lint | bench | bench-all | bench-cpu | gpu-check | gpu-sanitize | triton-table | cuda-table | readme | clean          PYTHON=python3.12 VENV=.venv-312 make test
+# `make help` lists the targets. Another Python, in an environment of its own: PYTHON=python3.12 VENV=.venv-312 make test
 PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
@@ -6,14 +6,23 @@ ARGS ?=
 # Here nvcc's minutes are asked for (make cuda, or EFFICIENT_ATTN_CUDA=1 make setup), not spent wherever it happens to be.
 EFFICIENT_ATTN_CUDA ?= 0
 
+# Processes that run the tests side by side, with one OpenMP thread each (tests/conftest.py).
+WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(shell find csrc kernels benchmarks efficient_attn -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc -type f)
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations=20
+NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: setup cuda test test-slow test-triton test-cuda-host test-timm fuzz sanitize test-upstream lint format bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme clean
+.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format \
+	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme clean
 
-setup: $(STAMP)
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-23s%s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## .venv with pinned tools and the package, installed for editing
 
 # The environment is complete when the stamp is newer than everything that it was made from; C++ sources count, since the
 # editable install holds what they compile to. Build isolation keeps PyTorch out of the build.
@@ -23,19 +32,18 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $@
 
 # efficient_attn._cuda in place, with nvcc: EFFICIENT_ATTN_CUDA_ARCHS=90a make cuda for one GPU. Only what changed is compiled again.
-cuda: $(STAMP)
+cuda: $(STAMP) ## compile the CUDA kernels in place (needs nvcc; minutes)
 	EFFICIENT_ATTN_CPU=0 EFFICIENT_ATTN_CUDA=1 $(BIN)/python setup.py build_ext --inplace --build-temp build/native
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu' $(ARGS) tests
+test: $(STAMP) ## the tests that CI runs, on all cores
+	$(PYTEST) -m 'not slow and not gpu' $(ARGS) tests
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'slow and not gpu' $(ARGS) tests
+test-slow: $(STAMP) ## the tests that CI leaves out
+	$(PYTEST) -m 'slow and not gpu' $(ARGS) tests
 
-# Every case and dtype on the Triton kernels in Triton's interpreter, then every configuration compiled for sm_80 and sm_90.
-test-triton: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -W ignore $(ARGS) tests/contract/test_conformance.py tests/kernels/triton/interpreted_*.py
-	$(BIN)/python -m pytest -q $(ARGS) tests/kernels/triton/test_triton_compile.py
+test-triton: $(STAMP) ## every case on the Triton kernels in Triton's interpreter, and every configuration compiled
+	TRITON_INTERPRET=1 $(PYTEST) -W ignore $(ARGS) tests/contract/test_conformance.py tests/kernels/triton/interpreted_*.py
+	$(PYTEST) $(ARGS) tests/kernels/triton/test_triton_compile.py
 
 # timm, open_clip and torchvision. They need torchvision, whose wheels want PyTorch's CUDA build (=== keeps 2.13.0+cpu out), so
 # they get an environment of their own: 5 GB, minutes to download.
@@ -46,72 +54,66 @@ $(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 		'torch===2.13.0' torchvision timm open_clip_torch pytest matplotlib -e .
 	touch $@
 
-test-timm: $(TIMM_VENV)/.installed
+test-timm: $(TIMM_VENV)/.installed ## timm, open_clip and torchvision, in an environment of their own (5 GB)
 	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/integrations/test_timm.py
 
-# Every case in both half dtypes on the CUDA kernels in their host twin (g++, no GPU), and the faults that it must find.
-test-cuda-host: $(STAMP)
-	$(BIN)/python -m pytest -q $(ARGS) tests/kernels/cuda/test_cuda_host.py
+test-cuda-emulator: $(STAMP) ## every case on the CUDA kernels in the emulator (g++, no GPU), and the faults that it must find
+	$(PYTEST) $(ARGS) tests/kernels/cuda/test_cuda_emulator.py
 
-# Random calls of the native kernel against the definition: make fuzz CASES=100000
 CASES ?= 20000
-fuzz: $(STAMP)
+fuzz: $(STAMP) ## random calls against the definition: CASES=100000
 	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/contract/test_fuzz.py
 	@echo "$(CASES) random cases, forward and backward"
 
-# Random calls of the native kernels alone, between guard pages, under AddressSanitizer and UBSan: make sanitize RANDOM_CALLS=1000
 RANDOM_CALLS ?= 10000
-sanitize: $(STAMP)
+sanitize: $(STAMP) ## random calls of the native kernels under AddressSanitizer and UBSan: RANDOM_CALLS=1000
 	$(BIN)/python tests/kernels/cpu/native/build_harness.py build/sanitize
 	OMP_WAIT_POLICY=passive build/sanitize/harness --count $(RANDOM_CALLS) $(ARGS)
 
-# PyTorch's own tests of nn.MultiheadAttention on ours: make test-upstream PYTORCH=/path/to/a/pytorch/checkout
-test-upstream: $(STAMP)
+test-upstream: $(STAMP) ## PyTorch's own tests of nn.MultiheadAttention on ours: PYTORCH=<a checkout>
 	$(BIN)/python tests/upstream/run.py $(PYTORCH) $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff, clang-format and mypy, as CI and pre-commit run them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/cuda_host/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files $(NATIVE) | xargs -r $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(STAMP) ## apply what lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/cpu/native/*' 'tests/kernels/cuda/cuda_host/*' 'tests/kernels/cuda/cuda_launch/*' | grep -v '\.py$$' | xargs -r $(BIN)/clang-format -i
+	git ls-files $(NATIVE) | xargs -r $(BIN)/clang-format -i
 
-bench: $(STAMP)
+bench: $(STAMP) ## compare the methods on this machine: ARGS=--quick
 	$(BIN)/efficient-attn bench $(ARGS)
 
-# Every suite for BUDGET minutes, and the report: make bench-all ARGS=--quick; once more with OUT=<folder> ARGS="--quick --resume" goes on.
+# make bench-all ARGS=--quick; once more with OUT=<folder> ARGS="--quick --resume" goes on.
 BUDGET ?= 10
 bench-all: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)
-bench-all: $(STAMP)
+bench-all: $(STAMP) ## every suite within BUDGET minutes, and the report
 	@out="$(OUT)" && $(BIN)/efficient-attn bench all --budget $(BUDGET) --out "$$out" $(ARGS) && $(BIN)/efficient-attn report "$$out/results.jsonl" --html "$$out/report.html"
 
-bench-cpu: $(STAMP)
+bench-cpu: $(STAMP) ## the CPU kernels against PyTorch and the peak of the machine
 	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
 # Needs a GPU and a Python with PyTorch and Triton; no network, no .venv: make gpu-check PYTHON=python3 OUT=dir
 OUT ?= bench-results/gpu-check
-gpu-check:
+gpu-check: ## build, test and measure on a GPU, without a network: PYTHON=python3 OUT=<folder>
 	$(PYTHON) benchmarks/tools/gpu_check.py --out $(OUT) $(ARGS)
 
-# Needs a GPU, compute-sanitizer and what gpu-check needs: the CUDA kernels under memcheck, racecheck, initcheck and synccheck.
-gpu-sanitize:
+gpu-sanitize: ## compute-sanitizer's four tools over the CUDA kernels (needs a GPU)
 	$(PYTHON) benchmarks/tools/gpu_sanitize.py --out $(OUT) $(ARGS)
 
-# Registers, spills and shared memory of every kernel for sm_80 and sm_90: benchmarks/results/triton/compile.jsonl
-triton-table: $(STAMP)
+# Both tables go to benchmarks/results/{triton,cuda}/compile.jsonl.
+triton-table: $(STAMP) ## registers, spills and shared memory of every Triton kernel, for sm_80 and sm_90
 	$(BIN)/python -m efficient_attn.benchmarks.tools.triton_table $(ARGS)
 
-# Registers, spills and shared memory of every CUDA kernel as nvcc compiles it: benchmarks/results/cuda/compile.jsonl
-cuda-table: $(STAMP)
+cuda-table: $(STAMP) ## the same of every CUDA kernel (needs nvcc)
 	$(BIN)/python -m efficient_attn.benchmarks.tools.cuda_table $(ARGS)
 
 # Writes the generated parts of README.md anew: the table of methods, and with ARGS=<results.jsonl> the picture and figures.
-readme: $(STAMP)
+readme: $(STAMP) ## write the generated parts of README.md and docs/methods.md anew
 	$(BIN)/python docs/readme.py $(ARGS)
 
-clean:
+clean: ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(STAMP)

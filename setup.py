@@ -30,8 +30,7 @@ PLAIN_SOURCES = ["csrc/cpu/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/paral
 COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -ffp-contract=fast -fno-math-errno"
 ISA_FLAGS = "-fno-exceptions -fno-rtti -fno-threadsafe-statics"
 CUDA_MODULE = "efficient_attn._cuda"
-CUDA_UNIT = "csrc/cuda/unit.cu"
-CUDA_PLAIN_SOURCES = [f"csrc/cuda/{name}" for name in ("linear.cu", "module.cpp", "launch.cpp", "select.cu")]
+CUDA_PLAIN_SOURCES = [f"csrc/cuda/{name}" for name in ("linear_attention.cu", "module.cpp", "launch.cpp")]
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 CUDA_ARCHS = "80;90a"
 WITHOUT = {
@@ -79,8 +78,8 @@ def ninja_file(
 ) -> str:
     """The build plan: every kernel object from one source, plus what is around them.
 
-    The defaults are the Python module's; tests/kernels/cpu/native/build_harness.py has its own ``plain_sources``,
-    ``flags`` (which come after the usual ones) and ``link``.
+    The defaults are the Python module's; tests/kernels/cpu/native/build_harness.py has its own `plain_sources`,
+    `flags` (which come after the usual ones) and `link`.
     """
     import pybind11
 
@@ -135,18 +134,19 @@ def cuda_archs() -> list[str]:
     return archs
 
 
-def cuda_units() -> dict[str, str]:
-    """Name of each unit of csrc/cuda/unit.cu -> the macros that choose its kernels. Those that take longest first."""
-    dtypes = ("BFloat16", "Float16")
-    choices = [*itertools.product(("Backward", "Forward"), (256, 128, 64), dtypes, (True, False))]
-    choices += [("Decode", 256, dtype, False) for dtype in dtypes]
-    return {
-        f"{part}_{dtype}_{head}{'_extras' if extras else ''}".lower(): (
-            f"-DEFFICIENT_ATTN_PART=k{part} -DEFFICIENT_ATTN_DTYPE=k{dtype} -DEFFICIENT_ATTN_HEAD={head} "
-            f"-DEFFICIENT_ATTN_EXTRAS={str(extras).lower()}"
+def cuda_units() -> dict[str, tuple[str, str]]:
+    """Name of each unit -> its source and the macros that choose its kernels. Those that take longest first."""
+    dtypes, units = ("BFloat16", "Float16"), {}
+    for op, head, dtype, extras in itertools.product(("backward", "forward"), (256, 128, 64), dtypes, (True, False)):
+        units[f"attention_{op}_{dtype.lower()}_{head}{'_extras' if extras else ''}"] = (
+            f"csrc/cuda/attention_{op}.cu",
+            f"-DEFFICIENT_ATTN_DTYPE=k{dtype} -DEFFICIENT_ATTN_HEAD={head} "
+            f"-DEFFICIENT_ATTN_EXTRAS={str(extras).lower()}",
         )
-        for part, head, dtype, extras in choices
-    }
+    for dtype in dtypes:
+        macros = f"-DEFFICIENT_ATTN_DTYPE=k{dtype}"
+        units[f"attention_decode_{dtype.lower()}"] = ("csrc/cuda/attention_decode.cu", macros)
+    return units
 
 
 def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
@@ -177,9 +177,9 @@ def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
     for source in CUDA_PLAIN_SOURCES:
         objects.append(Path(source).stem + ".o")
         lines += [f"build {objects[-1]}: compile {ROOT / source}"]
-    for name, macros in cuda_units().items():
+    for name, (source, macros) in cuda_units().items():
         objects.append(f"{name}.o")
-        lines += [f"build {objects[-1]}: compile {ROOT / CUDA_UNIT}", f"  extra = {macros}"]
+        lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {macros}"]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
@@ -221,7 +221,8 @@ def extensions() -> list[Extension]:
     if cpu != "0":
         found.append(Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=cpu != "1"))
     if cuda == "1" or (cuda == "auto" and find_nvcc() is not None):
-        found.append(Extension(CUDA_MODULE, sources=[CUDA_UNIT, *CUDA_PLAIN_SOURCES], optional=cuda != "1"))
+        units = {source for source, _ in cuda_units().values()}
+        found.append(Extension(CUDA_MODULE, sources=[*sorted(units), *CUDA_PLAIN_SOURCES], optional=cuda != "1"))
     return found
 
 

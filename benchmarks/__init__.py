@@ -1,11 +1,12 @@
-"""Benchmark suites, runner and report, installed as ``efficient_attn.benchmarks``.
+"""Benchmark suites and reports, installed as `efficient_attn.benchmarks`: on top of everything, imported by nothing.
 
-suites/    one suite a file: its grid, its measurement, its table and charts; the registry
-peers/     one implementation by others a file, with the check that it computes what ours does
-cases.py   methods and sizes of the suites, and the CPU targets, as tables of data
-inputs.py, ops.py, clock.py, approximation.py        real inputs; methods as calls; clocks; error against rank
-runner.py, records.py                                workers with limits; the append-only JSONL
-view.py, report.py, plot.py, figures.py, html_report.py, page/    what is made of the rows
-compare.py                                           two runs, cell by cell
-gpu.py, gpu_check.py, triton_table.py                on a machine with a GPU, without the command line
+suites/                one suite a file: its grid, its measurement, its columns, charts and claims; the registry
+peers/                 one implementation by others a file, with the check that it computes what ours does
+cases.py               methods and sizes of the suites, and the CPU targets, as tables of data
+approximation.py, learning.py, cache.py    what several suites measure by
+commands.py, compare.py                    `efficient-attn bench`, `report` and `compare`
+__main__.py            one suite without the command line's packages
+view.py                records as rows, and how a figure is written
+report.py, figures.py, html_report.py, page/    the rows as tables, pictures and one page
+tools/                 scripts for a machine with a GPU, and the tables of compiled kernels
 """

@@ -1,18 +1,14 @@
 """What each method loses against exact attention as its size grows, on the activations of a trained model.
 
-python -m efficient_attn.benchmarks.approximation docs/approximation.png [results.json]
-
-The model is the digits transformer of ``vit.py``, trained with exact attention on images enlarged to side x side, a
-token a pixel. Its queries, keys and values go through every method as they are: nothing is trained to make up for a
-method, so that Linformer stands for what pooling does. The error is |out - exact| / |exact|.
+The suite `fidelity` measures and draws it. The model is the digits transformer of the suite `vit`, trained with exact
+attention on images enlarged to side x side, a token a pixel. Its queries, keys and values go through every method as
+they are: nothing is trained to make up for a method, so that Linformer stands for what pooling does. The error is
+|out - exact| / |exact|.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from efficient_attn import BlockMask, MultiheadAttention, attention, parse, truncated_svd_attention
-from efficient_attn.methods import Hybrid, SparseMethod
+from efficient_attn.measuring import inputs
+from efficient_attn.methods import Hybrid, Sparse
 
-from . import inputs
 from .suites import vit
 
 SIDE, STEPS, IMAGES = 16, 150, 8
@@ -57,7 +53,7 @@ CURVES: Mapping[str, Family] = {**LOW_RANK, **SPARSE}
 
 
 class Point(NamedTuple):
-    """``scores``: how many numbers a query is compared with on average: exact keys, mixtures, landmarks or features."""
+    """`scores`: how many numbers a query is compared with on average: exact keys, mixtures, landmarks or features."""
 
     spec: str
     scores: float
@@ -141,49 +137,13 @@ def prepared(spec: str, query: Tensor, key: Tensor) -> Callable[[Tensor, Tensor,
 def _scores(spec: str, size: float, query: Tensor, key: Tensor) -> float:
     method: Any = parse(spec)
     length = query.shape[2]
-    if isinstance(method, SparseMethod):
-        mask: BlockMask = method.for_inputs(query, key)  # type: ignore[attr-defined, unused-ignore]
+    if isinstance(method, Sparse):
+        mask: BlockMask = method.pattern.for_inputs(query, key)
         return mask.density * length
     if isinstance(method, Hybrid):
         tail: Any = method.tail
-        near = method.sparse.block_mask(length, length).reblock(tail.block)  # type: ignore[attr-defined]
+        near = method.sparse.pattern.block_mask(length, length).reblock(tail.block)
         columns = {"nystrom": "landmarks", "performer": "features"}.get(tail.name)
         far = getattr(tail, columns) if columns else length / tail.block
         return near.block_density * length + far
     return size
-
-
-def draw(curves: Mapping[str, list[Point]], path: Path, about: str) -> None:
-    """Two panels, low-rank methods and sparse ones: error over scores a query, both on logarithmic axes."""
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 4.8), layout="constrained", sharey=True)
-    for axes, families, title in zip(panels, (LOW_RANK, SPARSE), ("low-rank and hybrid", "sparse"), strict=True):
-        for name in families:
-            style = "k--" if name.startswith("best") else "o-" if "+" in name else ".-"
-            shown = [point for point in curves[name] if point.error > 1e-4]
-            x, y = [p.scores for p in shown], [p.error for p in shown]
-            axes.loglog(x, y, style, label=name, markersize=5, linewidth=1.3)
-        axes.set(title=title, xlabel="scores a query (exact keys + columns of the approximation)")
-        axes.grid(True, which="both", alpha=0.25)
-        axes.legend(fontsize=8)
-    panels[0].set_ylabel("relative error of the output")
-    figure.suptitle(about, fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def main(picture: Path, results: Path | None) -> None:
-    query, key, value, accuracy = activations()
-    curves = {name: curve(name, query, key, value) for name in CURVES}
-    for name, points in curves.items():
-        print(f"{name:20}", "  ".join(f"{p.scores:.0f}: {p.error:.3f}" for p in points))
-    about = f"digits transformer, {SIDE * SIDE} tokens, exact attention in training (test accuracy {accuracy:.1%})"
-    draw(curves, picture, about)
-    if results is not None:
-        rows = [{"family": name, **point._asdict()} for name, points in curves.items() for point in points]
-        results.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

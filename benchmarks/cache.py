@@ -14,7 +14,7 @@ import torch
 
 
 def cached(name: str, make: Callable[[], Any], *, key: Any, code: Sequence[Any] = ()) -> Any:
-    """``make()``, or what it gave before for the same key, PyTorch and source code of ``code`` (modules, functions).
+    """`make()`, or what it gave before for the same key, PyTorch and source code of `code` (modules, functions).
 
     Values are tensors, numbers, text, and lists, tuples and dictionaries of them. They lie in the user's cache folder
     (XDG_CACHE_HOME or ~/.cache), below efficient-attn.

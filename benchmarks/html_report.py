@@ -1,6 +1,6 @@
 """One HTML file that shows the records of some runs without a network, with pictures and CSV in a folder beside it.
 
-The page is ``page/page.html`` with its style, its script and the rows as JSON put inside; the script draws.
+The page is `page/page.html` with its style, its script and the rows as JSON put inside; the script draws.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import figures, records, report, view
-from .records import Record
+from efficient_attn.measuring import records
+from efficient_attn.measuring.records import Record
+
+from . import figures, view
 from .suites import Column, Suite
 
 PAGE = Path(__file__).parent / "page"
 
 
 def write(found: Sequence[Record], path: Path, sources: Sequence[str]) -> list[Path]:
-    """Writes the page to ``path`` and, into the folder ``<stem>_files`` beside it, every panel as PNG and SVG, and CSV
-    files: one a suite and ``rows.csv`` with all.
+    """Writes the page to `path` and, into the folder `<stem>_files` beside it, every panel as PNG and SVG, and CSV
+    files: one a suite and `rows.csv` with all.
 
     Args:
         found: the records of one or more result files, in their order.
@@ -32,10 +34,7 @@ def write(found: Sequence[Record], path: Path, sources: Sequence[str]) -> list[P
     """
     rows = view.rows(found)
     suites = view.shown(rows)
-    labels = {suite.name: _labels(suite, rows) for suite in suites}
-    for row in rows:
-        row["series"] = labels.get(row["suite"], {}).get(row["id"], "")
-    panels = {suite.name: _panels(suite, rows) for suite in suites}
+    panels = {suite.name: figures.panels(suite, rows) for suite in suites}
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {
         "about": _about(found, rows, sources),
@@ -54,7 +53,7 @@ def write(found: Sequence[Record], path: Path, sources: Sequence[str]) -> list[P
             write_csv([row for row in rows if row["suite"] == suite.name], folder / f"{suite.name}.csv", columns)
         )
         for number, panel in enumerate(panels[suite.name], start=1):
-            written += figures.save(panel, rows, folder / f"{suite.name}-{number}")
+            written += figures.save(panel, folder / f"{suite.name}-{number}")
     return written
 
 
@@ -85,24 +84,6 @@ def write_csv(rows: Sequence[view.Row], path: Path, columns: Sequence[Column] | 
     return path
 
 
-def _panels(suite: Suite, rows: Sequence[view.Row]) -> list[figures.Panel]:
-    ready = view.done(rows, suite.name)
-    return [
-        figures.Panel(title, chart, tuple(row["id"] for row in group))
-        for chart in suite.charts
-        for title, group in view.panels(chart, ready)
-    ]
-
-
-def _labels(suite: Suite, rows: Sequence[view.Row]) -> dict[str, str]:
-    """For each row what its line is called; specs without their options where that is enough."""
-    mine = [row for row in rows if row["suite"] == suite.name]
-    names = {str(row[suite.series]): str(row[suite.series]) for row in mine if suite.series in row}
-    if suite.series == "method":
-        names = report.short_names([{"suite": suite.name, "config": {"method": name}} for name in names])
-    return {row["id"]: names.get(str(row.get(suite.series)), "") for row in mine}
-
-
 def _suite(suite: Suite, rows: Sequence[view.Row], panels: Iterable[figures.Panel]) -> dict[str, Any]:
     mine = [row for row in rows if row["suite"] == suite.name]
     return {
@@ -118,10 +99,8 @@ def _suite(suite: Suite, rows: Sequence[view.Row], panels: Iterable[figures.Pane
 
 
 def _row(row: view.Row) -> dict[str, Any]:
-    config = [str(value) for value in row.values() if isinstance(value, (str, int))]
-    parts = [(name, row.get(key)) for name, key in (("B", "batch"), ("H", "heads"), ("N", "seqlen"), ("D", "head_dim"))]
-    shape = " ".join(f"{name}{value}" for name, value in parts if value is not None)
-    return {**row, "shape": shape, "words": " ".join(config).lower(), "run": row["environment"] + 1}
+    words = [str(value) for value in row.values() if isinstance(value, (str, int))]
+    return {**row, "words": " ".join(words).lower(), "run": row["environment"] + 1}
 
 
 def _about(found: Sequence[Record], rows: Sequence[view.Row], sources: Sequence[str]) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from efficient_attn.measuring import clock
+from efficient_attn.measuring.calls import sized
 from efficient_attn.training.data.base import Batch, Dataset, Splits
 from efficient_attn.training.optimizer import adamw, learning_rate
 from efficient_attn.training.task import Task
 
-from . import clock
-from .ops import sized
+from .suites import beside
 
 EVALUATED_AT_ONCE = 64
 WARMUP, FINAL, DECAY, CLIP = 0.1, 0.05, 0.01, 1.0
@@ -27,11 +28,11 @@ def learn(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]
         task: makes the task with an attention of this spec.
         splits: its data.
         config: method (spec), steps, batch, lr, held_out (test examples that are looked at), budget_s, seed,
-            and at choice metric, another of the task's.
+            and optionally metric, another of the task's.
 
     Returns:
-        score: the task's metric on the test examples, and ``baseline`` where the data has one; loss of the last steps;
-        the time of a step (forward, backward; ``ms``) and of a forward alone in one alternation with the same model
+        score: the task's metric on the test examples, and `baseline` where the data has one; loss of the last steps;
+        the time of a step (forward, backward; `ms`) and of a forward alone in one alternation with the same model
         under exact attention; examples_per_s in training and inference; peak_bytes of a step; parameters; tokens.
     """
     about = splits.about
@@ -56,19 +57,15 @@ def learn(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]
         exact = task("dense")
         calls["dense"], calls["dense_forward"] = _calls(exact, exact.model(about), first)
     times = clock.interleaved(calls, config["budget_s"])
-    dense, dense_forward = times.get("dense", times["method"]), times.get("dense_forward", times["forward"])
     ms, forward_ms = times["method"]["ms"], times["forward"]["ms"]
     return {
-        **times["method"],
+        **beside(times, "method", ("dense",)),
         "score": round(metrics[metric], 4),
         "score_is": metric,
         "baseline": _baseline(about, metric),
         "loss": round(sum(losses[-10:]) / len(losses[-10:]), 4),
         "forward_ms": forward_ms,
-        "dense_ms": dense["ms"],
-        "reference_times": dense["times"],
-        "speedup_dense": round(dense["ms"] / ms, 4),
-        "forward_speedup": round(dense_forward["ms"] / forward_ms, 4),
+        "forward_speedup": round(times.get("dense_forward", times["forward"])["ms"] / forward_ms, 4),
         "examples_per_s": round(config["batch"] / ms * 1e3, 2),
         "inference_per_s": round(config["batch"] / forward_ms * 1e3, 2),
         "peak_bytes": peak.bytes,

@@ -14,46 +14,47 @@ from .errors import (
 from .explanation import Explanation, explain
 from .functional import attention, attention_weights, merge_attention
 from .integrations import Conversion, convert
-from .lowrank import (
-    linear_attention,
-    linformer_attention,
-    nystrom_attention,
-    performer_attention,
-    truncated_svd_attention,
-)
 from .masks import BlockMask
 from .methods import (
-    LSH,
     METHODS,
-    Axial,
-    BigBird,
-    Causal,
     CentroidTail,
-    Dense,
-    Dilated,
-    Documents,
-    Fixed,
     Hybrid,
     Linear,
     Linformer,
-    Longformer,
     Method,
-    Neighborhood,
     Nystrom,
     NystromTail,
     Performer,
     PerformerTail,
+    branch_share,
+    linear_attention,
+    linformer_attention,
+    nystrom_attention,
+    parse,
+    performer_attention,
+    truncated_svd_attention,
+)
+from .multihead import MultiheadAttention, replace_attention
+from .patterns import (
+    LSH,
+    Axial,
+    BigBird,
+    Causal,
+    Dense,
+    Dilated,
+    Documents,
+    Fixed,
+    Longformer,
+    Neighborhood,
+    Pattern,
     PrefixLM,
     SlidingWindow,
     SortedBuckets,
     Strided,
     TopKBlocks,
     TopPBlocks,
-    branch_share,
-    parse,
+    per_head,
 )
-from .multihead import MultiheadAttention, replace_attention
-from .patterns import Pattern, per_head
 
 __version__ = "0.1.0"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from . import backends, functional
+from .backends.call import accumulation_dtype
 from .masks import BlockMask
 
 
@@ -42,43 +42,40 @@ def _label(name: str) -> str:
     return name if why is None else f"{name} (EXPERIMENTAL: {why})"
 
 
-def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Explanation:
-    """Say what `attention(query, key, value, **arguments)` would do, without doing it.
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: functional.MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Explanation:
+    """Say what `attention` would do with these arguments, without doing it.
 
-    Takes the arguments of `attention` and raises what it raises for wrong input, but not for a backend that cannot
-    serve: that is part of the answer.
+    Raises what `attention` raises for wrong input, but not for a backend that cannot serve: that is part of the answer.
     """
-    backend = arguments.get("backend", "auto")
     backends.check_name(backend)
-    functional.check_tensors(query=query, key=key, value=value)
-    query, key, value = functional.autocast(query, key, value)
-    functional.check_inputs(query, key, value)
-    bias = functional.check_bias(arguments.get("bias"), query, key)
-    dropout_p = arguments.get("dropout_p", 0.0)
-    functional.check_dropout(dropout_p)
-    options = {name: arguments.get(name) for name in ("mask", "is_causal", "causal_alignment", "scale")}
-    block_mask = _block_mask(query, key, **options)
-    call = functional.describe(query, key, value, bias, block_mask.arrays(False), dropout_p)
+    prepared = functional.prepare(
+        query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference",
+    )  # fmt: skip
+    query, key, value, bias, arrays = prepared[:5]
+    call = functional.describe(query, key, value, bias, arrays, dropout_p)
     reasons = backends.not_supported_reasons(call)
     wanted = (n for n in reasons if n == backend or (backend == "auto" and backends.automatic(n, call.device)))
     serving = [name for name in wanted if not reasons[name]]
+    block_mask = BlockMask.from_arrays(arrays, q_len=call.Nq, kv_len=call.Nk)
     density = block_mask.density
-    pairs = round(density * call.B * call.Hq * call.Nq * call.Nk)
-    size = query.element_size()
-    moved = (query.numel() + key.numel() + value.numel() + call.B * call.Hq * call.Nq * call.Dv) * size
-    moved += call.B * call.Hq * call.Nq * 4 + block_mask.nbytes
+    rows = call.B * call.Hq * call.Nq
+    pairs = round(density * rows * call.Nk)
+    moved = (query.numel() + key.numel() + value.numel() + rows * call.Dv) * query.element_size()
+    moved += rows * accumulation_dtype(call.dtype).itemsize + block_mask.nbytes
     moved += 0 if bias is None else bias.numel() * bias.element_size()
     return Explanation(serving[0] if serving else None, reasons, density, 2 * pairs * (call.D + call.Dv), moved)
-
-
-def _block_mask(
-    query: Tensor, key: Tensor, mask: Any, is_causal: bool | None, causal_alignment: str | None, scale: float | None
-) -> BlockMask:
-    """The mask of the call as one object, also where a call would need none."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    functional.check_alignment(bool(is_causal), causal_alignment, q_len, kv_len)
-    causal = functional.causal_mask(q_len, kv_len, bool(is_causal), causal_alignment)
-    if mask is None:
-        return BlockMask(q_len, kv_len) if causal is None else causal
-    block_mask = functional.as_block_mask(mask, query, key, scale=scale, within=causal)
-    return block_mask if causal is None else block_mask & causal

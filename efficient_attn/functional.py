@@ -1,4 +1,4 @@
-"""The functions a user calls: `attention` and its relatives. Shapes, checks and masks are settled here, once.
+"""The functions a user calls: `attention` and its relatives. `prepare` settles shapes, checks and masks, once a call.
 
 Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D head_dim, Dv value head_dim.
 """
@@ -6,14 +6,15 @@ Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends.call import Call
+from .backends.call import Call, accumulation_dtype
 from .backends.reference import attention as reference
+from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError
 from .masks import BlockMask, MaskArrays
 from .ops import attention as ops
@@ -22,7 +23,7 @@ from .tracing import PLAN, named
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ALIGNMENTS = ("top_left", "bottom_right")
+DENSE = MaskArrays()
 
 MaskLike = BlockMask | Pattern | Tensor | None
 
@@ -103,24 +104,15 @@ def attention(
         InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
         UnsupportedError: the backend asked for cannot serve this call.
     """
-    check_tensors(query=query, key=key, value=value)
-    query, key, value = autocast(query, key, value)
-    check_inputs(query, key, value)
-    bias = check_bias(bias, query, key)
-    check_dropout(dropout_p)
-    differentiable = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    transposed = differentiable and query.device.type != "cpu"  # the CPU's backward walks the lists as they are
-    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=transposed, scale=scale)
-    select = backends.select if torch.compiler.is_compiling() else backends.cached_select
-    chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p))
-    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = prepare(
+        query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+    )  # fmt: skip
+    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable = call
     if differentiable or not ops.is_plain(query, key, value, bias):
         out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, chosen)
-    else:  # nobody watches: the dispatcher would cost more than a short call
-        forward = backends.BACKENDS[chosen].attention_forward
+    else:  # nothing records the call: the dispatcher would cost more than a short one takes
+        forward = backends.BACKENDS[chosen].attention.attention_forward
         out, lse = forward(query, key, value, bias, arrays, scale, dropout_p, seed)
     return (out, lse) if return_lse else out
 
@@ -142,14 +134,11 @@ def attention_weights(
     Arguments are those of `attention`. With a dropout seed the weights are the dropped and rescaled ones of the same
     call. Differentiable to any order.
     """
-    check_tensors(query=query, key=key)
-    query, key = autocast(query, key)
-    check_inputs(query, key, key)
-    bias = check_bias(bias, query, key)
-    check_dropout(dropout_p)
-    arrays = resolve_mask(mask, query, key, is_causal, causal_alignment, transposed=False, scale=scale)
-    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = prepare(
+        query, key, key, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference",
+    )  # fmt: skip
+    query, key, _, bias, arrays, scale, dropout_p, seed, _, _ = call
     return reference.attention_weights(query, key, bias, arrays, scale, dropout_p, seed)
 
 
@@ -188,31 +177,89 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     return merged.to(outs[0].dtype), lse
 
 
-# --- what every call is checked for ---
+# --- one call, settled ---
 
 
-def check_tensors(**tensors: Tensor) -> None:
-    """Raise unless every argument is a tensor with 4 dimensions."""
-    for name, tensor in tensors.items():
+class Prepared(NamedTuple):
+    """A call that is checked and settled, as the operators and backends take it."""
+
+    query: Tensor  # (B, Hq, Nq, D), cast as autocast asks for
+    key: Tensor  # (B, Hkv, Nk, D)
+    value: Tensor  # (B, Hkv, Nk, Dv)
+    bias: Tensor | None  # each dimension 1 or full, of (B, Hq, Nq, Nk)
+    mask: MaskArrays
+    scale: float
+    dropout_p: float
+    dropout_seed: Tensor | None
+    backend: str
+    differentiable: bool  # whether a backward may follow
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Prepared:
+    """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises."""
+    query, key, value = prepare_inputs(query, key, value)
+    if bias is not None:
+        bias = check_bias(bias, query, key)
+    check_dropout(dropout_p)
+    scale = default_scale(scale, query.shape[3])
+    arrays, block_mask = DENSE, None
+    if mask is not None or is_causal or causal_alignment is not None:
+        Nq, Nk = query.shape[2], key.shape[2]
+        check_alignment(is_causal, causal_alignment, Nq, Nk)
+        if mask is not None:
+            causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
+            block_mask = _planned_mask(mask, query, key, causal, scale)
+            arrays = block_mask.arrays()
+        elif is_causal:
+            arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
+    select = backends.select if torch.compiler.is_compiling() else backends.cached_select
+    chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p))
+    differentiable = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
+        arrays = block_mask.arrays(transposed=True)
+    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
+    return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable)
+
+
+def prepare_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors, cast as autocast asks for; raises unless they are tensors that belong together."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise InputError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(tensor.shape)}"
             )
+    query, key, value = autocast(query, key, value)
+    check_inputs(query, key, value)
+    return query, key, value
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise unless query (B, Hq, Nq, D), key (B, Hkv, Nk, D) and value (B, Hkv, Nk, Dv) belong together."""
-    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+    dtype, device = query.dtype, query.device
+    if dtype not in DTYPES or key.dtype != dtype or value.dtype != dtype:
         raise InputTypeError(
-            f"query, key and value must share one dtype of float32, float64, bfloat16, float16; got {query.dtype}, "
+            f"query, key and value must share one dtype of float32, float64, bfloat16, float16; got {dtype}, "
             f"{key.dtype}, {value.dtype}. Cast them, or call under torch.autocast"
         )
-    if key.device != query.device or value.device != query.device:
-        raise InputError(
-            f"query, key and value must be on one device; got {query.device}, {key.device}, {value.device}"
-        )
+    if key.device != device or value.device != device:
+        raise InputError(f"query, key and value must be on one device; got {device}, {key.device}, {value.device}")
     B, Hq, _, D = query.shape
     Bk, Hkv, Nk, Dk = key.shape
     Bv, Hv, Nv, Dv = value.shape
@@ -227,14 +274,12 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise InputError(f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Split wider heads")
 
 
-def check_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Return the bias with 4 dimensions, each 1 or full; raise unless it broadcasts to (B, Hq, Nq, Nk)."""
-    if bias is None:
-        return None
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         kind = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise InputTypeError(f"bias must be a floating-point tensor, got {kind}; a bool tensor is a mask: pass mask=")
-    allowed = (query.dtype, reference.accumulation_dtype(query.dtype))
+    allowed = (query.dtype, accumulation_dtype(query.dtype))
     if bias.dtype not in allowed:
         raise InputTypeError(f"bias must be {' or '.join(map(str, dict.fromkeys(allowed)))}, got {bias.dtype}; cast it")
     if bias.device != query.device:
@@ -265,42 +310,12 @@ def check_alignment(is_causal: bool, causal_alignment: str | None, q_len: int, k
         )
 
 
-def resolve_mask(
-    mask: MaskLike,
-    query: Tensor,
-    key: Tensor,
-    is_causal: bool,
-    causal_alignment: str | None,
-    *,
-    transposed: bool,
-    scale: float | None = None,
-) -> MaskArrays:
-    """Turn mask and is_causal into the arrays that a backend reads; `transposed` adds what a backward needs.
-
-    Raises:
-        MaskError, InputError, InputTypeError: a mask that does not fit (B, Hq, Nq, Nk).
-    """
-    Nq, Nk = query.shape[2], key.shape[2]
-    check_alignment(is_causal, causal_alignment, Nq, Nk)
-    if mask is None:
-        if not is_causal:
-            return MaskArrays()
-        offset = Nk - Nq if causal_alignment == "bottom_right" else 0
-        return MaskArrays(window_right=0, window_offset=offset)
-    return _planned_mask(mask, query, key, causal_mask(Nq, Nk, is_causal, causal_alignment), transposed, scale)
-
-
 @named(PLAN)
 def _planned_mask(
-    mask: BlockMask | Pattern | Tensor,
-    query: Tensor,
-    key: Tensor,
-    causal: BlockMask | None,
-    transposed: bool,
-    scale: float | None,
-) -> MaskArrays:
+    mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor, causal: BlockMask | None, scale: float
+) -> BlockMask:
     block_mask = as_block_mask(mask, query, key, scale=scale, within=causal)
-    return (block_mask if causal is None else block_mask & causal).arrays(transposed)
+    return block_mask if causal is None else block_mask & causal
 
 
 def causal_mask(q_len: int, kv_len: int, is_causal: bool, causal_alignment: str | None) -> BlockMask | None:
@@ -322,8 +337,6 @@ def as_block_mask(
     """
     B, Hq, Nq, _ = query.shape
     Nk = key.shape[2]
-    if isinstance(mask, Pattern):
-        return mask.for_inputs(query, key, scale=scale, within=within)
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise InputTypeError(
@@ -336,6 +349,8 @@ def as_block_mask(
         mask = mask.expand(*mask.shape[:-2], Nq, Nk) if mask.dim() > 1 else mask.expand(Nq, Nk)
         return BlockMask.from_dense(mask, static=torch.compiler.is_compiling())
     if not isinstance(mask, BlockMask):
+        if hasattr(mask, "for_inputs"):  # a pattern, or the method of one
+            return mask.for_inputs(query, key, scale=scale, within=within)
         raise InputTypeError(f"mask must be a BlockMask, a pattern, a bool tensor or None, got {type(mask).__name__}")
     if (mask.q_len, mask.kv_len) != (Nq, Nk):
         raise InputError(f"the mask is for {mask.q_len} queries and {mask.kv_len} keys; this call has {Nq} and {Nk}")
@@ -372,7 +387,7 @@ def describe(
 ) -> Call:
     """The facts on which the backend is chosen."""
     B, Hq, Nq, D = query.shape
+    _, Hkv, Nk, Dv = value.shape
     bias_dtype = None if bias is None else bias.dtype
-    Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
     has_lists = arrays.indptr is not None
     return Call(query.device, query.dtype, bias_dtype, B, Hq, Hkv, Nq, Nk, D, Dv, has_lists, dropout_p)

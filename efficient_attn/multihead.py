@@ -9,15 +9,14 @@ Where it differs from its parent, on purpose:
 
 * A query that may see no key gives 0 (and weights 0) on every path; the parent gives NaN on some.
 * Nested tensors are accepted wherever dense ones are, in training too, strided and jagged.
-* In eval mode it keeps running its own attention. `nn.TransformerEncoderLayer` would else not call this module at all
-  but run dense attention on its weights; a forward pre-hook that does nothing is the documented way to prevent that.
+* In eval mode it keeps running its own attention. Otherwise `nn.TransformerEncoderLayer` would not call this
+  module but run dense attention on its weights; a forward pre-hook that does nothing is the documented way out.
 
 Letters: N batch, L queries, S keys, E embed_dim, H heads, D head_dim.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,13 +28,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .errors import InputError, UnsupportedError
 from .functional import MAX_HEAD_DIM, resolve_seed
-from .methods import Dense, Method, parse
+from .handover import clone, hand_over_hooks, hides_forward, put
+from .methods import DENSE, Method, parse
 from .methods.base import keep_state
 from .patterns import Pattern
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
-_TorchMultiheadAttention = nn.MultiheadAttention  # bound once: whoever patches torch.nn must not patch our parent
+_TorchMultiheadAttention = nn.MultiheadAttention  # bound once: a patched torch.nn must not change our parent
 
 
 def keep_own_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -50,20 +50,24 @@ class MultiheadAttention(nn.MultiheadAttention):
             `torch.nn.MultiheadAttention`; the same seed gives the same parameters.
         attention: a spec string such as "bigbird:block=64,window=3", a `Method` such as `Nystrom(landmarks=64)`, or a
             `Pattern` such as `SlidingWindow(left=64, right=0)`.
-        method_state: another module's `method_state` to use instead of an own one: the same parameters in both, as tied
+        method_state: another module's `method_state` to use instead of a new one: the same parameters in both, as tied
             weights are, in `state_dict` under both names. For methods that share them between layers
             (linformer:share=layerwise), which `replace_attention` does by itself.
 
     Raises:
-        InputError: a method_state that is none of this method.
+        InputError: a method_state that does not belong to this method.
 
     Attributes:
         attention: the `Method`. To change it, use `replace_attention` or `from_torch`.
+        dense_across: whether queries that are not as many as the keys get dense attention: cross-attention and learned
+            queries have no place in the keys' sequence, of which a method could mean anything. `replace_attention`
+            sets it, which cannot know how a module will be called; a module that is made with a method has it False.
         method_state: the method's own parameters (Linformer's projections ...), None for a method without any. They
             appear in `state_dict` under "method_state."; a checkpoint that has none of them still loads strictly.
     """
 
     attention: Method
+    dense_across: bool = False
     method_state: nn.Module | None
 
     def __init__(
@@ -102,33 +106,34 @@ class MultiheadAttention(nn.MultiheadAttention):
         that of the constructor.
 
         Raises:
-            InputError: a method_state that is none of this method.
-            UnsupportedError: `module` is of a subclass that computes something of its own.
+            InputError: a method_state that does not belong to this method.
+            UnsupportedError: `module` is of a subclass, whose own computation would be lost.
         """
         method = parse(attention)
         check_replaceable("the module", module)
-        clone: MultiheadAttention = _clone(module, cls)
-        clone._set_method(method, method_state)
-        return clone
+        ours: MultiheadAttention = clone(module, cls)
+        ours._modules.pop("method_state", None)
+        ours._set_method(method, method_state)
+        return ours
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """Return a plain torch.nn.MultiheadAttention on the same Parameter objects, for tools that want that very type.
+        """Return a plain torch.nn.MultiheadAttention on the same Parameter objects, for tools that check for that type.
 
         It computes dense attention whatever `self.attention` is; the method's own parameters stay behind.
         """
-        clone: nn.MultiheadAttention = _clone(self, _TorchMultiheadAttention)
-        clone.__dict__.pop("attention")
-        clone.__dict__.pop("method_state", None)
-        clone._modules.pop("method_state", None)
-        for key, hook in list(clone._forward_pre_hooks.items()):
+        plain: nn.MultiheadAttention = clone(self, _TorchMultiheadAttention)
+        plain.__dict__.pop("attention")
+        plain.__dict__.pop("method_state", None)
+        plain._modules.pop("method_state", None)
+        for key, hook in list(plain._forward_pre_hooks.items()):
             if hook is keep_own_forward:
-                del clone._forward_pre_hooks[key]
-        return clone
+                del plain._forward_pre_hooks[key]
+        return plain
 
     def _set_method(self, method: Method, state: nn.Module | None = None) -> None:
-        if (self.bias_k is not None or self.add_zero_attn) and not isinstance(method, Dense):
+        if (self.bias_k is not None or self.add_zero_attn) and not method.is_dense:
             raise UnsupportedError(
-                f"attention={str(method)!r} goes by the positions of keys, and the keys that add_bias_kv and "
+                f"attention={str(method)!r} depends on the positions of keys, and the keys that add_bias_kv and "
                 "add_zero_attn append have none; use attention='dense', or neither of the two"
             )
         weight = self.out_proj.weight
@@ -188,7 +193,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return self._forward_nested(query, key, value, need_weights, average_attn_weights)
         foreign = self._why_foreign(query, key, value)
         if foreign is not None:
-            if not isinstance(self.attention, Dense):
+            if not self.attention.is_dense:
                 raise UnsupportedError(
                     f"attention={str(self.attention)!r} cannot run with {foreign}; only dense attention can be left to "
                     "PyTorch. Use attention='dense', or to_torch() for a dense module on the same parameters"
@@ -201,7 +206,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         promised = is_causal and attn_mask is not None
         as_bias = attn_mask is not None and attn_mask.dtype != torch.bool
-        accepted = self.attention.accepts_bias if as_bias else self.attention.accepts_mask
+        method = self._method_for(query, key)
+        accepted = method.accepts_bias if as_bias else method.accepts_mask
         if promised and (not accepted or (key_padding_mask is None and not need_weights)):
             read_mask, causal = None, True  # as the parent, without a look at the mask
         else:
@@ -214,11 +220,19 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"{tuple(value.shape)} with embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}"
             )
         return self._forward_plain(
-            query, key, value, key_padding_mask, need_weights, read_mask, average_attn_weights, causal
+            method, query, key, value, key_padding_mask, need_weights, read_mask, average_attn_weights, causal
         )
+
+    def _method_for(self, query: Tensor, key: Tensor) -> Method:
+        """The method of a call: dense for queries of another length than the keys, with `dense_across`."""
+        if not self.dense_across:
+            return self.attention
+        length = 0 if query.dim() == 2 or not self.batch_first else 1
+        return self.attention if query.shape[length] == key.shape[length] else DENSE
 
     def _forward_plain(
         self,
+        method: Method,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -233,9 +247,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
             k, v = self._append_columns(k, self.bias_k), self._append_columns(v, self.bias_v)
-        key_mask, mask, bias = self._read_masks(key_padding_mask, attn_mask, q, extra)
+        key_mask, mask, bias = self._read_masks(method, key_padding_mask, attn_mask, q, extra)
         dropout_p = self.dropout if self.training else 0.0
-        out, weights = self.attention.attend(
+        out, weights = method.attend(
             q,
             k,
             v,
@@ -246,7 +260,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal=is_causal,
             causal_alignment="top_left" if is_causal else None,
             dropout_p=dropout_p,
-            dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,  # one seed: output and weights drop alike
+            dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,  # one seed for output and weights
             need_weights=need_weights,
         )
         out = F.linear(self._merge_heads(out, query.dim() == 3), self.out_proj.weight, self.out_proj.bias)
@@ -256,7 +270,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(dim=1)
         return out, weights if query.dim() == 3 else weights.squeeze(0)
 
-    # --- projections: the parameters are read at every call, so that what others merge into them counts ---------------
+    # --- projections: the parameters are read at every call, so that what others merge into them counts ---
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to E features each; inputs that are one tensor share one matrix product."""
@@ -302,10 +316,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             rows.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat(rows, dim=2)
 
-    # --- masks --------------------------------------------------------------------------------------------------------
+    # --- masks ---
 
     def _read_masks(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, extra: int
+        self, method: Method, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, extra: int
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Turn the module's masks (True = leave out) into key_mask (N, S), mask (N|1, H|1, L, S) and bias for `attend`.
 
@@ -321,8 +335,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 bias = F.pad(_as_bias(attn_mask, q), (0, extra))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.reshape(q.shape[0], -1)
-            if key_padding_mask.dtype != torch.bool and not self.attention.accepts_bias:
-                key_padding_mask = _padding_as_bool(key_padding_mask, self.attention)
+            if key_padding_mask.dtype != torch.bool and not method.accepts_bias:
+                key_padding_mask = _padding_as_bool(key_padding_mask, method)
             if key_padding_mask.dtype == torch.bool:
                 key_mask = F.pad(~key_padding_mask, (0, extra), value=True)
             else:
@@ -355,7 +369,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         return key_padding_mask is None or key_padding_mask.shape in ((N, S), (S,))
 
-    # --- inputs that are not plain tensors ----------------------------------------------------------------------------
+    # --- inputs that are not plain tensors ---
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
@@ -397,7 +411,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.training and self.dropout == 1.0:
             return "dropout=1.0"
         if torch.onnx.is_in_onnx_export():
-            return "an export to ONNX, which has no such operator"
+            return "an export to ONNX, which has no operator for it"
         if torch.compiler.is_compiling():
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -418,14 +432,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def __prepare_scriptable__(self) -> nn.MultiheadAttention:
         """What torch.jit.script compiles in our place: for dense attention the parent, on the same parameters."""
-        if not isinstance(self.attention, Dense):
+        if not self.attention.is_dense:
             raise UnsupportedError(
                 f"TorchScript cannot compile attention={str(self.attention)!r}; use torch.compile or torch.export, or "
                 "script to_torch(), which computes dense attention"
             )
         return self.to_torch()
 
-    # --- state --------------------------------------------------------------------------------------------------------
+    # --- state ---
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         keep_state(self.method_state, state_dict, prefix)
@@ -434,7 +448,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "attention" not in state:
-            state["attention"], state["method_state"] = Dense(), None
+            state["attention"], state["method_state"] = DENSE, None
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._guard_own_forward()
 
@@ -451,11 +465,16 @@ def replace_attention(
     attention: str | Method | Pattern = "dense",
     *,
     predicate: Callable[[str, nn.MultiheadAttention], bool] | None = None,
-) -> dict[str, nn.MultiheadAttention]:
+) -> dict[str, nn.Module]:
     """Replace every `nn.MultiheadAttention` in `model` (also inside nn.Transformer, also ours) in place.
 
     The replacement holds the same Parameter objects, so optimisers and checkpoints stay valid, the same mode, and the
-    same hooks: handles that were returned for them now act on it. A module that appears twice is replaced by one.
+    same hooks: handles that were returned for them now act on it. A module that appears twice is replaced by one. What
+    other code put around a module's forward goes on around the replacement's.
+
+    Cross-attention stays dense unless it is named: the `multihead_attn` of nn.TransformerDecoderLayer is left alone
+    without a predicate, and a replacement that is called with fewer or more queries than keys attends densely
+    (`MultiheadAttention.dense_across`; set it False where the method is meant for such calls).
 
     Args:
         model: the module to search; itself not an attention module (use `MultiheadAttention.from_torch` for that).
@@ -468,19 +487,26 @@ def replace_attention(
 
     Raises:
         InputError: `model` is an attention module itself.
-        UnsupportedError: a module of a subclass that computes something of its own. Then nothing has been replaced.
+        UnsupportedError: a module of a subclass, whose own computation would be lost, or with a forward on the instance
+            that does not lead to its own. Then nothing has been replaced.
         InputError: layers on different devices that would share a state. Likewise.
     """
     method = parse(attention)
-    if isinstance(model, _TorchMultiheadAttention):
+    if isinstance(getattr(model, "_orig_mod", model), _TorchMultiheadAttention):
         raise InputError(
             f"the model is a {type(model).__name__} and cannot be replaced inside itself; "
             "use MultiheadAttention.from_torch(model, attention=...)"
         )
-    found: dict[str, nn.MultiheadAttention] = {}
+    found: dict[str, Any] = {}
     shared: Any = None  # the state of all modules, for a method that shares one
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, _TorchMultiheadAttention) or (predicate is not None and not predicate(name, module)):
+        if not isinstance(module, _TorchMultiheadAttention):
+            continue
+        if predicate is None:
+            wanted = method.is_dense or not _attends_to_memory(model, name)
+        else:
+            wanted = predicate(name, module)
+        if not wanted:
             continue
         check_replaceable(repr(name), module)
         has_method = getattr(module, "attention", None) == method
@@ -492,22 +518,33 @@ def replace_attention(
     for module in found.values():
         if id(module) not in replacements:
             replacement = MultiheadAttention.from_torch(module, method, method_state=shared)
+            replacement.dense_across = True
             replacements[id(module)] = replacement
             shared = replacement.method_state if method.shares_state else None
     for module in {id(m): m for m in found.values()}.values():
-        _hand_over_hooks(module, replacements[id(module)])
-    for name, module in found.items():
-        model.set_submodule(name, replacements[id(module)])
-    return found
+        hand_over_hooks(module, replacements[id(module)])
+    return dict(put(model, name, replacements[id(module)]) for name, module in found.items())
+
+
+def _attends_to_memory(model: nn.Module, name: str) -> bool:
+    """Whether the submodule of this name is the cross-attention of a decoder layer of torch.nn."""
+    path, _, last = name.rpartition(".")
+    return last == "multihead_attn" and isinstance(model.get_submodule(path), nn.TransformerDecoderLayer)
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raise UnsupportedError for a subclass of nn.MultiheadAttention: its own forward would be lost."""
+    """Raise UnsupportedError for a module whose own forward would be lost: of a subclass, or put on the instance."""
     if type(module) not in (_TorchMultiheadAttention, MultiheadAttention):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise UnsupportedError(
             f"{name} is a {kind}, not a plain torch.nn.MultiheadAttention, and what it does differently would be lost. "
             "Replace before quantising or parametrising it, or leave it out with predicate="
+        )
+    if hides_forward(module):
+        raise UnsupportedError(
+            f"{name} has a forward of its own on the instance, which does not lead to {type(module).__name__}.forward "
+            "as far as can be seen, so that a replacement might never be called. Replace before wrapping it, or leave "
+            "it out with predicate="
         )
 
 
@@ -517,31 +554,12 @@ def _check_state(method: Method, given: nn.Module, own: nn.Module | None, device
     wanted = {} if own is None else {name: tensor.shape for name, tensor in own.state_dict().items()}
     if type(given) is not type(own) or found != wanted:
         raise InputError(
-            f"method_state {type(given).__name__} of {found} is none of attention={str(method)!r}, which has "
+            f"method_state {type(given).__name__} of {found} does not belong to attention={str(method)!r}, which has "
             f"{type(own).__name__} of {wanted}; pass another module's method_state, or leave it out"
         )
     for tensor in given.state_dict().values():
         if tensor.device != device:
             raise InputError(f"a method_state on {tensor.device} cannot serve a module on {device}; move one of them")
-
-
-def _clone(module: nn.Module, cls: type) -> Any:
-    """A shallow copy as class `cls`: the same parameters and submodules in containers of its own."""
-    clone: Any = object.__new__(cls)
-    for name, value in vars(module).items():
-        if name != "_compiled_call_impl":
-            vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
-    clone._modules.pop("method_state", None)
-    return clone
-
-
-def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hook dictionaries that users' handles point to; `old` keeps copies."""
-    for name, value in list(old.__dict__.items()):
-        if isinstance(value, dict) and "_hooks" in name:
-            own = new.__dict__[name]
-            old.__dict__[name], new.__dict__[name] = copy.copy(value), value
-            value.update(own)
 
 
 def _check_mask_dtype(name: str, mask: Tensor | None, other_name: str = "", other: Tensor | None = None) -> None:
@@ -580,7 +598,7 @@ def _padding_as_bool(key_padding_mask: Tensor, method: Method) -> Tensor:
 
 
 def _overrides_torch_function(tensor: Any) -> bool:
-    """Whether a class gives torch functions a meaning of its own; tensors, parameters, bare subclasses do not."""
+    """Whether a class overrides torch functions; tensors, parameters and bare subclasses do not."""
     override = getattr(type(tensor), "__torch_function__", None)
     if override is None or override is torch._C._disabled_torch_function_impl:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from .functional import MaskLike, as_block_mask, attention
 from .masks import BlockMask
 
 
-@overload
 def padded_attention(
     query: Tensor,
     key: Tensor,
@@ -21,52 +20,15 @@ def padded_attention(
     *,
     mask: MaskLike = None,
     bias: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: str | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    return_lse: Literal[False] = False,
-    backend: str = "auto",
-) -> Tensor: ...
-@overload
-def padded_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    *,
-    mask: MaskLike = None,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: str | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    return_lse: Literal[True],
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
-def padded_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    *,
-    mask: MaskLike = None,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: str | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    return_lse: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    **arguments: Any,
+) -> Any:
     """`attention`, in which keys where `key_mask` is False have no influence, whatever they hold.
+
+    The other arguments, and what is returned, are those of `attention`.
 
     Padding at the end becomes lengths, and whole blocks are skipped. Holes become a bias of 0 and -inf, one number a
     key, on keys and values that are set to zero there; or block lists, where that bias would have to grow to n x n.
-    Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding takes the second way.
+    Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding becomes a bias.
     """
     check_key_mask(key_mask, key)
     if key_mask is not None and _may_read(key_mask):
@@ -74,11 +36,7 @@ def padded_attention(
     if key_mask is not None:
         key, value = select_keys(key_mask, key, value)
         bias = add_to_bias(bias, key_mask, query)
-    keywords: dict[str, Any] = {"mask": mask, "bias": bias, "is_causal": is_causal, "scale": scale}
-    keywords |= {"causal_alignment": causal_alignment, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
-    keywords |= {"return_lse": return_lse, "backend": backend}
-    found: Tensor | tuple[Tensor, Tensor] = attention(query, key, value, **keywords)
-    return found
+    return attention(query, key, value, mask=mask, bias=bias, **arguments)
 
 
 def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Fixtures for every test: uninitialised memory is NaN, and a backend that is not built skips with its reason.
 
 Triton's kernels are one of the backends in two cases: on a machine with a GPU (marked gpu), and in a process that was
-started with TRITON_INTERPRET=1, where they are the only one (tests/test_triton.py starts such processes). So are the
-CUDA kernels, with a GPU where they are built, and alone in a process with EFFICIENT_ATTN_CUDA_TWIN
-(tests/test_cuda_host.py).
+started with TRITON_INTERPRET=1, where they are the only one (kernels/triton/test_triton.py starts such processes). So
+are the CUDA kernels, with a GPU where they are built, and alone in a process with EFFICIENT_ATTN_CUDA_EMULATOR
+(kernels/cuda/test_cuda_emulator.py).
 """
 
 import os
@@ -14,6 +14,10 @@ import torch
 from efficient_attn import backends
 from efficient_attn.backends.call import Call
 from efficient_attn.backends.cuda import attention as cuda
+
+# Tests that run side by side (make test) have one thread each, and so have the processes that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 PLAIN_CALL = Call(torch.device("cpu"), torch.float32, None, 1, 1, 1, 8, 8, 8, 8, False, 0.0)
 
@@ -39,8 +43,8 @@ def one_thread():
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
-ON_GPU = () if INTERPRETED or TWIN else ("triton", "cuda")  # backends whose tensors lie on a GPU
+EMULATED = bool(os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR"))
+ON_GPU = () if INTERPRETED or EMULATED else ("triton", "cuda")  # backends whose tensors lie on a GPU
 if INTERPRETED:
     from support.interpreter import patch_once
 
@@ -51,7 +55,7 @@ def tested_backends():
     """The backends that this process tests, as parameters."""
     if INTERPRETED:
         return [pytest.param("triton", marks=pytest.mark.interpreter)]
-    if TWIN:
+    if EMULATED:
         return [pytest.param("cuda", marks=pytest.mark.interpreter)]
     others = [name for name in backends.BACKENDS if name not in ON_GPU]
     if not torch.cuda.is_available():
@@ -70,7 +74,7 @@ def backend(request):
     """Each backend in turn. Only a build without native code (EFFICIENT_ATTN_CPU=0, no nvcc) may skip its backend."""
     if request.param == "cuda" and "cuda" in ON_GPU and cuda.missing():
         pytest.skip(cuda.missing())
-    reasons = backends.BACKENDS[request.param].not_supported_reasons(
+    reasons = backends.BACKENDS[request.param].attention.not_supported_reasons(
         PLAIN_CALL._replace(
             device=torch.device("cuda" if request.param in ON_GPU else "cpu"),
             dtype=torch.bfloat16 if request.param == "cuda" else torch.float32,
@@ -82,10 +86,19 @@ def backend(request):
     return request.param
 
 
-def pytest_collection_modifyitems(items):
-    """Tests that place their tensors on no device leave the GPU's kernels to those that do.
+def shared_in_a_module(item):
+    """Whether a fixture of the test's module is made once for all of its tests."""
+    definitions = item._fixtureinfo.name2fixturedefs.values()
+    return any(fixture.scope == "module" for fixtures in definitions for fixture in fixtures)
 
-    EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side.
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Choose and group the tests of this process.
+
+    Tests that place their tensors on no device leave the GPU's kernels to those that do. Tests that share what is made
+    once a module run in one process. EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check`
+    runs the shares side by side.
     """
     items[:] = [
         item
@@ -94,6 +107,9 @@ def pytest_collection_modifyitems(items):
         or "backend" not in item.fixturenames
         or item.callspec.params["backend"] not in ON_GPU
     ]
+    for item in items:
+        if shared_in_a_module(item):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     share = os.environ.get("EFFICIENT_ATTN_SHARD")
     if share:
         first, step = map(int, share.split("/"))

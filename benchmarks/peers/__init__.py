@@ -1,6 +1,6 @@
-"""What we are compared with. A module in this folder with ``PEERS`` offers some; so does a file given to ``--load``.
+"""What we are compared with. A module in this folder with `PEERS` offers some; so does a file given to `--load`.
 
-A peer builds, for a shape, its call and ours on the same inputs (``Pair``); whether their outputs are equal where they
+A peer builds, for a shape, its call and ours on the same inputs (`Pair`); whether their outputs are equal where they
 should be is part of every record. An optional peer says why it is absent.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import inputs
+from efficient_attn.measuring import inputs
+
 from .formulas import flex, linformer, nystrom, performer, sdpa, torch_module
 
 __all__ = [
@@ -42,7 +43,7 @@ Operator = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a peer is built for. Inputs are photograph patches (see ``inputs``)."""
+    """What a peer is built for. Inputs are photograph patches (see `inputs`)."""
 
     seqlen: int
     batch: int = 1
@@ -55,6 +56,11 @@ class Shape:
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
+
+    @property
+    def tolerance(self) -> float:
+        """Of equal computations in this dtype."""
+        return 1e-4 if self.dtype == torch.float32 else 2e-2
 
     def qkv(self) -> tuple[Tensor, ...]:
         """Query, key and value (B, H, N, D)."""
@@ -74,8 +80,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two calls on the same inputs. ``tolerance`` bounds |theirs - ours| / |ours| (Frobenius); None: the two compute
-    different things, and ``note`` says which."""
+    """Two calls on the same inputs. `tolerance` bounds |theirs - ours| / |ours| (Frobenius); None: the two compute
+    different things, and `note` says which."""
 
     inputs: tuple[Tensor, ...]
     ours: Operator
@@ -128,13 +134,13 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Peer:
-    """The peer of a name; ``KeyError`` for one that does not exist."""
+    """The peer of a name; `KeyError` for one that does not exist."""
     _discover()
     return PEERS[name]
 
 
 def missing(module: str, package: str) -> Callable[[], str | None]:
-    """The ``absent`` of a peer that needs a module."""
+    """The `absent` of a peer that needs a module."""
 
     def reason() -> str | None:
         return None if importlib.util.find_spec(module) else f"{package} is not installed: pip install {package}"
@@ -143,7 +149,7 @@ def missing(module: str, package: str) -> Callable[[], str | None]:
 
 
 def needs_gpu(module: str, package: str) -> Callable[[], str | None]:
-    """The ``absent`` of a peer that needs a module and an NVIDIA GPU."""
+    """The `absent` of a peer that needs a module and an NVIDIA GPU."""
 
     def reason() -> str | None:
         if not torch.cuda.is_available():

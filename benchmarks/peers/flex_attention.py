@@ -16,7 +16,7 @@ from .formulas import flex
 
 def _build(pattern: Pattern, shape: Shape) -> Pair:
     mask = pattern.block_mask(shape.seqlen, shape.seqlen, num_heads=shape.heads, device=shape.device)
-    return Pair(shape.qkv(), partial(attention, mask=mask), flex(mask), 1e-4 if shape.dtype == torch.float32 else 2e-2)
+    return Pair(shape.qkv(), partial(attention, mask=mask), flex(mask), shape.tolerance)
 
 
 def _absent() -> str | None:

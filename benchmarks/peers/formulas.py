@@ -13,7 +13,7 @@ from efficient_attn.masks import BlockMask
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """PyTorch's scaled_dot_product_attention; ``mask`` is a bool tensor (True = attend) or an additive bias."""
+    """PyTorch's scaled_dot_product_attention; `mask` is a bool tensor (True = attend) or an additive bias."""
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 

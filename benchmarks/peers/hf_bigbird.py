@@ -48,11 +48,10 @@ def _build(shape: Shape) -> Pair:
         query, key, value = (shape.heads_of(linear, x) for linear in (module.query, module.key, module.value))
         return attention(query, key, value, mask=mask).transpose(1, 2).flatten(2)
 
-    tolerance = 1e-4 if shape.dtype == torch.float32 else 2e-2
     if twice:
         note = f"theirs draws {twice} blocks that their row sees already, and counts their keys twice"
         return Pair((x,), ours, theirs, None, note)
-    return Pair((x,), ours, theirs, tolerance)
+    return Pair((x,), ours, theirs, shape.tolerance)
 
 
 def _visible(module: Any, call: Any, x: Tensor, shape: Shape) -> tuple[BlockMask, int]:

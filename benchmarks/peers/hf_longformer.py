@@ -36,7 +36,7 @@ def _build(shape: Shape) -> Pair:
         query, key, value = (shape.heads_of(linear, x) for linear in (module.query, module.key, module.value))
         return attention(query, key, value, mask=window).transpose(1, 2).flatten(2)
 
-    return Pair((shape.tokens(),), ours, theirs, 1e-4 if shape.dtype == torch.float32 else 2e-2)
+    return Pair((shape.tokens(),), ours, theirs, shape.tolerance)
 
 
 PEERS = (

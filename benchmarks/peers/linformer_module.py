@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from efficient_attn.lowrank import linformer_attention
+from efficient_attn.methods import linformer_attention
 
 from . import Pair, Peer, Shape, missing, no_grad_of
 
@@ -25,7 +24,7 @@ def _build(shape: Shape) -> Pair:
         out: Tensor = module.to_out(mixed.transpose(1, 2).flatten(2))
         return out
 
-    return Pair((shape.tokens(),), ours, module, 1e-4 if shape.dtype == torch.float32 else 2e-2)
+    return Pair((shape.tokens(),), ours, module, shape.tolerance)
 
 
 PEERS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efficient_attn.lowrank import nystrom_attention
+from efficient_attn.methods import nystrom_attention
 
 from . import Pair, Peer, Shape, missing, no_grad_of
 

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from efficient_attn.lowrank import performer_attention
+from efficient_attn.methods import performer_attention
 
 from . import Pair, Peer, Shape, missing, no_grad_of
 

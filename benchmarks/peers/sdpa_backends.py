@@ -19,8 +19,7 @@ def _build(backend: SDPBackend, is_causal: bool, shape: Shape) -> Pair:
         with sdpa_kernel(backend):
             return sdpa(query, key, value, is_causal=is_causal)
 
-    tolerance = 1e-4 if shape.dtype == torch.float32 else 2e-2
-    return Pair(shape.qkv(), partial(attention, is_causal=is_causal), theirs, tolerance)
+    return Pair(shape.qkv(), partial(attention, is_causal=is_causal), theirs, shape.tolerance)
 
 
 def _absent(backend: SDPBackend) -> str | None:

@@ -24,8 +24,7 @@ def _build(shape: Shape) -> Pair:
 
         return forward
 
-    tolerance = 1e-4 if shape.dtype == torch.float32 else 2e-2
-    return Pair((shape.tokens(),), call(ours), call(theirs), tolerance)  # type: ignore[arg-type]
+    return Pair((shape.tokens(),), call(ours), call(theirs), shape.tolerance)  # type: ignore[arg-type]
 
 
 PEERS = (Peer("torch_mha", "nn.MultiheadAttention, self-attention, evaluation", _build),)

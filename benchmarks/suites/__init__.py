@@ -1,4 +1,4 @@
-"""The suites by name. A module in this folder with a ``SUITE`` is one; so is what a file given to ``load`` registers.
+"""The suites by name. A module in this folder with a `SUITE` is one; so is what a file given to `load` registers.
 
 A suite is a grid of cells and the function that measures one of them, with the table and the charts that show it. It is
 looked up by name, so that a worker imports the one that it runs.
@@ -13,11 +13,13 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from efficient_attn.methods import METHODS
+
+from .. import cases
 
 Config = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -45,13 +47,14 @@ class Options:
         return {"threads": self.threads, "budget_s": self.budget_s, "seed": self.seed}
 
     def specs(self, default: Sequence[str]) -> tuple[str, ...]:
-        """The methods that were asked for; else the suite's, and those that a loaded file has registered."""
-        return self.methods or (*default, *_added_methods)
+        """The methods that were asked for; else the suite's, and those that somebody else has registered."""
+        ours = {"causal", *(spec.partition(":")[0] for spec in cases.OPERATOR_METHODS)}
+        return self.methods or (*default, *(name for name in METHODS if name not in ours))
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of a table: its heading, the key in a row, and how it is written (see ``view.text``)."""
+    """One figure of a table: its heading, the key in a row, and how it is written (see `view.text`)."""
 
     label: str
     key: str
@@ -60,10 +63,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture for each combination of ``split``'s values: y over x, a line for each value of the suite's series.
+    """One picture for each combination of `split`'s values: y over x, a line for each value of the suite's series.
 
-    ``references`` are other keys of the same rows, drawn dashed (a peer's time, an ideal line); ``where`` keeps rows;
-    ``order`` is the key in whose order points are joined, x by default.
+    `references` are other keys of the same rows, drawn dashed (a peer's time, an ideal line); `where` keeps rows;
+    `order` is the key in whose order points are joined, x by default.
     """
 
     title: str
@@ -99,10 +102,14 @@ class Suite:
         run_cell: measures one configuration, in a worker process, and returns JSON values.
         series: the key whose values are the lines of the charts.
         columns, charts: what tables and charts show of a row (its configuration and metrics in one mapping).
-        claims: sentences that the rows support.
+        claims: sentences that the rows support, printed below the table and first on the page.
         published: figures of others, labelled as such, shown beside ours: title -> rows of a table.
         key: the columns of the configuration that tell rows apart in a table.
-        default: whether ``bench all`` has it.
+        sections: keys of columns of `key` whose values stand above groups of rows, in a terminal, not in columns.
+        expand: the rows that tables and charts show of one record's row: with figures that follow from others added,
+            or several where a record has figures of several implementations; ids must differ.
+        retry: a configuration to measure where a cell of this one did not end well, or None.
+        default: whether `bench all` has it.
     """
 
     name: str
@@ -115,22 +122,24 @@ class Suite:
     charts: tuple[Chart, ...] = ()
     claims: Callable[[Sequence[Row]], Sequence[Claim]] = lambda rows: ()
     published: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
+    expand: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] = lambda row: (row,)
+    retry: Callable[[Config], Config | None] = lambda config: None
     default: bool = True
 
 
 _added: dict[str, Suite] = {}
-_added_methods: list[str] = []
 _loaded: list[str] = []
 
 
 def names() -> tuple[str, ...]:
-    """Every suite that ``get`` knows, those of this folder first."""
+    """Every suite that `get` knows, those of this folder first."""
     here = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     return (*here, *_added)
 
 
 def get(name: str) -> Suite:
-    """The suite of a name; ``KeyError`` for one that does not exist."""
+    """The suite of a name; `KeyError` for one that does not exist."""
     name = ALIASES.get(name, name)
     if name in _added:
         return _added[name]
@@ -140,8 +149,15 @@ def get(name: str) -> Suite:
     return suite
 
 
+def measurement(name: str, files: Sequence[str] = ()) -> Callable[[Config], dict[str, Any]]:
+    """What measures a cell of the suite of a name, once these files are loaded: how a worker finds it."""
+    for file in files:
+        load(file)
+    return get(name).run_cell
+
+
 def register(suite: Suite) -> Suite:
-    """Makes a suite known; for files that are given to ``load``."""
+    """Makes a suite known; for files that are given to `load`."""
     _added[suite.name] = suite
     return suite
 
@@ -151,7 +167,6 @@ def load(path: str | os.PathLike[str]) -> None:
     place = str(Path(path).resolve())
     if place in _loaded:
         return
-    before = set(METHODS)
     name = f"efficient_attn_loaded_{len(_loaded)}_{Path(place).stem}"
     spec = importlib.util.spec_from_file_location(name, place)
     if spec is None or spec.loader is None:
@@ -160,12 +175,40 @@ def load(path: str | os.PathLike[str]) -> None:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     _loaded.append(place)
-    _added_methods.extend(sorted(set(METHODS) - before))
+
+
+def measured(cell: Any, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cell; where it failed, of what its suite measures instead."""
+    record = measure(cell)
+    if record["status"] in ("ok", "unsupported"):
+        return record
+    other = get(cell.suite).retry(cell.config)
+    return record if other is None else measure(replace(cell, config=other))
 
 
 def loaded() -> tuple[str, ...]:
-    """The files that ``load`` has run."""
+    """The files that `load` has run."""
     return tuple(_loaded)
+
+
+def beside(times: Mapping[str, Mapping[str, Any]], ours: str, peers: Sequence[str]) -> dict[str, Any]:
+    """What a row says of calls that were timed in one alternation: the times of ours; of each peer the median and our
+    speed-up over it, 1 where it was not timed for it is the same call; and the samples of the first."""
+    mine, found = times[ours], {name: times.get(name, times[ours]) for name in peers}
+    return {
+        **mine,
+        **{f"{name}_ms": peer["ms"] for name, peer in found.items()},
+        **{f"speedup_{name}": round(peer["ms"] / mine["ms"], 4) for name, peer in found.items()},
+        "reference_times": found[peers[0]]["times"],
+    }
+
+
+def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of some keys, in the order of their first."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return found
 
 
 def grid(**axes: Any) -> list[dict[str, Any]]:

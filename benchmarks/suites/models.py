@@ -1,6 +1,6 @@
-"""Suite ``models``: whole models end to end: a text classifier, a vision transformer, a forecaster, and CLIP.
+"""Suite `models`: whole models end to end: a text classifier, a vision transformer, a forecaster, and CLIP.
 
-The tasks and data are those of ``efficient-attn train``; each is trained for some steps with the same seed and data
+The tasks and data are those of `efficient-attn train`; each is trained for some steps with the same seed and data
 order for every method.
 """
 
@@ -13,7 +13,7 @@ from efficient_attn.training.task import Task
 from efficient_attn.training.tasks import TASKS
 
 from .. import learning
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from . import Chart, Claim, Column, Options, Row, Suite, grid, groups
 
 # Options of the task; then batch, learning rate, and steps (quick and full).
 MODELS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], int, int]] = {
@@ -41,7 +41,7 @@ QUICK_METHODS = ("dense", "sliding_window:left=16,right=16", "nystrom:landmarks=
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """See ``learning.learn``. ``config``: model, options (of its task), method, steps, batch, lr, held_out, budget_s,
+    """See `learning.learn`. `config`: model, options (of its task), method, steps, batch, lr, held_out, budget_s,
     threads, seed."""
 
     def make(attention: str) -> Task:
@@ -61,8 +61,7 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
+    for (model,), mine in groups(rows, "model").items():
         exact = next((row for row in mine if row["method"] == "dense"), None)
         fastest = max(mine, key=lambda row: row["speedup_dense"])
         if exact and fastest["speedup_dense"] > 1:

@@ -1,4 +1,4 @@
-"""Suite ``peers``: our call and each other implementation's on the same inputs, and whether their outputs are equal."""
+"""Suite `peers`: our call and each other implementation's on the same inputs, and whether their outputs are equal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import clock, peers, records
-from ..ops import binder
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from efficient_attn.measuring import clock, records
+from efficient_attn.measuring.calls import binder
+
+from .. import peers
+from . import Chart, Claim, Column, Options, Row, Suite, beside, grid
 
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 
@@ -19,8 +21,8 @@ SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our time and the peer's in one alternation, both peaks of memory, and the difference of their outputs.
 
-    ``config``: peer, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, budget_s, threads. An absent peer
-    raises ``NotImplementedError`` with the reason, which makes an "unsupported" row.
+    `config`: peer, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim, budget_s, threads. An absent peer
+    raises `NotImplementedError` with the reason, which makes an "unsupported" row.
     """
     peer = peers.get(config["peer"])
     reason = peer.absent()
@@ -54,11 +56,8 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         peaks[name] = peak.bytes
     times = clock.interleaved({"ours": ours, "peer": theirs}, config["budget_s"])
     return {
-        **times["ours"],
-        "peer_ms": times["peer"]["ms"],
+        **beside(times, "ours", ("peer",)),
         "peer_spread": times["peer"]["spread"],
-        "reference_times": times["peer"]["times"],
-        "speedup_peer": round(times["peer"]["ms"] / times["ours"]["ms"], 4),
         "peer_first_ms": round(first_ms, 2),
         "peak_bytes": peaks["ours"],
         "peer_peak_bytes": peaks["theirs"],

@@ -1,4 +1,4 @@
-"""Suite ``sparsity``: time against density, beside the ideal line: density times the time of exact attention.
+"""Suite `sparsity`: time against density, beside the ideal line: density times the time of exact attention.
 
 Masks of whole blocks drawn at random are the worst case for caches; windows of the same density are contiguous.
 """
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from efficient_attn import BlockMask, SlidingWindow, attention
+from efficient_attn.measuring import clock, inputs
+from efficient_attn.measuring.calls import binder
 
-from .. import clock, inputs, peers
-from ..ops import binder
-from . import Chart, Claim, Column, Options, Row, Suite, grid
+from .. import peers
+from . import Chart, Claim, Column, Options, Row, Suite, beside, grid, groups
 
-BLOCK = 64
 PERCENTS, QUICK_PERCENTS = (75, 50, 25, 10, 5, 2), (50, 25, 10, 5)
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 
@@ -25,13 +25,12 @@ SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Time under the mask beside exact attention and torch SDPA without one, in one alternation.
 
-    ``config``: pattern ("random", "window"), percent, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim,
+    `config`: pattern ("random", "window"), percent, seqlen, mode ("fwd", "fwd_bwd"), dtype, batch, heads, head_dim,
     budget_s, threads, seed.
     """
     length = config["seqlen"]
-    generator = torch.Generator().manual_seed(config["seed"])
     started = time.perf_counter()
-    mask = _mask(config["pattern"], length, config["percent"] / 100, generator)
+    mask = _mask(config["pattern"], length, config["percent"] / 100, config["seed"])
     plan_ms = round((time.perf_counter() - started) * 1e3, 4)
     dtype = getattr(torch, config["dtype"])
     shape = {key: config[key] for key in ("batch", "heads", "head_dim")}
@@ -42,37 +41,23 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "sdpa": bound(peers.sdpa),
     }
     times = clock.interleaved(calls, config["budget_s"])
-    sparse, dense = times["sparse"], times["dense"]
-    ideal = mask.density * dense["ms"]
+    ideal = mask.density * times["dense"]["ms"]
     return {
-        **sparse,
+        **beside(times, "sparse", ("dense", "sdpa")),
         "density": round(mask.density, 6),
-        "dense_ms": dense["ms"],
         "ideal_ms": float(f"{ideal:.5g}"),
-        "sdpa_ms": times["sdpa"]["ms"],
-        "reference_times": dense["times"],
-        "speedup_dense": round(dense["ms"] / sparse["ms"], 4),
-        "efficiency": round(ideal / sparse["ms"], 4),
+        "efficiency": round(ideal / times["sparse"]["ms"], 4),
         "plan_ms": plan_ms,
         "mask_bytes": mask.nbytes,
     }
 
 
-def _mask(pattern: str, length: int, density: float, generator: torch.Generator) -> BlockMask:
+def _mask(pattern: str, length: int, density: float, seed: int) -> BlockMask:
     if pattern == "random":
-        return random_blocks(length, length, density, generator)
+        return inputs.random_blocks(length, length, density, seed=seed)
     # A window of w keys to either side sees (2 w + 1) N - w (w + 1) of the N^2 pairs; solved for w.
     side = round(length * (1 - (1 - density) ** 0.5) - 0.5)
     return SlidingWindow(left=max(side, 0), right=max(side, 0)).block_mask(length, length)
-
-
-def random_blocks(q_len: int, kv_len: int, density: float, generator: torch.Generator) -> BlockMask:
-    """A mask of whole blocks: in every block row the same number, drawn at random."""
-    rows, columns = -(-q_len // BLOCK), -(-kv_len // BLOCK)
-    count = max(1, round(density * columns))
-    chosen = torch.rand(rows, columns, generator=generator).argsort(dim=1)[:, :count].sort(dim=1).values
-    indptr = torch.arange(0, rows * count + 1, count)
-    return BlockMask.from_csr(indptr, chosen.flatten().int(), q_len=q_len, kv_len=kv_len, block_size=(BLOCK, BLOCK))
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:
@@ -85,9 +70,9 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        longest = max(row["seqlen"] for row in rows if row["mode"] == mode)
-        here = [row for row in rows if (row["mode"], row["seqlen"], row["pattern"]) == (mode, longest, "random")]
+    for (mode,), group in groups(rows, "mode").items():
+        longest = max(row["seqlen"] for row in group)
+        here = [row for row in group if (row["seqlen"], row["pattern"]) == (longest, "random")]
         if here:
             least, most = (pick(here, key=lambda row: row["efficiency"]) for pick in (min, max))
             low, high = (f"{row['efficiency']:.0%} (density {row['density']:.2f})" for row in (least, most))

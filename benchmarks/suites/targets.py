@@ -1,4 +1,4 @@
-"""Suite ``targets``: the CPU kernels against their peers and against the machine, one row of ``cases.TARGETS`` a
+"""Suite `targets`: the CPU kernels against their peers and against the machine, one row of `cases.TARGETS` a
 cell."""
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from efficient_attn import BigBird, BlockMask, MultiheadAttention, SlidingWindow, attention, linear_attention
+from efficient_attn.measuring import clock, inputs
+from efficient_attn.measuring.calls import Call, Operator, binder, sized
 
-from .. import cases, clock, inputs, peers
-from ..ops import sized
+from .. import cases, peers
 from . import Claim, Column, Options, Row, Suite
-from .sparsity import random_blocks
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Visible:
-    """Which pairs a row computes, in our terms (``mask``, ``bias``) and in SDPA's (``theirs``)."""
+    """Which pairs a row computes, in our terms (`mask`, `bias`) and in SDPA's (`theirs`)."""
 
     mask: BlockMask | None = None
     bias: Tensor | None = None
@@ -38,20 +36,14 @@ class Visible:
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our time, the peer's and the machine's ceiling in the same alternation, and the figure that the target is about.
 
-    ``config``: the fields of ``cases.Target``, budget_s, patience_s, threads. What is done once (our mask, the peer's
-    compilation) is timed apart: ``plan_ms``, ``peer_plan_ms``.
+    `config`: the fields of `cases.Target`, budget_s, patience_s, threads. What is done once (our mask, the peer's
+    compilation) is timed apart: `plan_ms`, `peer_plan_ms`.
     """
     started = time.perf_counter()
     visible = _visible(config)
     plan_ms = _since(started) if visible.mask is not None else None
-    if config["work"] == "module":
-        calls = _module_calls(config)
-    elif config["work"] == "linear_attention":
-        calls = _linear_calls(config)
-    elif config["work"] == "method":
-        calls = _method_calls(config)
-    else:
-        calls = _attention_calls(config, visible)
+    special = {"module": _module_calls, "linear_attention": _linear_calls, "method": _method_calls}
+    calls = special[config["work"]](config) if config["work"] in special else _attention_calls(config, visible)
     with clock.PeakMemory() as peak:
         calls["ours"]()
     peer_plan_ms = peer_bytes = None
@@ -83,7 +75,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
         "density": round(visible.density, 6),
         "peak_bytes": peak.bytes,
         "peer_peak_bytes": peer_bytes,
-        **_shares(config, visible, ceilings, times),
+        **_shares(config, visible.density, ceilings, times),
     }
 
 
@@ -103,40 +95,28 @@ def _ceilings(config: Mapping[str, Any]) -> dict[str, clock.Ceiling]:
 
 
 def _shares(
-    config: Mapping[str, Any],
-    visible: Visible,
-    ceilings: Mapping[str, clock.Ceiling],
-    times: Mapping[str, Mapping[str, Any]],
+    config: Mapping[str, Any], density: float, ceilings: Mapping[str, clock.Ceiling], times: Mapping[str, Any]
 ) -> dict[str, Any]:
     """GFLOP/s and GB/s reached, and their shares of the ceilings. Operations are those of the visible pairs: two
     products forward, five backward (scores again, and four gradients), whatever a kernel really does."""
-    result: dict[str, Any] = {}
     batch, heads, q_len, kv_len, dim = (config[k] for k in ("batch", "heads", "q_len", "kv_len", "head_dim"))
-    if "peak" in ceilings:
-        products = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}[config["mode"]]
-        operations = products * 2 * batch * heads * q_len * kv_len * visible.density * dim
-        result |= _share("peak", "gflops", operations, ceilings, times)
-    if "bandwidth" in ceilings:
-        read = 2 * batch * config["kv_heads"] * kv_len * dim * getattr(torch, config["dtype"]).itemsize
-        result |= _share("bandwidth", "gbs", read, ceilings, times)
-    return result
-
-
-def _share(
-    ceiling: str,
-    unit: str,
-    work: float,
-    ceilings: Mapping[str, clock.Ceiling],
-    times: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    reached, most = work / times["ours"]["ms"] / 1e6, ceilings[ceiling].giga_per_second(times[ceiling]["ms"])
-    return {
-        unit: round(reached, 2),
-        f"{ceiling}_{unit}": most,
-        f"{ceiling}_of": ceilings[ceiling].name,
-        f"{ceiling}_spread": times[ceiling]["spread"],
-        f"{ceiling}_share": round(reached / most, 4),
+    products = {"fwd": 2, "bwd": 5, "fwd_bwd": 7}[config["mode"]]
+    work = {
+        "peak": ("gflops", products * 2 * batch * heads * q_len * kv_len * density * dim),
+        "bandwidth": ("gbs", 2 * batch * config["kv_heads"] * kv_len * dim * getattr(torch, config["dtype"]).itemsize),
     }
+    result: dict[str, Any] = {}
+    for name, ceiling in ceilings.items():
+        unit, amount = work[name]
+        reached, most = amount / times["ours"]["ms"] / 1e6, ceiling.giga_per_second(times[name]["ms"])
+        result |= {
+            unit: round(reached, 2),
+            f"{name}_{unit}": most,
+            f"{name}_of": ceiling.name,
+            f"{name}_spread": times[name]["spread"],
+            f"{name}_share": round(reached / most, 4),
+        }
+    return result
 
 
 def _visible(config: Mapping[str, Any]) -> Visible:
@@ -157,7 +137,7 @@ def _visible(config: Mapping[str, Any]) -> Visible:
     elif kind == "bigbird":
         mask = BigBird().block_mask(q_len, kv_len, num_heads=heads)
     else:
-        mask = random_blocks(q_len, kv_len, int(percent) / 100, generator)
+        mask = inputs.random_blocks(q_len, kv_len, int(percent) / 100)
     return Visible(mask=mask, density=mask.density)
 
 
@@ -174,8 +154,9 @@ def _attention_calls(config: Mapping[str, Any], visible: Visible) -> dict[str, C
     tensors = (query, qkv[1], qkv[2])
 
     ours = partial(attention, mask=visible.mask, bias=visible.bias, is_causal=visible.is_causal)
-    calls = {"ours": _bound(config["mode"], ours, tensors, visible.bias)}
-    peer: Callable[..., Tensor] | None = None
+    bound = binder(config["mode"], tensors, more=() if visible.bias is None else (visible.bias,))
+    calls = {"ours": bound(ours)}
+    peer: Operator | None = None
     match config["peer"]:
         case "sdpa":
             peer = partial(peers.sdpa, is_causal=visible.is_causal)
@@ -187,7 +168,7 @@ def _attention_calls(config: Mapping[str, Any], visible: Visible) -> dict[str, C
         case "dense":
             peer = attention
     if peer is not None:
-        calls["peer"] = _bound(config["mode"], peer, tensors, visible.bias)
+        calls["peer"] = bound(peer)
     return calls
 
 
@@ -207,7 +188,8 @@ def _linear_calls(config: Mapping[str, Any]) -> dict[str, Call]:
             return torch.einsum("bhnf,bhnfd->bhnd", q, states) / (q * k.cumsum(dim=2)).sum(dim=-1, keepdim=True)
         return (q @ (k.transpose(-1, -2) @ v)) / (q * k.sum(dim=2, keepdim=True)).sum(dim=-1, keepdim=True)
 
-    return {name: _bound(config["mode"], call, qkv) for name, call in (("ours", ours), ("peer", formula))}
+    bound = binder(config["mode"], qkv)
+    return {"ours": bound(ours), "peer": bound(formula)}
 
 
 def _method_calls(config: Mapping[str, Any]) -> dict[str, Call]:
@@ -216,28 +198,20 @@ def _method_calls(config: Mapping[str, Any]) -> dict[str, Call]:
     heads, head_dim = config["heads"], config["head_dim"]
     state: Any = method.build(heads * head_dim, heads, head_dim)
     qkv = inputs.photograph_qkv(config["kv_len"], heads=heads, head_dim=head_dim)
-    parameters = () if state is None else tuple(state.parameters())
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = method.attend(q, k, v, state=state)[0]
         return out
 
-    peer: Callable[..., Tensor] = attention
-    if config["peer"] == "formula":
-        match method.name:
-            case "linformer":
-                peer = partial(peers.linformer, E=state.key_projection, F=state.value())
-            case "nystrom":
-                peer = partial(peers.nystrom, landmarks=method.landmarks)
-            case "performer":
-                peer = partial(peers.performer, projection=state.projection)
-        wanted = parameters
-    else:
-        wanted = ()
-    return {
-        "ours": _bound(config["mode"], ours, qkv, parameters=parameters),
-        "peer": _bound(config["mode"], peer, qkv, parameters=wanted),
+    bound = binder(config["mode"], qkv, state)
+    if config["peer"] != "formula":
+        return {"ours": bound(ours), "peer": binder(config["mode"], qkv)(attention)}
+    formula: Mapping[str, Callable[[], Operator]] = {
+        "linformer": lambda: partial(peers.linformer, E=state.key_projection, F=state.value()),
+        "nystrom": lambda: partial(peers.nystrom, landmarks=method.landmarks),
+        "performer": lambda: partial(peers.performer, projection=state.projection),
     }
+    return {"ours": bound(ours), "peer": bound(formula[method.name]())}
 
 
 def _module_calls(config: Mapping[str, Any]) -> dict[str, Call]:
@@ -259,71 +233,94 @@ def _module_calls(config: Mapping[str, Any]) -> dict[str, Call]:
     return {name: call(module) for name, module in modules.items()}
 
 
-def _bound(
-    mode: str,
-    operator: Callable[..., Tensor],
-    tensors: tuple[Tensor, ...],
-    bias: Tensor | None = None,
-    parameters: tuple[Tensor, ...] = (),
-) -> Call:
-    """A call of no arguments: forward, both directions, or the backward alone on a graph that is kept."""
-    if mode == "fwd":
-        return torch.no_grad()(lambda: operator(*tensors))
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    wanted = [*leaves, *parameters] if bias is None else [*leaves, bias]
-    grad_out = tensors[0].roll(1, dims=2)
-    if mode == "fwd_bwd":
-        return lambda: torch.autograd.grad(operator(*leaves), wanted, grad_out)
-    out = operator(*leaves)
-    return lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True)
-
-
 def configs(options: Options) -> Iterable[dict[str, Any]]:
-    """``patience_s``: how long a row may go on while the machine is noisy, or for three rounds of slow calls."""
+    """`patience_s`: how long a row may go on while the machine is noisy, or for three rounds of slow calls."""
     patience = {"patience_s": cases.TARGET_PATIENCE * options.budget_s}
     return [{**asdict(target), **options.common(), **patience} for target in cases.TARGETS]
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    wanted = [row for row in rows if row["target"] is not None]
-    met = [row for row in wanted if reached(row, row)]
-    text = f"{len(met)} of {len(wanted)} targets of the CPU kernels that were measured are met."
-    return [Claim(text, tuple(row["id"] for row in met))] if wanted else []
+def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """With the target and the share of a ceiling in words, and whether both are met."""
+    if row["status"] != "ok":
+        return [row]
+    wanted = "" if row["target"] is None else f"{'<=' if row['most'] else '>='} {row['target']:g}"
+    share = "" if row.get("peak_share") is None else f"{row['peak_share']:.0%}"
+    for ceiling in ("peak", "bandwidth"):
+        if row[ceiling] is not None:
+            share = f"{row[f'{ceiling}_share']:.0%} (>= {row[ceiling]:.0%})"
+    result = {None: "", True: "pass", False: "miss"}[reached(row)]
+    return [{**row, "wanted": wanted, "ceiling_share": share, "result": result}]
 
 
-def reached(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> bool | None:
+def reached(row: Row) -> bool | None:
     """Whether a row met its target and its share of the machine's ceiling; None where the row has no target."""
-    if config["target"] is None:
+    if row["target"] is None:
         return None
-    met: bool = metrics["figure"] <= config["target"] if config["most"] else metrics["figure"] >= config["target"]
+    met: bool = row["figure"] <= row["target"] if row["most"] else row["figure"] >= row["target"]
     return met and all(
-        config[ceiling] is None or metrics[f"{ceiling}_share"] >= config[ceiling] for ceiling in ("peak", "bandwidth")
+        row[ceiling] is None or row[f"{ceiling}_share"] >= row[ceiling] for ceiling in ("peak", "bandwidth")
     )
 
 
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """How many targets are met and which are not, the ceilings that were measured, and what rows leave to say."""
+    wanted = [row for row in rows if row["target"] is not None]
+    met = tuple(row["id"] for row in wanted if reached(row))
+    found = [Claim(f"{len(met)} of {len(wanted)} targets that were measured are met.", met)] if wanted else []
+    for row in wanted:
+        if row["id"] not in met:
+            figures = f"{row['figure']:.2f} ({row['wanted']}) {row['ceiling_share']}".rstrip()
+            found.append(Claim(f"Missed: {_name(row)} against {row['peer']}: {figures}.", (row["id"],)))
+    for ceiling, key, unit in (("peak", "peak_gflops", "GFLOP/s"), ("bandwidth", "bandwidth_gbs", "GB/s")):
+        having = [row for row in rows if key in row]
+        if having:
+            values = sorted(row[key] for row in having)
+            middle = f"{values[len(values) // 2]:.4g} {unit}, {values[0]:.4g} to {values[-1]:.4g} over the rows."
+            found.append(
+                Claim(f"{ceiling} ({having[0][f'{ceiling}_of']}): {middle}", tuple(row["id"] for row in having))
+            )
+    for row in rows:
+        if row["peer_plan_ms"] is not None:
+            found.append(Claim(f"{_name(row)}: {row['peer']} compiled in {row['peer_plan_ms']:.0f} ms.", (row["id"],)))
+        if row["note"]:
+            found.append(Claim(f"{_name(row)}: {row['note']}.", (row["id"],)))
+    return found
+
+
+def _name(row: Row) -> str:
+    return " ".join(str(row[column.key]) for column in KEY[:-1])
+
+
+KEY = (
+    Column("work", "work", "text"),
+    Column("dtype", "dtype", "text"),
+    Column("mode", "mode", "text"),
+    Column("visible", "visible", "text"),
+    Column("shape", "shape", "text"),
+    Column("peer", "peer", "text"),
+)
 SUITE = Suite(
     name="targets",
     about="The CPU kernels against their peers in one alternation. reached: the peer's time over ours; for "
-    "sparse_efficiency our time over (density x our dense time), for overhead microseconds.",
+    "sparse_efficiency our time over (density x our dense time), for overhead microseconds. ±: interquartile "
+    "range over median. MiB: peak memory of our first call. of peak: operations of the visible pairs (two products "
+    "forward, five backward) as a share of the FMA peak, or bytes of keys and values as a share of a copy, in the same "
+    "alternation.",
     configs=configs,
     run_cell=run_cell,
-    key=(
-        Column("work", "work", "text"),
-        Column("visible", "visible", "text"),
-        Column("peer", "peer", "text"),
-        Column("mode", "mode", "text"),
-        Column("dtype", "dtype", "text"),
-        Column("Nq", "q_len", "integer"),
-        Column("Nk", "kv_len", "integer"),
-        Column("D", "head_dim", "integer"),
-    ),
+    key=KEY,
     columns=(
         Column("ours ms", "ms", "ms"),
+        Column("±", "spread", "percent"),
         Column("peer ms", "peer_ms", "ms"),
-        Column("target", "target"),
+        Column("±", "peer_spread", "percent"),
+        Column("MiB", "peak_bytes", "mib"),
+        Column("target", "wanted"),
         Column("reached", "figure"),
-        Column("of peak", "peak_share", "percent"),
+        Column("of peak", "ceiling_share"),
+        Column("result", "result"),
     ),
+    expand=expand,
     claims=claims,
     default=False,
 )

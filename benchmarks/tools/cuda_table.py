@@ -1,9 +1,9 @@
 """What nvcc makes of every CUDA kernel for sm_80 and sm_90a, without a GPU: registers, spills, stack, shared memory.
 
-    python -m efficient_attn.benchmarks.cuda_table [--out FILE] [--arch sm_80] [--dtype bfloat16]
+    python -m efficient_attn.benchmarks.tools.cuda_table [--out FILE] [--arch sm_80] [--dtype bfloat16]
 
-Each kernel is instantiated as csrc/cuda/dispatch.h launches it. Rows go to a JSONL file, one a kernel. Any warning of
-nvcc is an error, and so is a wgmma that ptxas does not leave asynchronous. Hopper's kernels are called sm90::..., and
+Each kernel is instantiated as the launchers of csrc/cuda start it. Rows go to a JSONL file, one a kernel. Any warning
+of nvcc is an error, and so is a wgmma that ptxas does not leave asynchronous. Hopper's kernels are called sm90::... and
 are part of sm_90a alone.
 """
 
@@ -24,13 +24,14 @@ RESULTS = ROOT / "benchmarks" / "results" / "cuda" / "compile.jsonl"
 ARCHS = ("sm_80", "sm_90a")
 DTYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
 HEAD_DIMS = (64, 128, 256)
-SERVES = {"forward": "ServeForward", "backward": "ServeBackward"}
-PARTS = (*SERVES, "decode", "linear")
+PARTS = ("forward", "backward", "decode", "linear")
 SOURCE = """
 #include <cstdio>
-#include "cuda/dispatch.h"
-#include "cuda/sm80/linear_attention_backward.h"
-#include "cuda/sm80/linear_attention_forward.h"
+#include "cuda/attention_backward.h"
+#include "cuda/attention_decode.h"
+#include "cuda/attention_forward.h"
+#include "cuda/linear_attention_backward.h"
+#include "cuda/linear_attention_forward.h"
 using namespace efficient_attn;
 struct Launch {{
     template <class... P, class... A>
@@ -51,17 +52,17 @@ void instantiate(const KernelParams& k, const DecodeParams& d, const LinearAtten
 def source(dtype: str, head_dims: Sequence[int], parts: Sequence[str], extras: Sequence[int]) -> str:
     """A translation unit that instantiates the kernels and launches them with their shared memory."""
     calls = "".join(
-        f"    {SERVES[part]}::serve<{DTYPES[dtype]}, {head_dim}, {str(bool(extra)).lower()}>(k, launch);\n"
+        f"    launch_attention_{part}<{DTYPES[dtype]}, {head_dim}, {str(bool(extra)).lower()}>(k, launch);\n"
         for part in parts
-        if part in SERVES
+        if part in ("forward", "backward")
         for head_dim in head_dims
         for extra in extras
     )
     if "decode" in parts:
-        calls += "".join(f"    serve_decode_head<{DTYPES[dtype]}, {head_dim}>(d, launch);\n" for head_dim in head_dims)
+        calls += "".join(f"    launch_decode_head<{DTYPES[dtype]}, {head_dim}>(d, launch);\n" for head_dim in head_dims)
     if "linear" in parts and dtype == "bfloat16":  # they read every dtype
-        calls += "    serve_linear_forward(p, 1, nullptr, launch);\n"
-        calls += "    serve_linear_backward(p, 1, nullptr, launch);\n"
+        calls += "    launch_linear_attention_forward(p, 1, nullptr, launch);\n"
+        calls += "    launch_linear_attention_backward(p, 1, nullptr, launch);\n"
     return SOURCE.format(calls=calls)
 
 
@@ -78,7 +79,12 @@ def shared_bytes(head_dim: int, kernel: str, extra: bool) -> int:
         return (2 * 128 + 2 * 3 * (32 if head_dim == 256 else 64)) * line + 3 * 128 + (2 + 2 * 3) * 8
     if kernel == "sm90::attention_backward":
         return (2 * 128 + 2 * 2 * 64) * line + 2 * 128 * 64 * 2 + 2 * 64 * 64 * 4 + 2 * (2 * 64 * 4 + 128) + 8 * 8
-    if kernel in ("attention_delta", "sm90::attention_round_queries", "linear_terms", "linear_scan"):
+    if kernel in (
+        "attention_delta",
+        "sm90::attention_round_queries",
+        "linear_attention_terms",
+        "linear_attention_scan",
+    ):
         return 0
     if kernel == "attention_decode_join":
         return 4 * 256 * 4
@@ -126,7 +132,7 @@ def read_report(text: str) -> list[dict[str, Any]]:
         symbol = part.split("'", 1)[0]
         name = re.search(
             r"\d+(attention_(?:forward|backward|key_gradient|query_gradient|bias_gradient|delta|round_queries)(?:_safe)?"
-            r"|attention_decode(?:_join)?|linear_(?:states|scan|sums|terms))(?:[IE]|NS)", symbol
+            r"|attention_decode(?:_join)?|linear_attention_(?:states|scan|sums|terms))(?:[IE]|NS)", symbol
         )  # fmt: skip
         shape = re.search(r"(?:__nv_bfloat16|6__half|4SumsI)Li(\d+)E(?:Lb([01])E)?", symbol)
         decode = re.search(r"6DecodeI.*?Li(\d+)ELi(\d+)E", symbol)

@@ -183,7 +183,10 @@ def main() -> int:
     if not (options.dry_run and "EFFICIENT_ATTN_CUDA" not in os.environ):  # minutes, for nothing to run on
         built.append(build_cuda(site, out / "build-cuda.log"))
     print("".join(f"gpu-check: {line}\n" for line in built), end="", flush=True)
-    probe = "import efficient_attn, efficient_attn.benchmarks.gpu as g; print(efficient_attn.__file__, len(g.cells()))"
+    probe = (
+        "import efficient_attn as e, efficient_attn.benchmarks.__main__ as m; "
+        "s = m.suites; print(e.__file__, len(list(s.get('gpu').configs(s.Options()))))"
+    )
     imported = subprocess.run([sys.executable, "-c", probe], cwd=out, env=environment, capture_output=True, text=True)
     if imported.returncode != 0:
         print(f"gpu-check: the package cannot be imported:\n{imported.stderr[-2000:]}")
@@ -197,7 +200,8 @@ def main() -> int:
     left = TOTAL_S - (time.monotonic() - started)
     notes = [*built, *(line for line in tested.splitlines() if not line.startswith(" ")), f"results in {out}"]
     command = [
-        *(sys.executable, "-m", "efficient_attn.benchmarks.gpu", "--out", str(out), "--seconds", f"{left - 30:.0f}"),
+        *(sys.executable, "-m", "efficient_attn.benchmarks", "gpu", "--out", str(out)),
+        *("--seconds", f"{left - 30:.0f}"),
         *(f"--note={note}" for note in notes),
     ]
     try:  # it prints the summary, and nothing comes after that

@@ -1,5 +1,4 @@
-// A call as Python hands it over: one bytes object of 8-byte words, in the order in which backends/cpu.py and
-// backends/cpu_linear.py pack them.
+// A call as Python hands it over: one bytes object of 8-byte words, in the order in which backends/words.py packs them.
 #pragma once
 
 #include <cstdint>

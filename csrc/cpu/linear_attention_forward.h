@@ -8,6 +8,8 @@
 // another 2 F Dv. A projection costs 2 F D for each time a row is read.
 #pragma once
 
+#include <limits>
+
 #include "linear_attention_features.h"
 
 namespace efficient_attn {
@@ -129,6 +131,18 @@ inline void add_normaliser(const Plan& s, int64_t rows, const A* a, const A* z, 
     }
 }
 
+// Below this, 1 / n may be infinite.
+template <class A>
+constexpr A kTiny = 4 * std::numeric_limits<A>::min();
+
+// A row of sums times 2^64, which is exact; returns n times the same.
+template <class A>
+inline A raise_row(const Plan& s, A* row, A n) {
+    constexpr A factor = 0x1p64;
+    for (int64_t d = 0; d < s.Dvp; d += kLanes<A>) store(row + d, load<A>(row + d) * factor);
+    return n * factor;
+}
+
 // The rows of one query head: `record` is what they see of earlier chunks; with `causal` t.bt and t.v are their own
 // chunk.
 template <class A>
@@ -146,8 +160,9 @@ inline void write_outputs(const Params& p, const Plan& s, const Chunk& c, int64_
     sum_lanes(t.partial, round_up(rows, kLanes<A>), t.n);
     A* normaliser = static_cast<A*>(p.normaliser) + (b * p.Hq + h) * p.Nq;
     for (int64_t r = c.query_begin; r < rows; ++r) {
-        t.inverse[r] = t.n[r] == 0 ? 0 : 1 / t.n[r];
-        normaliser[c.query + r] = t.n[r];
+        A n = normaliser[c.query + r] = t.n[r];
+        if (n < kTiny<A> && n > -kTiny<A> && n != 0) n = raise_row(s, t.O + r * s.Dvp, n);
+        t.inverse[r] = n == 0 ? 0 : 1 / n;
     }
     write_rows<A>(p.value_dtype, p.out, b, h, c.query, c.query_begin, rows, c.query_bits, p.Dv, t.O, s.Dvp, t.inverse);
 }

@@ -7,9 +7,9 @@ namespace efficient_attn {
 namespace {
 
 // What is taken off a score (log2) to get its weight: infinity for a row that sees nothing, whose weights are 0.
-EA_DEVICE float weight_shift(float lse) { return lse == -infinity() ? infinity() : lse * 1.4426950408889634f; }
+EA_DEVICE float weight_shift(float lse) { return lse == -infinity() ? infinity() : lse * static_cast<float>(kLog2e); }
 
-// dS = P (Z dP - delta); 0 where P is 0, whatever NaN is behind the mask.
+// dS = P (Z dP - delta); 0 where P is 0, even if the mask hides a NaN.
 EA_DEVICE float score_gradient(float weight, float grad_weight, float delta) {
     return weight == 0.0f ? 0.0f : weight * (grad_weight - delta);
 }
@@ -32,6 +32,11 @@ EA_DEVICE RowSums load_sums(const KernelParams& p, int b, int h, int row, int en
     return sums;
 }
 
+// A step of the queries of one head of a group.
+struct HeadStep : Step {
+    int head;
+};
+
 // The queries of every head of a group, one head after the other.
 template <int kWidth>
 class GroupWalk {
@@ -44,12 +49,12 @@ class GroupWalk {
           limits_(limits),
           walk_(p, b, head_, line, limits) {}
 
-    EA_DEVICE bool next(const KernelParams& p, Step& step, int& head) {
+    EA_DEVICE bool next(const KernelParams& p, HeadStep& step) {
         while (!walk_.next(p, step)) {
             if (++head_ >= last_) return false;
             walk_ = Walk<kWidth, kByKey>(p, b_, head_, line_, limits_);
         }
-        head = head_;
+        step.head = head_;
         return true;
     }
 

@@ -5,6 +5,7 @@
 #include <cxxabi.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -63,7 +64,7 @@ int attribute(cudaDeviceAttr name, int device) {
     return value;
 }
 
-// What is known of a device: asked once, then the same object for ever.
+// What is known of a device: read once and kept.
 const Device& describe(int device) {
     static std::mutex mutex;
     static std::map<int, Device> known;  // its elements stay where they are
@@ -150,8 +151,7 @@ void Launch::start(const void* kernel, int64_t blocks, int threads, uint32_t sha
                         " bytes of shared memory");
 }
 
-void Launch::encode_tensor_map(void* map, const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D,
-                               int rows) {
+TensorMap Launch::tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows) {
     constexpr int kRank = 4;
     constexpr uint64_t kElement = 2;
     const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
@@ -164,14 +164,18 @@ void Launch::encode_tensor_map(void* map, const TensorView& view, int64_t B, int
                                            bytes(view.batch_stride, B)};
     const cuuint32_t box[kRank] = {64, static_cast<cuuint32_t>(rows), 1, 1};
     const cuuint32_t steps[kRank] = {1, 1, 1, 1};
-    const CUresult code =
-        encode_tiled()(static_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_UINT16, kRank, view.data, sizes, strides,
-                       box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUtensorMap encoded;
+    const CUresult code = encode_tiled()(&encoded, CU_TENSOR_MAP_DATA_TYPE_UINT16, kRank, view.data, sizes, strides,
+                                         box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (code != CUDA_SUCCESS)
         throw CudaError("cuTensorMapEncodeTiled of a tensor (" + std::to_string(B) + ", " + std::to_string(H) + ", " +
                         std::to_string(N) + ", " + std::to_string(D) + ") failed with CUresult " +
                         std::to_string(static_cast<int>(code)));
+    TensorMap map;
+    static_assert(sizeof map == sizeof encoded);
+    std::memcpy(&map, &encoded, sizeof map);
+    return map;
 }
 
 }  // namespace efficient_attn

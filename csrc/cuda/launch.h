@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "common/params.h"
+#include "cuda/params.h"
 
 namespace efficient_attn {
 
@@ -42,9 +42,9 @@ class Launch {
         start(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, addresses);
     }
 
-    // Writes to the 128 bytes at `map` how TMA finds tiles of `rows` x 64 elements of 16 bits in a tensor (B, H, N, D):
-    // coordinates (element, row, head, batch), the 128-byte swizzle, zeros beyond the end.
-    void encode_tensor_map(void* map, const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows);
+    // How TMA finds tiles of `rows` x 64 elements of 16 bits in a tensor (B, H, N, D): coordinates (element, row, head,
+    // batch), the 128-byte swizzle, zeros beyond the end.
+    TensorMap tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows);
 
   private:
     void start(const void* kernel, int64_t blocks, int threads, uint32_t shared_bytes, void** arguments);

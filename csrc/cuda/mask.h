@@ -49,6 +49,18 @@ struct Step {
     int first, end, tile, offset;
 };
 
+// Whether some pairs of a tile of lines and a step of `width` positions are visible, and whether all of them are.
+struct Sight {
+    bool any, all;
+};
+
+EA_DEVICE Sight sight_of(const Reach& sees, const Step& step, int width) {
+    const bool any = step.first < sees.any.end && step.end > sees.any.begin;
+    const bool all = step.tile < 0 && step.first >= sees.all.begin && step.first + width <= sees.all.end &&
+                     step.end == step.first + width;
+    return {any, all};
+}
+
 // The lists of a mask by query block, as the forward and dQ walk them, or by key block, as dK and dV are gathered.
 enum Side : int { kByQuery, kByKey };
 
@@ -181,12 +193,6 @@ struct Tiling {
         return {begin, larger(begin, end)};
     }
 };
-
-// The same on the host, for the size of the grid.
-inline int64_t tile_count(int64_t count, int64_t block, int64_t rows) {
-    const int64_t per_block = (block + rows - 1) / rows;
-    return (count + block - 1) / block * per_block;
-}
 
 template <int kRows>
 EA_DEVICE Tiling tiling(bool listed, int block) {

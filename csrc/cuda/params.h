@@ -7,9 +7,6 @@
 #include "common/params.h"
 
 namespace efficient_attn {
-namespace {
-
-constexpr int64_t kLongest = int64_t{1} << 30;  // queries and keys: positions and their sums fit in 32 bits
 
 struct KernelParams {
     AttentionParams call;
@@ -35,6 +32,22 @@ struct DecodeParams {
     int pack;  // query heads in a tile: those of a key/value head
 };
 
+// A CUtensorMap: where a tensor lies, its sizes and strides, the box that a copy moves and its swizzle. A parameter of
+// the kernel.
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Sizes of tiles that the host counts with too.
+constexpr int kForwardRows = 128;  // queries of every forward kernel
+constexpr int kGradientRows = 64;  // the fewest queries or keys that a gradient kernel owns
+constexpr int kDecodeRows = 64;    // of few queries: queries times the query heads of a key/value head, at most
+constexpr int kDecodeStep = 64;    // and their keys of a step
+
 inline int64_t bounded(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 inline bool rows_aligned(const TensorView& view, int64_t B, int64_t H, int64_t N) {
@@ -46,7 +59,7 @@ inline KernelParams kernel_params(const AttentionParams& p, const int64_t* seed)
     KernelParams k{};
     k.call = p;
     k.seed = seed;
-    k.score_scale = static_cast<float>(p.scale * 1.4426950408889634);
+    k.score_scale = static_cast<float>(p.scale * kLog2e);
     k.scale = static_cast<float>(p.scale);
     k.keep_scale = static_cast<float>(1.0 / (1.0 - p.dropout_p));
     k.threshold = static_cast<uint32_t>(p.dropout_p * 4294967296.0);

@@ -1,6 +1,6 @@
 // Every machine instruction that the kernels use beside plain arithmetic, one function each; nothing else in csrc/cuda
 // names a thread, an address space or a line of PTX. The same kernels therefore run on a CPU with
-// tests/kernels/cuda/cuda_host/cuda/ptx.h in the place of this file.
+// tests/kernels/cuda/emulator/cuda/ptx.h in the place of this file.
 //
 // Layouts of fragments are those of the PTX ISA. With g = lane / 4 and t = lane % 4, for m16n8k16:
 //     A [16, 16]  a0 (g, 2t..2t+1)  a1 (g+8, 2t..)  a2 (g, 2t+8..)  a3 (g+8, 2t+8..)     two 16-bit elements a register
@@ -16,6 +16,8 @@
 
 #include <cstdint>
 #include <type_traits>
+
+#include "cuda/params.h"
 
 #define EA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define EA_DEVICE __device__ __forceinline__
@@ -258,12 +260,6 @@ EA_DEVICE void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // --- Hopper: copies of boxes of a tensor (TMA) ---
-
-// A CUtensorMap: where a tensor lies, its sizes and strides, the box that a copy moves and its swizzle. A parameter of
-// the kernel.
-struct alignas(64) TensorMap {
-    uint64_t opaque[16];
-};
 
 // prefetch.tensormap: the map will be used soon.
 EA_DEVICE void tensor_prefetch(const TensorMap& map) {

@@ -109,7 +109,7 @@ EA_DEVICE float load_bias(const KernelParams& p, int b, int h, int i, int j) {
     const float value = bias.dtype == kFloat32
                             ? load_global(static_cast<const float*>(bias.data) + place)
                             : unpack<T>(load_global(static_cast<const uint16_t*>(bias.data) + place));
-    return value * 1.4426950408889634f;
+    return value * static_cast<float>(kLog2e);
 }
 
 // Adds the bias to the visible scores, which are in units of log2; `add` false: only hides where the bias is -inf.
@@ -204,10 +204,25 @@ EA_DEVICE void finish_softmax(const float (&top)[kM][2], const float (&total)[kM
         const int line = row + r * 8;
         if (lane % 4 == 0 && line < at.lines.end) {
             const int64_t head = static_cast<int64_t>(at.b) * p.call.Hq + at.h;
-            const float lse = (top[r / 2][r % 2] + logarithm_2(sum)) * 0.6931471805599453f;
+            const float lse = (top[r / 2][r % 2] + logarithm_2(sum)) * static_cast<float>(kLn2);
             store_global(static_cast<float*>(p.call.lse) + head * p.call.Nq + line, sum == 0.0f ? -infinity() : lse);
         }
     }
+}
+
+// Every thread of the block says whether it met something suspicious in the block's tile. p.flags: null if it is not
+// asked for.
+EA_DEVICE void write_flag(const KernelParams& p, bool suspect) {
+    if (!p.flags) return;
+    suspect = block_any(suspect);
+    if (thread_index() == 0) store_global(p.flags + block_index(), suspect ? 1 : 0);
+}
+
+// f(index) for the tiles of this block of threads that a kernel before has flagged.
+template <class Function>
+EA_DEVICE void each_flagged(const KernelParams& p, int64_t tiles, Function f) {
+    for (int64_t index = block_index(); index < tiles; index += block_count())
+        if (load_global(p.flags + index) != 0) f(index);
 }
 
 // Sets the weights of dropped pairs to 0.

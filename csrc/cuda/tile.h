@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kWarp = 32;
 
+template <int kDType>
+using Element = std::conditional_t<kDType == kBFloat16, BFloat16, Float16>;
+
 // Byte offset of chunk `chunk` (8 elements) of row `row` in a tile kWidth elements wide.
 template <int kWidth>
 EA_DEVICE uint32_t chunk_offset(int row, int chunk) {
@@ -29,6 +32,12 @@ EA_DEVICE Words4 load_elements(const uint16_t* source, int count) {
     for (int e = 0; e < 8; ++e)
         if (e < count) word[e / 2] |= static_cast<uint32_t>(load_global(source + e)) << (e % 2 * 16);
     return {word[0], word[1], word[2], word[3]};
+}
+
+// In a walk with two slots of tiles, while one is worked off and the other one loaded: a step costs one barrier.
+EA_DEVICE void await_slot() {
+    copy_async_wait<0>();
+    block_sync();  // this slot has arrived, and every warp is done with the other one
 }
 
 // Starts loading rows [first, end) into a tile of kRows rows; rows and columns beyond `end` and `width` become zeros.

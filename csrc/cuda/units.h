@@ -1,51 +1,32 @@
-// The kernels are compiled in units, unit.cu once for each, so that ninja builds them side by side (setup.py lists
-// them). select.cu finds the unit of a call.
+// The kernels are compiled in units, so that ninja builds them side by side (setup.py lists them): attention_forward.cu
+// and attention_backward.cu once for each instance (choose_instance in plan.h), attention_decode.cu for each dtype,
+// linear_attention.cu once. All pointers are the device's.
 #pragma once
 
-#include <cstdint>
-
-#include "common/params.h"
+#include "cuda/launch.h"
+#include "cuda/params.h"
 
 namespace efficient_attn {
 
-// A call as it comes from Python; all pointers are the device's.
-struct Request {
-    AttentionParams call;
-    const int64_t* seed;         // null: call.dropout_seed
-    int32_t* flags;              // flag_count of them; null: none
-    float *delta, *query_sums;   // backward only; query_sum_count of the latter, zeros, or null
-    float *part_out, *part_lse;  // decode only, `splits` of them; null where there is one
-    int64_t splits;
-    int device;
-    uintptr_t stream;
-};
+// For elements of dtype, heads of up to kHead, and bias, dropout and odd scales or none.
+template <int kDType, int kHead, bool kExtras>
+void attention_forward_unit(const KernelParams&, Launch&);
+template <int kDType, int kHead, bool kExtras>
+void attention_backward_unit(const KernelParams&, Launch&);
 
-struct LinearRequest {
-    LinearAttentionParams call;
-    int64_t processors;
-    float* workspace;  // linear_workspace_wanted floats
-    int device;
-    uintptr_t stream;
-};
+// Shared memory that their kernels ask for, where the GPU is not one of sm90/.
+template <int kDType, int kHead, bool kExtras>
+uint32_t attention_forward_bytes();
+template <int kDType, int kHead, bool kExtras>
+uint32_t attention_backward_bytes();
 
-enum Part : int { kForward, kBackward, kDecode };
+// For all heads, and with bias.
+template <int kDType>
+void attention_decode_unit(const DecodeParams&, Launch&);
 
-// The kernels of one part for elements of dtype, heads of up to kHead, and bias, dropout and odd scales or none; those
-// of kDecode for all heads and with bias.
-template <int kPart, int kDType, int kHead, bool kExtras>
-void serve_unit(const Request&);
-
-void serve_call(Part part, const Request&);
-
-// What kernels for elements of 16 bits and heads of up to `widest` ask for, where the GPU is not one of sm90/.
-uint32_t shared_bytes_wanted(int64_t widest);
-
-int64_t decode_splits_wanted(const AttentionParams&, int64_t processors);
-int64_t query_sums_wanted(const AttentionParams&, int capability);
-int64_t flags_wanted(const AttentionParams&, bool backward);
-
-void serve_linear_call(Part part, const LinearRequest&);
-
-int64_t linear_workspace_wanted(const LinearAttentionParams&, bool backward, int64_t processors);
+// workspace: linear_attention_workspace floats.
+void linear_attention_forward(const LinearAttentionParams&, int64_t processors, float* workspace, Launch&);
+void linear_attention_backward(const LinearAttentionParams&, int64_t processors, float* workspace, Launch&);
+int64_t linear_attention_workspace(const LinearAttentionParams&, bool backward, int64_t processors);
 
 }  // namespace efficient_attn

@@ -1,7 +1,8 @@
 """The backends, fastest first, and the choice between them: the only place that asks about devices.
 
-A backend is a module with `attention_forward`, `attention_backward` and `not_supported_reasons`, equal in signature and
-meaning to `reference`.
+A backend is a package with two modules, equal in signature and meaning to those of `reference`: attention.py
+(`attention_forward`, `attention_backward`, `not_supported_reasons`) and linear_attention.py (the same for linear
+attention). Its `NEEDS_TRANSPOSED` says whether attention_backward reads the lists of query blocks for each key block.
 """
 
 from __future__ import annotations
@@ -13,14 +14,9 @@ import torch
 
 from ..errors import InputError, UnsupportedError
 from . import cpu, cuda, reference, triton
-from .call import Call
+from .call import Call, LinearCall
 
-BACKENDS: dict[str, ModuleType] = {
-    "triton": triton.attention,
-    "cuda": cuda.attention,
-    "cpu": cpu.attention,
-    "reference": reference.attention,
-}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
 EXPERIMENTAL = {"cuda": "never run on a GPU"}  # only when asked for by name, and why
 
 
@@ -35,23 +31,31 @@ def automatic(name: str, device: torch.device) -> bool:
     return name not in EXPERIMENTAL and (name != "triton" or device.type != "cpu")
 
 
-def not_supported_reasons(call: Call) -> dict[str, list[str]]:
+def not_supported_reasons(call: Call | LinearCall) -> dict[str, list[str]]:
     """Every backend with the reasons why it cannot serve `call`; an empty list means that it can."""
-    return {name: module.not_supported_reasons(call) for name, module in BACKENDS.items()}
+    return {name: _reasons(name, call) for name in BACKENDS}
 
 
-def select(backend: str, call: Call) -> str:
+def select(backend: str, call: Call | LinearCall) -> str:
     """The backend that will serve `call`: the one asked for, or with "auto" the first that can.
 
-    Raises InputError for an unknown name and UnsupportedError, with the reasons, when the one asked for cannot serve.
+    Raises:
+        InputError: an unknown name.
+        UnsupportedError: the backend asked for cannot serve; the text says why.
     """
     check_name(backend)
     for name in BACKENDS if backend == "auto" else (backend,):
-        if (backend == "auto" and not automatic(name, call.device)) or BACKENDS[name].not_supported_reasons(call):
-            continue
-        return name
-    reasons = "; ".join(BACKENDS[backend].not_supported_reasons(call))
+        if (backend != "auto" or automatic(name, call.device)) and not _reasons(name, call):
+            return name
+    reasons = "; ".join(_reasons(backend, call))
     raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")
+
+
+def _reasons(name: str, call: Call | LinearCall) -> list[str]:
+    backend = BACKENDS[name]
+    primitive = backend.attention if isinstance(call, Call) else backend.linear_attention
+    reasons: list[str] = primitive.not_supported_reasons(call)
+    return reasons
 
 
 cached_select = lru_cache(maxsize=4096)(select)

@@ -1,4 +1,4 @@
-"""What a backend is asked about before it is chosen, and what all of them answer where there is nothing to do."""
+"""What a backend is asked about before it is chosen, and the few things that every backend does alike."""
 
 from __future__ import annotations
 
@@ -23,6 +23,24 @@ class Call(NamedTuple):
     Dv: int
     has_lists: bool
     dropout_p: float
+
+
+class LinearCall(NamedTuple):
+    """The same for linear attention."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int = 0  # the larger one of the number of features and Dv; 0 leaves it open
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of this dtype are summed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """(B, H, N, D) itself if its last dimension has stride 1, else a contiguous copy."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 
 
 Gradients = TypeVar("Gradients", bound="tuple[Tensor | None, ...]")

@@ -1,4 +1,4 @@
-"""This package inside other libraries, none of which is imported here.
+"""This package inside other libraries, which are not imported here.
 
 convert.py, fidelity.py     any model: every attention layer, in place, measured and reversible
 torch_sdpa.py               calls of PyTorch's scaled_dot_product_attention; torch_dispatcher.py: in the whole process

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, InputError, InputTypeError
-from ..methods import Dense, Method, parse
+from ..handover import hides_forward
+from ..methods import DENSE, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
 from . import fidelity, routed
@@ -30,6 +31,7 @@ from .layer_state import state_restorer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the name of a class
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -45,6 +47,8 @@ class Conversion:
             model with dense attention, relative to the largest output; None without a sample.
         error: the same for the chosen attention: what the method changes.
         layers: with a sample, name of a layer that attends -> its errors, in the order in which they ran.
+        unreached: with a sample, name of a converted module, or of an attention layer in one, that ran (or did not)
+            without calling this package's attention -> its class. Nothing has changed there.
         before, after: with a sample, time and memory of a forward of the original and of the converted model.
     """
 
@@ -54,6 +58,7 @@ class Conversion:
     dense_error: float | None = None
     error: float | None = None
     layers: dict[str, LayerFidelity] = field(default_factory=dict)
+    unreached: dict[str, str] = field(default_factory=dict)
     before: Cost | None = None
     after: Cost | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
@@ -68,6 +73,8 @@ class Conversion:
         lines += [f"  {name or '(the model)'}: {how}" for name, how in self.converted.items()]
         lines += [f"left alone: {len(self.skipped)}"] if self.skipped else []
         lines += [f"  {name}: {why}" for name, why in self.skipped.items()]
+        lines += [f"never reached on the sample: {len(self.unreached)}"] if self.unreached else []
+        lines += [f"  {name}: {kind}" for name, kind in self.unreached.items()]
         if self.dense_error is not None:
             lines.append(f"with dense attention: equal to the original within {self.dense_error:.1e}")
         if self.error is not None:
@@ -104,7 +111,7 @@ def convert(
     * attention of timm, open_clip and diffusers: its call of scaled_dot_product_attention, see `integrations.routed`.
 
     Args:
-        model: itself none of torch.nn.MultiheadAttention.
+        model: not itself a torch.nn.MultiheadAttention.
         attention: a spec string, `Method` or `Pattern`.
         sample: an input: a tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it in
             eval mode without gradients, more than once: as it was, with dense attention, which must give the same
@@ -165,7 +172,7 @@ def _convert_measured(
     report.before = fidelity.cost(model, sample, repeats) if repeats > 0 else None
     if comparable:
         # It must equal the original, so its layers stand for those of the original, which may be of any kind.
-        dense = report if report.attention == Dense() else Conversion(Dense())
+        dense = report if report.attention.is_dense else Conversion(DENSE)
         try:
             _convert(model, dense, predicate)
             with fidelity.traced(model) as original:
@@ -174,13 +181,20 @@ def _convert_measured(
         finally:
             if dense is not report:
                 dense.undo()
-    if not comparable or report.attention != Dense():
+    if not comparable or not report.attention.is_dense:
         _convert(model, report, predicate)
         with fidelity.traced(model) as converted:
             report.error = fidelity.difference(before, fidelity.outputs(model, sample))
     else:
         converted = original
     report.layers = fidelity.compared(original, converted)
+    report.unreached = _unreached(model, report, converted)
+    if not report.layers and report.converted:
+        raise ConversionError(
+            f"none of the converted modules ({', '.join(report.converted) or 'the model'}) called this package's "
+            "attention on the sample, so the conversion changes nothing; give a sample that runs them, or leave them "
+            "out with predicate="
+        )
     report.after = fidelity.cost(model, sample, repeats) if repeats > 0 else None
 
 
@@ -189,17 +203,16 @@ def _is_dense(model: nn.Module) -> bool:
     for module in model.modules():
         config = getattr(module, "config", None)
         name, colon, spec = str(getattr(config, "_attn_implementation", "")).partition(":")
-        if name == "efficient_attn" and colon and parse(spec) != Dense():
+        if name == "efficient_attn" and colon and not parse(spec).is_dense:
             return False
-        own = getattr(module, "attention", None)
-        if (isinstance(module, MultiheadAttention) or _has_setter(module)) and parse(own) != Dense():  # type: ignore[arg-type]
-            return False
-        if routed.is_routed(module) and module.efficient_attn_method != Dense():
+        known = isinstance(module, MultiheadAttention) or _has_setter(module)
+        own: Any = module.attention if known else getattr(module, "efficient_attn_method", None)
+        if (known or routed.is_routed(module)) and not parse(own).is_dense:
             return False
     return True
 
 
-# --- kinds of modules ------------------------------------------------------------------------------------------------
+# --- kinds of modules ---
 
 
 def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.Module], bool] | None) -> None:
@@ -221,7 +234,10 @@ def _convert_torch(model: nn.Module, report: Conversion, wanted: Callable[[str, 
             return False
         if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            report.skipped[name] = f"{kind} computes something of its own, which would be lost"
+            report.skipped[name] = f"{kind} computes something else, which would be lost"
+            return False
+        if hides_forward(module):
+            report.skipped[name] = "has a forward of its own on the instance that does not lead to the module's"
             return False
         report.converted[name] = f"{type(module).__name__}, replaced"
         return True
@@ -312,11 +328,25 @@ def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str,
 def _explain_rest(model: nn.Module, report: Conversion) -> None:
     """Name what looks like attention and was left."""
     known = {**report.converted, **report.skipped}
-    for name, module in _topmost(model, lambda m: bool(re.search("attention|attn", type(m).__name__.lower()))):
+    for name, module in _topmost(model, lambda m: bool(ATTENTION.search(type(m).__name__))):
         holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
         if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             report.skipped[name] = f"{kind} is of no kind that convert knows"
+
+
+def _unreached(model: nn.Module, report: Conversion, trace: Trace) -> dict[str, str]:
+    """Converted modules, and what looks like attention in them, in which nothing attended in a trace."""
+    reached = list(trace.outputs)
+
+    def idle(name: str) -> bool:
+        return not any(_inside(layer, [name]) or _inside(name, [layer]) for layer in reached)
+
+    found = {name: type(model.get_submodule(name)).__name__ for name in report.converted if idle(name)}
+    for name, kind in trace.ran.items():  # in the order in which they ran: what holds others comes first
+        if ATTENTION.search(kind) and _inside(name, report.converted) and idle(name) and not _inside(name, found):
+            found[name] = kind
+    return found
 
 
 def _has_setter(module: Any) -> bool:
@@ -343,7 +373,7 @@ def _inside(name: str, names: Any, *, but_torch: bool = False) -> bool:
     return False
 
 
-# --- the sample ------------------------------------------------------------------------------------------------------
+# --- the sample ---
 
 
 def _compared(before: list[Tensor], after: list[Tensor], tolerance: float | None) -> float:

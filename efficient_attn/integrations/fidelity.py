@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, UnsupportedError
-from ..methods import Dense, Method
+from ..methods import DENSE, Method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +51,12 @@ class LayerFidelity:
 
 @dataclass
 class Trace:
-    """What layers did in one forward: by name, what they returned and the errors of their attention, call by call."""
+    """What layers did in one forward: by name, what they returned and the errors of their attention, call by call.
 
+    ran: the names of all modules whose forward ran, with its class.
+    """
+
+    ran: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
 
@@ -67,7 +71,7 @@ def compared(before: Trace, after: Trace) -> dict[str, LayerFidelity]:
     return found
 
 
-# --- running a sample ------------------------------------------------------------------------------------------------
+# --- running a sample ---
 
 
 def run(model: nn.Module, sample: Any) -> Any:
@@ -139,6 +143,7 @@ def traced(model: nn.Module) -> Iterator[Trace]:
 
     def enter(module: nn.Module, args: Any) -> None:
         running.append([names[id(module)], False])
+        trace.ran[names[id(module)]] = type(module).__name__
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         name, attended = running.pop()
@@ -152,8 +157,8 @@ def traced(model: nn.Module) -> Iterator[Trace]:
         attending.append(running[-1][0])
         try:
             result = attend(method, *args, **kwargs)
-            if method != Dense():
-                exact, _ = Dense().attend(*args, **{**kwargs, "state": None, "need_weights": False})
+            if not method.is_dense:
+                exact, _ = DENSE.attend(*args, **{**kwargs, "state": None, "need_weights": False})
                 trace.errors.setdefault(attending[0], []).append(difference([exact], [result[0]]))
         finally:
             attending.clear()
@@ -192,7 +197,7 @@ def _wrapped(watch: Callable[..., Any]) -> Iterator[None]:
             cls.attend = attend  # type: ignore[method-assign]
 
 
-# --- time and memory -------------------------------------------------------------------------------------------------
+# --- time and memory ---
 
 
 def cost(model: nn.Module, sample: Any, repeats: int) -> Cost:
@@ -240,7 +245,7 @@ def _peak_on_cpu(model: nn.Module, sample: Any) -> int:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler writes lines of its own to the standard error, whatever the level of logging."""
+    """The profiler writes to the standard error at any logging level."""
     try:
         kept = os.dup(2)
     except OSError:  # a process without one
@@ -258,7 +263,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-# --- table and picture -----------------------------------------------------------------------------------------------
+# --- table and picture ---
 
 
 def table(layers: Mapping[str, LayerFidelity], before: Cost | None, after: Cost | None) -> list[str]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
-from ..methods import Dense, Method, parse
-from ..methods.continuation import continuation
+from ..methods import DENSE, Method, parse
+from ..methods.continuation import continuation, goes_by_positions
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
@@ -59,8 +59,8 @@ HARMLESS = frozenset(
     }
 )
 ADVICE = {
-    "cu_seq_lens_q": "pack sequences by position_ids that start anew instead",
-    "cu_seq_lens_k": "pack sequences by position_ids that start anew instead",
+    "cu_seq_lens_q": "pack sequences by position_ids that restart at 0 instead",
+    "cu_seq_lens_k": "pack sequences by position_ids that restart at 0 instead",
     "cache": "use generate() with a dynamic or static cache",
 }
 
@@ -87,6 +87,7 @@ def register() -> None:
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> Any:
         if requested_attention is not None and requested_attention.partition(":")[0] == NAME:
             _add(requested_attention)
+            vars(self)["_efficient_attn_name"] = _Registered(requested_attention)
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
@@ -98,10 +99,22 @@ def register() -> None:
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
 
 
+class _Registered:
+    """What a model carries so that its name is known wherever it is unpickled: another process, a pool of workers."""
+
+    def __init__(self, name: str) -> None:
+        register()
+        _add(name)
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[_Registered], tuple[str]]:
+        return _Registered, (self.name,)
+
+
 def implementation_name(attention: str | Method | Pattern) -> str:
-    """The attn_implementation that stands for a spec, a `Method` or a `Pattern`, such as "efficient_attn:linear"."""
+    """The attn_implementation of a spec, a `Method` or a `Pattern`, such as "efficient_attn:linear"."""
     method = parse(attention)
-    return NAME if method == Dense() else f"{NAME}:{method}"
+    return NAME if method.is_dense else f"{NAME}:{method}"
 
 
 def _add(name: str) -> None:
@@ -110,7 +123,7 @@ def _add(name: str) -> None:
 
     if name not in AttentionInterface._global_mapping:
         spec = name.partition(":")[2]
-        method = parse(spec) if spec else Dense()
+        method = parse(spec) if spec else DENSE
         AttentionInterface.register(name, functools.partial(_forward, method))
         AttentionMaskInterface.register(name, pair_mask)
 
@@ -160,11 +173,8 @@ def _forward(
             place = (attention_mask.start + attention_mask.offset, attention_mask.offset)
     else:
         call = _from_tensor(attention_mask, method, query, Nk)
-        if Nq != Nk and getattr(module, "is_causal", False) and not isinstance(method, Dense):
-            raise UnsupportedError(
-                f"{method} needs to know where {Nq} queries stand among {Nk} keys, which a 4-D mask does not say; pass "
-                "attention_mask as (batch, keys)"
-            )
+    if place is None and not method.is_dense:
+        method = _without_place(method, module, Nq, Nk)
     if call.get("key_mask") is not None:
         call["key_mask"] = call["key_mask"].expand(key.shape[0], -1)
     if position_bias is not None:
@@ -176,13 +186,31 @@ def _forward(
         query,
         key,
         value,
-        state=layer_state(method, module, query),
+        state=layer_state(method, module, query, key),
         scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
         need_weights=_weights_wanted(kwargs),
         **call,
     )
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _without_place(method: Method, module: nn.Module, Nq: int, Nk: int) -> Method:
+    """The method for a call that does not say where its queries stand: dense where they attend to something else.
+
+    Cross-attention and learned queries have no positions among the keys, of which a pattern or a low-rank method could
+    mean anything. Queries of a causal layer have one, and must not be taken for the first ones.
+    """
+    cross = getattr(module, "is_cross_attention", False)
+    cross |= getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    if cross or (Nq != Nk and not getattr(module, "is_causal", False)):
+        return DENSE
+    if Nq != Nk and goes_by_positions(method):
+        raise UnsupportedError(
+            f"{method} needs to know where {Nq} queries stand among {Nk} keys, which neither torch.compile with a "
+            "cache nor a 4-D mask says; pass attention_mask as (batch, keys), and compile dense, or without a cache"
+        )
+    return method
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
@@ -213,7 +241,7 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
     return recorded is not None and any("attentions" in name for name in recorded)
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------
+# --- masks ---
 
 
 def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, Any]:
@@ -244,7 +272,7 @@ def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[s
     return {"mask": mask}
 
 
-# --- queries that continue a sequence: cached generation -------------------------------------------------------------
+# --- queries that continue a sequence: cached generation ---
 
 
 def _among_earlier(

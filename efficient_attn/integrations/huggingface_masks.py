@@ -7,6 +7,7 @@ for one query any function is one bit a key; every other function is asked tile 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -157,20 +158,20 @@ def _padding(attention_mask: Tensor | None, batch_size: int, kv_length: int, kv_
 
 
 def _interval(mask_function: Callable[..., Any]) -> Interval | None:
-    """The interval of key - query that a function stands for, or None if it is not known to be one.
+    """The interval of key - query in which a mask function is true, or None if it is not known to be an interval.
 
-    transformers joins its functions from closures; their names and variables say which. A name that is not known here
-    costs speed and never correctness: the function is asked instead.
+    transformers joins its functions from closures; their names and variables say which. A function that is not known
+    here costs speed and never correctness: it is asked instead. So are closures that torch.compile traces, whose
+    variables cannot be read there.
     """
-    if mask_function is causal:
+    known = sys.modules.get("transformers.masking_utils")
+    if mask_function is causal or mask_function is getattr(known, "causal_mask_function", None):
         return (None, 0)
-    name = getattr(mask_function, "__qualname__", "")
-    if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
-        return None
-    if name == "causal_mask_function":
-        return (None, 0)
-    if name == "bidirectional_mask_function":
+    if mask_function is getattr(known, "bidirectional_mask_function", None):
         return (None, None)
+    name = getattr(mask_function, "__qualname__", "")
+    if torch.compiler.is_compiling() or getattr(mask_function, "__module__", None) != "transformers.masking_utils":
+        return None
     variables = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__ or (), strict=True))
     if name == "sliding_window_overlay.<locals>.inner_mask":
         return (1 - int(variables["sliding_window"].cell_contents), None)

@@ -12,11 +12,11 @@ from ..errors import UnsupportedError
 from ..methods import Method
 
 
-def layer_state(method: Method, module: nn.Module, query: Tensor) -> nn.Module | None:
+def layer_state(method: Method, module: nn.Module, query: Tensor, key: Tensor) -> nn.Module | None:
     """The method's state for a layer, which holds it as `method_state` from its first call with queries on.
 
     Args:
-        query: (B, Hq, Nq, D), of that call.
+        query, key: (..., Hq, Nq, D) and (..., Hkv, Nk, D), of that call.
 
     Raises:
         UnsupportedError: one state for all layers, or parameters that would appear while training.
@@ -30,9 +30,10 @@ def layer_state(method: Method, module: nn.Module, query: Tensor) -> nn.Module |
         raise UnsupportedError(
             f"layers of other libraries cannot share one state as {method} does; choose another share="
         )
-    heads, head_dim = query.shape[1], query.shape[3]
+    heads, head_dim = query.shape[-3], query.shape[-1]
     like = next((p for p in module.parameters() if p.is_floating_point()), query)
-    state = method.build(heads * head_dim, heads, head_dim, device=like.device, dtype=like.dtype)
+    with torch.inference_mode(False):  # else it could never be trained
+        state = method.build(heads * head_dim, key.shape[-3], head_dim, device=like.device, dtype=like.dtype)
     if state is None:
         return None
     if module.training and torch.is_grad_enabled() and any(True for _ in state.parameters()):

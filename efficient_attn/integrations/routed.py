@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..methods import Dense, Method
+from ..methods import DENSE, Method
 from .layer_state import layer_state
 from .torch_sdpa import SDPAMode
 
@@ -36,12 +36,12 @@ class LayerMode(SDPAMode):
     def method_for(self, call: dict[str, Any]) -> Method:
         """The method, or dense for queries that attend to something else: a pattern says nothing about that."""
         self.reached = True
-        if self.method == Dense() or call["query"].is_nested:
+        if self.method.is_dense or call["query"].is_nested:
             return self.method
-        return Dense() if self.cross or call["query"].shape[-2] != call["key"].shape[-2] else self.method
+        return DENSE if self.cross or call["query"].shape[-2] != call["key"].shape[-2] else self.method
 
-    def state_for(self, method: Method, query: Tensor) -> nn.Module | None:
-        return layer_state(method, self.layer, query[None] if query.dim() == 3 else query)
+    def state_for(self, method: Method, query: Tensor, key: Tensor) -> nn.Module | None:
+        return layer_state(method, self.layer, query, key)
 
 
 def library_of(module: nn.Module) -> str | None:

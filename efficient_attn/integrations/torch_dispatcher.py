@@ -5,7 +5,7 @@ scaled_dot_product_attention chooses a kernel for each call. Where it chooses fl
     CPU   aten::_scaled_dot_product_flash_attention_for_cpu, and its _backward
     CUDA  aten::_scaled_dot_product_flash_attention, and its _backward
 
-`activate` registers these four operators anew through PyTorch's own registry of flash attention implementations, so
+`activate` replaces these four operators through PyTorch's own registry of flash attention implementations, so
 calls from C++, from compiled graphs, other threads and recomputations arrive here too. What our kernels do not serve
 goes on to the kernel that was there before; both save the same logsumexp, so either can do the backward of the other.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, functional
+from ..defaults import default_scale
 from ..errors import EfficientAttnError, UnsupportedError
 from ..masks import MaskArrays
 
@@ -35,7 +36,7 @@ _NEEDED = (
 
 
 def activate() -> None:
-    """Let scaled_dot_product_attention use this package's kernels wherever it would use PyTorch's flash attention.
+    """Let scaled_dot_product_attention use this package's kernels where it would use PyTorch's flash attention.
 
     It holds for every thread and every model, on CPU and CUDA, until `restore`; again does nothing. Which calls flash
     attention gets is PyTorch's choice: on CPU all but those with dropout, a gradient for the mask, or Dv != D; on CUDA
@@ -74,7 +75,7 @@ def _registry() -> Any:
     if missing:
         raise UnsupportedError(
             f"torch {torch.__version__} has no {', '.join(missing)}; use a later PyTorch, or the with block "
-            "efficient_attn.integrations.torch_sdpa.use_for_sdpa(), which needs none of it"
+            "efficient_attn.integrations.torch_sdpa.use_for_sdpa(), which does not need it"
         )
     return torch.nn.attention
 
@@ -119,7 +120,7 @@ def _guarded(function: Any, original: Any) -> Any:
     return kernel
 
 
-# --- the operators ---------------------------------------------------------------------------------------------------
+# --- the operators ---
 
 
 def _cpu_forward(
@@ -205,7 +206,7 @@ def _cuda_backward(
     return found if found is NotImplemented else tuple(map(_like, found, (query, key, value)))
 
 
-# --- what both have in common ----------------------------------------------------------------------------------------
+# --- what both have in common ---
 
 
 def _forward(
@@ -220,7 +221,7 @@ def _forward(
     backend, bias = _chosen(query, key, value, attn_mask, dropout_p)
     if backend is None:
         return NotImplemented
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(scale, query.shape[-1])
     return backend.attention_forward(query, key, value, bias, _mask(is_causal), scale, 0.0, None)
 
 
@@ -239,7 +240,7 @@ def _backward(
     backend, bias = _chosen(query, key, value, attn_mask, dropout_p)
     if backend is None:
         return NotImplemented
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(scale, query.shape[-1])
     saved = (grad_out, None, query, key, value, bias, out, logsumexp)
     return backend.attention_backward(*saved, _mask(is_causal), scale, 0.0, None, False)[:3]
 
@@ -252,12 +253,12 @@ def _chosen(
         return None, None
     try:
         functional.check_inputs(query, key, value)
-        bias = functional.check_bias(attn_mask, query, key)
+        bias = None if attn_mask is None else functional.check_bias(attn_mask, query, key)
     except EfficientAttnError:
         return None, None
     call = functional.describe(query, key, value, bias, MaskArrays(), 0.0)
     name = backends.cached_select("auto", call)
-    return (None if name == "reference" else backends.BACKENDS[name]), bias
+    return (None if name == "reference" else backends.BACKENDS[name].attention), bias
 
 
 def _mask(is_causal: bool) -> MaskArrays:

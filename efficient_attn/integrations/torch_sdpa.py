@@ -1,4 +1,4 @@
-"""Calls of torch.nn.functional.scaled_dot_product_attention, in whatever model, computed by this package.
+"""Calls of torch.nn.functional.scaled_dot_product_attention, in any model, computed by this package.
 
     with use_for_sdpa():                    # in this thread and block, also under torch.compile
         model(x)
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .. import backends, functional
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
-from ..methods import Dense, Method, parse
+from ..methods import Method, parse
 from ..patterns import Pattern
 from .torch_dispatcher import activate, restore
 
@@ -43,7 +43,7 @@ class SDPAMode(TorchFunctionMode):
     def method_for(self, call: dict[str, Any]) -> Method:
         return self.method
 
-    def state_for(self, method: Method, query: Tensor) -> nn.Module | None:
+    def state_for(self, method: Method, query: Tensor, key: Tensor) -> nn.Module | None:
         return None
 
     def seen(self, reason: str | None) -> None:
@@ -67,8 +67,8 @@ class SDPAMode(TorchFunctionMode):
         reason = why_left(method, **call)
         self.seen(reason)
         if reason is None:
-            return attend(method, **call, state=self.state_for(method, call["query"]))
-        if method != Dense():
+            return attend(method, **call, state=self.state_for(method, call["query"], call["key"]))
+        if not method.is_dense:
             raise UnsupportedError(f"{method} cannot serve a call of scaled_dot_product_attention: {reason}")
         return _SDPA(*args, **kwargs)
 
@@ -78,12 +78,12 @@ class use_for_sdpa(SDPAMode):
 
     It holds for calls from Python in this thread, so not for the fused path that nn.TransformerEncoderLayer takes in
     eval mode without gradients (`replace_attention` serves that).
-    Activation checkpointing computes anew in the backward, where it does not hold, and raises; `activate` serves that.
+    Activation checkpointing recomputes in the backward, where this is over, and raises; `activate` serves that.
 
     Args:
         attention: a spec string, `Method` or `Pattern`. With "dense" nothing changes but who computes: a call that is
             not served goes to PyTorch (a head_dim above 256, nested tensors and other subclasses, forward-mode
-            derivatives, no fast backend here, sdpa_kernel() without flash attention, whatever PyTorch itself refuses).
+            derivatives, no fast backend here, sdpa_kernel() without flash attention, what PyTorch itself refuses).
             Another method changes every result, so a call that it cannot serve raises.
 
     Attributes:
@@ -107,7 +107,7 @@ class use_for_sdpa(SDPAMode):
         self.left: collections.Counter[str] = collections.Counter()
 
     def method_for(self, call: dict[str, Any]) -> Method:
-        if self.method == Dense() or call["query"].is_nested:
+        if self.method.is_dense or call["query"].is_nested:
             return self.method
         Nq, Nk = call["query"].shape[-2], call["key"].shape[-2]
         if Nq != Nk:
@@ -155,7 +155,7 @@ def bound(
     }
 
 
-# --- which calls are served ------------------------------------------------------------------------------------------
+# --- which calls are served ---
 
 
 def why_left(
@@ -197,7 +197,7 @@ def why_left(
     if Hq != Hkv and (not enable_gqa or Hq % Hkv):
         return f"{Hq} query heads and {Hkv} key heads, enable_gqa={enable_gqa}"
     reason = None if attn_mask is None else _why_other_mask(attn_mask, query, key)
-    return reason if reason is not None or method != Dense() else _why_not_faster(query, key, value, dropout_p)
+    return reason if reason is not None or not method.is_dense else _why_not_faster(query, key, value, dropout_p)
 
 
 def _why_other_tensors(tensors: list[Tensor]) -> str | None:
@@ -238,7 +238,7 @@ def _why_not_faster(query: Tensor, key: Tensor, value: Tensor, dropout_p: float)
     return "only the reference backend can serve it" if select("auto", call) == "reference" else None
 
 
-# --- the computation -------------------------------------------------------------------------------------------------
+# --- the computation ---
 
 
 def attend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from .lists import (
 Interval = tuple[int | None, int | None]
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
+# --- intervals ---
 
 
 def intersect(a: Interval, b: Interval) -> Interval | None:
@@ -58,6 +59,19 @@ def _ends(a: Interval, b: Interval) -> tuple[list[int], list[int]]:
     return [x[0] for x in (a, b) if x[0] is not None], [x[1] for x in (a, b) if x[1] is not None]
 
 
+def window_fields(interval: Interval, offset: int) -> dict[str, Any]:
+    """An interval of j - i as window and window_offset, with the given offset where it lies inside."""
+    low, high = interval
+    if low is None and high is None:
+        return {"window": None, "window_offset": 0}
+    offset = offset if low is None else max(offset, low)
+    offset = offset if high is None else min(offset, high)
+    return {
+        "window": (-1 if low is None else offset - low, -1 if high is None else high - offset),
+        "window_offset": offset,
+    }
+
+
 def keys_seen(i: Tensor, window: Interval, kv_len: int) -> tuple[Tensor, Tensor]:
     """The keys start <= j < stop that each query i sees under a window."""
     low, high = window
@@ -66,7 +80,7 @@ def keys_seen(i: Tensor, window: Interval, kv_len: int) -> tuple[Tensor, Tensor]
     return start, torch.maximum(start, stop)
 
 
-# --- windows and lengths as lists ------------------------------------------------------------------------------------
+# --- windows and lengths as lists ---
 
 
 def explicit(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor) -> BlockLists:
@@ -160,7 +174,7 @@ def in_interval(difference: Tensor, window: Interval) -> Tensor:
     return seen if high is None else seen & (difference <= high)
 
 
-# --- operators on lists ----------------------------------------------------------------------------------------------
+# --- operators on lists ---
 
 
 def merge(grid: Grid, a: BlockLists, b: BlockLists, bits: Callable[[Tensor, Tensor], Tensor]) -> BlockLists:
@@ -249,7 +263,7 @@ def _covering_blocks(grid: Grid, blocks: Tensor, new: Grid) -> tuple[Tensor, Ten
     return covering // max(new.n_k, 1), covering % max(new.n_k, 1)
 
 
-# --- counting --------------------------------------------------------------------------------------------------------
+# --- counting ---
 
 
 def count_pairs(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor) -> int:

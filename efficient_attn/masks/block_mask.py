@@ -3,8 +3,8 @@
     visible(b, h, i, j)  =  list(b, h, i, j)  and  window(i, j)  and  j < kv_lengths[b]
 
 The list is block-compressed: for every query block the key blocks that hold a visible pair, each either full or
-pointing at a tile of bits. Window and lengths are analytic and cost no memory. Lists are made in mask_build.py and
-combined in mask_algebra.py; this file is the object, what it promises and what it checks.
+pointing at a tile of bits. Window and lengths are analytic and cost no memory. Lists are made in lists.py and
+combined in algebra.py; this file is the object and what it promises.
 """
 
 from __future__ import annotations
@@ -18,17 +18,32 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..defaults import ALIGNMENTS, alignment_offset
 from ..errors import MaskError
-from . import algebra as mask_algebra
-from . import flex as mask_flex
-from . import lists as mask_build
-from . import picture as mask_picture
-from .algebra import Interval
-from .lists import FULL, BlockLists, Grid, Predicate
-from .rules import ALIGNMENTS, as_integers, check_block_size, check_mask, check_sizes, is_int, narrow
+from . import algebra, flex, picture
+from .algebra import Interval, window_fields
+from .lists import (
+    FULL,
+    BlockLists,
+    Grid,
+    Predicate,
+    all_blocks,
+    dense_lists,
+    document_lists,
+    entry_rows,
+    expand,
+    pack_bits,
+    predicate_lists,
+    static_lists,
+    swap,
+    take_rows,
+    transpose,
+)
+from .rules import as_integers, broadcast_size, check_block_size, check_mask, check_sizes, narrow, positions_of
 
 BlockSize = int | tuple[int, int]
 Integers = Tensor | Sequence[int]
+Transposed = tuple[Tensor, Tensor, Tensor]  # indptr, indices and tile ids, of query blocks for each key block
 MAX_DENSE_PAIRS = 2**34  # to_dense() of more is refused unless asked for
 
 
@@ -91,49 +106,53 @@ class BlockMask:
 
     # Set on every instance, derived from the fields.
     _arrays: ClassVar[MaskArrays]
-    _transposed: ClassVar[dict[str, tuple[Tensor, Tensor, Tensor]]]  # shared by masks with the same lists
+    _kept: ClassVar[list[Transposed]]  # what transposed() returned, if kept; shared by masks with the same lists
 
     __iter__ = None  # indexing is by batch and head; to iterate over that would surprise
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_size", check_block_size(self.block_size))
-        check_mask(self)
+        check_mask(**self._fields())
         window = None if self.window is None or tuple(self.window) == (-1, -1) else tuple(self.window)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "window_offset", 0 if window is None else self.window_offset)
-        self._finish({})
+        self._finish([])
 
-    def _finish(self, transposed: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _finish(self, kept: list[Transposed]) -> None:
         left, right = self.window or (-1, -1)
         lists = (self.indptr, self.indices, self.tile_ids, self.tiles, None, None, None)
         shape = (self.batch, self.heads, *self.block_size)
         arrays = MaskArrays(*shape, *lists, left, right, self.window_offset, self.kv_lengths)
         object.__setattr__(self, "_arrays", arrays)
-        object.__setattr__(self, "_transposed", transposed)
+        object.__setattr__(self, "_kept", kept)
 
     @classmethod
-    def _trusted(cls, transposed: dict[str, Any] | None = None, **fields: Any) -> BlockMask:
-        """A mask of arrays that this package made: no checks. `transposed`: the cache of a mask with the same lists."""
+    def unchecked(cls, transposed: Transposed | None = None, **fields: Any) -> BlockMask:
+        """A mask of arrays that this package made, without checks; `transposed` is what `transposed()` shall return."""
+        return cls._made(fields, [] if transposed is None else [transposed])
+
+    @classmethod
+    def _made(cls, fields: dict[str, Any], kept: list[Transposed]) -> BlockMask:
         mask = object.__new__(cls)
         for name, default in FIELD_DEFAULTS:
             object.__setattr__(mask, name, fields.get(name, default))
-        mask._finish({} if transposed is None else transposed)
+        mask._finish(kept)
         return mask
 
     @classmethod
-    def _of_lists(cls, grid: Grid, lists: BlockLists) -> BlockMask:
-        return cls._trusted(
-            q_len=grid.q_len, kv_len=grid.kv_len, block_size=(grid.block_q, grid.block_k), **lists._asdict()
-        )
+    def from_lists(cls, grid: Grid, lists: BlockLists) -> BlockMask:
+        """The mask of lists that `lists.assemble` made: no window, no lengths, no checks."""
+        size = (grid.block_q, grid.block_k)
+        return cls.unchecked(q_len=grid.q_len, kv_len=grid.kv_len, block_size=size, **lists._asdict())
 
     def _replace(self, **fields: Any) -> BlockMask:
-        """Another window, other lengths: the lists and what is cached about them are shared."""
-        return self._trusted(self._transposed, **(self._fields() | fields))
+        """Another window, other lengths: the lists and what is kept about them are shared."""
+        return self._made(self._fields() | fields, self._kept)
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name, _ in FIELD_DEFAULTS}
 
-    # --- construction ------------------------------------------------------------------------------------------------
+    # --- construction ---
 
     @classmethod
     def from_csr(
@@ -172,7 +191,7 @@ class BlockMask:
                 raise MaskError(
                     f"bool tiles must be (n, {block_q}, {block_k}) for this block_size, got {tuple(tiles.shape)}"
                 )
-            tiles = mask_build.pack_bits(tiles)
+            tiles = pack_bits(tiles)
         columns = narrow(as_integers("indices", indices, device))
         ids = torch.full_like(columns, FULL) if tile_ids is None else narrow(as_integers("tile_ids", tile_ids, device))
         return cls(
@@ -224,8 +243,8 @@ class BlockMask:
             if mask.shape[dim] > 1 and mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)
         grid = Grid(q_len, kv_len, block_q, block_k)
-        lists = mask_build.static_lists if static else mask_build.dense_lists
-        return cls._of_lists(grid, lists(mask.expand(-1, -1, q_len, kv_len), grid))
+        lists = static_lists if static else dense_lists
+        return cls.from_lists(grid, lists(mask.expand(-1, -1, q_len, kv_len), grid))
 
     @classmethod
     def from_lengths(
@@ -266,19 +285,19 @@ class BlockMask:
         device = torch.device("cpu" if device is None else device)
         bits = None
         if within is None:
-            rows, cols = mask_build.all_blocks(grid, batch, heads, device)
+            rows, cols = all_blocks(grid, batch, heads, device)
         else:
             _matched(cls(q_len, kv_len), within)
-            listed = within.reblock((grid.block_q, grid.block_k)).explicit().to(device)
-            batch, heads = _broadcast("batch", batch, listed.batch), _broadcast("heads", heads, listed.heads)
-            given = mask_build.expand(listed._listed, grid.n_q, batch, heads)
-            rows, cols, bits = mask_build.entry_rows(given), given.indices.long(), (given.tile_ids, given.tiles)
+            listed = within.reblock((grid.block_q, grid.block_k)).to(device).explicit_lists()
+            batch, heads = broadcast_size("batch", batch, listed.batch), broadcast_size("heads", heads, listed.heads)
+            given = expand(listed, grid.n_q, batch, heads)
+            rows, cols, bits = entry_rows(given), given.indices.long(), (given.tile_ids, given.tiles)
         keys = None
         if shift_invariant:
             shifts = rows % max(grid.n_q, 1) * grid.block_q - cols * grid.block_k
             keys = (rows // max(grid.n_q, 1), shifts, grid.edge(rows, cols))
-        lists = mask_build.predicate_lists(visible, grid, batch, heads, rows, cols, keys=keys, within=bits)
-        return cls._of_lists(grid, lists)
+        lists = predicate_lists(visible, grid, batch, heads, rows, cols, keys=keys, within=bits)
+        return cls.from_lists(grid, lists)
 
     @classmethod
     def from_documents(cls, ids: Integers, *, block_size: BlockSize = (128, 128)) -> BlockMask:
@@ -292,7 +311,18 @@ class BlockMask:
             raise MaskError(f"document ids are (length,) or (batch, length), got {tuple(ids.shape)}")
         ids = ids if ids.dim() == 2 else ids[None]
         grid = Grid(ids.shape[1], ids.shape[1], *check_block_size(block_size))
-        return cls._of_lists(grid, mask_build.document_lists(ids, grid))
+        return cls.from_lists(grid, document_lists(ids, grid))
+
+    @classmethod
+    def from_arrays(cls, arrays: MaskArrays, *, q_len: int, kv_len: int) -> BlockMask:
+        """The mask that `arrays()` was taken from; unchecked, since only a mask makes such arrays."""
+        return cls.unchecked(
+            q_len=q_len,
+            kv_len=kv_len,
+            block_size=(arrays.block_q, arrays.block_k),
+            window=None if arrays.window_left == arrays.window_right == -1 else arrays[11:13],
+            **{name: getattr(arrays, name) for name in SHARED_FIELDS},
+        )
 
     @classmethod
     def from_flex(cls, block_mask: Any) -> BlockMask:
@@ -300,13 +330,13 @@ class BlockMask:
 
         The block size is kept when it is one of ours, else split into the largest of ours, or 128.
         """
-        return cls._of_lists(*mask_flex.from_flex(block_mask))
+        return cls.from_lists(*flex.from_flex(block_mask))
 
     def to_flex(self) -> Any:
         """The same mask as a torch.nn.attention.flex_attention.BlockMask with the same block size."""
-        return mask_flex.to_flex(self._grid, self._lists, self._interval, self.kv_lengths, self.explicit()._listed)
+        return flex.to_flex(self.grid, self.lists, self.interval, self.kv_lengths, self.explicit_lists())
 
-    # --- what it is --------------------------------------------------------------------------------------------------
+    # --- what it is ---
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -330,42 +360,45 @@ class BlockMask:
     def density(self) -> float:
         """Fraction of visible pairs, exact; 0 when there are no pairs."""
         pairs = math.prod(self.shape)
-        return mask_algebra.count_pairs(*self._parts) / pairs if pairs else 0.0
+        return algebra.count_pairs(*self.parts) / pairs if pairs else 0.0
 
     @property
     def block_density(self) -> float:
         """Fraction of blocks that a kernel visits: listed, and touched by window and length."""
-        blocks = self.shape[0] * self.heads * self._grid.n_q * self._grid.n_k
-        return mask_algebra.count_blocks(*self._parts) / blocks if blocks else 0.0
+        blocks = self.shape[0] * self.heads * self.grid.n_q * self.grid.n_k
+        return algebra.count_blocks(*self.parts) / blocks if blocks else 0.0
 
     @property
-    def _grid(self) -> Grid:
+    def grid(self) -> Grid:
+        """The blocks of the score matrix."""
         return Grid(self.q_len, self.kv_len, *self.block_size)
 
     @property
-    def _lists(self) -> BlockLists | None:
+    def lists(self) -> BlockLists | None:
+        """The list part; None when every block is listed."""
         return None if self.indptr is None else self._listed
 
     @property
     def _listed(self) -> BlockLists:
-        indptr, indices, tile_ids, tiles = self.indptr, self.indices, self.tile_ids, self.tiles
-        assert indptr is not None and indices is not None and tile_ids is not None and tiles is not None
-        return BlockLists(self.batch, self.heads, indptr, indices, tile_ids, tiles)
+        assert self.indptr is not None and self.indices is not None
+        assert self.tile_ids is not None and self.tiles is not None
+        return BlockLists(self.batch, self.heads, self.indptr, self.indices, self.tile_ids, self.tiles)
 
     @property
-    def _interval(self) -> Interval:
+    def interval(self) -> Interval:
+        """The window as (lowest, highest) j - i; None is unlimited."""
         left, right = self.window or (-1, -1)
         low = None if left < 0 else self.window_offset - left
         return (low, None if right < 0 else self.window_offset + right)
 
     @property
-    def _parts(self) -> tuple[Grid, BlockLists | None, Interval, Tensor]:
-        """What mask_algebra works on: grid, lists, interval of j - i, lengths int64 [1 | B]."""
+    def parts(self) -> tuple[Grid, BlockLists | None, Interval, Tensor]:
+        """What algebra.py works on: grid, lists, interval of j - i, lengths int64 [1 | B]."""
         lengths = self.kv_lengths
         lengths = torch.tensor([self.kv_len], device=self.device) if lengths is None else lengths.long()
-        return self._grid, self._lists, self._interval, lengths
+        return self.grid, self.lists, self.interval, lengths
 
-    # --- what a backend reads ----------------------------------------------------------------------------------------
+    # --- what a backend reads ---
 
     def arrays(self, transposed: bool = False) -> MaskArrays:
         """The mask as a backend reads it; `transposed` adds the lists of query blocks for each key block."""
@@ -374,21 +407,26 @@ class BlockMask:
         t_indptr, t_indices, t_tile_ids = self.transposed()
         return self._arrays._replace(t_indptr=t_indptr, t_indices=t_indices, t_tile_ids=t_tile_ids)
 
-    def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+    def transposed(self) -> Transposed:
         """The query blocks of each key block, for the backward: indptr, indices (ascending) and tile ids.
 
         Sorted once and kept. Call it before torch.compile or a CUDA-graph capture to keep the sort out of the graph.
         """
         if self.indptr is None:
             raise MaskError("a mask without lists has nothing to transpose: every block is listed")
-        kept = self._transposed.get("lists")
-        if kept is not None:
-            return kept
+        if self._kept:
+            return self._kept[0]
         if torch.compiler.is_compiling():
-            return mask_build.transpose(self._listed, self._grid)
+            return transpose(self._listed, self.grid)
         with torch.inference_mode(False):  # what is kept must serve training too
-            made = mask_build.transpose(self._listed, self._grid)
-        return self._transposed.setdefault("lists", made) if _outlasts_the_call(made[0]) else made
+            made = transpose(self._listed, self.grid)
+        if _outlasts_the_call(made[0]):
+            self._kept[:] = [made]
+        return made
+
+    def keep_transposed(self) -> None:
+        """Keep what `transposed` returns, also while something is being traced, when it keeps nothing by itself."""
+        self._kept[:] = [self.transposed()]
 
     def to_dense(self, *, max_pairs: int = MAX_DENSE_PAIRS) -> Tensor:
         """bool (batch, heads, q_len, kv_len) with window and lengths; batch and heads of 1 broadcast.
@@ -399,13 +437,17 @@ class BlockMask:
         pairs = math.prod(self.shape)
         if pairs > max_pairs:
             raise MaskError(f"to_dense() of {self.shape} takes {pairs} bytes; pass max_pairs={pairs} if that is meant")
-        return mask_algebra.draw(*self._parts)
+        return algebra.draw(*self.parts)
 
     def explicit(self) -> BlockMask:
         """The same pairs as lists alone, in canonical form: no empty block, full ones marked, equal tiles once."""
-        return self._of_lists(self._grid, mask_algebra.explicit(*self._parts))
+        return self.from_lists(self.grid, self.explicit_lists())
 
-    # --- further restrictions ----------------------------------------------------------------------------------------
+    def explicit_lists(self) -> BlockLists:
+        """The lists of `explicit()`."""
+        return algebra.explicit(*self.parts)
+
+    # --- further restrictions ---
 
     def with_window(self, window: tuple[int, int], *, alignment: str | None = None) -> BlockMask:
         """Only the pairs that a window (left, right) allows too; -1 is unlimited.
@@ -435,15 +477,15 @@ class BlockMask:
                 f"with {self.q_len} queries and {self.kv_len} keys a window is ambiguous; say alignment='top_left' "
                 "(query 0 around key 0) or 'bottom_right' (the last query around the last key)"
             )
-        return self.kv_len - self.q_len if alignment == "bottom_right" else 0
+        return alignment_offset(alignment, self.q_len, self.kv_len)
 
-    # --- algebra -----------------------------------------------------------------------------------------------------
+    # --- algebra ---
 
     def __and__(self, other: BlockMask) -> BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
         a, b = _matched(self, other)
-        interval = mask_algebra.intersect(a._interval, b._interval)
+        interval = algebra.intersect(a.interval, b.interval)
         if interval is None:
             return ~BlockMask(a.q_len, a.kv_len, a.block_size).to(a.device or b.device)
         lengths = a.kv_lengths if b.kv_lengths is None else b.kv_lengths
@@ -453,39 +495,38 @@ class BlockMask:
         if a.indptr is None or b.indptr is None:
             listed = b if a.indptr is None else a
         else:
-            listed = self._of_lists(a._grid, mask_algebra.merge(a._grid, a._listed, b._listed, torch.bitwise_and))
+            listed = self.from_lists(a.grid, algebra.merge(a.grid, a._listed, b._listed, torch.bitwise_and))
         if lengths is not None and listed.batch != 1:
             lengths = lengths.expand(listed.batch).contiguous()
-        return listed._replace(**_window_fields(interval, offset), kv_lengths=lengths)
+        return listed._replace(**window_fields(interval, offset), kv_lengths=lengths)
 
     def __or__(self, other: BlockMask) -> BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
         a, b = _matched(self, other)
         if _same(a.kv_lengths, b.kv_lengths):
-            if a._interval == b._interval and (a.indptr is None or b.indptr is None):
+            if a.interval == b.interval and (a.indptr is None or b.indptr is None):
                 return a if a.indptr is None else b
-            interval = mask_algebra.unite(a._interval, b._interval)
+            interval = algebra.unite(a.interval, b.interval)
             if interval is not None and all(map(_same, a._arrays[:8], b._arrays[:8])):
-                return a._replace(**_window_fields(interval, a.window_offset))
-            if a._interval == b._interval:
-                lists = mask_algebra.merge(a._grid, a._listed, b._listed, torch.bitwise_or)
-                return self._of_lists(a._grid, lists)._replace(
+                return a._replace(**window_fields(interval, a.window_offset))
+            if a.interval == b.interval:
+                lists = algebra.merge(a.grid, a._listed, b._listed, torch.bitwise_or)
+                return self.from_lists(a.grid, lists)._replace(
                     window=a.window, window_offset=a.window_offset, kv_lengths=a.kv_lengths
                 )
         device = a.device or b.device
-        listed_a, listed_b = (mask_algebra.explicit(*x.to(device)._parts) for x in (a, b))
-        return self._of_lists(a._grid, mask_algebra.merge(a._grid, listed_a, listed_b, torch.bitwise_or))
+        listed_a, listed_b = (x.to(device).explicit_lists() for x in (a, b))
+        return self.from_lists(a.grid, algebra.merge(a.grid, listed_a, listed_b, torch.bitwise_or))
 
     def __invert__(self) -> BlockMask:
-        low, high = self._interval
+        low, high = self.interval
         if self.indptr is None and self.kv_lengths is None:  # half-planes turn into each other
             if low is None and high is not None:
-                return self._replace(**_window_fields((high + 1, None), self.window_offset))
+                return self._replace(**window_fields((high + 1, None), self.window_offset))
             if low is not None and high is None:
-                return self._replace(**_window_fields((None, low - 1), self.window_offset))
-        lists = mask_algebra.explicit(*self._parts)
-        return self._of_lists(self._grid, mask_algebra.complement(self._grid, lists))
+                return self._replace(**window_fields((None, low - 1), self.window_offset))
+        return self.from_lists(self.grid, algebra.complement(self.grid, self.explicit_lists()))
 
     def reblock(self, block_size: BlockSize) -> BlockMask:
         """The same mask in blocks of another size."""
@@ -495,13 +536,12 @@ class BlockMask:
         if self.indptr is None:
             return self._replace(block_size=(block_q, block_k))
         grid = Grid(self.q_len, self.kv_len, block_q, block_k)
-        mask = self._of_lists(grid, mask_algebra.reblock(self._grid, self._listed, grid))
+        mask = self.from_lists(grid, algebra.reblock(self.grid, self._listed, grid))
         return mask._replace(window=self.window, window_offset=self.window_offset, kv_lengths=self.kv_lengths)
 
     def swapped(self) -> BlockMask:
         """The mask with queries and keys in each other's place: pair (j, i) for pair (i, j)."""
-        grid, lists = self._grid, mask_algebra.explicit(*self._parts)
-        return self._of_lists(grid.swapped(), mask_build.swap(lists, grid))
+        return self.from_lists(self.grid.swapped(), swap(self.explicit_lists(), self.grid))
 
     def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> BlockMask:
         """mask[b], mask[b, h] with ints or slices. An int keeps its dimension, with size 1."""
@@ -509,7 +549,7 @@ class BlockMask:
         if len(index) > 2:
             raise MaskError(f"a mask is sliced by batch and head, mask[b, h]; got {len(index)} indices")
         batches, heads = (
-            _chosen(name, size, i)
+            positions_of(name, size, i)
             for name, size, i in zip(("batch", "head"), self.shape[:2], (*index, slice(None))[:2], strict=True)
         )
         fields: dict[str, Any] = {}
@@ -523,8 +563,8 @@ class BlockMask:
             return self._replace(**fields)
         rows = torch.arange(self.indptr.numel() - 1, device=self.device).view(self.batch, self.heads, -1)
         rows = rows[batches][:, heads].reshape(-1)
-        lists = mask_build.take_rows(self._listed, rows, len(batches), len(heads))
-        return self._of_lists(self._grid, lists)._replace(
+        lists = take_rows(self._listed, rows, len(batches), len(heads))
+        return self.from_lists(self.grid, lists)._replace(
             window=self.window, window_offset=self.window_offset, **fields
         )
 
@@ -534,9 +574,9 @@ class BlockMask:
             return self
         fields = self._fields()
         moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
-        return self._trusted(None, **(fields | moved))
+        return self.unchecked(**(fields | moved))
 
-    # --- identity ----------------------------------------------------------------------------------------------------
+    # --- identity ---
 
     def __eq__(self, other: object) -> bool:
         """The same representation: sizes, lists, window and lengths. `equivalent` compares the visible pairs."""
@@ -555,25 +595,36 @@ class BlockMask:
             return False
         a, b = _matched(self, other)
         batch, heads = (
-            _broadcast(name, x, y) for name, x, y in zip(("batch", "heads"), a.shape, b.shape, strict=False)
+            broadcast_size(name, x, y) for name, x, y in zip(("batch", "heads"), a.shape, b.shape, strict=False)
         )
         device = a.device or b.device
-        expanded = (
-            mask_build.expand(mask_algebra.explicit(*x.to(device)._parts), a._grid.n_q, batch, heads) for x in (a, b)
-        )
+        expanded = (expand(x.to(device).explicit_lists(), a.grid.n_q, batch, heads) for x in (a, b))
         return all(map(_same, *expanded))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self._fields())
 
-    # --- pictures ----------------------------------------------------------------------------------------------------
+    # --- pictures ---
 
     def __repr__(self) -> str:
-        return mask_picture.describe(self)
+        facts = [f"shape={self.shape}", f"block_size={self.block_size}"]
+        if self.indices is not None and self.tiles is not None:
+            facts.append(f"blocks={self.indices.shape[0]}, tiles={self.tiles.shape[0]}")
+        if self.window is not None:
+            facts.append(f"window={self.window}" + (f" offset {self.window_offset}" if self.window_offset else ""))
+        if self.kv_lengths is not None:
+            facts.append(f"kv_lengths=[{self.kv_lengths.shape[0]}]")
+        if self.device is not None and (self.device.type == "meta" or torch.compiler.is_compiling()):
+            return f"BlockMask({', '.join(facts)})"
+        text = f"BlockMask({', '.join(facts)}, density={self.density:.4g}, {self.nbytes} bytes)"
+        return text if 0 in self.shape else f"{text}\n{picture.draw(*self[:1, :1].parts)}"
 
     def plot(self, ax: Any = None, *, batch: int = 0, head: int = 0) -> Any:
         """Draw the visible pairs of one batch element and head with matplotlib; returns the axes."""
-        return mask_picture.plot(self, ax, batch, head)
+        if 0 in self.shape:
+            raise MaskError(f"a mask of shape {self.shape} has nothing to plot")
+        drawn = self[batch, head]
+        return picture.plot(ax, f"{self.q_len} x {self.kv_len}, density {drawn.density:.3g}", *drawn.parts)
 
 
 def _outlasts_the_call(tensor: Tensor) -> bool:
@@ -589,8 +640,8 @@ def _matched(a: BlockMask, b: BlockMask) -> tuple[BlockMask, BlockMask]:
     """Two masks with one block size, checked to be about the same pairs."""
     if (a.q_len, a.kv_len) != (b.q_len, b.kv_len):
         raise MaskError(f"masks of {a.q_len} x {a.kv_len} and {b.q_len} x {b.kv_len} pairs cannot be combined")
-    _broadcast("batch", a.shape[0], b.shape[0])
-    _broadcast("heads", a.heads, b.heads)
+    broadcast_size("batch", a.shape[0], b.shape[0])
+    broadcast_size("heads", a.heads, b.heads)
     if a.device is not None and b.device is not None and a.device != b.device:
         raise MaskError(f"the masks are on {a.device} and {b.device}; move one with .to(device)")
     if a.indptr is None or b.indptr is None:  # the one with lists decides
@@ -600,42 +651,12 @@ def _matched(a: BlockMask, b: BlockMask) -> tuple[BlockMask, BlockMask]:
     return a.reblock(size), b.reblock(size)
 
 
-def _broadcast(name: str, a: int, b: int) -> int:
-    if a != b and 1 not in (a, b):
-        raise MaskError(f"{name} sizes {a} and {b} do not broadcast")
-    return b if a == 1 else a
-
-
-def _window_fields(interval: Interval, offset: int) -> dict[str, Any]:
-    """An interval of j - i as window and window_offset, with the given offset where it lies inside."""
-    low, high = interval
-    if low is None and high is None:
-        return {"window": None, "window_offset": 0}
-    offset = offset if low is None else max(offset, low)
-    offset = offset if high is None else min(offset, high)
-    return {
-        "window": (-1 if low is None else offset - low, -1 if high is None else high - offset),
-        "window_offset": offset,
-    }
-
-
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.device == b.device and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     return type(a) is type(b) and a == b
 
 
-def _chosen(name: str, size: int, index: int | slice) -> list[int]:
-    """The positions that an int or a slice names."""
-    if isinstance(index, slice):
-        return list(range(size))[index]
-    if not is_int(index):
-        raise MaskError(f"a mask is indexed with ints and slices, got {type(index).__name__}")
-    if not -size <= index < size:
-        note = "; the mask is the same for all of them, leave this index out" if size == 1 else ""
-        raise MaskError(f"{name} {index} of a mask with {size}{note}")
-    return [index % size]
-
-
 # Read once: torch.compile cannot trace dataclasses.fields of a class.
+SHARED_FIELDS = tuple(name for name in MaskArrays._fields if name in BlockMask.__dataclass_fields__)
 FIELD_DEFAULTS = tuple((field.name, field.default) for field in dataclasses.fields(BlockMask))

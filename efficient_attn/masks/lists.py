@@ -76,7 +76,7 @@ class Grid(NamedTuple):
         return pack_bits(tall[:, None, :, None] & wide[None, :, None, :]).flatten(0, 1)
 
 
-# --- bits ------------------------------------------------------------------------------------------------------------
+# --- bits ---
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def rows_at_a_time(rows: Tensor) -> int:
     return max(1, 65536 // max(rows.shape[1], 1))
 
 
-# --- classes ---------------------------------------------------------------------------------------------------------
+# --- classes ---
 
 
 def by_first_appearance(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def unique_keys(keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return by_first_appearance(label)
 
 
-# --- lists -----------------------------------------------------------------------------------------------------------
+# --- lists ---
 
 
 def entry_rows(lists: BlockLists) -> Tensor:
@@ -282,7 +282,7 @@ def build(
     return assemble(grid, batch, heads, rows, cols, classes, torch.cat([empty, *chunks]))
 
 
-# --- builders --------------------------------------------------------------------------------------------------------
+# --- builders ---
 
 
 def dense_lists(mask: Tensor, grid: Grid) -> BlockLists:

@@ -6,58 +6,67 @@ A kernel may then trust a mask: an index in range, no block twice, no bit beyond
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import MaskError
-from .lists import FULL, Grid, entry_rows
-
-if TYPE_CHECKING:
-    from .block_mask import BlockMask
+from .lists import FULL, BlockLists, Grid, entry_rows
 
 MAX_LENGTH = 2**31 - 256  # lengths and block indices are int32, also when rounded up to a block
-ALIGNMENTS = ("top_left", "bottom_right")  # of a window when q_len != kv_len
 LIST_DTYPES = {"indptr": torch.int64, "indices": torch.int32, "tile_ids": torch.int32, "tiles": torch.uint8}
 
 
-def check_mask(mask: BlockMask) -> None:
+def check_mask(
+    q_len: Any,
+    kv_len: Any,
+    block_size: Any,
+    batch: Any,
+    heads: Any,
+    indptr: Any,
+    indices: Any,
+    tile_ids: Any,
+    tiles: Any,
+    window: Any,
+    window_offset: Any,
+    kv_lengths: Any,
+) -> None:
     """Raise MaskError unless every field is as documented. Synchronises once, and once more for ragged tiles."""
-    check_sizes(mask.q_len, mask.kv_len, mask.batch, mask.heads)
-    check_block_size(mask.block_size)
-    _check_window(mask.window, mask.window_offset)
-    lists = {name: getattr(mask, name) for name in LIST_DTYPES}
-    given = [name for name, tensor in lists.items() if tensor is not None]
-    if given and len(given) < len(lists):
+    check_sizes(q_len, kv_len, batch, heads)
+    grid = Grid(q_len, kv_len, *check_block_size(block_size))
+    _check_window(window, window_offset)
+    arrays = {"indptr": indptr, "indices": indices, "tile_ids": tile_ids, "tiles": tiles}
+    given = [name for name, tensor in arrays.items() if tensor is not None]
+    if given and len(given) < len(arrays):
         raise MaskError(f"indptr, indices, tile_ids and tiles come together or not at all; got only {', '.join(given)}")
     for name in given:
-        check_tensor(name, lists[name], LIST_DTYPES[name], 3 if name == "tiles" else 1)
-    if mask.kv_lengths is not None:
-        check_tensor("kv_lengths", mask.kv_lengths, torch.int32, 1)
-        if mask.batch not in (1, mask.kv_lengths.numel()):
-            raise MaskError(f"kv_lengths has {mask.kv_lengths.numel()} entries for a batch of {mask.batch}")
-    elif not given and (mask.batch, mask.heads) != (1, 1):
+        check_tensor(name, arrays[name], LIST_DTYPES[name], 3 if name == "tiles" else 1)
+    if kv_lengths is not None:
+        check_tensor("kv_lengths", kv_lengths, torch.int32, 1)
+        if batch not in (1, kv_lengths.numel()):
+            raise MaskError(f"kv_lengths has {kv_lengths.numel()} entries for a batch of {batch}")
+    elif not given and (batch, heads) != (1, 1):
         raise MaskError("a mask without lists or kv_lengths is the same for every batch element and head; leave both 1")
-    devices = {tensor.device for tensor in (*lists.values(), mask.kv_lengths) if tensor is not None}
+    devices = {tensor.device for tensor in (*arrays.values(), kv_lengths) if tensor is not None}
     if len(devices) > 1:
         raise MaskError(f"all tensors of a mask must be on one device; got {sorted(map(str, devices))}")
-    grid = Grid(mask.q_len, mask.kv_len, *mask.block_size)
-    if given:
-        _check_list_shapes(mask, grid)
+    lists = BlockLists(batch, heads, **arrays) if given else None
+    if lists is not None:
+        _check_list_shapes(lists, grid)
     if torch.compiler.is_compiling():
         return  # values cannot be looked at while tracing
-    rules = _list_rules(mask, grid) if given else []
-    if mask.kv_lengths is not None and mask.kv_lengths.numel():
-        outside = (mask.kv_lengths < 0) | (mask.kv_lengths > mask.kv_len)
-        rules.append((outside.any(), f"kv_lengths must lie in 0..{mask.kv_len} (kv_len)"))
+    rules = [] if lists is None else _list_rules(lists, grid)
+    if kv_lengths is not None and kv_lengths.numel():
+        outside = (kv_lengths < 0) | (kv_lengths > kv_len)
+        rules.append((outside.any(), f"kv_lengths must lie in 0..{kv_len} (kv_len)"))
     if rules:
         broken = torch.stack([violated for violated, _ in rules]).tolist()
         texts = [text for hit, (_, text) in zip(broken, rules, strict=True) if hit]
         if texts:
             raise MaskError(texts[0])
-    if given:
-        _check_bits(mask, grid)
+    if lists is not None:
+        _check_bits(lists, grid)
 
 
 def check_sizes(q_len: Any, kv_len: Any, batch: Any = 1, heads: Any = 1) -> None:
@@ -101,6 +110,25 @@ def narrow(tensor: Tensor) -> Tensor:
     return tensor.clamp(-(2**31), 2**31 - 1).int()
 
 
+def broadcast_size(name: str, a: int, b: int) -> int:
+    """The common size of a broadcast dimension."""
+    if a != b and 1 not in (a, b):
+        raise MaskError(f"{name} sizes {a} and {b} do not broadcast")
+    return b if a == 1 else a
+
+
+def positions_of(name: str, size: int, index: int | slice) -> list[int]:
+    """The positions that an int or a slice names."""
+    if isinstance(index, slice):
+        return list(range(size))[index]
+    if not is_int(index):
+        raise MaskError(f"a mask is indexed with ints and slices, got {type(index).__name__}")
+    if not -size <= index < size:
+        note = "; the mask is the same for all of them, leave this index out" if size == 1 else ""
+        raise MaskError(f"{name} {index} of a mask with {size}{note}")
+    return [index % size]
+
+
 def check_tensor(name: str, tensor: Any, dtype: torch.dtype, dims: int) -> None:
     """One field of the lists has the documented type and number of dimensions."""
     if not isinstance(tensor, Tensor):
@@ -117,32 +145,30 @@ def _check_window(window: Any, offset: Any) -> None:
         raise MaskError(f"window_offset must be an int, got {offset!r}")
 
 
-def _check_list_shapes(mask: BlockMask, grid: Grid) -> None:
-    assert mask.indptr is not None and mask.indices is not None and mask.tile_ids is not None and mask.tiles is not None
-    rows = mask.batch * mask.heads * grid.n_q
-    if mask.indptr.numel() != rows + 1:
+def _check_list_shapes(lists: BlockLists, grid: Grid) -> None:
+    rows = lists.batch * lists.heads * grid.n_q
+    if lists.indptr.numel() != rows + 1:
         raise MaskError(
-            f"indptr must have batch * heads * query blocks + 1 = {mask.batch} * {mask.heads} * {grid.n_q} + 1 "
-            f"entries, got {mask.indptr.numel()}"
+            f"indptr must have batch * heads * query blocks + 1 = {lists.batch} * {lists.heads} * {grid.n_q} + 1 "
+            f"entries, got {lists.indptr.numel()}"
         )
-    if mask.tile_ids.numel() != mask.indices.numel():
+    if lists.tile_ids.numel() != lists.indices.numel():
         raise MaskError(
-            f"tile_ids needs one entry for each of {mask.indices.numel()} indices, got {mask.tile_ids.numel()}"
+            f"tile_ids needs one entry for each of {lists.indices.numel()} indices, got {lists.tile_ids.numel()}"
         )
     expected = (grid.block_q, grid.block_k // 8)
-    if tuple(mask.tiles.shape[1:]) != expected:
+    if tuple(lists.tiles.shape[1:]) != expected:
         raise MaskError(
-            f"tiles must be (n, {expected[0]}, {expected[1]}) for this block_size, got {tuple(mask.tiles.shape)}"
+            f"tiles must be (n, {expected[0]}, {expected[1]}) for this block_size, got {tuple(lists.tiles.shape)}"
         )
     for name in LIST_DTYPES:
-        if not getattr(mask, name).is_contiguous():
+        if not getattr(lists, name).is_contiguous():
             raise MaskError(f"{name} must be contiguous")
 
 
-def _list_rules(mask: BlockMask, grid: Grid) -> list[tuple[Tensor, str]]:
+def _list_rules(lists: BlockLists, grid: Grid) -> list[tuple[Tensor, str]]:
     """(is it broken, what it says), the first broken one is the one to report."""
-    assert mask.indptr is not None and mask.indices is not None and mask.tile_ids is not None and mask.tiles is not None
-    indptr, indices, nnz = mask.indptr, mask.indices, mask.indices.numel()
+    indptr, indices, nnz, n_tiles = lists.indptr, lists.indices, lists.indices.numel(), lists.tiles.shape[0]
     rules = [
         (indptr[0] != 0, "indptr must start with 0"),
         ((indptr.diff() < 0).any(), "indptr must never decrease"),
@@ -153,21 +179,23 @@ def _list_rules(mask: BlockMask, grid: Grid) -> list[tuple[Tensor, str]]:
         same_row[indptr.clamp(0, nnz)] = False
         step = indices.diff()
         outside = (indices < 0) | (indices >= grid.n_k)
-        bad_tile = (mask.tile_ids < FULL) | (mask.tile_ids >= mask.tiles.shape[0])
+        bad_tile = (lists.tile_ids < FULL) | (lists.tile_ids >= n_tiles)
         rules += [
             (outside.any(), f"indices must lie in 0..{grid.n_k - 1}: there are {grid.n_k} key blocks"),
             (((step == 0) & same_row[1:nnz]).any(), "indices hold the same key block twice in one row"),
             (((step < 0) & same_row[1:nnz]).any(), "indices must ascend within each row; sort them"),
-            (bad_tile.any(), f"tile_ids must be -1 (full) or lie in 0..{mask.tiles.shape[0] - 1}, an index into tiles"),
+            (
+                bad_tile.any(),
+                f"tile_ids must be -1 (full) or lie in 0..{n_tiles - 1}, an index into tiles",
+            ),
         ]
     return rules
 
 
-def _check_bits(mask: BlockMask, grid: Grid) -> None:
+def _check_bits(lists: BlockLists, grid: Grid) -> None:
     """No tile of a ragged last block has bits beyond the sequences."""
-    if mask.q_len % grid.block_q == 0 and mask.kv_len % grid.block_k == 0:
+    if grid.q_len % grid.block_q == 0 and grid.kv_len % grid.block_k == 0:
         return
-    lists = mask._listed
     partial = lists.tile_ids >= 0
     edges = grid.edge(entry_rows(lists)[partial], lists.indices[partial].long())
     users = torch.zeros(4, lists.tiles.shape[0], dtype=torch.bool, device=lists.tiles.device)
@@ -179,6 +207,6 @@ def _check_bits(mask: BlockMask, grid: Grid) -> None:
         beyond |= ((used & ~full_bits[edge]) != 0).any()
     if beyond:
         raise MaskError(
-            f"a tile of a last block has bits beyond q_len={mask.q_len} or kv_len={mask.kv_len}; clear them "
+            f"a tile of a last block has bits beyond q_len={grid.q_len} or kv_len={grid.kv_len}; clear them "
             "(BlockMask.from_dense and from_predicate do)"
         )

@@ -1,86 +1,72 @@
-"""The attention methods that a user names: a spec like "bigbird:block=64", an object like `BigBird(block=64)`, or JSON.
+"""The attention methods that a user names: a spec like "nystrom:landmarks=64", an object like `Nystrom(64)`, or JSON.
 
-base.py: what a method is, and text to method and back; sparse.py: patterns; buckets.py: those that sort tokens;
-lowrank.py: those with fewer columns; hybrid.py: a sparse method + a tail.
+base.py: what a method is; spec.py: text and JSON to method and back; sparse.py: the method of a pattern, and buckets.py
+how it sorts tokens; linear.py, linformer.py, nystrom.py, performer.py: a low-rank method each, with its maths and its
+parameters; lowrank.py: what they share; oracle.py: what a rank can do at best; hybrid/: a pattern + a tail.
 """
 
-from .base import METHODS, Method, from_json, methods_table, parse, register
-from .sparse import (
-    Axial,
-    BigBird,
-    Causal,
-    Combined,
-    DeepSpeedBigBird,
-    DeepSpeedBSLongformer,
-    DeepSpeedFixed,
-    DeepSpeedLocalSlidingWindow,
-    DeepSpeedVariable,
-    Dense,
-    Dilated,
-    Documents,
-    Fixed,
-    Longformer,
-    Neighborhood,
-    PerHead,
-    PrefixLM,
-    SlidingWindow,
-    SparseMethod,
-    Strided,
-    TopKBlocks,
-    TopPBlocks,
+from ..options import register
+from .base import METHODS, TAILS, Method
+from .sparse import DENSE, Sparse
+from .spec import from_json, methods_table, parse
+
+# The table of methods has the order in which they register.
+# isort: split
+from .linear import Linear, elu_attention, elu_weights, linear_attention, linear_attention_weights
+from .linformer import Linformer, LinformerState, linformer_attention, linformer_weights
+from .lowrank import LowRankMethod
+from .nystrom import Nystrom, NystromState, iterative_pinv, nystrom_attention, nystrom_weights, segment_means
+from .oracle import LowRankOracle, truncated_svd_attention
+from .performer import (
+    Performer,
+    PerformerState,
+    performer_attention,
+    performer_features,
+    performer_weights,
+    random_projection,
 )
-
-# Sparse before low-rank: the table of methods has the order in which they register.
-# isort: split
-from .buckets import LSH, BucketMethod, SortedBuckets
-
-# isort: split
-from .lowrank import Linear, Linformer, LowRankMethod, Nystrom, Performer
 
 # isort: split
 from .hybrid import CentroidTail, Hybrid, NystromTail, PerformerTail, Tail, branch_share
 
 __all__ = [
-    "LSH",
+    "DENSE",
     "METHODS",
-    "Axial",
-    "BigBird",
-    "BucketMethod",
-    "Causal",
+    "TAILS",
     "CentroidTail",
-    "Combined",
-    "DeepSpeedBSLongformer",
-    "DeepSpeedBigBird",
-    "DeepSpeedFixed",
-    "DeepSpeedLocalSlidingWindow",
-    "DeepSpeedVariable",
-    "Dense",
-    "Dilated",
-    "Documents",
-    "Fixed",
     "Hybrid",
     "Linear",
     "Linformer",
-    "Longformer",
+    "LinformerState",
     "LowRankMethod",
+    "LowRankOracle",
     "Method",
-    "Neighborhood",
     "Nystrom",
+    "NystromState",
     "NystromTail",
-    "PerHead",
     "Performer",
+    "PerformerState",
     "PerformerTail",
-    "PrefixLM",
-    "SlidingWindow",
-    "SortedBuckets",
-    "SparseMethod",
-    "Strided",
+    "Sparse",
     "Tail",
-    "TopKBlocks",
-    "TopPBlocks",
     "branch_share",
+    "elu_attention",
+    "elu_weights",
     "from_json",
+    "iterative_pinv",
+    "linear_attention",
+    "linear_attention_weights",
+    "linformer_attention",
+    "linformer_weights",
     "methods_table",
+    "nystrom_attention",
+    "nystrom_weights",
     "parse",
+    "performer_attention",
+    "performer_features",
+    "performer_weights",
+    "random_projection",
     "register",
+    "segment_means",
+    "truncated_svd_attention",
 ]

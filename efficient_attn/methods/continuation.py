@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..masks import BlockMask
+from ..patterns import Pattern
 from .base import Method
 from .hybrid import Hybrid
-from .sparse import Dense, SparseMethod
+from .sparse import DENSE, Sparse
 
 
 def continuation(
@@ -36,23 +37,29 @@ def continuation(
             f"{method} cannot continue a cached sequence ({q_len} queries, {kv_len} keys); call "
             "generate(use_cache=False)"
         )
-    if not isinstance(method, SparseMethod) or isinstance(method, Dense) or method.by_content:
+    if not isinstance(method, Sparse) or not goes_by_positions(method):
         return method, None
     if torch.compiler.is_compiling():
         raise UnsupportedError(f"torch.compile cannot place {method} in a cached sequence; compile dense, or no cache")
-    heads = num_heads if method._heads_differ else 1
-    return Dense(), _rows(method, q_len, kv_len, first, offset, heads, str(device))
+    heads = num_heads if method.pattern._heads_differ else 1
+    return DENSE, _rows(method.pattern, q_len, kv_len, first, offset, heads, str(device))
+
+
+def goes_by_positions(method: Method) -> bool:
+    """Whether the method is or holds a pattern of positions in one sequence, which queries of another do not have."""
+    sparse = method.sparse if isinstance(method, Hybrid) else method
+    return isinstance(sparse, Sparse) and not sparse.is_dense and not sparse.pattern.by_content
 
 
 @functools.lru_cache(maxsize=16)  # the layers of a model ask for the same few in turn
-def _rows(method: SparseMethod, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
+def _rows(pattern: Pattern, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
     """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on."""
     length = offset + kv_len
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = method.visible(i + first, j + offset, length, length, 0)
+        seen = pattern.visible(i + first, j + offset, length, length, 0)
         for head in range(1, heads):
-            seen = torch.where(h == head, method.visible(i + first, j + offset, length, length, head), seen)
+            seen = torch.where(h == head, pattern.visible(i + first, j + offset, length, length, head), seen)
         return seen
 
     with torch.inference_mode(False):

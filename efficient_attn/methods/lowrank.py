@@ -1,25 +1,47 @@
-"""Low-rank methods: those of `efficient_attn.lowrank`, with their parameters as modules."""
+"""What the low-rank methods share: Linformer, Nystrom, Performer and linear attention, each exact to its paper.
+
+They are built from the two primitives, exact attention and linear attention, so every backend, dtype and gradient of
+these serves them. Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D and Dv head dims,
+G = Hq / Hkv. Each function has a companion `*_weights` that writes the implied weights out: n x n, on request only.
+
+`key_mask` is bool (B, Nk), True = attend; what a masked key holds, NaN included, has no influence. Where weights are
+never formed, dropout drops whole keys: w_ij becomes w_ij keep_j / (1 - p), with one keep_j for every query of a head.
+Each weight is then dropped with probability p as usual, and the expectation is the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import lowrank
-from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import resolve_seed
+from ..backends.reference.attention import dropout_keep
+from ..errors import InputError, UnsupportedError
+from ..functional import check_dropout, resolve_seed
 from ..masks import BlockMask
-from .base import Method, check_choice, check_range, register
+from .base import Method
 
 
 class LowRankMethod(Method):
-    """A method of `lowrank`: it knows padding, causality where it accepts that, no masks of pairs and no bias."""
+    """A method that forms no scores of pairs: it knows padding, for some causality, but no masks of pairs and no bias.
 
-    needs_state: ClassVar[bool] = True
+    A subclass names its function of (query, key, value) and the companion of (query, key) that writes the weights out;
+    `_options` says what both are given beside the arguments of a call.
+    """
+
+    _attention: ClassVar[Callable[..., Tensor]]
+    _weights: ClassVar[Callable[..., Tensor]]
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether `attend` needs what `build` returns."""
+        return True
+
+    def _options(self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Mapping[str, Any]:
+        """The keywords that come from this method and its state; called once in a forward."""
+        raise NotImplementedError
 
     def attend(
         self,
@@ -46,344 +68,44 @@ class LowRankMethod(Method):
                     + (", causality as is_causal=True" if self.accepts_causal else "")
                     + ", or use dense or a sparse method"
                 )
-        if is_causal and not self.accepts_causal:
-            raise UnsupportedError(
-                f"{self} cannot be causal: it mixes positions before it compares them. Use performer, linear or a "
-                "sparse method"
-            )
-        if self.needs_state and state is None:
-            raise InputError(f"{self} needs state: pass what build(embed_dim, num_heads, head_dim) returned")
         keywords: dict[str, Any] = {"key_mask": key_mask, "scale": scale, "dropout_p": dropout_p}
         keywords["dropout_seed"] = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
         if self.accepts_causal:
             keywords |= {"is_causal": is_causal, "causal_alignment": causal_alignment}
-        form, weigh = self.functions(state, query, key, key_mask)
-        out = form(query, key, value, backend=backend, **keywords)
-        return out, weigh(query, key, **keywords) if need_weights else None
-
-    def functions(
-        self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None
-    ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """The function of `lowrank` and its companion for weights, with this method's options filled in."""
-        raise NotImplementedError
-
-
-@register
-@dataclass(frozen=True)
-class Linformer(LowRankMethod):
-    """Keys and values mixed down to `rank` by learned matrices (see `lowrank.linformer_attention`).
-
-    Fields:
-        rank: r, the number of mixtures.
-        max_len: the longest sequence of keys.
-        share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "layerwise": that one
-            for all layers too (`replace_attention` shares it); "none": own E and F for each head.
-        init: "pool" starts as means over max_len / rank consecutive positions: attention at a lower resolution;
-            "normal" as random mixtures of N(0, 1 / max_len), which keep the scale of the keys.
-        seed: of "normal".
-    """
-
-    name = "linformer"
-    formula = "softmax(Q(EK)^T)(FV), E and F learned"
-    paper = "Wang et al. 2020"
-    complexity = "n r d"
-
-    rank: int = 64
-    max_len: int = 512
-    share: str = "headwise"
-    init: str = "pool"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_range(self, "rank", 1)
-        check_range(self, "max_len", 1)
-        check_range(self, "seed", 0, 2**62)
-        check_choice(self, "share", ("headwise", "kv", "layerwise", "none"))
-        check_choice(self, "init", ("pool", "normal"))
-        if self.rank > self.max_len:
-            raise InputError(
-                f"linformer: rank={self.rank} exceeds max_len={self.max_len}; lower the rank or raise max_len"
-            )
-
-    @property
-    def shares_state(self) -> bool:
-        return self.share == "layerwise"
-
-    def build(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> nn.Module:
-        return LinformerState(self, num_heads, device=device, dtype=dtype)
-
-    def functions(
-        self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None
-    ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        def form(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.linformer_attention(query, key, value, state.key_projection, state.value(), **keywords)
-
-        def weigh(query: Tensor, key: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.linformer_weights(query, key, state.key_projection, state.value(), **keywords)
-
-        return form, weigh
-
-
-@register
-@dataclass(frozen=True)
-class Nystrom(LowRankMethod):
-    """The softmax matrix interpolated from landmarks (see `lowrank.nystrom_attention`).
-
-    In self-attention (Nq = Nk) the key mask also says which queries shape the landmarks.
-
-    Fields:
-        landmarks: m.
-        pinv_iterations: steps of the pseudo-inverse.
-        conv: width of the depthwise convolution of the values, odd; 0 is none. The filters are learned, from zero.
-    """
-
-    name = "nystrom"
-    formula = "softmax(QK~^T) pinv(softmax(Q~K~^T)) softmax(Q~K^T)V"
-    paper = "Xiong et al. 2021"
-    complexity = "n m d"
-    needs_state = False
-
-    landmarks: int = 32
-    pinv_iterations: int = 6
-    conv: int = 0
-
-    def __post_init__(self) -> None:
-        check_range(self, "landmarks", 1)
-        check_range(self, "pinv_iterations", 1, 100)
-        check_range(self, "conv", 0)
-        if self.conv and self.conv % 2 == 0:
-            raise InputError(f"nystrom: conv must be 0 or odd, got {self.conv}")
-
-    def build(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> nn.Module | None:
-        return NystromState(self, num_heads, device=device, dtype=dtype) if self.conv else None
-
-    def functions(
-        self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None
-    ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        if self.conv and state is None:
+        elif is_causal:
+            refuse_causal(str(self), "it mixes positions before it compares them")
+        if self.needs_state and state is None:
             raise InputError(f"{self} needs state: pass what build(embed_dim, num_heads, head_dim) returned")
-        options: dict[str, Any] = {
-            "landmarks": self.landmarks,
-            "pinv_iterations": self.pinv_iterations,
-            "conv_weight": state.conv_weight if self.conv else None,
-            "query_mask": key_mask if query.shape[2] == key.shape[2] else None,
-        }
-
-        def form(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.nystrom_attention(query, key, value, **options, **keywords)
-
-        def weigh(query: Tensor, key: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.nystrom_weights(query, key, **options, **keywords)
-
-        return form, weigh
+        keywords |= self._options(state, query, key, key_mask)
+        out = self._attention(query, key, value, backend=backend, **keywords)
+        return out, self._weights(query, key, **keywords) if need_weights else None
 
 
-@register
-@dataclass(frozen=True)
-class Performer(LowRankMethod):
-    """Random features whose products estimate the softmax kernel (see `lowrank.performer_attention`).
-
-    Fields:
-        features: m, the number of random features.
-        feature: "softmax" or "relu".
-        orthogonal: whether the features are orthogonal in blocks.
-        seed: of the features, which every head shares, and of every later draw.
-        redraw_interval: new features after so many forwards in training; 0: only when `state.redraw()` is called.
-    """
-
-    name = "performer"
-    formula = "phi(Q)(phi(K)^T V) / phi(Q)(phi(K)^T 1), phi random"
-    paper = "Choromanski et al. 2021"
-    complexity = "n m d"
-    accepts_causal = True
-    primitive = "linear_attention"
-
-    features: int = 256
-    feature: str = "softmax"
-    orthogonal: bool = True
-    seed: int = 0
-    redraw_interval: int = 0
-
-    def __post_init__(self) -> None:
-        check_range(self, "features", 1)
-        check_range(self, "redraw_interval", 0)
-        check_range(self, "seed", 0, 2**62)
-        check_choice(self, "feature", lowrank.FEATURES)
-        if not isinstance(self.orthogonal, bool):
-            raise InputTypeError(f"performer: orthogonal must be true or false, got {self.orthogonal!r}")
-
-    def build(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> nn.Module:
-        return PerformerState(self, head_dim, device=device, dtype=dtype)
-
-    def functions(
-        self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None
-    ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        projection = state.current()
-
-        def form(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.performer_attention(query, key, value, projection, feature=self.feature, **keywords)
-
-        def weigh(query: Tensor, key: Tensor, **keywords: Any) -> Tensor:
-            return lowrank.performer_weights(query, key, projection, feature=self.feature, **keywords)
-
-        return form, weigh
+def refuse_causal(name: str, reason: str) -> None:
+    """Raise UnsupportedError: the call is causal, the method has no causal form."""
+    raise UnsupportedError(
+        f"{name} cannot be causal: {reason}. Use performer, linear or a sparse method such as sliding_window"
+    )
 
 
-@register
-@dataclass(frozen=True)
-class Linear(LowRankMethod):
-    """Linear attention with the feature map elu(x) + 1 (see `lowrank.elu_attention`)."""
-
-    name = "linear"
-    formula = "phi(Q)(phi(K)^T V) / phi(Q)(phi(K)^T 1), phi = elu + 1"
-    paper = "Katharopoulos et al. 2020"
-    complexity = "n d^2"
-    accepts_causal = True
-    primitive = "linear_attention"
-    needs_state = False
-
-    def functions(
-        self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None
-    ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        return lowrank.elu_attention, lowrank.elu_weights
+def drop_keys(value: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor:
+    """Zero whole values and scale the others by 1 / (1 - p): a pure function of (seed, b, key/value head, j)."""
+    check_dropout(dropout_p)
+    if dropout_p == 0.0:
+        return value
+    B, Hkv, Nk, _ = value.shape
+    kept = dropout_keep((B, Hkv, 1, Nk), dropout_p, resolve_seed(dropout_seed), value.device)
+    return torch.where(kept.transpose(2, 3), value / (1.0 - dropout_p), 0.0)
 
 
-# --- parameters ------------------------------------------------------------------------------------------------------
+def drop_columns(weights: Tensor, kv_heads: int, dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor:
+    """`drop_keys` as it looks on the weights (B, Hq, Nq, Nk)."""
+    ones = weights.new_ones(weights.shape[0], kv_heads, weights.shape[3], 1)
+    factors = drop_keys(ones, dropout_p, dropout_seed).mT
+    return weights * factors.repeat_interleave(weights.shape[1] // max(kv_heads, 1), dim=1)
 
 
-class LinformerState(nn.Module):
-    """E and F of a Linformer: (rank, max_len), or (num_heads, rank, max_len) with share="none"."""
-
-    key_projection: nn.Parameter
-    value_projection: nn.Parameter | None
-
-    def __init__(
-        self, method: Linformer, num_heads: int, *, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.method = method
-        heads = (num_heads,) if method.share == "none" else ()
-        empty = torch.empty(*heads, method.rank, method.max_len, device=device, dtype=dtype)
-        self.key_projection = nn.Parameter(empty)
-        if method.share in ("kv", "layerwise"):
-            self.register_parameter("value_projection", None)
-        else:
-            self.value_projection = nn.Parameter(torch.empty_like(empty))
-        self.reset_parameters()
-
-    def value(self) -> Tensor:
-        """F, which is E with share="kv" and "layerwise"."""
-        return self.key_projection if self.value_projection is None else self.value_projection
-
-    def reset_parameters(self) -> None:
-        """Start again as the method's `init` says."""
-        generator = torch.Generator().manual_seed(self.method.seed)
-        rank, max_len = self.method.rank, self.method.max_len
-        segment = torch.arange(max_len) * rank // max_len == torch.arange(rank)[:, None]
-        for parameter in self.parameters():
-            if self.method.init == "pool":
-                initial = segment / segment.sum(-1, keepdim=True)
-            else:
-                initial = torch.randn(parameter.shape, generator=generator) * max_len**-0.5
-            with torch.no_grad():
-                parameter.copy_(initial)
-
-
-class NystromState(nn.Module):
-    """The filters of Nystrom's convolution, (num_heads, conv)."""
-
-    def __init__(
-        self, method: Nystrom, num_heads: int, *, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.conv_weight = nn.Parameter(torch.empty(num_heads, method.conv, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start at zero: the plain approximation, from which training departs."""
-        nn.init.zeros_(self.conv_weight)
-
-
-class PerformerState(nn.Module):
-    """The random features of a Performer, (features, head_dim): buffers, saved with the model, for they define it.
-
-    Draw number `draws` is a function of the method's seed and that number (unless `redraw` was given a generator);
-    `calls` counts the forwards in training since. A loaded checkpoint goes on with the features, and the later draws,
-    of the run that saved it.
-    """
-
-    projection: Tensor
-    draws: Tensor
-    calls: Tensor
-
-    def __init__(
-        self, method: Performer, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.method = method
-        self.register_buffer("projection", torch.empty(method.features, head_dim, device=device, dtype=dtype))
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64, device=device))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start again with the features that the method's seed stands for."""
-        self._draw(0)
-
-    def redraw(self, generator: torch.Generator | None = None) -> None:
-        """Draw new features in place: the next of the method's seed, or from a generator."""
-        self._draw(int(self.draws) + 1, generator)
-
-    def current(self) -> Tensor:
-        """The features for one forward, counted in training, and drawn anew when `redraw_interval` is over.
-
-        Raises:
-            UnsupportedError: redraw_interval under torch.compile, whose graphs cannot count.
-        """
-        interval = self.method.redraw_interval
-        if not interval or not self.training:
-            return self.projection
-        if torch.compiler.is_compiling():
-            raise UnsupportedError(
-                f"performer: redraw_interval={interval} cannot be counted under torch.compile; leave it 0 and call "
-                "redraw() on the module's method_state between steps"
-            )
-        if torch._C._current_graph_task_id() == -1:  # else activation checkpointing repeats an earlier forward
-            if int(self.calls) >= interval:
-                self.redraw()
-            self.calls += 1
-        return self.projection.clone()  # autograd keeps it, and the next draw is in place
-
-    def _draw(self, number: int, generator: torch.Generator | None = None) -> None:
-        if generator is None:
-            generator = torch.Generator().manual_seed((self.method.seed + number * 0x9E3779B97F4A7C15) % 2**63)
-        features, head_dim = self.projection.shape
-        drawn = lowrank.random_projection(features, head_dim, orthogonal=self.method.orthogonal, generator=generator)
-        with torch.no_grad():
-            self.projection.copy_(drawn)
-            self.draws.fill_(number)
-            self.calls.zero_()
+def by_group(query: Tensor, key: Tensor) -> Tensor:
+    """(B, Hq, Nq, D) -> (B, Hkv, G, Nq, D)."""
+    grouped: Tensor = query.unflatten(1, (key.shape[1], query.shape[1] // max(key.shape[1], 1)))
+    return grouped

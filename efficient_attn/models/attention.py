@@ -76,7 +76,7 @@ class Attention(nn.Module):
         if method_state is None:
             like = self.q_proj.weight
             method_state = method.build(
-                self.num_heads * self.head_dim, self.num_heads, self.head_dim, device=like.device, dtype=like.dtype
+                self.num_heads * self.head_dim, self.num_kv_heads, self.head_dim, device=like.device, dtype=like.dtype
             )
         self.attention = method
         self.method_state = None if method_state is None else method_state.train(self.training)

@@ -60,7 +60,7 @@ class Model(nn.Module):
     def set_attention(self, attention: Specs | Mapping[str, Specs]) -> None:
         """Attend by other methods from now on, on the same parameters.
 
-        A method with parameters of its own (linformer) starts with fresh ones: make the optimiser after this.
+        A method that has parameters (linformer) starts with fresh ones: make the optimiser after this.
 
         Args:
             attention: a spec such as "bigbird:block=64"; a list of specs, one a layer; or a mapping of the parts that
@@ -85,7 +85,7 @@ class Model(nn.Module):
         for part, cross, specs in chosen:
             part.set_attention(specs, cross=cross)
 
-    # --- saving and loading -------------------------------------------------------------------------------------------
+    # --- saving and loading ---
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, each whole or not at all; the config comes last.
@@ -214,7 +214,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace a file in one step, so that whoever reads finds the old one or the new one."""
+    """Replace a file in one step, so that a reader finds either the old one or the new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with open(part, "wb") as file:

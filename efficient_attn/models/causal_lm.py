@@ -116,7 +116,7 @@ class CausalLM(Model):
         assert head is not None
         return F.linear(hidden, head.weight)
 
-    # --- generation ---------------------------------------------------------------------------------------------------
+    # --- generation ---
 
     def generate(
         self,

@@ -108,7 +108,7 @@ def family_of(config: Mapping[str, Any], folder: Path) -> Family:
     """The family of a config.json of transformers.
 
     Raises:
-        CheckpointError: an architecture that none of our models computes.
+        CheckpointError: an architecture that our models do not compute.
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
@@ -124,7 +124,7 @@ def _modern(name: str) -> str:
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
-# --- what a config says ----------------------------------------------------------------------------------------------
+# --- what a config says ---
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -146,7 +146,7 @@ def activation(config: Mapping[str, Any], field: str, default: str = "gelu") -> 
     """
     name = config.get(field, default)
     if name not in ACTIVATIONS:
-        raise CheckpointError(f"{field}={name!r} is none of {', '.join(ACTIVATIONS)}")
+        raise CheckpointError(f"{field}={name!r} is not supported; choose from {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -160,7 +160,7 @@ def expect(config: Mapping[str, Any], **values: Any) -> None:
             )
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def safetensors() -> Any:
@@ -180,7 +180,7 @@ def _module(name: str) -> Any:
 
 
 def locate(path: str | os.PathLike[str], *, revision: str | None, local_files_only: bool) -> Path:
-    """The folder of a checkpoint, from the hub when `path` is none.
+    """The folder of a checkpoint, from the hub when `path` is not a folder.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.

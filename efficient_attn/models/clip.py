@@ -1,5 +1,6 @@
-"""CLIP: images and texts as unit vectors whose cosine says whether they belong together. Radford et al. 2021,
-arXiv:2103.00020.
+"""CLIP: images and texts as unit vectors whose cosine says whether they belong together.
+
+Radford et al. 2021, arXiv:2103.00020.
 
 Letters: B batch, N tokens, C channels, H height, W width, E features of a tower, P features of the common space.
 """
@@ -140,7 +141,7 @@ class CLIP(Model):
             attention_mask: bool or int (B, N), 1 = a token, 0 = padding; a causal tower needs none.
 
         Raises:
-            InputTypeError, InputError: no such ids, or too many tokens.
+            InputTypeError, InputError: ids of another type or out of range, or too many tokens.
         """
         return F.normalize(self.text_projection(self.text(input_ids, attention_mask=attention_mask)), dim=1)
 
@@ -163,7 +164,7 @@ class CLIP(Model):
         image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask=attention_mask)
         return contrastive_loss(image, text, self.logit_scale.exp())
 
-    # --- zero-shot classification and retrieval -----------------------------------------------------------------------
+    # --- zero-shot classification and retrieval ---
 
     @torch.no_grad()
     def class_embeddings(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -177,7 +178,7 @@ class CLIP(Model):
             (classes, P).
 
         Raises:
-            InputTypeError, InputError: as `encode_text`, or labels that are none.
+            InputTypeError, InputError: as `encode_text`, or labels of another type or shape.
         """
         if labels.dtype != torch.int64 or labels.shape != input_ids.shape[:1] or not (labels >= 0).all():
             raise InputError(

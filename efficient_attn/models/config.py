@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from .. import specs
+from .. import options
 from ..errors import InputError
 
 C = TypeVar("C")
@@ -30,7 +30,7 @@ def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     for name, value in values.items():
         if name not in fields:
             raise InputError(
-                f"{cls.__name__} has no field {name!r}{specs.hint(name, dict.fromkeys(fields))}; its fields: "
+                f"{cls.__name__} has no field {name!r}{options.hint(name, dict.fromkeys(fields))}; its fields: "
                 f"{', '.join(sorted(fields))}"
             )
         nested = dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping)

@@ -1,6 +1,6 @@
 """What forecasting needs beside a model: instance normalisation, the quantile loss, the seasonal-naive baseline, MASE.
 
-Series are (..., time) here, so that the functions serve one series and batches of many channels alike.
+Series are (..., time) here, so that the functions serve one series as well as batches of many channels.
 """
 
 from __future__ import annotations

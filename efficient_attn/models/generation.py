@@ -142,7 +142,7 @@ def beam_search(
     sequences: list[list[list[int]]] = [[[]] * K for _ in range(B)]
     finished = [Finished(K, [], []) for _ in range(B)]
     open_searches = [True] * B
-    # All beams start alike, so only the first counts, until the first step has told them apart.
+    # All beams start equal, so only the first counts in the first step.
     totals = torch.cat([log_probs[:, None], log_probs.new_full((B, K - 1, V), NO_CHANCE)], 1)
     offsets = torch.arange(B, device=device)[:, None]
     for length in range(1, max_new_tokens + 1):

@@ -25,7 +25,7 @@ def both(theirs: str, ours: str | tuple[str, ...]) -> dict[str, str | tuple[str,
     return rows
 
 
-# --- BERT and RoBERTa ------------------------------------------------------------------------------------------------
+# --- BERT and RoBERTa ---
 
 BERT_LAYER = {
     "attention.self.query": "attention.q_proj",
@@ -104,7 +104,7 @@ for kind in ("roberta", "xlm-roberta", "camembert"):
     register(kind, Family("TextClassifier", roberta_config, BERT_NAMES, prefixes=("roberta.",), ignored=BERT_IGNORED))
 
 
-# --- GPT-2 -----------------------------------------------------------------------------------------------------------
+# --- GPT-2 ---
 
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 GPT2_LAYER = {
@@ -175,7 +175,7 @@ register(
 )
 
 
-# --- Marian and BART -------------------------------------------------------------------------------------------------
+# --- Marian and BART ---
 
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "out_proj"}
 BART_NAMES: dict[str, str | tuple[str, ...]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .checkpoints import Family, activation, expect, register
 
-# --- ViT and ViTMAE: the layers have the same names ---------------------------------------------------------------
+# --- ViT and ViTMAE: the layers have the same names ---
 
 
 def _layers(theirs: str, ours: str) -> dict[str, str]:
@@ -156,7 +156,7 @@ register(
 )
 
 
-# --- CLIP ---------------------------------------------------------------------------------------------------------
+# --- CLIP ---
 
 
 def _clip_layers(theirs: str, ours: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from .patches import Size, patchify, resize_positions, sinusoidal_2d, unpatchify
 from .transformer import Transformer, TransformerConfig
 from .vision import ImageBackbone, ImageConfig
 
-# --- masked autoencoder -------------------------------------------------------------------------------------------
+# --- masked autoencoder ---
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MAE(Model):
             Patches in `patchify`'s layout, of normalised pixels with normalise_target; and which were masked.
 
         Raises:
-            InputTypeError, InputError: no such images or noise.
+            InputTypeError, InputError: images or noise of another type or shape.
         """
         tokens, grid = self.backbone.embed(images)
         B, N = tokens.shape[0], tokens.shape[1] - 1
@@ -153,7 +153,7 @@ class MAE(Model):
         return unpatchify(filled, patch, (images.shape[2] // patch[0], images.shape[3] // patch[1])).to(images.dtype)
 
 
-# --- SimCLR -------------------------------------------------------------------------------------------------------
+# --- SimCLR ---
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class SimCLR(Model):
             generator: of the augmentations; None: torch's.
 
         Raises:
-            InputTypeError, InputError: no such images.
+            InputTypeError, InputError: images of another type or shape.
         """
         augment = self._config.augmentation
         return self.loss_of_views(augment(images, generator), augment(images, generator))

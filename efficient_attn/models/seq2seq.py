@@ -41,7 +41,7 @@ class Seq2SeqConfig:
         forced_bos_token_id, forced_eos_token_id: what generation writes first, and at the greatest length.
         banned_token_ids: what generation never writes.
         min_length: tokens, the start token among them, before generation may end a target.
-        no_repeat_ngram: generation writes no run of so many tokens twice; 0: it may.
+        no_repeat_ngram: the length of runs of tokens that generation never repeats; 0: it may repeat any.
         renormalize: beam search renormalises probabilities after banning.
         num_beams, length_penalty, early_stopping, max_new_tokens: defaults of `generate`; the last None: max_len - 1.
     """
@@ -230,7 +230,7 @@ class Seq2Seq(Model):
         assert tokens is not None
         return tokens.weight
 
-    # --- generation ---------------------------------------------------------------------------------------------------
+    # --- generation ---
 
     @torch.no_grad()
     def generate(

@@ -28,7 +28,7 @@ class TextClassifierConfig:
         vocab_size, max_len: tokens of the vocabulary, and the longest text.
         encoder: the layers.
         num_labels: L; None for a model without a classifier.
-        pooling: what stands for the text: the "first" token, or the "mean" of all.
+        pooling: what represents the text: the "first" token, or the "mean" of all.
         pooler: a linear layer and tanh between that and the classifier.
         types: number of token types (segments); 0 for none.
         positions: "learned", "sinusoidal", or "none" (with encoder.rotary, say).
@@ -138,7 +138,7 @@ class TextClassifier(Model):
         return found
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """What stands for each text, (B, E), of the encoder's output (B, N, E)."""
+        """The vector of each text, (B, E), of the encoder's output (B, N, E)."""
         pooled = hidden[:, 0] if self._config.pooling == "first" else mean_of_tokens(hidden, attention_mask)
         return pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
 

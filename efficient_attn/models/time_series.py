@@ -19,7 +19,7 @@ from .forecasting import check_quantiles, instance_statistics, quantile_loss
 from .positions import check_length, make_positions
 from .transformer import Specs, Transformer, TransformerConfig
 
-# --- steps in, an answer at the last one --------------------------------------------------------------------------
+# --- steps in, an answer at the last one ---
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TimeSeriesTransformer(Model):
 
         Args:
             series: (T, B, F), or (B, T, F) with batch_first, floating point.
-            key_padding_mask: bool (B, T), True = padding; the answer is then at the last step that is none.
+            key_padding_mask: bool (B, T), True = padding; the answer is then at the last step that is not padding.
 
         Returns:
             (B, output_dim).
@@ -148,7 +148,7 @@ class TimeSeriesTransformer(Model):
         return ("head.",)
 
 
-# --- a context in, quantiles of many steps out --------------------------------------------------------------------
+# --- a context in, quantiles of many steps out ---
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,15 @@ class ForecasterConfig:
 
 
 class PatchForecaster(Model):
-    """Forecasts quantiles of the next steps of each channel from patches of its past. After PatchTST, Nie et al. 2023,
-    arXiv:2211.14730, with quantile output.
+    """Forecasts quantiles of the next steps of each channel from patches of its past.
+
+    After PatchTST, Nie et al. 2023, arXiv:2211.14730, with quantile output.
 
         model = PatchForecaster(ForecasterConfig(context=132, horizon=24, patch_len=12, stride=6))
         model.loss(past, future).backward()   # (batch, 132, channels), (batch, 24, channels)
         model.predict(past)                   # (batch, 24, channels, quantiles)
 
-    Channels are series of their own that share all parameters. Each is normalised by its own mean and deviation over
+    Channels are separate series that share all parameters. Each is normalised by its own mean and deviation over
     the context, and the forecast is scaled back (`instance_statistics`).
     """
 
@@ -267,8 +268,10 @@ class PatchForecaster(Model):
 
     @torch.no_grad()
     def predict(self, past: Tensor) -> Tensor:
-        """(B, context, C) -> (B, horizon, C, Q), quantiles in order: sorted, which only brings them nearer to the true
-        ones (Chernozhukov et al. 2010). Call `eval()` first."""
+        """(B, context, C) -> (B, horizon, C, Q), quantiles in order. Call `eval()` first.
+
+        They are sorted, which only brings them nearer to the true ones (Chernozhukov et al. 2010).
+        """
         return self.forward(past).sort(dim=-1).values
 
     def point(self, past: Tensor) -> Tensor:

@@ -274,7 +274,7 @@ class Transformer(nn.Module):
     def set_attention(self, attention: Specs, *, cross: bool = False) -> None:
         """Attend by other methods from now on, on the same projections; a layer that keeps its method is untouched.
 
-        Methods with parameters of their own start with fresh ones: make the optimiser after this.
+        Methods that have parameters start with fresh ones: make the optimiser after this.
 
         Args:
             attention: a spec for all layers, or one a layer. A spec can have several for the heads: "per_head(a; b)".

@@ -1,5 +1,6 @@
-"""Images: the backbone of all image models, and the vision transformer that classifies. Dosovitskiy et al. 2020,
-arXiv:2010.11929.
+"""Images: the backbone of all image models, and the vision transformer that classifies.
+
+Dosovitskiy et al. 2020, arXiv:2010.11929.
 
     patches -> linear map -> [class token, patches] + positions -> Transformer -> class token or mean -> head
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import patterns
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..methods import Hybrid
+from ..methods import Hybrid, Sparse
 from .base import Model
 from .patches import PatchEmbedding, Size, as_size, grid_of, resize_positions, sinusoidal_2d
 from .transformer import Outputs, Transformer, TransformerConfig
@@ -117,7 +118,7 @@ class ImageBackbone(nn.Module):
             (B, 1 + N, E), the class token first, then the patches row by row; and their grid (rows, columns).
 
         Raises:
-            InputTypeError, InputError: no such images, or no whole number of patches.
+            InputTypeError, InputError: images of another type or shape, or no whole number of patches.
         """
         patches, grid = self.embedding(images)
         positions: Tensor = self.positions
@@ -167,6 +168,8 @@ class ImageBackbone(nn.Module):
 def _on_grid(method: object) -> bool:
     if isinstance(method, Hybrid):
         return _on_grid(method.sparse)
+    if isinstance(method, Sparse):
+        return _on_grid(method.pattern)
     parts = getattr(method, "parts", ())
     return isinstance(method, (patterns.Neighborhood, patterns.Axial)) or any(map(_on_grid, parts))
 
@@ -272,7 +275,8 @@ class ViT(Model):
             (B, num_labels).
 
         Raises:
-            InputTypeError, InputError: no such images. UnsupportedError: a model without a head.
+            InputTypeError, InputError: images of another type or shape.
+            UnsupportedError: a model without a head.
         """
         if self.head is None:
             raise UnsupportedError("the model has no head; use features(), or from_pretrained(..., num_labels=10)")
@@ -290,7 +294,8 @@ class ViT(Model):
             images: as in `forward`. labels: int64 (B), below num_labels.
 
         Raises:
-            InputTypeError, InputError: images or labels that are none. UnsupportedError: a model without a head.
+            InputTypeError, InputError: images or labels of another type or shape.
+            UnsupportedError: a model without a head.
         """
         check_labels(labels, images.shape[0])
         return F.cross_entropy(self.forward(images), labels)

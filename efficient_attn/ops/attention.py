@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import BACKENDS
+from ..backends.call import accumulation_dtype
 from ..backends.reference import attention as reference
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
-from ..masks import lists as mask_build
+from ..masks.lists import BlockLists, Grid, transpose
+from .operator import in_one_batch, one_by_one, register
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 DOUBLE_BACKWARD_ROWS = 256  # query rows replayed at a time
@@ -34,18 +36,6 @@ MASK = (
     "Tensor? t_indptr, Tensor? t_indices, Tensor? t_tile_ids, SymInt[] window, Tensor? kv_lengths"
 )
 MASK_OPERANDS = 10
-
-_library = torch.library.Library("efficient_attn", "DEF")
-_library.define(
-    f"attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, {MASK}, "
-    "float scale, float dropout_p, Tensor? dropout_seed, str backend) -> (Tensor out, Tensor lse)"
-)
-_library.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, "
-    f"Tensor out, Tensor lse, {MASK}, float scale, float dropout_p, Tensor? dropout_seed, bool bias_requires_grad, "
-    "str backend) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
-)
 
 
 def mask_arrays(block_shape: Sequence[int], *lists_window_lengths: Any) -> MaskArrays:
@@ -65,31 +55,25 @@ def operands(arrays: MaskArrays) -> tuple[Any, ...]:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *mask, scale, dropout_p, dropout_seed, backend = rest
-    forward = BACKENDS[backend].attention_forward
+    forward = BACKENDS[backend].attention.attention_forward
     return forward(query, key, value, bias, mask_arrays(*mask), scale, dropout_p, dropout_seed)
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     key, value, bias, out, lse, *mask, scale, dropout_p, dropout_seed, bias_requires_grad, backend = rest
-    dq, dk, dv, dbias = BACKENDS[backend].attention_backward(
+    dq, dk, dv, dbias = BACKENDS[backend].attention.attention_backward(
         grad_out, grad_lse, query, key, value, bias, out, lse, mask_arrays(*mask),
         scale, dropout_p, dropout_seed, bias_requires_grad,
     )  # fmt: skip
     return dq, dk, dv, query.new_empty(0) if dbias is None else dbias
 
 
-_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("efficient_attn::attention_forward", lib=_library)
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, Hq, Nq, _D = query.shape
-    lse_dtype = reference.accumulation_dtype(query.dtype)
+    lse_dtype = accumulation_dtype(query.dtype)
     return query.new_empty(B, Hq, Nq, value.shape[-1]), query.new_empty(B, Hq, Nq, dtype=lse_dtype)
 
 
-@torch.library.register_fake("efficient_attn::attention_backward", lib=_library)
 def _backward_fake(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -119,10 +103,10 @@ def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
     block_shape, window, scale, dropout_p, bias_requires_grad, backend = ctx.numbers
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    if lists[0] is not None and lists[4] is None and backend not in ("cpu", "reference"):
+    if lists[0] is not None and lists[4] is None and BACKENDS[backend].NEEDS_TRANSPOSED:
         batch, heads, block_q, block_k = block_shape
-        grid = mask_build.Grid(query.shape[2], key.shape[2], block_q, block_k)
-        lists[4:] = mask_build.transpose(mask_build.BlockLists(batch, heads, *lists[:4]), grid)
+        grid = Grid(query.shape[2], key.shape[2], block_q, block_k)
+        lists[4:] = transpose(BlockLists(batch, heads, *lists[:4]), grid)
     dq, dk, dv, dbias = attention_backward(
         grad_out, grad_lse, query, key, value, bias, out, lse, block_shape, *lists, window, kv_lengths,
         scale, dropout_p, dropout_seed, bias_requires_grad, backend,
@@ -175,28 +159,7 @@ def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return tensor[:, :, rows]
 
 
-torch.library.register_autograd(
-    "efficient_attn::attention_forward", _forward_grad, setup_context=_forward_setup, lib=_library
-)
-torch.library.register_autograd(
-    "efficient_attn::attention_backward", _backward_grad, setup_context=_backward_setup, lib=_library
-)
-
-
 # --- vmap ---
-
-
-def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Call `operator` for each element of the mapped dimension: right for any combination of mapped arguments."""
-
-    def element(argument: Any, dim: int | None, index: int) -> Any:
-        return argument if dim is None else argument.select(dim, index)
-
-    dims = [dim if isinstance(argument, Tensor) else None for argument, dim in zip(args, in_dims, strict=True)]
-    results = [
-        operator(*(element(a, d, index) for a, d in zip(args, dims, strict=True))) for index in range(info.batch_size)
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -207,23 +170,25 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any,
     per_batch |= bias is not None and (in_dims[3] is not None or bias.shape[0] != 1)
     mapped = [dim for argument, dim in zip(args[4:], in_dims[4:], strict=True) if isinstance(argument, Tensor)]
     if per_batch or any(dim is not None for dim in mapped):
-        return _one_by_one(operator, info, in_dims, args)
-
-    def fold(tensor: Tensor, dim: int | None) -> Tensor:
-        tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return tensor.flatten(0, 1)
-
-    out, lse = operator(*map(fold, args[:3], in_dims[:3]), *args[3:])
-    batch = (info.batch_size, out.shape[0] // info.batch_size)
-    return (out.unflatten(0, batch), lse.unflatten(0, batch)), (0, 0)
+        return one_by_one(operator, info, in_dims, args)
+    return in_one_batch(operator, info, in_dims, args, range(3))
 
 
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    return _one_by_one(torch.ops.efficient_attn.attention_backward, info, in_dims, args)
+    return one_by_one(torch.ops.efficient_attn.attention_backward, info, in_dims, args)
 
 
-torch.library.register_vmap("efficient_attn::attention_forward", _forward_vmap, lib=_library)
-torch.library.register_vmap("efficient_attn::attention_backward", _backward_vmap, lib=_library)
+register(
+    f"attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, {MASK}, "
+    "float scale, float dropout_p, Tensor? dropout_seed, str backend) -> (Tensor out, Tensor lse)",
+    kernel=_forward, fake=_forward_fake, setup=_forward_setup, gradient=_forward_grad, vmap=_forward_vmap,
+)  # fmt: skip
+register(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, "
+    f"Tensor out, Tensor lse, {MASK}, float scale, float dropout_p, Tensor? dropout_seed, bool bias_requires_grad, "
+    "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    kernel=_backward, fake=_backward_fake, setup=_backward_setup, gradient=_backward_grad, vmap=_backward_vmap,
+)  # fmt: skip
 
 
 # --- torch.func ---

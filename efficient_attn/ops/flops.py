@@ -24,8 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
-from ..masks import MaskArrays
-from ..masks import algebra as mask_algebra
+from ..masks import MaskArrays, algebra
 from ..masks.lists import BlockLists, Grid
 from . import linear_attention as _linear_attention  # noqa: F401  (an operator exists before its formula)
 from .attention import MASK_OPERANDS, mask_arrays
@@ -54,7 +53,7 @@ def visited_pairs(arrays: MaskArrays, batch: int, heads: int, q_len: int, kv_len
         lengths = arrays.kv_lengths
         if lengths is None or not readable:
             lengths = torch.tensor([kv_len], device=None if lists is None else lists.indptr.device)
-        counted = mask_algebra.visited_pairs(grid, lists, window, lengths.long())
+        counted = algebra.visited_pairs(grid, lists, window, lengths.long())
     found_batch = lengths.numel() if lists is None else max(lengths.numel(), lists.batch)
     found_heads = 1 if lists is None else lists.heads
     return counted * (batch // max(found_batch, 1)) * (heads // max(found_heads, 1))
@@ -85,7 +84,7 @@ def _valueless(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
 
 
-# --- what the counter asks: the operators' own arguments, and what they returned --------------------------------------
+# --- what the counter asks: the operators' own arguments, and what they returned ---
 
 
 @register_flop_formula(torch.ops.efficient_attn.attention_forward, get_raw=True)

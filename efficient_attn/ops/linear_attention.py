@@ -7,67 +7,17 @@ differentiated. The backward operator has no derivative of its own: asking for o
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import automatic
-from ..backends.cpu import linear_attention as cpu_linear
-from ..backends.cuda import linear_attention as cuda_linear
-from ..backends.reference import linear_attention as reference_linear
-from ..backends.reference.attention import accumulation_dtype
-from ..backends.triton import linear_attention as triton_linear
-from ..errors import InputError, UnsupportedError
-from .attention import _one_by_one
+from ..backends import BACKENDS
+from ..backends.call import accumulation_dtype
+from ..errors import UnsupportedError
+from .operator import in_one_batch, one_by_one, register
 
-BACKENDS: dict[str, ModuleType] = {  # fastest first
-    "triton": triton_linear,
-    "cuda": cuda_linear,
-    "cpu": cpu_linear,
-    "reference": reference_linear,
-}
-
-_library = torch.library.Library("efficient_attn", "FRAGMENT")
-_library.define(
-    "linear_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? projection, "
-    "bool is_causal, SymInt causal_offset, str feature_map, float scale, str backend) "
-    "-> (Tensor out, Tensor normaliser, Tensor key_shift)"
-)
-_library.define(
-    "linear_attention_backward(Tensor grad_out, Tensor? grad_normaliser, Tensor query, Tensor key, Tensor value, "
-    "Tensor? key_mask, Tensor? projection, Tensor out, Tensor normaliser, Tensor key_shift, bool is_causal, "
-    "SymInt causal_offset, str feature_map, float scale, str backend) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)"
-)
-
-
-def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> dict[str, list[str]]:
-    """Every backend with the reasons why it cannot serve values of this dtype there; an empty list: it can.
-
-    width: the larger one of the number of features and the value's last dimension; 0 leaves it open.
-    """
-    return {name: module.not_supported_reasons(device, dtype, width) for name, module in BACKENDS.items()}
-
-
-def select(backend: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
-    """The backend that will serve: the one asked for, or with "auto" the first that can.
-
-    InputError for an unknown name, UnsupportedError with the reasons when the one asked for cannot serve.
-    """
-    if backend != "auto" and backend not in BACKENDS:
-        raise InputError(f"backend={backend!r} does not exist for linear attention; choose from {['auto', *BACKENDS]}")
-    for name in BACKENDS if backend == "auto" else (backend,):
-        if backend == "auto" and not automatic(name, device):
-            continue
-        if not BACKENDS[name].not_supported_reasons(device, dtype, width):
-            return name
-    reasons = "; ".join(BACKENDS[backend].not_supported_reasons(device, dtype, width))
-    raise UnsupportedError(f"backend={backend!r} cannot serve this call: {reasons}. Use backend='auto' or 'reference'")
-
-
-# --- the kernels -----------------------------------------------------------------------------------------------------
+# --- the kernels ---
 
 
 def _forward(
@@ -75,7 +25,7 @@ def _forward(
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(value.device.type, enabled=False):  # the sums stay in the accumulation dtype
-        return BACKENDS[backend].linear_attention_forward(
+        return BACKENDS[backend].linear_attention.linear_attention_forward(
             query, key, value, key_mask, projection, is_causal, causal_offset, feature_map, scale
         )
 
@@ -86,17 +36,12 @@ def _backward(
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(value.device.type, enabled=False):
-        return BACKENDS[backend].linear_attention_backward(
+        return BACKENDS[backend].linear_attention.linear_attention_backward(
             grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
             is_causal, causal_offset, feature_map, scale,
         )  # fmt: skip
 
 
-_library.impl("linear_attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("efficient_attn::linear_attention_forward", lib=_library)
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, projection: Tensor | None,
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
@@ -108,14 +53,13 @@ def _forward_fake(
     return out, value.new_empty(rows, dtype=dtype), value.new_empty(*key.shape[:2], features, dtype=dtype)
 
 
-@torch.library.register_fake("efficient_attn::linear_attention_backward", lib=_library)
 def _backward_fake(
     grad_out: Tensor, grad_normaliser: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- gradients ---
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -149,47 +93,37 @@ def _backward_grad(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(
-    "efficient_attn::linear_attention_forward", _forward_grad, setup_context=_forward_setup, lib=_library
-)
-torch.library.register_autograd(
-    "efficient_attn::linear_attention_backward", _backward_grad, setup_context=_backward_setup, lib=_library
-)
+# --- vmap ---
 
 
-# --- vmap: the mapped dimension joins the batch ----------------------------------------------------------------------
+def _vmap(
+    operator: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], tensors: int, projection: int
+) -> tuple[Any, Any]:
+    """Fold the mapped dimension into the batch of the first `tensors` arguments. The projection has no batch: mapped
+    over it, the calls run one by one."""
+    if args[projection] is not None and in_dims[projection] is not None:
+        return one_by_one(operator, info, in_dims, args)
+    return in_one_batch(operator, info, in_dims, args, set(range(tensors)) - {projection})
 
 
-def _mapped(operator: Any, tensors: int, projection: int) -> Any:
-    """A vmap rule for an operator whose first `tensors` arguments have the batch as their first dimension, all but
-    number `projection`: mapped over that one, the calls run one by one."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-            if tensor is None:
-                return None
-            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return tensor.flatten(0, 1)
-
-        if args[projection] is not None and in_dims[projection] is not None:
-            return _one_by_one(operator, info, in_dims, args)
-        folded: list[Any] = list(map(fold, args[:tensors], in_dims[:tensors]))
-        folded[projection] = args[projection]
-        results = operator(*folded, *args[tensors:])
-        return tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results), (0,) * len(
-            results
-        )
-
-    return rule
+def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    return _vmap(torch.ops.efficient_attn.linear_attention_forward, info, in_dims, args, 5, 4)
 
 
-torch.library.register_vmap(
-    "efficient_attn::linear_attention_forward",
-    _mapped(torch.ops.efficient_attn.linear_attention_forward, 5, 4),
-    lib=_library,
-)
-torch.library.register_vmap(
-    "efficient_attn::linear_attention_backward",
-    _mapped(torch.ops.efficient_attn.linear_attention_backward, 10, 6),
-    lib=_library,
-)
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    return _vmap(torch.ops.efficient_attn.linear_attention_backward, info, in_dims, args, 10, 6)
+
+
+register(
+    "linear_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? projection, "
+    "bool is_causal, SymInt causal_offset, str feature_map, float scale, str backend) "
+    "-> (Tensor out, Tensor normaliser, Tensor key_shift)",
+    kernel=_forward, fake=_forward_fake, setup=_forward_setup, gradient=_forward_grad, vmap=_forward_vmap,
+)  # fmt: skip
+register(
+    "linear_attention_backward(Tensor grad_out, Tensor? grad_normaliser, Tensor query, Tensor key, Tensor value, "
+    "Tensor? key_mask, Tensor? projection, Tensor out, Tensor normaliser, Tensor key_shift, bool is_causal, "
+    "SymInt causal_offset, str feature_map, float scale, str backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    kernel=_backward, fake=_backward_fake, setup=_backward_setup, gradient=_backward_grad, vmap=_backward_vmap,
+)  # fmt: skip

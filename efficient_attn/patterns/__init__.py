@@ -9,13 +9,21 @@
     combined.py   & and |, and a pattern for each head
 
 `python -m efficient_attn.patterns bigbird` draws one, without a name all of them. Patterns combine with & and |,
-compare, hash, and round-trip as JSON.
+compare, hash, and round-trip as text and as JSON (options.py).
 """
 
-from .base import MAX_DEPTH, OPTIONS, PATTERNS, Pattern, pattern_lists
+from ..options import register
+from .base import PATTERNS, Pattern, pattern_lists
+
+# The table of methods has the order in which they register: plain ones first.
+# isort: split
+from .tokens import Causal, Dense, Dilated, Documents, Fixed, Longformer, PrefixLM, SlidingWindow, Strided
+
+# isort: split
 from .bigbird import BigBird
-from .buckets import LSH, BucketPattern, Buckets, SortedBuckets
-from .combined import Combined, PerHead, per_head
+from .images import Axial, Neighborhood
+
+# isort: split
 from .content import ContentPattern, TopKBlocks, TopPBlocks
 from .deepspeed import (
     DeepSpeedBigBird,
@@ -24,13 +32,13 @@ from .deepspeed import (
     DeepSpeedLocalSlidingWindow,
     DeepSpeedVariable,
 )
-from .images import Axial, Neighborhood
-from .tokens import Causal, Dense, Dilated, Documents, Fixed, Longformer, PrefixLM, SlidingWindow, Strided
+
+# isort: split
+from .buckets import LSH, BucketPattern, Buckets, SortedBuckets
+from .combined import Combined, PerHead, per_head
 
 __all__ = [
     "LSH",
-    "MAX_DEPTH",
-    "OPTIONS",
     "PATTERNS",
     "Axial",
     "BigBird",
@@ -60,4 +68,5 @@ __all__ = [
     "TopPBlocks",
     "pattern_lists",
     "per_head",
+    "register",
 ]

@@ -1,49 +1,43 @@
 """What a pattern is: a small frozen object that says which pairs are visible and builds the `BlockMask`.
 
 A pattern has a name, options with defaults, its definition (`visible`) and a builder (`_build`). Here is what all of
-them share: the calls, the kept lists, what torch.compile sees of them, JSON, and the words of which builders are made.
+them share: the calls, the kept lists, what torch.compile sees of them, and the words of which builders are made.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..defaults import ALIGNMENTS
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask, BlockSize
 from ..masks.lists import Grid, predicate_lists
-from ..masks.rules import ALIGNMENTS, check_block_size, check_sizes, is_int
+from ..masks.rules import check_block_size, check_sizes
+from ..options import Named, check_choice, check_range
 
-MAX_OPTION = 2**31 - 1
-MAX_DEPTH = 16  # of combined patterns in JSON
 MANY_BLOCKS = 2**20  # to transpose more takes a while: done when a backward asks for it first
-EXAMPLE = '{"pattern": "bigbird", "block": 64}'
 
 PATTERNS: dict[str, type[Pattern]] = {}
-OPTIONS: dict[str, tuple[str, ...]] = {}
-P = TypeVar("P", bound="type[Pattern]")
-
-
-def register(cls: P) -> P:
-    """Class decorator: make a pattern known to JSON, by its name."""
-    PATTERNS[cls.name] = cls
-    OPTIONS[cls.name] = tuple(field.name for field in dataclasses.fields(cls))
-    return cls
 
 
 @dataclass(frozen=True)
-class Pattern:
-    """Base of all patterns. A subclass has options with defaults, `visible` (its definition) and `_build`."""
+class Pattern(Named):
+    """Base of all patterns. A subclass has options with defaults, `visible` (its definition) and `_build`.
 
-    name: ClassVar[str]
+    `accepts_causal` says whether it may be asked for the past alone.
+    """
+
+    family = "pattern"
+    registry = PATTERNS
+    compounds: ClassVar[dict[str, Any]] = {}
+    accepts_causal: ClassVar[bool] = True
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         """The definition: whether query i of a head sees key j, for index tensors that broadcast."""
@@ -79,10 +73,10 @@ class Pattern:
         place = str(torch.device("cpu" if device is None else device))
         if not torch.compiler.is_compiling():
             return _cached(self, q_len, kv_len, heads, size, place)
-        text = Pattern.to_json(self)
+        text = self.to_json()
         indptr, indices, tile_ids, tiles, *transposed = pattern_lists(text, q_len, kv_len, heads, *size, place)
-        return BlockMask._trusted(
-            {"lists": tuple(transposed)},
+        return BlockMask.unchecked(
+            (transposed[0], transposed[1], transposed[2]),
             q_len=q_len,
             kv_len=kv_len,
             block_size=size,
@@ -135,8 +129,24 @@ class Pattern:
         return False
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
-        """The mask, on the CPU, in the given or another block size."""
-        raise NotImplementedError
+        """The mask, on the CPU, in the given or another block size.
+
+        This asks `visible` about every pair; a pattern that knows which blocks it touches builds them faster.
+        """
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            seen = self.visible(i, j, grid.q_len, grid.kv_len, 0)
+            for head in range(1, num_heads):
+                seen = torch.where(h == head, self.visible(i, j, grid.q_len, grid.kv_len, head), seen)
+            return seen
+
+        return BlockMask.from_predicate(
+            visible,
+            q_len=grid.q_len,
+            kv_len=grid.kv_len,
+            heads=num_heads,
+            block_size=(grid.block_q, grid.block_k),
+        )
 
     @property
     def _own_block(self) -> tuple[int, int]:
@@ -148,57 +158,18 @@ class Pattern:
     def __or__(self, other: Pattern) -> Pattern:
         return _combined("or", self, other) if isinstance(other, Pattern) else NotImplemented
 
-    def to_json(self) -> str:
-        """The pattern with all its options as a JSON object, which `from_json` reads."""
-        # Written by hand because torch.compile traces it; no option is a string that would need escapes.
-        options = "".join([f', "{name}": {_write(getattr(self, name))}' for name in OPTIONS[self.name]])
-        return f'{{"pattern": "{self.name}"{options}}}'
+    # --- checks of options ---
 
-    @staticmethod
-    def from_json(text: str | Mapping[str, Any]) -> Pattern:
-        """The pattern that a JSON object (its text, or the decoded mapping) describes; left-out options have defaults.
-
-        Raises:
-            InputError: not such an object, unknown names or options, values of a wrong type or out of range.
-        """
-        if isinstance(text, str):
-            try:
-                text = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"this is not JSON ({error}); a pattern is like {EXAMPLE}") from None
-        return _from_dict(text, depth=0)
-
-    # --- checks of options -------------------------------------------------------------------------------------------
-
-    def _check(self, **least: int) -> None:
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not is_int(value) or not low <= value <= MAX_OPTION:
-                note = " (-1: unlimited)" if low == -1 else ""
-                raise InputError(f"{self.name}: {name} must be an int >= {low}{note}, got {value!r}")
-
-    def _check_tuples(self, **least: int) -> None:
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, tuple) or not all(is_int(v) and low <= v <= MAX_OPTION for v in value):
-                raise InputError(f"{self.name}: {name} must be a tuple of ints >= {low}, got {value!r}")
-
-    def _check_bools(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{self.name}: {name} must be a bool, got {getattr(self, name)!r}")
-
-    def _check_choice(self, name: str, allowed: Sequence[str]) -> None:
-        if getattr(self, name) not in allowed:
-            raise InputError(f"{self.name}: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+    def _at_least(self, **least: int) -> None:
+        for option, low in least.items():
+            check_range(self, option, low)
 
     def _check_alignment(self) -> None:
-        self._check_choice("alignment", ALIGNMENTS)
+        check_choice(self, "alignment", ALIGNMENTS)
 
     def _check_block(self) -> None:
-        self._check(block=16)
         block: int = getattr(self, "block")  # noqa: B009 (a field of some subclasses)
-        if block % 16 or block > 256:
+        if block % 16 or not 16 <= block <= 256:
             raise InputError(f"{self.name}: block must be a multiple of 16 from 16 to 256, got {block}")
 
     def _check_square(self, q_len: int, kv_len: int) -> None:
@@ -209,17 +180,12 @@ class Pattern:
             )
 
 
-# --- words for builders ----------------------------------------------------------------------------------------------
+# --- words for builders ---
 
 
 def empty_mask(grid: Grid, **window: Any) -> BlockMask:
     """A mask without lists for a grid, with a window or none."""
     return BlockMask(grid.q_len, grid.kv_len, (grid.block_q, grid.block_k), **window)
-
-
-def offset(alignment: str, q_len: int, kv_len: int) -> int:
-    """The key at which the diagonal of query 0 starts."""
-    return kv_len - q_len if alignment == "bottom_right" else 0
 
 
 def along_diagonals(pattern: Pattern, within: BlockMask) -> BlockMask:
@@ -239,7 +205,7 @@ def by_classes(
     visible: Callable[[Tensor, Tensor], Tensor], grid: Grid, rows: Tensor, cols: Tensor, *keys: Tensor
 ) -> BlockMask:
     """The mask of visible(i, j) in the given blocks, ascending; blocks with equal keys have equal tiles."""
-    return BlockMask._of_lists(
+    return BlockMask.from_lists(
         grid,
         predicate_lists(lambda b, h, i, j: visible(i, j), grid, 1, 1, rows, cols, keys=(*keys, grid.edge(rows, cols))),
     )
@@ -253,51 +219,12 @@ def cross(tokens: Tensor, grid: Grid) -> BlockMask:
     return columns | rows.swapped()
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
 def _combined(operator: str, *parts: Pattern) -> Pattern:
-    cls: Any = PATTERNS["combined"]
-    joined: Pattern = cls(operator, parts)
+    joined: Pattern = Pattern.compounds["combined"](operator, parts)
     return joined
 
 
-def _write(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join([_write(part) for part in value]) + "]"
-    if isinstance(value, Pattern):
-        return Pattern.to_json(value)
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def _from_dict(given: Any, depth: int) -> Pattern:
-    if not isinstance(given, Mapping) or not isinstance(given.get("pattern"), str):
-        raise InputError(f"a pattern in JSON is an object with a 'pattern' name, like {EXAMPLE}")
-    cls = PATTERNS.get(given["pattern"])
-    if cls is None:
-        raise InputError(f"no pattern is called {given['pattern']!r}; there are {', '.join(PATTERNS)}")
-    options = {str(name): value for name, value in given.items() if name != "pattern"}
-    known = OPTIONS[cls.name]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise InputError(f"{cls.name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    for name, value in options.items():
-        if isinstance(value, list | tuple):
-            options[name] = tuple(_part(item, depth) if name == "parts" else item for item in value)
-    return cls(**options)
-
-
-def _part(given: Any, depth: int) -> Pattern:
-    if depth >= MAX_DEPTH:
-        raise InputError(f"patterns are combined more than {MAX_DEPTH} deep")
-    return _from_dict(given, depth + 1)
-
-
-# --- kept lists, and what torch.compile sees of them -----------------------------------------------------------------
+# --- kept lists, and what torch.compile sees of them ---
 
 
 @functools.lru_cache(maxsize=32)
@@ -320,7 +247,7 @@ def _make(pattern: Pattern, grid: Grid, heads: int, device: str, explicit: bool)
     mask = pattern._build(grid, heads).reblock((grid.block_q, grid.block_k))
     mask = (mask.explicit() if explicit else mask).to(device)
     if mask.indices is not None and (explicit or mask.indices.numel() < MANY_BLOCKS):
-        mask._transposed["lists"] = mask.transposed()  # by itself it keeps nothing while anything is being traced
+        mask.keep_transposed()
     return mask
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.lists import Grid, pointers, ragged_range
-from .base import Pattern, register
+from ..options import register
+from .base import Pattern
 
 
 @register
@@ -25,16 +25,20 @@ class BigBird(Pattern):
         random_blocks: others, drawn for each query block from `seed`, or all others when there are fewer.
     """
 
-    name: ClassVar[str] = "bigbird"
+    name = "bigbird"
+    formula = "softmax(QK^T)V over window + global + random blocks"
+    paper = "Zaheer et al. 2020"
+    complexity = "n b (w + g + r) d"
+
     block: int = 64
     window: int = 3
     global_blocks: int = 2
     random_blocks: int = 3
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_block()
-        self._check(window=1, global_blocks=0, random_blocks=0, seed=0)
+        self._at_least(window=1, global_blocks=0, random_blocks=0, seed=0)
         if self.window % 2 == 0:
             raise InputError(f"{self.name}: window is centred on the query block and must be odd, got {self.window}")
 

@@ -8,7 +8,7 @@ their order, where a bucket is scattered over everything and the mask of one tak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..masks.lists import Grid, entry_rows, predicate_lists
-from .base import register
+from ..options import register
 from .content import ContentPattern
 
 
@@ -99,8 +99,8 @@ class BucketPattern(ContentPattern):
 
 def _or_oneself(mask: BlockMask, within: BlockMask | None, there: Tensor) -> BlockMask:
     """The mask, and for queries that see nothing within it themselves, if `there` (B, 1, N) says that they exist."""
-    seen = (mask if within is None else mask & within).explicit()
-    grid, lists = seen._grid, seen._listed
+    seen = mask if within is None else mask & within
+    grid, lists = seen.grid, seen.explicit_lists()
     some = torch.cat([(lists.tiles != 0).any(-1), lists.tiles.new_ones(1, grid.block_q, dtype=torch.bool)])
     rows = torch.zeros(lists.indptr.numel() - 1, grid.block_q, dtype=torch.int32, device=there.device)
     rows.index_add_(0, entry_rows(lists), some[lists.tile_ids.long()].int())
@@ -149,12 +149,13 @@ def sorted_lists(
         return seen & (p != position) if others else seen
 
     lists = predicate_lists(visible, grid, batch, heads, lines, cols, keys=(keys, grid.edge(lines, cols)))
-    return BlockMask._of_lists(grid, lists)
+    return BlockMask.from_lists(grid, lists)
 
 
 def _ends(buckets: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """First and last bucket of each block of sorted (B, H, N)."""
-    stops = torch.arange(0, buckets.shape[-1] + size - 1, size, device=buckets.device).clamp(max=buckets.shape[-1])
+    N = buckets.shape[-1]
+    stops = torch.arange(0, N + size, size, device=buckets.device).clamp(max=N)
     return buckets[..., stops[:-1]], buckets[..., stops[1:] - 1]
 
 
@@ -177,16 +178,19 @@ class LSH(BucketPattern):
     seed: of the rotations, the same for all heads.
     """
 
-    name: ClassVar[str] = "lsh"
+    name = "lsh"
+    formula = "softmax(QK^T)V over h(q_i) = h(k_j), h(x) = argmax([xR; -xR]), any of r rounds"
+    paper = "Kitaev et al. 2020"
+    complexity = "r n^2 d / buckets"
+
     n_buckets: int = 16
     rounds: int = 2
     shared_qk: bool = False
     chunk: int = 0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        self._check(n_buckets=2, rounds=1, chunk=0, seed=0)
-        self._check_bools("shared_qk")
+    def check(self) -> None:
+        self._at_least(n_buckets=2, rounds=1, chunk=0, seed=0)
         if self.n_buckets % 2:
             raise InputError(f"{self.name}: n_buckets must be even, got {self.n_buckets}")
         if self.chunk and not self.shared_qk:
@@ -228,13 +232,18 @@ class SortedBuckets(BucketPattern):
     size: keys of a bucket; rounds: directions, a pair is visible when one puts it together; seed: of the directions.
     """
 
-    name: ClassVar[str] = "sorted_buckets"
+    name = "sorted_buckets"
+    formula = "softmax(QK^T)V over equal pieces of Q and K sorted by xu, any of r rounds"
+    paper = "Daras et al. 2020"
+    complexity = "r n s d"
+    accepts_causal = False
+
     size: int = 128
     rounds: int = 1
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        self._check(size=1, rounds=1, seed=0)
+    def check(self) -> None:
+        self._at_least(size=1, rounds=1, seed=0)
 
     def buckets(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Buckets:
         self._check_tracing(query)

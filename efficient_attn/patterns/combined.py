@@ -6,16 +6,16 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, InputTypeError, UnsupportedError
 from ..masks import BlockMask
-from ..masks.algebra import explicit
 from ..masks.lists import BlockLists, Grid, assemble, entry_rows, expand
-from .base import Pattern, register
+from ..options import Named, check_choice, register
+from .base import Pattern
 
 
 class _OfParts(Pattern):
@@ -23,9 +23,13 @@ class _OfParts(Pattern):
 
     parts: tuple[Pattern, ...]
 
-    def _check_parts(self) -> None:
-        if not isinstance(self.parts, tuple) or not self.parts or not all(isinstance(p, Pattern) for p in self.parts):
-            raise InputError(f"{self.name}: parts must be a tuple of at least one pattern, got {self.parts!r}")
+    def check(self) -> None:
+        if not self.parts:
+            raise InputError(f"{self.name}: parts must be at least one pattern")
+        for part in self.parts:
+            if not isinstance(part, Pattern):
+                error = UnsupportedError if isinstance(part, Named) else InputTypeError
+                raise error(f"{part} is no pattern of pairs; &, | and per_head join patterns only")
 
     @property
     def by_content(self) -> bool:
@@ -45,14 +49,17 @@ class Combined(_OfParts):
     With & a part that looks at queries and keys chooses among what the other parts show.
     """
 
-    name: ClassVar[str] = "combined"
+    name = "combined"
+    formula = "softmax(QK^T)V over the pairs of all parts, or of any"
+    paper = "this package"
+    complexity = "that of its parts"
+
     operator: str = "and"
     parts: tuple[Pattern, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.operator not in ("and", "or"):
-            raise InputError(f"{self.name}: operator must be 'and' or 'or', got {self.operator!r}")
-        self._check_parts()
+    def check(self) -> None:
+        check_choice(self, "operator", ("and", "or"))
+        super().check()
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         return functools.reduce(self._join, (part.visible(i, j, q_len, kv_len, head) for part in self.parts))
@@ -95,6 +102,10 @@ class Combined(_OfParts):
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         return functools.reduce(self._join, (part._build(grid, num_heads) for part in self.parts))
 
+    def __str__(self) -> str:
+        texts = (f"({part})" if isinstance(part, Combined) else str(part) for part in self.parts)
+        return (" & " if self.operator == "and" else " | ").join(texts)
+
     def _join(self, a: Any, b: Any) -> Any:
         return (operator.and_ if self.operator == "and" else operator.or_)(a, b)
 
@@ -104,11 +115,12 @@ class Combined(_OfParts):
 class PerHead(_OfParts):
     """A pattern for each head: head h has parts[h mod len(parts)]. The number of heads is a multiple of the parts'."""
 
-    name: ClassVar[str] = "per_head"
-    parts: tuple[Pattern, ...] = ()
+    name = "per_head"
+    formula = "softmax(Q_h K_h^T)V_h over the pairs of head h's part"
+    paper = "this package"
+    complexity = "that of its parts"
 
-    def __post_init__(self) -> None:
-        self._check_parts()
+    parts: tuple[Pattern, ...] = ()
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         return self.parts[head % len(self.parts)].visible(i, j, q_len, kv_len, head)
@@ -137,6 +149,9 @@ class PerHead(_OfParts):
         masks = [part._build(grid, num_heads).reblock((grid.block_q, grid.block_k)) for part in self.parts]
         return stack_heads(masks, num_heads)
 
+    def __str__(self) -> str:
+        return f"per_head({'; '.join(map(str, self.parts))})"
+
     def _check_heads(self, num_heads: int) -> None:
         if num_heads % len(self.parts):
             raise InputError(
@@ -155,8 +170,8 @@ def stack_heads(masks: Sequence[BlockMask], num_heads: int) -> BlockMask:
     size = tuple(min(sides) for sides in zip(*(mask.block_size for mask in masks), strict=True))
     masks = [mask.reblock((size[0], size[1])) for mask in masks]
     device = next((mask.device for mask in masks if mask.device is not None), torch.device("cpu"))
-    grid, batch = masks[0]._grid, max(mask.shape[0] for mask in masks)
-    all_lists = [expand(explicit(*mask.to(device)._parts), grid.n_q, batch, num_heads) for mask in masks]
+    grid, batch = masks[0].grid, max(mask.shape[0] for mask in masks)
+    all_lists = [expand(mask.to(device).explicit_lists(), grid.n_q, batch, num_heads) for mask in masks]
     entries, n_tiles = [], 0
     for first, lists in enumerate(all_lists):
         rows = entry_rows(lists)
@@ -168,4 +183,4 @@ def stack_heads(masks: Sequence[BlockMask], num_heads: int) -> BlockMask:
     order = (rows * max(grid.n_k, 1) + cols).argsort()
     tiles = torch.cat([lists.tiles for lists in all_lists])
     lists = assemble(grid, batch, num_heads, rows[order], cols[order], classes[order], tiles)
-    return BlockMask._of_lists(grid, BlockLists(*lists))
+    return BlockMask.from_lists(grid, BlockLists(*lists))

@@ -7,19 +7,31 @@ attended to exactly, and gradients are those of attention under the chosen mask;
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..defaults import default_scale
 from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.algebra import how_cut
-from ..masks.lists import FULL, all_blocks, entry_rows, expand, pointers
-from .base import Pattern, register
+from ..masks.lists import (
+    FULL,
+    all_blocks,
+    count_bits,
+    entry_rows,
+    expand,
+    pointers,
+    unpack_bits,
+    with_trivial,
+)
+from ..options import check_choice, register
+from .base import Pattern
 
 SUMMARIES = ("mean", "minmax")
 QUERIES = ("mean", "first")
@@ -58,9 +70,9 @@ class _Blocks(ContentPattern):
 
     def _check_blocks(self) -> None:
         self._check_block()
-        self._check(sink=0, local=1)
-        self._check_choice("summary", SUMMARIES)
-        self._check_choice("queries", QUERIES)
+        self._at_least(sink=0, local=1)
+        check_choice(self, "summary", SUMMARIES)
+        check_choice(self, "queries", QUERIES)
 
     @property
     def _own_block(self) -> tuple[int, int]:
@@ -81,20 +93,27 @@ class _Blocks(ContentPattern):
         n_q, n_k = -(-Nq // self.block), -(-Nk // self.block)
         if n_q * n_k == 0:
             nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
-            return self._listed(nothing, nothing.bool(), query, Nk)
-        scores, counts = self._scores(query, key, D**-0.5 if scale is None else scale, key_mask)
-        seen = (counts > 0).expand(B, 1, n_q, n_k)
-        if within is not None:
-            seen = seen & blocks_seen(within, self.block)
-        seen = seen.expand(B, Hq, n_q, n_k)
+            return self._mask_of(nothing, nothing.bool(), query, Nk)
+        shown = None if within is None else shown_by(within, self.block)
+        if shown is not None:  # a key that no query sees counts as little as padding
+            key_mask = shown.keys.expand(B, Nk) if key_mask is None else key_mask & shown.keys
+        scores, counts = self._scores(query, key, default_scale(scale, D), key_mask)
+        seen = whole = (counts > 0).expand(B, 1, n_q, n_k)
+        if shown is not None:
+            seen, whole = seen & shown.blocks, seen & shown.whole
+        seen, whole = (blocks.expand(B, Hq, n_q, n_k) for blocks in (seen, whole))
         forced = self._forced(n_q, n_k, within, query.device) & seen
         # Chosen first, whatever their score; then by score; never what no query of the block may see.
         scores = scores.masked_fill(~seen, -torch.inf)
-        order, chosen = self._choose(scores, forced, seen, counts)
-        return self._listed(order, chosen, query, Nk)
+        order, chosen = self._choose(scores, forced, seen, torch.where(whole, counts, 0))
+        return self._mask_of(order, chosen, query, Nk)
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns (B, Hq, n_q, k), distinct, and which of them are chosen."""
+        """Columns (B, Hq, n_q, k), distinct, and which of them are chosen.
+
+        Everything is (B, Hq, n_q, n_k). counts: the keys of blocks that are wholly visible; 0 in a block that is cut,
+        whose estimate knows keys that some of its queries must not.
+        """
         raise NotImplementedError
 
     def _scores(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,7 +168,7 @@ class _Blocks(ContentPattern):
         near &= column < (top + self.block - 1) // self.block + self.local
         return near | (column < self.sink)
 
-    def _listed(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
+    def _mask_of(self, order: Tensor, chosen: Tensor, query: Tensor, kv_len: int) -> BlockMask:
         """The mask of the chosen columns."""
         B, Hq, n_q, k = order.shape
         device = order.device
@@ -165,7 +184,7 @@ class _Blocks(ContentPattern):
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # No shape may depend on a value: what is not chosen is an empty tile.
-            return BlockMask._trusted(
+            return BlockMask.unchecked(
                 **fields,
                 indptr=torch.arange(B * Hq * n_q + 1, device=device) * k,
                 indices=order.flatten().int(),
@@ -173,7 +192,7 @@ class _Blocks(ContentPattern):
                 tiles=empty,
             )
         indices = order[chosen].int()
-        return BlockMask._trusted(
+        return BlockMask.unchecked(
             **fields,
             indptr=pointers(chosen.sum(-1).flatten()),
             indices=indices,
@@ -200,7 +219,11 @@ class TopKBlocks(_Blocks):
     self-attention (Nq = Nk) a key mask also says which queries count.
     """
 
-    name: ClassVar[str] = "topk_blocks"
+    name = "topk_blocks"
+    formula = "softmax(QK^T)V over the k blocks of largest mean(Q_I) mean(K_J)^T"
+    paper = "Lu et al. 2025; Tang et al. 2024"
+    complexity = "n k b d + (n / b)^2 d"
+
     block: int = 64
     blocks: int = 16
     fraction: float | None = None
@@ -209,9 +232,9 @@ class TopKBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_blocks()
-        self._check(blocks=1)
+        self._at_least(blocks=1)
         _check_share(self, "fraction")
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,11 +257,16 @@ class TopPBlocks(_Blocks):
 
     The estimate is softmax over blocks of score + log(number of keys), in the order of which blocks are taken until
     their mass reaches `mass`; sink and local blocks come first. Twilight, Lin et al. 2025, arXiv:2502.02770, at blocks.
+    A block that causality or a mask cuts has no share in the mass: it holds what some of its queries must not know.
 
     Other fields: as in `TopKBlocks`.
     """
 
-    name: ClassVar[str] = "topp_blocks"
+    name = "topp_blocks"
+    formula = "softmax(QK^T)V over the fewest blocks of estimated mass p"
+    paper = "Lin et al. 2025"
+    complexity = "n k b d + (n / b)^2 d"
+
     block: int = 64
     mass: float = 0.9
     sink: int = 1
@@ -246,12 +274,13 @@ class TopPBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_blocks()
         _check_share(self, "mass")
 
     def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        mass = torch.where(seen, scores + counts.clamp(min=1).log(), -torch.inf).softmax(-1)
+        mass = torch.where(seen & (counts > 0), scores + counts.clamp(min=1).log(), -torch.inf).softmax(-1)
+        mass = mass.nan_to_num(0.0)  # where no block is wholly visible
         order = scores.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
         mass = mass.gather(-1, order)
         before = mass.cumsum(-1) - mass
@@ -260,26 +289,49 @@ class TopPBlocks(_Blocks):
 
 def _check_share(pattern: Pattern, name: str) -> None:
     value = getattr(pattern, name)
-    if value is None and name == "fraction":
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+    if value is not None and not 0.0 < value <= 1.0:
         raise InputError(f"{pattern.name}: {name} must be a number in (0, 1], got {value!r}")
 
 
-def blocks_seen(mask: BlockMask, block: int) -> Tensor:
-    """bool (batch, heads, n_q, n_k): the blocks of a mask that it lists and that its window and lengths touch."""
+class Shown(NamedTuple):
+    """What a mask shows, in square blocks.
+
+    blocks, whole: bool (batch, heads, n_q, n_k), the blocks with a visible pair, and those whose queries all see the
+    same keys.
+    keys: bool (batch, Nk), those that its lists and lengths show to any query.
+    """
+
+    blocks: Tensor
+    whole: Tensor
+    keys: Tensor
+
+
+def shown_by(mask: BlockMask, block: int) -> Shown:
+    """What a mask shows in blocks of `block` queries and keys."""
     mask = mask.reblock((block, block))
-    grid, lists, window, lengths = mask._parts
+    grid, lists, window, lengths = mask.parts
     batch, heads = (lengths.numel(), 1) if lists is None else (max(lists.batch, lengths.numel()), lists.heads)
+    keys = torch.arange(grid.kv_len, device=lengths.device) < lengths[:, None]
     if lists is None:
         rows, cols = all_blocks(grid, batch, heads, lengths.device)
     else:
         lists = expand(lists, grid.n_q, batch, heads)
         rows, cols = entry_rows(lists), lists.indices.long()
-    ends = lengths.expand(batch)[rows // max(heads * grid.n_q, 1)]
-    touched = how_cut(grid, window, ends, rows, cols)[0]
+    lines = rows // max(heads * grid.n_q, 1)
+    touched, cut, _ = how_cut(grid, window, lengths.expand(batch)[lines], rows, cols)
+    shape = (batch, heads, grid.n_q, grid.n_k)
     if lists is None:
-        return touched.view(batch, heads, grid.n_q, grid.n_k)
-    seen = torch.zeros(batch * heads * grid.n_q, grid.n_k, dtype=torch.bool, device=rows.device)
-    seen[rows, cols] = touched
-    return seen.view(batch, heads, grid.n_q, grid.n_k)
+        return Shown(touched.view(shape), (touched & ~cut).view(shape), keys)
+    ids, at = lists.tile_ids.long(), lines * grid.n_k + cols
+    partial = ids != FULL
+    listed = torch.zeros(batch * grid.n_k, block, dtype=torch.int32, device=rows.device)
+    columns = unpack_bits(functools.reduce(torch.bitwise_or, lists.tiles.unbind(1)))  # of each tile
+    listed.index_add_(0, at[partial], columns[ids[partial]].int())
+    listed[at[~partial]] = 1
+    pairs = (grid.q_len - rows % max(grid.n_q, 1) * block).clamp(max=block) * (listed > 0).sum(1)[at]
+    uneven = partial & (count_bits(with_trivial(lists.tiles))[ids] < pairs)
+    keys = keys & (listed > 0).view(batch, -1)[:, : grid.kv_len]
+    blocks = torch.zeros(2, batch * heads * grid.n_q, grid.n_k, dtype=torch.bool, device=rows.device)
+    blocks[0, rows, cols] = touched
+    blocks[1, rows, cols] = touched & ~cut & ~uneven
+    return Shown(blocks[0].view(shape), blocks[1].view(shape), keys)

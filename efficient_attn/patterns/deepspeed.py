@@ -16,7 +16,7 @@ import functools
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.lists import FULL, BlockLists, Grid, pointers, ragged_range
-from .base import OPTIONS, Pattern, register
+from ..options import check_choice, register
+from .base import Pattern
 
 DIRECTIONS = ("bidirectional", "unidirectional")
 STRIP = 1 << 21  # blocks of a layout in a table at a time
@@ -85,25 +86,23 @@ class _Layout(Pattern):
         counts, indices = (torch.cat(parts) for parts in zip(*heads, strict=True))
         none = torch.empty(0, self.block, self.block // 8, dtype=torch.uint8)
         lists = BlockLists(1, num_heads, pointers(counts), indices, torch.full_like(indices, FULL), none)
-        return BlockMask._of_lists(Grid(grid.q_len, grid.kv_len, self.block, self.block), lists)
+        return BlockMask.from_lists(Grid(grid.q_len, grid.kv_len, self.block, self.block), lists)
 
     def _check_common(self) -> None:
         self._check_block()
-        if not isinstance(self._heads_differ, bool):
-            raise InputError(f"{self.name}: different_layout_per_head must be a bool, got {self._heads_differ!r}")
-        self._check_choice("attention", DIRECTIONS)
+        check_choice(self, "attention", DIRECTIONS)
 
     def _check_enough(self, n: int, what: str, needed: int) -> None:
         if n < needed:
             raise InputError(f"{self.name}: {what}={needed} exceeds the {n} blocks of a row")
 
     def _check_global(self) -> None:
-        self._check_tuples(global_block_indices=0)
+        self._at_least(global_block_indices=0)
         ends: tuple[int, ...] | None = getattr(self, "global_block_end_indices")  # noqa: B009
         if not ends:
             object.__setattr__(self, "global_block_end_indices", None)
             return
-        self._check_tuples(global_block_end_indices=0)
+        self._at_least(global_block_end_indices=0)
         starts: tuple[int, ...] = getattr(self, "global_block_indices")  # noqa: B009
         if len(starts) != len(ends) or any(start >= end for start, end in zip(starts, ends, strict=True)):
             raise InputError(
@@ -213,7 +212,11 @@ class DeepSpeedFixed(_Layout):
              the last block. With horizontal_global_attention the rows of the run see every column.
     """
 
-    name: ClassVar[str] = "deepspeed_fixed"
+    name = "deepspeed_fixed"
+    formula = "softmax(QK^T)V over windows + a run of each, in blocks"
+    paper = "DeepSpeed; Child et al. 2019"
+    complexity = "n (w b + n g / w) d"
+
     block: int = 16
     different_layout_per_head: bool = False
     num_local_blocks: int = 4
@@ -222,10 +225,9 @@ class DeepSpeedFixed(_Layout):
     horizontal_global_attention: bool = False
     num_different_global_patterns: int = 1
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_common()
-        self._check(num_local_blocks=1, num_global_blocks=1, num_different_global_patterns=1)
-        self._check_bools("horizontal_global_attention")
+        self._at_least(num_local_blocks=1, num_global_blocks=1, num_different_global_patterns=1)
         patterns, local, runs = self.num_different_global_patterns, self.num_local_blocks, self.num_global_blocks
         if local % runs:
             raise InputError(f"{self.name}: num_local_blocks={local} must be a multiple of num_global_blocks={runs}")
@@ -265,7 +267,11 @@ class DeepSpeedVariable(_Layout):
     random:  num_random_blocks columns in each row, drawn from all, also when unidirectional.
     """
 
-    name: ClassVar[str] = "deepspeed_variable"
+    name = "deepspeed_variable"
+    formula = "softmax(QK^T)V over given windows + given global + random blocks"
+    paper = "DeepSpeed"
+    complexity = "n b (w + g + r) d"
+
     block: int = 16
     different_layout_per_head: bool = False
     num_random_blocks: int = 0
@@ -276,11 +282,9 @@ class DeepSpeedVariable(_Layout):
     horizontal_global_attention: bool = False
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_common()
-        self._check(num_random_blocks=0, seed=0)
-        self._check_tuples(local_window_blocks=1)
-        self._check_bools("horizontal_global_attention")
+        self._at_least(num_random_blocks=0, seed=0, local_window_blocks=1)
         self._check_global()
         if not self.local_window_blocks:
             raise InputError(f"{self.name}: local_window_blocks must name at least one window")
@@ -309,7 +313,11 @@ class DeepSpeedBigBird(_Layout):
     what lies above the diagonal is removed in the end.
     """
 
-    name: ClassVar[str] = "deepspeed_bigbird"
+    name = "deepspeed_bigbird"
+    formula = "softmax(QK^T)V over window + global + random blocks"
+    paper = "DeepSpeed; Zaheer et al. 2020"
+    complexity = "n b (w + g + r) d"
+
     block: int = 16
     different_layout_per_head: bool = False
     num_random_blocks: int = 1
@@ -318,9 +326,9 @@ class DeepSpeedBigBird(_Layout):
     attention: str = "bidirectional"
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_common()
-        self._check(num_random_blocks=0, num_sliding_window_blocks=1, num_global_blocks=0, seed=0)
+        self._at_least(num_random_blocks=0, num_sliding_window_blocks=1, num_global_blocks=0, seed=0)
         if self._one_way and self.num_random_blocks > 1:
             raise InputError(
                 f"{self.name}: the first row of a unidirectional layout has one block to choose from; "
@@ -351,7 +359,11 @@ class DeepSpeedBSLongformer(_Layout):
     ranges, as in `DeepSpeedVariable`) as rows and columns. Unidirectional removes what lies above the diagonal.
     """
 
-    name: ClassVar[str] = "deepspeed_bslongformer"
+    name = "deepspeed_bslongformer"
+    formula = "softmax(QK^T)V over window + given global blocks"
+    paper = "DeepSpeed; Beltagy et al. 2020"
+    complexity = "n b (w + g) d"
+
     block: int = 16
     different_layout_per_head: bool = False
     num_sliding_window_blocks: int = 3
@@ -359,9 +371,9 @@ class DeepSpeedBSLongformer(_Layout):
     global_block_end_indices: tuple[int, ...] | None = None
     attention: str = "bidirectional"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_common()
-        self._check(num_sliding_window_blocks=1)
+        self._at_least(num_sliding_window_blocks=1)
         self._check_global()
 
     @property
@@ -383,14 +395,18 @@ class DeepSpeedLocalSlidingWindow(_Layout):
     the right.
     """
 
-    name: ClassVar[str] = "deepspeed_local"
+    name = "deepspeed_local"
+    formula = "softmax(QK^T)V over a window of blocks"
+    paper = "DeepSpeed"
+    complexity = "n b w d"
+
     block: int = 16
     num_sliding_window_blocks: int = 3
     attention: str = "unidirectional"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_common()
-        self._check(num_sliding_window_blocks=1)
+        self._at_least(num_sliding_window_blocks=1)
 
     def _rectangles(self, n: int, head: int) -> Iterator[Rectangle]:
         self._check_enough(n, "num_sliding_window_blocks", self.num_sliding_window_blocks)
@@ -430,5 +446,4 @@ def from_config(config: Mapping[str, Any]) -> Pattern:
     if mode not in MODES:
         raise InputError(f"DeepSpeed's sparse attention has no mode {mode!r}; it has dense, {', '.join(MODES)}")
     cls = MODES[mode]
-    options = {name: config[name] for name in OPTIONS[cls.name] if name in config}
-    return Pattern.from_json({"pattern": cls.name, **options})
+    return cls(**{option: config[option] for option in cls.kinds if option in config})

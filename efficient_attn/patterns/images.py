@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.lists import Grid, assemble
 from ..masks.rules import MAX_LENGTH
-from .base import Pattern, by_classes, cross, register
+from ..options import check_choice, register
+from .base import Pattern, by_classes, cross
 
 
 class _OnGrid(Pattern):
@@ -28,9 +28,9 @@ class _OnGrid(Pattern):
     prefix: int
 
     def _check_size(self, axes: tuple[int, ...]) -> None:
-        self._check(prefix=0)
+        self._at_least(prefix=0)
         if self.size is not None:
-            self._check_tuples(size=1)
+            self._at_least(size=1)
             if len(self.size) not in axes or math.prod(self.size) > MAX_LENGTH:
                 raise InputError(
                     f"{self.name}: size is that of a grid with {' or '.join(map(str, axes))} axes and at most "
@@ -58,7 +58,7 @@ class _OnGrid(Pattern):
         return (tokens,) if axes == 1 else (side, side)
 
     def _with_prefix(self, mask: BlockMask) -> BlockMask:
-        return mask | cross(torch.arange(mask.q_len) < self.prefix, mask._grid) if self.prefix else mask
+        return mask | cross(torch.arange(mask.q_len) < self.prefix, mask.grid) if self.prefix else mask
 
     def _join_prefix(self, seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return seen | (i < self.prefix) | (j < self.prefix)
@@ -78,7 +78,11 @@ class Neighborhood(_OnGrid):
     prefix: tokens before the grid that see and are seen by everything.
     """
 
-    name: ClassVar[str] = "neighborhood"
+    name = "neighborhood"
+    formula = "softmax(QK^T)V over the k nearest along each axis, shifted at borders"
+    paper = "Hassani et al. 2023"
+    complexity = "n k^2 d"
+
     size: tuple[int, ...] | None = None
     kernel: tuple[int, ...] = (7,)
     dilation: tuple[int, ...] = (1,)
@@ -86,13 +90,11 @@ class Neighborhood(_OnGrid):
     prefix: int = 0
     axes: int = 2
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_size((1, 2, 3))
-        self._check_tuples(kernel=1, dilation=1)
+        self._at_least(kernel=1, dilation=1)
         if self.axes not in (1, 2):
             raise InputError(f"{self.name}: axes must be 1 or 2, got {self.axes!r}; for others give the size")
-        if not isinstance(self.causal, tuple) or not all(isinstance(c, bool) for c in self.causal):
-            raise InputError(f"{self.name}: causal must be a tuple of bools, got {self.causal!r}")
         count = self.axes if self.size is None else len(self.size)
         for option in ("kernel", "dilation", "causal"):
             given = getattr(self, option)
@@ -147,7 +149,7 @@ class Neighborhood(_OnGrid):
         rows, cols = touched.view(grid.n_q, grid.n_k).nonzero().unbind(1)
         tiles = tiles.view(-1, grid.block_q, grid.block_k // 8)
         lists = assemble(grid, 1, 1, rows, cols, torch.arange(rows.numel()), tiles)
-        return self._with_prefix(BlockMask._of_lists(grid, lists))
+        return self._with_prefix(BlockMask.from_lists(grid, lists))
 
     def _per_axis(self, q_len: int, kv_len: int) -> list[tuple[int, int, int, bool]]:
         """(length, kernel, dilation, causal) of each axis."""
@@ -225,16 +227,19 @@ class Axial(_OnGrid):
     prefix: tokens before the image that see and are seen by everything.
     """
 
-    name: ClassVar[str] = "axial"
+    name = "axial"
+    formula = "softmax(QK^T)V over i's row and column"
+    paper = "Ho et al. 2019"
+    complexity = "n (h + w) d"
+
     size: tuple[int, ...] | None = None
     part: str = "both"
     causal: bool = False
     prefix: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_size((2,))
-        self._check_choice("part", ("both", "rows", "columns"))
-        self._check_bools("causal")
+        check_choice(self, "part", ("both", "rows", "columns"))
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         width = max(self._shape(q_len, kv_len)[1], 1)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..defaults import alignment_offset
 from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.lists import Grid
-from .base import Pattern, along_diagonals, by_classes, cross, empty_mask, offset, register
+from ..options import check_choice, register
+from .base import Pattern, along_diagonals, by_classes, cross, empty_mask
 
 PARTS = ("both", "local", "summary")
 
-# --- windows: no lists, no memory ------------------------------------------------------------------------------------
+# --- windows: no lists, no memory ---
 
 
 @register
@@ -23,7 +24,10 @@ PARTS = ("both", "local", "summary")
 class Dense(Pattern):
     """Every pair."""
 
-    name: ClassVar[str] = "dense"
+    name = "dense"
+    formula = "softmax(QK^T)V"
+    paper = "Vaswani et al. 2017"
+    complexity = "n^2 d"
 
     @property
     def _analytic(self) -> bool:
@@ -45,13 +49,17 @@ class SlidingWindow(Pattern):
     query at the last key.
     """
 
-    name: ClassVar[str] = "sliding_window"
+    name = "sliding_window"
+    formula = "softmax(QK^T)V over i - left <= j <= i + right"
+    paper = "Beltagy et al. 2020"
+    complexity = "n w d"
+
     left: int = 128
     right: int = 128
     alignment: str = "top_left"
 
-    def __post_init__(self) -> None:
-        self._check(left=-1, right=-1)
+    def check(self) -> None:
+        self._at_least(left=-1, right=-1)
         self._check_alignment()
 
     @property
@@ -59,11 +67,11 @@ class SlidingWindow(Pattern):
         return True
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        away = j - i - offset(self.alignment, q_len, kv_len)
+        away = j - i - alignment_offset(self.alignment, q_len, kv_len)
         return ((away >= -self.left) | (self.left < 0)) & ((away <= self.right) | (self.right < 0))
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
-        start = offset(self.alignment, grid.q_len, grid.kv_len)
+        start = alignment_offset(self.alignment, grid.q_len, grid.kv_len)
         return empty_mask(grid, window=(self.left, self.right), window_offset=start)
 
 
@@ -72,10 +80,14 @@ class SlidingWindow(Pattern):
 class Causal(Pattern):
     """Keys j <= i ("top_left"), or j <= i + kv_len - q_len ("bottom_right"): a query and what came before it."""
 
-    name: ClassVar[str] = "causal"
+    name = "causal"
+    formula = "softmax(QK^T)V over j <= i"
+    paper = "Vaswani et al. 2017"
+    complexity = "n^2 d / 2"
+
     alignment: str = "top_left"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._check_alignment()
 
     @property
@@ -83,13 +95,13 @@ class Causal(Pattern):
         return True
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        return j <= i + offset(self.alignment, q_len, kv_len)
+        return j <= i + alignment_offset(self.alignment, q_len, kv_len)
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         return SlidingWindow(-1, 0, self.alignment)._build(grid, num_heads)
 
 
-# --- strides ---------------------------------------------------------------------------------------------------------
+# --- strides ---
 
 
 @register
@@ -97,13 +109,17 @@ class Causal(Pattern):
 class Dilated(Pattern):
     """Every dilation-th key: `left` of them before query i, `right` after, and i. Beltagy et al. 2020, section 3.1."""
 
-    name: ClassVar[str] = "dilated"
+    name = "dilated"
+    formula = "softmax(QK^T)V over j = i + t dilation"
+    paper = "Beltagy et al. 2020"
+    complexity = "n w d dilation"
+
     left: int = 64
     right: int = 64
     dilation: int = 2
 
-    def __post_init__(self) -> None:
-        self._check(left=0, right=0, dilation=1)
+    def check(self) -> None:
+        self._at_least(left=0, right=0, dilation=1)
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         away = j - i
@@ -129,15 +145,18 @@ class Strided(Pattern):
     causal: as in the paper; False looks ahead in the same way.
     """
 
-    name: ClassVar[str] = "strided"
+    name = "strided"
+    formula = "softmax(QK^T)V over i - j <= s or s | i - j"
+    paper = "Child et al. 2019"
+    complexity = "n^2 d"
+
     stride: int = 128
     causal: bool = True
     part: str = "both"
 
-    def __post_init__(self) -> None:
-        self._check(stride=1)
-        self._check_bools("causal")
-        self._check_choice("part", PARTS)
+    def check(self) -> None:
+        self._at_least(stride=1)
+        check_choice(self, "part", PARTS)
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         away = i - j
@@ -169,17 +188,20 @@ class Fixed(Pattern):
     causal: as in the paper; False drops j <= i.
     """
 
-    name: ClassVar[str] = "fixed"
+    name = "fixed"
+    formula = "softmax(QK^T)V over j <= i in i's segment, or at a segment's end"
+    paper = "Child et al. 2019"
+    complexity = "n (s + n c / s) d"
+
     stride: int = 128
     summary: int = 8
     shift: int = 0
     causal: bool = True
     part: str = "both"
 
-    def __post_init__(self) -> None:
-        self._check(stride=1, summary=1, shift=0)
-        self._check_bools("causal")
-        self._check_choice("part", PARTS)
+    def check(self) -> None:
+        self._at_least(stride=1, summary=1, shift=0)
+        check_choice(self, "part", PARTS)
         if self.summary * (1 + self.shift) > self.stride:
             raise InputError(
                 f"{self.name}: summary * (1 + shift) = {self.summary * (1 + self.shift)} exceeds the segment, "
@@ -221,7 +243,7 @@ class Fixed(Pattern):
         )  # fmt: skip
 
 
-# --- some tokens are special -----------------------------------------------------------------------------------------
+# --- some tokens are special ---
 
 
 @register
@@ -234,14 +256,17 @@ class Longformer(Pattern):
     global_indices: and these ones. Positions beyond the end do nothing.
     """
 
-    name: ClassVar[str] = "longformer"
+    name = "longformer"
+    formula = "softmax(QK^T)V over window + global tokens"
+    paper = "Beltagy et al. 2020"
+    complexity = "n (w + g) d"
+
     window: int = 512
     global_tokens: int = 1
     global_indices: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        self._check(window=0, global_tokens=0)
-        self._check_tuples(global_indices=0)
+    def check(self) -> None:
+        self._at_least(window=0, global_tokens=0, global_indices=0)
         if self.window % 2:
             raise InputError(f"{self.name}: window counts both sides and must be even, got {self.window}")
 
@@ -267,16 +292,20 @@ class PrefixLM(Pattern):
     alignment: as in `Causal`.
     """
 
-    name: ClassVar[str] = "prefix_lm"
+    name = "prefix_lm"
+    formula = "softmax(QK^T)V over j < prefix or j <= i"
+    paper = "Raffel et al. 2020"
+    complexity = "n^2 d / 2"
+
     prefix: int = 128
     alignment: str = "top_left"
 
-    def __post_init__(self) -> None:
-        self._check(prefix=0)
+    def check(self) -> None:
+        self._at_least(prefix=0)
         self._check_alignment()
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        return (j < self.prefix) | (j <= i + offset(self.alignment, q_len, kv_len))
+        return (j < self.prefix) | (j <= i + alignment_offset(self.alignment, q_len, kv_len))
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         size = (grid.block_q, grid.block_k)
@@ -295,13 +324,16 @@ class Documents(Pattern):
     causal: and nothing after itself.
     """
 
-    name: ClassVar[str] = "documents"
+    name = "documents"
+    formula = "softmax(QK^T)V over j in i's document"
+    paper = "Krell et al. 2021"
+    complexity = "n l d"
+
     lengths: tuple[int, ...] = (512,)
     causal: bool = False
 
-    def __post_init__(self) -> None:
-        self._check_tuples(lengths=1)
-        self._check_bools("causal")
+    def check(self) -> None:
+        self._at_least(lengths=1)
         if not self.lengths:
             raise InputError(f"{self.name}: lengths must name at least one document")
 

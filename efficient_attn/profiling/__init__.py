@@ -3,8 +3,8 @@
 api.py          the calls; commands.py: the same on the command line
 session.py      cells in worker processes, shortest lengths first; operator.py, model.py, roofline.py: what a cell runs
 counts.py       operations and bytes by operator; phases.py: time by phase, from torch.profiler
-fit.py          power laws, predictions, crossings; results.py: a profile; recommendation.py: the pick
-activations.py, sources.py, shapes.py       what is measured on; tables.py, plots.py: how it is shown
+results.py      a profile, with what it predicts; recommendation.py: the pick
+activations.py, sources.py                  what is measured on; tables.py, plots.py: how it is shown
 """
 
 from .api import profile_model, profile_op, profile_source

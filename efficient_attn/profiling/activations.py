@@ -7,9 +7,7 @@ what a layer attends to, with padding, causality and mask as the model sets them
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..benchmarks.inputs import photograph_qkv
+from ..defaults import default_scale
 from ..errors import InputError, UnsupportedError
 from ..integrations import convert
 from ..masks import BlockMask
+from ..measuring.calls import Layer
+from ..measuring.inputs import photograph_qkv
 from ..multihead import MultiheadAttention
 from ..ops.attention import MASK_OPERANDS, mask_arrays
-from .counts import as_mask
 from .model import run
 
 KINDS = ("random", "photographs")
-ERROR_ROWS = 256  # queries, spread evenly, over which an error is taken
 MAX_LAYERS = 4  # layers of a model that are measured, spread evenly
-
-
-@dataclass
-class Layer:
-    """What one layer attends to: query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), and which pairs
-    count: causality (with its alignment), padding (B, Nk) and a mask of pairs."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    is_causal: bool = False
-    causal_alignment: str | None = None
-    key_mask: Tensor | None = None
-    mask: BlockMask | None = None
-    scale: float | None = None
-
-    @property
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a shorter piece of it means the same."""
-        return self.key_mask is None and self.mask is None and self.query.shape[2] == self.key.shape[2]
-
-    def options(self, q_len: int) -> dict[str, Any]:
-        """The keywords of `Method.attend`; causality of a piece needs no alignment."""
-        alignment = self.causal_alignment if q_len == self.query.shape[2] else None
-        options = {"is_causal": self.is_causal, "causal_alignment": alignment, "scale": self.scale}
-        return options | {"key_mask": self.key_mask, "mask": self.mask}
-
-    def value_like_output(self) -> Tensor:
-        """A gradient of the output's shape, as structured as the values."""
-        group = self.query.shape[1] // self.value.shape[1]
-        rows = torch.arange(self.query.shape[2]) % self.value.shape[2]
-        return self.value.detach().repeat_interleave(group, dim=1)[:, :, rows].roll(1, dims=2).contiguous()
 
 
 def load(config: Mapping[str, Any]) -> list[Layer]:
@@ -139,7 +101,7 @@ def _layer(args: tuple[Any, ...]) -> Layer:
     q_len, kv_len = query.shape[2], key.shape[2]
     query, key, value = (t.detach().clone() for t in (query, key, value))
     scale = float(args[4 + MASK_OPERANDS])
-    usual = abs(scale - query.shape[3] ** -0.5) < 1e-6 * scale  # some methods have no other
+    usual = abs(scale - default_scale(None, query.shape[3])) < 1e-6 * scale  # some methods have no other
     layer = Layer(query, key, value, key_mask=padding, scale=None if usual else scale)
     if arrays.kv_lengths is not None:
         inside = torch.arange(kv_len) < arrays.kv_lengths.cpu()[:, None]
@@ -151,7 +113,7 @@ def _layer(args: tuple[Any, ...]) -> Layer:
         layer.is_causal = True
         layer.causal_alignment = "top_left" if offset == 0 else "bottom_right"
         return layer
-    layer.mask = as_mask(arrays._replace(kv_lengths=None), q_len, kv_len)
+    layer.mask = BlockMask.from_arrays(arrays._replace(kv_lengths=None), q_len=q_len, kv_len=kv_len)
     return layer
 
 
@@ -176,45 +138,3 @@ def _restored(found: Sequence[Mapping[str, Any]]) -> list[Layer]:
     return [
         Layer(**{**parts, "mask": None if parts["mask"] is None else BlockMask(**parts["mask"])}) for parts in found
     ]
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def relative_error(out: Tensor, layer: Layer) -> float:
-    """|out - exact| / |exact| (Frobenius) over `ERROR_ROWS` queries, exact being dense attention in float64.
-
-    In self-attention queries that are padding count no more than their keys.
-    """
-    length = layer.query.shape[2]
-    rows = torch.linspace(0, length - 1, min(length, ERROR_ROWS)).round().long()
-    visible = _visible(layer, rows)
-    group = layer.query.shape[1] // layer.key.shape[1]
-    scale = layer.query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
-    difference = norm = 0.0
-    for b, h in itertools.product(*map(range, layer.query.shape[:2])):  # one head at a time: rows x keys in float64
-        value = layer.value[b, h // group].double()
-        scores = layer.query[b, h, rows].double() @ layer.key[b, h // group].double().mT * scale
-        if visible is not None:
-            scores = scores.masked_fill(~visible[b % visible.shape[0], h % visible.shape[1]], -torch.inf)
-        if layer.key_mask is not None:
-            scores = scores.masked_fill(~layer.key_mask[b], -torch.inf)
-            value = value.masked_fill(~layer.key_mask[b, :, None], 0.0)
-        exact = scores.softmax(dim=-1).nan_to_num(0.0) @ value  # a row without keys is 0
-        counts = slice(None) if layer.key_mask is None or length != layer.key.shape[2] else layer.key_mask[b, rows]
-        difference += (out[b, h, rows].double() - exact)[counts].square().sum().item()
-        norm += exact[counts].square().sum().item()
-    return float(f"{(difference / norm) ** 0.5:.3g}") if norm else float(difference > 0)
-
-
-def _visible(layer: Layer, rows: Tensor) -> Tensor | None:
-    """The pairs of some queries that causality and mask allow, bool (1 | B, 1 | Hq, rows, Nk); None: all."""
-    length, kv_len = layer.query.shape[2], layer.key.shape[2]
-    visible = None
-    if layer.is_causal:
-        offset = kv_len - length if layer.causal_alignment == "bottom_right" else 0
-        visible = (torch.arange(kv_len) <= rows[:, None] + offset)[None, None]
-    if layer.mask is not None:
-        drawn = layer.mask.to_dense()[:, :, rows]
-        visible = drawn if visible is None else drawn & visible
-    return visible

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..benchmarks import records, runner
 from ..errors import InputError
+from ..measuring import records, runner
+from ..measuring.options import MODES, check_choice, check_lengths, check_positive, check_shape
 from ..patterns import Pattern
 from . import activations as activation_sources
 from . import roofline, sources
 from .model import check_on_cpu, evaluating, find_attention, measured, run
 from .results import Profile, from_records
 from .session import CEILINGS, MODEL, OPERATOR, Report, Session
-from .shapes import MODES, check_choice, check_lengths, check_positive, check_shape
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 MODEL_LENGTHS = (256, 512, 1024, 2048)

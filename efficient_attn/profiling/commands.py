@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..benchmarks import records, runner
-from ..errors import EfficientAttnError, InputError
-from ..run_folder import make_run_folder
+from ..errors import InputError
+from ..measuring import records, runner
+from ..measuring.options import read_lengths
+from ..measuring.run_folder import choose_run_folder
+from ..measuring.terminal import console, interrupted, named_errors, progress, sigterm_raises
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
 from .recommendation import CANDIDATES, from_rows, recommend
 from .results import from_records
 from .session import MODEL, OPERATOR, Report
-from .shapes import read_lengths
 
 Text = str | None
 
@@ -62,11 +61,11 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Time, memory, phases and roofline of a method or model against length, with what they predict."""
-    with _named_errors():
+    with named_errors():
         if (op is None) == (model is None):
             raise InputError("give --op SPEC or --model NAME, one of the two")
         chosen = read_lengths(lengths) if lengths else (LENGTHS if model is None else MODEL_LENGTHS)
-        folder = _folder(out, resume)
+        folder = choose_run_folder(out, "profile-results", resume=resume, latest=False)
         common: dict[str, Any] = {"lengths": chosen, "mode": mode.split(","), "batch": batch, "dtype": dtype}
         common |= {
             "seed": seed,
@@ -75,19 +74,18 @@ def profile(
             "limits": runner.Limits.asked_for(timeout, memory_limit),
         }
         common |= {"out": folder, "trace": trace}
-        console = Console(stderr=as_json)
+        err = console(stderr=as_json)
         code = 0
         try:
-            with _progress(console) as report:
+            with _progress(err) as report:
                 if op is not None:
                     shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
                     shape |= {"causal": causal, "activations": activations}
                     found = profile_op(op, **shape, **common, report=report)
                 else:
                     found = profile_source(model or "", attention=attention or (), **common, report=report)
-        except KeyboardInterrupt:
-            code = 130
-            console.print(f"[yellow]interrupted[/]; to go on, repeat the command with --out {folder} --resume")
+        except KeyboardInterrupt as interrupt:
+            code = interrupted(interrupt, err, folder)
             rows = list(records.read(folder / "results.jsonl"))
             if not any(row.get("suite") in (OPERATOR, MODEL) for row in rows):
                 raise typer.Exit(code) from None
@@ -132,7 +130,7 @@ def recommend_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Which attention to use: the measured front of time against error, and the fastest within a budget."""
-    with _named_errors():
+    with named_errors():
         shape: dict[str, Any] = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         shape |= {"dtype": dtype, "causal": causal, "mode": mode}
         given = {name: value for name, value in shape.items() if value is not None}
@@ -147,7 +145,7 @@ def recommend_command(
             return
         if not sizes:
             raise InputError("give --length N (with --model: of its sample), or --from FILE")
-        folder = _folder(out, resume)
+        folder = choose_run_folder(out, "profile-results", resume=resume, latest=False)
         options: dict[str, Any] = {"budget": error, "candidates": candidate or CANDIDATES, "device": device}
         options |= {
             "seed": seed,
@@ -155,19 +153,18 @@ def recommend_command(
             "budget_s": seconds,
             "limits": runner.Limits.asked_for(timeout, memory_limit),
         }
-        console = Console(stderr=as_json)
+        err = console(stderr=as_json)
         try:
-            with _progress(console) as report:
+            with _progress(err) as report:
                 if model is None:
                     options |= {"activations": activations, "length": sizes[0], **given}
                     found = recommend(**options, out=folder, report=report)
                 else:
                     found = _recommend_for(model, sizes[0], given, {**options, "out": folder, "report": report})
-        except KeyboardInterrupt:
-            console.print(f"[yellow]interrupted[/]; to go on, repeat the command with --out {folder} --resume")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as interrupt:
+            raise typer.Exit(interrupted(interrupt, err, folder)) from None
         _print(found, as_json)
-        Console(stderr=True).print(f"{found.plot(folder / 'recommend.png')}", highlight=False)
+        console(stderr=True).print(f"{found.plot(folder / 'recommend.png')}")
 
 
 def _recommend_for(model: str, length: int, given: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -180,46 +177,24 @@ def _recommend_for(model: str, length: int, given: dict[str, Any], options: dict
     return recommend(network, sample, mode=given.get("mode", "fwd"), **options)
 
 
-def _folder(out: Path | None, resume: bool) -> Path:
-    """The folder of this run. An existing result file is only continued when asked for."""
-    if out is None:
-        if resume:
-            raise InputError("--resume goes on in a folder: name it with --out")
-        out = Path("profile-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    make_run_folder(out, holds_run=not resume and (out / "results.jsonl").exists())
-    return out
-
-
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Report]:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _named_errors() -> Iterator[None]:
-    """This package's errors as errors of the command: what was given, what is allowed, exit code 2."""
-    try:
-        yield
-    except EfficientAttnError as error:
-        raise typer.BadParameter(str(error)) from error
+def _progress(out: Console) -> Iterator[Report]:
+    with sigterm_raises(), progress(out, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
 
 
 def _show(found: Any, png: Path, as_json: bool) -> None:
     _print(found, as_json)
     if found.series():
-        Console(stderr=True).print(f"{found.plot(png)}", highlight=False)
+        console(stderr=True).print(f"{found.plot(png)}")
 
 
 def _print(found: Any, as_json: bool) -> None:
     if as_json:
         print(found.to_json())
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 140)  # a file or pipe has no edge to wrap at
+    out = console()
     if found.environment:
-        console.print(records.describe(found.environment))
-    console.print(found.table())
+        out.print(records.describe(found.environment))
+    out.print(found.table())

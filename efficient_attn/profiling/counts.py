@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..masks import BlockMask, MaskArrays
-from ..masks import algebra as mask_algebra
+from ..masks import BlockMask, MaskArrays, algebra
 from ..masks.lists import Grid, entry_rows
 from ..ops.attention import MASK_OPERANDS, mask_arrays
 
@@ -126,8 +125,8 @@ def visited_keys(arrays: MaskArrays, batch: int, heads: int, kv_heads: int, q_le
     grid = Grid(q_len, kv_len, arrays.block_q, arrays.block_k)
     if 0 in (batch, heads, kv_heads, q_len, kv_len):
         return 0
-    mask = as_mask(arrays, q_len, kv_len)
-    _, lists, window, lengths = mask._parts
+    mask = BlockMask.from_arrays(arrays, q_len=q_len, kv_len=kv_len)
+    _, lists, window, lengths = mask.parts
     width = torch.arange(grid.n_k, device=lengths.device) * grid.block_k
     width = (kv_len - width).clamp(max=grid.block_k)
     group = heads // kv_heads
@@ -135,14 +134,14 @@ def visited_keys(arrays: MaskArrays, batch: int, heads: int, kv_heads: int, q_le
     for b in range(max(lengths.numel(), arrays.batch)):
         end = lengths[b : b + 1] if lengths.numel() > 1 else lengths
         if lists is None:
-            first, counts = (x[0] for x in mask_algebra.reach(grid, window, end))
+            first, counts = (x[0] for x in algebra.reach(grid, window, end))
             steps = torch.zeros(grid.n_k + 1, dtype=torch.int64, device=end.device)
             steps.index_add_(0, first[counts > 0], torch.ones_like(first[counts > 0]))
             steps.index_add_(0, (first + counts)[counts > 0], -torch.ones_like(first[counts > 0]))
             table = steps.cumsum(0)[None, :-1] > 0
         else:
             rows, cols = entry_rows(lists), lists.indices.long()
-            touched, _, _ = mask_algebra.how_cut(grid, window, end, rows, cols)
+            touched, _, _ = algebra.how_cut(grid, window, end, rows, cols)
             if lists.batch > 1:
                 touched &= rows // (lists.heads * grid.n_q) == b
             table = torch.zeros(lists.heads, grid.n_k, dtype=torch.bool, device=end.device)
@@ -151,20 +150,3 @@ def visited_keys(arrays: MaskArrays, batch: int, heads: int, kv_heads: int, q_le
             table = table.view(kv_heads, group, -1).any(1)
         total += int((table * width).sum()) * (kv_heads // table.shape[0])
     return total * (batch // max(lengths.numel(), arrays.batch))
-
-
-def as_mask(arrays: MaskArrays, q_len: int, kv_len: int) -> BlockMask:
-    return BlockMask._trusted(
-        q_len=q_len,
-        kv_len=kv_len,
-        block_size=(arrays.block_q, arrays.block_k),
-        batch=arrays.batch,
-        heads=arrays.heads,
-        indptr=arrays.indptr,
-        indices=arrays.indices,
-        tile_ids=arrays.tile_ids,
-        tiles=arrays.tiles,
-        window=(arrays.window_left, arrays.window_right),
-        window_offset=arrays.window_offset,
-        kv_lengths=arrays.kv_lengths,
-    )

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..benchmarks import clock
 from ..errors import InputError, InputTypeError, UnsupportedError
+from ..measuring import clock
+from ..measuring.options import MODES, check_choice
 from . import counts, phases
-from .shapes import MODES, check_choice
 
 PROFILED_S = 2.0
 

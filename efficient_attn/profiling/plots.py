@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
+from ..measuring.records import describe
+from ..measuring.terminal import MIB
 from .phases import PHASES
-from .tables import MIB, size
+from .tables import size
 
 if TYPE_CHECKING:
     from .recommendation import Recommendation
@@ -118,8 +120,6 @@ def recommendation_picture(found: Recommendation, path: Path) -> Path:
 
 def _saved(figure: Any, path: Path, environment: Mapping[str, Any]) -> Path:
     if environment:
-        from ..benchmarks.records import describe
-
         figure.suptitle(describe(environment), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from .. import methods
-from ..benchmarks import records, runner
 from ..errors import InputError, UnsupportedError
+from ..measuring import records, runner
+from ..measuring.calls import ERROR_ROWS
+from ..measuring.options import MODES, check_choice, check_positive, check_shape
 from . import activations as activation_sources
 from .session import OPERATOR, Report, Session
-from .shapes import MODES, check_choice, check_positive, check_shape
 
 Record = dict[str, Any]
 CANDIDATES = (
@@ -85,7 +86,7 @@ class Recommendation:
         return recommendation_table(self)
 
     def __str__(self) -> str:
-        from .tables import as_text
+        from ..measuring.terminal import as_text
 
         return as_text(self.table())
 
@@ -274,7 +275,7 @@ def _decide(found: Sequence[Record], budget: float, on: str, environment: Record
     pick = within[0] if within else None
     title = f"Attention at {_shape(rows[0])}"
     caption = (
-        f"On {on}. error: |out - dense| / |dense| against float64, over {activation_sources.ERROR_ROWS} queries at "
+        f"On {on}. error: |out - dense| / |dense| against float64, over {ERROR_ROWS} queries at "
         f"most. {how} *: no other is both faster and closer. Projections and random features are as initialised."
     )
     return Recommendation(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .fit import Crossing, PowerLaw, crossing, fit_tail
+from ..measuring.fit import Crossing, PowerLaw, crossing, fit_tail
 from .roofline import Ceilings, Roofline, roofline
 from .session import CEILINGS, MODEL, OPERATOR
 
@@ -111,7 +111,7 @@ class Profile:
         return profile_table(self)
 
     def __str__(self) -> str:
-        from .tables import as_text
+        from ..measuring.terminal import as_text
 
         return as_text(self.table())
 

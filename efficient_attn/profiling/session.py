@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from ..benchmarks import records, runner
-from ..errors import InputError
-from .fit import fit_tail
+from ..measuring import records, runner
+from ..measuring.fit import fit_tail
 
 OPERATOR = f"{__package__}.operator"
 MODEL = f"{__package__}.model"
@@ -34,10 +33,7 @@ class Session:
     def __init__(self, path: Path, limits: runner.Limits, report: Report | None = None) -> None:
         self.limits, self.code = limits, records.code_version()
         self.file = records.ResultFile(path)
-        try:
-            self.known = {found["id"]: found for found in records.read(path) if found.get("type") == "cell"}
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        self.known = {found["id"]: found for found in records.read(path) if found.get("type") == "cell"}
         self.environment = records.environment(threads=torch.get_num_threads(), limits=vars(limits))
         self.file.append(self.environment)
         self.report = report or (lambda name, done, total: None)

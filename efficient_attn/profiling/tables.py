@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError
+from rich.console import Group
+from rich.text import Text
+
+from ..measuring.clock import NOISY
+from ..measuring.terminal import MIB, make_table
 from .phases import PHASES
 
 if TYPE_CHECKING:
     from .recommendation import Recommendation
     from .results import Growth, Profile
 
-try:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console, Group
-    from rich.table import Table
-except ModuleNotFoundError as error:
-    raise UnsupportedError(
-        f"tables need {error.name}; pip install 'efficient-attn[bench]', or use to_json()"
-    ) from error
-
-MIB, GIB = 2**20, 2**30
-WIDTH = 118
-NOISY = 0.25
 FAR = 1024  # how many times the longest measured length a prediction is printed
-
-
-def as_text(renderable: Any, width: int = WIDTH) -> str:
-    """A renderable as plain text."""
-    console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False)
-    console.print(renderable)
-    file: Any = console.file
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def profile_table(profile: Profile) -> Any:
@@ -59,7 +42,7 @@ def _measurements(profile: Profile) -> Any:
     series = list(profile.series().items())
     for number, ((label, mode), rows) in enumerate(series):
         last = number == len(series) - 1
-        table = _table(f"{label}, {mode}", columns, _caption(profile) if last else None)
+        table = make_table(f"{label}, {mode}", columns, (), _caption(profile) if last else "")
         before: Mapping[str, Any] | None = None
         for row in rows:
             figures = [size(row["seqlen"]), _ms(row), _slope(before, row), f"{max(row['peak_bytes'], 0) / MIB:.1f}"]
@@ -79,7 +62,7 @@ def _roof(profile: Profile, row: Mapping[str, Any]) -> list[str]:
 
 
 def _growth(profile: Profile) -> Any:
-    table = _table("Growth", ["", "mode", "time", "memory", "memory ends at N", "overtakes dense at N"], None)
+    table = make_table("Growth", ["", "mode", "time", "memory", "memory ends at N", "overtakes dense at N"], {0}, "")
     for found in profile.growth():
         law = [("" if x is None else str(x)) for x in (found.time, found.memory)]
         table.add_row(found.label, found.mode, *law, _end(found), _overtakes(found))
@@ -104,10 +87,10 @@ def _overtakes(found: Growth) -> str:
 
 def _modules(profile: Profile) -> Any:
     """The attention modules of the longest row of each series."""
-    table = _table("Attention modules at the longest length", ["", "kind", "ms", "share %"], None)
+    table = make_table("Attention modules at the longest length", ["", "kind", "ms", "share %"], {0}, "")
     for (label, mode), rows in profile.series().items():
         table.add_section()
-        table.add_row(f"[bold]{label}, {mode}, N = {size(rows[-1]['seqlen'])}[/]", "", "", "")
+        table.add_row(Text(f"{label}, {mode}, N = {size(rows[-1]['seqlen'])}", style="bold"))
         for name, module in rows[-1]["modules"].items():
             share = module["share"]
             table.add_row(name or "(the model)", module["kind"], f"{share * rows[-1]['ms']:.3g}", f"{100 * share:.1f}")
@@ -116,11 +99,11 @@ def _modules(profile: Profile) -> Any:
 
 def recommendation_table(found: Recommendation) -> Any:
     """Every candidate, fastest first, those of the front marked, and the pick with its reason."""
-    table = _table(found.title, ["", "ms", "vs dense", "error", "MiB", "front", "within budget"], found.caption)
+    labels = ["", "ms", "vs dense", "error", "MiB", "front", "within budget"]
+    table = make_table(found.title, labels, {0}, found.caption)
     for candidate in found.candidates:
-        name = f"[bold]{candidate.method}[/]" if candidate is found.pick else candidate.method
         table.add_row(
-            name,
+            Text(candidate.method, style="bold" if candidate is found.pick else ""),
             f"{candidate.ms:.3g}",
             f"{1 / candidate.relative:.2f}x",
             f"{candidate.error:.1e}",
@@ -130,9 +113,6 @@ def recommendation_table(found: Recommendation) -> Any:
         )
     lines = [f"{status}: {method}: {message[:200]}" for method, status, message in found.failed]
     return Group(table, found.reason, *lines)
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
 
 
 def size(length: float) -> str:
@@ -171,13 +151,6 @@ def _caption(profile: Profile) -> str:
     if any(row.get("fast_path") for rows in profile.series().values() for row in rows):
         text += "While it is looked into, torch.nn cannot take its fast path: shares are those of the other one."
     return text
-
-
-def _table(title: str, columns: Sequence[str], caption: str | None) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", caption=caption, caption_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    return table
 
 
 def _ms(row: Mapping[str, Any]) -> str:

@@ -16,10 +16,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import EfficientAttnError, InputError
+from ..measuring import terminal
+from ..measuring.terminal import note, progress
 from . import options, trainer
 from .options import TrainOptions
 from .task import Task
@@ -66,7 +67,7 @@ def overview(
         table = Table("task", "what it learns", "--data", box=None, padding=(0, 2, 0, 0))
         for task in TASKS.values():
             table.add_row(task.name, task.help, task.data_help or "-")
-        _console().print(table)
+        terminal.console(width=120).print(table)
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -116,23 +117,23 @@ def run(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> int:
         given: every option's value; chosen: those that were typed.
     """
     first = os.environ.get("RANK", "0") == "0"
-    console = _console(quiet=not first)
+    console = terminal.console(quiet=not first, width=120)
     try:
         made, train_options = resumed(task, given, chosen) if given["resume"] else fresh(task, given, chosen)
-        console.print(f"{task.name}: {task.help} attention {made.attention}", highlight=False)
+        console.print(f"{task.name}: {task.help} attention {made.attention}")
         reporter = _Progress(console) if console.is_terminal else _Lines(console)
         result = trainer.train(made, train_options, resume=given["resume"], reporter=reporter)
     except trainer.Interrupted as interrupt:
         by = "Ctrl-C" if interrupt.signum == signal.SIGINT else "SIGTERM"
-        console.print(f"[yellow]interrupted[/] by {by} after step {interrupt.step}, which is saved; to go on:")
+        note(console, "interrupted", f" by {by} after step {interrupt.step}, which is saved; to go on:")
         console.print(f"  efficient-attn train {task.name} --out {train_options.out} --resume", soft_wrap=True)
         return 128 + interrupt.signum
     except EfficientAttnError as error:
         if first:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {_escaped(error)}")
+            note(terminal.console(stderr=True), "error:", f" {error}", "red")
         return 2
     show(result, console)
-    console.print(f"{train_options.out / trainer.RESULT}", highlight=False, soft_wrap=True)
+    console.print(f"{train_options.out / trainer.RESULT}", soft_wrap=True)
     return 0
 
 
@@ -197,8 +198,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for name, value in result["test"].items():
         table.add_row(name, _shown(name, result["valid"][name]), _shown(name, value))
     for name, value in result["baselines"].items():
-        table.add_row(f"[dim]{name} (baseline)[/]", "", f"[dim]{_shown(name, value)}[/]")
-    console.print(table, highlight=False)
+        table.add_row(f"{name} (baseline)", "", _shown(name, value), style="dim")
+    console.print(table)
 
 
 def _latest(task: str) -> Path:
@@ -208,19 +209,8 @@ def _latest(task: str) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def _console(quiet: bool = False) -> Console:
-    console = Console(quiet=quiet)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or pipe has no edge to wrap at
-    return console
-
-
 def _shown(name: str, value: float) -> str:
     return f"{value:.1%}" if name in UNITS else f"{value:.4f}"
-
-
-def _escaped(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
 
 
 def _flag(name: str) -> str:
@@ -235,15 +225,15 @@ class _Lines:
 
     def begin(self, step: int, total: int, notes: list[str]) -> None:
         self.total = total
-        for note in notes:
-            self.console.print(f"  {note}", highlight=False, markup=False)
+        for line in notes:
+            self.console.print(f"  {line}")
 
     def trained(self, record: dict[str, Any]) -> None: ...
 
     def evaluated(self, record: dict[str, Any]) -> None:
         found = {name: value for name, value in record.items() if name not in ("type", "split", "step")}
         shown = "  ".join(f"{name} {_shown(name, value)}" for name, value in found.items())
-        self.console.print(f"  step {record['step']:>6} of {self.total}  {shown}", highlight=False)
+        self.console.print(f"  step {record['step']:>6} of {self.total}  {shown}")
         sys.stdout.flush()
 
     def end(self) -> None: ...
@@ -254,8 +244,7 @@ class _Progress(_Lines):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.description}"), console=console)
+        self.bar = progress(console)
 
     def begin(self, step: int, total: int, notes: list[str]) -> None:
         super().begin(step, total, notes)

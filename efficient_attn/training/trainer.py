@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..benchmarks import records
 from ..errors import EfficientAttnError, InputError
-from ..run_folder import make_run_folder
+from ..measuring import records
+from ..measuring.run_folder import make_run_folder
 from . import checkpoint, optimizer, options, start
 from .data.base import Batch, Dataset
 from .metrics import Metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -352,10 +353,30 @@ def test_rule_12_auto_takes_the_fastest_and_explains() -> None:
     assert told.backend in str(told)
 
 
+def test_rule_12_explain_takes_the_arguments_of_attention_and_no_others() -> None:
+    with pytest.raises(TypeError, match="is_casual"):
+        explain(Q, Q, Q, is_casual=True)
+    with pytest.raises(InputError, match="ambiguous"):
+        explain(Q, Q[:, :, :4], Q[:, :, :4], is_causal=True)
+    asked, known = (list(inspect.signature(function).parameters) for function in (explain, attention))
+    assert asked == known
+
+
+def test_rule_12_explain_counts_the_bytes_of_lse() -> None:
+    single, double = (explain(*[Q.to(dtype)] * 3).bytes for dtype in (torch.float32, torch.float64))
+    assert double == 2 * single  # every tensor, lse included
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rule_12_explain_needs_no_backend(masked: bool) -> None:
+    told = explain(Q, Q, Q, mask=torch.ones(6, 6, dtype=torch.bool) if masked else None, backend="cuda")
+    assert told.backend is None and told.density == 1.0 and told.reasons["cuda"]
+
+
 def test_rule_12_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from efficient_attn import backends
 
-    monkeypatch.setattr(backends.BACKENDS["cpu"], "not_supported_reasons", lambda call: ["out of order"])
+    monkeypatch.setattr(backends.BACKENDS["cpu"].attention, "not_supported_reasons", lambda call: ["out of order"])
     backends.cached_select.cache_clear()
     try:
         with pytest.raises(UnsupportedError, match="out of order"):

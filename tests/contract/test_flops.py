@@ -61,8 +61,11 @@ MASKS = {
     "window_outside": BlockMask(N, N, window=(-1, 0), window_offset=-1000),
     "lengths": BlockMask.from_lengths([300, 130], q_len=N, kv_len=N),
     "no_keys": BlockMask.from_lengths([0, 1], q_len=N, kv_len=N),
-    "blocks": parse("bigbird:block=16").block_mask(N, N),
-    "blocks_window_lengths": parse("bigbird:block=32").block_mask(N, N).with_window((90, 0)).with_lengths([290, 33]),
+    "blocks": parse("bigbird:block=16").pattern.block_mask(N, N),
+    "blocks_window_lengths": parse("bigbird:block=32")
+    .pattern.block_mask(N, N)
+    .with_window((90, 0))
+    .with_lengths([290, 33]),
     "bits": BlockMask.from_dense(torch.rand(B, H, N, N, generator=torch.Generator().manual_seed(0)) > 0.99995),
 }
 
@@ -90,7 +93,7 @@ def test_a_dense_call_counts_what_the_formula_in_pytorch_counts(kv_heads: int) -
 
 def test_forward_and_backward_through_autograd() -> None:
     tensors = drawn(grad=True)
-    mask = parse("bigbird:block=16").block_mask(N, N)
+    mask = parse("bigbird:block=16").pattern.block_mask(N, N)
     pairs = by_drawing(mask, H, B)
     found = counted(lambda: attention(*tensors, mask=mask).sum().backward())
     assert found == {ATTENTION: 2 * pairs * (D + DV), BACKWARD: 2 * pairs * (3 * D + 2 * DV)}
@@ -131,7 +134,7 @@ def test_methods_on_linear_attention_are_counted() -> None:
 def test_a_module_and_a_model_count_projections_and_attention(spec: str) -> None:
     module = MultiheadAttention(H * D, H, batch_first=True, attention=spec)
     x = torch.randn(B, N, H * D)
-    pairs = visited_pairs(parse(spec).block_mask(N, N, num_heads=H).arrays(), B, H, N, N)
+    pairs = visited_pairs(parse(spec).pattern.block_mask(N, N, num_heads=H).arrays(), B, H, N, N)
     found = counted(lambda: module(x, x, x, need_weights=False))
     assert found[ATTENTION] == 4 * pairs * D
     assert sum(found.values()) == 4 * pairs * D + 2 * B * N * (H * D) * (4 * H * D)
@@ -146,7 +149,7 @@ def test_a_module_and_a_model_count_projections_and_attention(spec: str) -> None
 
 
 def test_fake_tensors_count_every_listed_block_in_full() -> None:
-    mask = parse("bigbird:block=32").block_mask(N, N).with_window((90, 0))
+    mask = parse("bigbird:block=32").pattern.block_mask(N, N).with_window((90, 0))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         tensors = [fake.from_tensor(t) for t in drawn()]
         arrays = mask.arrays()._replace(

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from efficient_attn import backends
+from efficient_attn.backends.call import LinearCall
+from efficient_attn.backends.features import FEATURE_MAPS
 from efficient_attn.backends.reference import linear_attention as reference_linear
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.lowrank import linear_attention, linear_attention_weights
-from efficient_attn.ops import linear_attention as linear_ops
+from efficient_attn.methods import linear_attention, linear_attention_weights
 
 B = 2
 FORWARD = torch.ops.efficient_attn.linear_attention_forward
@@ -18,7 +20,7 @@ BACKWARD = torch.ops.efficient_attn.linear_attention_backward
 CPU = torch.device("cpu")
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
-    for name, why in linear_ops.not_supported_reasons(CPU, torch.float64).items()
+    for name, why in backends.not_supported_reasons(LinearCall(CPU, torch.float64)).items()
     if name != "triton"  # no float64 there; test_triton.py tests it
 ]
 
@@ -42,7 +44,7 @@ def projection_for(feature_map):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("is_causal", "offset"), [(False, 0), (True, 0), (True, 2), (True, -2)])
-@pytest.mark.parametrize("feature_map", reference_linear.FEATURE_MAPS)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_primitive_gradcheck(backend, feature_map, is_causal, offset, masked):
     inputs = [t.detach().sub(0.4).requires_grad_() for t in features(4, 2, 5, 7)]

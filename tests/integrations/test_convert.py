@@ -11,7 +11,6 @@ from torch import nn
 from efficient_attn import (
     BigBird,
     ConversionError,
-    Dense,
     InputError,
     InputTypeError,
     MultiheadAttention,
@@ -69,7 +68,7 @@ def test_torch_nn_is_converted_checked_and_undone():
     report = convert(model, WINDOW, sample=X)
     assert list(report.converted) == ["layers.0.self_attn", "layers.1.self_attn"] and not report.skipped
     assert report.dense_error < 1e-5 and report.error > 1e-2 and model.training
-    assert all(layer.self_attn.attention == SlidingWindow(left=2, right=2) for layer in model.layers)
+    assert all(layer.self_attn.attention.pattern == SlidingWindow(left=2, right=2) for layer in model.layers)
     assert not torch.allclose(model(X), expected, atol=1e-2)
     assert "sliding_window:left=2,right=2" in str(report) and "layers.1.self_attn" in str(report)
     report.undo()
@@ -80,7 +79,7 @@ def test_torch_nn_is_converted_checked_and_undone():
 def test_dense_is_the_default_and_compared_itself():
     model = encoder()
     report = convert(model, sample=X)
-    assert report.attention == Dense() and report.dense_error < 1e-5 and report.error is None
+    assert report.attention.is_dense and report.dense_error < 1e-5 and report.error is None
     assert all(isinstance(layer.self_attn, MultiheadAttention) for layer in model.layers)
 
 
@@ -89,7 +88,7 @@ def test_a_model_that_has_a_method_already_is_not_compared_with_dense():
     convert(model, WINDOW)
     report = convert(model, "bigbird:block=16", sample=X)
     assert report.dense_error is None and report.error > 1e-2
-    assert model.layers[0].self_attn.attention == BigBird(block=16)
+    assert model.layers[0].self_attn.attention.pattern == BigBird(block=16)
     report.undo()
     assert model.layers[0].self_attn.attention == parse(WINDOW)
 
@@ -100,7 +99,7 @@ def test_modules_with_a_setter():
     assert report.converted == {"1": "Homemade, by set_attention"} and report.error > 1e-3
     assert model[1].attention == parse(WINDOW)
     report.undo()
-    assert model[1].attention == Dense()
+    assert model[1].attention.is_dense
     alone = Homemade()
     assert list(convert(alone, WINDOW).converted) == [""]
 
@@ -123,7 +122,7 @@ def test_setters_get_their_parameters_back_and_keep_to_themselves():
     state = model[0].method_state
     report = convert(model, WINDOW)
     assert list(report.converted) == ["0"] and "memory" in report.skipped["1"]
-    assert model[0].method_state is None and model[1].attention == Dense()
+    assert model[0].method_state is None and model[1].attention.is_dense
     report.undo()
     assert model[0].method_state is state and str(model[0].attention) == "linformer:rank=2,max_len=16"
 
@@ -148,6 +147,32 @@ class DependsOnType(nn.Module):
     def forward(self, x):
         out, _ = self.inner(x, x, x, need_weights=False)
         return out if type(self.inner) is nn.MultiheadAttention else out + 0.01
+
+
+class PartlyUsed(nn.Module):
+    """One attention is called, one is not, and of one the weights are read by other code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.idle, self.read = (nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read.out_proj(self.called(x, x, x)[0])
+
+
+def test_modules_that_are_never_reached_are_named():
+    report = convert(PartlyUsed(), "sliding_window:left=2,right=2", sample=torch.randn(2, 9, 16), repeats=0)
+    assert list(report.layers) == ["called"] and sorted(report.converted) == ["called", "idle", "read"]
+    assert report.unreached == {"idle": "MultiheadAttention", "read": "MultiheadAttention"}
+    assert "never reached on the sample: 2\n  idle: MultiheadAttention" in str(report)
+
+
+def test_a_conversion_that_reaches_nothing_raises_and_leaves_the_model():
+    model = PartlyUsed()
+    old = model.idle
+    with pytest.raises(ConversionError, match=r"none of the converted modules \(idle\) called"):
+        convert(model, "linear", sample=torch.randn(2, 9, 16), predicate=lambda name, _: name == "idle")
+    assert model.idle is old
 
 
 @pytest.mark.parametrize("spec", ["dense", WINDOW])
@@ -203,7 +228,7 @@ def test_wrong_arguments():
         convert(Silent(), sample=X)
 
 
-# --- models of transformers ------------------------------------------------------------------------------------------
+# --- models of transformers ---
 
 
 @pytest.fixture
@@ -255,6 +280,19 @@ def test_parameters_of_layers_come_and_go(transformers):
     assert model.encoder.layer[0].attention.self.method_state.key_projection.shape == (4, 16)
     report.undo()
     assert set(model.state_dict()) == names and model.config._attn_implementation == "sdpa"
+
+
+def test_layers_of_transformers_that_are_never_reached_are_named(transformers):
+    """SAM's vision encoder has attention of its own, and no call of the interface, whatever its config says."""
+    config = transformers.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16, window_size=2,
+        global_attn_indexes=[1], output_channels=8, mlp_dim=32,
+    )  # fmt: skip
+    model = transformers.SamVisionModel(config)
+    before = model.config._attn_implementation
+    with pytest.raises(ConversionError, match="changes nothing"):
+        convert(model, "sliding_window", sample=torch.randn(1, 3, 64, 64), repeats=0)
+    assert model.config._attn_implementation == before
 
 
 def test_transformers_without_the_interface_are_left(transformers):

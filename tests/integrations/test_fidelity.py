@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import efficient_attn
-from efficient_attn import Dense, InputError, Method, SlidingWindow, UnsupportedError, attention, convert
+from efficient_attn import InputError, Method, SlidingWindow, UnsupportedError, attention, convert
 from efficient_attn.integrations import fidelity
 from efficient_attn.integrations.fidelity import Cost, LayerFidelity
 
@@ -114,7 +114,7 @@ def test_nested_tensors_between_layers_are_compared():
     assert report.dense_error < 1e-5 < min(found.output for found in report.layers.values())
 
 
-# --- time and memory -------------------------------------------------------------------------------------------------
+# --- time and memory ---
 
 
 class Costly(nn.Module):
@@ -127,7 +127,7 @@ class Costly(nn.Module):
 
     def forward(self, x):
         self.runs += 1
-        size = 2**20 if self.attend.attention == Dense() else 2**18
+        size = 2**20 if self.attend.attention.is_dense else 2**18
         torch.zeros(size // 2)
         torch.zeros(size).sum()
         return self.attend(x)
@@ -156,7 +156,7 @@ def test_nothing_is_written_to_the_standard_error(capfd):
     assert captured.out == "" and captured.err == ""
 
 
-# --- table and picture -----------------------------------------------------------------------------------------------
+# --- table and picture ---
 
 LAYERS = {"a": LayerFidelity(0.25, 0.5), "cross": LayerFidelity(None, 0.125)}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 import efficient_attn
 from efficient_attn import InputError, UnsupportedError, convert
 from efficient_attn.integrations import huggingface
+from efficient_attn.methods import Sparse
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,8 +53,8 @@ def test_every_kind_of_model_is_there():
 @pytest.mark.parametrize(("family", "padding"), list(cases()))
 def test_agrees_with_eager(family, padding, monkeypatch):
     calls = []
-    attend = efficient_attn.Dense.attend
-    monkeypatch.setattr(efficient_attn.Dense, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    attend = Sparse.attend
+    monkeypatch.setattr(Sparse, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
     results = {}
     for implementation in ("eager", "efficient_attn"):
         model = make(family, implementation)
@@ -183,7 +186,7 @@ def test_real_checkpoint_gives_the_embeddings_of_eager():
     assert 1e-2 < (window - eager).abs().max() < 1  # another attention is another result
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 class Largest(TorchDispatchMode):
@@ -219,7 +222,7 @@ def test_nothing_is_n_by_n(family, side):
     assert largest["efficient_attn"] < n * n / 4 <= largest["sdpa"]
 
 
-# --- other methods ---------------------------------------------------------------------------------------------------
+# --- other methods ---
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def test_padding_does_not_matter_to_low_rank_methods(spec):
         ("llama", "nystrom", "cannot be causal"),
         ("mistral", "performer", "mask of pairs"),
         ("t5", "linear", "bias"),
-        ("bart", "neighborhood:kernel=3,axes=1", "self-attention"),
+        ("bert", "neighborhood:kernel=3,size=3x3", "3x3|9"),
         ("bert", "linformer:share=layerwise", "share one state"),
     ],
 )
@@ -312,3 +315,54 @@ def test_torch_compile_without_a_graph_break():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     actual = compiled(IDS, attention_mask=mask, use_cache=False).logits
     assert_close(actual[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize(
+    ("family", "padding", "spec", "dynamic"),
+    [
+        ("bert", "none", "linear", True),
+        ("bert", "right", "nystrom:landmarks=4", False),
+        ("llama", "none", "dense", False),
+        ("mistral", "right", "dense", True),
+        ("modernbert", "right", "dense", False),
+        pytest.param("t5", "right", "dense", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_equals_eager_at_several_lengths(family, padding, spec, dynamic):
+    """Masks of transformers are closures, which torch.compile traces instead of reading their variables."""
+    torch._dynamo.reset()
+    model = make(family, huggingface.implementation_name(spec))
+    compiled = torch.compile(model, backend="eager", dynamic=dynamic)
+    options = {"use_cache": False} if family in (*CAUSAL, "t5") else {}
+    for length in (N, N - 3):
+        arguments = {name: value[:, :length] for name, value in inputs(family, padding).items() if value is not None}
+        mask = arguments.get("decoder_attention_mask", arguments.get("attention_mask"))
+        with torch.no_grad():
+            actual, expected = compiled(**arguments, **options)[0], model(**arguments, **options)[0]
+        assert_close(*((actual, expected) if mask is None else (actual[mask.bool()], expected[mask.bool()])))
+
+
+OTHER_PROCESS = """
+import sys, torch
+model, ids, expected = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(ids)[0], expected)
+"""
+
+
+@pytest.mark.parametrize("spec", ["bigbird:block=16", "performer:features=8"])
+def test_a_model_runs_in_a_process_that_registered_nothing(spec, tmp_path):
+    model = make("bert", huggingface.implementation_name(spec))
+    torch.save((model, IDS, model(IDS)[0].detach()), tmp_path / "model.pt")
+    command = [sys.executable, "-W", "ignore", "-c", OTHER_PROCESS, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("spec", ["dense", "bigbird:block=16", "linear", "performer:features=8", "linformer:rank=4"])
+def test_training_after_a_first_call_in_inference_mode(spec):
+    model = make("bert", huggingface.implementation_name(spec))
+    with torch.inference_mode():
+        model(IDS)
+    model.train()
+    model(IDS)[0].square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 huggingface.register()
 
-# --- masks -----------------------------------------------------------------------------------------------------------
+# --- masks ---
 
 BLOCKS = torch.tensor([[-1] * 4 + [0] * 5 + [-1] * 3 + [1] * 8] * B)
 FUNCTIONS = {
@@ -74,7 +74,7 @@ def test_a_mask_is_no_tensor_and_says_so():
         pair_mask(B, N, N, attention_mask=torch.ones(B + 1, N).bool())
 
 
-# --- what raises -----------------------------------------------------------------------------------------------------
+# --- what raises ---
 
 
 def layer_call(name="efficient_attn", mask=None, length=N, **kwargs):
@@ -151,7 +151,7 @@ def test_registering_twice_is_registering_once():
     assert transformers.PreTrainedModel.get_correct_attn_implementation is before
 
 
-# --- layers ----------------------------------------------------------------------------------------------------------
+# --- layers ---
 
 
 def test_without_a_mask_a_causal_layer_is_causal():

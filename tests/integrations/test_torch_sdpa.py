@@ -245,7 +245,7 @@ def test_autocast(native):
     assert native["forward"] == 2
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
+# --- models ---
 
 
 class Layer(nn.Module):
@@ -344,7 +344,7 @@ def test_nn_multihead_attention_is_served(native):
     assert (window - expected).abs().max() > 1e-2
 
 
-# --- other methods ---------------------------------------------------------------------------------------------------
+# --- other methods ---
 
 
 def test_another_method_in_every_call():
@@ -390,7 +390,7 @@ def test_what_another_method_cannot_serve_raises():
         use_for_sdpa("flash")
 
 
-# --- the registry, and the operators of CUDA -------------------------------------------------------------------------
+# --- the registry, and the operators of CUDA ---
 
 
 def test_a_pytorch_that_cannot_restore_is_named(monkeypatch):

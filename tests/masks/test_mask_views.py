@@ -9,7 +9,7 @@ from torch.nn.attention import flex_attention
 
 from efficient_attn import BlockMask, MaskError
 
-# --- FlexAttention -------------------------------------------------------------------------------------------------
+# --- FlexAttention ---
 
 
 @pytest.mark.parametrize("q_len, kv_len, block_size", [s for s in SIZES if s[0] * s[1]])
@@ -81,7 +81,7 @@ def test_flex_attention_runs_under_our_mask():
     torch.testing.assert_close(out, expected)
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- pictures ---
 
 
 def test_repr_draws_a_small_picture():
@@ -102,17 +102,17 @@ def test_a_single_visible_pair_shows():
 
 
 def test_large_pictures_agree_with_small_ones():
-    from efficient_attn.masks import picture as mask_picture
+    from efficient_attn.masks import picture
 
     bits = random_bits(1024, 768, batch=1, heads=1)
     for mask in (
         BlockMask.from_dense(bits, block_size=32),
         BlockMask(1024, 768).with_window((200, 30), alignment="top_left"),
     ):
-        exact = mask_picture.coverage(mask, 16, 24)
+        exact = picture.coverage(*mask.parts, 16, 24)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mask_picture, "EXACT_PAIRS", 0)
-            coarse = mask_picture.coverage(mask, 16, 24)
+            patch.setattr(picture, "EXACT_PAIRS", 0)
+            coarse = picture.coverage(*mask.parts, 16, 24)
         assert (exact - coarse).abs().max() < (1e-9 if mask.indptr is not None else 0.05)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from efficient_attn import BlockMask, MaskError
 from efficient_attn.masks import lists as mask_build
 
-# --- from bool tensors ---------------------------------------------------------------------------------------------
+# --- from bool tensors ---
 
 
 @sizes
@@ -115,7 +115,7 @@ def test_from_dense_refuses_what_does_not_broadcast():
         BlockMask.from_dense(torch.ones(4, 5, dtype=torch.bool), kv_len=7)
 
 
-# --- from lists ----------------------------------------------------------------------------------------------------
+# --- from lists ---
 
 VALID = {
     "indptr": [0, 2, 3, 3],
@@ -247,7 +247,7 @@ def test_masks_cannot_be_changed():
         iter(mask)
 
 
-# --- from lengths, predicates, documents ---------------------------------------------------------------------------
+# --- from lengths, predicates, documents ---
 
 
 def test_from_lengths():
@@ -315,7 +315,7 @@ def test_from_documents(length, block_size):
         BlockMask.from_documents(torch.zeros(1, 2, 3, dtype=torch.int64))
 
 
-# --- what it says --------------------------------------------------------------------------------------------------
+# --- what it says ---
 
 
 @sizes
@@ -362,7 +362,7 @@ def test_arrays_are_cached_and_complete():
 @sizes
 def test_transposed_lists_hold_the_same_blocks(q_len, kv_len, block_size):
     mask = BlockMask.from_dense(random_bits(q_len, kv_len), block_size=block_size)
-    n_q, n_k = mask._grid.n_q, mask._grid.n_k
+    n_q, n_k = mask.grid.n_q, mask.grid.n_k
     t_indptr, t_indices, t_tile_ids = mask.transposed()
     assert (t_indptr.dtype, t_indices.dtype, t_tile_ids.dtype) == (torch.int64, torch.int32, torch.int32)
     assert t_indptr.numel() == 2 * 3 * n_k + 1 and t_indptr[-1] == mask.indices.numel()
@@ -393,7 +393,7 @@ def test_to_dense_refuses_absurd_sizes():
         BlockMask(4, 4).to_dense(max_pairs=15)
 
 
-# --- compilation ---------------------------------------------------------------------------------------------------
+# --- compilation ---
 
 
 def weigh(x: Tensor, mask: BlockMask) -> Tensor:
@@ -409,7 +409,7 @@ def test_compiled_functions_take_and_close_over_masks():
     assert torch.equal(torch.compile(lambda x: weigh(x, mask), backend="eager", fullgraph=True)(x), expected)
     restrict = torch.compile(lambda x, m: weigh(x, m.with_causal()), backend="eager", fullgraph=True)
     assert torch.equal(restrict(x, mask), expected)
-    assert not mask._transposed, "a traced call must not keep what it traced"
+    assert not mask._kept, "a traced call must not keep what it traced"
 
 
 def test_from_dense_static_and_from_lengths_can_be_traced():
@@ -437,7 +437,7 @@ def test_lists_of_a_transformation_are_not_kept():
     assert not torch._C._functorch.is_functorch_wrapped_tensor(mask.transposed()[0])
 
 
-# --- size and time -------------------------------------------------------------------------------------------------
+# --- size and time ---
 
 
 def test_memory_of_builders_is_bounded():

@@ -1,18 +1,17 @@
 """What a rank or a window loses: the SVD oracle, and curves of every method on activations of a trained model."""
 
 import itertools
-import json
 
 import pytest
 import torch
 
 from efficient_attn import SlidingWindow, attention, attention_weights, truncated_svd_attention
 from efficient_attn.errors import InputError, InputTypeError
-from efficient_attn.hybrid import plan
-from efficient_attn.lowrank import linformer_weights, nystrom_weights, performer_weights, random_projection
+from efficient_attn.methods import linformer_weights, nystrom_weights, performer_weights, random_projection
+from efficient_attn.methods.hybrid import plan
 
 pytest.importorskip("sklearn")
-from efficient_attn.benchmarks import approximation
+from efficient_attn.benchmarks import approximation, figures, suites, view
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +99,16 @@ def test_svd_takes_every_mask():
             truncated_svd_attention(query, key, value, rank)
 
 
-def test_the_picture_and_its_numbers(curves, tmp_path, monkeypatch, capsys):
+def test_the_picture_has_every_family(tmp_path):
     pytest.importorskip("matplotlib")
-    few = torch.randn(1, 2, 64, 8, dtype=torch.float64)
-    monkeypatch.setattr(approximation, "activations", lambda: (few, few, few, 0.5))
-    approximation.main(tmp_path / "curve.png", tmp_path / "curve.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert {row["family"] for row in rows} == set(approximation.CURVES)
-    assert (tmp_path / "curve.png").stat().st_size > 10_000 and "Nystrom" in capsys.readouterr().out
+    records = [
+        {"type": "cell", "suite": "fidelity", "status": "ok", "config": {"family": name, "source": "digits", "size": k},
+         "error": 1 / k, "scores": k}
+        for name in approximation.CURVES
+        for k in (4, 8)
+    ]  # fmt: skip
+    rows = view.rows(records)
+    drawn = figures.panels(suites.get("fidelity"), rows)
+    assert [panel.title for panel in drawn] == ["Error of low-rank and hybrid methods", "Error of sparse methods"]
+    assert {row["series"] for panel in drawn for row in panel.rows} == set(approximation.CURVES)
+    assert figures.overview(rows, tmp_path / "curve.png") and (tmp_path / "curve.png").stat().st_size > 10_000

@@ -21,9 +21,12 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from efficient_attn import MultiheadAttention, lowrank, parse
-from efficient_attn.benchmarks import cases, clock, inputs, ops, peers, plot, records, report, runner, suites
-from efficient_attn.benchmarks.suites import memory, sparsity, targets, vit
+from efficient_attn import MultiheadAttention, methods, parse
+from efficient_attn.benchmarks import cases, compare, figures, peers, report, suites, view
+from efficient_attn.benchmarks.suites import ops, targets, vit
+from efficient_attn.measuring import calls, clock, inputs, records, runner
+from efficient_attn.measuring.fit import fit
+from efficient_attn.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
@@ -31,8 +34,9 @@ OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
 
 
 def run_one(tmp_path, suite, config, **limits):
+    lookup = runner.of_module if "." in suite else suites.measurement
     with records.ResultFile(tmp_path / "results.jsonl") as out:
-        return runner.run_cell(runner.Cell(suite, config), out, runner.Limits(**limits), "test")
+        return runner.run_cell(runner.Cell(suite, config), out, runner.Limits(**limits), "test", lookup)
 
 
 # --- the result file ---
@@ -179,7 +183,7 @@ def test_workers_run_kernels_on_openmp_threads(tmp_path, faults):
 RUN = """
 import sys
 from pathlib import Path
-from efficient_attn.benchmarks import records, runner
+from efficient_attn.measuring import records, runner
 
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
@@ -272,8 +276,8 @@ def test_peak_memory_sees_what_is_freed_again_and_nothing_from_before():
 
 def test_the_fitted_exponent_is_the_slope():
     lengths = [1024, 2048, 4096]
-    assert memory.fitted_exponent(lengths, [n * 100 for n in lengths]) == pytest.approx(1)
-    assert memory.fitted_exponent(lengths, [n * n for n in lengths]) == pytest.approx(2)
+    assert fit(lengths, [n * 100 for n in lengths]).exponent == pytest.approx(1)
+    assert fit(lengths, [n * n for n in lengths]).exponent == pytest.approx(2)
 
 
 # --- inputs ---
@@ -316,17 +320,30 @@ def test_every_default_method_is_measured(tmp_path, method, mode):
     assert ("plan_ms" in record) == (parse(method).name not in plan_free)
 
 
-DECODING = [spec for spec in cases.OPERATOR_METHODS if spec.partition(":")[0] in cases.DECODES and "+" not in spec]
-
-
-@pytest.mark.parametrize("method", DECODING)
+@pytest.mark.parametrize("method", cases.DECODES)
 def test_one_query_at_the_end_of_a_cache_is_measured(method):
     row = run_operator(method, mode="decode")
-    assert row["ms"] > 0 and row["error"] < (1e-5 if method == "dense" else 2.0) and "plan_ms" not in row
+    assert row["ms"] > 0 and row["error"] < (1e-5 if method == "dense" else 2.0)
+    placed = parse(method).name in ("sliding_window", "strided", "longformer", "bigbird")
+    assert ("plan_ms" in row) == placed
+
+
+@pytest.mark.parametrize("method", ["sliding_window:left=16,right=16", "dilated:left=8,right=8,dilation=2"])
+def test_a_lone_query_sees_the_keys_at_the_end(method):
+    """As the last row of the whole sequence does, never the first keys."""
+    config = {**OPS, "method": method, "seqlen": 300, "causal": True}
+    whole, alone = {**config, "mode": "fwd"}, {**config, "mode": "decode"}
+    outs = []
+    for one in (whole, alone):
+        call = ops.bound(one)
+        outs.append(call()[:, :, -1:])
+    (mask,) = call.plan_masks()
+    assert not mask.to_dense()[..., : 300 - 17].any()
+    torch.testing.assert_close(*outs)
 
 
 def test_a_method_of_whole_sequences_does_not_decode(tmp_path):
-    record = run_one(tmp_path, "ops", {**OPS, "method": "documents:lengths=64", "mode": "decode"})
+    record = run_one(tmp_path, "ops", {**OPS, "method": "linformer:rank=16", "mode": "decode"})
     assert record["status"] == "unsupported" and "one query alone" in record["message"]
 
 
@@ -354,15 +371,19 @@ def test_the_vision_transformer_learns_with_every_default_method(method):
     images, labels, _, _ = inputs.digits()
     images, labels = images[: vit.BATCH], labels[: vit.BATCH]
     torch.manual_seed(0)
-    attention = ops.sized(method, vit.TOKENS)
+    attention = calls.sized(method, vit.TOKENS)
     model = vit.DigitsViT(lambda: MultiheadAttention(vit.DIM, vit.HEADS, batch_first=True, attention=attention))
     step = vit.trainer(model, images, labels, steps=60)
     losses = [step() for _ in range(60)]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
+def target_name(target):
+    return view.cell_name({"suite": "targets", "config": asdict(target)})
+
+
 def test_target_rows_name_what_exists():
-    names = [report.target_name(asdict(target)) + target.peer for target in cases.TARGETS]
+    names = [target_name(target) for target in cases.TARGETS]
     assert len(set(names)) == len(names)
     for target in cases.TARGETS:
         assert target.mode in ("fwd", "bwd", "fwd_bwd") and target.dtype in ("float32", "bfloat16", "float16")
@@ -370,8 +391,7 @@ def test_target_rows_name_what_exists():
 
 @pytest.mark.parametrize("density", [0.5, 0.1])
 def test_random_block_masks_have_their_density(density):
-    mask = sparsity.random_blocks(1280, 1280, density, torch.Generator().manual_seed(0))
-    assert mask.density == pytest.approx(density)
+    assert inputs.random_blocks(1280, 1280, density).density == pytest.approx(density)
 
 
 @pytest.mark.slow
@@ -385,15 +405,15 @@ def test_compilation_of_a_peer_is_timed_apart():
 def test_the_plain_formulas_of_low_rank_methods_agree_with_ours():
     q, k, v = (torch.randn(2, 3, 24, 8, dtype=torch.float64) for _ in range(3))
     E, F = (torch.randn(5, 24, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close(peers.linformer(q, k, v, E, F), lowrank.linformer_attention(q, k, v, E, F))
-    torch.testing.assert_close(peers.nystrom(q, k, v, 6), lowrank.nystrom_attention(q, k, v, landmarks=6))
-    W = lowrank.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(peers.linformer(q, k, v, E, F), methods.linformer_attention(q, k, v, E, F))
+    torch.testing.assert_close(peers.nystrom(q, k, v, 6), methods.nystrom_attention(q, k, v, landmarks=6))
+    W = methods.random_projection(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q, k = q / 4, k / 4  # else the 1e-4 that the plain formula adds to each feature shows
-    ours = lowrank.performer_attention(q, k, v, W)
+    ours = methods.performer_attention(q, k, v, W)
     assert (peers.performer(q, k, v, W) - ours).norm() < 1e-3 * ours.norm()
 
 
-@pytest.mark.parametrize("target", cases.TARGETS, ids=lambda t: report.target_name(asdict(t)) + " " + t.peer)
+@pytest.mark.parametrize("target", cases.TARGETS, ids=target_name)
 def test_every_target_row_runs_at_a_small_size(target):
     """Each row's two calls agree in what they compute, and give a figure."""
     if target.peer == "flex":
@@ -416,13 +436,16 @@ def a_cell(**changes):
 
 
 def printed(cells):
+    """What a terminal shows; all of its figures and sentences are in the text without rich too."""
     out = io.StringIO()
-    report.print_report(cells, Console(file=out, width=160))
+    report.print_report(cells, Console(file=out, width=400))
+    wanted = {word for line in report.plain(cells).splitlines() for word in line.split()}
+    assert wanted <= set(out.getvalue().split())
     return out.getvalue()
 
 
 def test_the_last_record_of_a_cell_counts():
-    cells = report.latest([{"type": "environment"}, a_cell(ms=1.0), a_cell(ms=3.0)])
+    cells = view.latest([{"type": "environment"}, a_cell(ms=1.0), a_cell(ms=3.0)])
     assert [cell["ms"] for cell in cells] == [3.0]
 
 
@@ -434,18 +457,74 @@ def test_tables_show_figures_failures_and_noise():
     assert "oom" in text and "MemoryError: 9 GB" in text
 
 
+def test_what_all_rows_share_is_in_the_title_and_what_differs_a_column():
+    here = {"code": "abc"}
+    (table,) = report.tables(view.rows([a_cell(**here), a_cell(config={"seqlen": 256}, **here)])).values()
+    assert table.title == "ops: float32, B1 H4 D64, 1 threads"
+    assert [head for head, _ in table.sections] == ["N 128, fwd", "N 256, fwd"]
+    labels = [column.label for column in table.columns]
+    assert labels == ["method", "ms", "vs dense", "vs SDPA", "MiB", "error"]  # no plan, no density
+    (table,) = report.tables(
+        view.rows([a_cell(**here), a_cell(config={"threads": 2, "dtype": "float16"}, **here)])
+    ).values()
+    assert table.title == "ops: B1 H4 D64"
+    assert [column.label for column in table.columns][:3] == ["method", "threads", "dtype"]
+    assert [cells[:3] for cells, _ in table.sections[0][1]] == [["dense", "1", "float32"], ["dense", "2", "float16"]]
+
+
+def test_short_names_are_explained_and_failures_with_one_reason_are_one_line():
+    specs = ("bigbird:block=16", "bigbird:block=32", "linear", "performer:features=8")
+    rows = view.rows([a_cell(config={"method": spec}) for spec in specs])
+    assert [row["series"] for row in rows] == ["bigbird:block=16", "bigbird:block=32", "linear", "performer"]
+    assert report.tables(rows)["ops"].note.endswith("Here performer:features=8.")
+    failed = [a_cell(status="oom", message="[/INST] 9 GB", config={"seqlen": n}) for n in (1, 2, 3)]
+    text = printed([a_cell(), *failed])
+    assert "oom: ops dense 1 fwd and 2 more: [/INST] 9 GB" in text
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("cpu/*/results.jsonl")), ids=lambda path: path.parent.name)
+def test_results_of_older_versions_can_be_shown(path):
+    cells = view.latest(records.read(path))
+    text, rows = printed(cells), view.rows(cells)
+    assert {suite.name for suite in view.shown(rows)} == {cell["suite"] for cell in cells}
+    assert all(f"{suite.name}: " in text for suite in view.shown(rows))
+    compared = compare.compare(cells, cells)
+    assert len(compared) == len(cells) and {one.verdict for one in compared} <= {"same", "unsure"}
+
+
+def test_a_method_that_somebody_registers_is_measured(monkeypatch):
+    monkeypatch.setitem(METHODS, "toy", type("Toy", (), {"name": "toy"}))
+    for name in ("ops", "vit", "memory", "models", "lra"):
+        found = {config["method"] for config in suites.get(name).configs(suites.Options())}
+        assert "toy" in found and "causal" not in found
+
+
+def test_every_method_of_the_package_has_a_size_for_the_operator_suite():
+    sized = {spec.partition(":")[0] for spec in cases.OPERATOR_METHODS if "+" not in spec}
+    assert sized == set(METHODS) - {"causal"}
+
+
 def test_a_target_is_reached_only_with_its_share_of_the_peak():
     target = asdict(cases.TARGETS[0])
-    row = {"config": target, "figure": 9.0, "peak_share": 0.5}
-    assert report.reached(row) is False
-    assert report.reached({**row, "peak_share": 0.99}) is True
-    assert report.reached({**row, "peak_share": 0.99, "figure": 1.0}) is False
+    row = {**target, "figure": 9.0, "peak_share": 0.5}
+    assert targets.reached(row) is False
+    assert targets.reached({**row, "peak_share": 0.99}) is True
+    assert targets.reached({**row, "peak_share": 0.99, "figure": 1.0}) is False
 
 
 def test_the_summary_counts_targets_and_names_what_was_missed():
     def row(target, figure, **more):
         metrics = {"ms": 1.0, "spread": 0.1, "peer_ms": 1.0, "peer_spread": 0.1, "peer_plan_ms": None, "peak_bytes": 0}
-        return {"suite": "targets", "status": "ok", "config": {**asdict(target), "threads": 2}, "figure": figure} | {
+        return {
+            "type": "cell",
+            "suite": "targets",
+            "status": "ok",
+            "config": {**asdict(target), "threads": 2},
+            "figure": figure,
+        } | {
             **metrics,
             **more,
         }
@@ -462,9 +541,10 @@ def test_the_summary_counts_targets_and_names_what_was_missed():
             {**row(cases.TARGETS[3], 0.0), "status": "oom", "message": "none left"},
         ]
     )
-    assert "2 of 5 targets met" in text
-    assert "missed float32 fwd full B1 H8 N4096 D64 against sdpa: 9.00 (>= 1.3) 50% (>= 85%)" in text
-    assert "against sdpa: oom" in text and "peak (fma): 100 GFLOP/s" in text
+    assert "2 of 4 targets that were measured are met" in text
+    assert "Missed: attention float32 fwd full B1 H8 N4096 D64 against sdpa: 9.00 (>= 1.3) 50% (>= 85%)" in text
+    assert "oom: targets attention float32 fwd_bwd causal B1 H8 N4096 D64 sdpa: none left" in text
+    assert "peak (fma): 100 GFLOP/s" in text
     assert "flex compiled in 18000 ms" in text and noted.note in text
 
 
@@ -474,9 +554,9 @@ def test_the_plot_is_drawn_from_an_incomplete_run(tmp_path):
         a_cell(config={"method": "linear"}),
         a_cell(status="timeout", message="", config={"seqlen": 512}),
     ]
-    assert plot.save(cells, tmp_path / "a.png")
+    assert figures.overview(view.rows(cells), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert not plot.save([], tmp_path / "b.png") and not (tmp_path / "b.png").exists()
+    assert not figures.overview([], tmp_path / "b.png") and not (tmp_path / "b.png").exists()
 
 
 # --- memory ---
@@ -488,5 +568,5 @@ def test_memory_of_a_sparse_call_is_linear_in_the_length(tmp_path, method):
     """Contract rule 9: forward and backward at 16k, 32k and 64k tokens."""
     configs = suites.get("memory").configs(suites.Options(methods=(method,), threads=2))
     peaks = [run_one(tmp_path, "memory", config)["peak_bytes"] for config in configs]
-    assert memory.fitted_exponent(cases.MEMORY_LENGTHS, peaks) < 1.15
+    assert fit(cases.MEMORY_LENGTHS, peaks).exponent < 1.15
     assert peaks[-1] < 64 * 2**20 + 40 * 65536 * 2 * 16 * 4  # far from the 8 GiB of one n x n byte mask

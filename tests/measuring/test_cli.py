@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,11 +14,11 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-import typer
 from typer.testing import CliRunner
 
 from efficient_attn import cli
-from efficient_attn.benchmarks import cases, records
+from efficient_attn.benchmarks import cases, commands
+from efficient_attn.measuring import options, records
 
 SMALL = [
     "bench",
@@ -56,26 +57,7 @@ def invoke(*arguments):
     ],
 )
 def test_specs_in_a_list_keep_their_own_commas(text, specs):
-    assert cli.split_specs(text) == specs
-
-
-@pytest.mark.parametrize(
-    ("text", "lengths"),
-    [
-        ("512", (512,)),
-        ("2k,512", (512, 2048)),
-        ("512:4k:x2", (512, 1024, 2048, 4096)),
-        ("100:1000:x3", (100, 300, 900)),
-    ],
-)
-def test_lengths(text, lengths):
-    assert cli.parse_lengths(text) == lengths
-
-
-@pytest.mark.parametrize("text", ["", "0", "-4", "1.5k", "512,,2k", "4k:512:x2", "512:4k:x1", "512:4k"])
-def test_wrong_lengths_are_explained(text):
-    with pytest.raises(typer.BadParameter, match="seqlens"):
-        cli.parse_lengths(text)
+    assert options.split_specs(text) == specs
 
 
 @pytest.mark.parametrize(
@@ -120,9 +102,9 @@ def test_resume_needs_a_run(tmp_path, monkeypatch):
 
 
 def test_a_plan_has_every_combination():
-    cells = cli.plan(["ops", "vit"], True, ["dense,linear"], "64,128", None, "float32", False, 1)
+    cells = commands.plan(["ops", "vit"], True, ["dense,linear"], "64,128", None, "float32", False, 1)
     assert len(cells) == 2 * 2 * len(cases.MODES) + 2
-    assert len(cli.plan(["cpu"], False, None, None, None, "float32", False, 2)) == len(cases.TARGETS)
+    assert len(commands.plan(["cpu"], False, None, None, None, "float32", False, 2)) == len(cases.TARGETS)
 
 
 # --- info ---
@@ -201,6 +183,101 @@ def wait_for_cells(path, count, process):
         time.sleep(0.1)
     process.kill()
     pytest.fail("no cell within a minute")
+
+
+RUN = """
+from efficient_attn.cli import main
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_working_directory_is_not_imported_from(tmp_path):
+    """As in a checkout of PyTorch, or beside somebody's random.py: nothing there runs."""
+    here, script = tmp_path / "here", tmp_path / "script" / "run.py"
+    (here / "torch").mkdir(parents=True)
+    script.parent.mkdir()
+    script.write_text(RUN)
+    for name in ("torch/__init__.py", "random.py", "numpy.py", "sklearn.py", "tempfile.py"):
+        (here / name).write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
+    command = [sys.executable, str(script), *SMALL, "--out", "run"]
+    result = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not (tmp_path / "executed").exists()
+    statuses = [row["status"] for row in records.read(here / "run" / "results.jsonl") if row["type"] == "cell"]
+    assert statuses == ["ok"] * 4
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_a_terminal_that_lacks_a_sign_shows_the_rest(encoding, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for arguments in (["bench", "--help"], ["train", "--list"], ["bench", "no\u2713suite"]):
+        command = [sys.executable, "-m", "efficient_attn.cli", *arguments]
+        result = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
+        assert result.returncode == (2 if "no" in arguments[-1][:2] else 0), result.stderr.decode(errors="replace")
+        assert b"Traceback" not in result.stderr
+
+
+CELL = {"type": "cell", "id": "a", "suite": "ops", "status": "oom", "message": "[/INST] [red]x[/] :smile: [bold"}
+CELL["config"] = {"method": "dense", "seqlen": 64, "mode": "fwd", "threads": 1, "dtype": "float32"}
+
+
+def test_brackets_in_messages_and_paths_are_printed_as_they_are(tmp_path):
+    folder = tmp_path / "[red]run[" / "[/x]"
+    folder.mkdir(parents=True)
+    path = folder / "results.jsonl"
+    path.write_text(json.dumps(CELL) + "\n")
+    result = invoke("report", str(path))
+    assert result.exit_code == 0 and CELL["message"] in result.output, (result.output, result.exception)
+    result = invoke("compare", str(folder), str(tmp_path / "[red]run["))
+    assert result.exit_code == 2 and "[red]run[ has no results.jsonl" in joined(result.output)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"suite": "ops"}', "line 1 is no record"),
+        ("[1, 2]", "line 1 is no record"),
+        ("3", "line 1 is no record"),
+        ('{"type": "cell"}', "line 1 is no record"),
+        ('{"type": "cell", "suite": "ops", "status": "ok", "config": []}', "line 1 is no record"),
+        ("nonsense", "is not JSON"),
+        ('{"type": "environment"}', ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "compare", "recommend"])
+def test_odd_result_files_are_explained(tmp_path, command, text, message):
+    path = tmp_path / "results.jsonl"
+    path.write_text(text + "\n\n{}\n" if message else text + "\n")
+    arguments = {"report": [], "compare": [str(path)], "recommend": ["--from"]}[command]
+    result = invoke(command, *arguments, str(path))
+    assert result.exit_code == 2 and message in joined(result.output), (result.output, result.exception)
+
+
+def test_a_file_of_cells_alone_is_shown(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(CELL) + "\n")
+    assert invoke("report", str(path)).exit_code == 0
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "results.jsonl"
+    cell = {**CELL, "status": "ok", "ms": 1.0, "spread": 0.1, "peak_bytes": 1, "error": 0.0, "density": 1.0}
+    path.write_text(json.dumps(cell | {"dense_ms": 1.0, "sdpa_ms": 1.0, "speedup_dense": 1, "speedup_sdpa": 1}) + "\n")
+    for arguments in (
+        ["bench", "--out", str(tmp_path / "file" / "x")],
+        ["profile", "--op", "dense", "--out", str(tmp_path / "file" / "x")],
+        ["report", str(path), "--png", str(tmp_path / "file" / "x.png")],
+        ["report", str(path), "--html", str(tmp_path / "file" / "x.html")],
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2 and "file" in joined(result.output), (arguments, result.output, result.exception)
+
+
+def joined(output):
+    return " ".join(output.replace("│", " ").split())
 
 
 def test_without_the_extra_the_command_names_it():

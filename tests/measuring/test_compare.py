@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +15,12 @@ pytest.importorskip("sklearn")
 
 from typer.testing import CliRunner
 
-from efficient_attn import cli
-from efficient_attn.benchmarks.compare import bootstrap, compare
+from efficient_attn import InputError, cli
+from efficient_attn.benchmarks import suites
+from efficient_attn.benchmarks.compare import NEUTRAL, bootstrap, compare
+from efficient_attn.measuring import records
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def a_cell(times, status="ok", reference=None, seqlen=64, **metrics):
@@ -81,6 +88,72 @@ def test_other_figures_are_compared_as_they_are():
     found = verdict(a_cell([1.0], peak_bytes=100), a_cell([1.0], peak_bytes=150), metric="peak_bytes")
     assert found.verdict == "regression" and found.ratio == 1.5
     assert verdict(a_cell([1.0], error=0.0), a_cell([1.0], error=0.0), metric="error").verdict == "same"
+
+
+def metrics_of_every_suite():
+    """The figures in the results that the project stands by, and in the columns of every suite."""
+    found = set()
+    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl")):
+        for record in records.read(path):
+            if record.get("type") == "cell":
+                numbers = (key for key, value in record.items() if type(value) in (int, float))
+                found |= {(record["suite"], key) for key in numbers}
+    for name in suites.names():
+        columns = suites.get(name).columns
+        found |= {(name, column.key) for column in columns if column.form not in ("text", "integer")}
+    return sorted({key for _, key in found} - {"wanted", "result", "equal", "ceiling_share"})
+
+
+LESS_IS_BETTER = ("ms", "bytes", "error", "loss", "difference", "scores", "spread", "seconds", "trained_s", "token")
+
+
+@pytest.mark.parametrize("metric", metrics_of_every_suite())
+def test_every_metric_of_every_suite_has_a_direction(metric):
+    if re.fullmatch(NEUTRAL, metric):
+        with pytest.raises(InputError, match="what was measured"):
+            verdict(a_cell([1.0], **{metric: 1.0}), a_cell([1.0], **{metric: 2.0}), metric=metric)
+        return
+    low = metric.endswith(LESS_IS_BETTER) or metric == "share"
+    good, bad = (1.0, 2.0) if low else (2.0, 1.0)
+
+    def cell(value):
+        return a_cell([value] * 5) if metric == "ms" else a_cell([1.0], **{metric: value})
+
+    for before, after, expected in (
+        (good, bad, "regression"),
+        (bad, good, "improvement"),
+        (good, good, "same"),
+        (good, math.nan, "regression"),
+        (good, math.inf, "regression"),
+        (math.nan, good, "fixed"),
+        (0.0, bad, "regression" if low else "improvement"),
+        (0.0, 0.0, "same"),
+    ):
+        assert verdict(cell(before), cell(after), metric=metric).verdict == expected, (before, after)
+
+
+def test_a_score_goes_by_what_it_is():
+    for score_is, expected in (("accuracy", "regression"), ("mase", "improvement")):
+        before, after = (a_cell([1.0], score=score, score_is=score_is) for score in (0.95, 0.5))
+        assert verdict(before, after, metric="score").verdict == expected
+
+
+def test_a_target_goes_by_its_side():
+    for most, expected in ((True, "regression"), (False, "improvement")):
+        before, after = a_cell([1.0], figure=1.0), a_cell([1.0], figure=2.0)
+        before["config"]["most"] = after["config"]["most"] = most
+        assert verdict(before, after, metric="figure").verdict == expected
+
+
+def test_a_figure_that_is_gone_is_a_failure_and_memory_from_nothing_a_regression(tmp_path):
+    a = a_cell([1.0], peak_bytes=0, error=0.1)
+    assert verdict(a, a_cell([1.0], peak_bytes=2**30), metric="peak_bytes").verdict == "regression"
+    assert verdict(a, a_cell([1.0]), metric="error").verdict == "failed"
+    assert verdict(a_cell([1.0]), a, metric="error").verdict == "fixed"
+    for metric, worse in (("score", 0.5), ("error", math.nan)):
+        good = write(tmp_path / metric, a_cell([1.0], score=0.95, error=0.1))
+        result = invoke(good, write(tmp_path / f"worse {metric}", a_cell([1.0], **{metric: worse})), "--metric", metric)
+        assert result.exit_code == 1 and "regression" in result.output, result.output
 
 
 def write(path, *cells):

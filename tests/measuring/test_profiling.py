@@ -20,14 +20,13 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from efficient_attn import BlockMask, InputError, InputTypeError, MultiheadAttention, UnsupportedError, attention, parse
-from efficient_attn.benchmarks import runner
+from efficient_attn.measuring import fit, options, runner
 from efficient_attn.profiling import (
     Ceilings,
     Profile,
     api,
     counts,
     find_attention,
-    fit,
     from_records,
     model,
     phases,
@@ -36,7 +35,6 @@ from efficient_attn.profiling import (
     profile_source,
     roofline,
     session,
-    shapes,
     sources,
 )
 
@@ -118,7 +116,7 @@ MASKS = {
     "dense": BlockMask(N, N),
     "window": BlockMask(N, N, (32, 16), window=(5, 3), window_offset=150),
     "lengths": BlockMask.from_lengths([300, 130], q_len=N, kv_len=N),
-    "blocks": parse("bigbird:block=16").block_mask(N, N),
+    "blocks": parse("bigbird:block=16").pattern.block_mask(N, N),
     "per_head": BlockMask.from_dense(
         torch.rand(1, H, N, N, generator=torch.Generator().manual_seed(0)) > 0.9999, block_size=(16, 16)
     ),
@@ -288,7 +286,7 @@ def test_a_model_of_ones_own(name: str, tmp_path) -> None:
 
 
 def runner_rows(folder):
-    from efficient_attn.benchmarks import records
+    from efficient_attn.measuring import records
 
     return list(records.read(folder / "results.jsonl"))
 
@@ -500,16 +498,26 @@ def test_rows_of_other_suites_are_no_profile() -> None:
 
 @pytest.mark.parametrize(
     ("text", "lengths"),
-    [("1k..8k", (1024, 2048, 4096, 8192)), ("512,2k", (512, 2048)), ("100..450", (100, 200, 400)), ("1m", (2**20,))],
+    [
+        ("512", (512,)),
+        ("2k,512", (512, 2048)),
+        ("1k..8k", (1024, 2048, 4096, 8192)),
+        ("100..450", (100, 200, 400)),
+        ("512:4k:x2", (512, 1024, 2048, 4096)),
+        ("100:1000:x3,1k..2k", (100, 300, 900, 1024, 2048)),
+        ("1m", (2**20,)),
+    ],
 )
 def test_lengths(text, lengths) -> None:
-    assert shapes.read_lengths(text) == lengths
+    assert options.read_lengths(text) == lengths
 
 
-@pytest.mark.parametrize("text", ["", "0", "8k..1k", "1.5k", "1k...8k", "..4k", "many"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-4", "8k..1k", "1.5k", "1k...8k", "..4k", "many", "512,,2k", "4k:512:x2", "512:4k:x1", "512:4k"]
+)
 def test_wrong_lengths_are_explained(text) -> None:
     with pytest.raises(InputError, match="lengths"):
-        shapes.read_lengths(text)
+        options.read_lengths(text)
 
 
 # --- docs/profiling.md ---

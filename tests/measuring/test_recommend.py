@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from efficient_attn import InputError, UnsupportedError, attention, cli, parse
-from efficient_attn.benchmarks import records
+from efficient_attn.measuring import calls, records
 from efficient_attn.profiling import (
     Candidate,
     activations,
@@ -203,9 +203,9 @@ def test_a_models_activations_are_what_its_layers_attend_to(kind, tmp_path) -> N
     config = {"seed": 0, "dtype": "float32", "activations": str(tmp_path / "a.pt")}
     for layer, again in zip(layers, activations.load(config), strict=True):
         assert torch.equal(layer.query, again.query) and layer.is_causal == again.is_causal
-        exact = parse("dense").attend(*again.qkv, **again.options(40))[0]
-        assert activations.relative_error(exact, again) < 1e-5
-        assert activations.relative_error(exact + exact.std(), again) > 0.1
+        exact = parse("dense").attend(*again.qkv, **again.options)[0]
+        assert calls.relative_error(exact, again) < 1e-5
+        assert calls.relative_error(exact + exact.std(), again) > 0.1
 
 
 def test_a_models_mask_of_pairs_is_kept(tmp_path) -> None:
@@ -221,8 +221,8 @@ def test_a_models_mask_of_pairs_is_kept(tmp_path) -> None:
     (layer,) = activations.load({"seed": 0, "dtype": "float32", "activations": str(tmp_path / "a.pt")})
     assert torch.equal(layer.mask.to_dense()[0, 0], pairs)
     exact = attention(*layer.qkv, mask=pairs)
-    assert activations.relative_error(exact, layer) < 1e-5
-    assert activations.relative_error(attention(*layer.qkv), layer) > 0.1
+    assert calls.relative_error(exact, layer) < 1e-5
+    assert calls.relative_error(attention(*layer.qkv), layer) > 0.1
 
 
 def test_a_bias_is_refused_for_only_dense_attention_has_one() -> None:
@@ -253,12 +253,13 @@ def test_recommend_for_a_model_takes_its_largest_error() -> None:
     assert min(c.error for c in found.candidates if c is not dense) < 1e-5
 
 
-def test_the_error_of_several_layers_is_the_largest() -> None:
-    config = {"method": "linear", "mode": "fwd", "dtype": "float32"}
+def test_the_error_of_several_layers_is_the_largest(tmp_path) -> None:
     torch.manual_seed(0)
-    easy = activations.Layer(*(torch.ones(1, 1, 16, 8) for _ in range(3)))
-    hard = activations.Layer(*(torch.randn(1, 1, 16, 8) * 3 for _ in range(3)))
-    found = operator.error_of([operator.Bound("linear", layer, config) for layer in (easy, hard)], config)
+    easy = calls.Layer(*(torch.ones(1, 1, 16, 8) for _ in range(3)))
+    hard = calls.Layer(*(torch.randn(1, 1, 16, 8) * 3 for _ in range(3)))
+    activations.save([easy, hard], tmp_path / "a.pt")
+    config = {"method": "linear", "mode": "fwd", "dtype": "float32", "seed": 0, "budget_s": 0.01, "dense": False}
+    found = operator.run_cell({**config, "error": True, "activations": str(tmp_path / "a.pt")})
     assert found["error"] == max(found["errors"]) and found["errors"][0] < 1e-5 < 0.1 < found["errors"][1]
 
 

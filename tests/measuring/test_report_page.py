@@ -14,7 +14,8 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from efficient_attn.benchmarks import html_report, records, suites, view
+from efficient_attn.benchmarks import html_report, suites, view
+from efficient_attn.measuring import records
 
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64, "dtype": "float32", "threads": 1}
 METHODS = ("dense", "bigbird:block=64,window=3", "linear")

@@ -17,8 +17,9 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
 from efficient_attn import attention
-from efficient_attn.benchmarks import peers, records, suites, view
+from efficient_attn.benchmarks import commands, peers, suites, view
 from efficient_attn.benchmarks.suites import fidelity
+from efficient_attn.measuring import records
 
 TOYS = 8
 TOY_SUITE = """
@@ -222,10 +223,9 @@ def test_a_budget_ends_a_run_normally_and_resume_goes_on(tmp_path, write):
 
 
 def test_suites_advance_together():
-    from efficient_attn import cli
 
     grids = [[(name, index) for index in range(count)] for name, count in (("a", 2), ("b", 8))]
-    order = cli._interleaved(grids)
+    order = commands._interleaved(grids)
     assert [item for item in order if item[0] == "b"] == grids[1]
     assert "".join(name for name, _ in order) == "bbbabbbbab" or order.index(("a", 0)) in (3, 4)
 
@@ -321,3 +321,18 @@ def test_rows_are_flat_and_claims_name_theirs():
     assert row["peak_mib"] == 1.0
     ((suite, claim),) = view.claims([row])
     assert suite == "ops" and claim.rows == ("x",) and "0.50 of torch SDPA" in claim.text and "Noisy" in claim.text
+
+
+def test_packages_for_gpus_get_their_layout_and_give_ours(monkeypatch):
+    """Their calls are stood in for by SDPA, which takes (B, N, H, D) here as they do."""
+    from types import ModuleType
+
+    def stand_in(query, key, value):
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops := ModuleType("xformers.ops"))
+    ops.memory_efficient_attention = stand_in
+    pair = peers.get("xformers").build(peers.Shape(40, heads=2, head_dim=16))
+    torch.testing.assert_close(pair.theirs(*pair.inputs), pair.ours(*pair.inputs), rtol=1e-4, atol=1e-5)

@@ -1,19 +1,31 @@
 """Hybrids against their definitions, written out pair by pair in float64: split, tails, one denominator, gradients."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
 import pytest
 import torch
 
-from efficient_attn import MultiheadAttention, attention, branch_share, replace_attention
+from efficient_attn import MultiheadAttention, attention, attention_weights, branch_share, replace_attention
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
-from efficient_attn.hybrid import plan, split
 from efficient_attn.masks import BlockMask
-from efficient_attn.methods import CentroidTail, Dense, Hybrid, PerformerTail, SlidingWindow, from_json, parse
-from efficient_attn.patterns import BigBird, Longformer
-from efficient_attn.patterns import SlidingWindow as Window
+from efficient_attn.methods import (
+    TAILS as REGISTERED,
+)
+from efficient_attn.methods import (
+    CentroidTail,
+    Hybrid,
+    PerformerTail,
+    Tail,
+    from_json,
+    methods_table,
+    parse,
+    register,
+)
+from efficient_attn.methods.hybrid import Branch, TailCall, plan, split
+from efficient_attn.patterns import BigBird, Dense, Longformer, SlidingWindow
 
 B, N, D, DV, BLOCK = 2, 75, 6, 5, 16
 SCALE = D**-0.5
@@ -32,7 +44,7 @@ SPARSE = [
 ]
 
 
-# --- the definitions -------------------------------------------------------------------------------------------------
+# --- the definitions ---
 
 
 def parts(pattern, allowed):
@@ -107,11 +119,11 @@ def by_head(method, q, k, v, key_mask, allowed, state):
     Hq, Hkv = q.shape[1], k.shape[1]
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     allowed = allowed.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
-    if method.sparse.by_content:
+    if method.sparse.pattern.by_content:
         within = BlockMask.from_dense(allowed)
-        pattern = method.sparse.for_inputs(q, k, scale=SCALE, key_mask=key_mask, within=within).to_dense()
+        pattern = method.sparse.pattern.for_inputs(q, k, scale=SCALE, key_mask=key_mask, within=within).to_dense()
     else:
-        pattern = method.sparse.visible(i, j, q.shape[2], k.shape[2])
+        pattern = method.sparse.pattern.visible(i, j, q.shape[2], k.shape[2])
     pattern = pattern.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
     kept = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
     projection = None if state is None else state.projection
@@ -164,7 +176,7 @@ def check(method, inputs, key_mask, allowed, **keywords):
     return found_share
 
 
-# --- equality --------------------------------------------------------------------------------------------------------
+# --- equality ---
 
 
 @pytest.mark.parametrize("pad", ["none", "tail", "holes"])
@@ -232,7 +244,7 @@ def test_scatterbrain_as_its_paper_writes_it():
     method = parse("sliding_window:left=5,right=3+performer:features=9,block=16")
     q, k, v = make(1, 1)
     state = state_of(method)
-    support, _ = parts(Window(5, 3).block_mask(N, N).to_dense()[0, 0], torch.ones(N, N, dtype=torch.bool))
+    support, _ = parts(SlidingWindow(5, 3).block_mask(N, N).to_dense()[0, 0], torch.ones(N, N, dtype=torch.bool))
     x, y = q[:, 0] * SCALE**0.5, k[:, 0] * SCALE**0.5
     W = state.projection
     phi = [torch.exp(t @ W.T - t.square().sum(-1, keepdim=True) / 2) / math.sqrt(len(W)) for t in (x, y)]
@@ -244,7 +256,12 @@ def test_scatterbrain_as_its_paper_writes_it():
 
 def test_the_parts_are_a_partition():
     g = generator(3)
-    for pattern in (Window(9, 0), BigBird(block=16, random_blocks=1), Longformer(window=10), Window(0, 0)):
+    for pattern in (
+        SlidingWindow(9, 0),
+        BigBird(block=16, random_blocks=1),
+        Longformer(window=10),
+        SlidingWindow(0, 0),
+    ):
         found = pattern.block_mask(130, 100)
         random = torch.rand(2, 1, 130, 100, generator=g) < 0.8
         random[:, :, :64] = True
@@ -263,7 +280,7 @@ def test_the_parts_are_a_partition():
                 assert not (far & found.to_dense()).any()
 
 
-# --- what follows from it --------------------------------------------------------------------------------------------
+# --- what follows from it ---
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -285,10 +302,9 @@ def test_centroids_are_exact_for_equal_keys_and_second_order_for_normal_ones():
     errors = []
     for order in ("none", "diagonal", "full"):
         tail = CentroidTail(64, order)
-        call = {"projection": None, "key_mask": None, "is_causal": False, "scale": SCALE, "backend": "auto"}
-        everything = plan(Window(0, 0), q, k, 64)
+        everything = plan(SlidingWindow(0, 0), q, k, 64)
         nothing_exact = type(everything)(everything.exact, torch.ones_like(everything.tail), 64)
-        found = tail.branch(2 * q, k, v, nothing_exact, dropout_p=0.0, dropout_seed=None, **call)
+        found = tail.branch(2 * q, k, v, TailCall(nothing_exact, scale=SCALE))
         errors.append((found.lse - lse).abs().mean().item())
     assert (errors[0] > 2 * errors[1]) and errors[1] > errors[2], errors
 
@@ -394,7 +410,7 @@ def test_vmap(tail):
         torch.testing.assert_close(mapped[n], method.attend(q[n], k[n], v[0], state=state)[0])
 
 
-# --- in a module -----------------------------------------------------------------------------------------------------
+# --- in a module ---
 
 
 def test_in_the_module():
@@ -423,6 +439,46 @@ def test_in_the_module():
     torch.testing.assert_close(out, boolean)
 
 
+def test_a_tail_from_outside_is_one_class():
+    """One that knows the answer: a dense tail under the same denominator gives exact attention."""
+
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class Everything(Tail):
+        name = "toy_everything"
+        formula = "e^(QK^T) outside the window"
+        paper = "this test"
+        complexity = "n^2 d"
+        accepts_causal = True
+
+        block: int = 16
+
+        def branch(self, query, key, value, call):
+            seen = call.split.tail.repeat_interleave(self.block, 2).repeat_interleave(self.block, 3)
+            seen = seen[:, :, : query.shape[2], : key.shape[2]]
+            if call.key_mask is not None:
+                seen = seen & call.key_mask[:, None, None, :]
+            out, lse = attention(query, key, value, mask=seen, scale=call.scale, return_lse=True)
+            return Branch(out, lse, attention_weights(query, key, mask=seen, scale=call.scale))
+
+    try:
+        method = parse("sliding_window:left=5,right=3+toy_everything")
+        assert method.tail == Everything() and from_json(method.to_json()) == method and parse(str(method)) == method
+        q, k, v = make()
+        for is_causal in (False, True):
+            key_mask = padding("holes")
+            out, weights = method.attend(q, k, v, key_mask=key_mask, is_causal=is_causal, need_weights=True)
+            wanted = attention(q, k, v, mask=key_mask[:, None, None, :], is_causal=is_causal)
+            torch.testing.assert_close(out, wanted)
+            torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), wanted)
+        module = MultiheadAttention(16, 2, batch_first=True, attention=str(method))
+        assert module(*torch.randn(3, 2, 40, 16))[0].shape == (2, 40, 16)
+        (row,) = (row for row in methods_table() if row["name"] == "...+toy_everything")
+        assert row["parameters"] == "block=16"
+    finally:
+        del REGISTERED["toy_everything"]
+
+
 def test_errors():
     q, k, v = make()
     method = Hybrid(SlidingWindow(left=3, right=3), PerformerTail())
@@ -441,10 +497,13 @@ def test_errors():
         branch_share(q, k, "sliding_window")
     with pytest.raises(InputTypeError, match="ends with a tail"):
         Hybrid(Dense(), Dense())
-    with pytest.raises(InputTypeError, match="block must be an integer"):
+    with pytest.raises(InputTypeError, match="block='64' is not an integer"):
         CentroidTail(block="64")
-    with pytest.raises(InputError, match="hybrid in JSON"):
-        from_json({"method": "hybrid", "sparse": "dense"})
+    with pytest.raises(InputError, match="hybrid needs tail, a tail"):
+        from_json({"method": "hybrid", "sparse": {"method": "dense"}})
+    with pytest.raises(InputError, match="starts with a sparse method"):
+        from_json({"method": "hybrid", "sparse": "dense", "tail": {"method": "centroid"}})
+    assert Hybrid(Dense(), CentroidTail()) == parse("dense+centroid") == Hybrid(parse("dense"), CentroidTail())
     method = parse("dense+centroid")
     call = torch.compile(
         lambda q: method.attend(q, k, v, mask=torch.ones(N, N) > 0)[0], backend="eager", fullgraph=True

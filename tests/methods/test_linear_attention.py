@@ -9,24 +9,24 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from efficient_attn.backends.reference import linear_attention as reference_linear
+from efficient_attn import backends
+from efficient_attn.backends.call import LinearCall
+from efficient_attn.backends.features import FEATURE_MAPS as MAPS
 from efficient_attn.errors import UnsupportedError
-from efficient_attn.lowrank import linear_attention, performer_attention, random_projection
-from efficient_attn.ops import linear_attention as ops
+from efficient_attn.methods import linear_attention, performer_attention, random_projection
 
-# Triton's interpreter and the twin of the CUDA kernels are slow: test_triton.py and test_cuda_host.py run some of these
-# cases in processes of their own.
+# Triton's interpreter and the emulator of the CUDA kernels are slow: test_triton.py and test_cuda_emulator.py run some
+# of these cases in processes of their own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TWIN = bool(os.environ.get("EFFICIENT_ATTN_CUDA_TWIN"))
-REASONS = ops.not_supported_reasons(torch.device("cpu"), torch.bfloat16 if TWIN else torch.float32)
-HERE = {"triton"} if INTERPRETED else {"cuda"} if TWIN else REASONS.keys() - {"triton", "cuda"}
+EMULATED = bool(os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR"))
+REASONS = backends.not_supported_reasons(LinearCall(torch.device("cpu"), torch.bfloat16 if EMULATED else torch.float32))
+HERE = {"triton"} if INTERPRETED else {"cuda"} if EMULATED else REASONS.keys() - {"triton", "cuda"}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why), reason="; ".join(why)))
     for name, why in REASONS.items()
     if name in HERE
 ]
 KERNELS = [backend for backend in BACKENDS if backend.values != ("reference",)]
-MAPS = reference_linear.FEATURE_MAPS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORWARD = torch.ops.efficient_attn.linear_attention_forward
 # Room beside 1.5 times the error of the reference in the same dtype: the order of the sums, and 1 ulp of the result.
@@ -129,6 +129,26 @@ def test_equals_the_definition(backend, name, feature_map, dtype):
         assert all((t.masked_select(hidden) == 0).all() for t in found[3:])
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 2, 130])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tiny_normaliser_divides(backend, keys, dtype, is_causal):
+    """phi = e^x near the root of the smallest number: 1 / n is infinite, and out still an average of the values."""
+    if backend == "cuda" and dtype in (torch.float32, torch.float64):
+        pytest.skip("tensor cores multiply halves")
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("it serves no float64")
+    x = -360.0 if dtype == torch.float64 else -46.0
+    for width in (1, 5, 17):
+        q, k = torch.full((1, 2, keys, 3), x, dtype=dtype), torch.full((1, 1, keys, 3), x, dtype=dtype)
+        v = torch.rand(1, 1, keys, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+        out = FORWARD(q, k, v, None, None, is_causal, 0, "elu", 1.0, backend)[0]
+        count = torch.arange(1, keys + 1)[:, None] if is_causal else keys
+        exact = (v.double().cumsum(2) if is_causal else v.double().sum(2, keepdim=True)) / count
+        assert (out.double() - exact).abs().max() < {torch.bfloat16: 4e-3, torch.float16: 1e-3}.get(dtype, 1e-4)
+
+
 @pytest.mark.parametrize("feature_map", ["elu", "performer_softmax"])
 @pytest.mark.parametrize("name", ["masked", "causal", "causal-early", "segments", "causal-segments"])
 @pytest.mark.parametrize("backend", KERNELS)
@@ -225,14 +245,15 @@ def test_vmap_over_projections():
 
 
 def test_an_explicit_backend_never_falls_back(monkeypatch):
-    reasons = ops.not_supported_reasons(torch.device("meta"), torch.float32)
+    here, meta = (LinearCall(torch.device(kind), torch.float32) for kind in ("cpu", "meta"))
+    reasons = backends.not_supported_reasons(meta)
     assert "CPU tensors" in reasons["cpu"][-1] and reasons["reference"] == []
-    assert ops.select("auto", torch.device("meta"), torch.float32) == "reference"
+    assert backends.select("auto", meta) == "reference"
     with pytest.raises(UnsupportedError, match=r"backend='cpu' cannot serve this call.*meta"):
-        ops.select("cpu", torch.device("meta"), torch.float32)
+        backends.select("cpu", meta)
     with pytest.raises(UnsupportedError, match=r"not torch\.float8"):
-        ops.select("cpu", torch.device("cpu"), torch.float8_e4m3fn)
+        backends.select("cpu", here._replace(dtype=torch.float8_e4m3fn))
     monkeypatch.setattr("efficient_attn.backends.cpu.attention.MISSING", "not built")
-    assert ops.select("auto", torch.device("cpu"), torch.float32) == "reference"
+    assert backends.select("auto", here) == "reference"
     with pytest.raises(UnsupportedError, match="not built"):
         linear_attention(*(torch.rand(1, 1, 2, 2) for _ in range(3)), backend="cpu")

@@ -3,6 +3,7 @@
 The transcriptions work on one head and plain (N, D) matrices. A masked key is simply not in them.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,30 +11,39 @@ import math
 import pytest
 import torch
 
+from efficient_attn import MultiheadAttention
+from efficient_attn.backends.features import elu_features
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.functional import attention
-from efficient_attn.lowrank import (
+from efficient_attn.integrations.layer_state import layer_state
+from efficient_attn.methods import (
+    METHODS,
+    LowRankMethod,
     elu_attention,
-    elu_features,
     elu_weights,
+    from_json,
     iterative_pinv,
     linear_attention,
     linformer_attention,
     linformer_weights,
+    methods_table,
     nystrom_attention,
     nystrom_weights,
+    parse,
     performer_attention,
     performer_features,
     performer_weights,
     random_projection,
+    register,
     segment_means,
 )
+from efficient_attn.models.attention import Attention
 
 B, NQ, NK, D, DV = 2, 11, 11, 6, 5
 HEADS = [(2, 2), (4, 2), (3, 1)]
 
 
-# --- the papers -------------------------------------------------------------------------------------------------------
+# --- the papers ---
 
 
 def softmax(scores):
@@ -242,6 +252,43 @@ def test_projections_and_filters_per_head():
     )
 
 
+STATES = [
+    *(f"linformer:rank=3,max_len=16,share={share}" for share in ("headwise", "kv", "layerwise", "none")),
+    "nystrom:landmarks=4",
+    "nystrom:landmarks=4,conv=5",
+    "performer:features=7",
+    "linear",
+    "sliding_window:left=2,right=2+performer:features=7,block=16",
+]
+
+
+@pytest.mark.parametrize("hkv", [1, 2, 4])
+@pytest.mark.parametrize("spec", STATES)
+def test_state_belongs_to_the_heads_of_the_keys(spec, hkv):
+    """Grouped queries: the operator, a layer with Hkv heads of keys, and a layer of another library."""
+    method, group = parse(spec), 4 // hkv
+    q, k, v = (t.detach() for t in make(4, hkv))
+    state = method.build(4 * D, hkv, D, dtype=torch.float64)
+    for parameter in [] if state is None else state.parameters():
+        torch.nn.init.normal_(parameter, generator=generator())
+    out, weights = method.attend(q, k, v, state=state, need_weights=True)
+    torch.testing.assert_close(weights @ v.repeat_interleave(group, 1), out)
+    for h in range(hkv):  # one head of keys and its queries alone
+        own = method.build(D, 1, D, dtype=torch.float64)
+        if own is not None:
+            shapes = {name: tensor.shape for name, tensor in own.state_dict().items()}
+            full = state.state_dict()
+            own.load_state_dict({n: t if t.shape == shapes[n] else t[h : h + 1] for n, t in full.items()})
+        queries = q[:, h * group : (h + 1) * group]
+        alone = method.attend(queries, k[:, h : h + 1], v[:, h : h + 1], state=own)[0]
+        torch.testing.assert_close(out[:, h * group : (h + 1) * group], alone)
+    layer = Attention(4 * D, 4, hkv, attention=method).double()
+    layer(torch.randn(B, NQ, 4 * D, dtype=torch.float64))[0].sum().backward()
+    if not method.shares_state:
+        held = layer_state(method, torch.nn.Module().eval(), q, k)
+        assert method.attend(q, k, v, state=held)[0].shape == out.shape
+
+
 def test_nystrom_across_lengths():
     q, k, v = make(2, 2, 5, 13)
     kept = torch.rand(B, 13, generator=generator()) < 0.8
@@ -250,7 +297,56 @@ def test_nystrom_across_lengths():
     torch.testing.assert_close(nystrom_attention(q, k, v, landmarks=4, key_mask=kept), by_head(paper, q, k, v, kept))
 
 
-# --- padding ----------------------------------------------------------------------------------------------------------
+# --- a new method ---
+
+
+def pooled_attention(query, key, value, *, size, key_mask=None, scale=None, dropout_p=0.0, dropout_seed=None, **_):
+    """The mean of the first `size` values."""
+    return value[:, :, :size].mean(2, keepdim=True).expand(-1, -1, query.shape[2], -1)
+
+
+def pooled_weights(query, key, *, size, **_):
+    first = (torch.arange(key.shape[2]) < size).to(query.dtype)
+    return (first / first.sum()).expand(*query.shape[:3], -1)
+
+
+def test_a_method_from_outside_is_one_class():
+    """In text, JSON, a module and the table, with what its class says and nothing else."""
+
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class Pooled(LowRankMethod):
+        name = "toy_pooled"
+        formula = "mean(V)"
+        paper = "this test"
+        complexity = "d"
+        needs_state = False
+        _attention = staticmethod(pooled_attention)
+        _weights = staticmethod(pooled_weights)
+
+        size: int = 4
+
+        def _options(self, state, query, key, key_mask):
+            return {"size": self.size}
+
+    try:
+        method = parse("toy_pooled:size=3")
+        assert method == Pooled(3) and str(method) == "toy_pooled:size=3" and from_json(method.to_json()) == method
+        q, k, v = make(2, 2)
+        out, weights = method.attend(q, k, v, need_weights=True)
+        torch.testing.assert_close(out, v[:, :, :3].mean(2, keepdim=True).expand_as(out))
+        torch.testing.assert_close(weights @ v, out)
+        with pytest.raises(UnsupportedError, match="toy_pooled:size=3 cannot be causal"):
+            method.attend(q, k, v, is_causal=True)
+        module = MultiheadAttention(8, 2, attention="toy_pooled", batch_first=True)
+        assert module(*(torch.randn(3, 2, 5, 8)))[0].shape == (2, 5, 8)
+        (row,) = (row for row in methods_table() if row["name"] == "toy_pooled")
+        assert row["parameters"] == "size=4" and row["formula"] == "mean(V)"
+    finally:
+        del METHODS["toy_pooled"]
+
+
+# --- padding ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -317,7 +413,7 @@ def test_empty_dimensions(name, shape):
     assert weights(q, k).shape == (b, h, nq, nk)
 
 
-# --- causality --------------------------------------------------------------------------------------------------------
+# --- causality ---
 
 
 @pytest.mark.parametrize("poison", [5.0, math.inf, math.nan])
@@ -346,7 +442,7 @@ def test_causal_needs_an_alignment():
             call(q.exp(), k.exp(), v, is_causal=True)
 
 
-# --- approximation ----------------------------------------------------------------------------------------------------
+# --- approximation ---
 
 
 def relative_error(out, exact):
@@ -477,7 +573,7 @@ def test_elu_features_keep_small_numbers():
     )
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout ---
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -498,7 +594,7 @@ def test_dropout_is_repeatable_unbiased_and_in_the_weights(name):
         function(q, k, v, dropout_p=1.0)
 
 
-# --- dtypes, autocast, transforms -------------------------------------------------------------------------------------
+# --- dtypes, autocast, transforms ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -550,7 +646,7 @@ def test_vmap_and_compile(name):
         torch.testing.assert_close(ours, theirs)
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
+# --- errors ---
 
 
 def test_what_does_not_apply_raises():
@@ -591,7 +687,7 @@ def test_wrong_arguments_raise_before_work():
         (InputError, "positive scale", lambda: performer_attention(q, k, v, W, scale=-1.0)),
         (InputError, "key_mask must be", lambda: performer_attention(q, k, v, W, key_mask=torch.ones(B, 3).bool())),
         (InputTypeError, "key_mask must be a bool", lambda: elu_attention(q, k, v, key_mask=torch.ones(B, NK))),
-        (InputError, "does not exist for linear attention", lambda: elu_attention(q, k, v, backend="tpu")),
+        (InputError, "backend='tpu' does not exist", lambda: elu_attention(q, k, v, backend="tpu")),
         (InputError, "feature_map must be one of", lambda: linear_attention(q, k, v, feature_map="performer_relu")),
         (InputError, "4-dimensional", lambda: linear_attention(q[0], k, v)),
         (InputError, "expected query_features", lambda: linear_attention(q, k[:, :, :3], v)),

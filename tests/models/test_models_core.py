@@ -51,7 +51,7 @@ def transformer(**changes):
     return Transformer(TransformerConfig(**{**SIZES, **changes})).eval()
 
 
-# --- against torch.nn ------------------------------------------------------------------------------------------------
+# --- against torch.nn ---
 
 
 def give_weights(theirs, ours):
@@ -117,7 +117,7 @@ def test_grouped_heads_are_shared_heads():
     torch.testing.assert_close(grouped(X), full(X))
 
 
-# --- positions -------------------------------------------------------------------------------------------------------
+# --- positions ---
 
 
 def test_positions():
@@ -149,7 +149,7 @@ def test_rotary_turns_pairs_and_knows_only_distances():
     assert (here - model(X, positions=torch.arange(N) * 2)).abs().max() > 1e-3
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
+# --- the cache ---
 
 CAUSAL = [
     "dense",
@@ -212,7 +212,7 @@ def test_what_a_cache_is_not_for():
         transformer(causal=True, cross_attention=True)(X)
 
 
-# --- attention of a model --------------------------------------------------------------------------------------------
+# --- attention of a model ---
 
 
 def test_set_attention_by_layer_and_part():
@@ -296,7 +296,7 @@ def test_wrong_configs_and_inputs_are_named():
         config.from_dict(CausalLMConfig, {"max_length": 3})
 
 
-# --- saving and loading ----------------------------------------------------------------------------------------------
+# --- saving and loading ---
 
 
 def classifier(**changes):

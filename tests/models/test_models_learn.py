@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from efficient_attn.benchmarks.inputs import digits
+from efficient_attn.measuring.inputs import digits
 from efficient_attn.models import (
     CLIP,
     Augmentation,
@@ -105,7 +105,7 @@ def test_simclr_helps_where_labels_are_few(record_property):
     assert after > before + 0.02
 
 
-# --- CLIP ---------------------------------------------------------------------------------------------------------
+# --- CLIP ---
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CAPTIONS = ["a photo of the digit {}", "{}", "the number {}", "a handwritten {}", "a {} written by hand"]
@@ -143,7 +143,7 @@ def test_clip_names_digits_that_it_has_not_seen(image, text, record_property):
         assert found >= 0.8
 
 
-# --- forecasting --------------------------------------------------------------------------------------------------
+# --- forecasting ---
 
 
 def series(name):

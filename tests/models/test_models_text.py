@@ -107,7 +107,7 @@ def close(ours, theirs, mask=None):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# --- equal to transformers -------------------------------------------------------------------------------------------
+# --- equal to transformers ---
 
 
 @pytest.mark.parametrize("padding", PADDING)
@@ -189,7 +189,7 @@ def test_real_minilm():
     torch.testing.assert_close(ours.embed(ids, mask), wanted, rtol=0, atol=1e-5)
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
+# --- generation ---
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -331,7 +331,7 @@ def test_generation_settings_of_a_checkpoint(checkpoint, tmp_path):
         Seq2Seq.from_pretrained(tmp_path)
 
 
-# --- any attention ---------------------------------------------------------------------------------------------------
+# --- any attention ---
 
 LAYERS = {"hidden_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 48}
 ENCODER = TransformerConfig(**LAYERS)
@@ -429,7 +429,7 @@ def test_a_hybrid_generates_without_cache():
         model.set_attention("sliding_window+nystrom")
 
 
-# --- the models as modules -------------------------------------------------------------------------------------------
+# --- the models as modules ---
 
 
 @pytest.mark.parametrize("kind", ["classifier", "lm", "seq2seq"])

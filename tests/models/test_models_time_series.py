@@ -16,7 +16,7 @@ from efficient_attn.models.forecasting import (
     seasonal_naive,
 )
 
-# --- what stands beside the models --------------------------------------------------------------------------------
+# --- what stands beside the models ---
 
 
 def test_quantile_loss_equals_its_definition():
@@ -79,7 +79,7 @@ def test_mase_equals_its_definition():
         mase(forecast, target, history, season=20)
 
 
-# --- TimeSeriesTransformer ----------------------------------------------------------------------------------------
+# --- TimeSeriesTransformer ---
 
 SPECS = ["dense", "sliding_window:left=4,right=4", "nystrom:landmarks=4", "performer:features=16"]
 
@@ -147,7 +147,7 @@ def test_time_series_transformer_names_wrong_input():
         TimeSeriesTransformer(3, 16, 2, 1, causal=True, attention="nystrom")
 
 
-# --- PatchForecaster ----------------------------------------------------------------------------------------------
+# --- PatchForecaster ---
 
 
 def forecaster(attention="dense", **options):

@@ -1,47 +1,26 @@
-"""MultiheadAttention against its parent: the same numbers, gradients, errors and state."""
+"""MultiheadAttention against its parent: the same numbers, gradients and errors."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import pickle
 import random
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from support.multihead import SPARSE, E, H, causal_mask, pair
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
-from efficient_attn.methods import Dense
-from efficient_attn.multihead import MultiheadAttention, keep_own_forward
+from efficient_attn.multihead import MultiheadAttention
 
 TIGHT = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-10}}
-SPARSE = "sliding_window:left=2,right=2"
-E, H = 12, 4
 
 
-def pair(attention: str = "dense", **options: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
-    """The parent and ours from one seed, biases made non-zero so that they count."""
-    torch.manual_seed(7)
-    theirs = nn.MultiheadAttention(E, H, **options)
-    torch.manual_seed(7)
-    ours = MultiheadAttention(E, H, attention=attention, **options)
-    for modules in zip(theirs.parameters(), ours.parameters(), strict=False):
-        if modules[0].dim() == 1:
-            value = torch.randn_like(modules[0])
-            for parameter in modules:
-                parameter.data.copy_(value)
-    return theirs, ours
-
-
-def causal_mask(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return nn.Transformer.generate_square_subsequent_mask(length, dtype=dtype)
-
-
-# --- the same numbers ------------------------------------------------------------------------------------------------
+# --- the same numbers ---
 
 
 def draw_call(seed: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -235,7 +214,7 @@ def test_weights_of_a_sparse_method_are_its_own(need_weights: bool, average: boo
         assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
 
 
-# --- dropout ---------------------------------------------------------------------------------------------------------
+# --- dropout ---
 
 
 def test_dropout_shows_in_the_weights_and_matches_the_output() -> None:
@@ -262,7 +241,7 @@ def test_dropout_follows_the_seed() -> None:
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
-# --- the causal hint -------------------------------------------------------------------------------------------------
+# --- the causal hint ---
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -290,7 +269,7 @@ def test_hint_with_other_lengths_is_top_left(add_bias_kv: bool) -> None:
     assert_close(ours(query, key, key, **call)[0], theirs(query, key, key, **call)[0], rtol=1e-5, atol=1e-6)
 
 
-# --- what the parent refuses -----------------------------------------------------------------------------------------
+# --- what the parent refuses ---
 
 X, MASK = torch.randn(4, 3, E), torch.zeros(4, 4)
 REFUSED: dict[str, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {
@@ -375,103 +354,6 @@ def test_mismatched_mask_types_warn_as_in_the_parent() -> None:
         ours(X, X, X, attn_mask=MASK, key_padding_mask=torch.zeros(3, 4))
 
 
-# --- state -----------------------------------------------------------------------------------------------------------
-
-LAYOUTS = [
-    {},
-    {"bias": False},
-    {"add_bias_kv": True},
-    {"kdim": 5, "vdim": 7},
-    {"kdim": 5, "bias": False, "add_bias_kv": True},
-]
-
-
-@pytest.mark.parametrize("options", LAYOUTS, ids=str)
-def test_same_seed_same_state_in_both_directions(options: dict[str, Any]) -> None:
-    torch.manual_seed(3)
-    theirs = nn.MultiheadAttention(E, H, **options)
-    after = torch.rand(3)
-    torch.manual_seed(3)
-    ours = MultiheadAttention(E, H, **options)
-    assert torch.equal(after, torch.rand(3)), "dense must not draw more than the parent"
-    assert isinstance(ours, nn.MultiheadAttention)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(value, ours.state_dict()[name])
-    fresh = nn.MultiheadAttention(E, H, **options)
-    fresh.load_state_dict(ours.state_dict(), strict=True)
-    ours.load_state_dict(nn.MultiheadAttention(E, H, **options).state_dict(), strict=True)
-    for name, value in vars(theirs).items():
-        if not name.startswith("_") or name == "_qkv_same_embed_dim":
-            assert getattr(ours, name) == value
-    assert type(ours.out_proj) is type(theirs.out_proj)
-
-
-@pytest.mark.parametrize("attention", ["dense", SPARSE])
-def test_copies_keep_everything(attention: str) -> None:
-    _, ours = pair(attention, batch_first=True)
-    x = torch.randn(2, 9, E)
-    expected = ours(x, x, x)
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        for a, b in zip(twin(x, x, x), expected, strict=True):
-            assert torch.equal(a, b)
-        assert twin.attention == ours.attention and repr(twin) == repr(ours)
-        assert list(twin._forward_pre_hooks.values()) == [keep_own_forward]
-
-
-def test_pickles_from_before_this_module_had_a_method() -> None:
-    state = pickle.loads(pickle.dumps(MultiheadAttention(E, H)))
-    old = MultiheadAttention.__new__(MultiheadAttention)
-    attributes = dict(state.__getstate__())
-    for name in ("attention", "method_state", "_qkv_same_embed_dim"):
-        attributes.pop(name)
-    attributes["_forward_pre_hooks"].clear()
-    old.__setstate__(attributes)
-    assert old.attention == Dense() and old._qkv_same_embed_dim and keep_own_forward in old._forward_pre_hooks.values()
-    assert old(X, X, X)[0].shape == X.shape
-
-
-def test_repr_names_the_method() -> None:
-    assert "attention='dense'" in repr(MultiheadAttention(E, H))
-    assert "sliding_window" in repr(MultiheadAttention(E, H, attention=SPARSE))
-
-
-# --- a method with parameters of its own -----------------------------------------------------------------------------
-
-LINFORMER = "linformer:rank=4,max_len=16"
-
-
-def test_method_parameters_and_checkpoints() -> None:
-    theirs, ours = pair(LINFORMER, batch_first=True)
-    own = {name: value.clone() for name, value in ours.state_dict().items() if name.startswith("method_state.")}
-    assert own, "Linformer has learned projections"
-    model = nn.Sequential(nn.Identity(), ours)
-    plain = nn.Sequential(nn.Identity(), theirs)
-    model.load_state_dict(plain.state_dict(), strict=True)
-    for name, value in own.items():
-        assert torch.equal(ours.state_dict()[name], value), "kept as initialised"
-    other = nn.Sequential(nn.Identity(), MultiheadAttention(E, H, batch_first=True, attention=LINFORMER))
-    other.load_state_dict(model.state_dict(), strict=True)
-    x = torch.randn(2, 9, E)
-    assert torch.equal(other[1](x, x, x)[0], ours(x, x, x)[0])
-    checkpoint = model.state_dict()
-    del checkpoint["1." + next(iter(own))]
-    if len(own) > 1:
-        with pytest.raises(RuntimeError, match="Missing key"):
-            other.load_state_dict(checkpoint, strict=True)
-    for dense in (plain, nn.Sequential(nn.Identity(), MultiheadAttention(E, H, batch_first=True))):
-        with pytest.raises(RuntimeError, match="Unexpected key"):
-            dense.load_state_dict(model.state_dict(), strict=True)
-
-
-def test_loading_by_assignment_keeps_method_parameters() -> None:
-    theirs, ours = pair(LINFORMER)
-    before = dict(ours.method_state.named_parameters())
-    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    assert dict(ours.method_state.named_parameters()).keys() == before.keys()
-    assert all(torch.equal(p, before[name]) for name, p in ours.method_state.named_parameters())
-
-
 def test_float_padding_that_the_encoder_makes_is_taken_as_bool() -> None:
     _, ours = pair("nystrom:landmarks=4", batch_first=True)
     x = torch.randn(2, 12, E)
@@ -485,7 +367,7 @@ def test_float_padding_that_the_encoder_makes_is_taken_as_bool() -> None:
         ours(x, x, x, key_padding_mask=floats + 0.5, need_weights=False)
 
 
-# --- nested tensors --------------------------------------------------------------------------------------------------
+# --- nested tensors ---
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

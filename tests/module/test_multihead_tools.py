@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import types
 from typing import Any
 
 import pytest
 import torch
+from support.multihead import LAYOUTS, SPARSE, E, H, causal_mask
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from efficient_attn import convert
 from efficient_attn.errors import InputError, UnsupportedError
 from efficient_attn.multihead import MultiheadAttention, replace_attention
 
-SPARSE = "sliding_window:left=2,right=2"
 LINFORMER = "linformer:rank=4,max_len=16"
-E, H = 12, 4
 X = torch.randn(4, 3, E)
-LAYOUTS = [
-    {},
-    {"bias": False},
-    {"add_bias_kv": True},
-    {"kdim": 5, "vdim": 7},
-    {"kdim": 5, "bias": False, "add_bias_kv": True},
-]
 
 
 def pair(attention: str = "dense", **options: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
@@ -32,10 +27,6 @@ def pair(attention: str = "dense", **options: Any) -> tuple[nn.MultiheadAttentio
     torch.manual_seed(7)
     theirs = nn.MultiheadAttention(E, H, **options)
     return theirs, MultiheadAttention.from_torch(theirs, attention)
-
-
-def causal_mask(length: int) -> Tensor:
-    return nn.Transformer.generate_square_subsequent_mask(length)
 
 
 @pytest.mark.parametrize("attention", ["dense", SPARSE])
@@ -228,7 +219,7 @@ def test_double_backward() -> None:
         )
 
 
-# --- from_torch, to_torch, replace_attention -------------------------------------------------------------------------
+# --- from_torch, to_torch, replace_attention ---
 
 
 @pytest.mark.parametrize("options", [*LAYOUTS, {"batch_first": True, "dropout": 0.1, "dtype": torch.float64}], ids=str)
@@ -269,7 +260,7 @@ def test_replace_attention_swaps_in_place_and_keeps_what_is_there() -> None:
     order = list(dict(model.named_modules()))
     calls: list[str] = []
     handle = model.extra["a"].register_forward_hook(lambda *_: calls.append("a"))
-    replaced = replace_attention(model, SPARSE)
+    replaced = replace_attention(model, SPARSE, predicate=lambda name, module: True)
     assert replaced == attentions and len(replaced) == 8
     for name, old in replaced.items():
         new = model.get_submodule(name)
@@ -301,7 +292,8 @@ def test_replace_attention_again_and_back() -> None:
     sparse = model(x, x)
     assert not torch.allclose(before, sparse, atol=1e-4)
     swapped = replace_attention(model, "dense")
-    assert all(type(m) is MultiheadAttention for m in swapped.values())
+    across = {name for name in swapped if name.endswith(".multihead_attn")}
+    assert all((type(m) is nn.MultiheadAttention) == (name in across) for name, m in swapped.items())
     assert_close(model(x, x), before, rtol=1e-5, atol=1e-5)
     for name, module in swapped.items():
         model.set_submodule(name, module)
@@ -414,7 +406,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         "dense",
         "performer",
     ):
-        with pytest.raises(InputError, match="is none of attention="):
+        with pytest.raises(InputError, match="does not belong to attention="):
             MultiheadAttention(E, H, attention=attention, method_state=one.method_state)
     with pytest.raises(InputError, match="cannot serve a module on meta"):
         MultiheadAttention(E, H, attention=LAYERWISE, method_state=one.method_state, device="meta")
@@ -424,3 +416,111 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="cannot serve a module on meta"):
         replace_attention(model, LAYERWISE)
     assert [layer.self_attn for layer in model.layers] == before
+
+
+# --- forwards that other code put on the instance ---
+
+FAR = (torch.arange(9)[:, None] - torch.arange(9)).abs() > 2  # what SPARSE hides
+
+
+def in_a_closure(module: nn.Module) -> list[Any]:
+    calls, own = [], module.forward
+
+    @functools.wraps(own)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args))
+        return own(*args, **kwargs)
+
+    module.forward = timed
+    return calls
+
+
+def twice(module: nn.Module) -> list[Any]:
+    in_a_closure(module)
+    return in_a_closure(module)
+
+
+def in_a_partial(module: nn.Module) -> list[Any]:
+    """As accelerate's hooks do: the old forward stands in another attribute, the new one is given the module."""
+    calls: list[Any] = []
+
+    def hooked(module: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args))
+        return module._old_forward(*args, **kwargs)
+
+    module._old_forward = module.forward
+    module.forward = functools.update_wrapper(functools.partial(hooked, module), module.forward)
+    return calls
+
+
+def as_a_method(module: nn.Module) -> list[Any]:
+    calls, own = [], module.forward
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return own(*args, **kwargs)
+
+    module.forward = types.MethodType(recorded, module)
+    return calls
+
+
+@pytest.mark.parametrize("wrap", [in_a_closure, twice, in_a_partial, as_a_method])
+@pytest.mark.parametrize("way", ["replace_attention", "from_torch", "to_torch"])
+def test_a_wrapped_forward_runs_the_replacement(wrap: Any, way: str) -> None:
+    model = nn.Sequential()
+    model.attn = nn.MultiheadAttention(E, H, batch_first=True).eval()
+    x = torch.randn(2, 9, E)
+    expected = model.attn(x, x, x, attn_mask=FAR)[0]
+    dense = model.attn(x, x, x)[0]
+    calls = wrap(model.attn)
+    old = model.attn
+    if way == "replace_attention":
+        replace_attention(model, SPARSE)
+    else:
+        model.attn = MultiheadAttention.from_torch(model.attn, SPARSE)
+    assert_close(model.attn(x, x, x)[0], expected)
+    assert len(calls) == 1 and (wrap is not as_a_method or calls == [model.attn])
+    assert_close(old(x, x, x)[0], dense)  # the old module is as it was
+    if way == "to_torch":
+        assert_close(model.attn.to_torch()(x, x, x)[0], dense)
+        assert len(calls) == 3
+
+
+def test_a_compiled_child_is_compiled_again() -> None:
+    model = nn.Sequential()
+    model.attn = torch.compile(nn.MultiheadAttention(E, H, batch_first=True).eval(), backend="eager")
+    x = torch.randn(2, 9, E)
+    dense, expected = model.attn(x, x, x)[0], model.attn(x, x, x, attn_mask=FAR)[0]
+    replaced = replace_attention(model, SPARSE)
+    assert list(replaced) == ["attn"]
+    assert_close(model.attn(x, x, x)[0], expected)
+    model.set_submodule("attn", replaced["attn"])
+    assert_close(model.attn(x, x, x)[0], dense)
+    report = convert(model, SPARSE)
+    assert_close(model.attn(x, x, x)[0], expected)
+    report.undo()
+    assert_close(model.attn(x, x, x)[0], dense)
+
+
+def test_a_child_that_compiles_itself_runs_the_replacement() -> None:
+    model = nn.Sequential()
+    model.attn = nn.MultiheadAttention(E, H, batch_first=True).eval()
+    model.attn.compile(backend="eager")
+    x = torch.randn(2, 9, E)
+    expected = model.attn(x, x, x, attn_mask=FAR)[0]
+    replace_attention(model, SPARSE)
+    assert_close(model.attn(x, x, x)[0], expected)
+
+
+def test_a_forward_without_a_way_to_the_old_one_is_refused() -> None:
+    """It could call anything: then the replacement would never run, and nobody would know."""
+    model = nn.Sequential()
+    model.attn = nn.MultiheadAttention(E, H)
+    model.attn.forward = lambda *args: args
+    with pytest.raises(UnsupportedError, match="'attn' has a forward of its own on the instance"):
+        replace_attention(model, SPARSE)
+    with pytest.raises(UnsupportedError, match="forward of its own"):
+        MultiheadAttention.from_torch(model.attn)
+    model.other = nn.MultiheadAttention(E, H)
+    report = convert(model, SPARSE)
+    assert list(report.converted) == ["other"] and "forward of its own" in report.skipped["attn"]

@@ -19,7 +19,7 @@ from efficient_attn import (
     parse,
     patterns,
 )
-from efficient_attn.benchmarks.inputs import photograph_qkv
+from efficient_attn.measuring.inputs import photograph_qkv
 from efficient_attn.patterns import (
     LSH,
     Causal,
@@ -82,6 +82,7 @@ def chosen_blocks(pattern, q: Tensor, k: Tensor, allowed: Tensor, key_mask: Tens
     cols = [range(s, min(s + b, M)) for s in range(0, M, b)]
     for batch, head in itertools.product(range(B), range(HQ)):
         there = torch.ones(M, dtype=torch.bool) if key_mask is None else key_mask[batch]
+        there = there & allowed.any(0)
         mine = there if N == M else torch.ones(N, dtype=torch.bool)
         for r, row in enumerate(rows):
             own = q[batch, head, row][mine[row]]
@@ -104,10 +105,11 @@ def chosen_blocks(pattern, q: Tensor, k: Tensor, allowed: Tensor, key_mask: Tens
                 count = pattern.blocks if pattern.fraction is None else math.ceil(pattern.fraction * len(seen) - 1e-9)
                 keep = forced + free[: max(count - len(forced), 0)]
             else:
-                mass = {c: math.exp(estimate[c]) * there[cols[c]].sum().item() for c in seen}
+                whole = [c for c in seen if allowed[row][:, cols[c]][:, allowed.any(0)[cols[c]]].all()]
+                mass = {c: math.exp(estimate[c]) * there[cols[c]].sum().item() if c in whole else 0.0 for c in seen}
                 keep, total = list(forced), sum(mass.values())
                 for c in free:
-                    if sum(mass[x] for x in keep) / total >= pattern.mass:
+                    if total and sum(mass[x] for x in keep) / total >= pattern.mass:
                         break
                     keep.append(c)
             for c in keep:
@@ -166,6 +168,59 @@ def test_choice_is_among_what_the_other_parts_show():
     out, _ = parse(pattern).attend(q, k, v, mask=user)
     expected = chosen_blocks(pattern, q.detach(), k.detach(), user, None, D**-0.5) & user
     torch.testing.assert_close(out, attend(q, k, v, expected))
+
+
+FIRST = [
+    TopKBlocks(16, 2, queries="first", sink=0),
+    TopKBlocks(16, fraction=0.3, queries="first", summary="minmax"),
+    TopPBlocks(16, 0.5, queries="first"),
+    TopPBlocks(16, 0.3, queries="first", sink=0, local=2, summary="minmax"),
+]
+
+
+@pytest.mark.parametrize(("n", "m"), [(128, 128), (150, 150), (70, 150), (37, 128)])
+@pytest.mark.parametrize("pattern", FIRST, ids=str)
+def test_the_past_of_first_rows_is_blind_to_the_future(pattern, n, m):
+    q, k, v = (t.detach() for t in make(n, m))
+    call = {"is_causal": True, "causal_alignment": "bottom_right"}
+    before = parse(pattern).attend(q, k, v, **call)[0]
+    past = torch.arange(m) <= torch.arange(n)[:, None] + m - n
+    for cut in range(1, m, 5):
+        rows = max(cut - (m - n), 0)
+        later = [t.clone() for t in (q, k, v)]
+        for t, start in zip(later, (rows, cut, cut), strict=True):
+            t[:, :, start:] = 3 - 2 * t[:, :, start:]
+        for options in (call, {"mask": past}) if n == m and cut % 3 == 1 else (call,):
+            after = parse(pattern).attend(*later, **options)[0]
+            torch.testing.assert_close(after[:, :, :rows], before[:, :, :rows])
+
+
+@pytest.mark.parametrize("pattern", [*BLOCKS, *FIRST], ids=str)
+def test_hidden_keys_choose_nothing_by_whatever_route(pattern):
+    n, method = 150, parse(pattern)
+    q, k, v = (t.detach() for t in make(n))
+    holes = padding("holes", n)
+    assert holes is not None
+    lengths = torch.tensor([100, n])
+    short = torch.arange(n) < lengths[:, None]
+    routes = {
+        "key_mask": (holes, {"key_mask": holes}),
+        "mask": (holes, {"mask": holes[:, None, None]}),
+        "rows of a mask": (holes, {"mask": holes[:, None, None] & holes[:, None, :, None]}),
+        "BlockMask": (holes, {"mask": BlockMask.from_dense(holes[:, None, None].expand(B, 1, n, n), block_size=32)}),
+        "lengths": (short, {"mask": BlockMask.from_lengths(lengths, q_len=n, kv_len=n)}),
+    }
+    for route, (there, options) in routes.items():
+        hidden = ~there[:, None, :, None]
+        found = [
+            method.attend(q, k.masked_fill(hidden, x), v.masked_fill(hidden, x), **options, is_causal=causal)[0]
+            for causal, x in itertools.product((False, True), (0.0, math.nan, 1e3))
+        ]
+        for one in range(6):
+            assert torch.equal(found[one], found[one // 3 * 3]), (route, one)
+        if route in ("mask", "BlockMask"):  # padding is padding, however it is said
+            shown = holes[:, None, :, None].expand_as(found[0])
+            torch.testing.assert_close(found[0][shown], method.attend(q, k, v, key_mask=holes)[0][shown])
 
 
 def test_rectangles_and_alignment():
@@ -289,6 +344,31 @@ def test_buckets_equal_the_definition(pattern, pad):
         assert torch.equal(found & rows, visible & allowed & rows)
 
 
+LENGTHS = (1, 63, 64, 65, 127, 128, 129, 257)  # around the blocks of 64 sorted tokens
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("pattern", [BUCKETS[1], BUCKETS[2], BUCKETS[4], BUCKETS[6]], ids=str)
+def test_buckets_equal_the_definition_at_the_ends_of_blocks(pattern, n):
+    shared = getattr(pattern, "shared_qk", False)
+    for m in (n,) if shared else LENGTHS:
+        q, k, v = (t.detach() for t in make(n, m, heads=HQ if shared else HKV))
+        causal = pattern.accepts_causal and m % 2 == 1
+        allowed = torch.ones(n, m, dtype=torch.bool).tril(m - n if causal else m)
+        visible = bucketed(pattern, q, k, allowed, None)
+        call = {"is_causal": causal, "causal_alignment": "bottom_right" if causal else None}
+        out, weights = parse(pattern).attend(q, k, v, need_weights=True, **call)
+        expected = attend(q, q / q.norm(dim=-1, keepdim=True) if shared else k, v, visible)
+        torch.testing.assert_close(out, expected, msg=lambda text, m=m: f"{m} keys: {text}")
+        assert torch.equal(weights > 0, visible), f"{m} keys"
+
+
+def test_one_token_sees_itself():
+    x = torch.ones(1, 1, 1, 4)
+    for spec in ("lsh", "lsh:shared_qk=true", "sorted_buckets"):
+        assert torch.equal(parse(spec).attend(x, x, x)[0], x)
+
+
 def test_rounds_are_joined_under_one_softmax_with_dropout():
     q, k, v = make(150)
     for pattern in (LSH(4, 3), LSH(8, 2, shared_qk=True), SortedBuckets(40, 2)):
@@ -406,7 +486,7 @@ def test_the_module_attends_as_masked_dense_attention(spec):
     q, k, v = (
         (x @ w_.mT + b_).unflatten(-1, (4, 8)).transpose(1, 2) for w_, b_ in zip(w.chunk(3), b.chunk(3), strict=True)
     )
-    visible = ours.attention.for_inputs(q, k, key_mask=~hidden).to_dense() & ~hidden[:, None, None]
+    visible = ours.attention.pattern.for_inputs(q, k, key_mask=~hidden).to_dense() & ~hidden[:, None, None]
     if "shared" in spec:
         k = q / q.norm(dim=-1, keepdim=True)
     expected = attend(q, k, v, visible.expand(2, 4, 64, 64)).transpose(1, 2).flatten(2) @ ours.out_proj.weight.mT

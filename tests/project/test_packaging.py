@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_installed_parts_import():
-    for part in ("kernels", "benchmarks", "benchmarks.runner", "functional", "methods"):
+    for part in ("kernels", "benchmarks", "measuring.runner", "functional", "methods"):
         importlib.import_module(f"efficient_attn.{part}")
     assert metadata.version("efficient-attn") == efficient_attn.__version__
 
@@ -101,12 +101,12 @@ def test_the_sdist_holds_all_that_a_wheel_needs(tmp_path):
     with tarfile.open(sdist) as archive:
         sources = {name.partition("/")[2] for name in archive.getnames()}
     assert {
-        f"csrc/cuda/{name}" for name in ("unit.cu", "launch.cpp", "launch.h", "sm80/attention_forward.h")
+        f"csrc/cuda/{name}" for name in ("attention_forward.cu", "launch.cpp", "launch.h", "sm80/attention_forward.h")
     } <= sources
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
-        "efficient_attn/benchmarks/runner.py",
+        "efficient_attn/measuring/runner.py",
         "efficient_attn/benchmarks/page/page.js",
         "efficient_attn/benchmarks/suites/ops.py",
         "efficient_attn/benchmarks/peers/formulas.py",

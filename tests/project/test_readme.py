@@ -22,15 +22,18 @@ def test_python_blocks_run(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_there_are_python_blocks():
-    assert len(BLOCKS) >= 3
-
-
-def test_the_table_of_methods_is_fresh():
+def test_the_tables_of_methods_are_fresh():
     spec = importlib.util.spec_from_file_location("readme", ROOT / "docs" / "readme.py")
     readme = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(readme)
-    assert readme.with_methods(README) == README, "run: make readme"
+    methods = readme.METHODS.read_text(encoding="utf-8")
+    assert readme.replaced(README, "methods", readme.short_table()) == README, "run: make readme"
+    assert readme.replaced(methods, "methods", readme.full_table()) == methods, "run: make readme"
+
+
+def test_it_is_short_and_its_figures_are_of_commits():
+    assert len(README.splitlines()) <= 115 and BLOCKS
+    assert "-dirty" not in README
 
 
 def test_links_and_pictures_exist():

@@ -1,12 +1,11 @@
 """What kernels that run in a process of their own promise beyond the conformance cases: interpreted_kernels.py has
-Triton's, twin_kernels.py CUDA's."""
+Triton's, emulated_kernels.py CUDA's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from efficient_attn import BlockMask, SlidingWindow, attention
@@ -15,6 +14,7 @@ POISONED = 77  # a key whose value is NaN
 MASKS = ("causal", "window", "bits", "blocks", "bias")
 BESIDE_A_LIST = ("causal", "window", "blocks")  # of these, what goes with a list that hides a key from everybody
 ODD_BLOCKS = ((16, 240), (144, 16), (256, 48))  # no powers of two
+SEEDS = (3, -5, 2**62 + 12345, torch.tensor(99))
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -40,18 +40,21 @@ def masked(kind: str, n: int) -> dict[str, Any]:
     }[kind]()
 
 
-@dataclass(frozen=True)
-class Checks:
-    """The checks of one backend, on `n` queries and keys of `dtype`.
+class KernelChecks:
+    """The tests of one backend, on `n` queries and keys of `dtype`; a file of tests makes a class of its own of it.
 
-    close: the tolerance beside the reference; equal: asserts that two results of the backend are the same.
+    rtol, atol: the tolerance beside the reference.
     """
 
     backend: str
     n: int
     dtype: torch.dtype
-    close: dict[str, float]
-    equal: Callable[[torch.Tensor, torch.Tensor], None]
+    rtol: float
+    atol: float
+
+    def assert_same(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """That two results of the backend are the same."""
+        assert torch.equal(a, b)
 
     def drawn(self, heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Query, key and value, and the gradient of the output."""
@@ -61,16 +64,18 @@ class Checks:
     def against_the_reference(self, tensors: list[torch.Tensor], grad_out: torch.Tensor, **arguments: Any) -> None:
         ours = results(self.backend, tensors, grad_out, **arguments)
         for mine, expected in zip(ours, results("reference", tensors, grad_out, **arguments), strict=True):
-            torch.testing.assert_close(mine, expected, **self.close, equal_nan=True)
+            torch.testing.assert_close(mine, expected, rtol=self.rtol, atol=self.atol, equal_nan=True)
 
-    def nan_stays_with_those_who_see_it(self, mask: str) -> None:
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_nan_stays_with_those_who_see_it(self, mask: str) -> None:
         tensors, grad_out = self.drawn(2)
         tensors[2][:, :, POISONED] = torch.nan
         tensors[2][:, :, 30, 5] = torch.inf
         grad_out[:, :, 60, 2] = torch.nan
         self.against_the_reference(tensors, grad_out, **masked(mask, self.n))
 
-    def nan_in_a_hidden_key_changes_nothing(self, mask: str) -> None:
+    @pytest.mark.parametrize("mask", BESIDE_A_LIST)
+    def test_nan_in_a_hidden_key_changes_nothing(self, mask: str) -> None:
         tensors, grad_out = self.drawn(2)
         visible = torch.ones(self.n, self.n, dtype=torch.bool)
         visible[:, POISONED] = False
@@ -83,14 +88,16 @@ class Checks:
         for poisoned in tensors[1:]:
             poisoned[:, :, POISONED] = torch.nan
         for a, b in zip(clean, results(self.backend, tensors, grad_out, **arguments), strict=True):
-            self.equal(a, b)
+            self.assert_same(a, b)
 
-    def odd_blocks(self, block_size: tuple[int, int]) -> None:
+    @pytest.mark.parametrize("block_size", ODD_BLOCKS)
+    def test_blocks_that_are_no_powers_of_two(self, block_size: tuple[int, int]) -> None:
         visible = torch.rand(1, 1, self.n, self.n, generator=torch.Generator().manual_seed(5)) < 0.5
         tensors, grad_out = self.drawn(1)
         self.against_the_reference(tensors, grad_out, mask=BlockMask.from_dense(visible, block_size=block_size))
 
-    def dropout_is_that_of_the_definition(self, seed: int | torch.Tensor) -> None:
+    @pytest.mark.parametrize("seed", SEEDS, ids=str)
+    def test_dropout_is_that_of_the_definition(self, seed: int | torch.Tensor) -> None:
         """With values that name the key, the kept pairs can be read off the output: the same ones, bit for bit."""
         q, k = torch.zeros(1, 2, 70, 16, dtype=self.dtype), torch.zeros(1, 2, 64, 16, dtype=self.dtype)
         v = torch.eye(64, dtype=self.dtype).expand(1, 2, 64, 64)
@@ -98,7 +105,7 @@ class Checks:
         ours, theirs = (attention(q, k, v, backend=name, **arguments) != 0 for name in (self.backend, "reference"))
         assert torch.equal(ours, theirs) and 0.5 < ours.float().mean() < 0.7
 
-    def a_list_without_entries_gives_empty_rows(self) -> None:
+    def test_a_list_without_entries_gives_empty_rows(self) -> None:
         q = draw(1, 1, 40, 16, dtype=self.dtype)
         mask = BlockMask.from_dense(torch.zeros(40, 40, dtype=torch.bool))
         ours = results(self.backend, [q, q, q], q, mask=mask)

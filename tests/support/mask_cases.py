@@ -76,7 +76,7 @@ def assert_valid(mask: BlockMask) -> None:
 
 def assert_canonical(mask: BlockMask) -> None:
     """No empty block, no partial block that is full, no tile twice or unused, tiles in order of appearance."""
-    grid, lists = mask._grid, mask._listed
+    grid, lists = mask.grid, mask.lists
     rows = mask_build.entry_rows(lists)
     partial = lists.tile_ids >= 0
     counted = mask_build.unpack_bits(lists.tiles).flatten(1).sum(1)[lists.tile_ids[partial].long()]

@@ -157,6 +157,33 @@ def test_a_hub_id_needs_the_package_datasets(monkeypatch):
         text.load(0, "stanfordnlp/imdb")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_may_have_a_byte_order_mark(tmp_path, encoding):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nnaïve,1\n" + "x" * 200_000 + ",2\n", encoding=encoding)
+    assert text.table(path) == (["naïve", "x" * 200_000], ["1", "2"])
+    path.write_text("value\n1\n2\n3\n", encoding=encoding)
+    assert series.read_table(path, "value").tolist() == [[1.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("text,label\nnaïve,1\n".encode("latin-1"), "not in UTF-8"),
+        ("text,label\nx,1\n".encode("utf-16")[:-1], "not in UTF-16"),
+        (b"text,label\nx,1\ny\n", "row 3 has 1 columns instead of 2"),
+        (b"text,label\nx,1,z\n", "row 2 has 3 columns instead of 2"),
+        (b"", "column"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_explained(tmp_path, content, says):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    for read in (text.table, lambda path: series.read_table(path, None)):
+        with pytest.raises(InputError, match=says):
+            read(path)
+
+
 def write(path, content):
     path.write_text(content, encoding="utf-8")
     return path

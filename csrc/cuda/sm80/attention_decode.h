@@ -25,7 +25,7 @@ struct Decode {
     static constexpr int kHead = kHead_, kRows = kRows_;
     static constexpr int kRowWarps = kRows / 16, kKeyWarps = 4 / kRowWarps, kColumnWarps = kHead == 256 ? 2 : 1;
     static constexpr int kWarps = 4 * kColumnWarps, kThreads = kWarps * kWarp;
-    static constexpr int kStep = 64, kM = 1;
+    static constexpr int kStep = kDecodeStep, kM = 1;
     static constexpr int kKeys = kStep / kKeyWarps, kColumns = kHead / kColumnWarps;  // of a step and of V, a warp's
     static constexpr int kSlots = kHead == 64 ? 8 : 4;
     static constexpr uint32_t kQuery = 0, kRing = kRows * kHead * 2, kTileBytes = kStep * kHead * 2;
@@ -174,8 +174,7 @@ EA_DEVICE void attend_part(D& f, const DecodeParams& p, const Part& at) {
         block_sync();  // the keys have arrived, and every warp is done with the tile before them
         load_next(tile + D::kSlots - 1);
         float s[1][D::kKeys / 8][4];
-        const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + D::kStep <= sees.all.end &&
-                          step.end == step.first + D::kStep && !c.bias.data;
+        const bool full = sight_of(sees, step, D::kStep).all && !c.bias.data;
         uint32_t visible = 0;
         if (active) {
             clear(s);
@@ -203,7 +202,7 @@ EA_DEVICE void attend_part(D& f, const DecodeParams& p, const Part& at) {
     }
 }
 
-// --- joining what warps and blocks found -----------------------------------------------------------------------------
+// --- joining what warps and blocks found ---
 
 // The columns of a row of floats, permuted such that neither a fragment nor a row meets a bank twice.
 EA_DEVICE uint32_t float_offset(int row, int column, int width) {
@@ -249,7 +248,7 @@ EA_DEVICE void store_part(D& f, const DecodeParams& p, const Part& at) {
         const int64_t line = (at.b * c.Hq + h) * c.Nq + i, place = at.split * (c.B * c.Hq * c.Nq) + line;
         if (lane == 0) {
             if (p.splits == 1) {
-                store_global(static_cast<float*>(c.lse) + line, lse * 0.6931471805599453f);
+                store_global(static_cast<float*>(c.lse) + line, lse * static_cast<float>(kLn2));
             } else {
                 store_global(p.part_lse + place, lse);
             }
@@ -328,7 +327,7 @@ attention_decode_join(EA_PARAMETER DecodeParams p) {
     }
     if (thread_index() == 0)
         store_global(static_cast<float*>(c.lse) + row,
-                     total == 0.0f ? -infinity() : (top + logarithm_2(total)) * 0.6931471805599453f);
+                     total == 0.0f ? -infinity() : (top + logarithm_2(total)) * static_cast<float>(kLn2));
 }
 
 }  // namespace

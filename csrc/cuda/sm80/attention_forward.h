@@ -23,7 +23,7 @@ struct Forward {
     using T = T_;
     static constexpr int kHead = kHead_;
     static constexpr bool kExtras = kExtras_;
-    static constexpr int kRows = 128, kKeys = kHead == 64 && !kExtras ? 64 : 32;
+    static constexpr int kRows = kForwardRows, kKeys = kHead == 64 && !kExtras ? 64 : 32;
     static constexpr int kWarps = kHead == 256 || kExtras ? 8 : 4, kThreads = kWarps * kWarp;
     static constexpr int kWarpRows = kRows / kWarps, kParts = kParts_, kM = kWarpRows / kParts / 16;
     using InParts = Forward<T, kHead, kExtras, kWarpRows / 16>;
@@ -91,8 +91,7 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, Reading read
     for (int slot = 0; more; slot ^= 1) {
         const Step step = next;
         more = walk.next(p, next);
-        copy_async_wait<0>();
-        block_sync();  // this slot has arrived, and every warp is done with the other one
+        await_slot();
         if (more) {
             load_slot<F>(p, at, next, slot ^ 1);
             copy_async_commit();
@@ -103,10 +102,8 @@ EA_DEVICE void attend(F& f, const KernelParams& p, const Place& at, Reading read
         clear(s);
         if (!marks) multiply_transposed<T, F::kHead>(s, F::kQuery, warp_row, keys, lane);
         if (F::kExtras) scale_by(s, p.score_scale);
-        const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + F::kKeys <= sees.all.end &&
-                          step.end == step.first + F::kKeys;
         const int column = step.first + lane % 4 * 2;
-        if (!full || biased) hide(s, p, step, row, at.lines, p.low, p.high, lane);
+        if (!sight_of(sees, step, F::kKeys).all || biased) hide(s, p, step, row, at.lines, p.low, p.high, lane);
         if (biased) add_bias<T, true>(s, p, at.b, at.h, row, column, !marks);
         if (marks) {
             visible_ones(s);
@@ -145,9 +142,7 @@ attention_forward(EA_PARAMETER KernelParams p) {
         suspect = suspicious(f.out, at.lines.begin + first_row<F>(0) + thread_index() % kWarp / 4, at.lines.end);
         store_output(f, p, at, 0);
     }
-    if (!p.flags) return;
-    suspect = block_any(suspect);
-    if (thread_index() == 0) store_global(p.flags + block_index(), suspect ? 1 : 0);
+    write_flag(p, suspect);
 }
 
 // The suspicious tiles again; F has a warp's rows in parts of 16. A weight of zero does not silence a NaN: so zeros
@@ -155,8 +150,7 @@ attention_forward(EA_PARAMETER KernelParams p) {
 template <class F>
 EA_KERNEL(F::kThreads, 1)
 attention_forward_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
-        if (load_global(p.flags + index) == 0) continue;
+    each_flagged(p, tiles, [&](int64_t index) {
         const Place at = query_place<F::kRows>(p, index);
         for (int part = 0; part < F::kParts; ++part) {
             F f;
@@ -168,7 +162,7 @@ attention_forward_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
                                        at.lines.begin + first_row<F>(part) + lane / 4, at.lines.end, lane % 4 * 2,
                                        p.call.Dv);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ struct KeyGradient {
     static constexpr bool kExtras = kExtras_;
     static constexpr int kColumnParts = kHead == 256 ? 2 : 1,
                          kColumns = kHead / 8 / kColumnParts;  // columns in units of 8
-    static constexpr int kRows = kHead == 64 ? 128 : 64, kQueries = 32;
+    static constexpr int kRows = kHead == 64 ? 128 : kGradientRows, kQueries = 32;
     static constexpr int kWarps = kRows / 16 * kColumnParts, kThreads = kWarps * kWarp;
     static constexpr int kBlocksAtOnce = kWarps == 4 ? 2 : 1;
 
@@ -75,40 +75,36 @@ EA_DEVICE void gather(G& g, const KernelParams& p, const Place& at, Reading read
     clear(g.dv);
 
     GroupWalk<G::kQueries> walk(p, at.b, at.h, at.lines.begin, seen.any);
-    Step next;
-    int next_head = 0;
-    bool more = walk.next(p, next, next_head);
+    HeadStep next;
+    bool more = walk.next(p, next);
     if (kSafe) block_sync();  // the pass before may still be reading what is loaded now
     if (more) {
         load_tile<G::kRows, G::kHead, G::kThreads>(G::kKey, head_pointer(c.key, at.b, at.h), c.key.row_stride,
                                                    alive.begin, alive.end, static_cast<int>(c.D), p.key_aligned);
         load_tile<G::kRows, G::kHead, G::kThreads>(G::kValue, head_pointer(c.value, at.b, at.h), c.value.row_stride,
                                                    alive.begin, alive.end, static_cast<int>(c.Dv), p.value_aligned);
-        load_queries<G>(p, at.b, next_head, next, 0);
+        load_queries<G>(p, at.b, next.head, next, 0);
         copy_async_commit();
     }
     for (int slot = 0; more; slot ^= 1) {
-        const Step step = next;
-        const int head = next_head;
-        more = walk.next(p, next, next_head);
-        copy_async_wait<0>();
-        block_sync();  // this slot has arrived, and every warp is done with the other one
+        const HeadStep step = next;
+        more = walk.next(p, next);
+        await_slot();
         if (more) {
-            load_queries<G>(p, at.b, next_head, next, slot ^ 1);
+            load_queries<G>(p, at.b, next.head, next, slot ^ 1);
             copy_async_commit();
         }
         if (!active) continue;
         const uint32_t queries = G::kSlots + slot * G::kSlotBytes, grad_out = queries + G::kTileBytes;
         const uint32_t sums = G::kRowSums + slot * 2 * G::kQueries * 4;
         const int column = step.first + lane % 4 * 2;
-        const bool full = step.tile < 0 && step.first >= seen.all.begin && step.first + G::kQueries <= seen.all.end &&
-                          step.end == step.first + G::kQueries && alive.end == at.lines.end;
+        const bool full = sight_of(seen, step, G::kQueries).all && alive.end == at.lines.end;
         float s[1][kN][4];
         clear(s);
         if (!marks) multiply_transposed<T, G::kHead>(s, G::kKey, warp_row, queries, lane);
         if (G::kExtras) scale_by(s, p.score_scale);
         if (!full || biased) hide_transposed(s, p, step, row, alive, -p.high, -p.low, lane);
-        if (biased) add_bias<T, false>(s, p, at.b, head, row, column, !marks);
+        if (biased) add_bias<T, false>(s, p, at.b, step.head, row, column, !marks);
         if (marks) {
             visible_ones(s);
             multiply<T, G::kHead, kSafe>(g.dv, s, grad_out, G::first_column() / 2, reading, lane);
@@ -132,7 +128,7 @@ EA_DEVICE void gather(G& g, const KernelParams& p, const Place& at, Reading read
         uint32_t kept = 0xFFFFFFFFu;
         if constexpr (G::kExtras) {
             if (c.dropout_p > 0) {
-                kept = draw_kept<false, 1, kN>(p, at.b, head, row, column);
+                kept = draw_kept<false, 1, kN>(p, at.b, step.head, row, column);
                 drop(dp, kept);
                 scale_by(dp, p.keep_scale);
             }
@@ -187,17 +183,14 @@ attention_key_gradient(EA_PARAMETER KernelParams p) {
         suspect = suspicious(g.dk, row, at.lines.end) || suspicious(g.dv, row, at.lines.end);
         store_key_gradients(g, p, at);
     }
-    if (!p.flags) return;
-    suspect = block_any(suspect);
-    if (thread_index() == 0) store_global(p.flags + block_index(), suspect ? 1 : 0);
+    write_flag(p, suspect);
 }
 
 // The suspicious tiles again, as in the forward. Grid: any.
 template <class G>
 EA_KERNEL(G::kThreads, 1)
 attention_key_gradient_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
-        if (load_global(p.flags + index) == 0) continue;
+    each_flagged(p, tiles, [&](int64_t index) {
         const Place at = key_place<G>(p, index);
         G g;
         EA_KEEP_LOOP
@@ -214,7 +207,7 @@ attention_key_gradient_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
             store_marks<typename G::T>(g.dv, head_pointer(p.call.dv, at.b, at.h), p.call.dv.row_stride, row,
                                        at.lines.end, column, p.call.Dv);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ struct QueryGradient {
     static constexpr int kHead = kHead_;
     static constexpr bool kExtras = kExtras_;
     static constexpr int kColumnParts = kColumnParts_, kColumns = kHead / 8 / kColumnParts;  // columns in units of 8
-    static constexpr int kRows = 64, kKeys = 32, kWarps = 4 * kColumnParts, kThreads = kWarps * kWarp, kN = kKeys / 8;
+    static constexpr int kRows = kGradientRows, kKeys = 32, kWarps = 4 * kColumnParts, kThreads = kWarps * kWarp,
+                         kN = kKeys / 8;
     static constexpr int kBlocksAtOnce = kWarps == 4 ? 2 : 1;
     static constexpr uint32_t kQuery = 0, kGradOut = kRows * kHead * 2, kSlots = 2 * kGradOut;
     static constexpr uint32_t kTileBytes = kKeys * kHead * 2, kSlotBytes = 2 * kTileBytes;
@@ -64,15 +65,13 @@ EA_DEVICE void pair_gradients(float (&ds)[1][G::kN][4], const KernelParams& p, c
     const int row = at.lines.begin + warp_row + lane / 4, column = step.first + lane % 4 * 2;
     const uint32_t keys = G::kSlots + slot * G::kSlotBytes, values = keys + G::kTileBytes;
     const bool biased = G::kExtras && p.call.bias.data;
-    const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + G::kKeys <= sees.all.end &&
-                      step.end == step.first + G::kKeys;
     float s[1][G::kN][4];
     clear(s);
     clear(ds);
     multiply_transposed<T, G::kHead>(s, G::kQuery, warp_row, keys, lane);
     multiply_transposed<T, G::kHead>(ds, G::kGradOut, warp_row, values, lane);
     if (G::kExtras) scale_by(s, p.score_scale);
-    if (!full || biased) hide(s, p, step, row, at.lines, p.low, p.high, lane);
+    if (!sight_of(sees, step, G::kKeys).all || biased) hide(s, p, step, row, at.lines, p.low, p.high, lane);
     if (biased) add_bias<T, true>(s, p, at.b, at.h, row, column, true);
     if constexpr (G::kExtras) {
         if (p.call.dropout_p > 0) {
@@ -110,8 +109,7 @@ EA_DEVICE void gather_keys(G& g, const KernelParams& p, const Place& at, Reading
     for (int slot = 0; more; slot ^= 1) {
         const Step step = next;
         more = walk.next(p, next);
-        copy_async_wait<0>();
-        block_sync();  // this slot has arrived, and every warp is done with the other one
+        await_slot();
         if (more) {
             load_keys<G>(p, at.b, at.h, next, slot ^ 1);
             copy_async_commit();
@@ -154,17 +152,14 @@ attention_query_gradient(EA_PARAMETER KernelParams p) {
         suspect = suspicious(g.dq, at.lines.begin + G::first_row() + thread_index() % kWarp / 4, at.lines.end);
         store_query_gradients(g, p, at);
     }
-    if (!p.flags) return;
-    suspect = block_any(suspect);
-    if (thread_index() == 0) store_global(p.flags + block_index(), suspect ? 1 : 0);
+    write_flag(p, suspect);
 }
 
 // The suspicious tiles again, as in the forward. Grid: any.
 template <class G>
 EA_KERNEL(G::kThreads, 1)
 attention_query_gradient_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
-    for (int64_t index = block_index(); index < tiles; index += block_count()) {
-        if (load_global(p.flags + index) == 0) continue;
+    each_flagged(p, tiles, [&](int64_t index) {
         const Place at = query_place<G::kRows>(p, index);
         const int lane = thread_index() % kWarp, row = at.lines.begin + G::first_row() + lane / 4;
         G g;
@@ -178,7 +173,7 @@ attention_query_gradient_safe(EA_PARAMETER KernelParams p, int64_t tiles) {
                                            at.lines.end, G::first_column() * 8 + lane % 4 * 2, p.call.D);
             }
         }
-    }
+    });
 }
 
 // --- the gradient of the bias ---

@@ -86,7 +86,7 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     find_gradients<G>(weights, gradients, dv, p, step, alive, full, slot);
     store_gradients<G>(gradients, tile, lane);
     async_proxy_fence();
-    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and nobody reads the tile of the step before
+    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and the tile of the step before is free
     float dq[kPanel / 8][4];
     group_fence(gradients, dk[0], dq);
     group_multiply_rows<typename G::T, G::kHead, G::kQueries>(dk[0], gradients, slot.of(G::kQuerySlots, G::kTileBytes));
@@ -102,21 +102,18 @@ EA_KERNEL(kBlockThreads, 1)
 attention_backward(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs in) {
     if constexpr (kHopper) {
         init_barriers<G>();
-        if (thread_index() < kGroup) {
-            registers_give<G::kProducerRegisters>();
-            if (thread_index() < kWarp) produce_queries<G>(p, in);
-        } else {
-            registers_take<G::kConsumerRegisters>();
+        const auto consume = [&] {
             uint32_t tile = G::kGradients;
-            consume_own<G>(p, in,
-                           [&](auto& dk, auto& dv, const Place& at, const Step& step, Span alive, Sight sight,
-                               const Slot<G::kStages>& slot) {
-                               if (step.first == step.end) return;
-                               add_step<G>(dk, dv, p, at.b, step, alive, sight.any && sight.all, slot, tile);
-                               tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one
-                           });
+            const auto add = [&](auto& dk, auto& dv, const Place& at, const Step& step, Span alive, Sight sight,
+                                 const Slot<G::kStages>& slot) {
+                if (step.first == step.end) return;
+                add_step<G>(dk, dv, p, at.b, step, alive, sight.any && sight.all, slot, tile);
+                tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one
+            };
+            consume_own<G>(p, in, add);
             if (thread_index() % kGroup == 0) bulk_wait();
-        }
+        };
+        share_work<G>([&] { produce_queries<G>(p, in); }, consume);
     }
 }
 
@@ -143,9 +140,7 @@ attention_round_queries(EA_PARAMETER KernelParams p) {
             if (d < width) store_global(target + d, static_cast<uint16_t>(pack<T>(sums[e] * p.scale, 0.0f)));
         }
     }
-    if (!p.flags) return;
-    suspect = block_any(suspect);
-    if (thread_index() == 0) store_global(p.flags + block_index(), suspect ? 1 : 0);
+    write_flag(p, suspect);
 }
 
 }  // namespace

@@ -30,7 +30,8 @@ template <class T_, int kHead_>
 struct Forward {
     using T = T_;
     static constexpr int kHead = kHead_;
-    static constexpr int kConsumers = 2, kRows = kConsumers * kGroupRows, kKeys = kHead == 256 ? 64 : 128;
+    static constexpr int kConsumers = 2, kRows = kForwardRows, kKeys = kHead == 256 ? 64 : 128;
+    static_assert(kRows == kConsumers * kGroupRows);
     static constexpr int kThreads = (1 + kConsumers) * kGroup, kStages = kHead == 64 ? 4 : kHead == 128 ? 3 : 2;
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
     static constexpr bool kTurns = kHead <= 128;
@@ -63,7 +64,7 @@ EA_DEVICE void load_queries(const ForwardInputs& in, const Place& at, int parity
                                           at.lines.begin + consumer * kGroupRows, at.h, at.b);
 }
 
-// By one warp. A tile of which nobody sees a key has one step, with no key in it.
+// By one warp. A tile without visible keys has one step, with no key in it.
 template <class F>
 EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
     const int lane = thread_index() % kWarp;
@@ -145,9 +146,8 @@ EA_DEVICE void start_sums(F& f, const Slot<F::kStages>& slot) {
 template <class F>
 EA_DEVICE void mask_scores(float (&s)[1][F::kKeys / 8][4], const KernelParams& p, const Place& at, const Step& step,
                            const Reach& sees, const Consumer& c) {
-    const bool full = step.tile < 0 && step.first >= sees.all.begin && step.first + F::kKeys <= sees.all.end &&
-                      step.end == step.first + F::kKeys;
-    if (!full) hide(s, p, step, at.lines.begin + c.row + c.lane / 4, at.lines, p.low, p.high, c.lane);
+    if (!sight_of(sees, step, F::kKeys).all)
+        hide(s, p, step, at.lines.begin + c.row + c.lane / 4, at.lines, p.low, p.high, c.lane);
 }
 
 // Walks the steps of a tile.
@@ -263,14 +263,7 @@ attention_forward(EA_PARAMETER KernelParams p, EA_PARAMETER ForwardInputs in) {
             tensor_prefetch(in.key);
             tensor_prefetch(in.value);
         }
-        block_sync();
-        if (thread_index() < kGroup) {
-            registers_give<F::kProducerRegisters>();
-            if (thread_index() < kWarp) produce<F>(p, in);
-        } else {
-            registers_take<F::kConsumerRegisters>();
-            consume<F>(p, in);
-        }
+        share_work<F>([&] { produce<F>(p, in); }, [&] { consume<F>(p, in); });
     }
 }
 

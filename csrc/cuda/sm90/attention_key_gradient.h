@@ -89,7 +89,7 @@ EA_DEVICE void load_own_keys(const BackwardInputs& in, const Place& at) {
     }
 }
 
-// The producer, one warp. A tile that nobody sees has one step, with no query in it.
+// The producer, one warp. A tile that no query sees has one step, with no query in it.
 template <class G>
 EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) {
     static_assert(G::kQueries == 2 * kWarp, "a lane loads the sums of two queries");
@@ -103,28 +103,23 @@ EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) 
         Reach seen = reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq));
         if (alive.end <= alive.begin) seen.any.end = seen.any.begin;
         GroupWalk<G::kQueries> walk(p, at.b, at.h, at.lines.begin, seen.any);
-        Step next{0, 0, -1, 0};
-        int next_head = at.h * p.group;
-        bool more = walk.next(p, next, next_head);
+        HeadStep next{{0, 0, -1, 0}, at.h * p.group};
+        bool more = walk.next(p, next);
         barrier_wait(G::kKeysEmpty, keys_parity ^ 1);
         keys_parity ^= 1;
         if (lane == 0) load_own_keys<G>(in, at);
         do {
-            const Step step = next;
-            const int head = next_head;
-            more = more && walk.next(p, next, next_head);
-            const QuerySums sums = load_query_sums(p, at.b, head, step, lane);
+            const HeadStep step = next;
+            more = more && walk.next(p, next);
+            const QuerySums sums = load_query_sums(p, at.b, step.head, step, lane);
             barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
             const uint32_t full = slot.of(G::kFull, 8), shifts = slot.of(G::kSums, 2 * G::kSumBytes);
             if (lane == 0) {
-                barrier_arrive_expect(full, 2 * G::kTileBytes);
-                load_panels<G::kHead, G::kQueries>(slot.of(G::kQuerySlots, G::kTileBytes), in.query, full, step.first,
-                                                   head, at.b);
-                load_panels<G::kHead, G::kQueries>(slot.of(G::kGradOutSlots, G::kTileBytes), in.grad_out, full,
-                                                   step.first, head, at.b);
+                load_pair<G, G::kQueries>(in.query, slot.of(G::kQuerySlots, G::kTileBytes), in.grad_out,
+                                          slot.of(G::kGradOutSlots, G::kTileBytes), full, step.first, step.head, at.b);
             }
             store_query_sums(sums, shifts, shifts + G::kSumBytes, lane);
-            send_step(slot.of(G::kSteps, kLineBytes), step, more, head, lane);
+            send_step(slot.of(G::kSteps, kLineBytes), step, more, step.head, lane);
             release(full, lane);
             slot.advance();
         } while (more);
@@ -376,13 +371,8 @@ EA_DEVICE void init_barriers() {
         barrier_init(G::kKeysEmpty, kConsumerWarps);
         barrier_init(G::kWeightsFull, kConsumerWarps / kConsumers);
         barrier_init(G::kWeightsEmpty, kConsumerWarps / kConsumers);
-        for (uint32_t stage = 0; stage < G::kStages; ++stage) {
-            barrier_init(G::kFull + stage * 8, 2);  // copies and sums
-            barrier_init(G::kEmpty + stage * 8, kConsumerWarps);
-        }
-        barrier_init_fence();
+        init_slots<G>(2);  // copies and sums
     }
-    block_sync();
 }
 
 // Grid: any; p.flags as in sm80, whose attention_key_gradient_safe does the suspicious tiles again.
@@ -391,21 +381,18 @@ EA_KERNEL(kBlockThreads, 1)
 attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs in) {
     if constexpr (kHopper) {
         init_barriers<G>();
-        if (thread_index() < kGroup) {
-            registers_give<G::kProducerRegisters>();
-            if (thread_index() < kWarp) produce_queries<G>(p, in);
-        } else {
-            registers_take<G::kConsumerRegisters>();
+        const auto add = [&](auto& dk, auto& dv, const Place&, const Step& step, Span alive, Sight sight,
+                             const Slot<G::kStages>& slot) {
+            if (sight.any) add_queries<G>(dk, dv, p, step, alive, sight.all, slot);
+        };
+        const auto consume = [&] {
             if constexpr (G::kShared) {
                 consume_shared<G>(p, in);
             } else {
-                consume_own<G>(p, in,
-                               [&](auto& dk, auto& dv, const Place&, const Step& step, Span alive, Sight sight,
-                                   const Slot<G::kStages>& slot) {
-                                   if (sight.any) add_queries<G>(dk, dv, p, step, alive, sight.all, slot);
-                               });
+                consume_own<G>(p, in, add);
             }
-        }
+        };
+        share_work<G>([&] { produce_queries<G>(p, in); }, consume);
     }
 }
 

@@ -43,7 +43,7 @@ EA_DEVICE void load_rows(const BackwardInputs& in, const Place& at) {
     }
 }
 
-// The producer, one warp. A tile of which nobody sees a key has one step, with no key in it.
+// The producer, one warp. A tile without visible keys has one step, with no key in it.
 template <class G>
 EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
     const int lane = thread_index() % kWarp;
@@ -66,13 +66,9 @@ EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
             send_step(slot.of(G::kSteps, kLineBytes), step, more, at.h, lane);
             warp_sync();
             if (lane == 0) {
-                const uint32_t full = slot.of(G::kFull, 8);
-                const int kv = at.h / p.group;
-                barrier_arrive_expect(full, 2 * G::kTileBytes);
-                load_panels<G::kHead, G::kKeys>(slot.of(G::kKeySlots, G::kTileBytes), in.key, full, step.first, kv,
-                                                at.b);
-                load_panels<G::kHead, G::kKeys>(slot.of(G::kValueSlots, G::kTileBytes), in.value, full, step.first, kv,
-                                                at.b);
+                load_pair<G, G::kKeys>(in.key, slot.of(G::kKeySlots, G::kTileBytes), in.value,
+                                       slot.of(G::kValueSlots, G::kTileBytes), slot.of(G::kFull, 8), step.first,
+                                       at.h / p.group, at.b);
             }
             slot.advance();
         } while (more);
@@ -161,20 +157,9 @@ attention_query_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInput
         if (thread_index() == 0) {
             barrier_init(G::kRowsFull, 1);
             barrier_init(G::kRowsEmpty, kConsumerWarps);
-            for (uint32_t stage = 0; stage < G::kStages; ++stage) {
-                barrier_init(G::kFull + stage * 8, 1);
-                barrier_init(G::kEmpty + stage * 8, kConsumerWarps);
-            }
-            barrier_init_fence();
+            init_slots<G>(1);
         }
-        block_sync();
-        if (thread_index() < kGroup) {
-            registers_give<G::kProducerRegisters>();
-            if (thread_index() < kWarp) produce_keys<G>(p, in);
-        } else {
-            registers_take<G::kConsumerRegisters>();
-            consume_keys<G>(p, in);
-        }
+        share_work<G>([&] { produce_keys<G>(p, in); }, [&] { consume_keys<G>(p, in); });
     }
 }
 

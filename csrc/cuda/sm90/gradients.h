@@ -27,15 +27,23 @@ EA_DEVICE bool await_step(Step& step, const Slot<G::kStages>& slot) {
     return read_step(step, slot.of(G::kSteps, kLineBytes));
 }
 
-// Whether a consumer has visible pairs in a step of `width`, and whether all of them are visible.
-struct Sight {
-    bool any, all;
-};
+// Starts copying what a step's slot holds of two tensors.
+template <class G, int kRows>
+EA_DEVICE void load_pair(const TensorMap& first, uint32_t first_tile, const TensorMap& second, uint32_t second_tile,
+                         uint32_t full, int row, int h, int b) {
+    barrier_arrive_expect(full, 2 * G::kTileBytes);
+    load_panels<G::kHead, kRows>(first_tile, first, full, row, h, b);
+    load_panels<G::kHead, kRows>(second_tile, second, full, row, h, b);
+}
 
-EA_DEVICE Sight sight_of(const Reach& sees, const Step& step, int width) {
-    return {step.first < sees.any.end && step.end > sees.any.begin, step.tile < 0 && step.first >= sees.all.begin &&
-                                                                        step.end <= sees.all.end &&
-                                                                        step.end == step.first + width};
+// Makes the barriers of the slots, which so many arrivals fill.
+template <class G>
+EA_DEVICE void init_slots(int filled_by) {
+    for (uint32_t stage = 0; stage < G::kStages; ++stage) {
+        barrier_init(G::kFull + stage * 8, filled_by);
+        barrier_init(G::kEmpty + stage * 8, kConsumerWarps);
+    }
+    barrier_init_fence();
 }
 
 // s = A B^T of a group: A [64, kHead] and B [kN, kHead] are tiles. Not complete before a group_wait.

@@ -34,6 +34,13 @@ struct Work {
     int tiles, tiles_per_head, heads_at_once;
 };
 
+// The work of `tiles` tiles of so many heads, `shared` of which read the same `bytes` of global memory.
+inline Work work_of(int64_t tiles, int64_t heads, int64_t bytes, int64_t shared = 1) {
+    constexpr int64_t kCacheBytes = int64_t{32} << 20;
+    return {static_cast<int>(tiles), static_cast<int>(tiles / heads),
+            static_cast<int>(bounded(kCacheBytes / bytes, 1, heads / shared) * shared)};
+}
+
 // The tiles of one block of threads, f(tile) each. Work lies in sections of heads whose keys and values stay in the L2
 // cache; in a section the longest tiles of all heads come first. Blocks take it in turns there and back.
 template <class Function>
@@ -48,6 +55,20 @@ EA_DEVICE void each_tile(const Work& in, Function f) {
         const int place = work % in_section;
         const int tile = (head + place % here) * in.tiles_per_head + place / here;
         f(tile);
+    }
+}
+
+// A kernel whose barriers are made: its first warpgroup is the producer, of which one warp works, and the others
+// consume.
+template <class Shape, class Produce, class Consume>
+EA_DEVICE void share_work(Produce produce, Consume consume) {
+    block_sync();
+    if (thread_index() < kGroup) {
+        registers_give<Shape::kProducerRegisters>();
+        if (thread_index() < kWarp) produce();
+    } else {
+        registers_take<Shape::kConsumerRegisters>();
+        consume();
     }
 }
 

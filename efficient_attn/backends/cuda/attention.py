@@ -1,14 +1,14 @@
 """The CUDA C++ backend (csrc/cuda): the same functions as `reference`, on tensor cores of NVIDIA GPUs.
 
-EXPERIMENTAL: compiled for sm_80 and sm_90a and proved in a host twin, never yet run on a GPU; taken only when asked for
-by name, from the module efficient_attn._cuda (`make cuda`, or an installation where nvcc is).
-EFFICIENT_ATTN_CUDA_TWIN=<path of the twin's module> runs the very same kernels on CPU tensors, one fiber a thread, for
-tests (tests/kernels/cuda/cuda_host), Hopper's where EFFICIENT_ATTN_CUDA_TWIN_CAPABILITY is 90. Nothing here waits for
-the GPU, and memory is allocated for results and O(n) workspace only.
+EXPERIMENTAL: compiled for sm_80 and sm_90a and tested in an emulator, never yet run on a GPU; taken only when asked for
+by name, from the module `efficient_attn._cuda` (`make cuda`, or an installation where nvcc is found). For tests,
+`EFFICIENT_ATTN_CUDA_EMULATOR=<path of the emulator's module>` runs the very same kernels on CPU tensors, one fiber a
+thread (tests/kernels/cuda/emulator), Hopper's where `EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY` is 90. Nothing here waits
+for the GPU, and memory is allocated for results and O(n) workspace only.
 
-The bits of a result are the same in every run. EFFICIENT_ATTN_CUDA_ANY_ORDER=1 gives that up for speed: on Hopper,
-heads of 65 to 128 without bias and dropout then get a backward in one pass, whose sums over blocks of threads come in
-any order.
+The bits of a result are the same in every run. `EFFICIENT_ATTN_CUDA_ANY_ORDER=1` gives that up for speed: on Hopper,
+heads of 65 to 128 without bias and dropout then get a backward in one pass, which adds up the sums of its blocks of
+threads in any order.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...masks import MaskArrays
-from ..call import Call, zeroed
-from ..cpu.attention import BACKWARD, pack, pointer, readable, view
+from ..call import Call, readable, zeroed
+from ..words import pack_attention, pack_attention_gradients, pointer
 
 MODULE = "efficient_attn._cuda"
 LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
 
 
-def twin_path() -> str:
-    """Where the host twin's module lies, or an empty string."""
-    return os.environ.get("EFFICIENT_ATTN_CUDA_TWIN", "")
+def emulator_path() -> str:
+    """Where the emulator's module lies, or an empty string."""
+    return os.environ.get("EFFICIENT_ATTN_CUDA_EMULATOR", "")
 
 
 @cache
 def kernels() -> Any:
-    """The module that launches kernels: the host twin if one is asked for, else the compiled one; None: see
+    """The module that launches kernels: the emulator if one is asked for, else the compiled one; None: see
     `missing`."""
-    if twin_path():
-        spec = importlib.util.spec_from_file_location("_cuda_twin", twin_path())
+    if emulator_path():
+        spec = importlib.util.spec_from_file_location("_cuda_emulator", emulator_path())
         if spec is None or spec.loader is None:
-            raise ImportError(f"EFFICIENT_ATTN_CUDA_TWIN={twin_path()} is not a Python extension module")
+            raise ImportError(f"EFFICIENT_ATTN_CUDA_EMULATOR={emulator_path()} is not a Python extension module")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -65,7 +65,7 @@ def missing() -> str:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Processors to be filled with work; the twin stands for a small GPU."""
+    """Processors to be filled with work; the emulator stands for a small GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
@@ -74,9 +74,11 @@ def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = []
     if kernels() is None:
         reasons.append(missing())
-    if device.type != "cpu" and twin_path():
-        reasons.append(f"EFFICIENT_ATTN_CUDA_TWIN is set, under which it runs on CPU tensors; these are on {device}")
-    elif device.type != "cuda" and not twin_path():
+    if device.type != "cpu" and emulator_path():
+        reasons.append(
+            f"EFFICIENT_ATTN_CUDA_EMULATOR is set, under which it runs on CPU tensors; these are on {device}"
+        )
+    elif device.type != "cuda" and not emulator_path():
         reasons.append(f"it runs on CUDA tensors; these are on {device}")
     elif device.type == "cuda":
         reasons += _gpu_reasons(device)
@@ -186,10 +188,7 @@ def attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     kept, words, seed = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
     target = _bias_target(dbias, query, key)
-    words += BACKWARD.pack(
-        *view(grad_out), *view(dq), *view(dk), *view(dv), pointer(grad_lse), pointer(target),
-        *(target.shape if target is not None else (0, 0, 0, 0)),
-    )  # fmt: skip
+    words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, target)
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
     sums, query_sums = target is not dbias, _query_sums(words, query)
@@ -223,7 +222,7 @@ def _pack(
         tiles = mask.tiles.contiguous()  # bits are read in words of 16
         mask = mask._replace(tiles=tiles if tiles.data_ptr() % 2 == 0 else tiles.clone())
     on_gpu = seed.reshape(1) if seed is not None and seed.device.type == "cuda" else None
-    kept, words = pack(
+    kept, words = pack_attention(
         query, key, value, bias, out, lse, mask, scale, dropout_p, None if on_gpu is not None else seed
     )  # fmt: skip
     return (*kept, on_gpu), words, on_gpu

@@ -1,4 +1,4 @@
-"""Linear attention in CUDA C++ (csrc/cuda): the same functions as `reference_linear`, on tensor cores.
+"""Linear attention in CUDA C++ (csrc/cuda): the same functions as `reference`, on tensor cores.
 
 EXPERIMENTAL like `cuda`: never yet run on a GPU, taken only when asked for by name. Feature maps other than the
 identity are applied by PyTorch first, in float32, as the Triton backend does.
@@ -9,20 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..call import zeroed
-from ..cpu import linear_attention as cpu_linear
-from ..cpu.attention import pointer, readable, view
-from ..reference import linear_attention as reference_linear
+from ..call import LinearCall, readable, zeroed
+from ..features import given_or_mapped, input_gradients, some_columns
+from ..words import pack_linear_attention, pack_linear_attention_gradients
 from . import attention as cuda
 
 MAX_WIDTH = 256  # features and value dimensions
 
 
-def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> list[str]:
-    """Why this backend cannot serve values of this dtype on this device; width: see `ops.linear_attention`."""
-    reasons = cuda.device_reasons(device, dtype)
-    if width > MAX_WIDTH:
-        reasons.append(f"it takes up to {MAX_WIDTH} features and value dimensions; got {width}")
+def not_supported_reasons(call: LinearCall) -> list[str]:
+    """Why this backend cannot serve `call`."""
+    reasons = cuda.device_reasons(call.device, call.dtype)
+    if call.width > MAX_WIDTH:
+        reasons.append(f"it takes up to {MAX_WIDTH} features and value dimensions; got {call.width}")
     return reasons
 
 
@@ -37,9 +36,9 @@ def linear_attention_forward(
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, Hq, Nq, Dv), the normaliser (B, Hq, Nq) and the key shift, as `reference_linear`."""
-    a, b, key_shift = _features(query, key, key_mask, projection, is_causal, feature_map, scale)
-    v = _some(value)
+    """Return out (B, Hq, Nq, Dv), the normaliser (B, Hq, Nq) and the key shift, as `reference`."""
+    a, b, key_shift = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    v = some_columns(value)
     out = value.new_empty(*a.shape[:3], v.shape[3])
     normaliser = value.new_empty(a.shape[:3], dtype=torch.float32)
     if a.numel() == 0 or b.shape[2] == 0:
@@ -69,52 +68,29 @@ def linear_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each shaped and typed like its input."""
-    a, b, _ = _features(query, key, key_mask, projection, is_causal, feature_map, scale)
-    v, out = _some(value), _some(out)
+    a, b, _ = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    v, out = some_columns(value), some_columns(out)
     da, db, dv = (t.new_empty(t.shape) for t in (a, b, v))
     if a.numel() == 0 or b.shape[2] == 0:
         zeroed((da, db, dv))
     else:
-        grad_out = readable(_some(grad_out).to(value.dtype))
+        grad_out = readable(some_columns(grad_out).to(value.dtype))
         grad_normaliser = None if grad_normaliser is None else grad_normaliser.to(torch.float32).contiguous()
         kept, words = _pack(a, b, v, key_mask, out, normaliser, is_causal, causal_offset)
-        views = (x for t in (grad_out, da, db, dv) for x in view(t))
-        words += cpu_linear.BACKWARD.pack(*views, pointer(grad_normaliser))
+        words += pack_linear_attention_gradients(grad_out, da, db, dv, grad_normaliser)
         _launch("backward", words, out)
         del kept
-    dq, dk = reference_linear.input_gradients(
-        da, db, a, b, query, key, key_mask, projection, is_causal, feature_map, scale
-    )
+    dq, dk = input_gradients(da, db, a, b, query, key, key_mask, projection, is_causal, feature_map, scale)
     return dq.to(query.dtype), dk.to(key.dtype), (dv if value.shape[3] else torch.empty_like(value))
 
 
 def _launch(direction: str, words: bytes, out: Tensor) -> None:
     """Run the kernels of one direction on workspace of O(n)."""
     kernels, processors = cuda.kernels(), cuda.processors(out.device)
-    floats = kernels.linear_workspace(words, direction == "backward", processors)
+    floats = kernels.linear_attention_workspace(words, direction == "backward", processors)
     workspace = out.new_empty(floats, dtype=torch.float32)
     call = getattr(kernels, f"linear_attention_{direction}")
     call(words, processors, workspace.data_ptr(), *cuda.place(out.device))
-
-
-def _features(
-    query: Tensor,
-    key: Tensor,
-    key_mask: Tensor | None,
-    projection: Tensor | None,
-    is_causal: bool,
-    feature_map: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference_linear.map_features`, but given features stay in their dtype: the kernels read it."""
-    if feature_map == "identity":
-        return query, key, key.new_empty(*key.shape[:2], 0, dtype=torch.float32)
-    return reference_linear.map_features(query, key, key_mask, projection, is_causal, feature_map, scale)
-
-
-def _some(rows: Tensor) -> Tensor:
-    """Rows without a column get one of zeros: the kernels need one, and the normaliser is asked for all the same."""
-    return rows if rows.shape[3] else rows.new_zeros(*rows.shape[:3], 1)
 
 
 def _pack(
@@ -129,4 +105,6 @@ def _pack(
 ) -> tuple[tuple[Tensor | None, ...], bytes]:
     """The words that csrc/common/words.h reads, for given features, and the tensors that must outlive the call."""
     shift = normaliser.new_empty(0)
-    return cpu_linear._pack(a, b, v, key_mask, None, out, normaliser, shift, is_causal, causal_offset, "identity", 1.0)
+    return pack_linear_attention(
+        a, b, v, key_mask, None, out, normaliser, shift, is_causal, causal_offset, "identity", 1.0
+    )

@@ -2,4 +2,6 @@
 
 from . import attention, linear_attention
 
-__all__ = ["attention", "linear_attention"]
+NEEDS_TRANSPOSED = False
+
+__all__ = ["NEEDS_TRANSPOSED", "attention", "linear_attention"]

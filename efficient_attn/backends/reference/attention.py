@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...masks import MaskArrays
-from ..call import Call
+from ..call import Call, accumulation_dtype
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -160,11 +160,6 @@ def ungroup(gradient: Tensor, kv_heads: int) -> Tensor:
     return gradient.unflatten(1, (kv_heads, gradient.shape[1] // max(kv_heads, 1))).sum(2)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # --- which pairs are visible ---
 
 
@@ -213,7 +208,7 @@ def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor
     return drawn[:, :, first - a * block_q : last - a * block_q, :kv_len]
 
 
-# --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) -------------------
+# --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---
 
 
 def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, first_row: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...masks import MaskArrays
-from ..call import Call, zeroed
+from ..call import Call, readable, zeroed
 from . import autotune
 from . import plan as triton_plan
 
@@ -115,7 +115,7 @@ def attention_forward(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
-    query, key, value, mask = *map(_readable, (query, key, value)), _contiguous(mask)
+    query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
     B, Hq, Nq, _ = query.shape
     Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
     out = query.new_empty(B, Hq, Nq, Dv)
@@ -179,7 +179,7 @@ def attention_backward(
     Hkv, Nk = key.shape[1:3]
     if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
         return zeroed((dq, dk, dv, dbias))
-    query, key, value, out, grad_out = map(_readable, (query, key, value, out, grad_out))
+    query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     mask = _contiguous(mask)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     lse = lse.contiguous()
@@ -369,11 +369,6 @@ def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, hea
 def _contiguous(mask: MaskArrays) -> MaskArrays:
     """The mask with contiguous arrays: itself, unless it was made of slices."""
     return MaskArrays._make(x.contiguous() if isinstance(x, Tensor) else x for x in mask)
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last dimension has stride 1, else a contiguous copy."""
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Linear attention in Triton (kernels/linear_attention.py): the same functions as `reference_linear`."""
+"""Linear attention in Triton (kernels/linear_attention.py): the same functions as `reference`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import linear_attention as reference_linear
+from ..call import LinearCall, readable
+from ..features import given_or_mapped, input_gradients, some_columns
 from . import attention as shared
 
 MAX_FEATURES = 256
 PROGRAMS_PER_PROCESSOR = 4
 
 
-def not_supported_reasons(device: torch.device, dtype: torch.dtype, width: int = 0) -> list[str]:
-    """Why this backend cannot serve values of this dtype on this device; width: see `ops.linear_attention`."""
-    reasons = shared.device_reasons(device)
-    if dtype not in (*shared.HALF, torch.float32):
-        reasons.append(f"it computes float32, bfloat16 and float16, not {dtype}")
-    if width > MAX_FEATURES:
-        reasons.append(f"it takes up to {MAX_FEATURES} features and value dimensions; got {width}")
+def not_supported_reasons(call: LinearCall) -> list[str]:
+    """Why this backend cannot serve `call`."""
+    reasons = shared.device_reasons(call.device)
+    if call.dtype not in (*shared.HALF, torch.float32):
+        reasons.append(f"it computes float32, bfloat16 and float16, not {call.dtype}")
+    if call.width > MAX_FEATURES:
+        reasons.append(f"it takes up to {MAX_FEATURES} features and value dimensions; got {call.width}")
     return reasons
 
 
@@ -35,9 +36,9 @@ def linear_attention_forward(
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, Hq, Nq, Dv), the normaliser (B, Hq, Nq) and the key shift, as `reference_linear`."""
-    a, b, key_shift = _features(query, key, key_mask, projection, is_causal, feature_map, scale)
-    a, b, v = map(shared._readable, (a, b, _some(value)))
+    """Return out (B, Hq, Nq, Dv), the normaliser (B, Hq, Nq) and the key shift, as `reference`."""
+    a, b, key_shift = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    a, b, v = map(readable, (a, b, some_columns(value)))
     out = value.new_empty(*a.shape[:3], v.shape[3])
     normaliser = value.new_empty(a.shape[:3], dtype=torch.float32)
     if a.numel() == 0 or b.shape[2] == 0:
@@ -70,13 +71,12 @@ def linear_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each shaped and typed like its input."""
-    a, b, _ = _features(query, key, key_mask, projection, is_causal, feature_map, scale)
+    a, b, _ = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    v, out, grad_out = map(some_columns, (value, out, grad_out))
     da, db, dv = _feature_gradients(
-        _some(grad_out), grad_normaliser, a, b, _some(value), key_mask, _some(out), normaliser, is_causal, causal_offset
+        grad_out, grad_normaliser, a, b, v, key_mask, out, normaliser, is_causal, causal_offset
     )
-    dq, dk = reference_linear.input_gradients(
-        da, db, a, b, query, key, key_mask, projection, is_causal, feature_map, scale
-    )
+    dq, dk = input_gradients(da, db, a, b, query, key, key_mask, projection, is_causal, feature_map, scale)
     return dq.to(query.dtype), dk.to(key.dtype), (dv if value.shape[3] else torch.empty_like(value))
 
 
@@ -96,7 +96,7 @@ def _feature_gradients(
     da, db, dv = (t.new_empty(t.shape) for t in (a, b, v))
     if a.numel() == 0 or b.shape[2] == 0:
         return da.zero_(), db.zero_(), dv.zero_()
-    a, b, v, grad_out, out = map(shared._readable, (a, b, v, grad_out, out))
+    a, b, v, grad_out, out = map(readable, (a, b, v, grad_out, out))
     normaliser = normaliser.contiguous()
     k = shared.kernels()
     times = _times(a, b, v, is_causal, causal_offset)
@@ -117,26 +117,6 @@ def _feature_gradients(
         _sums(keys["v"], h_rows, a_rows, db, times, is_causal, True, None, True)
         _sums(keys["b"], a_rows, g_rows, dv, times, is_causal, True, None)
     return da, db, dv
-
-
-def _features(
-    query: Tensor,
-    key: Tensor,
-    key_mask: Tensor | None,
-    projection: Tensor | None,
-    is_causal: bool,
-    feature_map: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference_linear.map_features`, but given features stay in their dtype: the kernels read it."""
-    if feature_map == "identity":
-        return query, key, key.new_empty(*key.shape[:2], 0, dtype=torch.float32)
-    return reference_linear.map_features(query, key, key_mask, projection, is_causal, feature_map, scale)
-
-
-def _some(rows: Tensor) -> Tensor:
-    """Rows without a column get one of zeros: the kernels need one, and the normaliser is asked for all the same."""
-    return rows if rows.shape[3] else rows.new_zeros(*rows.shape[:3], 1)
 
 
 def _half(*tensors: Tensor) -> bool:

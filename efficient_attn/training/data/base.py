@@ -6,6 +6,9 @@ a batch can be made ahead of time in another thread.
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,3 +148,28 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise InputError(f"--data {path} does not exist; name {what}")
     return path
+
+
+def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a table in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+
+    Raises:
+        InputError: another encoding, or a row that is shorter or longer than the header.
+    """
+    raw = path.read_bytes()
+    encoding = "UTF-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "UTF-8"
+    try:
+        text = raw.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not in {encoding} ({error}); save it as UTF-8") from None
+    limit = csv.field_size_limit(len(text) + 1)  # a cell may be as long as the file
+    try:
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row] or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path} is no table: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise InputError(f"{path}, row {number} has {len(row)} columns instead of {len(header)}")
+    return header, rows

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .base import PAD, Batch, Splits, Subset, Tensors, existing, split_indices
+from .base import PAD, Batch, Splits, Subset, Tensors, existing, read_csv, split_indices
 from .images import ImageFiles, digits, image_files
 from .text import BYTE_VOCABULARY, encode
 
@@ -74,11 +73,11 @@ def _from_text_files(root: Path) -> list[tuple[Path, str]]:
 
 
 def _from_table(table: Path) -> list[tuple[Path, str]]:
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if not {"file", "caption"} <= set(rows.fieldnames or ()):
-            raise InputError(f"{table} needs columns file and caption; it has {', '.join(rows.fieldnames or ['none'])}")
-        pairs = [(table.parent / row["file"], row["caption"]) for row in rows]
+    header, rows = read_csv(table)
+    if not {"file", "caption"} <= set(header):
+        raise InputError(f"{table} needs columns file and caption; it has {', '.join(header) or 'none'}")
+    file, caption = header.index("file"), header.index("caption")
+    pairs = [(table.parent / row[file], row[caption]) for row in rows]
     missing = next((image for image, _ in pairs if not image.exists()), None)
     if missing is not None:
         raise InputError(f"{table} names {missing}, which does not exist")

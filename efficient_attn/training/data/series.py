@@ -8,7 +8,6 @@ window that it learned from reaches. Forecasts are measured by the mean absolute
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Batch, Splits, existing
+from .base import Batch, Splits, existing, read_csv
 
 # Name -> observations in a season.
 SERIES = {"sunspots": 11, "co2": 52, "elnino": 12}
@@ -103,13 +102,7 @@ def load(
 
 def read_table(path: Path, columns: str | None) -> Tensor:
     """Columns of a .csv file with a header, float32 ``[T, C]``; gaps are filled by the line between their ends."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        cells = [row for row in rows if row]
-    for number, row in enumerate(cells, start=2):
-        if len(row) != len(header):
-            raise InputError(f"{path}, row {number} has {len(row)} columns instead of {len(header)}")
+    header, cells = read_csv(path)
     table = torch.tensor([[_number(cell) for cell in row] for row in cells], dtype=torch.float64)
     if columns is not None:
         asked = [name.strip() for name in columns.split(",")]

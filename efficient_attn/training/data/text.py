@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Sequences, Splits, existing, few_per_class, majority, split_indices
+from .base import Sequences, Splits, existing, few_per_class, majority, read_csv, split_indices
 
 # Byte b is token b + 3.
 BEGIN, END, FIRST_BYTE = 1, 2, 3
@@ -84,11 +83,9 @@ def folder_per_class(root: Path) -> tuple[list[bytes], list[str]]:
 
 def table(path: Path) -> tuple[list[str], list[str]]:
     """Texts and labels of a .csv or .tsv file with a header."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        header = rows.fieldnames or []
-        text, label = _column(path, header, TEXT_COLUMNS), _column(path, header, LABEL_COLUMNS)
-        pairs = [(row[text] or "", row[label]) for row in rows]
+    header, rows = read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+    text, label = _column(path, header, TEXT_COLUMNS), _column(path, header, LABEL_COLUMNS)
+    pairs = [(row[header.index(text)], row[header.index(label)]) for row in rows]
     if len({name for _, name in pairs}) < 2:
         raise InputError(f"{path} needs at least two different values in its column {label!r}")
     return [text for text, _ in pairs], [name for _, name in pairs]

@@ -1,4 +1,4 @@
-"""The CPU kernels alone under AddressSanitizer and UBSan: a short run of tests/native (`make sanitize`: long)."""
+"""The CPU kernels alone under AddressSanitizer and UBSan: a short run of `native/` (`make sanitize`: a long one)."""
 
 from __future__ import annotations
 

@@ -22,8 +22,10 @@ from setuptools.errors import CompileError
 from efficient_attn import BlockMask, CudaError, explain
 from efficient_attn.backends.cuda import attention as cuda
 from efficient_attn.backends.cuda import linear_attention as cuda_linear
+from efficient_attn.backends.words import pack_attention
 
-ROOT = Path(__file__).resolve().parents[3]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 spec = importlib.util.spec_from_file_location("efficient_attn_setup", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
@@ -94,21 +96,21 @@ def test_without_nvcc(wanted: str, status: int, tmp_path: Path) -> None:
 
 def test_the_plan_builds_every_unit_that_is_called() -> None:
     units = setup.cuda_units()
-    chosen = {tuple(re.findall(r"=(\w+)", macros)) for macros in units.values()}
+    chosen = {(Path(source).stem, *re.findall(r"=(\w+)", macros)) for source, macros in units.values()}
     assert chosen == {
-        (f"k{part}", f"k{dtype}", str(head), extras)
-        for part in ("Forward", "Backward")
+        (f"attention_{op}", f"k{dtype}", str(head), extras)
+        for op in ("forward", "backward")
         for dtype in ("BFloat16", "Float16")
         for head in (64, 128, 256)
         for extras in ("true", "false")
-    } | {("kDecode", f"k{dtype}", "256", "false") for dtype in ("BFloat16", "Float16")}
+    } | {("attention_decode", f"k{dtype}") for dtype in ("BFloat16", "Float16")}
     plan = setup.cuda_ninja_file(Path("/out/_cuda.so"), "/some/nvcc", ["80", "90a"])
-    assert plan.count("unit.cu\n") == len(units)
+    assert sum(plan.count(f"/{source}\n") for source in {source for source, _ in units.values()}) == len(units)
     assert "code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a" in plan
     assert "-cudart static" in plan and "-lcuda" not in plan and "torch/include" not in plan
     assert "-lineinfo" not in plan and "-G" not in plan.split()
     linked = plan.split("build /out/_cuda.so: link ")[1].split()
-    assert set(linked) == {f"{name}.o" for name in (*units, "linear", "module", "launch", "select")}
+    assert set(linked) == {f"{name}.o" for name in (*units, "linear_attention", "module", "launch")}
 
 
 # --- the launcher ---
@@ -117,13 +119,13 @@ def test_the_plan_builds_every_unit_that_is_called() -> None:
 @pytest.fixture(scope="module")
 def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one unit and the launcher, compiled as setup.py does but for sm_80 alone, and linked with a runtime
-    that only remembers (tests/cuda_launch): `harness` for the launcher, `unit_harness` for both. No warning is let
+    that only remembers (cuda_launch/): `harness` for the launcher, `unit_harness` for both. No warning is let
     pass. The kernels of Hopper are launched, though empty in code for sm_80."""
-    folder, tests, nvcc = tmp_path_factory.mktemp("cuda"), ROOT / "tests" / "cuda_launch", setup.find_nvcc()
+    folder, tests, nvcc = tmp_path_factory.mktemp("cuda"), HERE / "cuda_launch", setup.find_nvcc()
     plan = setup.cuda_ninja_file(folder / "_cuda.so", nvcc, ["80"]).replace("HOPPER=false", "HOPPER=true")
     (folder / "build.ninja").write_text(plan.replace("flags = ", "flags = -Werror all-warnings ", 1))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    objects = ["launch.o", "forward_bfloat16_64.o"]
+    objects = ["launch.o", "attention_forward_bfloat16_64.o"]
     runs = [[shutil.which("ninja", path=path), "-C", folder, *objects]]
     for name in ("harness", "unit_harness"):
         sources = [tests / f"{name}.cpp", tests / "recorder.cpp", *objects[: 1 if name == "harness" else 2]]
@@ -207,7 +209,7 @@ def test_without_a_gpu_it_says_so() -> None:
         ):
             with pytest.raises(CudaError, match="need an NVIDIA GPU"):
                 call()
-    words = cuda.pack(q, q, q, None, q, lse, mask, 1.0, 0.0, None)[1]
+    words = pack_attention(q, q, q, None, q, lse, mask, 1.0, 0.0, None)[1]
     assert module.flag_count(words, False) == 0
     with pytest.raises(ValueError, match="too short"):
         module.attention_forward(words[:-8], 0, 0, 0, 0)
@@ -218,7 +220,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architectures: str = "80;90a") -> None:
     """A GPU that is not there, and a module that was built."""
-    monkeypatch.delenv("EFFICIENT_ATTN_CUDA_TWIN", raising=False)
+    monkeypatch.delenv("EFFICIENT_ATTN_CUDA_EMULATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     module = SimpleNamespace(
@@ -266,7 +268,7 @@ def test_a_missing_module_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cuda, "MODULE", "efficient_attn._not_there")
     monkeypatch.setattr(cuda, "missing", cuda.missing.__wrapped__)
     monkeypatch.setattr(cuda, "kernels", cuda.kernels.__wrapped__)
-    monkeypatch.setattr(cuda, "twin_path", lambda: "")
+    monkeypatch.setattr(cuda, "emulator_path", lambda: "")
     (why,) = cuda.not_supported_reasons(PLAIN_CALL._replace(device=torch.device("meta"), dtype=torch.float16))[:1]
     assert "is not built or cannot be loaded" in why and "make cuda" in why
 

@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernel_checks import BESIDE_A_LIST, MASKS, ODD_BLOCKS, Checks, draw, masked, results
+from support.kernel_checks import KernelChecks, draw, masked, results
 
 from efficient_attn import BlockMask, UnsupportedError, attention
 from efficient_attn.backends.triton import attention as backend
 
 pytestmark = pytest.mark.interpreter
-
-
-def nearly(a: torch.Tensor, b: torch.Tensor) -> None:
-    """The same up to numpy, whose products may differ in a last bit with the place of their operands in memory."""
-    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-
-
 N = 90
-SEEDS = (3, -5, 2**62 + 12345, torch.tensor(99))
-CHECKS = Checks("triton", N, torch.float32, {"rtol": 1e-4, "atol": 1e-5}, nearly)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_nan_stays_with_those_who_see_it(mask: str) -> None:
-    CHECKS.nan_stays_with_those_who_see_it(mask)
+class TestKernels(KernelChecks):
+    backend, n, dtype = "triton", N, torch.float32
+    rtol, atol = 1e-4, 1e-5
+
+    def assert_same(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """The same up to numpy, whose products may differ in a last bit with the place of their operands in memory."""
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask", BESIDE_A_LIST)
-def test_nan_in_a_hidden_key_changes_nothing(mask: str) -> None:
-    CHECKS.nan_in_a_hidden_key_changes_nothing(mask)
-
-
-@pytest.mark.parametrize("block_size", ODD_BLOCKS)
-def test_blocks_that_are_no_powers_of_two(block_size: tuple[int, int]) -> None:
-    CHECKS.odd_blocks(block_size)
-
-
-@pytest.mark.parametrize("seed", SEEDS, ids=str)
-def test_dropout_is_that_of_the_definition(seed: int | torch.Tensor) -> None:
-    CHECKS.dropout_is_that_of_the_definition(seed)
-
-
-def test_a_list_without_entries_gives_empty_rows() -> None:
-    CHECKS.a_list_without_entries_gives_empty_rows()
+CHECKS = TestKernels()
 
 
 def test_packed_heads_and_splits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +54,7 @@ def test_the_same_whatever_lay_in_memory(monkeypatch: pytest.MonkeyPatch) -> Non
             patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
             second = results("triton", tensors, grad_out, **arguments)
         for a, b in zip(first, second, strict=True):
-            nearly(a, b)  # a value read before it was written is NaN in the first
+            CHECKS.assert_same(a, b)  # a value read before it was written is NaN in the first
 
 
 @pytest.mark.parametrize("mask", ["causal", "blocks"])

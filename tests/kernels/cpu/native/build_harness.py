@@ -1,6 +1,6 @@
 """Builds the harness beside this file with the kernels' own build plan (setup.py) and sanitizers, and prints its path.
 
-python tests/native/build_harness.py [FOLDER]     # default: build/sanitize; SANITIZE= (empty) builds without sanitizers
+python tests/kernels/cpu/native/build_harness.py [FOLDER]  # default: build/sanitize; SANITIZE= leaves them out
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ using namespace efficient_attn;
 int main(int, char** arguments) {
     const int capability = std::atoi(arguments[1]), row_stride = std::atoi(arguments[2]);
     recorder::has_encoder = true;
-    Request request{};
-    AttentionParams& p = request.call;
+    AttentionParams p{};
     p.dtype = kBFloat16;
     p.B = 2, p.Hq = 4, p.Hkv = 2, p.Nq = 300, p.Nk = 500, p.D = 64, p.Dv = 64;
     p.scale = 0.125;
@@ -24,10 +23,10 @@ int main(int, char** arguments) {
     }
     p.lse = reinterpret_cast<void*>(address);
     p.mask.window_left = p.mask.window_right = -1;
-    request.flags = std::atoi(arguments[3]) ? reinterpret_cast<int32_t*>(address + (1 << 20)) : nullptr;
-    request.device = capability == 90 ? 0 : 1;  // the recorder's devices have 9.0, 9.1, ...
-    request.stream = 0x55;
-    serve_unit<kForward, kBFloat16, 64, false>(request);
+    KernelParams k = kernel_params(p, nullptr);
+    k.flags = std::atoi(arguments[3]) ? reinterpret_cast<int32_t*>(address + (1 << 20)) : nullptr;
+    Launch launch(capability == 90 ? 0 : 1, 0x55);  // the recorder's devices have 9.0, 9.1, ...
+    attention_forward_unit<kBFloat16, 64, false>(k, launch);
     for (const recorder::Started& s : recorder::started)
         std::printf("%s %u %u %zu %d\n", recorder::name_of(s.kernel).c_str(), s.grid.x, s.block.x, s.shared, s.device);
     for (const recorder::Encoded& e : recorder::encoded)

@@ -1,0 +1,38 @@
+// Launches the kernels of attention forward: Hopper's (sm90/attention_forward.h) where they serve the call, else those
+// of sm80/attention_forward.h. `launch` as in plan.h.
+#pragma once
+
+#include "cuda/plan.h"
+#include "cuda/sm80/attention_forward.h"
+#include "cuda/sm90/attention_forward.h"
+
+namespace efficient_attn {
+namespace {
+
+template <class F, class Launch>
+void launch_hopper_forward(const KernelParams& k, int64_t tiles, Launch& launch) {
+    const AttentionParams& p = k.call;
+    sm90::ForwardInputs in;
+    in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
+    in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, F::kKeys);
+    in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, F::kKeys);
+    in.work = sm90::work_of(tiles, p.B * p.Hq, p.Nk * (p.D + p.Dv) * 2, k.group);
+    launch(&sm90::attention_forward<F>, std::min<int64_t>(tiles, launch.multiprocessors()), F::kThreads,
+           F::kSharedBytes, k, in);
+}
+
+template <class T, int kHead, bool kExtras, class Launch>
+void launch_attention_forward(const KernelParams& k, Launch& launch) {
+    using F = sm80::Forward<T, kHead, kExtras>;
+    using Safe = typename sm80::Forward<T, kHead, kExtras>::InParts;
+    const int64_t tiles = query_tiles(k.call, kForwardRows);
+    const bool on_hopper = !kExtras && launch.capability() >= 90 && hopper_serves(k.call);
+    if constexpr (!kExtras) {
+        if (on_hopper) launch_hopper_forward<sm90::Forward<T, kHead>>(k, tiles, launch);
+    }
+    if (!on_hopper) launch(&sm80::attention_forward<F>, tiles, F::kThreads, F::kSharedBytes, k);
+    launch_safe<Safe>(k, tiles, &sm80::attention_forward_safe<Safe>, launch);
+}
+
+}  // namespace
+}  // namespace efficient_attn

@@ -1,0 +1,156 @@
+"""A call as native code reads it: one bytes object of 8-byte words, in the order of csrc/common/words.h.
+
+The C++ and the CUDA backend hand over their calls in it. Each `pack_*` of a forward also returns the tensors that must
+live until the call is done; its backward appends the words of the gradients.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ..masks import MaskArrays
+from .call import readable
+from .features import CAUSAL_EXPONENT_LIMIT, RELU_FLOOR
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "performer_softmax": 3}  # params.h
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
+_LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
+_NO_LISTS: tuple[int, ...] = (0,) * 9
+_NO_BIAS: tuple[int, ...] = (0,) * 6
+
+Kept = tuple[Tensor | None, ...]
+
+
+def pack_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Kept, bytes]:
+    """The words of `read_params`, and what they point to."""
+    lists: Kept = ()
+    list_words = _NO_LISTS
+    if mask.indptr is not None:
+        lists = tuple(None if t is None else t.contiguous() for t in mask[4:11])
+        entries, tiles = (0 if t is None else t.shape[0] for t in (lists[1], lists[3]))
+        list_words = (entries, tiles, *map(pointer, lists))
+    lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(query.shape[0]).contiguous()
+    bias_words = _NO_BIAS
+    if bias is not None:
+        if bias.stride(3) != 1 and bias.shape[3] != 1:
+            bias = bias.contiguous()
+        strides = (0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
+        bias_words = (bias.data_ptr(), DTYPES[bias.dtype], *strides)
+    B, Hq, Nq, D = query.shape
+    _, Hkv, Nk, Dv = value.shape
+    words = _ATTENTION.pack(
+        DTYPES[query.dtype],
+        B,
+        Hq,
+        Hkv,
+        Nq,
+        Nk,
+        D,
+        Dv,
+        scale,
+        dropout_p,
+        0 if dropout_seed is None else int(dropout_seed),
+        *view(query),
+        *view(key),
+        *view(value),
+        *view(out),
+        lse.data_ptr(),
+        *bias_words,
+        *mask[:4],
+        *mask[11:14],
+        *list_words,
+        pointer(lengths),
+    )
+    return (query, key, value, out, lse, bias, *lists, lengths), words
+
+
+def pack_attention_gradients(
+    grad_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, grad_lse: Tensor | None, dbias: Tensor | None
+) -> bytes:
+    """What a backward appends to `pack_attention`; grad_lse is contiguous, in the dtype of lse."""
+    sizes = (0, 0, 0, 0) if dbias is None else dbias.shape
+    views = (*view(grad_out), *view(dq), *view(dk), *view(dv))
+    return _ATTENTION_GRADIENTS.pack(*views, pointer(grad_lse), pointer(dbias), *sizes)
+
+
+def pack_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    projection: Tensor | None,
+    out: Tensor,
+    normaliser: Tensor,
+    key_shift: Tensor,
+    is_causal: bool,
+    causal_offset: int,
+    feature_map: str,
+    scale: float,
+) -> tuple[Kept, bytes]:
+    """The words of `read_linear_params`, and what they point to."""
+    views = tuple(map(readable, (query, key, value, out)))
+    normaliser, key_shift = normaliser.contiguous(), key_shift.contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    features, heads = key.shape[3], 0
+    root, gain, floor = 1.0, 1.0, 0.0
+    if projection is not None:
+        projection = projection.to(normaliser.dtype).contiguous()
+        features, heads = projection.shape[-2], projection.shape[0] if projection.dim() == 3 else 1
+        root, gain, floor = scale**0.5, features**-0.5, RELU_FLOOR
+    words = _LINEAR.pack(
+        DTYPES[query.dtype],
+        DTYPES[value.dtype],
+        *query.shape[:2],
+        key.shape[1],
+        query.shape[2],
+        *key.shape[2:],
+        features,
+        value.shape[3],
+        heads,
+        FEATURE_MAPS[feature_map],
+        is_causal,
+        causal_offset,
+        root,
+        gain,
+        floor,
+        CAUSAL_EXPONENT_LIMIT,
+        *(word for t in views for word in view(t)),
+        pointer(normaliser),
+        pointer(key_shift if key_shift.numel() else None),
+        pointer(key_mask),
+        pointer(projection),
+    )
+    return (*views, normaliser, key_shift, key_mask, projection), words
+
+
+def pack_linear_attention_gradients(
+    grad_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, grad_normaliser: Tensor | None
+) -> bytes:
+    """What a backward appends to `pack_linear_attention`; grad_normaliser is contiguous, in the normaliser's dtype."""
+    views = (*view(grad_out), *view(dq), *view(dk), *view(dv))
+    return _LINEAR_GRADIENTS.pack(*views, pointer(grad_normaliser))
+
+
+def view(tensor: Tensor) -> tuple[int, ...]:
+    """Pointer and strides of (B, H, N, D), in elements."""
+    return (tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,195 @@
+"""Runs cells one after another, each in a process of its own with a time and a memory limit.
+
+Workers are forked from a fork server that has imported PyTorch and run nothing, so that a cell starts in a fraction of
+a second with fresh memory counters. Whatever happens to a worker (out of memory, hang, crash) becomes a record; the run
+goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from . import records
+from .records import Record
+
+Measure = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: the name of a suite and a configuration (JSON values only, among them `threads`)."""
+
+    suite: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one cell may use: seconds of wall clock, and bytes on top of an idle worker (None: unlimited)."""
+
+    seconds: float = 120.0
+    memory_bytes: int | None = None
+
+    @classmethod
+    def asked_for(cls, seconds: float, memory_gib: float | None) -> Limits:
+        """Those of a command line; without a limit of memory 80 % of what is free."""
+        free = records.available_memory()
+        default = None if free is None else int(0.8 * free)
+        return cls(seconds, int(memory_gib * 2**30) if memory_gib else default)
+
+
+def of_module(suite: str) -> Measure:
+    """The `run_cell` of the module that a suite is named after."""
+    measure: Measure = importlib.import_module(suite).run_cell
+    return measure
+
+
+def run_cell(
+    cell: Cell, out: records.ResultFile, limits: Limits, code: str, lookup: Callable[[str], Measure] = of_module
+) -> Record:
+    """Measure one cell in a worker and append its record to `out`.
+
+    `lookup` runs in the worker, where it returns the function that measures the suite (JSON values in and out); it must
+    be picklable. Ctrl-C stops the worker and leaves no record, so that a resumed run measures the cell again.
+    """
+    started = time.perf_counter()
+    load = round(os.getloadavg()[0], 2)
+    result = _run_worker(cell, limits, lookup)
+    record: Record = {
+        "type": "cell",
+        "id": records.cell_id(cell.suite, cell.config, code),
+        "suite": cell.suite,
+        "config": dict(cell.config),
+        "code": code,
+        "seconds": round(time.perf_counter() - started, 3),
+        "load": load,
+        "clock_mhz": records.clock_mhz(),
+        **result,
+    }
+    out.append(record)
+    return record
+
+
+@cache
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    # Not this package: its native module starts plain threads in a process that was forked with it (parallel.cpp).
+    context.set_forkserver_preload(["torch", "sklearn.datasets"])
+    # It is started by `python -c`, which imports from the working directory first: a torch/ or random.py of the user's.
+    before = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(sys.prefix)
+        forkserver.ensure_running()
+    finally:
+        os.fchdir(before)
+        os.close(before)
+    return context
+
+
+def _run_worker(cell: Cell, limits: Limits, lookup: Callable[[str], Measure]) -> Record:
+    context = _fork_server()
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
+        # Not a daemon, which may have no children: a cell that compiles may start some. _follow ends an abandoned one.
+        work = (sender, cell, limits.memory_bytes, log.name, lookup)
+        process = context.Process(target=_work, args=work, daemon=False)
+        process.start()
+        sender.close()
+        try:
+            if not receiver.poll(limits.seconds):
+                return {"status": "timeout", "message": f"stopped after {limits.seconds:g} s"}
+            result: Record = receiver.recv()
+            return result
+        except EOFError:
+            process.join()
+            return _crash(process.exitcode, log.read().decode(errors="replace"))
+        finally:
+            _stop(process)
+            receiver.close()
+
+
+def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str, lookup: Callable[[str], Measure]) -> None:
+    """The worker: limits first, then the measurement, then one message."""
+    os.setsid()
+    threading.Thread(target=_follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a cell ends
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        import torch
+
+        if memory_bytes is not None and os.path.exists("/proc/self/statm"):
+            limit = _address_space() + memory_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        torch.set_num_threads(cell.config["threads"])
+        torch.manual_seed(cell.config.get("seed", 0))
+        result: Record = {"status": "ok", **lookup(cell.suite)(cell.config)}
+    except BaseException as error:
+        result = _failure(error)
+    sender.send(result)
+
+
+def _follow() -> None:
+    """Ends this worker and what it started once the run is gone, however that ended."""
+    run = multiprocessing.parent_process()
+    assert run is not None, "a worker is started by a run"
+    run.join()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _failure(error: BaseException) -> Record:
+    out_of_memory = re.search(r"not enough memory|can't allocate memory|out of memory", str(error), re.IGNORECASE)
+    if isinstance(error, MemoryError) or out_of_memory:
+        status = "oom"
+    elif isinstance(error, NotImplementedError):
+        status = "unsupported"
+    else:
+        status = "error"
+    where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+    return {"status": status, "message": f"{type(error).__name__}: {error}"[:2000], "traceback": where}
+
+
+def _crash(exitcode: int | None, log: str) -> Record:
+    """A worker that died without a message: by a signal, or by an exit from native code."""
+    tail = log.strip()[-500:]
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = " (probably the system's out-of-memory killer)" if -exitcode == signal.SIGKILL else ""
+        return {"status": "crash", "message": f"the worker was ended by {name}{hint}. {tail}"}
+    return {"status": "crash", "message": f"the worker ended with exit code {exitcode} and no result. {tail}"}
+
+
+def _stop(process: BaseProcess) -> None:
+    """Ends the worker and whatever it started: it leads a process group of its own."""
+    if process.is_alive() and process.pid is not None:
+        try:
+            group = os.getpgid(process.pid)
+            if group == process.pid:
+                os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.kill()
+    process.join()
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()

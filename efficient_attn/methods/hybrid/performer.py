@@ -1,0 +1,85 @@
+"""The tail by positive random features: Scatterbrain.
+
+Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, section 4, estimate the kernel by
+S + phi(Q) phi(K)^T, whose S removes the features' part in its support and puts the exact one in its place; here the
+features' part of the support is never added at all. The kernel estimate is FAVOR+'s, with its true scale:
+phi(q) . phi(k) has the expectation e^{scale q . k}.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...backends.call import accumulation_dtype
+from ...backends.features import CAUSAL_EXPONENT_LIMIT
+from ...errors import InputError
+from ...options import register
+from ...padding import select_keys
+from ..lowrank import by_group
+from ..performer import Performer, PerformerState
+from .tail import FeatureTail, TailCall, largest
+
+
+@register
+@dataclass(frozen=True)
+class PerformerTail(FeatureTail):
+    """Positive random features: with a sparse part, this is Scatterbrain.
+
+    Fields:
+        features, orthogonal, seed, redraw_interval: as in `Performer`.
+        block: queries and keys are exact or in the tail by whole blocks of this size.
+    """
+
+    name = "performer"
+    formula = "phi(Q) phi(K)^T outside the window"
+    paper = "Chen et al. 2021 (Scatterbrain)"
+    complexity = "n (w + m) d + n^2 m d / block^2"
+    accepts_causal = True
+
+    features: int = 256
+    orthogonal: bool = True
+    seed: int = 0
+    redraw_interval: int = 0
+    block: int = 64
+
+    def check(self) -> None:
+        self._performer()
+        self._check_block()
+
+    def _performer(self) -> Performer:
+        return Performer(self.features, "softmax", self.orthogonal, self.seed, self.redraw_interval)
+
+    def build(self, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+        return PerformerState(self._performer(), head_dim, device=device, dtype=dtype)
+
+    def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Stabilised as in `performer_features`: each feature against its largest key, or with causality, where no
+        factor may depend on keys to come, saturated at e^60.
+        """
+        if not 0.0 < call.scale < math.inf:
+            raise InputError(f"a performer tail needs a positive scale, for features take its root; got {call.scale}")
+        state: Any = call.state
+        if state is None:
+            raise InputError(f"{self} needs state: pass what build(embed_dim, num_heads, head_dim) returned")
+        projection = state.current() if call.counted else state.projection
+        dtype, root = accumulation_dtype(query.dtype), call.scale**0.5
+        (key,) = select_keys(call.key_mask, key)
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, projection = query.to(dtype) * root, key.to(dtype) * root, projection.to(dtype)
+            a = by_group(query, key) @ projection.mT
+            b = key @ projection.mT - key.square().sum(-1, keepdim=True) / 2
+            if call.is_causal or key.shape[2] == 0:
+                b = b.clamp(max=CAUSAL_EXPONENT_LIMIT)
+            else:
+                if call.key_mask is not None:
+                    b = b.masked_fill(~call.key_mask[:, None, :, None], -torch.inf)
+                highest = largest(b.mT).mT  # (B, Hkv, 1, m)
+                a, b = a + highest.unsqueeze(2), b - highest
+            top = a.detach().amax(-1, keepdim=True)
+            log_scale = top.squeeze(-1).flatten(1, 2) - query.square().sum(-1) / 2 - math.log(projection.shape[0])
+            return (a - top).exp(), b.exp().unsqueeze(2), log_scale

@@ -1,0 +1,61 @@
+"""Every backend has the same functions, with the same parameters in the same order (docs/contract.md)."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+
+import pytest
+import torch
+
+from efficient_attn import backends
+from efficient_attn.ops.attention import MASK_OPERANDS
+
+PRIMITIVES = {
+    "attention": ("attention_forward", "attention_backward", "not_supported_reasons"),
+    "linear_attention": ("linear_attention_forward", "linear_attention_backward", "not_supported_reasons"),
+}
+
+
+def parameters(module: ModuleType, function: str) -> list[str]:
+    """Names in order, but for first_row: the reference's own, for callers that walk the queries in slices."""
+    return [name for name in inspect.signature(getattr(module, function)).parameters if name != "first_row"]
+
+
+@pytest.mark.parametrize("name", backends.BACKENDS)
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_every_backend_mirrors_the_reference(name: str, primitive: str) -> None:
+    module, reference = (getattr(backends.BACKENDS[n], primitive) for n in (name, "reference"))
+    assert isinstance(module, ModuleType) and module.__name__ == f"efficient_attn.backends.{name}.{primitive}"
+    for function in PRIMITIVES[primitive]:
+        assert parameters(module, function) == parameters(reference, function), f"{name}/{primitive}.py: {function}"
+
+
+@pytest.mark.parametrize("name", backends.BACKENDS)
+def test_every_backend_says_which_lists_it_walks(name: str) -> None:
+    assert isinstance(backends.BACKENDS[name].NEEDS_TRANSPOSED, bool)
+
+
+def test_no_backend_imports_a_sibling() -> None:
+    for name, backend in backends.BACKENDS.items():
+        siblings = {other for other in backends.BACKENDS if other != name}
+        for primitive in PRIMITIVES:
+            source = inspect.getsource(getattr(backend, primitive))
+            imported = [line.split()[1].split(".") for line in source.splitlines() if line.startswith("from ")]
+            assert siblings.isdisjoint(part for path in imported for part in path), f"{name}/{primitive}.py"
+
+
+@pytest.mark.parametrize("name", ["attention_forward", "attention_backward"])
+def test_the_operator_passes_on_what_backends_take(name: str) -> None:
+    taken = parameters(backends.BACKENDS["reference"].attention, name)
+    schema = [argument.name for argument in getattr(torch.ops.efficient_attn, name).default._schema.arguments]
+    start = taken.index("mask")
+    assert schema[:start] == taken[:start] and schema[-1] == "backend"
+    assert schema[start + MASK_OPERANDS : -1] == taken[start + 1 :]
+
+
+@pytest.mark.parametrize("name", ["linear_attention_forward", "linear_attention_backward"])
+def test_the_linear_operator_passes_on_what_backends_take(name: str) -> None:
+    taken = parameters(backends.BACKENDS["reference"].linear_attention, name)
+    schema = [argument.name for argument in getattr(torch.ops.efficient_attn, name).default._schema.arguments]
+    assert schema == [*taken, "backend"]

@@ -20,7 +20,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-23s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## .venv with pinned tools and the package, installed for editing
 
@@ -57,7 +57,7 @@ $(TIMM_VENV)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 test-timm: $(TIMM_VENV)/.installed ## timm, open_clip and torchvision, in an environment of their own (5 GB)
 	$(TIMM_VENV)/bin/python -m pytest -q -p no:cacheprovider $(ARGS) tests/integrations/test_timm.py
 
-test-cuda-emulator: $(STAMP) ## every case on the CUDA kernels in the emulator (g++, no GPU), and the faults that it must find
+test-cuda-emulator: $(STAMP) ## every case on the CUDA kernels in the emulator (no GPU), and the faults that it must find
 	$(PYTEST) $(ARGS) tests/kernels/cuda/test_cuda_emulator.py
 
 CASES ?= 20000

@@ -24,8 +24,8 @@ from ..functional import (
     merge_attention,
     prepare_inputs,
     resolve_seed,
+    select_keys,
 )
-from ..padding import select_keys
 from ..patterns import BucketPattern
 from ..patterns.buckets import sorted_lists
 from ..tracing import PLAN, span

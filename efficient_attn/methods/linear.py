@@ -14,9 +14,8 @@ from ..backends.call import LinearCall, accumulation_dtype
 from ..backends.features import POINTWISE, map_features
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import check_alignment, prepare_inputs
+from ..functional import check_alignment, check_key_mask, prepare_inputs, select_keys
 from ..options import register
-from ..padding import check_key_mask, select_keys
 from .lowrank import LowRankMethod, by_group, drop_columns, drop_keys
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, InputTypeError
-from ..functional import attention, attention_weights, prepare_inputs
+from ..functional import attention, attention_weights, check_key_mask, prepare_inputs, select_keys
 from ..options import check_choice, check_range, register
-from ..padding import check_key_mask, select_keys
 from .lowrank import LowRankMethod, refuse_causal
 
 

@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from ..backends.call import accumulation_dtype
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import attention, attention_weights, prepare_inputs
+from ..functional import (
+    add_to_bias,
+    attention,
+    attention_weights,
+    check_key_mask,
+    padded_attention,
+    prepare_inputs,
+    select_keys,
+)
 from ..options import check_range, register
-from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
 from .lowrank import LowRankMethod, drop_columns, drop_keys, refuse_causal
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..backends.call import accumulation_dtype
 from ..errors import InputError, InputTypeError
-from ..functional import MaskLike, attention_weights, prepare_inputs
-from ..padding import add_to_bias, check_key_mask, select_keys
+from ..functional import MaskLike, add_to_bias, attention_weights, check_key_mask, prepare_inputs, select_keys
 
 
 class LowRankOracle(NamedTuple):

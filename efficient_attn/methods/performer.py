@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..backends.features import map_features
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import check_alignment, prepare_inputs
+from ..functional import check_alignment, check_key_mask, prepare_inputs
 from ..options import check_choice, check_range, register
-from ..padding import check_key_mask
 from .linear import linear_attention, linear_attention_weights, run_operator
 from .lowrank import LowRankMethod, drop_columns, drop_keys
 

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputTypeError, UnsupportedError
-from ..functional import as_block_mask, attention_weights, causal_mask, check_alignment, resolve_seed
+from ..functional import (
+    add_to_bias,
+    as_block_mask,
+    attention_weights,
+    causal_mask,
+    check_alignment,
+    check_key_mask,
+    padded_attention,
+    resolve_seed,
+    select_keys,
+)
 from ..masks import BlockMask
-from ..padding import add_to_bias, check_key_mask, padded_attention, select_keys
 from ..patterns import BucketPattern, Dense, Pattern
 from ..tracing import PLAN, named
 from .base import Method

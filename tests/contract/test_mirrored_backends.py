@@ -36,15 +36,6 @@ def test_every_backend_says_which_lists_it_walks(name: str) -> None:
     assert isinstance(backends.BACKENDS[name].NEEDS_TRANSPOSED, bool)
 
 
-def test_no_backend_imports_a_sibling() -> None:
-    for name, backend in backends.BACKENDS.items():
-        siblings = {other for other in backends.BACKENDS if other != name}
-        for primitive in PRIMITIVES:
-            source = inspect.getsource(getattr(backend, primitive))
-            imported = [line.split()[1].split(".") for line in source.splitlines() if line.startswith("from ")]
-            assert siblings.isdisjoint(part for path in imported for part in path), f"{name}/{primitive}.py"
-
-
 @pytest.mark.parametrize("name", ["attention_forward", "attention_backward"])
 def test_the_operator_passes_on_what_backends_take(name: str) -> None:
     taken = parameters(backends.BACKENDS["reference"].attention, name)

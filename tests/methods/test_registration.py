@@ -70,10 +70,9 @@ def toys(tmp_path):
     suites = pytest.importorskip("efficient_attn.benchmarks.suites")
     place = tmp_path / "toys.py"
     place.write_text(FILE)
-    before = (list(suites._loaded), list(suites._added_methods))
     suites.load(place)
     yield suites
-    suites._loaded[:], suites._added_methods[:] = before
+    suites._loaded.remove(str(place.resolve()))
     for registry, name in ((patterns.PATTERNS, "toy_every"), (METHODS, "toy_mean"), (TAILS, "toy_tail")):
         del registry[name]
 
@@ -91,15 +90,15 @@ def test_one_class_is_all_that_a_new_one_takes(toys):
     rows = {row["name"]: row for row in methods_table()}
     assert rows["toy_every"]["parameters"] == "step=2, offsets=0" and rows["toy_every"]["exact"] == "yes"
     assert rows["toy_mean"]["paper"] == "toy paper" and "...+toy_tail" in rows
-    assert set(toys.Options().specs(("dense",))) == {"dense", "toy_every", "toy_mean"}
+    assert toys.Options().specs(("dense",))[-2:] == ("toy_every", "toy_mean")
 
 
 def test_one_class_is_in_the_documentation(toys):
     spec = importlib.util.spec_from_file_location("readme", ROOT / "docs" / "readme.py")
     readme = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(readme)
-    table = readme.methods_markdown()
-    assert all(f"`{name}`" in table for name in ("toy_every", "toy_mean", "...+toy_tail"))
+    for table in (readme.short_table(), readme.full_table()):
+        assert all(f"`{name}`" in table for name in ("toy_every", "toy_mean", "...+toy_tail"))
 
 
 def test_one_class_attends_wherever_a_spec_is_taken(toys):

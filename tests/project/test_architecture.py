@@ -106,28 +106,24 @@ def drawn_order() -> dict[str, int]:
 
 GRAPH = graph_of(FOLDERS)
 ORDER = drawn_order()
-until_merged = pytest.mark.xfail(reason="rooms are still being moved", strict=False)
 
 
-@until_merged
 def test_every_room_has_a_place() -> None:
     assert {room(module) for module in GRAPH} == set(ORDER)
 
 
-@until_merged
 def test_no_arrow_runs_up() -> None:
     arrows = ((module, other) for module, others in GRAPH.items() for other in sorted(others))
     up = [f"{a} -> {b}" for a, b in arrows if ORDER.get(room(a), 0) < ORDER.get(room(b), 0)]
     assert not up, "\n" + "\n".join(up)
 
 
-@until_merged
 def test_no_cycle_between_rooms() -> None:
     found = cycles(rooms_of(GRAPH))
     assert not found, "\n".join(map(str, found))
 
 
-@until_merged
+@pytest.mark.xfail(reason="profiling: tables and plots name the types whose methods call them", strict=False)
 def test_no_cycle_between_modules() -> None:
     found = cycles(GRAPH)
     assert not found, "\n".join(map(str, found))

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
-from ...functional import MAX_HEAD_DIM, attention, attention_weights
+from ...functional import MAX_HEAD_DIM, attention, attention_weights, select_keys
 from ...options import check_choice, register
-from ...padding import select_keys
 from ..lowrank import by_group
 from .tail import Branch, Tail, TailCall, in_blocks
 

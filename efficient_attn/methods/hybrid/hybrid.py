@@ -13,15 +13,18 @@ from ...defaults import default_scale
 from ...errors import InputError, InputTypeError, UnsupportedError
 from ...functional import (
     MaskLike,
+    add_to_bias,
     attention_weights,
     check_dropout,
+    check_key_mask,
     merge_attention,
+    padded_attention,
     prepare_inputs,
     resolve_seed,
+    select_keys,
 )
 from ...masks import BlockMask
 from ...options import register
-from ...padding import add_to_bias, check_key_mask, padded_attention, select_keys
 from ...patterns import Pattern
 from ..base import TAILS, Method
 from ..sparse import Sparse

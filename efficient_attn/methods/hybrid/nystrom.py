@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
+from ...functional import select_keys
 from ...options import check_range, register
-from ...padding import select_keys
 from ..lowrank import by_group
 from ..nystrom import iterative_pinv, segment_means
 from .tail import FeatureTail, TailCall, largest

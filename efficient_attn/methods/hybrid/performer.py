@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ...backends.call import accumulation_dtype
 from ...backends.features import CAUSAL_EXPONENT_LIMIT
 from ...errors import InputError
+from ...functional import select_keys
 from ...options import register
-from ...padding import select_keys
 from ..lowrank import by_group
 from ..performer import Performer, PerformerState
 from .tail import FeatureTail, TailCall, largest

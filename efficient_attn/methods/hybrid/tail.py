@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...functional import select_keys
 from ...options import Named, check_range
-from ...padding import select_keys
 from ..base import TAILS
 from ..lowrank import drop_columns, drop_keys
 from .split import Split

@@ -91,6 +91,9 @@ def profile(
                 raise typer.Exit(code) from None
             found = from_records(rows)
         _show(found, folder / "profile.png", as_json)
+        if not code and not found.series():
+            err.print("no cell could be measured; the rows say why")
+            code = 1
     raise typer.Exit(code)
 
 

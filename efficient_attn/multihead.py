@@ -441,9 +441,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     # --- state ---
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        keep_state(self.method_state, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        keep_state(self.method_state, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError, InputTypeError
 from ..functional import attention, attention_weights, check_key_mask, prepare_inputs, select_keys
 from ..options import check_choice, check_range, register
+from .base import MethodState, fill
 from .lowrank import LowRankMethod, refuse_causal
 
 
@@ -119,7 +120,7 @@ def _sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:
     return projection[..., :length].to(tensor.dtype)
 
 
-class LinformerState(nn.Module):
+class LinformerState(MethodState):
     """E and F of a Linformer: (rank, max_len), or (Hkv, rank, max_len) with share="none"."""
 
     key_projection: nn.Parameter
@@ -147,14 +148,14 @@ class LinformerState(nn.Module):
         """Start again as the method's `init` says."""
         generator = torch.Generator().manual_seed(self.method.seed)
         rank, max_len = self.method.rank, self.method.max_len
-        segment = torch.arange(max_len) * rank // max_len == torch.arange(rank)[:, None]
+        cpu = torch.device("cpu")  # whatever the default device: what is drawn is the same everywhere
+        segment = torch.arange(max_len, device=cpu) * rank // max_len == torch.arange(rank, device=cpu)[:, None]
         for parameter in self.parameters():
             if self.method.init == "pool":
                 initial = segment / segment.sum(-1, keepdim=True)
             else:
-                initial = torch.randn(parameter.shape, generator=generator) * max_len**-0.5
-            with torch.no_grad():
-                parameter.copy_(initial)
+                initial = torch.randn(parameter.shape, generator=generator, device=cpu) * max_len**-0.5
+            fill(parameter, initial)
 
 
 @register

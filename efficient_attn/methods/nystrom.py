@@ -23,6 +23,7 @@ from ..functional import (
     select_keys,
 )
 from ..options import check_range, register
+from .base import MethodState
 from .lowrank import LowRankMethod, drop_columns, drop_keys, refuse_causal
 
 
@@ -236,7 +237,7 @@ def _check_nystrom(
         )
 
 
-class NystromState(nn.Module):
+class NystromState(MethodState):
     """The filters of Nystrom's convolution, (Hkv, conv)."""
 
     def __init__(

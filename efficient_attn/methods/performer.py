@@ -15,6 +15,7 @@ from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, check_key_mask, prepare_inputs
 from ..options import check_choice, check_range, register
+from ..tracing import shapes_only, without_autocast
 from .base import MethodState, fill
 from .linear import linear_attention, linear_attention_weights, run_operator
 from .lowrank import LowRankMethod, drop_columns, drop_keys
@@ -123,7 +124,7 @@ def performer_features(
         InputError, InputTypeError: an unknown feature, a projection or key_mask that does not fit, a scale <= 0.
     """
     scale = _check_features(query, key, projection, feature, key_mask, scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         a, b, _ = map_features(query, key, key_mask, projection, is_causal, f"performer_{feature}", scale)
     return a, b
 
@@ -218,10 +219,10 @@ class PerformerState(MethodState):
         interval = self.method.redraw_interval
         if not interval or not self.training:
             return self.projection
-        if torch.compiler.is_compiling():
+        if shapes_only(self.calls):
             raise UnsupportedError(
-                f"performer: redraw_interval={interval} cannot be counted under torch.compile; leave it 0 and call "
-                "redraw() on the module's method_state between steps"
+                f"performer: redraw_interval={interval} cannot be counted under torch.compile, or by fake and meta "
+                "tensors; leave it 0 and call redraw() on the module's method_state between steps"
             )
         if torch._C._current_graph_task_id() == -1:  # else activation checkpointing repeats an earlier forward
             if int(self.calls) >= interval:

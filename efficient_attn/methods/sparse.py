@@ -22,7 +22,7 @@ from ..functional import (
 )
 from ..masks import BlockMask
 from ..patterns import BucketPattern, Dense, Pattern
-from ..tracing import PLAN, named
+from ..tracing import PLAN, named, shapes_only
 from .base import Method
 from .buckets import bucketed_attention, bucketed_inputs
 
@@ -137,7 +137,7 @@ class Sparse(Method):
     ) -> tuple[BlockMask | Tensor | None, Tensor | None]:
         """The pattern's mask and the user's in one, and the bias."""
         pattern = self.pattern
-        tracing = torch.compiler.is_compiling() and not pattern._analytic
+        tracing = shapes_only(query) and not pattern._analytic
         if tracing and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             # How many blocks both list depends on values, which a traced program must not: -inf in a bias does not.
             bias = torch.where(mask, query.new_zeros(()) if bias is None else bias, -torch.inf)

@@ -16,7 +16,7 @@ from .backends.call import Call, accumulation_dtype
 from .backends.reference import attention as reference
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError
-from .masks import BlockMask, MaskArrays
+from .masks import BlockMask, MaskArrays, trainable
 from .ops import attention as ops
 from .patterns import Pattern
 from .tracing import PLAN, named, shapes_only
@@ -259,6 +259,8 @@ def prepare(
     )
     if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
         arrays = block_mask.arrays(transposed=True)
+    if differentiable:
+        arrays = trainable(arrays)
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable)
 
@@ -298,7 +300,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     if Hq != Hkv and (Hkv == 0 or Hq % Hkv):
         raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
     if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM:
-        raise InputError(f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Split wider heads")
+        raise InputError(
+            f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Take more heads, or leave "
+            "this layer to PyTorch (attn_implementation='sdpa' of a transformers model)"
+        )
 
 
 def check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:

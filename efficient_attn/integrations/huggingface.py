@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,7 @@ def register() -> None:
         if requested_attention is not None and requested_attention.partition(":")[0] == NAME:
             _add(requested_attention)
             vars(self)["_efficient_attn_name"] = _Registered(requested_attention)
+            _refuse_in_class_tables(type(self), requested_attention)
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
@@ -97,6 +99,20 @@ def register() -> None:
 
     get_correct_attn_implementation.knows_efficient_attn = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def _refuse_in_class_tables(model: type, name: str) -> None:
+    """Let layers that look their class up by the name, past transformers' interface, find one that says so."""
+
+    def refuse(*arguments: Any, **keywords: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"{model.__name__} looks the class of its attention layers up by name in a table of its own, so that "
+            f"attn_implementation={name!r} would not reach them; use 'eager', or name this package for its parts alone"
+        )
+
+    for variable, table in vars(sys.modules[model.__module__]).items():
+        if variable.endswith("ATTENTION_CLASSES") and isinstance(table, dict):
+            table.setdefault(name, refuse)
 
 
 class _Registered:

@@ -21,6 +21,10 @@ from ..masks import BlockMask
 Interval = tuple[int | None, int | None]  # of key - query, both ends included; None: unlimited
 
 
+class NotATensorError(UnsupportedError, AttributeError):
+    """An attribute of tensors that a PairMask does not have; `hasattr` says no to it."""
+
+
 @dataclass(frozen=True, eq=False)
 class PairMask:
     """A mask on its way from a model's mask function to its attention layers.
@@ -66,16 +70,54 @@ class PairMask:
     def __bool__(self) -> bool:
         return True
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"PairMask has no attribute {name!r}")
+        raise NotATensorError(self._refusal(f"asks for {name} of"))
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         cls._refuse(f"calls {getattr(func, '__name__', func)} on")
 
+    @classmethod
+    def _refuse(cls, what: str) -> NoReturn:
+        raise UnsupportedError(cls._refusal(what))
+
     @staticmethod
-    def _refuse(what: str) -> NoReturn:
-        raise UnsupportedError(
+    def _refusal(what: str) -> str:
+        return (
             f"this model {what} its attention mask, which it expects to be a tensor; efficient_attn keeps masks "
             "without n x n memory. Use attn_implementation='sdpa' for it, or pass it a 4-D bool mask of your own"
         )
+
+
+def _refuse_operator(self: PairMask, *operands: Any) -> NoReturn:
+    self._refuse("calculates with")
+
+
+for _operator in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "and",
+    "rand",
+    "or",
+    "ror",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "invert",
+    "neg",
+    "setitem",
+    "len",
+    "iter",
+]:
+    setattr(PairMask, f"__{_operator}__", _refuse_operator)
 
 
 def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

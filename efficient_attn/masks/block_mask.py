@@ -68,6 +68,14 @@ class MaskArrays(NamedTuple):
     kv_lengths: Tensor | None = None  # int32 [B]
 
 
+def trainable(arrays: MaskArrays) -> MaskArrays:
+    """The arrays as autograd may keep them: a mask that was made under torch.inference_mode is copied."""
+    if torch.compiler.is_compiling() or not any(isinstance(x, Tensor) and x.is_inference() for x in arrays):
+        return arrays
+    with torch.inference_mode(False):
+        return MaskArrays(*(x.clone() if isinstance(x, Tensor) else x for x in arrays))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
     """A boolean mask (batch, heads, q_len, kv_len), exact for any pattern and small for a sparse one. Immutable.

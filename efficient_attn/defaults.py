@@ -16,7 +16,7 @@ def default_scale(scale: float | None, head_dim: int) -> float:
         InputError, InputTypeError: a scale that is no finite number.
     """
     if scale is None:
-        return head_dim**-0.5
+        return float(head_dim**-0.5)
     try:
         number = float(scale)
     except (TypeError, ValueError):

@@ -26,6 +26,7 @@ from ..methods.continuation import continuation, goes_by_positions
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
+from .left_padding import Turned, left_padding, take
 from .torch_sdpa import only_hides
 
 NAME = "efficient_attn"
@@ -196,8 +197,14 @@ def _forward(
     if position_bias is not None:
         bias = call.get("bias")
         call["bias"] = (position_bias if bias is None else position_bias + bias).to(query.dtype)
+    left = _left_padding(method, attention_mask, call)
+    turned = None
     if place is not None and (place[0] != place[1] or Nq != Nk):
-        method, call = _among_earlier(method, call, query, key, place)
+        method, call = _among_earlier(method, call, query, key, place, left)
+    elif left is not None:
+        turned = Turned.by(left.expand(key.shape[0]), Nk)
+        call = turned.call(call)
+        query, key, value = (take(x, turned.there, 2) for x in (query, key, value))
     out, weights = method.attend(
         query,
         key,
@@ -208,7 +215,17 @@ def _forward(
         need_weights=_weights_wanted(kwargs),
         **call,
     )
+    if turned is not None:
+        out = turned.undo(out)
+        weights = None if weights is None else take(turned.undo(weights), turned.back, 3)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _left_padding(method: Method, attention_mask: Any, call: dict[str, Any]) -> Tensor | None:
+    """How far the first real token of each row is from the beginning, for a method to which that matters."""
+    if not method.counts_positions:
+        return None
+    return attention_mask.left if isinstance(attention_mask, PairMask) else left_padding(call.get("key_mask"))
 
 
 def _without_place(method: Method, module: nn.Module, Nq: int, Nk: int) -> Method:
@@ -292,13 +309,14 @@ def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[s
 
 
 def _among_earlier(
-    method: Method, call: dict[str, Any], query: Tensor, key: Tensor, place: tuple[int, int]
+    method: Method, call: dict[str, Any], query: Tensor, key: Tensor, place: tuple[int, int], left: Tensor | None
 ) -> tuple[Method, dict[str, Any]]:
     """The call for queries that are not the whole sequence: a pattern is that of the sequence, at their rows."""
     first, offset = place
     chosen, rows = continuation(
-        method, query.shape[2], key.shape[2], num_heads=query.shape[1], first=first, offset=offset, device=query.device
-    )
+        method, query.shape[2], key.shape[2], num_heads=query.shape[1], first=first, offset=offset, left=left,
+        device=query.device,
+    )  # fmt: skip
     if rows is None:
         return chosen, call
     mask = call.get("mask")

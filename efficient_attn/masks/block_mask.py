@@ -73,7 +73,8 @@ def trainable(arrays: MaskArrays) -> MaskArrays:
     if torch.compiler.is_compiling() or not any(isinstance(x, Tensor) and x.is_inference() for x in arrays):
         return arrays
     with torch.inference_mode(False):
-        return MaskArrays(*(x.clone() if isinstance(x, Tensor) else x for x in arrays))
+        copies: list[Any] = [x.clone() if isinstance(x, Tensor) else x for x in arrays]
+        return MaskArrays(*copies)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

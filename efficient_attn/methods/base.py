@@ -39,6 +39,11 @@ class Method(Named):
         """Whether the paper gives all layers of a model one state, which `replace_attention` then shares among them."""
         return False
 
+    @property
+    def counts_positions(self) -> bool:
+        """Whether it matters how many tokens stand before the first real one, beyond the distance of two tokens."""
+        return False
+
     def build(
         self,
         embed_dim: int,

@@ -165,7 +165,9 @@ class Linformer(LowRankMethod):
 
     Fields:
         rank: r, the number of mixtures.
-        max_len: the longest sequence of keys.
+        max_len: the longest sequence of keys. Choose it near the lengths that you have: N keys use N of its columns, so
+            that an untrained layer keeps about N / max_len of the norm of its output (init=pool: the other mixtures are
+            empty, and have their share of the softmax).
         share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "layerwise": that one
             for all layers too (`replace_attention` shares it); "none": own E and F for each head of
             the keys.
@@ -197,6 +199,10 @@ class Linformer(LowRankMethod):
             raise InputError(
                 f"linformer: rank={self.rank} exceeds max_len={self.max_len}; lower the rank or raise max_len"
             )
+
+    @property
+    def counts_positions(self) -> bool:
+        return True
 
     @property
     def shares_state(self) -> bool:

@@ -54,6 +54,10 @@ class Sparse(Method):
             raise AttributeError(name)
         return getattr(self.pattern, name)
 
+    @property
+    def counts_positions(self) -> bool:
+        return not self.is_dense and not self.pattern._analytic
+
     def to_json(self) -> str:
         return self.pattern.to_json()
 

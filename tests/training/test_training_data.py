@@ -552,6 +552,14 @@ def test_a_table_of_another_layout_is_refused(tmp_path, layout):
         series.read_table(table_of(tmp_path / "t.csv", header, *columns), None)
 
 
+@pytest.mark.parametrize("name", ["t", "time", "series", "id", "year", "index"])
+def test_a_column_that_is_named_is_measured_whatever_its_name(tmp_path, name):
+    path = table_of(tmp_path / "t.csv", ["ds", name], DAYS, [f"{n % 7}" for n in range(200)])
+    assert series.read_table(path, name).flatten().tolist() == [n % 7 for n in range(200)]
+    with pytest.raises(InputError, match="--columns"):
+        series.read_table(path, None)
+
+
 def test_what_is_text_or_empty_is_no_series(tmp_path):
     remarks, weekdays = ["", "rain"] * 100, [("Mon", "Tue")[n % 2] for n in range(200)]
     header = ["day", "remark", "y", "nothing", "z"]

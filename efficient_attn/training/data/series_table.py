@@ -8,7 +8,7 @@ is an error that says what to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -63,28 +63,37 @@ def read_table(path: Path, columns: str | None) -> Tensor:
                 f"{path}, column {header[place]!r} holds {cells[int(bad[0])][place]!r}, which is no number; repair it, "
                 f"or name the columns to forecast with --columns ({', '.join(header)})"
             )
-    _check_one_series(path, header, cells, table)
-    _check_order(path, header, cells, table)
+    named = set() if columns is None else set(chosen)  # known to be measured, whatever their names
+    _check_one_series(path, header, cells, named)
     if columns is None:
         _check_measured(path, header, table, chosen)
+    _check_order(path, header, cells, table, named)
     return fill_gaps(table[:, chosen])
 
 
-def _check_one_series(path: Path, header: Sequence[str], cells: Sequence[Sequence[str]], table: Tensor) -> None:
+def _check_one_series(
+    path: Path, header: Sequence[str], cells: Sequence[Sequence[str]], named: Collection[int]
+) -> None:
     for place, name in enumerate(header):
         found = {row[place] for row in cells}
-        if name.strip().lower() in IDENTITIES and 1 < len(found) < len(cells):
+        if place not in named and name.strip().lower() in IDENTITIES and 1 < len(found) < len(cells):
             raise InputError(
                 f"{path} holds {len(found)} series below one another (column {name!r}: {', '.join(sorted(found)[:3])}, "
-                "...), and would be read as one; give each a column of its own, or a file"
+                "...), and would be read as one; give each a column of its own, or a file. If it is measured, "
+                "name it with --columns"
             )
 
 
-def _check_order(path: Path, header: Sequence[str], cells: Sequence[Sequence[str]], table: Tensor) -> None:
+def _check_order(
+    path: Path, header: Sequence[str], cells: Sequence[Sequence[str]], table: Tensor, named: Collection[int]
+) -> None:
     """Raise InputError unless each row is later than the one above it, as far as any column says when it is."""
     names = [name.strip().lower() for name in header]
     clocks: list[tuple[str, list[list[tuple[float, ...]]]]] = []  # what says the time, and how it may be read
     for place, name in enumerate(header):
+        if place in named:
+            names[place] = ""
+            continue
         column = [row[place] for row in cells]
         if table[:, place].isinf().any():
             read = _times(column)

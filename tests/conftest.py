@@ -86,19 +86,10 @@ def backend(request):
     return request.param
 
 
-def shared_in_a_module(item):
-    """Whether a fixture of the test's module is made once for all of its tests."""
-    definitions = item._fixtureinfo.name2fixturedefs.values()
-    return any(fixture.scope == "module" for fixtures in definitions for fixture in fixtures)
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Choose and group the tests of this process.
+    """Tests that place their tensors on no device leave the GPU's kernels to those that do.
 
-    Tests that place their tensors on no device leave the GPU's kernels to those that do. Tests that share what is made
-    once a module run in one process. EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check`
-    runs the shares side by side.
+    EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side.
     """
     items[:] = [
         item
@@ -107,9 +98,6 @@ def pytest_collection_modifyitems(items):
         or "backend" not in item.fixturenames
         or item.callspec.params["backend"] not in ON_GPU
     ]
-    for item in items:
-        if shared_in_a_module(item):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     share = os.environ.get("EFFICIENT_ATTN_SHARD")
     if share:
         first, step = map(int, share.split("/"))

@@ -29,6 +29,7 @@ from efficient_attn.measuring.fit import fit
 from efficient_attn.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CELL = {"type": "cell", "suite": "ops", "status": "ok", "config": {}}
 OPS = {"method": "dense", "seqlen": 128, "mode": "fwd", "causal": False, "dtype": "float32", "threads": 1}
 OPS |= {**cases.OPERATOR_SHAPE, "budget_s": 0.02}
 
@@ -45,18 +46,18 @@ def run_one(tmp_path, suite, config, **limits):
 def test_a_torn_last_line_is_dropped_and_the_rest_stays(tmp_path):
     path = tmp_path / "results.jsonl"
     with records.ResultFile(path) as out:
-        out.append({"type": "cell", "id": "a"})
+        out.append({**CELL, "id": "a"})
     with open(path, "a") as file:
         file.write('{"type": "cell", "id": "b", "sta')
     assert [record["id"] for record in records.read(path)] == ["a"]
     with records.ResultFile(path) as out:
-        out.append({"type": "cell", "id": "c"})
+        out.append({**CELL, "id": "c"})
     assert [record["id"] for record in records.read(path)] == ["a", "c"]
 
 
 def test_a_damaged_line_inside_a_file_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text('{"type": "cell"}\nnonsense\n{"type": "cell"}\n')
+    path.write_text(f"{json.dumps(CELL)}\nnonsense\n{json.dumps(CELL)}\n")
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         list(records.read(path))
 

@@ -46,14 +46,14 @@ def has_tangent(*operands: Any) -> bool:
     """Whether forward-mode differentiation (jvp, jacfwd, hessian, dual numbers) goes through any of these."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    for operand in operands:
-        while isinstance(operand, Tensor):
-            if forward_ad.unpack_dual(operand).tangent is not None:
-                return True
-            if not torch._C._functorch.is_functorch_wrapped_tensor(operand):
-                break
-            operand = torch._C._functorch.get_unwrapped(operand)
-    return False
+    functorch = torch._C._functorch
+    # Under hessian the tangents are wrapped where nobody sees them: whatever torch.func follows there may have one.
+    pushed = any(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ())
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    return any(
+        forward_ad.unpack_dual(tensor).tangent is not None or (pushed and functorch.is_functorch_wrapped_tensor(tensor))
+        for tensor in tensors
+    )
 
 
 def no_forward_mode(what: str) -> UnsupportedError:

@@ -17,11 +17,11 @@ from .backends.call import Call, accumulation_dtype
 from .backends.reference import attention as reference
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError
-from .masks import BlockMask, MaskArrays
+from .masks import BlockMask, MaskArrays, trainable
 from .ops import attention as ops
 from .patterns import Pattern
 from .torchscript import check_traceable, traced_attention
-from .tracing import PLAN, is_jit_traced, is_recorded, named
+from .tracing import PLAN, is_jit_traced, named, shapes_only
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -286,6 +286,8 @@ def prepare(
     )
     if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
         arrays = block_mask.arrays(transposed=True)
+    if differentiable:
+        arrays = trainable(arrays)
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable)
 
@@ -325,7 +327,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     if Hq != Hkv and (Hkv == 0 or Hq % Hkv):
         raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
     if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM:
-        raise InputError(f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Split wider heads")
+        raise InputError(
+            f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Take more heads, or leave "
+            "this layer to PyTorch (attn_implementation='sdpa' of a transformers model)"
+        )
 
 
 def check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -401,7 +406,7 @@ def as_block_mask(
             raise InputError(f"mask {tuple(mask.shape)} does not broadcast to (B, Hq, Nq, Nk) = {full}")
         mask = mask.to(query.device)
         mask = mask.expand(*mask.shape[:-2], Nq, Nk) if mask.dim() > 1 else mask.expand(Nq, Nk)
-        return BlockMask.from_dense(mask, static=torch.compiler.is_compiling())
+        return BlockMask.from_dense(mask, static=shapes_only(mask))
     if not isinstance(mask, BlockMask):
         if hasattr(mask, "for_inputs"):  # a pattern, or the method of one
             return mask.for_inputs(query, key, scale=scale, within=within)
@@ -419,18 +424,18 @@ def as_block_mask(
 def resolve_seed(seed: int | Tensor | None) -> Tensor:
     """An int64 tensor with the dropout seed; None draws one from PyTorch's CPU generator."""
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64)
+        return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise InputTypeError(f"dropout_seed must be one int64 value, got {tuple(seed.shape)} of {seed.dtype}")
         return seed.reshape(())
-    return torch.tensor(int(seed), dtype=torch.int64)
+    return torch.tensor(int(seed), dtype=torch.int64, device="cpu")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as torch.autocast asks for, when it is on for the tensors' device; float64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast knows no meta device
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -482,7 +487,8 @@ def _may_read(key_mask: Tensor) -> bool:
     """Whether values may steer Python: not while tracing or mapping, and not where reading would stall a stream."""
     return (
         key_mask.device.type == "cpu"
-        and not is_recorded()
+        and not shapes_only(key_mask)
+        and not is_jit_traced()
         and not torch._C._are_functorch_transforms_active()
         and type(key_mask) is Tensor
     )
@@ -493,7 +499,7 @@ def _absorb(
 ) -> tuple[MaskLike, Tensor | None]:
     """Move key_mask into the mask where that is cheaper; returns the mask and what remains of key_mask."""
     lengths = key_mask.sum(-1)
-    if bool((key_mask == (torch.arange(key_mask.shape[1]) < lengths[:, None])).all()):
+    if bool((key_mask == (torch.arange(key_mask.shape[1], device=key_mask.device) < lengths[:, None])).all()):
         if bool((lengths == key_mask.shape[1]).all()):
             return mask, None
         padding = BlockMask.from_lengths(lengths, q_len=query.shape[2], kv_len=key.shape[2])

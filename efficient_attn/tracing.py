@@ -1,8 +1,9 @@
-"""Who looks on: whether a call is being recorded, and names for torch.profiler.
+"""What looks on while we run: tracers that know shapes but no values, and torch.profiler, for which there are names.
 
-What this package does besides its operators, which PyTorch names by itself, has names here. A name costs a function
-call and a question to the profiler, well below a microsecond, while no profiler runs; torch.profiler.record_function
-alone would cost several.
+Names are for what this package does besides its operators, which PyTorch names by itself.
+
+A name costs a function call and a question to the profiler, well below a microsecond, while no profiler runs;
+torch.profiler.record_function alone would cost several.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from .errors import UnsupportedError
@@ -62,6 +64,18 @@ def no_forward_mode(what: str) -> UnsupportedError:
         f"{what} has no forward-mode derivative (jvp, jacfwd, hessian); use reverse mode: torch.func.vjp, jacrev, "
         "grad, or torch.autograd"
     )
+
+
+def shapes_only(*tensors: Tensor | None) -> bool:
+    """Whether no value may steer Python: torch.compile traces, fake tensors are made, or a tensor is on meta."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return any(tensor is not None and (tensor.is_meta or isinstance(tensor, FakeTensor)) for tensor in tensors)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A range in which autocast leaves the tensor's device alone; the meta device knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def span(name: str) -> AbstractContextManager[Any]:

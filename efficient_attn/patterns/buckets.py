@@ -17,6 +17,7 @@ from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..masks.lists import Grid, entry_rows, predicate_lists
 from ..options import register
+from ..tracing import shapes_only
 from .content import ContentPattern
 
 
@@ -90,10 +91,11 @@ class BucketPattern(ContentPattern):
         return _or_oneself(mask, within, found.key[0, :, :1] >= 0) if self.shared_qk else mask
 
     def _check_tracing(self, query: Tensor) -> None:
-        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(query):
+        if shapes_only(query) or torch._C._functorch.is_batchedtensor(query):
             raise UnsupportedError(
                 f"{self.name} makes lists whose number depends on what queries and keys hold; torch.compile and vmap "
-                "cannot trace that. Compile around it (fullgraph=False), or use topk_blocks"
+                "cannot trace that, and fake and meta tensors hold nothing. Compile around it (fullgraph=False), or "
+                "use topk_blocks"
             )
 
 

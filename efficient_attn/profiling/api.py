@@ -21,7 +21,7 @@ from ..patterns import Pattern
 from . import activations as activation_sources
 from . import roofline, sources
 from .model import check_on_cpu, evaluating, find_attention, measured, run
-from .results import Profile, from_records
+from .profile import Profile, from_records
 from .session import CEILINGS, MODEL, OPERATOR, Report, Session
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)

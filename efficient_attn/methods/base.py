@@ -138,7 +138,10 @@ def _through_weights(out: Tensor, weights: Tensor, value: Tensor) -> Tensor:
     """`out`, to the bit, whose gradient goes to the weights and through them: what relevance by gradients of attention
     weights asks for (Chefer et al., CVPR 2021), and what plain PyTorch gives whose output is weights @ value."""
     value = value.masked_fill(~value.isfinite(), 0.0)  # hidden, or the output tells
-    grouped = weights.unflatten(1, (value.shape[1], -1)) @ value.to(weights.dtype)[:, :, None]
+    kv_heads = value.shape[1]
+    grouped = (
+        weights.unflatten(1, (kv_heads, weights.shape[1] // max(kv_heads, 1))) @ value.to(weights.dtype)[:, :, None]
+    )
     product: Tensor = grouped.flatten(1, 2).to(out.dtype)
     return out.detach() + (product - product.detach())
 

@@ -5,6 +5,7 @@ Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D he
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -19,7 +20,8 @@ from .errors import InputError, InputTypeError
 from .masks import BlockMask, MaskArrays, trainable
 from .ops import attention as ops
 from .patterns import Pattern
-from .tracing import PLAN, named, shapes_only
+from .torchscript import check_traceable, traced_attention
+from .tracing import PLAN, is_jit_traced, named, shapes_only
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -104,6 +106,8 @@ def attention(
         InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
         UnsupportedError: the backend asked for cannot serve this call.
     """
+    if is_jit_traced():
+        return _traced(query, key, value, mask, bias, is_causal, causal_alignment, scale, dropout_p, return_lse)
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
         dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
@@ -170,7 +174,10 @@ def padded_attention(
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Join attention over disjoint sets of keys into attention over their union, exactly.
+    """Join attention over disjoint sets of keys into attention over their union, as exactly as lse is known.
+
+    A part's share is exp(lse), so that half an ulp of an lse is an error of its share: 2e-6 of it at |lse| = 32 in
+    float32; where a bias of one number beyond 1e7 stands over every pair, nothing is left of the number of keys.
 
     Args:
         outs: each (B, H, Nq, Dv), from `attention(..., return_lse=True)` with the same queries.
@@ -202,6 +209,26 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     merged = (weights[..., None] * torch.stack(tuple(outs)).to(weights.dtype)).sum(0)
     lse = (torch.log(total.masked_fill(empty, 1.0)) + top).masked_fill(empty, -torch.inf)
     return merged.to(outs[0].dtype), lse
+
+
+def _traced(
+    query: Tensor, key: Tensor, value: Tensor, mask: MaskLike, bias: Tensor | None, is_causal: bool,
+    causal_alignment: str | None, scale: float | None, dropout_p: float, return_lse: bool,
+) -> Tensor:  # fmt: skip
+    """`attention` for torch.jit.trace, of plain PyTorch operations; see torchscript.py."""
+    check_traceable(mask, dropout_p, return_lse)
+    with warnings.catch_warnings():  # that checks are made on the sample alone is as it should be
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        query, key, value = prepare_inputs(query, key, value)
+        bias = None if bias is None else check_bias(bias, query, key)
+        check_alignment(is_causal, causal_alignment, query.shape[2], key.shape[2])
+        groups = int(query.shape[1]) // max(int(key.shape[1]), 1)
+        scale = default_scale(scale, int(query.shape[3]))
+    return traced_attention(
+        query, key, value, mask=mask,  # type: ignore[arg-type]
+        bias=bias, is_causal=is_causal,
+        from_end=causal_alignment == "bottom_right", scale=scale, groups=groups,
+    )  # fmt: skip
 
 
 # --- one call, settled ---
@@ -461,6 +488,7 @@ def _may_read(key_mask: Tensor) -> bool:
     return (
         key_mask.device.type == "cpu"
         and not shapes_only(key_mask)
+        and not is_jit_traced()
         and not torch._C._are_functorch_transforms_active()
         and type(key_mask) is Tensor
     )

@@ -32,7 +32,7 @@ from .handover import clone, hand_over_hooks, hides_forward, put
 from .methods import DENSE, Method, parse
 from .methods.base import keep_state
 from .patterns import Pattern
-from .tracing import shapes_only
+from .tracing import shapes_only, unwrapped
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
@@ -595,7 +595,7 @@ def _padding_as_bool(key_padding_mask: Tensor, method: Method) -> Tensor:
     )
     if shapes_only(key_padding_mask):
         torch._assert_async(only_padding, message)
-    elif not only_padding:
+    elif not unwrapped(only_padding).all():  # for every sample of a vmap
         raise UnsupportedError(message)
     return padded
 

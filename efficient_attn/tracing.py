@@ -16,11 +16,54 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from .errors import UnsupportedError
 
 PLAN = "efficient_attn::plan"  # making a mask: building lists, selecting blocks, hashing and sorting tokens
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace, or the ONNX exporter that stands on it, records the calls: sizes are tensors then, and
+    what Python decides by a value or a size stays as the sample had it."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def is_recorded() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records a graph that will run on other values."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor under the wrappers of torch.func, whose values can be read; vmap's dimensions are there, too."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def has_tangent(*operands: Any) -> bool:
+    """Whether forward-mode differentiation (jvp, jacfwd, hessian, dual numbers) goes through any of these."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    functorch = torch._C._functorch
+    # Under hessian the tangents are wrapped where nobody sees them: whatever torch.func follows there may have one.
+    pushed = any(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ())
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    return any(
+        forward_ad.unpack_dual(tensor).tangent is not None or (pushed and functorch.is_functorch_wrapped_tensor(tensor))
+        for tensor in tensors
+    )
+
+
+def no_forward_mode(what: str) -> UnsupportedError:
+    """The error of everything that has no forward-mode derivative."""
+    return UnsupportedError(
+        f"{what} has no forward-mode derivative (jvp, jacfwd, hessian); use reverse mode: torch.func.vjp, jacrev, "
+        "grad, or torch.autograd"
+    )
 
 
 def shapes_only(*tensors: Tensor | None) -> bool:

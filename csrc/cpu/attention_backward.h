@@ -3,7 +3,7 @@
 //     dV = (Z P)^T dO      dS = P (Z (dO V^T) - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
 //
 // Phases, each parallel over tasks:
-//     0  delta            a tile of queries
+//     0  rows             a tile of queries: delta, and what its weights are taken from (see measure_rows)
 //     1  dQ, dK, dV       a span of keys of one (batch, key/value head): five products a tile
 //     2  dbias            a tile of the bias, over every dimension that it broadcasts, unless phase 1 stored it on its
 //     way
@@ -17,59 +17,10 @@
 #include <sched.h>
 #endif
 
-#include "attention_forward.h"
+#include "attention_backward_rows.h"
 
 namespace efficient_attn {
 namespace {
-
-// The bias has an element for every pair: its gradient is dS itself, stored on the way.
-inline bool bias_is_full(const AttentionParams& p) {
-    const int64_t* size = p.dbias.size;
-    return p.dbias.data && size[0] == p.B && size[1] == p.Hq && size[2] == p.Nq && size[3] == p.Nk;
-}
-
-// Keys of one task: few enough that their K, V, dK and dV stay in the second cache level while every query comes by,
-// and that there is a task for each thread. Spans end where pieces of keys do.
-template <class A>
-inline int64_t key_span(const AttentionParams& p) {
-    constexpr int64_t cache = 512 * 1024;
-    const int64_t bytes = 2 * static_cast<int64_t>(sizeof(A)) * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
-    const int64_t wanted = ceil_div(2 * max_of(1, p.threads), max_of(1, p.B * p.Hkv));
-    const int64_t span = min_of(cache / bytes, ceil_div(p.Nk, wanted));
-    return max_of(span / kKeys, 1) * kKeys;
-}
-
-// Of all heads, only so many are under way that the accumulators of dQ stay few.
-struct Pipeline {
-    int64_t spans, heads, slots, tiles;
-
-    template <class A>
-    static Pipeline of(const AttentionParams& p) {
-        const int64_t heads = p.B * p.Hkv;
-        return {max_of(1, ceil_div(p.Nk, key_span<A>(p))), heads, min_of(heads, max_of(1, p.threads) + 1),
-                p.Hq / max_of(1, p.Hkv) * query_tiling(p, kQueries).count};
-    }
-};
-
-// What the tasks share: delta, how many tiles of queries each span is done with, and dQt of the heads under way.
-template <class A>
-struct BackwardShared {
-    A *delta, *dQt;
-    int64_t* done;
-
-    BackwardShared(const AttentionParams& p, char* memory) {
-        const Pipeline line = Pipeline::of<A>(p);
-        Arena arena{memory};
-        delta = arena.take<A>(p.B * p.Hq * p.Nq);
-        done = arena.take<int64_t>(line.heads * line.spans);
-        dQt = arena.take<A>(line.slots * line.tiles * p.D * kQueries);
-        end = arena.next;
-    }
-    static int64_t bytes(const AttentionParams& p) { return BackwardShared(p, kNoMemory).end - kNoMemory; }
-
-  private:
-    char* end;
-};
 
 inline void wait_until(const int64_t* counter, int64_t least) {
     for (int64_t turn = 1; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < least; ++turn) {
@@ -151,7 +102,7 @@ inline QueryTile query_tile(const AttentionParams& p, const QueryTiling& tiling,
 }
 
 template <class T, class A>
-inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const A* delta, int64_t w,
+inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const BackwardShared<A>& shared, int64_t w,
                             BackwardTile<A>& t) {
     const double factor = score_scale(p);
     if constexpr (kPairProducts<T>) {
@@ -164,13 +115,10 @@ inline void load_query_tile(const AttentionParams& p, const QueryTile& q, const 
     }
     const int64_t row = (q.b * p.Hq + q.h) * p.Nq + q.rows.begin;
     for (int64_t r = 0; r < w; ++r) {
-        // Lanes without a row, and rows without a visible key, get weight 0 through an infinite lse.
-        const A lse = r < q.count ? static_cast<const A*>(p.lse)[row + r] : kInfinity<A>;
-        const bool empty = lse == -kInfinity<A> || lse == kInfinity<A>;
-        const double exponent = static_cast<double>(lse) / score_unit(p);
-        t.top[r] = empty ? kInfinity<A> : static_cast<A>(exponent);
-        t.rest[r] = empty ? 0 : static_cast<A>(exponent - static_cast<double>(t.top[r]));
-        t.delta[r] = r < q.count ? delta[row + r] : 0;
+        const bool exists = r < q.count;
+        t.top[r] = exists ? shared.top[row + r] : kInfinity<A>;  // lanes without a row have weight 0
+        t.rest[r] = exists ? shared.rest[row + r] : 0;
+        t.delta[r] = exists ? shared.delta[row + r] : 0;
     }
 }
 
@@ -227,41 +175,6 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
         });
     });
     return masked;
-}
-
-inline bool may_hide_pairs(const AttentionParams& p) {
-    return p.mask.indptr || p.mask.kv_lengths || p.mask.window_left >= 0 || p.mask.window_right >= 0;
-}
-
-// The gradient of the bias is 0 for pairs that no pass comes to.
-template <class T>
-inline void clear_bias_rows(const AttentionParams& p, int64_t row, int64_t rows) {
-    with_bias_type<T>(p, [&](auto element) {
-        using E = decltype(element);
-        const size_t bytes = static_cast<size_t>(rows * p.Nk) * sizeof(E);
-        __builtin_memset(static_cast<E*>(p.dbias.data) + row * p.Nk, 0, bytes);
-    });
-}
-
-// Of one head; without queries there is still a task, to start the counters.
-inline int64_t delta_tiles(const AttentionParams& p) { return max_of(1, ceil_div(p.Nq, kQueries)); }
-
-// Phase 0.
-template <class T, class A>
-inline void delta_task(const AttentionParams& p, int64_t task, const BackwardShared<A>& shared) {
-    if (task == 0) {
-        const Pipeline line = Pipeline::of<A>(p);
-        for (int64_t k = 0; k < line.heads * line.spans; ++k) shared.done[k] = 0;
-    }
-    const int64_t tiles = delta_tiles(p), tile = task % tiles, head = task / tiles;
-    const int64_t h = head % p.Hq, b = head / p.Hq;
-    const Range rows{tile * kQueries, min_of(p.Nq, (tile + 1) * kQueries)};
-    if (bias_is_full(p) && may_hide_pairs(p)) clear_bias_rows<T>(p, head * p.Nq + rows.begin, rows.end - rows.begin);
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const A sum = row_product<A>(row_pointer<T>(p.out, b, h, i), row_pointer<T>(p.grad_out, b, h, i), p.Dv);
-        const int64_t row = head * p.Nq + i;
-        shared.delta[row] = p.grad_lse ? sum - static_cast<const A*>(p.grad_lse)[row] : sum;
-    }
 }
 
 // The rows of a tile of queries, as the factors of dK and dV. With products of pairs they are packed in Q_pairs and
@@ -408,7 +321,7 @@ inline void span_task(const AttentionParams& p, int64_t task, char* memory, cons
         const int64_t w = whole_lanes<T, A>(q.count);
         QueryRows<T, A> query_rows;
         auto begin = [&] {
-            load_query_tile<T>(p, q, shared.delta, w, t);
+            load_query_tile<T>(p, q, shared, w, t);
             query_rows = load_query_rows<T>(p, q, t);
         };
         if (span == 0) {
@@ -465,7 +378,7 @@ inline void store_bias(const AttentionParams& p, int64_t at, double value) {
 
 // Phase 2.
 template <class T, class A>
-inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, char* memory) {
+inline void bias_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
     const BiasTiling cut = bias_tiling(p);
     const int64_t* size = p.dbias.size;
     const bool by_query = size[2] > 1, by_key = size[3] > 1;
@@ -482,7 +395,7 @@ inline void bias_task(const AttentionParams& p, int64_t task, const A* delta, ch
                 const QueryTile q = query_tile(p, tiling, b, h, tile);
                 if (q.count <= 0) continue;
                 const int64_t w = whole_lanes<T, A>(q.count), kv = h / (p.Hq / p.Hkv);
-                load_query_tile<T>(p, q, delta, w, t);
+                load_query_tile<T>(p, q, shared, w, t);
                 for_each_chunk(p, b, h, q.block, q.rows, keys, [&](Range chunk, const Segment& segment) {
                     const auto K = load_operand<T>(p.key, b, kv, chunk, p.D, t.K_buffer);
                     const auto V = load_operand<T>(p.value, b, kv, chunk, p.Dv, t.V_buffer);

@@ -184,6 +184,27 @@ inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range ke
     }
 }
 
+// The online softmax of a tile of queries: calls visit(keys, masked) for each piece of keys that they see, when S holds
+// the weights exp(s - top) of it. Afterwards top and total are those of the whole rows.
+template <class T, class A, class Visit>
+inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t w, ForwardTile<A>& t,
+                         Visit visit) {
+    const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
+    const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
+    const int64_t kv = h / (p.Hq / p.Hkv);
+    load_queries<T>(p, b, h, rows.begin, rows.end - rows.begin, w, t);
+    for (int64_t r = 0; r < w; ++r) t.top[r] = -kInfinity<A>, t.total[r] = 0;
+    for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
+        const int64_t n = keys.end - keys.begin;
+        score<T>(p, b, kv, keys, w, t);
+        bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
+        if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
+        if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
+        online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
+        visit(keys, masked);
+    });
+}
+
 template <class T, class A>
 inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
     const QueryTiling tiling = query_tiling(p, kQueries);
@@ -192,25 +213,14 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory, c
     const Range rows = tile_rows(p, tiling, tile);
     const int64_t count = rows.end - rows.begin;
     if (count <= 0) return;
-    const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
-    const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
     const int64_t w = whole_lanes<T, A>(count);
     ForwardTile<A> t(p, memory);
 
-    load_queries<T>(p, b, h, rows.begin, count, w, t);
-    for (int64_t r = 0; r < w; ++r) t.top[r] = -kInfinity<A>, t.total[r] = 0;
     fill_zero(t.Ot, p.Dv * w);
-
-    for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
-        const int64_t n = keys.end - keys.begin;
-        score<T>(p, b, kv, keys, w, t);
-        bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
-        if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
-        if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
-        online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
+    softmax_pass<T>(p, b, h, rows, w, t, [&](Range keys, bool masked) {
         if (p.dropout_p > 0) {
             dropout_bits(p.dropout_seed, p.dropout_p, b, h, rows.begin, count, keys.begin, keys.end, t.keep);
-            fill_masked(t.keep, n, w, A{0}, t.S);
+            fill_masked(t.keep, keys.end - keys.begin, w, A{0}, t.S);
         }
         accumulate<T>(p, b, kv, keys, masked, w, shared, t);
     });

@@ -81,10 +81,13 @@ int64_t backward_shared(const AttentionParams& p) {
     return with_accumulator(p, [&](auto a) { return BackwardShared<decltype(a)>::bytes(p); });
 }
 int64_t backward_bytes(const AttentionParams& p) {
-    return with_accumulator(p, [&](auto a) { return BackwardTile<decltype(a)>::bytes(p); });
+    return with_accumulator(p, [&](auto a) {
+        using A = decltype(a);
+        return max_of(BackwardTile<A>::bytes(p), ForwardTile<A>::bytes(p));
+    });
 }
 int64_t backward_tasks(const AttentionParams& p, int phase) {
-    if (phase == 0) return p.B * p.Hq * delta_tiles(p);
+    if (phase == 0) return p.B * p.Hq * row_tiles(p);
     if (phase == 2) return p.dbias.data && !bias_is_full(p) ? bias_tiling(p).count : 0;
     return with_accumulator(p, [&](auto a) {
         const Pipeline line = Pipeline::of<decltype(a)>(p);
@@ -96,10 +99,10 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
         using T = typename decltype(types)::Storage;
         using A = typename decltype(types)::Accumulator;
         const BackwardShared<A> shared(p, shared_memory);
-        if (phase == 0) return delta_task<T, A>(p, task, shared);
+        if (phase == 0) return rows_task<T, A>(p, task, memory, shared);
         const TileRegisters tiles(kPairProducts<T>);
         if (phase == 1) return span_task<T, A>(p, task, memory, shared);
-        bias_task<T, A>(p, task, shared.delta, memory);
+        bias_task<T, A>(p, task, memory, shared);
     });
 }
 

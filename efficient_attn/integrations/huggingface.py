@@ -24,6 +24,7 @@ from ..masks import BlockMask
 from ..methods import DENSE, Method, parse
 from ..methods.continuation import continuation, goes_by_positions
 from ..patterns import Pattern
+from ..tracing import is_jit_traced
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
 from .left_padding import Turned, left_padding, take
@@ -300,7 +301,7 @@ def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[s
     if mask.is_floating_point():
         return {"bias": mask.to(query.dtype)}
     same = all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2))
-    if same and mask.shape[-1] == Nk:
+    if same and not is_jit_traced() and mask.shape[-1] == Nk:
         return {"key_mask": mask[:, 0, 0]}
     return {"mask": mask}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
+from ..tracing import is_jit_traced, is_recorded
 from .left_padding import left_padding
 
 Interval = tuple[int | None, int | None]  # of key - query, both ends included; None: unlimited
@@ -160,8 +161,8 @@ def pair_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         allow_is_bidirectional_skip, use_vmap, device,
     )  # fmt: skip
-    if made is None or made.key_mask is None or attention_mask is None:
-        return made
+    if made is None or made.key_mask is None or attention_mask is None or is_jit_traced():
+        return made  # traced attention is dense, which asks for no places
     left = left_padding(attention_mask.bool())
     return made if left is None else dataclasses.replace(made, left=left.expand(batch_size))
 
@@ -180,13 +181,16 @@ def _made(
 ) -> PairMask | None:
     """The mask of one function, `left` aside."""
     key_mask = _padding(attention_mask, batch_size, kv_length, kv_offset)
-    tracing = torch.compiler.is_compiling()
+    tracing = is_recorded()
     if isinstance(q_offset, Tensor) and not tracing:
         q_offset = int(q_offset)
     shape = (batch_size, 1, q_length, kv_length)
     interval = _interval(mask_function)
     if interval == (None, None):
         return None if key_mask is None and allow_is_bidirectional_skip else PairMask(shape, key_mask)
+    if is_jit_traced():  # the program runs on other lengths, too: nothing may be decided by this one
+        asked = _asked(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
+        return PairMask(shape, key_mask, asked)
     start = None if isinstance(q_offset, Tensor) else q_offset - kv_offset
     if q_length == 1 and interval is not None and start is not None and _reaches_all(interval, start, kv_length):
         return PairMask(shape, key_mask, None, start, kv_offset)
@@ -223,7 +227,7 @@ def _padding(attention_mask: Tensor | None, batch_size: int, kv_length: int, kv_
     if found.shape[1] < kv_length:
         found = torch.nn.functional.pad(found, (0, kv_length - found.shape[1]))
     found = found.expand(batch_size, -1)
-    return None if not torch.compiler.is_compiling() and bool(found.all()) else found
+    return None if not is_recorded() and bool(found.all()) else found
 
 
 def _interval(mask_function: Callable[..., Any]) -> Interval | None:

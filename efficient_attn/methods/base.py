@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -9,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from ..masks import BlockMask
 from ..options import Named
 from ..patterns import PATTERNS, Pattern
+from ..tracing import has_tangent, is_jit_traced, no_forward_mode
 
 METHODS: ChainMap[str, Any] = ChainMap({}, PATTERNS)  # what a spec names: the patterns, which attend as `Sparse`, first
 TAILS: dict[str, Any] = {}  # what may stand behind a +, see hybrid/
@@ -33,6 +36,13 @@ class Method(Named):
     accepts_causal: ClassVar[bool] = False
     accepts_mask: ClassVar[bool] = False
     accepts_bias: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Every `attend`, a user's own too, keeps the promises that are the same for all methods: see `_settled`."""
+        super().__init_subclass__(**options)
+        if "attend" in vars(cls):
+            attend: Any = vars(cls)["attend"]
+            cls.attend = _settled(attend)  # type: ignore[method-assign]
 
     @property
     def shares_state(self) -> bool:
@@ -90,13 +100,50 @@ class Method(Named):
             need_weights: also return what this method multiplies the values with, dropout included: n x n memory.
 
         Returns:
-            out (B, Hq, Nq, Dv) and weights (B, Hq, Nq, Nk) or None.
+            out (B, Hq, Nq, Dv) and weights (B, Hq, Nq, Nk) or None. Weights that need a gradient are on the way of the
+            output's: `weights.retain_grad()` has what out.backward() gives them.
 
         Raises:
             UnsupportedError: what the class attributes say this method does not accept.
             InputError, InputTypeError: arguments that do not belong together, or a missing state.
         """
         raise NotImplementedError
+
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def _settled(attend: Attend) -> Attend:
+    """An `attend` that refuses torch.jit.trace, unless it is dense, and puts the weights that it returns on the way of
+    the output's gradient."""
+
+    @functools.wraps(attend)
+    def call(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        if not self.is_dense and is_jit_traced():
+            raise UnsupportedError(
+                f"torch.jit.trace would freeze what {self} chooses for the sample: blocks, landmarks and lengths. "
+                "Trace dense attention, or use torch.export or torch.compile"
+            )
+        if has_tangent(query, key, value):
+            raise no_forward_mode(str(self))
+        out, weights = attend(self, query, key, value, **options)
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+            out = _through_weights(out, weights, value)
+        return out, weights
+
+    return call
+
+
+def _through_weights(out: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    """`out`, to the bit, whose gradient goes to the weights and through them: what relevance by gradients of attention
+    weights asks for (Chefer et al., CVPR 2021), and what plain PyTorch gives whose output is weights @ value."""
+    value = value.masked_fill(~value.isfinite(), 0.0)  # hidden, or the output tells
+    kv_heads = value.shape[1]
+    grouped = (
+        weights.unflatten(1, (kv_heads, weights.shape[1] // max(kv_heads, 1))) @ value.to(weights.dtype)[:, :, None]
+    )
+    product: Tensor = grouped.flatten(1, 2).to(out.dtype)
+    return out.detach() + (product - product.detach())
 
 
 class MethodState(nn.Module):

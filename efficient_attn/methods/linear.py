@@ -15,6 +15,7 @@ from ..backends.features import POINTWISE, map_features
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, check_key_mask, prepare_inputs, select_keys
+from ..ops import linear_attention as ops
 from ..options import register
 from .lowrank import LowRankMethod, by_group, drop_columns, drop_keys
 
@@ -111,7 +112,7 @@ def run_operator(
     offset = alignment_offset(causal_alignment, q_len, kv_len)
     features = key.shape[3] if projection is None else projection.shape[-2]
     chosen = select(backend, LinearCall(value.device, value.dtype, max(features, value.shape[3])))
-    out, normaliser, _ = torch.ops.efficient_attn.linear_attention_forward(
+    out, normaliser, _ = ops.linear_attention_forward(
         query, key, value, key_mask, projection, is_causal, offset, feature_map, scale, chosen
     )
     return out, normaliser

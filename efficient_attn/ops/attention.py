@@ -178,12 +178,12 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     return one_by_one(torch.ops.efficient_attn.attention_backward, info, in_dims, args)
 
 
-register(
+attention_forward = register(
     f"attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, {MASK}, "
     "float scale, float dropout_p, Tensor? dropout_seed, str backend) -> (Tensor out, Tensor lse)",
     kernel=_forward, fake=_forward_fake, setup=_forward_setup, gradient=_forward_grad, vmap=_forward_vmap,
 )  # fmt: skip
-register(
+attention_backward = register(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, "
     f"Tensor out, Tensor lse, {MASK}, float scale, float dropout_p, Tensor? dropout_seed, bool bias_requires_grad, "
     "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
@@ -191,31 +191,7 @@ register(
 )  # fmt: skip
 
 
-# --- torch.func ---
-
-
-class _Forward(torch.autograd.Function):
-    """The registered formulas once more, for torch.func.grad, which passes register_autograd by."""
-
-    generate_vmap_rule = False
-    forward = staticmethod(torch.ops.efficient_attn.attention_forward)
-    setup_context = staticmethod(_forward_setup)
-    backward = staticmethod(_forward_grad)
-    vmap = staticmethod(_forward_vmap)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise UnsupportedError(
-            "attention has no forward-mode derivative; use reverse mode (torch.func.vjp, jacrev, grad)"
-        )
-
-
-class _Backward(torch.autograd.Function):
-    generate_vmap_rule = False
-    forward = staticmethod(torch.ops.efficient_attn.attention_backward)
-    setup_context = staticmethod(_backward_setup)
-    backward = staticmethod(_backward_grad)
-    vmap = staticmethod(_backward_vmap)
+# --- the way past the dispatcher ---
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -232,17 +208,3 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or not _PLAIN.issuperset(map(type, tensors))
         or any(tensor is not None and tensor.is_meta for tensor in tensors)
     )
-
-
-def attention_forward(*operands: Any) -> tuple[Tensor, Tensor]:
-    """Call the forward operator, by whichever route the transformations that are active understand."""
-    if torch._C._are_functorch_transforms_active():
-        return _Forward.apply(*operands)
-    return torch.ops.efficient_attn.attention_forward(*operands)
-
-
-def attention_backward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Call the backward operator, likewise."""
-    if torch._C._are_functorch_transforms_active():
-        return _Backward.apply(*operands)
-    return torch.ops.efficient_attn.attention_backward(*operands)

@@ -76,7 +76,7 @@ def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_normaliser: Tensor | N
         raise UnsupportedError("the projection of a fused feature map has no gradient; map the features first")
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    gradients = torch.ops.efficient_attn.linear_attention_backward(
+    gradients = linear_attention_backward(
         grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
         ctx.is_causal, ctx.causal_offset, ctx.feature_map, ctx.scale, ctx.backend,
     )  # fmt: skip
@@ -115,13 +115,13 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     return _vmap(torch.ops.efficient_attn.linear_attention_backward, info, in_dims, args, 10, 6)
 
 
-register(
+linear_attention_forward = register(
     "linear_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? projection, "
     "bool is_causal, SymInt causal_offset, str feature_map, float scale, str backend) "
     "-> (Tensor out, Tensor normaliser, Tensor key_shift)",
     kernel=_forward, fake=_forward_fake, setup=_forward_setup, gradient=_forward_grad, vmap=_forward_vmap,
 )  # fmt: skip
-register(
+linear_attention_backward = register(
     "linear_attention_backward(Tensor grad_out, Tensor? grad_normaliser, Tensor query, Tensor key, Tensor value, "
     "Tensor? key_mask, Tensor? projection, Tensor out, Tensor normaliser, Tensor key_shift, bool is_causal, "
     "SymInt causal_offset, str feature_map, float scale, str backend) "

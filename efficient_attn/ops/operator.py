@@ -1,4 +1,9 @@
-"""What makes a PyTorch operator: its registration in one call, and the two ways in which a vmap can run it."""
+"""What makes a PyTorch operator: its registration in one call, and the two ways in which a vmap can run it.
+
+`register` returns what the rest of the package calls: the operator, by whichever route the transformations understand
+that are active. torch.func.grad passes register_autograd by, so that the formulas are there once more, as a
+torch.autograd.Function; forward mode is one named error on both routes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import has_tangent, no_forward_mode
+
 NAMESPACE = "efficient_attn"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -16,15 +23,36 @@ Function = Callable[..., Any]
 
 def register(
     schema: str, *, kernel: Function, fake: Function, setup: Function, gradient: Function, vmap: Function
-) -> None:
-    """Define an operator: `kernel` computes it on every device, `fake` gives the shapes, `setup` keeps what `gradient`
-    needs (torch.autograd.Function's setup_context and backward), and `vmap` maps it."""
+) -> Function:
+    """Define an operator and return what calls it.
+
+    `kernel` computes it on every device, `fake` gives the shapes, `setup` keeps what `gradient` needs
+    (torch.autograd.Function's setup_context and backward), and `vmap` maps it.
+    """
     name = f"{NAMESPACE}::{schema.partition('(')[0]}"
     _library.define(schema)
     _library.impl(name.partition("::")[2], kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=_library)
     torch.library.register_autograd(name, gradient, setup_context=setup, lib=_library)
     torch.library.register_vmap(name, vmap, lib=_library)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2])
+
+    def refuse_forward_mode(*_: Any) -> Any:
+        raise no_forward_mode(name.partition("::")[2].rpartition("_")[0].replace("_", " "))
+
+    formulas = {"forward": operator, "setup_context": setup, "backward": gradient, "vmap": vmap}
+    members: dict[str, Any] = {key: staticmethod(formula) for key, formula in formulas.items()}
+    members |= {"jvp": staticmethod(refuse_forward_mode), "generate_vmap_rule": False}
+    function: Any = type(name.partition("::")[2], (torch.autograd.Function,), members)
+
+    def call(*operands: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*operands)
+        if has_tangent(*operands):
+            refuse_forward_mode()
+        return operator(*operands)
+
+    return call
 
 
 def one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:

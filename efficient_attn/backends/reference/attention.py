@@ -65,12 +65,13 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), each shaped and typed like its input.
 
-    `first_row` says which row of the mask the first query is, for callers that walk the queries in slices.
+    The weights are made from the scores again, not as exp(s - lse): an lse of 1e9 has no digit left for the log of the
+    number of keys. `first_row` says which row of the mask the first query is, for callers that walk the queries in
+    slices.
     """
     heads = query.shape[1]
     scores, visible = masked_scores(query, key, bias, mask, scale, first_row)
-    weights = torch.exp(scores - lse[..., None].masked_fill(lse[..., None] == -torch.inf, 0.0))
-    weights = weights.masked_fill(~visible, 0.0)  # where lse is NaN, too
+    weights = softmax(scores).masked_fill(~visible, 0.0)  # where the row is NaN, too
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
 
@@ -105,8 +106,15 @@ def attention_weights(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> Tensor:
-    """Return what multiplies the values, (B, Hq, Nq, Nk) in the query's dtype; differentiable."""
-    scores, _ = masked_scores(query, key, bias, mask, scale)
+    """Return what multiplies the values, (B, Hq, Nq, Nk) in the query's dtype; differentiable.
+
+    The gradient of a product meets what a mask hides with weight 0, which a NaN there would survive.
+    """
+    scores, visible = masked_scores(query, key, bias, mask, scale)
+    if torch.is_grad_enabled() and scores.requires_grad:
+        query, key = (t.masked_fill(~t.isfinite(), 0.0) for t in (query, key))
+        clean, _ = masked_scores(query, key, bias, mask, scale)
+        scores = torch.where(scores.isfinite() | ~visible, clean, scores.detach())
     weights = softmax(scores)
     if dropout_p > 0.0:
         weights = apply_dropout(weights, dropout_p, dropout_seed)

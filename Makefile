@@ -117,3 +117,6 @@ readme: $(STAMP) ## write the generated parts of README.md and docs/methods.md a
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(STAMP)
+
+works-with: $(STAMP) ## write docs/works-with.md: what people do around a model x methods x models (10 minutes)
+	cd tests && ../$(BIN)/python -c "from support.works_with import main; main()" > ../docs/works-with.md

@@ -25,7 +25,7 @@ def left_padding(key_mask: Tensor | None) -> Tensor | None:
 
 
 class Turned(NamedTuple):
-    """The order of tokens (B, N): `there` puts the first real one first, `back` undoes it, `padding` was before."""
+    """Which token comes where, (B, N): `there` puts the first real one first, `back` undoes it; `padding` before."""
 
     there: Tensor
     back: Tensor

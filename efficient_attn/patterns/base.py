@@ -267,7 +267,8 @@ def pattern_lists(
 def _pattern_lists_fake(
     pattern: str, q_len: int, kv_len: int, heads: int, block_q: int, block_k: int, device: str
 ) -> list[Tensor]:
-    return _shapes_of(_all_lists(pattern, int(q_len), int(kv_len), int(heads), block_q, block_k, "cpu"), device)
+    sizes = int(q_len), int(kv_len), int(heads), int(block_q), int(block_k)
+    return _shapes_of(_all_lists(pattern, *sizes, device="cpu"), device)
 
 
 def _shapes_of(lists: list[Tensor], device: str) -> list[Tensor]:

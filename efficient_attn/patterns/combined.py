@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -30,6 +31,12 @@ class _OfParts(Pattern):
             if not isinstance(part, Pattern):
                 error = UnsupportedError if isinstance(part, Named) else InputTypeError
                 raise error(f"{part} is no pattern of pairs; &, | and per_head join patterns only")
+
+    def aligned(self, alignment: str | None) -> Pattern:
+        if alignment is None:
+            return self
+        parts: Any = {"parts": tuple([part.aligned(alignment) for part in self.parts])}
+        return dataclasses.replace(self, **parts)
 
     @property
     def by_content(self) -> bool:

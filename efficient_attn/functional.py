@@ -504,7 +504,9 @@ def seen_keys(
     What a method makes of all keys together (landmarks, means, buckets, a choice of blocks) must leave out the others,
     whatever they hold, as it leaves out those that `key_mask` hides.
     """
+    check_key_mask(key_mask, key)
     (B, _, Nq, _), Nk = query.shape, key.shape[2]
+    check_alignment(is_causal, causal_alignment, Nq, Nk)
     parts = [] if key_mask is None else [key_mask]
     causal = causal_mask(Nq, Nk, is_causal and (mask is not None or Nq != Nk), causal_alignment)
     if mask is not None:

@@ -6,7 +6,6 @@ them share: the calls, the kept lists, what torch.compile sees of them, and the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +111,11 @@ class Pattern(Named):
         """This pattern, with an alignment where it goes by positions and names none: what a call says for it."""
         if alignment is None or getattr(self, "alignment", "") is not None:
             return self
-        return dataclasses.replace(self, alignment=alignment)  # type: ignore[call-arg]
+        return self._with(alignment=alignment)
+
+    def _with(self, **options: Any) -> Pattern:
+        # dataclasses.replace cannot be traced by torch.compile.
+        return type(self)(**{option: getattr(self, option) for option in self.kinds} | options)
 
     @property
     def by_content(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -35,8 +34,7 @@ class _OfParts(Pattern):
     def aligned(self, alignment: str | None) -> Pattern:
         if alignment is None:
             return self
-        parts: Any = {"parts": tuple([part.aligned(alignment) for part in self.parts])}
-        return dataclasses.replace(self, **parts)
+        return self._with(parts=tuple([part.aligned(alignment) for part in self.parts]))
 
     @property
     def by_content(self) -> bool:

@@ -70,7 +70,6 @@ class _Blocks(ContentPattern):
     def _own_block(self) -> tuple[int, int]:
         return (self.block, self.block)
 
-    @torch.no_grad()
     def for_inputs(
         self,
         query: Tensor,
@@ -79,6 +78,12 @@ class _Blocks(ContentPattern):
         scale: float | None = None,
         key_mask: Tensor | None = None,
         within: BlockMask | None = None,
+    ) -> BlockMask:
+        with torch.no_grad():  # no decorator: torch.compile cannot call a decorated method of what `aligned` made
+            return self._chosen(query, key, scale, key_mask, within)
+
+    def _chosen(
+        self, query: Tensor, key: Tensor, scale: float | None, key_mask: Tensor | None, within: BlockMask | None
     ) -> BlockMask:
         B, Hq, Nq, D = query.shape
         Nk = key.shape[2]

@@ -137,3 +137,26 @@ def test_empty_lengths_need_none():
     for n, m in ((0, 5), (5, 0)):
         for pattern in (Dense(), Causal(), SlidingWindow(2, 2)):
             assert not attention(*qkv(n, m), mask=pattern).any()
+
+
+@pytest.mark.parametrize(
+    "pattern", [SlidingWindow(3, 2), per_head([Causal(), SlidingWindow(2, 2)]), TopKBlocks(16, 2)], ids=str
+)
+def test_a_call_says_it_in_a_compiled_program_too(pattern):
+    def program(q, k, v):
+        return attention(q, k, v, mask=pattern, is_causal=True, causal_alignment="bottom_right")
+
+    torch._dynamo.reset()
+    inputs = qkv(FEW, MANY)
+    compiled = torch.compile(program, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), program(*inputs))
+
+
+def test_hidden_keys_choose_nothing_in_a_compiled_program():
+    method, keep = parse("topk_blocks:block=16,blocks=2"), torch.arange(128) < 100
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: method.attend(q, k, v, mask=keep)[0], backend="eager", fullgraph=True)
+    q, k, v = qkv(128, 128)
+    hidden = ~keep[:, None]
+    same = compiled(q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan))
+    assert torch.equal(compiled(q, k, v), same)

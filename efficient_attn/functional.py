@@ -17,11 +17,11 @@ from .backends.call import Call, accumulation_dtype
 from .backends.reference import attention as reference
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError
-from .masks import BlockMask, MaskArrays
+from .masks import BlockMask, MaskArrays, trainable
 from .masks.algebra import seen_keys as seen_in_lists
 from .ops import attention as ops
 from .patterns import Pattern
-from .tracing import PLAN, named
+from .tracing import PLAN, named, shapes_only
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -270,6 +270,8 @@ def prepare(
     )
     if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
         arrays = block_mask.arrays(transposed=True)
+    if differentiable:
+        arrays = trainable(arrays)
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable)
 
@@ -309,7 +311,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     if Hq != Hkv and (Hkv == 0 or Hq % Hkv):
         raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
     if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM:
-        raise InputError(f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Split wider heads")
+        raise InputError(
+            f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Take more heads, or leave "
+            "this layer to PyTorch (attn_implementation='sdpa' of a transformers model)"
+        )
 
 
 def check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -393,7 +398,7 @@ def as_block_mask(
         Nq, Nk = query.shape[2], key.shape[2]
         given = given.to(query.device)
         given = given.expand(*given.shape[:-2], Nq, Nk) if given.dim() > 1 else given.expand(Nq, Nk)
-        return BlockMask.from_dense(given, static=torch.compiler.is_compiling())
+        return BlockMask.from_dense(given, static=shapes_only(given))
     return given if given.device is None or given.device == query.device else given.to(query.device)
 
 
@@ -430,18 +435,18 @@ def _check_mask(mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor) 
 def resolve_seed(seed: int | Tensor | None) -> Tensor:
     """An int64 tensor with the dropout seed; None draws one from PyTorch's CPU generator."""
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64)
+        return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise InputTypeError(f"dropout_seed must be one int64 value, got {tuple(seed.shape)} of {seed.dtype}")
         return seed.reshape(())
-    return torch.tensor(int(seed), dtype=torch.int64)
+    return torch.tensor(int(seed), dtype=torch.int64, device="cpu")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as torch.autocast asks for, when it is on for the tensors' device; float64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast knows no meta device
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -512,12 +517,11 @@ def seen_keys(
     if mask is not None:
         _check_mask(mask, query, key)
     if causal is not None:
-        causal = causal.to(query.device)
-        parts.append(seen_in_lists(*causal.parts))
+        parts.append(seen_in_lists(*causal.parts).to(query.device))
     # Lists cannot be read while tracing: who has made them says so when they are to be joined with others.
-    if isinstance(mask, BlockMask) and not (torch.compiler.is_compiling() and mask.indptr is not None):
+    if isinstance(mask, BlockMask) and not (shapes_only(query) and mask.indptr is not None):
         mask = as_block_mask(mask, query, key)
-        parts.append(seen_in_lists(*(mask if causal is None else mask & causal).parts))
+        parts.append(seen_in_lists(*(mask if causal is None else mask & causal).parts).to(query.device))
     tensors = [mask] if isinstance(mask, Tensor) else []
     if bias is not None:
         tensors.append(check_bias(bias, query, key) != -torch.inf)
@@ -537,7 +541,7 @@ def _may_read(key_mask: Tensor) -> bool:
     """Whether values may steer Python: not while tracing or mapping, and not where reading would stall a stream."""
     return (
         key_mask.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not shapes_only(key_mask)
         and not torch._C._are_functorch_transforms_active()
         and type(key_mask) is Tensor
     )
@@ -548,7 +552,7 @@ def _absorb(
 ) -> tuple[MaskLike, Tensor | None]:
     """Move key_mask into the mask where that is cheaper; returns the mask and what remains of key_mask."""
     lengths = key_mask.sum(-1)
-    if bool((key_mask == (torch.arange(key_mask.shape[1]) < lengths[:, None])).all()):
+    if bool((key_mask == (torch.arange(key_mask.shape[1], device=key_mask.device) < lengths[:, None])).all()):
         if bool((lengths == key_mask.shape[1]).all()):
             return mask, None
         padding = BlockMask.from_lengths(lengths, q_len=query.shape[2], kv_len=key.shape[2])

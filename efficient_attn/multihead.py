@@ -33,6 +33,7 @@ from .methods import DENSE, Method, parse
 from .methods.base import keep_state
 from .methods.continuation import goes_by_positions
 from .patterns import Pattern
+from .tracing import shapes_only
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
@@ -451,9 +452,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     # --- state ---
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        keep_state(self.method_state, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        keep_state(self.method_state, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -600,7 +603,7 @@ def _padding_as_bool(key_padding_mask: Tensor, method: Method) -> Tensor:
         f"attention={str(method)!r} cannot add a float key_padding_mask to its scores; it takes a bool mask, or a "
         "float one of 0 and -inf only"
     )
-    if torch.compiler.is_compiling():
+    if shapes_only(key_padding_mask):
         torch._assert_async(only_padding, message)
     elif not only_padding:
         raise UnsupportedError(message)

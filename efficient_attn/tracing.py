@@ -1,4 +1,6 @@
-"""Names for torch.profiler: what this package does besides its operators, which PyTorch names by itself.
+"""What looks on while we run: tracers that know shapes but no values, and torch.profiler, for which there are names.
+
+Names are for what this package does besides its operators, which PyTorch names by itself.
 
 A name costs a function call and a question to the profiler, well below a microsecond, while no profiler runs;
 torch.profiler.record_function alone would cost several.
@@ -12,11 +14,25 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 PLAN = "efficient_attn::plan"  # making a mask: building lists, selecting blocks, hashing and sorting tokens
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def shapes_only(*tensors: Tensor | None) -> bool:
+    """Whether no value may steer Python: torch.compile traces, fake tensors are made, or a tensor is on meta."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return any(tensor is not None and (tensor.is_meta or isinstance(tensor, FakeTensor)) for tensor in tensors)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A range in which autocast leaves the tensor's device alone; the meta device knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def span(name: str) -> AbstractContextManager[Any]:

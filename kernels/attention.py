@@ -114,7 +114,8 @@ def forward_tile(i_program, x, tiles, out, grid, C: tl.constexpr):
     m_i = o_i < x.sizes.Nq
     i_first = i_tile * C.BLOCK_Q // C.PACK
     i_last = tl.minimum((i_tile * C.BLOCK_Q + C.BLOCK_Q - 1) // C.PACK, x.sizes.Nq - 1)
-    own = Tile(i_b, i_h, o_h, i_first, tl.minimum(o_i, x.sizes.Nq - 1), key_count(x.mask, i_b, x.sizes.Nk))
+    o_seen = o_i if x.bias.ptr is None else tl.minimum(o_i, x.sizes.Nq - 1)
+    own = Tile(i_b, i_h, o_h, i_first, o_seen, key_count(x.mask, i_b, x.sizes.Nk))
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
     if C.SPLIT:
         span = split_span(span, i_split, grid.splits)

@@ -210,7 +210,8 @@ def query_gradient_tile(i_program, x, given, dq, grid, C: tl.constexpr):
     i_first = i_tile * C.BLOCK_Q
     o_i = i_first + tl.arange(0, C.BLOCK_Q)
     m_i = o_i < x.sizes.Nq
-    own = Tile(i_b, i_h, i_h, i_first, tl.minimum(o_i, x.sizes.Nq - 1), key_count(x.mask, i_b, x.sizes.Nk))
+    o_seen = o_i if x.bias.ptr is None else tl.minimum(o_i, x.sizes.Nq - 1)
+    own = Tile(i_b, i_h, i_h, i_first, o_seen, key_count(x.mask, i_b, x.sizes.Nk))
     i_last = tl.minimum(i_first + C.BLOCK_Q, x.sizes.Nq) - 1
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
     b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)

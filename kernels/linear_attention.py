@@ -68,27 +68,32 @@ class LinearConstants(NamedTuple):
 
 
 @triton.jit
-def load_part(side, alive, i_b, i_h, o_n, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows o_n of a side in float32, columns from `first`: [rows, BLOCK_D]; 0 outside, where `alive` or the norm is 0.
-    Returns the tile and which rows count."""
+def rows_that_count(side, i_b, o_n):
+    """Which of the rows o_n exist and are alive."""
     m_n = (o_n >= 0) & (o_n < side.N)
-    if alive is not None:
-        m_n = m_n & (tl.load(alive + tl.cast(i_b, tl.int64) * side.N + o_n, mask=m_n, other=0) != 0)
+    if side.alive is not None:
+        m_n = m_n & (tl.load(side.alive + tl.cast(i_b, tl.int64) * side.N + o_n, mask=m_n, other=0) != 0)
+    return m_n
+
+
+@triton.jit
+def load_part(side, i_b, i_h, o_n, m_n, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows o_n in float32, columns from `first`: [rows, BLOCK_D]; 0 outside, where m_n is false or the norm is 0."""
     o_d = first + tl.arange(0, BLOCK_D)
     p_tile = side.ptr + row_offsets(side, i_b, i_h, o_n)[:, None] + o_d[None, :]
     b_tile = tl.load(p_tile, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
     if side.norm is not None:
         b_n = tl.load(side.norm + (tl.cast(i_b, tl.int64) * side.heads + i_h) * side.N + o_n, mask=m_n, other=0.0)
         b_tile = tl.where((b_n == 0.0)[:, None], 0.0, b_tile / tl.where(b_n == 0.0, 1.0, b_n)[:, None])
-    return b_tile, m_n
+    return b_tile
 
 
 @triton.jit
 def load_pair(y, u, i_b, i_h, o_y, i_r, C: tl.constexpr):
-    """Rows o_y of y and the program's columns of u, and which rows count; both are alive where y is."""
-    b_y, m_y = load_part(y, y.alive, i_b, i_h, o_y, 0, C.E, C.BLOCK_E)
-    b_u, m_y = load_part(u, y.alive, i_b, i_h, o_y, i_r * C.BLOCK_R, C.R, C.BLOCK_R)
-    return b_y, b_u, m_y
+    """Rows o_y of y and the program's columns of u, and which rows count."""
+    m_y = rows_that_count(y, i_b, o_y)
+    b_y = load_part(y, i_b, i_h, o_y, m_y, 0, C.E, C.BLOCK_E)
+    return b_y, load_part(u, i_b, i_h, o_y, m_y, i_r * C.BLOCK_R, C.R, C.BLOCK_R), m_y
 
 
 @triton.jit
@@ -223,7 +228,8 @@ def sums_kernel(x, y, u, out, states, vectors, normaliser, times, r_tiles, C: tl
         i_chunk = times.chunks - 1 - c if C.REVERSE else c
         o_t = times.first + (i_slot * times.chunks + i_chunk) * C.CHUNK + tl.arange(0, C.CHUNK)
         o_x, o_y = o_t + x.shift, o_t + y.shift
-        b_x, m_x = load_part(x, x.alive, i_b, i_h, o_x, 0, C.E, C.BLOCK_E)
+        m_x = rows_that_count(x, i_b, o_x)
+        b_x = load_part(x, i_b, i_h, o_x, m_x, 0, C.E, C.BLOCK_E)
         b_e = load_extra(x, i_b, i_h, o_x, m_x)
         b_out = dot(b_x, b_state, C)
         b_n = tl.full([C.CHUNK], 0.0, tl.float32)

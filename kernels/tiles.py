@@ -122,8 +122,8 @@ class Constants(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a program owns: rows `o` from `first` of a head, queries or, for their gradient, keys. Queries beyond the
-    end repeat the last one; they are not stored."""
+    """What a program owns: rows `o` from `first` of a head, queries or, for their gradient, keys. With a bias, queries
+    beyond the end repeat the last one; they are not stored."""
 
     i_b: Any
     i_h: Any

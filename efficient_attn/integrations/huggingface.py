@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..methods.continuation import continuation, goes_by_positions
 from ..patterns import Pattern
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
+from .left_padding import Turned, left_padding, take
 from .torch_sdpa import only_hides
 
 NAME = "efficient_attn"
@@ -88,6 +90,7 @@ def register() -> None:
         if requested_attention is not None and requested_attention.partition(":")[0] == NAME:
             _add(requested_attention)
             vars(self)["_efficient_attn_name"] = _Registered(requested_attention)
+            _refuse_in_class_tables(type(self), requested_attention)
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
@@ -97,6 +100,20 @@ def register() -> None:
 
     get_correct_attn_implementation.knows_efficient_attn = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def _refuse_in_class_tables(model: type, name: str) -> None:
+    """Let layers that look their class up by the name, past transformers' interface, find one that says so."""
+
+    def refuse(*arguments: Any, **keywords: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"{model.__name__} looks the class of its attention layers up by name in a table of its own, so that "
+            f"attn_implementation={name!r} would not reach them; use 'eager', or name this package for its parts alone"
+        )
+
+    for variable, table in vars(sys.modules[model.__module__]).items():
+        if variable.endswith("ATTENTION_CLASSES") and isinstance(table, dict):
+            table.setdefault(name, refuse)
 
 
 class _Registered:
@@ -180,8 +197,14 @@ def _forward(
     if position_bias is not None:
         bias = call.get("bias")
         call["bias"] = (position_bias if bias is None else position_bias + bias).to(query.dtype)
+    left = _left_padding(method, attention_mask, call)
+    turned = None
     if place is not None and (place[0] != place[1] or Nq != Nk):
-        method, call = _among_earlier(method, call, query, key, place)
+        method, call = _among_earlier(method, call, query, key, place, left)
+    elif left is not None:
+        turned = Turned.by(left.expand(key.shape[0]), Nk)
+        call = turned.call(call)
+        query, key, value = (take(x, turned.there, 2) for x in (query, key, value))
     out, weights = method.attend(
         query,
         key,
@@ -192,7 +215,17 @@ def _forward(
         need_weights=_weights_wanted(kwargs),
         **call,
     )
+    if turned is not None:
+        out = turned.undo(out)
+        weights = None if weights is None else take(turned.undo(weights), turned.back, 3)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _left_padding(method: Method, attention_mask: Any, call: dict[str, Any]) -> Tensor | None:
+    """How far the first real token of each row is from the beginning, for a method to which that matters."""
+    if not method.counts_positions:
+        return None
+    return attention_mask.left if isinstance(attention_mask, PairMask) else left_padding(call.get("key_mask"))
 
 
 def _without_place(method: Method, module: nn.Module, Nq: int, Nk: int) -> Method:
@@ -276,13 +309,14 @@ def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[s
 
 
 def _among_earlier(
-    method: Method, call: dict[str, Any], query: Tensor, key: Tensor, place: tuple[int, int]
+    method: Method, call: dict[str, Any], query: Tensor, key: Tensor, place: tuple[int, int], left: Tensor | None
 ) -> tuple[Method, dict[str, Any]]:
     """The call for queries that are not the whole sequence: a pattern is that of the sequence, at their rows."""
     first, offset = place
     chosen, rows = continuation(
-        method, query.shape[2], key.shape[2], num_heads=query.shape[1], first=first, offset=offset, device=query.device
-    )
+        method, query.shape[2], key.shape[2], num_heads=query.shape[1], first=first, offset=offset, left=left,
+        device=query.device,
+    )  # fmt: skip
     if rows is None:
         return chosen, call
     mask = call.get("mask")

@@ -7,6 +7,7 @@ for one query any function is one bit a key; every other function is asked tile 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,13 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
+from .left_padding import left_padding
 
 Interval = tuple[int | None, int | None]  # of key - query, both ends included; None: unlimited
+
+
+class NotATensorError(UnsupportedError, AttributeError):
+    """An attribute of tensors that a PairMask does not have; `hasattr` says no to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +38,7 @@ class PairMask:
         start: the key that stands where query 0 does, for layers that attend to their own past; else None.
         offset: the position of key 0 in the sequence; not 0 where a cache has dropped the oldest keys.
         causal: whether `pairs` is exactly j <= i + start.
+        left: how many tokens of each sequence are padding before the first real one, int64 (B,), or None for none.
     """
 
     shape: tuple[int, int, int, int]
@@ -40,6 +47,7 @@ class PairMask:
     start: int | None = None
     offset: int = 0
     causal: bool = False
+    left: Tensor | None = None
 
     @property
     def ndim(self) -> int:
@@ -56,9 +64,9 @@ class PairMask:
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None:
             return self
-        moved = {name: getattr(self, name) for name in ("key_mask", "pairs")}
+        moved = {name: getattr(self, name) for name in ("key_mask", "pairs", "left")}
         moved = {name: value if value is None else value.to(device) for name, value in moved.items()}
-        return PairMask(self.shape, **moved, start=self.start, offset=self.offset, causal=self.causal)
+        return dataclasses.replace(self, **moved)
 
     def __getitem__(self, index: Any) -> NoReturn:
         self._refuse("slices")
@@ -66,16 +74,54 @@ class PairMask:
     def __bool__(self) -> bool:
         return True
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"PairMask has no attribute {name!r}")
+        raise NotATensorError(self._refusal(f"asks for {name} of"))
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         cls._refuse(f"calls {getattr(func, '__name__', func)} on")
 
+    @classmethod
+    def _refuse(cls, what: str) -> NoReturn:
+        raise UnsupportedError(cls._refusal(what))
+
     @staticmethod
-    def _refuse(what: str) -> NoReturn:
-        raise UnsupportedError(
+    def _refusal(what: str) -> str:
+        return (
             f"this model {what} its attention mask, which it expects to be a tensor; efficient_attn keeps masks "
             "without n x n memory. Use attn_implementation='sdpa' for it, or pass it a 4-D bool mask of your own"
         )
+
+
+def _refuse_operator(self: PairMask, *operands: Any) -> NoReturn:
+    self._refuse("calculates with")
+
+
+for _operator in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "and",
+    "rand",
+    "or",
+    "ror",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "invert",
+    "neg",
+    "setitem",
+    "len",
+    "iter",
+]:
+    setattr(PairMask, f"__{_operator}__", _refuse_operator)
 
 
 def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -110,6 +156,29 @@ def pair_mask(
     """
     if isinstance(attention_mask, PairMask):
         return attention_mask
+    made = _made(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+        allow_is_bidirectional_skip, use_vmap, device,
+    )  # fmt: skip
+    if made is None or made.key_mask is None or attention_mask is None:
+        return made
+    left = left_padding(attention_mask.bool())
+    return made if left is None else dataclasses.replace(made, left=left.expand(batch_size))
+
+
+def _made(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+    allow_is_bidirectional_skip: bool,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> PairMask | None:
+    """The mask of one function, `left` aside."""
     key_mask = _padding(attention_mask, batch_size, kv_length, kv_offset)
     tracing = torch.compiler.is_compiling()
     if isinstance(q_offset, Tensor) and not tracing:

@@ -8,6 +8,6 @@ flex.py        FlexAttention's BlockMask, from and to
 picture.py     drawings
 """
 
-from .block_mask import BlockMask, BlockSize, Integers, MaskArrays
+from .block_mask import BlockMask, BlockSize, Integers, MaskArrays, trainable
 
-__all__ = ["BlockMask", "BlockSize", "Integers", "MaskArrays"]
+__all__ = ["BlockMask", "BlockSize", "Integers", "MaskArrays", "trainable"]

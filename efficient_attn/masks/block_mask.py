@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..defaults import ALIGNMENTS, alignment_offset
 from ..errors import MaskError
+from ..tracing import shapes_only
 from . import algebra, flex, picture
 from .algebra import Interval, window_fields
 from .lists import (
@@ -65,6 +66,15 @@ class MaskArrays(NamedTuple):
     window_right: int = -1
     window_offset: int = 0
     kv_lengths: Tensor | None = None  # int32 [B]
+
+
+def trainable(arrays: MaskArrays) -> MaskArrays:
+    """The arrays as autograd may keep them: a mask that was made under torch.inference_mode is copied."""
+    if torch.compiler.is_compiling() or not any(isinstance(x, Tensor) and x.is_inference() for x in arrays):
+        return arrays
+    with torch.inference_mode(False):
+        copies: list[Any] = [x.clone() if isinstance(x, Tensor) else x for x in arrays]
+        return MaskArrays(*copies)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -253,7 +263,7 @@ class BlockMask:
         """Padding: batch element b sees the keys j < kv_lengths[b]."""
         device = kv_lengths.device if isinstance(kv_lengths, Tensor) else None
         lengths = narrow(as_integers("kv_lengths", kv_lengths, device))
-        if torch.compiler.is_compiling():
+        if shapes_only(lengths):
             lengths = lengths.clamp(0, kv_len)  # cannot be looked at, and checked, while tracing
         return cls(q_len, kv_len, check_block_size(block_size), kv_lengths=lengths)
 
@@ -359,14 +369,23 @@ class BlockMask:
     @property
     def density(self) -> float:
         """Fraction of visible pairs, exact; 0 when there are no pairs."""
+        self._check_values("density")
         pairs = math.prod(self.shape)
         return algebra.count_pairs(*self.parts) / pairs if pairs else 0.0
 
     @property
     def block_density(self) -> float:
         """Fraction of blocks that a kernel visits: listed, and touched by window and length."""
+        self._check_values("block_density")
         blocks = self.shape[0] * self.heads * self.grid.n_q * self.grid.n_k
         return algebra.count_blocks(*self.parts) / blocks if blocks else 0.0
+
+    def _check_values(self, what: str) -> None:
+        if not torch.compiler.is_compiling() and shapes_only(self.indptr, self.kv_lengths):
+            raise MaskError(
+                f"{what} counts what a mask's values show, and fake or meta tensors have none; make the mask on a real "
+                "device"
+            )
 
     @property
     def grid(self) -> Grid:
@@ -395,7 +414,7 @@ class BlockMask:
     def parts(self) -> tuple[Grid, BlockLists | None, Interval, Tensor]:
         """What algebra.py works on: grid, lists, interval of j - i, lengths int64 [1 | B]."""
         lengths = self.kv_lengths
-        lengths = torch.tensor([self.kv_len], device=self.device) if lengths is None else lengths.long()
+        lengths = torch.tensor([self.kv_len], device=self.device or "cpu") if lengths is None else lengths.long()
         return self.grid, self.lists, self.interval, lengths
 
     # --- what a backend reads ---
@@ -416,7 +435,7 @@ class BlockMask:
             raise MaskError("a mask without lists has nothing to transpose: every block is listed")
         if self._kept:
             return self._kept[0]
-        if torch.compiler.is_compiling():
+        if shapes_only(self.indptr):
             return transpose(self._listed, self.grid)
         with torch.inference_mode(False):  # what is kept must serve training too
             made = transpose(self._listed, self.grid)
@@ -614,7 +633,7 @@ class BlockMask:
             facts.append(f"window={self.window}" + (f" offset {self.window_offset}" if self.window_offset else ""))
         if self.kv_lengths is not None:
             facts.append(f"kv_lengths=[{self.kv_lengths.shape[0]}]")
-        if self.device is not None and (self.device.type == "meta" or torch.compiler.is_compiling()):
+        if self.device is not None and shapes_only(self.indptr, self.kv_lengths):
             return f"BlockMask({', '.join(facts)})"
         text = f"BlockMask({', '.join(facts)}, density={self.density:.4g}, {self.nbytes} bytes)"
         return text if 0 in self.shape else f"{text}\n{picture.draw(*self[:1, :1].parts)}"

@@ -12,10 +12,12 @@ Nothing here is larger than the list of blocks, the tiles, or one chunk of `CHUN
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..errors import MaskError
 
 CHUNK = 1 << 22  # pairs expanded at a time
 FULL = -1  # tile id of a block whose pairs are all visible
@@ -384,13 +386,28 @@ def predicate_lists(
         # Out-of-range positions ask about the last one in range, so that a predicate may index tensors of that length.
         i_asked, j_asked = i.clamp(max=grid.q_len - 1), j.clamp(max=grid.kv_len - 1)
         seen = visible((line // heads)[:, None, None], (line % heads)[:, None, None], i_asked, j_asked)
-        packed = pack_bits(seen & inside)
+        packed = pack_bits(_answer(seen, inside.shape) & inside)
         return packed if within is None else packed & allowed[within[0][entries].long()]
 
     keys = (torch.arange(rows.numel(), device=device),) if keys is None else keys
     if within is not None:
         allowed, keys = with_trivial(within[1]), (*keys, within[0])
     return build(grid, batch, heads, rows, cols, keys, tiles_of)
+
+
+def _answer(seen: Any, shape: torch.Size) -> Any:
+    """What a predicate returned, checked."""
+    if not isinstance(seen, bool) and not (isinstance(seen, Tensor) and seen.dtype == torch.bool):
+        kind = f"a tensor of {seen.dtype}" if isinstance(seen, Tensor) else repr(seen)
+        raise MaskError(f"a predicate must return a bool tensor, as i >= j does; it returned {kind}")
+    if isinstance(seen, Tensor) and (
+        seen.dim() > len(shape) or any(n not in (1, m) for n, m in zip(seen.shape[::-1], shape[::-1], strict=False))
+    ):
+        raise MaskError(
+            f"a predicate must return what its indices broadcast to, (entries, queries, keys) = {tuple(shape)}; it "
+            f"returned {tuple(seen.shape)}"
+        )
+    return seen
 
 
 def document_lists(ids: Tensor, grid: Grid) -> BlockLists:

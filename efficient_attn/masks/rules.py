@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskError
+from ..tracing import shapes_only
 from .lists import FULL, BlockLists, Grid, entry_rows
 
 MAX_LENGTH = 2**31 - 256  # lengths and block indices are int32, also when rounded up to a block
@@ -54,8 +55,8 @@ def check_mask(
     lists = BlockLists(batch, heads, **arrays) if given else None
     if lists is not None:
         _check_list_shapes(lists, grid)
-    if torch.compiler.is_compiling():
-        return  # values cannot be looked at while tracing
+    if shapes_only(*arrays.values(), kv_lengths):
+        return  # values cannot be looked at
     rules = [] if lists is None else _list_rules(lists, grid)
     if kv_lengths is not None and kv_lengths.numel():
         outside = (kv_lengths < 0) | (kv_lengths > kv_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +37,11 @@ class Method(Named):
     @property
     def shares_state(self) -> bool:
         """Whether the paper gives all layers of a model one state, which `replace_attention` then shares among them."""
+        return False
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether it matters how many tokens stand before the first real one, beyond the distance of two tokens."""
         return False
 
     def build(
@@ -93,8 +99,64 @@ class Method(Named):
         raise NotImplementedError
 
 
-def keep_state(method_state: nn.Module | None, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let a checkpoint without parameters of the method load strictly: a module's own, `prefix`method_state, stay."""
+class MethodState(nn.Module):
+    """What a method's `build` returns: parameters and buffers that `reset_parameters` fills in place.
+
+    After `to_empty`, the step from the meta device to a real one, they start as `reset_parameters` says: no checkpoint
+    of a model without the method would fill them.
+    """
+
+    def reset_parameters(self) -> None:
+        """Start again as the method says."""
+        raise NotImplementedError
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the state has shapes but no values yet."""
+        return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MethodState:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.is_meta and _leaves_values_behind(fn):
+            self.reset_parameters()
+        return self
+
+
+def _leaves_values_behind(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a step of `nn.Module._apply` only makes room: it gets a real tensor out of one that has no values."""
+    try:
+        return not fn(torch.empty(0, device="meta")).is_meta
+    except Exception:  # a step that takes values along cannot leave the meta device
+        return False
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter or buffer, also one that FSDP has spread over processes, which all know them."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        spread: Any = tensor
+        values = values.to(tensor.device, tensor.dtype)
+        values = distribute_tensor(values, mesh, spread.placements, src_data_rank=None)
+    with torch.no_grad():
+        tensor.copy_(values)
+
+
+def keep_state(
+    method_state: nn.Module | None, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any]
+) -> None:
+    """Let a checkpoint without parameters of the method load strictly: a module's own, `prefix`method_state, stay.
+
+    With assign=True they go where the checkpoint's parameters are; a state that has no values yet gets its first.
+    """
     own = f"{prefix}method_state."
-    if method_state is not None and not any(name.startswith(own) for name in state_dict):
-        state_dict.update({own + name: value for name, value in method_state.state_dict(keep_vars=True).items()})
+    if method_state is None or any(name.startswith(own) for name in state_dict):
+        return
+    given = (value for name, value in state_dict.items() if name.startswith(prefix) and isinstance(value, Tensor))
+    like = next((value for value in given if value.is_floating_point()), None)
+    if like is not None and local_metadata.get("assign_to_params_buffers", False):
+        if getattr(method_state, "is_meta", False) and not like.is_meta:
+            method_state.to_empty(device=like.device)
+        method_state.to(like.device, like.dtype)
+    state_dict.update({own + name: value for name, value in method_state.state_dict(keep_vars=True).items()})

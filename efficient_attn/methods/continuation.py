@@ -20,7 +20,15 @@ from .sparse import DENSE, Sparse
 
 
 def continuation(
-    method: Method, q_len: int, kv_len: int, *, num_heads: int, first: int, offset: int = 0, device: torch.device
+    method: Method,
+    q_len: int,
+    kv_len: int,
+    *,
+    num_heads: int,
+    first: int,
+    offset: int = 0,
+    left: Tensor | None = None,
+    device: torch.device,
 ) -> tuple[Method, BlockMask | None]:
     """The method, and the mask beside it, for queries that are not the whole sequence.
 
@@ -28,6 +36,7 @@ def continuation(
         q_len, kv_len: how many queries and keys the call has.
         num_heads: of the queries.
         first: the position of query 0 in the sequence; offset: that of key 0.
+        left: int (B,), how many positions of each row are padding before its first token, from which a pattern counts.
 
     Raises:
         UnsupportedError: a hybrid, whose blocks would be cut elsewhere; a pattern under torch.compile.
@@ -42,7 +51,8 @@ def continuation(
     if torch.compiler.is_compiling():
         raise UnsupportedError(f"torch.compile cannot place {method} in a cached sequence; compile dense, or no cache")
     heads = num_heads if method.pattern._heads_differ else 1
-    return DENSE, _rows(method.pattern, q_len, kv_len, first, offset, heads, str(device))
+    pads = (0,) if left is None else tuple(left.tolist())
+    return DENSE, _rows(method.pattern, q_len, kv_len, first, offset, pads, heads, str(device))
 
 
 def goes_by_positions(method: Method) -> bool:
@@ -52,14 +62,23 @@ def goes_by_positions(method: Method) -> bool:
 
 
 @functools.lru_cache(maxsize=16)  # the layers of a model ask for the same few in turn
-def _rows(pattern: Pattern, q_len: int, kv_len: int, first: int, offset: int, heads: int, device: str) -> BlockMask:
-    """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on."""
-    length = offset + kv_len
+def _rows(
+    pattern: Pattern, q_len: int, kv_len: int, first: int, offset: int, pads: tuple[int, ...], heads: int, device: str
+) -> BlockMask:
+    """A pattern over a whole sequence: its rows from `first` on, and its columns from `offset` on.
+
+    pads: of each row of a batch, where its sequence begins; what comes before is padding, hidden by others.
+    """
+    begin = torch.tensor(pads, device=device)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = pattern.visible(i + first, j + offset, length, length, 0)
-        for head in range(1, heads):
-            seen = torch.where(h == head, pattern.visible(i + first, j + offset, length, length, head), seen)
+        seen = torch.zeros((), dtype=torch.bool, device=i.device)
+        for pad in sorted(set(pads)):
+            length = max(offset + kv_len - pad, 0)
+            places = (i + first - pad).clamp(min=0), (j + offset - pad).clamp(min=0)
+            for head in range(heads):
+                asked = (begin[b] == pad) & (h == head if heads > 1 else True)
+                seen = torch.where(asked, pattern.visible(*places, length, length, head), seen)
         return seen
 
     with torch.inference_mode(False):
@@ -67,6 +86,7 @@ def _rows(pattern: Pattern, q_len: int, kv_len: int, first: int, offset: int, he
             visible,
             q_len=q_len,
             kv_len=kv_len,
+            batch=len(pads),
             heads=heads,
             block_size=(16, 128) if q_len <= 16 else 128,
             device=device,

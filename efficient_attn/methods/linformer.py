@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError, InputTypeError
 from ..functional import attention, attention_weights, check_key_mask, prepare_inputs, select_keys
 from ..options import check_choice, check_range, register
+from .base import MethodState, fill
 from .lowrank import LowRankMethod, refuse_causal
 
 
@@ -119,7 +120,7 @@ def _sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:
     return projection[..., :length].to(tensor.dtype)
 
 
-class LinformerState(nn.Module):
+class LinformerState(MethodState):
     """E and F of a Linformer: (rank, max_len), or (Hkv, rank, max_len) with share="none"."""
 
     key_projection: nn.Parameter
@@ -147,14 +148,14 @@ class LinformerState(nn.Module):
         """Start again as the method's `init` says."""
         generator = torch.Generator().manual_seed(self.method.seed)
         rank, max_len = self.method.rank, self.method.max_len
-        segment = torch.arange(max_len) * rank // max_len == torch.arange(rank)[:, None]
+        cpu = torch.device("cpu")  # whatever the default device: what is drawn is the same everywhere
+        segment = torch.arange(max_len, device=cpu) * rank // max_len == torch.arange(rank, device=cpu)[:, None]
         for parameter in self.parameters():
             if self.method.init == "pool":
                 initial = segment / segment.sum(-1, keepdim=True)
             else:
-                initial = torch.randn(parameter.shape, generator=generator) * max_len**-0.5
-            with torch.no_grad():
-                parameter.copy_(initial)
+                initial = torch.randn(parameter.shape, generator=generator, device=cpu) * max_len**-0.5
+            fill(parameter, initial)
 
 
 @register
@@ -164,7 +165,9 @@ class Linformer(LowRankMethod):
 
     Fields:
         rank: r, the number of mixtures.
-        max_len: the longest sequence of keys.
+        max_len: the longest sequence of keys. Choose it near the lengths that you have: N keys use N of its columns, so
+            that an untrained layer keeps about N / max_len of the norm of its output (init=pool: the other mixtures are
+            empty, and have their share of the softmax).
         share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "layerwise": that one
             for all layers too (`replace_attention` shares it); "none": own E and F for each head of
             the keys.
@@ -196,6 +199,10 @@ class Linformer(LowRankMethod):
             raise InputError(
                 f"linformer: rank={self.rank} exceeds max_len={self.max_len}; lower the rank or raise max_len"
             )
+
+    @property
+    def counts_positions(self) -> bool:
+        return True
 
     @property
     def shares_state(self) -> bool:

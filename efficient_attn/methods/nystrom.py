@@ -23,6 +23,8 @@ from ..functional import (
     select_keys,
 )
 from ..options import check_range, register
+from ..tracing import without_autocast
+from .base import MethodState
 from .lowrank import LowRankMethod, drop_columns, drop_keys, refuse_causal
 
 
@@ -75,7 +77,7 @@ def nystrom_attention(
     inverse = iterative_pinv(middle, pinv_iterations)  # (B, Hq, m, m)
     kept = drop_keys(value, dropout_p, dropout_seed)
     summary = padded_attention(near, key, kept, key_mask, scale=scale, backend=backend)  # (B, Hq, m, Dv)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         summary = (inverse @ summary.to(inverse.dtype)).to(query.dtype)
     out = attention(query, far, summary, bias=far_bias, scale=scale, backend=backend)
     return out if conv_weight is None else out + _depthwise_conv(value, conv_weight, key_mask, query.shape[1])
@@ -109,7 +111,7 @@ def nystrom_weights(
     outer = attention_weights(query, far, bias=far_bias, scale=scale).to(inverse.dtype)
     key_bias = None if key_mask is None else add_to_bias(None, key_mask, query)
     inner = attention_weights(near, *select_keys(key_mask, key), bias=key_bias, scale=scale).to(inverse.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         weights = outer @ (inverse @ inner)
     weights = drop_columns(weights, Hkv, dropout_p, dropout_seed)
     if conv_weight is not None:
@@ -125,7 +127,7 @@ def iterative_pinv(matrix: Tensor, iterations: int = 6) -> Tensor:
 
     Xiong et al. 2021, eq. 11. Rows and columns of zeros stay zero.
     """
-    with torch.autocast(matrix.device.type, enabled=False):
+    with without_autocast(matrix):
         a = matrix.to(accumulation_dtype(matrix.dtype)).reshape(-1, *matrix.shape[-2:])
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
         columns, rows = a.abs().sum(-2).amax(-1), a.abs().sum(-1).amax(-1)
@@ -147,7 +149,7 @@ def _nystrom_landmarks(
     far = far.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     far_bias = None if far_used is None else add_to_bias(None, far_used, query)
     dtype = accumulation_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):  # the pseudo-inverse wants more than half precision
+    with without_autocast(query):  # the pseudo-inverse wants more than half precision
         if far_bias is None:
             middle = torch.softmax((near.to(dtype) @ far.to(dtype).mT) * scale, -1)
         else:  # `attention_weights` defines rows without a landmark
@@ -182,7 +184,7 @@ def segment_means(x: Tensor, segments: int, mask: Tensor | None = None) -> tuple
         member = ((segment[:, None, :] == row) & mask[:, None, :]).unsqueeze(1)  # (B, 1, segments, N)
         used = torch.arange(segments, device=x.device) < used_count
     weights = member.to(dtype) / member.sum(-1, keepdim=True).clamp(min=1)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return (weights @ x.to(dtype)).to(x.dtype).contiguous(), used
 
 
@@ -236,7 +238,7 @@ def _check_nystrom(
         )
 
 
-class NystromState(nn.Module):
+class NystromState(MethodState):
     """The filters of Nystrom's convolution, (Hkv, conv)."""
 
     def __init__(

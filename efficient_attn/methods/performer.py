@@ -15,6 +15,8 @@ from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, check_key_mask, prepare_inputs
 from ..options import check_choice, check_range, register
+from ..tracing import shapes_only, without_autocast
+from .base import MethodState, fill
 from .linear import linear_attention, linear_attention_weights, run_operator
 from .lowrank import LowRankMethod, drop_columns, drop_keys
 
@@ -122,7 +124,7 @@ def performer_features(
         InputError, InputTypeError: an unknown feature, a projection or key_mask that does not fit, a scale <= 0.
     """
     scale = _check_features(query, key, projection, feature, key_mask, scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         a, b, _ = map_features(query, key, key_mask, projection, is_causal, f"performer_{feature}", scale)
     return a, b
 
@@ -146,10 +148,11 @@ def random_projection(
     if features < 1 or head_dim < 1 or (num_heads is not None and num_heads < 1):
         raise InputError(f"features, head_dim and num_heads must be >= 1; got {features}, {head_dim}, {num_heads}")
     heads = 1 if num_heads is None else num_heads
-    gaussian = torch.randn(heads, features, head_dim, generator=generator, dtype=torch.float64)
+    draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    gaussian = torch.randn(heads, features, head_dim, **draw)
     if orthogonal:
         blocks = -(-features // head_dim)
-        square = torch.randn(heads, blocks, head_dim, head_dim, generator=generator, dtype=torch.float64)
+        square = torch.randn(heads, blocks, head_dim, head_dim, **draw)
         q, r = torch.linalg.qr(square)
         q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over rotations
         gaussian = q.flatten(1, 2)[:, :features] * gaussian.norm(dim=-1, keepdim=True)
@@ -177,7 +180,7 @@ def _check_features(
     return scale
 
 
-class PerformerState(nn.Module):
+class PerformerState(MethodState):
     """The random features of a Performer, (features, head_dim): buffers, saved with the model, for they define it.
 
     Draw number `draws` is a function of the method's seed and that number (unless `redraw` was given a generator);
@@ -216,10 +219,10 @@ class PerformerState(nn.Module):
         interval = self.method.redraw_interval
         if not interval or not self.training:
             return self.projection
-        if torch.compiler.is_compiling():
+        if shapes_only(self.calls):
             raise UnsupportedError(
-                f"performer: redraw_interval={interval} cannot be counted under torch.compile; leave it 0 and call "
-                "redraw() on the module's method_state between steps"
+                f"performer: redraw_interval={interval} cannot be counted under torch.compile, or by fake and meta "
+                "tensors; leave it 0 and call redraw() on the module's method_state between steps"
             )
         if torch._C._current_graph_task_id() == -1:  # else activation checkpointing repeats an earlier forward
             if int(self.calls) >= interval:
@@ -232,10 +235,9 @@ class PerformerState(nn.Module):
             generator = torch.Generator().manual_seed((self.method.seed + number * 0x9E3779B97F4A7C15) % 2**63)
         features, head_dim = self.projection.shape
         drawn = random_projection(features, head_dim, orthogonal=self.method.orthogonal, generator=generator)
-        with torch.no_grad():
-            self.projection.copy_(drawn)
-            self.draws.fill_(number)
-            self.calls.zero_()
+        fill(self.projection, drawn)
+        self.draws.fill_(number)
+        self.calls.zero_()
 
 
 @register

@@ -23,7 +23,7 @@ from ..functional import (
 )
 from ..masks import BlockMask
 from ..patterns import BucketPattern, Dense, Pattern
-from ..tracing import PLAN, named
+from ..tracing import PLAN, named, shapes_only
 from .base import Method
 from .buckets import bucketed_attention, bucketed_inputs
 
@@ -54,6 +54,10 @@ class Sparse(Method):
         if name == "pattern" or name.startswith("__"):  # not there yet while a copy is being made
             raise AttributeError(name)
         return getattr(self.pattern, name)
+
+    @property
+    def counts_positions(self) -> bool:
+        return not self.is_dense and not self.pattern._analytic
 
     def to_json(self) -> str:
         return self.pattern.to_json()
@@ -148,7 +152,7 @@ class Sparse(Method):
     ) -> tuple[BlockMask | Tensor | None, Tensor | None]:
         """The pattern's mask and the user's in one, and the bias."""
         pattern = self.pattern.aligned(alignment)
-        tracing = torch.compiler.is_compiling() and not pattern._analytic
+        tracing = shapes_only(query) and not pattern._analytic
         if tracing and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             # How many blocks both list depends on values, which a traced program must not: -inf in a bias does not.
             bias = torch.where(mask, query.new_zeros(()) if bias is None else bias, -torch.inf)

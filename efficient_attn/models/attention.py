@@ -145,9 +145,11 @@ class Attention(nn.Module):
         """(B, N, H D) -> (B, H, N, D), a view."""
         return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        keep_state(self.method_state, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        keep_state(self.method_state, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         kinds = [kind for kind, is_so in (("causal", self.causal), ("cross", self.cross)) if is_so]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .base import Model
 from .cache import Cache
-from .embeddings import Embeddings, as_padding, count_positions
+from .embeddings import Embeddings, as_padding, check_ids, count_positions
 from .generation import Sampling, stop_at
 from .positions import check_length
 from .transformer import Outputs, Transformer, TransformerConfig
@@ -177,12 +177,14 @@ class CausalLM(Model):
             use_cache: keep keys and values of earlier tokens, else run the whole text again for each token.
 
         Raises:
-            InputError: prompts padded on the right or too long, options out of range.
+            InputTypeError, InputError: ids of another type, shape or range, prompts padded on the right or too long,
+                options out of range.
             UnsupportedError: a method that cannot go on from a cache (a hybrid): use_cache=False.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_ids("input_ids", input_ids, self._config.vocab_size)
         mask = check_prompts(input_ids, attention_mask)
         if self.embeddings.positions is not None:
             longest = input_ids.shape[1] if mask is None else int(mask.sum(-1).max())

@@ -71,10 +71,27 @@ class TextTower(nn.Module):
         return hidden[torch.arange(input_ids.shape[0], device=input_ids.device), self._ends(input_ids)]
 
     def _ends(self, input_ids: Tensor) -> Tensor:
-        """(B): where each text ends. Without its end token, argmax says 0, as transformers does."""
-        if self._config.eos_token_id is None:
-            return input_ids.argmax(dim=1)
-        return (input_ids == self._config.eos_token_id).int().argmax(dim=1)
+        """(B): where each text ends.
+
+        Raises:
+            InputError: a text without its end token, as of a tokenizer that cut it: argmax would say 0, where a causal
+                tower knows nothing but the first token, so that all such texts had one vector. While torch.compile
+                traces, values are not looked at.
+        """
+        end = self._config.eos_token_id
+        is_end = input_ids == (input_ids.amax(dim=1, keepdim=True) if end is None else end)
+        if not torch.compiler.is_compiling() and input_ids.shape[0]:
+            # Without its id the end token is the largest one of the vocabulary, hence the same in all texts.
+            largest = input_ids.amax(dim=1)
+            cut = largest != largest.max() if end is None else ~is_end.any(dim=1)
+            if cut.any():
+                rows = cut.nonzero().flatten().tolist()
+                raise InputError(
+                    f"{len(rows)} of {len(cut)} texts (row {rows[0]} first) lack the end token "
+                    f"{int(largest.max()) if end is None else end}, at which the tower reads them; cut texts to "
+                    "max_len - 1 tokens and put it after them, as tokenizers do with truncation=True"
+                )
+        return is_end.int().argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,7 @@ class CLIP(Model):
             attention_mask: bool or int (B, N), 1 = a token, 0 = padding; a causal tower needs none.
 
         Raises:
-            InputTypeError, InputError: ids of another type or out of range, or too many tokens.
+            InputTypeError, InputError: ids of another type or out of range, too many tokens, or no end token.
         """
         return F.normalize(self.text_projection(self.text(input_ids, attention_mask=attention_mask)), dim=1)
 
@@ -156,7 +173,7 @@ class CLIP(Model):
         In training it first puts logit_scale back to at most log(max_scale), as the paper does after each step.
 
         Raises:
-            InputTypeError, InputError: as the encoders, or unequal numbers of images and texts.
+            InputTypeError, InputError: as the encoders, unequal numbers of images and texts, or a single pair.
         """
         if self.training:
             with torch.no_grad():

@@ -19,7 +19,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
         first, second: (B, d), row b of both from one image.
 
     Raises:
-        InputError: other shapes, an empty batch, or a temperature that is not positive.
+        InputError: other shapes, fewer than two images, or a temperature that is not positive.
     """
     _check_pairs(first, second)
     if not temperature > 0:
@@ -41,7 +41,7 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tens
         image, text: (B, d) unit vectors, row b of both a pair. scale: the cosine's factor, e^logit_scale.
 
     Raises:
-        InputError: other shapes or an empty batch.
+        InputError: other shapes or fewer than two pairs.
     """
     _check_pairs(image, text)
     with torch.autocast(image.device.type, enabled=False):  # it would compute the product in half precision
@@ -51,8 +51,12 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tens
 
 
 def _check_pairs(first: Tensor, second: Tensor) -> None:
-    if first.dim() != 2 or first.shape != second.shape or first.shape[0] < 1:
+    if first.dim() != 2 or first.shape != second.shape:
         raise InputError(
-            f"pairs are two tensors (batch, features) of one shape, not empty; got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}"
+            f"pairs are two tensors (batch, features) of one shape; got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if first.shape[0] < 2:
+        raise InputError(
+            f"a contrastive loss tells the pairs of a batch apart, and this one has {first.shape[0]}: its loss would "
+            "be 0 and nothing learned; give at least 2"
         )

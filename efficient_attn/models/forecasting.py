@@ -14,16 +14,24 @@ from torch import Tensor
 from ..errors import InputError
 
 
-def instance_statistics(series: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def instance_statistics(series: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every series over its time, (..., 1) each: what RevIN takes out and puts back.
 
     (x - mean) / std is the model's input and forecast * std + mean the result, so that level and scale, which drift in
     real series, need not be learned. Kim et al. 2022, "Reversible instance normalization". Without their learned
-    affine map, as in PatchTST. std is sqrt(variance + eps), and never 0. Gradients do not pass through them.
+    affine map, as in PatchTST, and without their eps: nothing is added to the variance, since whatever is small
+    compared with it depends on the unit. std is exactly 0 where a series is flat, and only there.
+
+    Both are computed by differences from the first value in units of the largest one, so that neither a high level
+    nor a tiny or huge unit costs digits. Gradients do not pass through them.
     """
     with torch.no_grad():
-        variance, mean = torch.var_mean(series, dim=-1, keepdim=True, correction=0)
-        return mean, (variance + eps).sqrt()
+        first = series[..., :1]
+        moved = series - first
+        unit = moved.abs().amax(dim=-1, keepdim=True)
+        moved = moved / torch.where(unit > 0, unit, 1)
+        variance, mean = torch.var_mean(moved, dim=-1, keepdim=True, correction=0)
+        return first + mean * unit, variance.sqrt() * unit
 
 
 def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
+LEAST_TEMPERATURE = 1e-6
 NO_CHANCE = -1e9  # below the score of any sequence, and still a number
 
 
@@ -30,8 +31,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be at least 0, got {self.temperature}")
+        if not (self.temperature == 0.0 or LEAST_TEMPERATURE <= self.temperature < float("inf")):
+            raise InputError(
+                f"temperature must be 0, which takes the most probable token, or from {LEAST_TEMPERATURE:g} up, below "
+                f"which logits over it leave float32; got {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:

@@ -150,6 +150,8 @@ class TimeSeriesTransformer(Model):
 
 # --- a context in, quantiles of many steps out ---
 
+FARTHEST = 20.0  # deviations from the context's mean that the loss tells apart
+
 
 @dataclass(frozen=True)
 class ForecasterConfig:
@@ -197,7 +199,8 @@ class PatchForecaster(Model):
         model.predict(past)                   # (batch, 24, channels, quantiles)
 
     Channels are separate series that share all parameters. Each is normalised by its own mean and deviation over
-    the context, and the forecast is scaled back (`instance_statistics`).
+    the context, and the forecast is scaled back (`instance_statistics`): the forecast of a * x + b is a times that of
+    x plus b, in any unit. A flat context has no scale; its forecast is its level.
     """
 
     config_class = ForecasterConfig
@@ -219,7 +222,7 @@ class PatchForecaster(Model):
             past: (B, context, C), floating point, without gaps.
 
         Returns:
-            (B, horizon, C, Q), in the units of `past`.
+            (B, horizon, C, Q), in the units and dtype of `past`: give a series at a high level in float64.
 
         Raises:
             InputTypeError, InputError: other shapes or dtypes.
@@ -230,26 +233,37 @@ class PatchForecaster(Model):
         return (forecast * std[..., None] + mean[..., None]).transpose(1, 2).to(past.dtype)
 
     def _series(self, past: Tensor) -> Tensor:
-        """(B, L, C) -> (B, C, L) in float32, or float64 for a float64 model."""
+        """(B, L, C) -> (B, C, L) in float64, in which the mean is taken out: float32 has no room for the changes of a
+        series at a high level (+ 1e9), which are all that counts after that."""
         _check_series(past, None, "(batch, time, channels)")
         if past.shape[1] != self._config.context:
             raise InputError(f"the model reads {self._config.context} steps, got {past.shape[1]}; cut or pad the past")
+        return past.to(torch.float64).transpose(1, 2)
+
+    def _in_units(self, series: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """(series - mean) / std, and 0 where the context is flat; in float32, or float64 for a float64 model."""
         wide = self.embedding.weight.dtype == torch.float64
-        return past.to(torch.float64 if wide else torch.float32).transpose(1, 2)
+        units = torch.where(std > 0, (series - mean) / torch.where(std > 0, std, 1), 0)
+        return units.to(torch.float64 if wide else torch.float32)
 
     def _normalised(self, series: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """(B, C, L) -> (B, C, S, Q), in units of std around mean."""
+        """(B, C, L) -> (B, C, S, Q), in units of std around mean; dtype of `_in_units`."""
         config: ForecasterConfig = self._config
         B, C, L = series.shape
-        x = F.pad(((series - mean) / std).reshape(B * C, 1, L), (0, config.stride), mode="replicate")
+        units = self._in_units(series, mean, std)
+        x = F.pad(units.reshape(B * C, 1, L), (0, config.stride), mode="replicate")
         patches = x.squeeze(1).unfold(1, config.patch_len, config.stride)  # [B C, N, patch_len]
         tokens = self.embedding(patches.to(self.embedding.weight.dtype)) + self.positions
         hidden = self.dropout(self.encoder(self.dropout(tokens)))
-        forecast: Tensor = self.head(hidden.flatten(1)).to(series.dtype)
+        forecast: Tensor = self.head(hidden.flatten(1)).to(units.dtype)
         return forecast.reshape(B, C, config.horizon, len(config.quantiles))
 
     def loss(self, past: Tensor, future: Tensor) -> Tensor:
         """The mean quantile loss in normalised units, in which all series weigh alike; a scalar.
+
+        A future farther than 20 deviations from the context's mean counts as 20: a jump after a nearly flat context
+        would outweigh all else, and quantiles within them stay what they are. Flat contexts count as 0, since no
+        parameter changes their forecasts.
 
         Args:
             past: as in `forward`. future: (B, horizon, C).
@@ -263,8 +277,9 @@ class PatchForecaster(Model):
         if future.shape != expected:
             raise InputError(f"future must be {expected}, got {tuple(future.shape)}")
         mean, std = instance_statistics(series)
-        target = (future.to(series.dtype).transpose(1, 2) - mean) / std
-        return quantile_loss(self._normalised(series, mean, std), target, config.quantiles)
+        target = self._in_units(future.to(series.dtype).transpose(1, 2), mean, std).clamp(-FARTHEST, FARTHEST)
+        forecast = self._normalised(series, mean, std) * (std > 0)[..., None]
+        return quantile_loss(forecast, target, config.quantiles)
 
     @torch.no_grad()
     def predict(self, past: Tensor) -> Tensor:

@@ -291,13 +291,13 @@ class ViT(Model):
         """Cross entropy, a scalar.
 
         Args:
-            images: as in `forward`. labels: int64 (B), below num_labels.
+            images: as in `forward`. labels: int64 (B), below num_labels; -100 is ignored.
 
         Raises:
-            InputTypeError, InputError: images or labels of another type or shape.
+            InputTypeError, InputError: images or labels of another type, shape or range.
             UnsupportedError: a model without a head.
         """
-        check_labels(labels, images.shape[0])
+        check_labels(labels, images.shape[0], self._config.num_labels)
         return F.cross_entropy(self.forward(images), labels)
 
     def head_prefixes(self) -> tuple[str, ...]:
@@ -311,12 +311,17 @@ def backbone_config(backbone: ImageBackbone, *, pool: str | None = None) -> Imag
     return dataclasses.replace(config, encoder=backbone.encoder.config, pool=config.pool if pool is None else pool)
 
 
-def check_labels(labels: Tensor, batch: int) -> None:
-    """Raise InputTypeError or InputError unless labels are int64 (batch)."""
+def check_labels(labels: Tensor, batch: int, classes: int) -> None:
+    """Raise InputTypeError or InputError unless labels are int64 (batch) below classes, or -100, which cross entropy
+    ignores; their values are looked at on the CPU alone."""
     if labels.dtype != torch.int64:
         raise InputTypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != (batch,):
         raise InputError(f"labels must be ({batch},), one an image; got {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
+        if len(wrong):
+            raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes; got {int(wrong[0])}")
 
 
 def accuracy(logits: Tensor, labels: Tensor, *, top: int = 1) -> float:
@@ -325,6 +330,6 @@ def accuracy(logits: Tensor, labels: Tensor, *, top: int = 1) -> float:
     Args:
         logits: (B, classes). labels: int64 (B).
     """
-    check_labels(labels, logits.shape[0])
+    check_labels(labels, logits.shape[0], logits.shape[1])
     best = logits.topk(min(top, logits.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(dim=1).float().mean().item()

@@ -230,6 +230,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, tensors))
+        or any(tensor is not None and tensor.is_meta for tensor in tensors)
     )
 
 

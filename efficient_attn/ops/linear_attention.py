@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.call import accumulation_dtype
 from ..errors import UnsupportedError
+from ..tracing import without_autocast
 from .operator import in_one_batch, one_by_one, register
 
 # --- the kernels ---
@@ -24,7 +25,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, projection: Tensor | None,
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(value.device.type, enabled=False):  # the sums stay in the accumulation dtype
+    with without_autocast(value):  # the sums stay in the accumulation dtype
         return BACKENDS[backend].linear_attention.linear_attention_forward(
             query, key, value, key_mask, projection, is_causal, causal_offset, feature_map, scale
         )
@@ -35,7 +36,7 @@ def _backward(
     key_mask: Tensor | None, projection: Tensor | None, out: Tensor, normaliser: Tensor, key_shift: Tensor,
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         return BACKENDS[backend].linear_attention.linear_attention_backward(
             grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
             is_causal, causal_offset, feature_map, scale,

@@ -21,6 +21,7 @@ from ..masks import BlockMask, BlockSize
 from ..masks.lists import Grid, predicate_lists
 from ..masks.rules import check_block_size, check_sizes
 from ..options import Named, check_choice, check_range
+from ..tracing import shapes_only
 
 MANY_BLOCKS = 2**20  # to transpose more takes a while: done when a backward asks for it first
 
@@ -71,7 +72,7 @@ class Pattern(Named):
         if self._analytic:
             return self._build(Grid(q_len, kv_len, *size), heads)
         place = str(torch.device("cpu" if device is None else device))
-        if not torch.compiler.is_compiling():
+        if place != "meta" and not shapes_only():
             return _cached(self, q_len, kv_len, heads, size, place)
         text = self.to_json()
         indptr, indices, tile_ids, tiles, *transposed = pattern_lists(text, q_len, kv_len, heads, *size, place)
@@ -279,6 +280,8 @@ def pattern_lists(
     pattern: str, q_len: int, kv_len: int, heads: int, block_q: int, block_k: int, device: str
 ) -> list[Tensor]:
     """indptr, indices, tile_ids, tiles and the three transposed lists of a pattern given as JSON."""
+    if device == "meta":
+        return _shapes_of(_all_lists(pattern, q_len, kv_len, heads, block_q, block_k, "cpu"), device)
     return [tensor.clone() for tensor in _all_lists(pattern, q_len, kv_len, heads, block_q, block_k, device)]
 
 
@@ -286,7 +289,11 @@ def pattern_lists(
 def _pattern_lists_fake(
     pattern: str, q_len: int, kv_len: int, heads: int, block_q: int, block_k: int, device: str
 ) -> list[Tensor]:
-    lists = _all_lists(pattern, int(q_len), int(kv_len), int(heads), block_q, block_k, device)
+    return _shapes_of(_all_lists(pattern, int(q_len), int(kv_len), int(heads), block_q, block_k, "cpu"), device)
+
+
+def _shapes_of(lists: list[Tensor], device: str) -> list[Tensor]:
+    """Tensors like these on a device, of no value: under a tracer, or on meta."""
     return [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in lists]
 
 

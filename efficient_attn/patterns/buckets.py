@@ -18,6 +18,7 @@ from ..masks import BlockMask
 from ..masks.algebra import seen_keys
 from ..masks.lists import Grid, entry_rows, predicate_lists
 from ..options import register
+from ..tracing import shapes_only
 from .content import ContentPattern
 
 
@@ -79,7 +80,7 @@ class BucketPattern(ContentPattern):
         within: BlockMask | None = None,
     ) -> BlockMask:
         if within is not None:  # a key that no query sees is in no bucket, as padding is in none
-            seen = seen_keys(*within.parts).expand(key.shape[0], -1)
+            seen = seen_keys(*within.parts).to(key.device).expand(key.shape[0], -1)
             key_mask = seen if key_mask is None else key_mask & seen
         found = self.buckets(query, key, key_mask)
         batch, heads, q_len = query.shape[:3]
@@ -94,10 +95,11 @@ class BucketPattern(ContentPattern):
         return _or_oneself(mask, within, found.key[0, :, :1] >= 0) if self.shared_qk else mask
 
     def _check_tracing(self, query: Tensor) -> None:
-        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(query):
+        if shapes_only(query) or torch._C._functorch.is_batchedtensor(query):
             raise UnsupportedError(
                 f"{self.name} makes lists whose number depends on what queries and keys hold; torch.compile and vmap "
-                "cannot trace that. Compile around it (fullgraph=False), or use topk_blocks"
+                "cannot trace that, and fake and meta tensors hold nothing. Compile around it (fullgraph=False), or "
+                "use topk_blocks"
             )
 
 

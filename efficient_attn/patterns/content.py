@@ -21,6 +21,7 @@ from ..masks import BlockMask
 from ..masks.algebra import entry_pairs, explicit, how_cut, seen_keys
 from ..masks.lists import FULL, all_blocks, entry_rows, pointers
 from ..options import check_choice, register
+from ..tracing import shapes_only
 from .base import Pattern
 
 SUMMARIES = ("mean", "minmax")
@@ -91,7 +92,7 @@ class _Blocks(ContentPattern):
         if n_q * n_k == 0:
             nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
             return self._mask_of(nothing, nothing.bool(), query, Nk)
-        shown = None if within is None else shown_by(within, self.block)
+        shown = None if within is None else shown_by(within, self.block, query.device)
         if shown is not None:  # a key that no query sees counts as little as padding
             key_mask = shown.keys.expand(B, Nk) if key_mask is None else key_mask & shown.keys
         scores, counts = self._scores(query, key, default_scale(scale, D), key_mask)
@@ -194,7 +195,7 @@ class _Blocks(ContentPattern):
             "heads": Hq,
         }
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if shapes_only(order) or torch._C._are_functorch_transforms_active():
             # No shape may depend on a value: what is not chosen is an empty tile.
             return BlockMask.unchecked(
                 **fields,
@@ -326,9 +327,10 @@ class Shown(NamedTuple):
     keys: Tensor
 
 
-def shown_by(mask: BlockMask, block: int) -> Shown:
-    """What a mask shows in blocks of `block` queries and keys."""
+def shown_by(mask: BlockMask, block: int, device: torch.device) -> Shown:
+    """What a mask shows in blocks of `block` queries and keys, on a device: a mask without lists is on none."""
     grid, lists, window, lengths = mask.reblock((block, block)).parts
+    lengths = lengths.to(device)
     keys = seen_keys(grid, lists, window, lengths)
     if lists is None:
         batch = lengths.numel()

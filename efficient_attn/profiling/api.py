@@ -21,7 +21,7 @@ from ..patterns import Pattern
 from . import activations as activation_sources
 from . import roofline, sources
 from .model import check_on_cpu, evaluating, find_attention, measured, run
-from .results import Profile, from_records
+from .profile import Profile, from_records
 from .session import CEILINGS, MODEL, OPERATOR, Report, Session
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -107,7 +107,7 @@ def profile_source(
     """Measure a model that a text names (see `sources`) against length, each length in a worker process.
 
     Args:
-        source: a built-in model, a folder of a transformers checkpoint, or file.py:function.
+        source: a built-in model, a folder of a checkpoint, or file.py:function.
         attention: specs to put into the model, each a series of its own; none: the model as it is.
         lengths, mode, batch, dtype, seed, threads, budget_s, limits, out, trace, report: as in `profile_op`.
 

@@ -17,8 +17,8 @@ from ..measuring.options import read_lengths
 from ..measuring.run_folder import choose_run_folder
 from ..measuring.terminal import console, interrupted, named_errors, progress, sigterm_raises
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
+from .profile import from_records
 from .recommendation import CANDIDATES, from_rows, recommend
-from .results import from_records
 from .session import MODEL, OPERATOR, Report
 
 Text = str | None
@@ -91,6 +91,9 @@ def profile(
                 raise typer.Exit(code) from None
             found = from_records(rows)
         _show(found, folder / "profile.png", as_json)
+        if not code and not found.series():
+            err.print("no cell could be measured; the rows say why")
+            code = 1
     raise typer.Exit(code)
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UnsupportedError
 from ..measuring.records import describe
 from ..measuring.terminal import MIB
 from .phases import PHASES
+from .results import Choice, Measurements
 from .tables import size
-
-if TYPE_CHECKING:
-    from .recommendation import Recommendation
-    from .results import Profile
 
 EXACT = 1e-4  # errors below are rounding: drawn at the bottom of the axis
 SHADES = dict(zip(PHASES, ("#c44e52", "#4c72b0", "#55a868", "#8172b2", "#b0b0b0"), strict=True))
 
 
-def profile_picture(profile: Profile, path: Path) -> Path:
+def profile_picture(profile: Measurements, path: Path) -> Path:
     """Time, memory, phases of the longest calls, and the roofline."""
     figure = _figure(11.5, 8.2)
     axes = figure.subplots(2, 2)
@@ -74,7 +71,7 @@ def _phases(axis: Any, series: Mapping[tuple[str, str], Sequence[Mapping[str, An
     axis.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, -0.28))
 
 
-def _roof(axis: Any, profile: Profile, series: Any, colours: Mapping[Any, str]) -> None:
+def _roof(axis: Any, profile: Measurements, series: Any, colours: Mapping[Any, str]) -> None:
     found = {key: [profile.roofline(row) for row in rows] for key, rows in series.items()}
     points = [point for some in found.values() for point in some if point is not None]
     axis.set(title="Roofline (larger: longer)", xlabel="operations a byte", ylabel="GFLOP/s")
@@ -93,7 +90,7 @@ def _roof(axis: Any, profile: Profile, series: Any, colours: Mapping[Any, str]) 
     axis.set(xscale="log", yscale="log")
 
 
-def recommendation_picture(found: Recommendation, path: Path) -> Path:
+def recommendation_picture(found: Choice, path: Path) -> Path:
     """Error against time of every candidate, the front as a line, the budget and the pick marked."""
     figure = _figure(7.5, 5)
     axis = figure.subplots()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ from ..measuring import records, runner
 from ..measuring.calls import ERROR_ROWS
 from ..measuring.options import MODES, check_choice, check_positive, check_shape
 from . import activations as activation_sources
+from .results import Candidate, Choice, Record
 from .session import OPERATOR, Report, Session
 
-Record = dict[str, Any]
 CANDIDATES = (
     "dense",
     "sliding_window:left=64,right=64",
@@ -43,41 +40,8 @@ BENCHMARKED = "ops"  # the suite of `efficient-attn bench` whose rows have times
 SHAPE = ("batch", "heads", "kv_heads", "head_dim", "seqlen", "dtype", "mode", "causal")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A method that was measured: milliseconds, time relative to dense attention beside it, error relative to dense
-    attention in float64 (of several layers the largest), and peak bytes of a call where known."""
-
-    method: str
-    ms: float
-    relative: float
-    error: float
-    peak_bytes: int | None = None
-
-
-@dataclass
-class Recommendation:
-    """What `recommend` found.
-
-    Attributes:
-        pick: the fastest candidate whose error is within the budget; None if there is none.
-        reason: why, in a sentence.
-        front: the candidates that no other beats in time and error at once, fastest first.
-        candidates: all that were measured, fastest first.
-        failed: (method, status, message) of those without figures.
-        budget: the error that was allowed.
-        title, caption: what was measured, and on what.
-    """
-
-    pick: Candidate | None
-    reason: str
-    front: list[Candidate]
-    candidates: list[Candidate]
-    failed: list[tuple[str, str, str]]
-    budget: float
-    title: str
-    caption: str
-    environment: Record = field(default_factory=dict)
+class Recommendation(Choice):
+    """What `recommend` returns; the fields are those of `Choice`."""
 
     def table(self) -> Any:
         """All candidates and the pick as a rich renderable; `str()` of a recommendation is the same as text."""
@@ -89,10 +53,6 @@ class Recommendation:
         from ..measuring.terminal import as_text
 
         return as_text(self.table())
-
-    def to_json(self) -> str:
-        """Everything, as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
 
     def plot(self, path: str | Path) -> Path:
         """Draw error against time into a PNG."""

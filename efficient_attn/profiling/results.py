@@ -1,18 +1,18 @@
-"""What a profile found: rows, and what follows from them. `table()`, `to_json()`, `plot(path)`."""
+"""What was measured, as data: a profile's rows and what follows from them, and the candidates of a recommendation.
+
+profile.py and recommendation.py show them, by tables.py and plots.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
 from ..measuring.fit import Crossing, PowerLaw, crossing, fit_tail
 from .roofline import Ceilings, Roofline, roofline
-from .session import CEILINGS, MODEL, OPERATOR
 
 Record = dict[str, Any]
 
@@ -39,8 +39,8 @@ class Growth:
 
 
 @dataclass
-class Profile:
-    """Measurements of a method or model against length.
+class Measurements:
+    """Measurements of a method or model against length, as data.
 
     Attributes:
         rows: one dictionary a cell: ``label``, ``mode``, ``seqlen``, ``status`` ("ok", or why there are no figures,
@@ -104,17 +104,6 @@ class Profile:
         flops, moved = row[f"{part}flops"], row[f"{part}bytes"]
         return roofline(flops, moved, ms, self.ceilings, row["dtype"]) if flops and ms else None
 
-    def table(self) -> Any:
-        """The rows and what follows from them as a rich renderable; `str()` of a profile is the same as text."""
-        from .tables import profile_table
-
-        return profile_table(self)
-
-    def __str__(self) -> str:
-        from ..measuring.terminal import as_text
-
-        return as_text(self.table())
-
     def to_json(self) -> str:
         """Everything, as a JSON object: rows, ceilings, growth (infinite numbers as null), environment."""
         found = {
@@ -127,48 +116,46 @@ class Profile:
         }
         return json.dumps(_finite(found), indent=1)
 
-    def plot(self, path: str | Path) -> Path:
-        """Draw time, memory, phases and roofline into a PNG (or what matplotlib makes of another suffix)."""
-        from .plots import profile_picture
 
-        return profile_picture(self, Path(path))
+@dataclass(frozen=True)
+class Candidate:
+    """A method that was measured: milliseconds, time relative to dense attention beside it, error relative to dense
+    attention in float64 (of several layers the largest), and peak bytes of a call where known."""
+
+    method: str
+    ms: float
+    relative: float
+    error: float
+    peak_bytes: int | None = None
 
 
-def from_records(found: Iterable[Mapping[str, Any]], kind: str | None = None) -> Profile:
-    """The profile that the records of a result file hold; of a cell that was measured more than once, the last one.
+@dataclass
+class Choice:
+    """What `recommend` found, as data.
 
-    Raises:
-        InputError: none of its records comes from a profile.
+    Attributes:
+        pick: the fastest candidate whose error is within the budget; None if there is none.
+        reason: why, in a sentence.
+        front: the candidates that no other beats in time and error at once, fastest first.
+        candidates: all that were measured, fastest first.
+        failed: (method, status, message) of those without figures.
+        budget: the error that was allowed.
+        title, caption: what was measured, and on what.
     """
-    cells: dict[str, Mapping[str, Any]] = {}
-    environment: Record = {}
-    for record in found:
-        if record["type"] == "environment":
-            environment = dict(record)
-        elif record["suite"] in (OPERATOR, MODEL, CEILINGS) and not _is_trace(record):
-            cells[f"{record['suite']} {sorted((k, str(v)) for k, v in record['config'].items())}"] = record
-    ceilings = [c for c in cells.values() if c["suite"] == CEILINGS and c["status"] == "ok"]
-    suites = {"op": OPERATOR, "model": MODEL}
-    kind = kind or next((k for k, suite in suites.items() if any(c["suite"] == suite for c in cells.values())), None)
-    rows = [_row(c) for c in cells.values() if kind is not None and c["suite"] == suites[kind]]
-    if kind is None or not rows:
-        raise InputError("there are no rows of a profile here; make some with efficient-attn profile --out FOLDER")
-    limit = (environment.get("limits") or {}).get("memory_bytes")
-    last = ceilings[-1] if ceilings else None
-    top = None if last is None else Ceilings(**{field.name: last[field.name] for field in dataclasses.fields(Ceilings)})
-    return Profile(rows, top, limit, environment, kind)
 
+    pick: Candidate | None
+    reason: str
+    front: list[Candidate]
+    candidates: list[Candidate]
+    failed: list[tuple[str, str, str]]
+    budget: float
+    title: str
+    caption: str
+    environment: Record = field(default_factory=dict)
 
-def _is_trace(record: Mapping[str, Any]) -> bool:
-    """Whether a cell was run for its trace: its figures are there already. One that failed is worth a row."""
-    return "trace" in record["config"] and record["status"] == "ok"
-
-
-def _row(record: Mapping[str, Any]) -> Record:
-    config = record["config"]
-    label = config.get("method") or config.get("attention") or "as it is"
-    row = {"label": label, **{k: v for k, v in config.items() if k not in ("method", "attention", "trace")}}
-    return row | {k: v for k, v in record.items() if k not in ("type", "id", "suite", "config", "traceback")}
+    def to_json(self) -> str:
+        """Everything, as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Models that a text names, with a sample of any length: for the command line, whose workers make them anew.
 
 encoder, decoder, bert      small built-in models with random weights: a TextClassifier, a CausalLM, transformers' BERT
-folder                      a transformers checkpoint: its config.json, and its weights where there are some
+folder                      a checkpoint of transformers: its config.json, and its weights where there are some; or a
+                            model of this package that reads tokens, as save_pretrained and `train` write it
 file.py:function            your own; also package.module:function
                             function(length) returns (model, sample) for a sequence of that length
 """
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from .. import models
 from ..errors import InputError, UnsupportedError
 from ..integrations import convert
+from ..models import checkpoints
 
 VOCABULARY = 1000
 WIDTH, HEADS, LAYERS = 256, 4, 2
+
+OF_TOKENS = ("TextClassifier", "CausalLM")
 
 Source = Callable[[Mapping[str, Any]], tuple[nn.Module, Any]]
 
@@ -32,6 +36,7 @@ def load(config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
 
     Raises:
         InputError: no such model, or a function that returns something else. UnsupportedError: transformers is missing.
+        CheckpointError: a folder whose config.json or weights cannot be read.
     """
     torch.manual_seed(config["seed"])
     source = config["model"]
@@ -48,8 +53,16 @@ def find(source: str) -> Source:
     """What makes the model that a text names; raises InputError, with the ways to name one, if there is none."""
     if source in BUILT_IN:
         return BUILT_IN[source]
-    if (Path(source) / "config.json").is_file():
-        return lambda config: _checkpoint(source, config)
+    if (Path(source) / checkpoints.CONFIG).is_file():
+        text = checkpoints.read_config(Path(source))
+        if "efficient_attn" not in text:
+            return lambda config: _checkpoint(source, config)
+        if text.get("model") in OF_TOKENS:
+            return lambda config: _own(source, config)
+        raise InputError(
+            f"{source} holds a {text.get('model')!r}, whose input has no free length; give one of "
+            f"{', '.join(OF_TOKENS)}, or file.py:function, where function(length) returns (model, sample)"
+        )
     place, colon, function = source.rpartition(":")
     if colon and function.isidentifier():
         return _from_function(_module(place, source), function, source)
@@ -97,6 +110,15 @@ def _checkpoint(folder: str, config: Mapping[str, Any]) -> tuple[nn.Module, Any]
     weights = any(Path(folder).glob("*.safetensors"))
     model = transformers.AutoModel.from_pretrained(folder) if weights else transformers.AutoModel.from_config(settings)
     return model, {"input_ids": torch.randint(settings.vocab_size, (config["batch"], length))}
+
+
+def _own(folder: str, config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """A model of `save_pretrained`, on random tokens."""
+    model: Any = models.Model.from_pretrained(folder)
+    settings, length = model.config, config["seqlen"]
+    if model.embeddings.positions is not None and length > settings.max_len:
+        raise UnsupportedError(f"{folder} has positions for {settings.max_len} tokens, not {length}")
+    return model, torch.randint(settings.vocab_size, (config["batch"], length))
 
 
 def _transformers() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 from rich.text import Text
@@ -12,15 +12,12 @@ from rich.text import Text
 from ..measuring.clock import NOISY
 from ..measuring.terminal import MIB, make_table
 from .phases import PHASES
-
-if TYPE_CHECKING:
-    from .recommendation import Recommendation
-    from .results import Growth, Profile
+from .results import Choice, Growth, Measurements
 
 FAR = 1024  # how many times the longest measured length a prediction is printed
 
 
-def profile_table(profile: Profile) -> Any:
+def profile_table(profile: Measurements) -> Any:
     """The measurements of a profile, its growth, attention modules, and the rows without figures."""
     parts: list[Any] = [_measurements(profile), _growth(profile)]
     if profile.kind == "model":
@@ -32,7 +29,7 @@ def profile_table(profile: Profile) -> Any:
     return Group(*parts)
 
 
-def _measurements(profile: Profile) -> Any:
+def _measurements(profile: Measurements) -> Any:
     model = profile.kind == "model"
     done = [row for rows in profile.series().values() for row in rows]
     shown = [name for name in (PHASES if model else PHASES[:-1]) if any(row["phases"][name] >= 0.005 for row in done)]
@@ -55,13 +52,13 @@ def _measurements(profile: Profile) -> Any:
     return Group(*parts)
 
 
-def _roof(profile: Profile, row: Mapping[str, Any]) -> list[str]:
+def _roof(profile: Measurements, row: Mapping[str, Any]) -> list[str]:
     found = profile.roofline(row)
     flops = f"{row['flops'] / 1e9:.3g}"
     return [flops, *(["", "", ""] if found is None else [f"{found.attained:.3g}", f"{found.share:.0%}", found.bound])]
 
 
-def _growth(profile: Profile) -> Any:
+def _growth(profile: Measurements) -> Any:
     table = make_table("Growth", ["", "mode", "time", "memory", "memory ends at N", "overtakes dense at N"], {0}, "")
     for found in profile.growth():
         law = [("" if x is None else str(x)) for x in (found.time, found.memory)]
@@ -85,7 +82,7 @@ def _overtakes(found: Growth) -> str:
     return ("up to " if found.overtakes.length == found.shortest else "") + size(found.overtakes.length)
 
 
-def _modules(profile: Profile) -> Any:
+def _modules(profile: Measurements) -> Any:
     """The attention modules of the longest row of each series."""
     table = make_table("Attention modules at the longest length", ["", "kind", "ms", "share %"], {0}, "")
     for (label, mode), rows in profile.series().items():
@@ -97,7 +94,7 @@ def _modules(profile: Profile) -> Any:
     return table
 
 
-def recommendation_table(found: Recommendation) -> Any:
+def recommendation_table(found: Choice) -> Any:
     """Every candidate, fastest first, those of the front marked, and the pick with its reason."""
     labels = ["", "ms", "vs dense", "error", "MiB", "front", "within budget"]
     table = make_table(found.title, labels, {0}, found.caption)
@@ -125,7 +122,7 @@ def size(length: float) -> str:
     return f"{length / 1024:.0f}k" if length >= 10 * 1024 or (whole == length and whole) else f"{length:.0f}"
 
 
-def _title(profile: Profile) -> str:
+def _title(profile: Measurements) -> str:
     row = profile.rows[0]
     if profile.kind == "model":
         return f"{row.get('model', 'model')}, batch {row['batch']}, {row['dtype']}, {row['threads']} threads"
@@ -134,7 +131,7 @@ def _title(profile: Profile) -> str:
     return f"B{row['batch']} {heads} D{row['head_dim']}{causal}, {row['dtype']}, {row['threads']} threads"
 
 
-def _caption(profile: Profile) -> str:
+def _caption(profile: Measurements) -> str:
     ceilings = profile.ceilings
     text = "slope: exponent since the row before. MiB: peak of a call above what was resident. "
     if profile.kind == "op":

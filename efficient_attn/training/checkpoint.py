@@ -1,8 +1,8 @@
 """Checkpoints of a run: all that the next step depends on, in one file that is there whole or not at all.
 
-``last.pt`` holds the model, the optimizer, the number of the step (from which schedule and place in the data follow)
-and the random numbers' states of each process. Tensors are whole, so that another number of processes can go on. The
-file is read by ``torch.load(weights_only=True)``: nothing in it is executed.
+``last.pt`` holds the model, the optimizer, the number of the step (from which schedule and place in the data follow),
+the data's fingerprint and the random numbers' states of each process. Tensors are whole, so that another number of
+processes can go on. The file is read by ``torch.load(weights_only=True)``: nothing in it is executed.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import shlex
 import signal
 import sys
 import typing
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import EfficientAttnError, InputError
+from ..errors import CheckpointError, EfficientAttnError, InputError
 from ..measuring import terminal
 from ..measuring.terminal import note, progress
 from . import options, trainer
@@ -126,7 +127,8 @@ def run(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> int:
     except trainer.Interrupted as interrupt:
         by = "Ctrl-C" if interrupt.signum == signal.SIGINT else "SIGTERM"
         note(console, "interrupted", f" by {by} after step {interrupt.step}, which is saved; to go on:")
-        console.print(f"  efficient-attn train {task.name} --out {train_options.out} --resume", soft_wrap=True)
+        going_on = shlex.join(["efficient-attn", "train", task.name, "--out", str(train_options.out), "--resume"])
+        console.print(f"  {going_on}", soft_wrap=True)
         return 128 + interrupt.signum
     except EfficientAttnError as error:
         if first:
@@ -163,12 +165,13 @@ def resumed(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> tup
 
     Raises:
         InputError: no such run, one of another task, or typed options that would change what it computes.
+        CheckpointError: a config.json that is damaged or no run's.
     """
     out = given["out"] or _latest(task.name)
     path = out / trainer.CONFIG
     if not path.exists():
         raise InputError(f"--resume: there is no run in {out}; name its folder with --out, or leave --resume out")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = _read_config(path)
     if saved["task"] != task.name:
         raise InputError(f"the run in {out} is of the task {saved['task']}: efficient-attn train {saved['task']} ...")
     before = saved["options"] | saved["task_options"]
@@ -180,11 +183,14 @@ def resumed(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> tup
                 f"--{_flag(name)} {value} is not what the run in {out} began with ({before[name]}); leave it out, or "
                 "start a new run"
             )
-    train_options = options.restore(saved["options"] | {"out": str(out)})
+    try:
+        task_now, train_options = task(**saved["task_options"]), options.restore(saved["options"] | {"out": str(out)})
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is of another version of efficient-attn ({error}); start a new run") from error
     changed = {name: given[name] for name in chosen & options.FREE_ON_RESUME if name != "out"}
     if "steps" in changed or "epochs" in changed:
         changed = {"steps": None, "epochs": None} | changed
-    return task(**saved["task_options"]), dataclasses.replace(train_options, **changed)
+    return task_now, dataclasses.replace(train_options, **changed)
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
@@ -202,8 +208,23 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """A run's config.json.
+
+    Raises:
+        CheckpointError: it is cut off, or no run's.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON that can be read ({error}); start a new run") from error
+    if not isinstance(saved, dict) or not {"task", "options", "task_options"} <= set(saved):
+        raise CheckpointError(f"{path} is no config of efficient-attn train; name the folder of a run by --out")
+    return saved
+
+
 def _latest(task: str) -> Path:
-    found = [path for path in RUNS.glob(f"*/{trainer.CONFIG}") if json.loads(path.read_text())["task"] == task]
+    found = [path for path in RUNS.glob(f"*/{trainer.CONFIG}") if _read_config(path)["task"] == task]
     if not found:
         raise InputError(f"--resume: there is no run of {task} under {RUNS}; name its folder with --out")
     return max(found, key=lambda path: path.stat().st_mtime).parent

@@ -106,8 +106,10 @@ class TrainOptions:
         return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * steps_per_epoch))  # type: ignore[operator]
 
 
-# What a resumed run may choose anew, since it does not change what is computed. A run's length does: its schedule.
-FREE_ON_RESUME = frozenset({"out", "steps", "epochs", "save_every", "threads", "device", "tensorboard"})
+# What a resumed run may choose anew: what does not change what is computed; its length, which changes its schedule; and
+# what a run needs that diverged.
+STEADYING = ("lr", "warmup", "clip")
+FREE_ON_RESUME = frozenset({"out", "steps", "epochs", "save_every", "threads", "device", "tensorboard", *STEADYING})
 
 
 def describe(options: TrainOptions) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Task(ABC):
         name, help: on the command line.
         data_help: what ``--data`` may name; None for a task that makes its data.
         defaults: of :class:`TrainOptions`, for runs of a few minutes on two cores.
+        least_batch: fewest examples that the loss can be computed of.
         metric: by which validations are compared, and whether ``higher`` is better.
     """
 
@@ -36,6 +37,7 @@ class Task(ABC):
     help: ClassVar[str]
     data_help: ClassVar[str | None] = None
     defaults: ClassVar[Mapping[str, Any]] = {}
+    least_batch: ClassVar[int] = 1
     metric: ClassVar[str] = "loss"
     higher: ClassVar[bool] = False
 

@@ -1,5 +1,7 @@
 """The loop that trains any :class:`Task`: repeatable, interruptible, and the same in one process or many.
 
+All data are read once before the first step, and a run goes on with the very same ones only.
+
 All that a step depends on is the model, the optimizer, the number of the step and the random numbers' states. The
 order of the data follows from seed and epoch, the learning rate from the step. So a run that goes on from a checkpoint
 computes, on a CPU with as many threads, the same bits as one that was never interrupted.
@@ -16,6 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +30,7 @@ from ..errors import EfficientAttnError, InputError
 from ..measuring import records
 from ..measuring.run_folder import make_run_folder
 from . import checkpoint, optimizer, options, start
-from .data.base import Batch, Dataset
+from .data.base import SPLITS, Batch, Dataset
 from .metrics import Metrics
 from .options import TrainOptions
 from .processes import Processes, accumulating, processes
@@ -80,7 +83,8 @@ def train(
     Under ``torchrun`` every process calls this; the first one writes and reports.
 
     Raises:
-        InputError: data or options that cannot be trained on; a folder that holds a run already, without ``resume``.
+        InputError: data or options that cannot be trained on; a folder that holds a run already, without ``resume``;
+            with it, other data than the run began with.
         CheckpointError: nothing to go on from, or of something else.
         DivergedError: a loss that is no number.
         Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
@@ -106,6 +110,13 @@ class _Run:
         self.best: dict[str, float] | None = None
         _seed(chosen.seed)
         self.splits = task.splits(chosen.seed)
+        fewest = {"--batch": chosen.batch} | {f"the {n} split": len(getattr(self.splits, n)) for n in SPLITS}
+        for name, count in fewest.items():
+            if count < task.least_batch:
+                raise InputError(
+                    f"{name} has {count} examples, and the loss of {task.name} is that of at least {task.least_batch}; "
+                    "raise --batch or give more data"
+                )
         self.global_batch = chosen.batch * chosen.accumulate * here.world
         self.steps_per_epoch = len(self.splits.train) // self.global_batch
         if not self.steps_per_epoch:
@@ -117,19 +128,26 @@ class _Run:
         self.eval_every = chosen.eval_every or max(1, self.total // 10)
         self.save_every = chosen.save_every or max(1, self.total // 10)
         model = task.model(self.splits.about)
-        self.notes = start.adopt(task, model, chosen.start) if chosen.start and not resume else []
+        last = chosen.out / checkpoint.LAST
+        # A run that has begun and was killed before its first checkpoint goes on from its beginning.
+        goes_on = resume and (last.exists() or not (chosen.out / CONFIG).exists())
+        self.notes = start.adopt(task, model, chosen.start) if chosen.start and not goes_on else []
         if chosen.freeze:
             frozen = optimizer.freeze(model, chosen.freeze)
             self.notes.append(f"{frozen:,} parameters are frozen")
         self.model = model.to(here.device)
         self.parallel = here.parallel(Objective(self.model, task, self.splits.about), chosen.parallel)
         self.optimizer = optimizer.adamw(self.model, lr=chosen.lr, weight_decay=chosen.weight_decay)
+        self.data = self.splits.fingerprint()  # reads every file, so that a damaged one is found before the first step
         _seed(chosen.seed + 1 + here.rank)
-        if resume:
+        if goes_on:
             self._load()
+        elif resume:
+            self.notes.append(f"there is no checkpoint in {chosen.out} yet: begins at the first step")
         elif here.first:
-            # One that was killed before its first checkpoint is no run: there is nothing to go on from.
-            make_run_folder(chosen.out, holds_run=(chosen.out / checkpoint.LAST).exists())
+            # One that was killed before its first checkpoint may be begun again, by other options too.
+            make_run_folder(chosen.out, holds_run=last.exists())
+        if here.first:
             _write_json(chosen.out / CONFIG, self.config)
         here.wait()
         self.metrics = (
@@ -199,7 +217,7 @@ class _Run:
         if not math.isfinite(loss_all) or not math.isfinite(norm.item()):
             raise DivergedError(
                 f"step {self.step + 1}: the loss is {loss_all:g} and the gradient's norm {norm.item():g}; lower --lr "
-                f"({chosen.lr:g}) or raise --warmup, and go on with --resume or begin anew"
+                f"({chosen.lr:g}) or raise --warmup, and go on from the last checkpoint with --resume, or begin anew"
             )
         self.optimizer.step()
         self.step += 1
@@ -251,11 +269,14 @@ class _Run:
         _seed(self.options.seed)
         self.parallel.eval()
         parts: list[Values] = []
-        for begin in range(0, len(data), self.options.batch):
+        bounds = [*range(0, len(data), self.options.batch), len(data)]
+        if len(bounds) > 2 and bounds[-1] - bounds[-2] < self.task.least_batch:
+            del bounds[-2]  # the last examples are too few for a loss of their own
+        for begin, end in pairwise(bounds):
             if interruptible and self.here.world == 1 and self.stops.signum is not None:
                 checkpoint.set_random_state(before)
                 return None
-            batch = self._placed(data.batch(torch.arange(begin, min(begin + self.options.batch, len(data)))))
+            batch = self._placed(data.batch(torch.arange(begin, end)))
             with self._autocast():
                 parts.append({name: value.cpu() for name, value in self.parallel(batch, evaluate=True).items()})
         checkpoint.set_random_state(before)
@@ -276,6 +297,7 @@ class _Run:
             "best_step": None if self.best is None else int(self.best["step"]),
             "examples": {name: len(getattr(self.splits, name)) for name in ("train", "valid", "test")},
             "parameters": trained,
+            "data": self.data,
             "processes": self.here.world,
             "threads": torch.get_num_threads(),
             "environment": records.environment(),
@@ -304,6 +326,7 @@ class _Run:
             "best": self.best,
             "total": self.total,
             "config": self.config,
+            "data": self.data,
             "model": checkpoint.weights(self.model),
             "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
             "random": self.here.gather(checkpoint.random_state()),
@@ -316,6 +339,14 @@ class _Run:
     def _load(self) -> None:
         state = checkpoint.read(self.options.out / checkpoint.LAST)
         checkpoint.load_weights(self.model, state["model"])
+        before = state.get("data")
+        if before is None:
+            self.notes.append("the checkpoint does not say of which data it is: whether they changed is not known")
+        elif changed := [name for name in before if self.data.get(name) != before[name]]:
+            raise InputError(
+                f"the data are not those that the run in {self.options.out} began with ({', '.join(changed)} changed), "
+                "so what it is tested on may be what it has learned from; put the data back, or start a new run"
+            )
         checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.seconds, self.cpu_seconds, self.best = state["seconds"], state["cpu_seconds"], state["best"]
@@ -323,6 +354,10 @@ class _Run:
             raise InputError(f"the run has {self.step} steps behind it already, more than the {self.total} asked for")
         if state["total"] != self.total:
             self.notes.append(f"the run is {self.total} steps long now instead of {state['total']}: so is its schedule")
+        for name in options.STEADYING:
+            then, now = state["config"]["options"][name], getattr(self.options, name)
+            if then != now:
+                self.notes.append(f"--{name} is {now:g} from here on instead of {then:g}")
         if len(state["random"]) == self.here.world:
             checkpoint.set_random_state(state["random"][self.here.rank])
         else:

@@ -17,10 +17,33 @@ import torch
 from torch import nn
 
 pytest.importorskip("rich")
+pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-from efficient_attn import BlockMask, InputError, InputTypeError, MultiheadAttention, UnsupportedError, attention, parse
+from typer.testing import CliRunner
+
+from efficient_attn import (
+    BlockMask,
+    InputError,
+    InputTypeError,
+    MultiheadAttention,
+    UnsupportedError,
+    attention,
+    cli,
+    parse,
+)
+from efficient_attn.errors import CheckpointError
 from efficient_attn.measuring import fit, options, runner
+from efficient_attn.models import (
+    CausalLM,
+    CausalLMConfig,
+    ImageConfig,
+    TextClassifier,
+    TextClassifierConfig,
+    TransformerConfig,
+    ViT,
+    ViTConfig,
+)
 from efficient_attn.profiling import (
     Ceilings,
     Profile,
@@ -432,6 +455,46 @@ def test_a_checkpoint_of_transformers_is_measured(tmp_path) -> None:
     assert sample["input_ids"].shape == (2, 32) and api.run(network, sample)[0].shape == (2, 32, 32)
     with pytest.raises(UnsupportedError, match="512 tokens, not 600"):
         sources.load({**config, "seqlen": 600, "attention": None})
+
+
+def test_a_model_of_this_package_that_was_saved_is_measured(tmp_path) -> None:
+    pytest.importorskip("safetensors")
+    layers = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
+    made = [
+        TextClassifier(TextClassifierConfig(50, 64, TransformerConfig(**layers), num_labels=2)),
+        CausalLM(CausalLMConfig(50, 64, TransformerConfig(**layers, causal=True))),
+        ViT(ViTConfig(ImageConfig(16, 4, 1, encoder=TransformerConfig(**layers)), num_labels=2)),
+    ]
+    config = {"seqlen": 32, "batch": 2, "dtype": "float32", "seed": 0}
+    for net in made:
+        net.save_pretrained(tmp_path / type(net).__name__)
+    for net in made[:2]:
+        chosen = {**config, "model": str(tmp_path / type(net).__name__)}
+        network, sample = sources.load({**chosen, "attention": None})
+        assert torch.equal(api.run(network, sample), net.eval()(sample)) and sample.shape == (2, 32)
+        changed, _ = sources.load({**chosen, "attention": "sliding_window:left=4,right=0"})
+        assert not torch.equal(api.run(changed, sample), api.run(network, sample))
+        with pytest.raises(UnsupportedError, match="positions for 64 tokens, not 65"):
+            sources.load({**chosen, "attention": None, "seqlen": 65})
+    with pytest.raises(InputError, match="holds a 'ViT', whose input has no free length"):
+        sources.find(str(tmp_path / "ViT"))
+    (tmp_path / "ViT" / "config.json").write_text('{"efficient_attn": 1, "mod')
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        sources.find(str(tmp_path / "ViT"))
+
+
+def test_a_profile_of_which_nothing_could_be_measured_fails(tmp_path) -> None:
+    (tmp_path / "mine.py").write_text("def build(n):\n    raise ValueError('no data today')\n")
+    (tmp_path / "good.py").write_text(
+        "import torch\nfrom efficient_attn import MultiheadAttention\ndef build(n):\n"
+        "    if n > 64:\n        raise ValueError('too long')\n"
+        "    x = torch.randn(1, n, 16)\n    return MultiheadAttention(16, 2, batch_first=True), (x, x, x)\n"
+    )
+    for name, code in (("mine.py", 1), ("good.py", 0)):
+        out = ["--lengths", "64,128", "--budget", "0.05", "--threads", "1", "--out", str(tmp_path / name[:4])]
+        command = ["profile", "--model", f"{tmp_path}/{name}:build", *out]
+        done = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, command)
+        assert done.exit_code == code and ("no cell could be measured" in done.output) == (code == 1), done.output
 
 
 @pytest.mark.parametrize("name", sources.BUILT_IN)

@@ -83,6 +83,28 @@ def test_clip_reads_old_files_and_refuses_others(tmp_path):
         CLIP.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("eos", [EOS, None])
+def test_a_text_without_its_end_token_is_refused(eos):
+    """As a tokenizer leaves it that cuts: all such texts had the vector of their first token."""
+    torch.manual_seed(0)
+    model = clip().eval()
+    object.__setattr__(model.config.text, "eos_token_id", eos)
+    ids, mask = texts()
+    whole = model.encode_text(ids)
+    assert torch.pdist(whole).min() > 1e-3
+    for cut in (1, 3):
+        broken = torch.where((ids == EOS) & (torch.arange(5)[:, None] >= 5 - cut), 7, ids)
+        for attention_mask in (None, mask):
+            with pytest.raises(InputError, match=rf"{cut} of 5 texts \(row {5 - cut} first\) lack the end token 98"):
+                model.encode_text(broken, attention_mask=attention_mask)
+    torch.testing.assert_close(model.encode_text(ids[:1]), whole[:1])
+
+
+def test_a_single_pair_teaches_nothing_and_is_refused():
+    with pytest.raises(InputError, match="this one has 1"):
+        clip().loss(torch.randn(1, 1, 16, 16), texts(1)[0])
+
+
 def test_contrastive_loss_equals_its_definition():
     torch.manual_seed(0)
     image, text, scale = torch.randn(4, 6), torch.randn(4, 6), 7.0
@@ -208,7 +230,7 @@ def test_clip_names_wrong_input():
         (torch.full((2, 5), 99), InputError, "from 0 to 98"),
         (torch.zeros(2, 5), InputTypeError, "int64"),
         (torch.zeros(5, dtype=torch.int64), InputError, r"\(batch, tokens\)"),
-        (torch.zeros(3, 5, dtype=torch.int64), InputError, "one shape"),
+        (torch.full((3, 5), EOS), InputError, "one shape"),
     ):
         with pytest.raises(error, match=message):
             model.loss(images, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -220,11 +221,22 @@ def test_streaming_and_prompts(checkpoint):
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"top_k": 5}, "temperature above 0"),
         ({"temperature": -1.0}, "temperature must"),
+        ({"temperature": 1e-40}, "temperature must be 0, which takes the most probable token, or from 1e-06"),
+        ({"temperature": math.nan}, "temperature must"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p must"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must"),
     ):
         with pytest.raises(InputError, match=message):
             ours.stream(IDS, **arguments)  # before the first token is asked for
+    for ids, error, message in (
+        (IDS[0], InputError, r"input_ids must be \(batch, tokens\)"),
+        (IDS[:, :0], InputError, "at least one token"),
+        (IDS.float(), InputTypeError, "input_ids must be an int64 tensor"),
+        (IDS + 10_000, InputError, "input_ids must be from 0 to"),
+    ):
+        for write in (ours.stream, ours.generate):
+            with pytest.raises(error, match=message):
+                write(ids)
 
 
 def test_sampling_is_seeded_and_restricted(checkpoint):

@@ -52,10 +52,12 @@ def test_quantile_loss_names_wrong_shapes():
 
 def test_instance_statistics():
     series = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]], requires_grad=True)
-    mean, std = instance_statistics(series, eps=1e-5)
+    mean, std = instance_statistics(series)
     assert mean.flatten().tolist() == [3.0, 5.0]
-    assert std.flatten().tolist() == pytest.approx([math.sqrt(3.5 + 1e-5), math.sqrt(1e-5)])
+    assert std.flatten().tolist() == pytest.approx([math.sqrt(3.5), 0])
     assert not mean.requires_grad and not std.requires_grad
+    for level in (0.1, 1e-30, 1e30):
+        assert instance_statistics(torch.full((96,), level))[1] == 0, "flat is 0, not the rounding of its mean"
 
 
 def test_seasonal_naive_repeats_the_last_season():
@@ -178,7 +180,7 @@ def test_forecaster_tokens_are_the_patches():
         past = torch.randn(2, context, 3)
         model(past)
         mean, std = instance_statistics(past.transpose(1, 2))
-        series = ((past.transpose(1, 2) - mean) / std).flatten(0, 1)
+        series = ((past.transpose(1, 2) - mean) / std).flatten(0, 1).float()
         padded = torch.cat([series, series[:, -1:].expand(-1, stride)], dim=1)
         assert seen[0].shape == (6, model.config.num_patches, patch)
         for n in range(model.config.num_patches):
@@ -186,16 +188,77 @@ def test_forecaster_tokens_are_the_patches():
         assert (model.config.num_patches - 1) * stride + patch >= context
 
 
-def test_forecast_moves_with_level_and_scale_and_channels_are_apart():
+def test_channels_are_apart():
     torch.manual_seed(0)
     model = forecaster().eval()
     past = torch.randn(2, 40, 3)
     forecast = model(past)
-    torch.testing.assert_close(model(past * 50 - 300), forecast * 50 - 300, atol=0.05, rtol=1e-3)
     changed = past.clone()
     changed[:, :, 1] = torch.randn(2, 40)
     same = (model(changed) == forecast).all(dim=-1).all(dim=1)
     assert same.tolist() == [[True, False, True]] * 2
+
+
+# Kinds of series, steps -> values of the order of 1, whose forecasts must be alike in every unit and at every level.
+KINDS = {
+    "noise": torch.randn,
+    "walk": lambda n: torch.randn(n).cumsum(0),
+    "trend": lambda n: torch.linspace(-1, 1, n),
+    "season": lambda n: (torch.arange(n) / 3).sin(),
+    "demand": lambda n: (torch.rand(n) < 0.1).float() * torch.rand(n),
+    "one jump": lambda n: (torch.arange(n) > n // 2).float(),
+    "flat": lambda n: torch.full((n,), 0.3),
+    "zeros": torch.zeros,
+}
+
+
+def in_all_kinds(steps, dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.stack([make(steps).to(dtype) for make in KINDS.values()], dim=-1).expand(2, -1, -1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1e-4, 3.7, 1e4, 1e12, 1e30])
+def test_the_unit_changes_neither_forecast_nor_loss(scale):
+    series = in_all_kinds(46)
+    past, future = series[:, :40], series[:, 40:]
+    model = forecaster().eval()
+    forecast, loss = model(past), model.loss(past, future)
+    torch.testing.assert_close(model(past * scale) / scale, forecast, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.loss(past * scale, future * scale), loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", [-1e12, -1e5, 300.0, 1e7, 1e9])
+def test_the_level_changes_neither_forecast_nor_loss(level):
+    """In float64 as far as that has room for the changes: of 1e12 it keeps 16 - 12 digits behind the point."""
+    series = in_all_kinds(46, torch.float64)
+    past, future = series[:, :40], series[:, 40:]
+    model = forecaster().eval()
+    forecast, loss = model(past), model.loss(past, future)
+    room = 1e-5 + 1e-14 * abs(level)
+    torch.testing.assert_close(model(past + level) - level, forecast, atol=room, rtol=1e-4)
+    torch.testing.assert_close(model.loss(past + level, future + level), loss, atol=1e-4, rtol=2e-3)
+    assert model(past).dtype == torch.float64 and loss.dtype == torch.float32
+
+
+def test_the_changes_that_float32_keeps_at_a_high_level_are_not_lost():
+    torch.manual_seed(0)
+    model = forecaster().eval()
+    past = torch.randint(-40, 40, (2, 40, 3)).float()
+    forecast = model(past + 2.0**23) - 2.0**23  # whole numbers are all that float32 has there
+    assert (forecast - model(past)).abs().max() <= 1.0
+
+
+@pytest.mark.parametrize("jump", [1e-3, 1.0, 1e6])
+def test_a_flat_context_forecasts_its_level_and_no_jump_outweighs_all_else(jump):
+    model = forecaster()
+    past = torch.full((1, 40, 2), 5.0)
+    past[:, 0, 1] += 1e-6 * jump  # or lost in 5.0: flat then
+    future = torch.full((1, 6, 2), 5.0 + jump)
+    assert (model(past)[:, :, 0] == 5.0).all()
+    flat, nearly = (model.loss(past[..., c : c + 1], future[..., c : c + 1]) for c in range(2))
+    assert flat == 0 and 0 <= nearly < 20
+    flat.backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
 def test_forecaster_loss_is_the_quantile_loss_in_normalised_units():

@@ -193,6 +193,10 @@ def test_vit_names_wrong_input():
         model.loss(images, torch.zeros(2))
     with pytest.raises(InputError, match=r"labels must be \(2,\)"):
         model.loss(images, torch.zeros(3, dtype=torch.int64))
+    for label in (3, -1, 255):
+        with pytest.raises(InputError, match=f"labels must be from 0 to 2, the model's classes; got {label}"):
+            model.loss(images, torch.tensor([0, label]))
+    assert model.loss(images, torch.tensor([0, -100])).isfinite(), "-100 is no label"
     with pytest.raises(UnsupportedError, match="no head"):
         ViT(ViTConfig(image_config(), num_labels=None))(images)
     with pytest.raises(InputTypeError, match="no ImageBackbone"):

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from efficient_attn import InputError, UnsupportedError, cli
 from efficient_attn.errors import CheckpointError
 from efficient_attn.models import ViT
 from efficient_attn.training import DivergedError, Interrupted, TrainOptions, checkpoint, metrics, optimizer, train
-from efficient_attn.training.data.base import Splits, Tensors
+from efficient_attn.training.data.base import Splits, Subset, Tensors
 from efficient_attn.training.task import Task, option
 from efficient_attn.training.tasks import TASKS, Digits, Images, MaskedAutoencoding, SimClr, Translation
 
@@ -194,15 +196,136 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
         run(Line(), tmp_path / "a", resume=True, steps=12)
 
 
+def folder_of_images(root):
+    pillow = pytest.importorskip("PIL.Image")
+    for place, name in enumerate(["cat/0", "cat/1", "cat/2", "cat/3", "cat/4", "dog/0", "dog/1", "dog/2", "dog/3"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pillow.new("RGB", (8, 8), (20 * place, 0, 0)).save(root / f"{name}.png")
+    return root
+
+
+def brighter(file):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.new("RGB", (8, 8), "white").save(file)
+
+
+CHANGES = {
+    "a file is removed": lambda root: (root / "cat/2.png").unlink(),
+    "a file is added": lambda root: shutil.copy(root / "cat/2.png", root / "cat/9.png"),
+    "a file has other content": lambda root: brighter(root / "dog/1.png"),
+    "a file changes its class": lambda root: (root / "cat/2.png").rename(root / "dog/9.png"),
+    "a class has another name": lambda root: (root / "dog").rename(root / "wolf"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, change):
+    data = folder_of_images(tmp_path / "data")
+    task, options = Images(data=str(data), image_size=8, **SMALL), {"batch": 4, "steps": 1}
+    first = run(task, tmp_path / "a", **options)
+    assert run(task, tmp_path / "a", resume=True, **options | {"steps": 2})["data"] == first["data"]
+    CHANGES[change](data)
+    last = (tmp_path / "a" / checkpoint.LAST).read_bytes()
+    with pytest.raises(InputError, match="the data are not those that the run in"):
+        run(task, tmp_path / "a", resume=True, **options | {"steps": 3})
+    assert (tmp_path / "a" / checkpoint.LAST).read_bytes() == last
+
+
+def test_every_file_is_read_before_the_first_step(tmp_path):
+    data = folder_of_images(tmp_path / "data")
+    for file in sorted(data.rglob("*.png")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:45])
+        with pytest.raises(InputError, match=f"{file.name} cannot be read as an image"):
+            run(Images(data=str(data), image_size=8, **SMALL), tmp_path / "a", steps=1, batch=4)
+        assert not (tmp_path / "a").exists()
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "images"])
+def test_a_fingerprint_is_that_of_the_data(tmp_path, name):
+    """The same for the same seed in another object, and another one for another seed where that divides the data."""
+    if name == "forecast":
+        pytest.importorskip("statsmodels")
+    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"a text {n},{n % 2}\n" for n in range(40)))
+    data = {"data": str(tmp_path / "texts.csv")} if name == "bytes" else {}
+    task = TASKS[name](**FEW.get(name, {}), **data)
+    one, same, other = (task.splits(seed).fingerprint() for seed in (0, 0, 1))
+    assert one == same and len(set(one.values())) == 4
+    assert (one["train"] == other["train"]) == (name in ("forecast", "lm")), "those are divided by place"
+
+
+def test_a_checkpoint_that_does_not_know_its_data_goes_on_with_a_word(tmp_path):
+    run(Line(), tmp_path / "a", steps=2)
+    path, watch = tmp_path / "a" / checkpoint.LAST, Watch()
+    state = checkpoint.read(path)
+    del state["data"]
+    checkpoint.write_whole(path, state)
+    run(Line(), tmp_path / "a", resume=True, reporter=watch, steps=3)
+    assert any("does not say of which data" in note for note in watch.notes)
+
+
 def test_a_run_without_a_checkpoint_can_begin_again(tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(Line(), tmp_path / "a", steps=10, save_every=10, reporter=Watch(step3=lambda: 1 / 0))
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        run(Line(), tmp_path / "a", resume=True, steps=10)
+        run(Line(), tmp_path / "nothing", resume=True, steps=10)
     run(Line(), tmp_path / "a", steps=4)
     assert [line["step"] for line in metrics.read(tmp_path / "a") if line["type"] == "train"] == [1, 2, 3, 4]
     with pytest.raises(InputError, match="holds a run already"):
         run(Line(), tmp_path / "a", steps=4)
+
+
+def test_a_run_without_a_checkpoint_goes_on_from_its_beginning(tmp_path):
+    options, watch = {"steps": 10, "save_every": 10}, Watch()
+    run(Line(), tmp_path / "whole", **options)
+    with pytest.raises(ZeroDivisionError):
+        run(Line(), tmp_path / "a", reporter=Watch(step3=lambda: 1 / 0), **options)
+    run(Line(), tmp_path / "a", resume=True, reporter=watch, **options)
+    assert same_weights(tmp_path / "whole", tmp_path / "a") and curve(tmp_path / "whole") == curve(tmp_path / "a")
+    assert any("begins at the first step" in note for note in watch.notes)
+
+
+@pytest.mark.parametrize("save_every", [1, 20])
+@pytest.mark.parametrize(
+    "change", [["--lr", "0.001"], ["--lr", "0.001", "--warmup", "1.0"], ["--lr", "1e-3", "--clip", "1"]]
+)
+def test_the_advice_of_a_diverged_run_works(tmp_path, monkeypatch, change, save_every):
+    """Also before the first checkpoint; and what was chosen anew stays so when the run goes on once more."""
+    loss, factor = Digits.loss, [math.nan]
+    monkeypatch.setattr(Digits, "loss", lambda *given: loss(*given) * factor[0])
+    small = ["--dim", "16", "--layers", "1", "--heads", "2", "--batch", "8", "--no-tensorboard", "--threads", "1"]
+    out = ["--out", str(tmp_path / "a")]
+    failed = invoke("digits", *small, "--lr", "0.5", "--steps", "4", "--save-every", str(save_every), *out)
+    assert failed.exit_code == 2 and "lower --lr (0.5) or raise --warmup" in " ".join(failed.output.split())
+    factor[0] = 1.0
+    gone_on = invoke("digits", *out, "--resume", *change)
+    assert gone_on.exit_code == 0, gone_on.output
+    again = invoke("digits", *out, "--resume", "--steps", "5")
+    assert again.exit_code == 0 and "--lr" not in again.output
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["options"]["lr"] == 0.001
+
+
+def test_a_damaged_config_is_explained(tmp_path):
+    for content, says in [
+        ('{"task": "dig', "is no JSON that can be read"),
+        ("[]", "is no config of efficient-attn train"),
+        ('{"task": "digits", "options": {}, "task_options": {}}', "another version"),
+        ('{"task": "digits", "options": {"start": null}, "task_options": {"colour": 1}}', "another version"),
+    ]:
+        (tmp_path / "config.json").write_text(content)
+        refused = invoke("digits", "--out", str(tmp_path), "--resume")
+        assert refused.exit_code == 2 and says in " ".join(refused.output.split()), refused.output
+
+
+def test_the_printed_command_can_be_pasted(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise Interrupted(signal.SIGINT, 3)
+
+    monkeypatch.setattr("efficient_attn.training.trainer.train", interrupted)
+    out = str(tmp_path / "my 'runs' $HOME")
+    printed = next(line for line in invoke("digits", "--out", out).output.splitlines() if "--resume" in line)
+    assert shlex.split(printed) == ["efficient-attn", "train", "digits", "--out", out, "--resume"]
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -451,6 +574,22 @@ def test_digits_are_learned_in_seconds(tmp_path):
     assert result["test"]["accuracy"] > 0.6 > 0.2 > result["baselines"]["majority"]
 
 
+@pytest.mark.parametrize("name", ["clip", "simclr"])
+def test_contrastive_tasks_refuse_batches_of_one_and_measure_every_example(tmp_path, monkeypatch, name):
+    task = TASKS[name](**SMALL)
+    with pytest.raises(InputError, match="--batch has 1 examples"):
+        run(task, tmp_path / "a", steps=1, batch=1)
+    assert not (tmp_path / "a").exists()
+    splits = task.splits(0)
+    object.__setattr__(splits, "valid", Subset(splits.valid, torch.arange(9)))  # 4 + 4 + 1: the last joins the others
+    object.__setattr__(splits, "test", Subset(splits.test, torch.arange(2)))
+    monkeypatch.setattr(type(task), "splits", lambda self, seed: splits)
+    assert all(math.isfinite(value) for value in run(task, tmp_path / "a", steps=1, batch=4)["valid"].values())
+    object.__setattr__(splits, "test", Subset(splits.test, torch.arange(1)))
+    with pytest.raises(InputError, match="the test split has 1 examples"):
+        run(task, tmp_path / "b", steps=1, batch=4)
+
+
 def test_images_of_a_folder_are_learned(tmp_path):
     pillow = pytest.importorskip("PIL.Image")
     for colour in ("red", "blue"):
@@ -486,7 +625,7 @@ def test_the_command_trains_resumes_and_refuses(tmp_path, monkeypatch):
     assert longer.exit_code == 0 and json.loads(Path("a/result.json").read_text())["steps"] == 3
     for arguments, says in [
         (["digits", "--steps", "3", "--out", "a"], "holds a run already"),
-        (["digits", "--lr", "3", "--out", "a", "--resume"], "--lr 3.0 is not what the run in a began with"),
+        (["digits", "--seed", "3", "--out", "a", "--resume"], "--seed 3 is not what the run in a began with"),
         (["mae", "--out", "a", "--resume"], "is of the task digits"),
         (["digits", "--out", "b", "--resume"], "there is no run in b"),
         (["digits", "--resume"], "there is no run of digits under runs"),

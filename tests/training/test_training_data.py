@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import calendar
 import csv
 import re
 import statistics
+import struct
 import sys
 
 import numpy as np
@@ -238,6 +240,179 @@ def test_an_image_keeps_its_central_square(tmp_path):
     assert (images.read_image(tmp_path / "wide.png", 4) == 200).all()
 
 
+GREYS = np.arange(256).repeat(16).reshape(64, 64)
+
+
+def deep_tiff(path, values, **tags):
+    """A TIFF of unsigned 16-bit numbers, written by hand: Pillow writes neither 12 bits nor white as zero."""
+    names = {"bits": 258, "photometric": 262}
+    entries = {256: 64, 257: 64, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: values.nbytes}
+    entries |= {names[name]: value for name, value in tags.items()}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    head = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes)
+    path.write_bytes(head + values.tobytes() + struct.pack("<H", len(entries)) + table + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("8.png", GREYS.astype(np.uint8)),
+        ("8.tif", GREYS.astype(np.uint8)),
+        ("16.png", (GREYS * 257).astype(np.uint16)),
+        ("16.tif", (GREYS * 257).astype(np.uint16)),
+        ("16-big-endian.tif", (GREYS * 257).astype(">u2")),
+        ("float.tif", (GREYS / 255).astype(np.float32)),
+        ("colour.png", GREYS.astype(np.uint8)[..., None].repeat(3, 2)),
+        ("opaque.png", np.stack([*[GREYS] * 3, np.full_like(GREYS, 255)], 2).astype(np.uint8)),
+        ("grey-opaque.png", np.stack([GREYS, np.full_like(GREYS, 255)], 2).astype(np.uint8)),
+    ],
+)
+def test_an_image_is_the_same_in_every_depth_and_mode(tmp_path, name, values):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.fromarray(values).save(tmp_path / name)
+    for size in (64, 16):
+        pillow.fromarray(GREYS.astype(np.uint8)).save(tmp_path / "plain.png")
+        expected = images.read_image(tmp_path / "plain.png", size).float()
+        read = images.read_image(tmp_path / name, size)
+        assert read.shape == (size, size, 3) and (read.float() - expected).abs().max() <= 1, "rounding to bytes"
+    batch = images.ImageFiles([tmp_path / name, tmp_path / "plain.png"], 8).batch(torch.arange(2))["image"]
+    assert batch.dtype == torch.float32 and (batch[0] - batch[1]).abs().max() < 0.01
+
+
+def test_deep_greys_are_scaled_by_the_depth_that_the_file_states(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.tif"
+    deep_tiff(path, (GREYS * 257).astype("<u2"))
+    torch.testing.assert_close(images.read_image(path, 64)[..., 0], torch.from_numpy(GREYS).float())
+    deep_tiff(path, (GREYS * 257).astype("<u2"), photometric=0)
+    torch.testing.assert_close(images.read_image(path, 64)[..., 0], 255 - torch.from_numpy(GREYS).float())
+    twelve = np.zeros((64, 96), np.uint8)  # two numbers in three bytes
+    high, low = (GREYS * 16)[:, ::2], (GREYS * 16)[:, 1::2]
+    twelve[:, ::3], twelve[:, 1::3], twelve[:, 2::3] = high >> 4, (high & 15) << 4 | low >> 8, low & 255
+    deep_tiff(path, twelve, bits=12)
+    expected = torch.from_numpy(GREYS * 16 * 255 / 4095).float()
+    torch.testing.assert_close(images.read_image(path, 64)[..., 0], expected)
+    pillow.fromarray((GREYS * 16).astype(np.uint16)).save(tmp_path / "a.png")  # 12 bits of 16: dark, but all there
+    assert len(images.read_image(tmp_path / "a.png", 64).unique()) == 256
+
+
+def test_transparent_is_white(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    half = np.zeros((8, 8, 4), np.uint8)  # black ink, or nothing
+    half[:4, :, 3] = 255
+    pillow.fromarray(half).save(tmp_path / "a.png")
+    pillow.fromarray(half).quantize(4).save(tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        read = images.read_image(tmp_path / name, 8)
+        assert (read[:4] == 0).all() and (read[4:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ((GREYS * 16).astype(np.int32), "from 0 to 4080 of a kind whose black and white the file does not say"),
+        ((GREYS * 4.0 - 1000).astype(np.float32), "from -1000 to 20"),
+        (np.full((4, 4), np.nan, np.float32), "from nan to nan"),
+    ],
+)
+def test_images_without_a_known_range_are_refused(tmp_path, values, says):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=says):
+        images.read_image(tmp_path / "a.tif", 8)
+
+
+def test_several_pages_are_refused(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    page = pillow.new("L", (4, 4))
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page, page])
+    with pytest.raises(InputError, match="holds 3 pages"):
+        images.read_image(tmp_path / "a.tif", 4)
+
+
+CLUTTER = (
+    ".ipynb_checkpoints/0{}",
+    "._0{}",
+    ".hidden{}",
+    "cat/.ipynb_checkpoints/0{}",
+    "cat/._0{}",
+    "__MACOSX/cat/0{}",
+)
+
+
+def test_hidden_files_are_no_examples_and_empty_classes_are_refused(tmp_path):
+    for root, suffix in ((tmp_path / "images", ".png"), (tmp_path / "texts", ".txt")):
+        for name in ("cat", "dog"):
+            for number in range(5):
+                file = root / name / f"{number}{suffix}"
+                picture(file, (9, 9, 9)) if suffix == ".png" else file.parent.mkdir(parents=True, exist_ok=True)
+                file.exists() or file.write_text("a text")
+        for name in CLUTTER:
+            (root / name.format(suffix)).parent.mkdir(parents=True, exist_ok=True)
+            (root / name.format(suffix)).write_bytes(b"\0\5\x16\7")
+    for read in (
+        lambda: images.load(0, tmp_path / "images", image_size=8),
+        lambda: text.load(0, str(tmp_path / "texts")),
+    ):
+        parts = read()
+        assert parts.about["names"] == ["cat", "dog"] and sum(map(len, (parts.train, parts.valid, parts.test))) == 10
+        parts.fingerprint()
+    (tmp_path / "images/cat/0.txt").write_text("a cat")
+    assert [image.name for image, _ in captions._from_text_files(tmp_path / "images")] == ["0.png"]
+    for root, read in (
+        ("images", lambda: images.load(0, tmp_path / "images")),
+        ("texts", lambda: text.load(0, str(tmp_path / "texts"))),
+    ):
+        (tmp_path / root / "bird").mkdir()
+        (tmp_path / root / "bird" / ".DS_Store").write_bytes(b"")
+        with pytest.raises(InputError, match=r"bird holds no (images|text files)"):
+            read()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "deep.png"])
+def test_an_image_is_turned_as_its_camera_was_held(tmp_path, name, orientation):
+    pillow = pytest.importorskip("PIL.Image")
+    seen = np.zeros((16, 16), np.uint8)
+    seen[:8, :8], seen[:8, 8:], seen[8:, :8] = 250, 170, 90  # as it shall be seen, no two turns of it alike
+    stored = [
+        seen,
+        seen[:, ::-1],
+        seen[::-1, ::-1],
+        seen[::-1],
+        seen.T,
+        np.rot90(seen),
+        seen[::-1, ::-1].T,
+        np.rot90(seen, 3),
+    ]
+    exif = pillow.Exif()
+    exif[274] = orientation
+    values = np.ascontiguousarray(stored[orientation - 1])
+    pillow.fromarray(values.astype(np.uint16) * 257 if name == "deep.png" else values).save(tmp_path / name, exif=exif)
+    read = images.read_image(tmp_path / name, 16)[..., 0].float()
+    assert (read - torch.from_numpy(seen)).abs().max() < 12, "but for JPEG's losses"
+
+
+def test_an_image_too_large_to_decode_is_explained(tmp_path, monkeypatch):
+    pillow = pytest.importorskip("PIL.Image")
+    picture(tmp_path / "a.png", (0, 0, 0), size=(30, 30))
+    monkeypatch.setattr(pillow, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"a\.png is too large to be decoded"):
+        images.read_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_captions_may_have_a_byte_order_mark_and_other_encodings_are_explained(tmp_path, encoding):
+    for number in range(4):
+        picture(tmp_path / f"{number}.png", (number, 0, 0))
+        (tmp_path / f"{number}.txt").write_text("naïve", encoding=encoding)
+    if encoding == "latin-1":
+        with pytest.raises(InputError, match=r"0\.txt is not in UTF-8"):
+            captions.load(0, tmp_path)
+    else:
+        assert text.decode(everything(captions.load(0, tmp_path).train)["tokens"][0]) == "naïve"
+
+
 def test_captions_name_their_digit():
     pytest.importorskip("sklearn")
     parts = captions.load(0)
@@ -268,6 +443,8 @@ def test_captions_from_files(tmp_path):
 
 # --- series ---
 
+DAYS = [f"2020-{1 + n // 28:02}-{1 + n % 28:02}" for n in range(200)]
+
 
 @pytest.mark.parametrize(("name", "count"), [("sunspots", 309), ("co2", 2284), ("elnino", 732)])
 def test_series_are_divided_by_time(name, count):
@@ -287,7 +464,7 @@ def test_series_are_divided_by_time(name, count):
 
 
 def test_series_from_a_table(tmp_path):
-    rows = "".join(f"2020-{n},{n % 5 + n / 100},{'' if n == 40 else 2 * n},x\n" for n in range(200))
+    rows = "".join(f"{DAYS[n]},{n % 5 + n / 100},{'' if n == 40 else 2 * n},x\n" for n in range(200))
     table = write(tmp_path / "t.csv", "day,a,b,c\n" + rows)
     parts = series.load(table, context=20, horizon=4, season=5)
     assert parts.about["channels"] == 2 and parts.train.values[40, 1] == 80, "the gap lies on the line"
@@ -305,6 +482,102 @@ def test_series_from_a_table(tmp_path):
         series.load(write(tmp_path / "u.csv", "a\n" + "1\n2\n" * 50), context=4, horizon=2, season=2)
     with pytest.raises(InputError, match="row 3 has 1 columns"):
         series.load(write(tmp_path / "v.csv", "a,b\n1,2\n1\n"), context=4, horizon=2, season=2)
+
+
+VALUES = [f"{(n * n % 11) + n / 100:.2f}" for n in range(200)]
+FORMS = {
+    "iso": lambda n: f"2020-{1 + n // 28:02}-{1 + n % 28:02}",
+    "iso with time and zone": lambda n: f"2020-{1 + n // 28:02}-{1 + n % 28:02}T12:00:00Z",
+    "american": lambda n: f"{1 + n // 28}/{1 + n % 28}/2020",
+    "european": lambda n: f"{1 + n % 28}.{1 + n // 28}.2020 00:00",
+    "day or month first": lambda n: f"{1 + n % 28}/{1 + n // 28}/2020",
+    "named month": lambda n: f"{1 + n % 28:02} {calendar.month_abbr[1 + n // 28]} 2020",
+    "number": lambda n: f"{20200000 + 100 * (1 + n // 28) + 1 + n % 28}",
+    "seconds": lambda n: f"{1577836800 + 86400 * n}",
+}
+
+
+def table_of(path, header, *columns):
+    return write(path, ",".join(header) + "\n" + "".join(",".join(row) + "\n" for row in zip(*columns, strict=True)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_time_may_be_written_in_any_usual_form_and_must_run_forward(tmp_path, form):
+    path, days = tmp_path / "t.csv", [FORMS[form](n) for n in range(200)]
+    expected = torch.tensor([float(value) for value in VALUES], dtype=torch.float64)[:, None]
+    assert torch.equal(series.read_table(table_of(path, ["ds", "y"], days, VALUES), "y"), expected)
+    if form not in ("number", "seconds"):
+        assert torch.equal(series.read_table(path, None), expected)
+    for order, says in [
+        (days[::-1], "runs backwards; turn the rows around"),
+        (days[:50] * 4, "says the same more than once: are there several series"),
+        ([days[n // 2] for n in range(200)], "says the same more than once"),
+        (days[100:] + days[:100], "runs to and fro; sort the rows"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            series.read_table(table_of(path, ["ds", "y"], order, VALUES), "y")
+
+
+def test_time_may_be_in_parts(tmp_path):
+    years, months = [f"{2000 + n // 12}" for n in range(200)], [f"{1 + n % 12}" for n in range(200)]
+    path = table_of(tmp_path / "t.csv", ["y", "year", "month"], VALUES, years, months)
+    assert series.read_table(path, "y").shape == (200, 1)
+    with pytest.raises(InputError, match="'year month' runs backwards"):
+        series.read_table(table_of(path, ["y", "year", "month"], VALUES, years[::-1], months[::-1]), "y")
+    with pytest.raises(InputError, match="'year' says the same more than once"):
+        series.read_table(table_of(path, ["y", "year"], VALUES, years), "y")
+
+
+LAYOUTS = {  # header, columns, what is said of it
+    "long": (["unique_id", "y"], [["a"] * 100 + ["b"] * 100, VALUES], "2 series below one another"),
+    "long by numbers": (["item_id", "y"], [[f"{n % 4}" for n in range(200)], VALUES], "4 series below one another"),
+    "long with dates": (["ds", "shop", "y"], [DAYS[:50] * 4, ["a"] * 200, VALUES], "several series below one another"),
+    "long by date": (["ds", "y"], [sorted(DAYS[:50] * 4), VALUES], "several series below one another"),
+    "years": (["year", "y"], [[f"{1700 + n}" for n in range(200)], VALUES], "'year' looks like a time or a count"),
+    "a count": (["n", "y"], [[f"{n}" for n in range(200)], VALUES], "'n' looks like a time or a count"),
+    "the index of pandas": (["", "y"], [[f"{n}" for n in range(200)], VALUES], "'' looks like a time or a count"),
+    "hours": (["hour", "y"], [[f"{n % 24}" for n in range(200)], VALUES], "'hour' looks like a time or a count"),
+    "no header": (["1.0", "7"], [VALUES, VALUES], "holds numbers instead of names"),
+    "a row a series": ([f"{n}" for n in range(1990, 2000)], [VALUES] * 10, "holds numbers instead of names"),
+    "dates unread": (["date", "y"], [[f"day {n}" for n in range(200)], VALUES], "cannot be read as a time"),
+    "thousands": (["x", "y"], [VALUES, ['"1,000.5"', *VALUES[1:]]], "'y' holds '1,000.5', which is no number"),
+    "a word for nothing": (["x", "y"], [VALUES, [*VALUES[1:], "closed"]], "'y' holds 'closed', which is no number"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_table_of_another_layout_is_refused(tmp_path, layout):
+    header, columns, says = LAYOUTS[layout]
+    with pytest.raises(InputError, match=says):
+        series.read_table(table_of(tmp_path / "t.csv", header, *columns), None)
+
+
+@pytest.mark.parametrize("name", ["t", "time", "series", "id", "year", "index"])
+def test_a_column_that_is_named_is_measured_whatever_its_name(tmp_path, name):
+    path = table_of(tmp_path / "t.csv", ["ds", name], DAYS, [f"{n % 7}" for n in range(200)])
+    assert series.read_table(path, name).flatten().tolist() == [n % 7 for n in range(200)]
+    with pytest.raises(InputError, match="--columns"):
+        series.read_table(path, None)
+
+
+def test_what_is_text_or_empty_is_no_series(tmp_path):
+    remarks, weekdays = ["", "rain"] * 100, [("Mon", "Tue")[n % 2] for n in range(200)]
+    header = ["day", "remark", "y", "nothing", "z"]
+    path = table_of(tmp_path / "t.csv", header, weekdays, remarks, VALUES, [""] * 200, VALUES[::-1])
+    assert series.read_table(path, None).shape == (200, 2)
+    assert series.read_table(path, "z, y").shape == (200, 2)
+
+
+@pytest.mark.parametrize(("scale", "level"), [(1e-9, 0.0), (1e9, 0.0), (1.0, 1e8), (1.0, -1e11)])
+def test_a_table_in_other_units_gives_the_same_windows(tmp_path, scale, level):
+    plain = [10 + (t % 7) + (t * t % 11) / 8 for t in range(200)]
+    read = []
+    for values in (plain, [value * scale + level for value in plain]):
+        table = write(tmp_path / "t.csv", "y\n" + "".join(f"{value!r}\n" for value in values))
+        parts = series.load(table, context=20, horizon=4, season=7)
+        read.append((everything(parts.test)["past"], parts.about["scale"]))
+    torch.testing.assert_close((read[1][0] - level) / scale, read[0][0], atol=1e-4, rtol=1e-9)
+    torch.testing.assert_close(read[1][1] / scale, read[0][1], atol=1e-5, rtol=1e-9)
 
 
 # --- characters and numbers ---

@@ -53,8 +53,8 @@ def attention_forward(
     query, key, value = readable(query), readable(key), readable(value)
     B, Hq, Nq, _ = query.shape
     dtype = query.dtype
-    out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype)
-    lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype))
+    out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
+    lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     if out.numel() > 0:
@@ -80,7 +80,7 @@ def attention_backward(
     bias_requires_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (query, key, value))
     dbias = _zeros(bias.shape, bias.dtype) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         return zeroed((dq, dk, dv, dbias))
@@ -97,7 +97,7 @@ def attention_backward(
 def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """torch.zeros; on huge pages where it is large, since it is written tile by tile, in as many pages as a tile has
     queries, and the kernel's first touch of small pages costs as much as the gradient's arithmetic."""
-    zeros = torch.empty(shape, dtype=dtype)
+    zeros = torch.empty(shape, dtype=dtype, device="cpu")
     if zeros.nbytes >= LARGE:
         _cpu.prefer_huge_pages(zeros.data_ptr(), zeros.nbytes)
     return zeros.zero_()

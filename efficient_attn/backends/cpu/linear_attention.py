@@ -64,7 +64,7 @@ def linear_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, as `reference`."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (query, key, value))
     if query.numel() == 0 or key.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad_out = readable(grad_out.to(value.dtype))

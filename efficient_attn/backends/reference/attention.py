@@ -191,17 +191,17 @@ def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor
     starts = mask.indptr[:-1].view(lines, row_blocks)[:, a:b].reshape(-1)
     ends = mask.indptr[1:].view(lines, row_blocks)[:, a:b].reshape(-1)
     counts = ends - starts
-    rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    everything = mask.indices.numel() if (a, b) == (0, row_blocks) else None  # else a number that only values know
+    rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts, output_size=everything)
     within = torch.arange(rows.numel(), device=counts.device) - (counts.cumsum(0) - counts)[rows]
     entries = starts[rows] + within
     tile_ids = mask.tile_ids[entries]
 
     drawn = torch.zeros(lines * (b - a), columns, block_q, block_k, dtype=torch.bool, device=counts.device)
-    blocks = torch.ones(entries.numel(), block_q, block_k, dtype=torch.bool, device=counts.device)
-    partial = tile_ids >= 0
     bits = torch.arange(8, device=counts.device, dtype=torch.uint8)
-    tiles = mask.tiles[tile_ids[partial].long()]  # (partial, block_q, block_k / 8)
-    blocks[partial] = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)
+    full = mask.tiles.new_full((1, block_q, block_k // 8), 255)  # what tile -1 stands for, the last one
+    tiles = torch.cat([mask.tiles, full])[tile_ids.long()]  # (entries, block_q, block_k / 8)
+    blocks = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)
     drawn[rows, mask.indices[entries].long()] = blocks
     drawn = drawn.view(mask.batch, mask.heads, b - a, columns, block_q, block_k).transpose(3, 4)
     drawn = drawn.reshape(mask.batch, mask.heads, (b - a) * block_q, columns * block_k)

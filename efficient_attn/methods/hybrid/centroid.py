@@ -20,6 +20,7 @@ from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
 from ...functional import MAX_HEAD_DIM, attention, attention_weights, select_keys
 from ...options import check_choice, register
+from ...tracing import without_autocast
 from ..lowrank import by_group
 from .tail import Branch, Tail, TailCall, in_blocks
 
@@ -74,7 +75,7 @@ class CentroidTail(Tail):
         key, value = select_keys(call.key_mask, key, value)
         count = members.sum(-1)  # (1 | B, C)
         share = 1.0 / count.clamp(min=1).to(dtype)[:, None, :, None]
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             means = in_blocks(key, self.block).sum(3, dtype=dtype) * share
             mean_values = (in_blocks(value, self.block).sum(3, dtype=dtype) * share).to(value.dtype)
             bias = count.to(dtype).log()[:, None, None, :]  # -inf for a block of padding

@@ -71,6 +71,10 @@ class Hybrid(Method):
         sparse = str(self.sparse)
         return f"({sparse})+{self.tail}" if " " in sparse else f"{sparse}+{self.tail}"
 
+    @property
+    def counts_positions(self) -> bool:
+        return True  # blocks are cut from the first token on
+
     def build(
         self,
         embed_dim: int,

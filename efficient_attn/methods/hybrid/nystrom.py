@@ -18,6 +18,7 @@ from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
 from ...functional import select_keys
 from ...options import check_range, register
+from ...tracing import without_autocast
 from ..lowrank import by_group
 from ..nystrom import iterative_pinv, segment_means
 from .tail import FeatureTail, TailCall, largest
@@ -65,7 +66,7 @@ class NystromTail(FeatureTail):
             rows = by_group(query, key)[..., :1].to(dtype)
             columns = rows.new_zeros(*rows.shape[:3], key.shape[2], 1)
             return torch.zeros_like(rows), columns, rows.flatten(1, 2).squeeze(-1)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             query, (key,) = query.to(dtype), select_keys(call.key_mask, key.to(dtype))
             near, near_used = segment_means(query, m, call.key_mask if query.shape[2] == key.shape[2] else None)
             far, far_used = segment_means(key, m, call.key_mask)

@@ -20,6 +20,7 @@ from ...backends.features import CAUSAL_EXPONENT_LIMIT
 from ...errors import InputError
 from ...functional import select_keys
 from ...options import register
+from ...tracing import without_autocast
 from ..lowrank import by_group
 from ..performer import Performer, PerformerState
 from .tail import FeatureTail, TailCall, largest
@@ -69,7 +70,7 @@ class PerformerTail(FeatureTail):
         projection = state.current() if call.counted else state.projection
         dtype, root = accumulation_dtype(query.dtype), call.scale**0.5
         (key,) = select_keys(call.key_mask, key)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             query, key, projection = query.to(dtype) * root, key.to(dtype) * root, projection.to(dtype)
             a = by_group(query, key) @ projection.mT
             b = key @ projection.mT - key.square().sum(-1, keepdim=True) / 2

@@ -28,7 +28,7 @@ from ...functional import MaskLike, as_block_mask, check_alignment
 from ...masks import BlockMask
 from ...masks.lists import FULL, entry_rows, pointers
 from ...patterns import Pattern
-from ...tracing import PLAN, named
+from ...tracing import PLAN, named, shapes_only
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +108,14 @@ def plan(
     pattern = pattern.aligned(causal_alignment)
     if mask is None and not pattern.by_content:
         facts = (q_len, kv_len, query.shape[1], block, alignment, str(query.device))
-        if not torch.compiler.is_compiling():
+        if not shapes_only(query):
             return _cached(pattern, *facts)
         return _traced(pattern, *facts)
-    if torch.compiler.is_compiling():
+    if shapes_only(query):
         raise UnsupportedError(
-            "torch.compile cannot split a mask, or a pattern that is chosen by content, into an exact part and a tail, "
-            "for both depend on values; leave the mask out (is_causal and padding are fine) and take a pattern of "
-            "positions, or do not compile this call"
+            "torch.compile, fake and meta tensors cannot split a mask, or a pattern that is chosen by content, into an "
+            "exact part and a tail, for both depend on values; leave the mask out (is_causal and padding are fine) and "
+            "take a pattern of positions, or do not compile this call"
         )
     allowed = (
         BlockMask(q_len, kv_len, (block, block))
@@ -192,6 +192,8 @@ def split_lists(
     pattern: str, q_len: int, kv_len: int, heads: int, block: int, alignment: str, device: str
 ) -> list[Tensor]:
     """The tail of a split, the seven lists of its exact part, and those of `over_blocks`; the pattern is JSON."""
+    if device == "meta":
+        return _shapes_of(_all_tensors(pattern, q_len, kv_len, heads, block, alignment, "cpu"), device)
     return [tensor.clone() for tensor in _all_tensors(pattern, q_len, kv_len, heads, block, alignment, device)]
 
 
@@ -199,8 +201,12 @@ def split_lists(
 def _split_lists_fake(
     pattern: str, q_len: int, kv_len: int, heads: int, block: int, alignment: str, device: str
 ) -> list[Tensor]:
-    made = _all_tensors(pattern, int(q_len), int(kv_len), heads, block, alignment, device)
-    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in made]
+    return _shapes_of(_all_tensors(pattern, int(q_len), int(kv_len), heads, block, alignment, "cpu"), device)
+
+
+def _shapes_of(tensors: list[Tensor], device: str) -> list[Tensor]:
+    """Tensors like these on a device, of no value: under a tracer, or on meta."""
+    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in tensors]
 
 
 def _all_tensors(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...functional import select_keys
 from ...options import Named, check_range
+from ...tracing import without_autocast
 from ..base import TAILS
 from ..lowrank import drop_columns, drop_keys
 from .split import Split
@@ -111,7 +112,7 @@ class FeatureTail(Tail):
         block of queries sees are added up, never subtracted from a total, so that nothing cancels:
         O(N m Dv (1 + C / block)).
         """
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             v = value.to(b.dtype)
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
             b, v = select_keys(call.key_mask, b.flatten(1, 2), v)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from ...errors import InputError
 Batch = dict[str, Tensor]
 
 PAD = 0
+SPLITS = ("train", "valid", "test")
+CHUNK = 256  # examples of a split that are read at once for its fingerprint
 
 
 class Dataset(Protocol):
@@ -45,9 +48,45 @@ class Splits:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("train", "valid", "test"):
+        for name in SPLITS:
             if not len(getattr(self, name)):
                 raise InputError(f"the {name} split is empty; give more data")
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of every example of each split, and of ``about``: of all that a run learns and is judged by.
+
+        Made of the batches themselves, so that it holds for any data set, and what cannot be read is found here.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        found = {}
+        for name in SPLITS:
+            data, digest = getattr(self, name), hashlib.blake2b(digest_size=16)
+            for begin in range(0, len(data), CHUNK):
+                _add(digest, data.batch(torch.arange(begin, min(begin + CHUNK, len(data)))))
+            found[name] = digest.hexdigest()
+        about = hashlib.blake2b(digest_size=16)
+        _add(about, self.about)
+        return found | {"about": about.hexdigest()}
+
+
+def _add(digest: hashlib.blake2b, value: Any) -> None:
+    """Tensors with shape and dtype, containers, and plain values; of other objects only the type is known to last."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            _add(digest, (str(key), value[key]))
+    elif isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)}:".encode())
+        for item in value:
+            _add(digest, item)
+    else:
+        plain = value is None or isinstance(value, str | int | float)
+        digest.update((repr(value) if plain else type(value).__name__).encode() + b";")
 
 
 class Tensors:
@@ -150,18 +189,61 @@ def existing(path: Path, what: str) -> Path:
     return path
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """All files in and below a folder in order of their names, but for hidden ones and those in hidden folders.
+
+    Those are an editor's or a system's, as ``.ipynb_checkpoints/cat.png`` and macOS's ``._cat.png``.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(_is_hidden(part) for part in path.relative_to(folder).parts)
+    )
+
+
+def files_per_class(root: Path, what: str, suffixes: Collection[str] | None = None) -> tuple[list[Path], list[str]]:
+    """The files (images, texts: ``what``) below each folder of ``root``, and those folders' names.
+
+    Raises:
+        InputError: fewer than two folders, or one without such a file.
+    """
+    files, names = [], []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name)):
+        found = [file for file in visible_files(folder) if suffixes is None or file.suffix.lower() in suffixes]
+        if not found:
+            raise InputError(f"the folder {folder} holds no {what}, and would be a class without examples; remove it")
+        files += found
+        names += [folder.name] * len(found)
+    if len(set(names)) < 2:
+        raise InputError(f"{root} needs a folder of {what} for each class, at least two, as {root}/cat and {root}/dog")
+    return files, names
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+
+    Raises:
+        InputError: another encoding.
+    """
+    raw = path.read_bytes()
+    encoding = "UTF-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "UTF-8"
+    try:
+        return raw.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not in {encoding} ({error}); save it as UTF-8") from None
+
+
 def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], list[list[str]]]:
     """The header and the rows of a table in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
         InputError: another encoding, or a row that is shorter or longer than the header.
     """
-    raw = path.read_bytes()
-    encoding = "UTF-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "UTF-8"
-    try:
-        text = raw.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not in {encoding} ({error}); save it as UTF-8") from None
+    text = read_text(path)
     limit = csv.field_size_limit(len(text) + 1)  # a cell may be as long as the file
     try:
         header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row] or [[]]

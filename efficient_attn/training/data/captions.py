@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .base import PAD, Batch, Splits, Subset, Tensors, existing, read_csv, split_indices
+from .base import PAD, Batch, Splits, Subset, Tensors, existing, read_csv, read_text, split_indices
 from .images import ImageFiles, digits, image_files
 from .text import BYTE_VOCABULARY, encode
 
@@ -63,7 +63,7 @@ def _folder(seed: int, root: Path, image_size: int, max_length: int, about: dict
 
 def _from_text_files(root: Path) -> list[tuple[Path, str]]:
     images = [(file, file.with_suffix(".txt")) for file in image_files(root)]
-    pairs = [(image, text.read_text(encoding="utf-8").strip()) for image, text in images if text.exists()]
+    pairs = [(image, read_text(text).strip()) for image, text in images if text.exists()]
     if not pairs:
         raise InputError(
             f"{root} holds {len(images)} images, none with a caption; put cat.txt beside cat.jpg, or a captions.csv "

@@ -12,10 +12,23 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Batch, Dataset, Splits, Subset, Tensors, existing, few_per_class, majority, split_indices
+from .base import (
+    Batch,
+    Dataset,
+    Splits,
+    Subset,
+    Tensors,
+    existing,
+    few_per_class,
+    files_per_class,
+    majority,
+    split_indices,
+    visible_files,
+)
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 DECODERS = 4
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 
 def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_per_class: int | None = None) -> Splits:
@@ -37,7 +50,8 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_pe
         train, valid, test = split_indices(len(labels), seed, test=0.2)
         about: dict[str, Any] = {"channels": 1, "image_size": 8, "classes": 10}
     else:
-        files, names = folder_per_class(existing(data, "a folder with a folder of images for each class"))
+        root = existing(data, "a folder with a folder of images for each class")
+        files, names = files_per_class(root, "images", SUFFIXES)
         classes = sorted(set(names))
         labels = torch.tensor([classes.index(name) for name in names])
         found = ImageFiles(files, image_size, label=labels)
@@ -77,40 +91,81 @@ class ImageFiles:
 
     def batch(self, indices: Tensor) -> Batch:
         with ThreadPoolExecutor(DECODERS) as decoders:
-            images = torch.stack(list(decoders.map(self._decode, indices.tolist())))
-        pixels = images.permute(0, 3, 1, 2).float() / 255
+            images = torch.stack([image.float() for image in decoders.map(self._decode, indices.tolist())])
+        pixels = images.permute(0, 3, 1, 2) / 255
         return {"image": pixels.contiguous(), **{name: other[indices] for name, other in self.others.items()}}
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """An image file as uint8 ``[size, size, 3]``: its largest central square, resized."""
+    """An image file as ``[size, size, 3]``, from 0 to 255: its largest central square, resized.
+
+    uint8 for files of eight bits a channel; float32 for deeper greys, whose levels would not survive in a byte.
+    Turned as its EXIF orientation says, and white where it is transparent, as a viewer shows it.
+
+    Raises:
+        InputError: what is no image, has several pages, or values whose range the file does not say.
+    """
     import numpy as np
 
     image_class = pillow()
+    from PIL import ImageOps
+
     try:
         with image_class.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
+            if opened.format == "TIFF" and opened.n_frames > 1:
+                raise InputError(f"{path} holds {opened.n_frames} pages; save those to train on as a file each")
+            ImageOps.exif_transpose(opened, in_place=True)  # cameras store how they were held, not a turned picture
+            image = _deep_grey(path, opened) if opened.mode.startswith(("I", "F")) else _colour(opened)
+    except InputError:
+        raise
+    except image_class.DecompressionBombError as error:
+        raise InputError(f"{path} is too large to be decoded ({error}); make it smaller") from error
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for damaged files and for colours it cannot convert
         raise InputError(f"{path} cannot be read as an image ({error}); remove or repair it") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((size, size), image_class.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image))
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if pixels.dim() == 3 else pixels[:, :, None].expand(-1, -1, 3)
 
 
-def folder_per_class(root: Path) -> tuple[list[Path], list[str]]:
-    """The image files below each folder of ``root``, and those folders' names."""
-    files = [
-        (file, folder.name) for folder in sorted(root.iterdir()) if folder.is_dir() for file in image_files(folder)
-    ]
-    if len({name for _, name in files}) < 2:
-        raise InputError(f"{root} needs a folder of images for each class, at least two, as in {root}/cat/1.jpg")
-    return [file for file, _ in files], [name for _, name in files]
+def _colour(image: Any) -> Any:
+    """A Pillow image of eight bits a channel as RGB."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = pillow().new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
+
+
+def _deep_grey(path: Path, image: Any) -> Any:
+    """A Pillow image of more than eight bits as float32 from 0 to 255, by the depth that the file states.
+
+    Pillow's own conversion to RGB cuts every value above 255 off. Unsigned numbers of up to 16 bits reach from 0 to
+    2^bits - 1 and fractions from 0 to 1; for signed, 32-bit and other fractional ones (CT numbers, counts) any range
+    would be a guess.
+    """
+    import numpy as np
+
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    values = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        top = 2.0 ** tags.get(_BITS, (16,))[0] - 1
+    elif image.mode == "F" and 0 <= values.min() <= values.max() <= 1:
+        top = 1.0
+    else:
+        raise InputError(
+            f"{path} holds numbers from {values.min():g} to {values.max():g} of a kind whose black and white the file "
+            "does not say; save all files with one range as 16-bit unsigned PNG, or as fractions from 0 to 1"
+        )
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = top - values
+    return pillow().fromarray((values * (255 / top)).astype(np.float32))
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files in and below a folder, in order of their names."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    """All image files in and below a folder, in order of their names, but for hidden ones."""
+    return [file for file in visible_files(folder) if file.suffix.lower() in SUFFIXES]
 
 
 def pillow() -> Any:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Batch, Splits, existing, read_csv
+from .base import Batch, Splits, existing
+from .series_table import fill_gaps, read_table
 
 # Name -> observations in a season.
 SERIES = {"sunspots": 11, "co2": 52, "elnino": 12}
@@ -23,8 +24,9 @@ SERIES = {"sunspots": 11, "co2": 52, "elnino": 12}
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of a series: ``past`` float32 ``[B, context, C]`` and ``future`` ``[B, horizon, C]`` that follows it.
+    """Pieces of a series: ``past`` float64 ``[B, context, C]`` and ``future`` ``[B, horizon, C]`` that follows it.
 
+    float64 as it was read: in float32 a series of small changes at a high level would be rounded away.
     ``starts`` int64 ``[windows]`` are the places of the first observations of the futures.
     """
 
@@ -56,13 +58,14 @@ def load(
     Args:
         series: sunspots, co2, elnino, or a .csv file.
         season: observations in a season; known for the three, needed for a file.
-        columns: of the file, joined by commas. Default: all that hold nothing but numbers.
+        columns: of the file, joined by commas. Default: all but those of text and dates.
 
-    ``about`` has ``channels``, ``season`` and ``scale``, float32 ``[C]``: the mean absolute error of the seasonal naive
+    ``about`` has ``channels``, ``season`` and ``scale``, float64 ``[C]``: the mean absolute error of the seasonal naive
     forecast over the training part.
 
     Raises:
-        InputError: an unknown name or file, a series too short, or a season that is missing.
+        InputError: an unknown name or file, a table of another layout (`series_table`), a series too short, or a season
+            that is missing.
         UnsupportedError: statsmodels is not installed.
     """
     if isinstance(series, str):
@@ -100,57 +103,8 @@ def load(
     return Splits(windows(0, valid_from), windows(valid_from, test_from), windows(test_from, total), about)
 
 
-def read_table(path: Path, columns: str | None) -> Tensor:
-    """Columns of a .csv file with a header, float32 ``[T, C]``; gaps are filled by the line between their ends."""
-    header, cells = read_csv(path)
-    table = torch.tensor([[_number(cell) for cell in row] for row in cells], dtype=torch.float64)
-    if columns is not None:
-        asked = [name.strip() for name in columns.split(",")]
-        missing = [name for name in asked if name not in header]
-        if missing:
-            raise InputError(f"{path} has no column {', '.join(missing)}; its columns: {', '.join(header)}")
-        chosen = [header.index(name) for name in asked]
-    else:
-        chosen = [place for place in range(len(header)) if len(cells) and not table[:, place].isinf().any()]
-    if not chosen or not len(cells):
-        raise InputError(f"{path} has no column of numbers; its columns: {', '.join(header) or 'none'}")
-    for place in chosen:
-        bad = table[:, place].isinf().nonzero()
-        if len(bad):
-            raise InputError(
-                f"{path}, column {header[place]!r} holds {cells[int(bad[0])][place]!r}, which is no number"
-            )
-    return fill_gaps(table[:, chosen]).float()
-
-
-def _number(cell: str) -> float:
-    """A number; nan for an empty cell, inf for what is no finite number."""
-    cell = cell.strip()
-    if cell.lower() in ("", "nan", "na", "null", "none"):
-        return float("nan")
-    try:
-        value = float(cell)
-    except ValueError:
-        return float("inf")
-    return value if abs(value) < float("inf") else float("inf")
-
-
-def fill_gaps(values: Tensor) -> Tensor:
-    """Each missing (nan) value from the line between its neighbours in time, float64 ``[T, C]``."""
-    import numpy as np
-
-    filled = values.clone()
-    time = np.arange(len(values))
-    for column in filled.T:
-        known = ~column.isnan().numpy()
-        if not known.any():
-            raise InputError("a column of the series is empty")
-        column.copy_(torch.from_numpy(np.interp(time, time[known], column.numpy()[known])))
-    return filled
-
-
 def _from_statsmodels(name: str) -> Tensor:
-    """A series that comes with statsmodels, float32 ``[T, 1]``."""
+    """A series that comes with statsmodels, float64 ``[T, 1]``."""
     try:
         import statsmodels.datasets
     except ModuleNotFoundError as error:
@@ -162,4 +116,4 @@ def _from_statsmodels(name: str) -> Tensor:
         values = table["co2"].to_numpy()
     else:  # elnino: a row a year, a column a month
         values = table.drop(columns="YEAR").to_numpy().reshape(-1)
-    return fill_gaps(torch.tensor(values, dtype=torch.float64).unsqueeze(1)).float()
+    return fill_gaps(torch.tensor(values, dtype=torch.float64).unsqueeze(1))

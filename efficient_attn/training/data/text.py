@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from .base import Sequences, Splits, existing, few_per_class, majority, read_csv, split_indices
+from .base import (
+    Sequences,
+    Splits,
+    existing,
+    few_per_class,
+    files_per_class,
+    majority,
+    read_csv,
+    split_indices,
+    visible_files,
+)
 
 # Byte b is token b + 3.
 BEGIN, END, FIRST_BYTE = 1, 2, 3
@@ -57,7 +67,8 @@ def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_p
     path = Path(data)
     if path.is_dir():
         texts: Sequence[str | bytes]
-        texts, names = folder_per_class(path)
+        files, names = files_per_class(path, "text files")
+        texts = [file.read_bytes() for file in files]
     elif path.suffix.lower() in (".csv", ".tsv"):
         texts, names = table(existing(path, "a table with columns text and label"))
     elif not path.exists() and _is_hub_id(data):
@@ -69,16 +80,6 @@ def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_p
     labels = torch.tensor([classes.index(name) for name in names])
     found = Sequences.of([encode(text, max_length) for text in texts], label=labels)
     return _splits(found, labels, split_indices(len(labels), seed), classes, max_length, labels_per_class, seed)
-
-
-def folder_per_class(root: Path) -> tuple[list[bytes], list[str]]:
-    """The files below each folder of ``root``, and those folders' names."""
-    files = [(file, folder.name) for folder in sorted(root.iterdir()) if folder.is_dir() for file in _files(folder)]
-    if len({name for _, name in files}) < 2:
-        raise InputError(
-            f"{root} needs a folder of text files for each class, at least two, as in {root}/positive/1.txt"
-        )
-    return [file.read_bytes() for file, _ in files], [name for _, name in files]
 
 
 def table(path: Path) -> tuple[list[str], list[str]]:
@@ -113,11 +114,11 @@ def _libraries(seed: int, max_length: int, labels_per_class: int | None) -> Spli
     pieces: list[Tensor] = []
     labels: list[int] = []
     files: list[int] = []
-    classes = [name for name in LIBRARIES if len(_files(root / name, "*.py")) >= 3]
+    classes = [name for name in LIBRARIES if len(_sources(root / name)) >= 3]
     if len(classes) < 2:
         raise InputError(f"there is no source of Python's standard library in {root}; name texts with --data")
     for place, name in enumerate(classes):
-        for file in _files(root / name, "*.py"):
+        for file in _sources(root / name):
             source = file.read_bytes()
             for start in range(0, len(source), max_length):
                 pieces.append(encode(source[start : start + max_length], max_length))
@@ -152,8 +153,8 @@ def _splits(
     return Splits(data.subset(train), data.subset(valid), data.subset(test), about)
 
 
-def _files(folder: Path, pattern: str = "*") -> list[Path]:
-    return sorted(path for path in folder.rglob(pattern) if path.is_file() and not path.name.startswith("."))
+def _sources(folder: Path) -> list[Path]:
+    return [path for path in visible_files(folder) if path.suffix == ".py"]
 
 
 def _column(path: Path, header: Sequence[str], names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ class Clip(Task):
         "A folder of images with a .txt beside each, or with captions.csv (file, caption). Default: digits in words."
     )
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 30, "batch": 64, "lr": 2e-3, "warmup": 0.2}
+    least_batch: ClassVar[int] = 2  # the loss tells the examples of a batch apart
 
     text_attention: str = option("dense", "Spec of the text tower's causal attention.")
     data: str | None = None

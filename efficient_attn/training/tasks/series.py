@@ -25,7 +25,7 @@ class Forecast(Task):
 
     name: ClassVar[str] = "forecast"
     help: ClassVar[str] = "The next steps of a time series: sunspots, co2, elnino or a table."
-    data_help: ClassVar[str | None] = "A .csv file with a header, one row a step. Needs --season."
+    data_help: ClassVar[str | None] = "A .csv file with a header, one row a step, oldest first. Needs --season."
     defaults: ClassVar[Mapping[str, Any]] = {"steps": 600, "batch": 32, "lr": 1e-3}
     metric: ClassVar[str] = "mase"
 

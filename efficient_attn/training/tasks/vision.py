@@ -167,6 +167,7 @@ class SimClr(Pretraining):
     name: ClassVar[str] = "simclr"
     help: ClassVar[str] = "Pre-training: two views of an image agree (SimCLR)."
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 60, "batch": 128, "lr": 2e-3}
+    least_batch: ClassVar[int] = 2  # the loss tells the examples of a batch apart
 
     temperature: float = option(0.2, "Of the loss.")
     colours: bool = option(False, "Views of photographs: mirrored, with other colours, blurred.")

@@ -1,0 +1,130 @@
+"""What cannot be served says what was given, what is allowed and what to do, wherever it comes from."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efficient_attn import BlockMask, attention
+from efficient_attn.errors import InputError, InputTypeError, MaskError, UnsupportedError
+from efficient_attn.methods import parse
+
+transformers = pytest.importorskip("transformers")
+
+from efficient_attn.integrations.huggingface import register  # noqa: E402
+from efficient_attn.integrations.huggingface_masks import PairMask  # noqa: E402
+
+X = torch.randn(1, 2, 32, 8)
+TEXT: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 37, "vocab_size": 128,
+}  # fmt: skip
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4}
+IDS = torch.randint(3, 40, (2, 10))
+
+
+def build(model: str, config: str, implementation: str, **options: Any) -> Any:
+    register()
+    made = getattr(transformers, config)(**options)
+    return getattr(transformers, model)._from_config(made, attn_implementation=implementation).eval()
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), torch.tensor(float("-inf"))])
+@pytest.mark.parametrize("spec", ["dense", "bigbird", "linformer", "nystrom", "performer", "bigbird+centroid"])
+def test_a_scale_is_a_finite_number(spec: str, scale: Any) -> None:
+    method = parse(spec)
+    with pytest.raises(InputError, match="scale"):
+        method.attend(X, X, X, state=method.build(16, 2, 8), scale=scale)
+    with pytest.raises(InputTypeError, match="scale must be a number or None, got 'a'"):
+        method.attend(X, X, X, state=method.build(16, 2, 8), scale="a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("answer", [1, 1.0, None, "s", torch.ones(()), torch.ones(1, dtype=torch.int32)])
+def test_a_predicate_returns_bools(answer: Any) -> None:
+    with pytest.raises(MaskError, match="must return a bool tensor"):
+        BlockMask.from_predicate(lambda b, h, i, j: answer, q_len=32, kv_len=32)
+
+
+def test_a_predicate_returns_what_its_indices_broadcast_to() -> None:
+    with pytest.raises(MaskError, match="broadcast"):
+        BlockMask.from_predicate(lambda b, h, i, j: torch.ones(3, 3, dtype=torch.bool), q_len=32, kv_len=32)
+    mask = BlockMask.from_predicate(lambda b, h, i, j: True, q_len=32, kv_len=32)  # type: ignore[arg-type, return-value]
+    assert mask.density == 1
+
+
+def test_masks_made_under_inference_mode_can_train() -> None:
+    seen = torch.rand(32, 32) > 0.3
+    lengths = torch.tensor([5])
+    wanted = [BlockMask.from_dense(seen), BlockMask.from_lengths(lengths, q_len=32, kv_len=32)]
+    with torch.inference_mode():
+        made = [BlockMask.from_dense(seen), BlockMask.from_lengths(lengths, q_len=32, kv_len=32)]
+    for masks in (wanted, made):
+        masks.append(masks[0] & masks[1])
+    for mask, right in zip(made, wanted, strict=True):
+        gradients = []
+        for each in (mask, right):
+            q = X.clone().requires_grad_()
+            gradients += torch.autograd.grad(attention(q, q, q, mask=each).square().sum(), q)
+        assert torch.equal(*gradients)
+
+
+def siglip2(implementation: str) -> Tensor:
+    model = build("Siglip2VisionModel", "Siglip2VisionConfig", implementation, **VISION, num_patches=16, patch_size=2)
+    there = torch.tensor([[1] * 12 + [0] * 4])
+    return model(torch.randn(1, 16, 12), pixel_attention_mask=there, spatial_shapes=torch.tensor([[3, 4]]))[0]
+
+
+def doge(implementation: str) -> Tensor:
+    return build("DogeModel", "DogeConfig", implementation, **TEXT, num_key_value_heads=2)(IDS)[0]
+
+
+def informer(implementation: str) -> Tensor:
+    sizes = {
+        f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    options = {"prediction_length": 4, "context_length": 8, "d_model": 16, "lags_sequence": [1, 2]}
+    model = build("InformerModel", "InformerConfig", implementation, **sizes, **options, num_time_features=1)
+    past = {"past_values": torch.randn(2, 10), "past_observed_mask": torch.ones(2, 10)}
+    future = {"future_values": torch.randn(2, 4), "future_time_features": torch.randn(2, 4, 1)}
+    return model(**past, past_time_features=torch.randn(2, 10, 1), **future)[0]
+
+
+def git(implementation: str) -> Tensor:
+    vision = {**VISION, "image_size": 8, "patch_size": 4}
+    return build("GitModel", "GitConfig", implementation, **TEXT, vision_config=vision)(IDS)[0]
+
+
+def sam(implementation: str) -> Tensor:
+    vision = {**VISION, "output_channels": 16, "image_size": 16, "patch_size": 4, "window_size": 2, "mlp_dim": 16}
+    return build("SamVisionModel", "SamVisionConfig", implementation, **vision)(torch.randn(1, 3, 16, 16))[0]
+
+
+@pytest.mark.parametrize("model", [siglip2, doge, informer, git, sam])
+def test_models_that_cannot_be_served_are_refused(model: Any) -> None:
+    model("eager")
+    with pytest.raises(UnsupportedError, match=r"attention mask|by name in a table") as refusal:
+        model("efficient_attn:sliding_window:left=4,right=4")
+    assert "eager" in str(refusal.value) or "sdpa" in str(refusal.value)
+
+
+def test_wide_heads_say_what_a_user_of_transformers_can_do() -> None:
+    wide = build("BertModel", "BertConfig", "efficient_attn", **{**TEXT, "hidden_size": 600, "num_attention_heads": 2})
+    with pytest.raises(InputError, match="attn_implementation"):
+        wide(IDS)
+
+
+def test_a_pair_mask_refuses_all_that_a_tensor_does() -> None:
+    mask = PairMask((1, 1, 4, 4))
+    for use in (
+        lambda: mask.dtype, lambda: mask.size(0), lambda: mask + 1, lambda: 1 - mask, lambda: ~mask,
+        lambda: mask[:, 0], lambda: torch.ones(1) * mask, lambda: torch.where(mask, 1, 0), lambda: list(mask),
+        lambda: mask < 0, lambda: mask.expand(2, -1, -1, -1), lambda: mask.masked_fill(mask, 0),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match="attention mask"):
+            use()
+    assert not hasattr(mask, "dtype") and not hasattr(mask, "nothing_known") and mask.dim() == mask.ndim == 4
+    assert copy.deepcopy(mask).shape == pickle.loads(pickle.dumps(mask)).shape == mask.shape

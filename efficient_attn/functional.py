@@ -5,9 +5,10 @@ Letters: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D he
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .backends.reference import attention as reference
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError
 from .masks import BlockMask, MaskArrays, trainable
+from .masks.algebra import seen_keys as seen_in_lists
 from .ops import attention as ops
 from .patterns import Pattern
 from .torchscript import check_traceable, traced_attention
@@ -87,10 +89,12 @@ def attention(
         value: (B, Hkv, Nk, Dv).
         mask: a `BlockMask`, a pattern such as `SlidingWindow(left=200, right=0)`, or a bool tensor that broadcasts to
             (B, Hq, Nq, Nk) where True means "attend". A query that sees no key returns 0 (lse -inf, gradients 0).
+            With Nq != Nk a pattern that goes by positions needs an alignment, its own or `causal_alignment`.
         bias: added to the scaled scores; broadcasts to (B, Hq, Nq, Nk); in the query's dtype or float32 (float64 for
             float64 inputs). Gets a gradient of its own shape. -inf masks a pair.
         is_causal: query i sees keys up to i; with Nq != Nk, `causal_alignment` must say which corner the diagonal
-            starts from: "top_left" (j <= i) or "bottom_right" (j <= i + Nk - Nq).
+            starts from: "top_left" (j <= i) or "bottom_right" (j <= i + Nk - Nq). It says the same, with or without
+            is_causal, for a pattern that names no alignment itself.
         scale: default 1 / sqrt(D).
         dropout_p: probability of dropping an attention weight; kept ones are scaled by 1 / (1 - dropout_p).
         dropout_seed: int or int64 tensor with one element. The dropped pairs are a pure function of
@@ -165,6 +169,13 @@ def padded_attention(
     Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding becomes a bias.
     """
     check_key_mask(key_mask, key)
+    if key_mask is not None and _is_pattern(mask):  # which chooses among the keys that are there
+        alignment = arguments.get("causal_alignment")
+        causal = causal_mask(query.shape[2], key.shape[2], arguments.get("is_causal", False), alignment)
+        counted = seen_keys(key_mask, query, key, bias=bias)
+        mask = as_block_mask(
+            mask, query, key, scale=arguments.get("scale"), key_mask=counted, within=causal, alignment=alignment
+        )
     if key_mask is not None and _may_read(key_mask):
         mask, key_mask = _absorb(mask, key_mask, query, key, bias)
     if key_mask is not None:
@@ -275,7 +286,7 @@ def prepare(
         check_alignment(is_causal, causal_alignment, Nq, Nk)
         if mask is not None:
             causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
-            block_mask = _planned_mask(mask, query, key, causal, scale)
+            block_mask = _planned_mask(mask, query, key, causal, scale, causal_alignment, bias)
             arrays = block_mask.arrays()
         elif is_causal:
             arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
@@ -371,9 +382,18 @@ def check_alignment(is_causal: bool, causal_alignment: str | None, q_len: int, k
 
 @named(PLAN)
 def _planned_mask(
-    mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor, causal: BlockMask | None, scale: float
+    mask: BlockMask | Pattern | Tensor,
+    query: Tensor,
+    key: Tensor,
+    causal: BlockMask | None,
+    scale: float,
+    alignment: str | None,
+    bias: Tensor | None,
 ) -> BlockMask:
-    block_mask = as_block_mask(mask, query, key, scale=scale, within=causal)
+    counted = None
+    if bias is not None and getattr(mask, "by_content", False):
+        counted = seen_keys(None, query, key, bias=bias)
+    block_mask = as_block_mask(mask, query, key, scale=scale, key_mask=counted, within=causal, alignment=alignment)
     return block_mask if causal is None else block_mask & causal
 
 
@@ -388,12 +408,34 @@ def as_block_mask(
     key: Tensor,
     *,
     scale: float | None = None,
+    key_mask: Tensor | None = None,
     within: BlockMask | None = None,
+    alignment: str | None = None,
 ) -> BlockMask:
     """Turn what a user passes as `mask` into a BlockMask on the query's device that fits (B, Hq, Nq, Nk).
 
-    `scale` and `within` are for patterns that look at queries and keys; see `Pattern.for_inputs`.
+    `scale`, `key_mask` and `within` are for patterns that look at queries and keys, see `Pattern.for_inputs`;
+    `alignment` for those that go by positions, see `Pattern.aligned`.
     """
+    if _is_pattern(mask):
+        pattern = mask.aligned(alignment)
+        return pattern.for_inputs(query, key, scale=scale, key_mask=key_mask, within=within)
+    given = _check_mask(mask, query, key)
+    if isinstance(given, Tensor):
+        Nq, Nk = query.shape[2], key.shape[2]
+        given = given.to(query.device)
+        given = given.expand(*given.shape[:-2], Nq, Nk) if given.dim() > 1 else given.expand(Nq, Nk)
+        return BlockMask.from_dense(given, static=shapes_only(given))
+    return given if given.device is None or given.device == query.device else given.to(query.device)
+
+
+def _is_pattern(mask: MaskLike) -> TypeGuard[Pattern]:
+    """Whether a mask is a pattern, or the method of one."""
+    return not isinstance(mask, (BlockMask, Tensor)) and hasattr(mask, "for_inputs")
+
+
+def _check_mask(mask: BlockMask | Pattern | Tensor, query: Tensor, key: Tensor) -> BlockMask | Tensor:
+    """The mask; raises unless it is a BlockMask or a bool tensor that fits (B, Hq, Nq, Nk)."""
     B, Hq, Nq, _ = query.shape
     Nk = key.shape[2]
     if isinstance(mask, Tensor):
@@ -404,12 +446,8 @@ def as_block_mask(
         full = (B, Hq, Nq, Nk)
         if mask.dim() > 4 or any(g not in (1, f) for g, f in zip(mask.shape[::-1], full[::-1], strict=False)):
             raise InputError(f"mask {tuple(mask.shape)} does not broadcast to (B, Hq, Nq, Nk) = {full}")
-        mask = mask.to(query.device)
-        mask = mask.expand(*mask.shape[:-2], Nq, Nk) if mask.dim() > 1 else mask.expand(Nq, Nk)
-        return BlockMask.from_dense(mask, static=shapes_only(mask))
+        return mask
     if not isinstance(mask, BlockMask):
-        if hasattr(mask, "for_inputs"):  # a pattern, or the method of one
-            return mask.for_inputs(query, key, scale=scale, within=within)
         raise InputTypeError(f"mask must be a BlockMask, a pattern, a bool tensor or None, got {type(mask).__name__}")
     if (mask.q_len, mask.kv_len) != (Nq, Nk):
         raise InputError(f"the mask is for {mask.q_len} queries and {mask.kv_len} keys; this call has {Nq} and {Nk}")
@@ -418,7 +456,7 @@ def as_block_mask(
         raise InputError(
             f"the mask is for batch {max(mask.batch, lengths)} and {mask.heads} heads; this call has {B} and {Hq}"
         )
-    return mask if mask.device is None or mask.device == query.device else mask.to(query.device)
+    return mask
 
 
 def resolve_seed(seed: int | Tensor | None) -> Tensor:
@@ -481,6 +519,49 @@ def add_to_bias(bias: Tensor | None, key_mask: Tensor, query: Tensor) -> Tensor:
     if bias is None:
         bias = torch.zeros((), dtype=query.dtype, device=query.device)
     return torch.where(visible, bias, -torch.inf)
+
+
+def seen_keys(
+    key_mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: BlockMask | Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+) -> Tensor | None:
+    """The keys that any query of their batch element may see, by every route of hiding: bool (B, Nk); None: all.
+
+    What a method makes of all keys together (landmarks, means, buckets, a choice of blocks) must leave out the others,
+    whatever they hold, as it leaves out those that `key_mask` hides.
+    """
+    check_key_mask(key_mask, key)
+    (B, _, Nq, _), Nk = query.shape, key.shape[2]
+    check_alignment(is_causal, causal_alignment, Nq, Nk)
+    parts = [] if key_mask is None else [key_mask]
+    causal = causal_mask(Nq, Nk, is_causal and (mask is not None or Nq != Nk), causal_alignment)
+    if mask is not None:
+        _check_mask(mask, query, key)
+    if causal is not None:
+        parts.append(seen_in_lists(*causal.parts).to(query.device))
+    # Lists cannot be read while tracing: who has made them says so when they are to be joined with others.
+    if isinstance(mask, BlockMask) and not (shapes_only(query) and mask.indptr is not None):
+        mask = as_block_mask(mask, query, key)
+        parts.append(seen_in_lists(*(mask if causal is None else mask & causal).parts).to(query.device))
+    tensors = [mask] if isinstance(mask, Tensor) else []
+    if bias is not None:
+        tensors.append(check_bias(bias, query, key) != -torch.inf)
+    for pairs in tensors:
+        pairs = pairs.to(query.device)[(None,) * (4 - pairs.dim())]
+        if is_causal and pairs.shape[2] > 1:
+            i, j = torch.arange(Nq, device=query.device)[:, None], torch.arange(Nk, device=query.device)
+            pairs = pairs & (j <= i + alignment_offset(causal_alignment, Nq, Nk))
+        parts.append(pairs.any(2).any(1))
+    if not parts:
+        return None
+    seen = functools.reduce(torch.logical_and, parts).expand(B, Nk)
+    return None if _may_read(seen) and bool(seen.all()) else seen
 
 
 def _may_read(key_mask: Tensor) -> bool:

@@ -31,6 +31,7 @@ from .functional import MAX_HEAD_DIM, resolve_seed
 from .handover import clone, hand_over_hooks, hides_forward, put
 from .methods import DENSE, Method, parse
 from .methods.base import keep_state
+from .methods.continuation import goes_by_positions
 from .patterns import Pattern
 from .tracing import shapes_only, unwrapped
 
@@ -391,6 +392,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise InputError(
                 f"each sequence needs as many values as keys; got lengths {q_lengths}, {k_lengths}, {v_lengths}"
             )
+        if q_lengths != k_lengths and goes_by_positions(self.attention):
+            # Padding keeps queries at their keys from the top left on; other places differ from sequence to sequence.
+            top_left = getattr(self.attention, "alignment", None) == "top_left" and not self.dense_across
+            dense = self.dense_across and max(q_lengths) != max(k_lengths)
+            if not top_left and not dense:
+                raise InputError(
+                    f"{self.attention} goes by positions, and where nested queries of lengths {q_lengths} stand among "
+                    f"keys of {k_lengths} is not known; say alignment=top_left (query i at key i), or use dense"
+                )
         padded = {name: pad_sequence(list(sequences), batch_first=True) for name, sequences in parts.items()}
         padding = None
         if min(k_lengths) != max(k_lengths):

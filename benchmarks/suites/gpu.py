@@ -128,7 +128,7 @@ def _attention(config: Mapping[str, Any], query: Tensor, key: Tensor) -> tuple[f
     if kind == "blocks":
         mask = random_blocks(q_len, kv_len, int(percent) / 100, block=128)
     elif kind == "window":
-        mask = SlidingWindow(left=1023, right=0).block_mask(q_len, kv_len)
+        mask = SlidingWindow(left=1023, right=0, alignment="bottom_right").block_mask(q_len, kv_len)
     density = mask.density if mask is not None else 0.5 + 0.5 / q_len if causal else 1.0
     mask = None if mask is None else mask.to("cuda")
     found: dict[str, Operator] = {

@@ -133,7 +133,8 @@ def _visible(config: Mapping[str, Any]) -> Visible:
     if kind == "bool":
         mask = BlockMask.from_dense(torch.rand(q_len, kv_len, generator=generator) < 0.7)
     elif kind == "window":
-        mask = SlidingWindow(left=128, right=128).block_mask(q_len, kv_len, num_heads=heads)
+        window = SlidingWindow(left=128, right=128, alignment="bottom_right")
+        mask = window.block_mask(q_len, kv_len, num_heads=heads)
     elif kind == "bigbird":
         mask = BigBird().block_mask(q_len, kv_len, num_heads=heads)
     else:

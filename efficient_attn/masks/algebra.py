@@ -6,6 +6,7 @@ blocks of its result, its distinct tiles, and one chunk of pairs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,6 +132,23 @@ def draw(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor
     listed = blocks.view(lists.batch, lists.heads, grid.n_q, grid.n_k, grid.block_q, grid.block_k).transpose(3, 4)
     listed = listed.reshape(lists.batch, lists.heads, grid.n_q * grid.block_q, grid.n_k * grid.block_k)
     return listed[:, :, : grid.q_len, : grid.kv_len] & seen
+
+
+def seen_keys(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor) -> Tensor:
+    """The keys that any query sees, in any head: bool [batch, kv_len]."""
+    j = torch.arange(grid.kv_len, device=lengths.device)
+    if lists is None:
+        low, high = window
+        seen = (j < lengths[:, None]) & (grid.q_len > 0)
+        seen = seen if low is None else seen & (j >= low)
+        return seen if high is None else seen & (j - high < grid.q_len)
+    lists = explicit(grid, lists, window, lengths)
+    tiles = with_trivial(lists.tiles)
+    columns = unpack_bits(functools.reduce(torch.bitwise_or, tiles.unbind(1)))  # of each tile
+    places = entry_rows(lists) // max(lists.heads * grid.n_q, 1) * grid.n_k + lists.indices.long()
+    counts = torch.zeros(lists.batch * grid.n_k, grid.block_k, dtype=torch.int32, device=j.device)
+    counts.index_add_(0, places, columns[lists.tile_ids.long()].int())
+    return (counts > 0).view(lists.batch, -1)[:, : grid.kv_len]
 
 
 def reachable_blocks(grid: Grid, window: Interval, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,7 +199,7 @@ def planned(method: methods.Method, layer: Layer) -> list[BlockMask]:
         return [split.exact, split.over_blocks]
     if not isinstance(method, methods.Sparse) or method.name in UNPLANNED:
         return []
-    pattern = method.pattern
+    pattern = method.pattern.aligned(options["causal_alignment"])
     causal = functional.causal_mask(
         layer.query.shape[2], layer.key.shape[2], options["is_causal"], options["causal_alignment"]
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..backends.reference.attention import dropout_keep
 from ..errors import InputError, UnsupportedError
-from ..functional import check_dropout, resolve_seed
+from ..functional import check_dropout, resolve_seed, seen_keys
 from ..masks import BlockMask
 from .base import Method
 
@@ -68,10 +68,12 @@ class LowRankMethod(Method):
                     + (", causality as is_causal=True" if self.accepts_causal else "")
                     + ", or use dense or a sparse method"
                 )
+        causality: dict[str, Any] = {"is_causal": is_causal, "causal_alignment": causal_alignment}
+        key_mask = seen_keys(key_mask, query, key, **causality)
         keywords: dict[str, Any] = {"key_mask": key_mask, "scale": scale, "dropout_p": dropout_p}
         keywords["dropout_seed"] = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
         if self.accepts_causal:
-            keywords |= {"is_causal": is_causal, "causal_alignment": causal_alignment}
+            keywords |= causality
         elif is_causal:
             refuse_causal(str(self), "it mixes positions before it compares them")
         if self.needs_state and state is None:

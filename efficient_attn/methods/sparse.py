@@ -18,6 +18,7 @@ from ..functional import (
     check_key_mask,
     padded_attention,
     resolve_seed,
+    seen_keys,
     select_keys,
 )
 from ..masks import BlockMask
@@ -89,15 +90,22 @@ class Sparse(Method):
                 f"{self} cannot be causal: where a token is put depends on the whole sequence. Use lsh, topk_blocks or "
                 "another pattern"
             )
+        counted = key_mask
+        if self.pattern.by_content:
+            if mask is not None and not isinstance(mask, Tensor):
+                mask = as_block_mask(mask, query, key, scale=scale, alignment=causal_alignment)
+            counted = seen_keys(
+                key_mask, query, key, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment
+            )
         if isinstance(self.pattern, BucketPattern):
-            query, key, value = bucketed_inputs(self.pattern, query, key, value, key_mask)
+            query, key, value = bucketed_inputs(self.pattern, query, key, value, counted)
             if mask is None and bias is None:
                 return bucketed_attention(
                     self.pattern,
                     query,
                     key,
                     value,
-                    key_mask=key_mask,
+                    key_mask=counted,
                     is_causal=is_causal,
                     causal_alignment=causal_alignment,
                     scale=scale,
@@ -108,7 +116,9 @@ class Sparse(Method):
                 )
         if not self.is_dense:
             causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
-            mask, bias = self._restricted(mask, bias, query, key, scale=scale, key_mask=key_mask, causal=causal)
+            mask, bias = self._restricted(
+                mask, bias, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
+            )
         if dropout_p > 0.0:
             dropout_seed = resolve_seed(dropout_seed)  # one seed: output and weights drop alike
         shared: dict[str, Any] = {
@@ -138,15 +148,16 @@ class Sparse(Method):
         scale: float | None,
         key_mask: Tensor | None,
         causal: BlockMask | None,
+        alignment: str | None,
     ) -> tuple[BlockMask | Tensor | None, Tensor | None]:
         """The pattern's mask and the user's in one, and the bias."""
-        pattern = self.pattern
+        pattern = self.pattern.aligned(alignment)
         tracing = shapes_only(query) and not pattern._analytic
         if tracing and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             # How many blocks both list depends on values, which a traced program must not: -inf in a bias does not.
             bias = torch.where(mask, query.new_zeros(()) if bias is None else bias, -torch.inf)
             mask = None
-        user = None if mask is None else as_block_mask(mask, query, key)
+        user = None if mask is None else as_block_mask(mask, query, key, alignment=alignment)
         if tracing and user is not None and user.indptr is not None:
             raise UnsupportedError(
                 f"torch.compile cannot join the lists of {self.name} with those of a BlockMask. Join them outside, "

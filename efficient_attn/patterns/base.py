@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..defaults import ALIGNMENTS
+from ..defaults import ALIGNMENTS, alignment_offset
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask, BlockSize
 from ..masks.lists import Grid, predicate_lists
@@ -108,6 +108,16 @@ class Pattern(Named):
         """
         return self.block_mask(query.shape[2], key.shape[2], num_heads=query.shape[1], device=query.device)
 
+    def aligned(self, alignment: str | None) -> Pattern:
+        """This pattern, with an alignment where it goes by positions and names none: what a call says for it."""
+        if alignment is None or getattr(self, "alignment", "") is not None:
+            return self
+        return self._with(alignment=alignment)
+
+    def _with(self, **options: Any) -> Pattern:
+        # dataclasses.replace cannot be traced by torch.compile.
+        return type(self)(**{option: getattr(self, option) for option in self.kinds} | options)
+
     @property
     def by_content(self) -> bool:
         """Whether the mask depends on what queries and keys hold."""
@@ -166,7 +176,19 @@ class Pattern(Named):
             check_range(self, option, low)
 
     def _check_alignment(self) -> None:
-        check_choice(self, "alignment", ALIGNMENTS)
+        if getattr(self, "alignment") is not None:  # noqa: B009 (a field of some subclasses)
+            check_choice(self, "alignment", ALIGNMENTS)
+
+    def _offset(self, q_len: int, kv_len: int) -> int:
+        """The key at which query 0 stands, by the option `alignment` of some subclasses."""
+        alignment: str | None = getattr(self, "alignment")  # noqa: B009
+        if alignment is None and q_len != kv_len and 0 not in (q_len, kv_len):
+            raise InputError(
+                f"{self.name} goes by positions, and where {q_len} queries stand among {kv_len} keys is not known; say "
+                "alignment='top_left' (query i at key i) or 'bottom_right' (the last query at the last key), in the "
+                "pattern or as causal_alignment of the call"
+            )
+        return alignment_offset(alignment, q_len, kv_len)
 
     def _check_block(self) -> None:
         block: int = getattr(self, "block")  # noqa: B009 (a field of some subclasses)
@@ -212,11 +234,11 @@ def by_classes(
     )
 
 
-def cross(tokens: Tensor, grid: Grid) -> BlockMask:
-    """Everything that some tokens see and are seen by. tokens: bool [max(q_len, kv_len)]."""
+def cross(queries: Tensor, keys: Tensor, grid: Grid) -> BlockMask:
+    """Everything that some queries see, and that sees some keys. queries: bool [q_len], keys: bool [kv_len]."""
     size = (grid.block_q, grid.block_k)
-    columns = BlockMask.from_dense(tokens[: grid.kv_len], q_len=grid.q_len, block_size=size)
-    rows = BlockMask.from_dense(tokens[: grid.q_len], q_len=grid.kv_len, block_size=size[::-1])
+    columns = BlockMask.from_dense(keys, q_len=grid.q_len, block_size=size)
+    rows = BlockMask.from_dense(queries, q_len=grid.kv_len, block_size=size[::-1])
     return columns | rows.swapped()
 
 

@@ -23,6 +23,8 @@ class BigBird(Pattern):
         window: the blocks r - window // 2 .. r + window // 2 (window is odd);
         global_blocks: half of them, rounded up, at the start and the rest at the end; they see every block too;
         random_blocks: others, drawn for each query block from `seed`, or all others when there are fewer.
+
+    Defined for self-attention, whose queries and keys are cut into the same blocks.
     """
 
     name = "bigbird"
@@ -47,6 +49,7 @@ class BigBird(Pattern):
         return (self.block, self.block)
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
+        self._check_square(q_len, kv_len)
         grid = Grid(q_len, kv_len, self.block, self.block)
         seen = torch.zeros(grid.n_q, grid.n_k, dtype=torch.bool)
         indptr, indices = self._blocks(grid)
@@ -54,6 +57,7 @@ class BigBird(Pattern):
         return seen.to(i.device)[i // self.block, j // self.block]
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
+        self._check_square(grid.q_len, grid.kv_len)
         indptr, indices = self._blocks(Grid(grid.q_len, grid.kv_len, self.block, self.block))
         return BlockMask.from_csr(indptr, indices, q_len=grid.q_len, kv_len=grid.kv_len, block_size=self.block)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
+from ..masks.algebra import seen_keys
 from ..masks.lists import Grid, entry_rows, predicate_lists
 from ..options import register
 from ..tracing import shapes_only
@@ -78,6 +79,9 @@ class BucketPattern(ContentPattern):
         key_mask: Tensor | None = None,
         within: BlockMask | None = None,
     ) -> BlockMask:
+        if within is not None:  # a key that no query sees is in no bucket, as padding is in none
+            seen = seen_keys(*within.parts).to(key.device).expand(key.shape[0], -1)
+            key_mask = seen if key_mask is None else key_mask & seen
         found = self.buckets(query, key, key_mask)
         batch, heads, q_len = query.shape[:3]
 

@@ -31,6 +31,11 @@ class _OfParts(Pattern):
                 error = UnsupportedError if isinstance(part, Named) else InputTypeError
                 raise error(f"{part} is no pattern of pairs; &, | and per_head join patterns only")
 
+    def aligned(self, alignment: str | None) -> Pattern:
+        if alignment is None:
+            return self
+        return self._with(parts=tuple([part.aligned(alignment) for part in self.parts]))
+
     @property
     def by_content(self) -> bool:
         return any(part.by_content for part in self.parts)

@@ -7,7 +7,6 @@ attended to exactly, and gradients are those of attention under the chosen mask;
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,17 +18,8 @@ from torch import Tensor
 from ..defaults import default_scale
 from ..errors import InputError
 from ..masks import BlockMask
-from ..masks.algebra import how_cut
-from ..masks.lists import (
-    FULL,
-    all_blocks,
-    count_bits,
-    entry_rows,
-    expand,
-    pointers,
-    unpack_bits,
-    with_trivial,
-)
+from ..masks.algebra import entry_pairs, explicit, how_cut, seen_keys
+from ..masks.lists import FULL, all_blocks, entry_rows, pointers
 from ..options import check_choice, register
 from ..tracing import shapes_only
 from .base import Pattern
@@ -68,18 +58,19 @@ class _Blocks(ContentPattern):
     local: int
     summary: str
     queries: str
+    alignment: str | None
 
     def _check_blocks(self) -> None:
         self._check_block()
         self._at_least(sink=0, local=1)
         check_choice(self, "summary", SUMMARIES)
         check_choice(self, "queries", QUERIES)
+        self._check_alignment()
 
     @property
     def _own_block(self) -> tuple[int, int]:
         return (self.block, self.block)
 
-    @torch.no_grad()
     def for_inputs(
         self,
         query: Tensor,
@@ -88,6 +79,12 @@ class _Blocks(ContentPattern):
         scale: float | None = None,
         key_mask: Tensor | None = None,
         within: BlockMask | None = None,
+    ) -> BlockMask:
+        with torch.no_grad():  # no decorator: torch.compile cannot call a decorated method of what `aligned` made
+            return self._chosen(query, key, scale, key_mask, within)
+
+    def _chosen(
+        self, query: Tensor, key: Tensor, scale: float | None, key_mask: Tensor | None, within: BlockMask | None
     ) -> BlockMask:
         B, Hq, Nq, D = query.shape
         Nk = key.shape[2]
@@ -103,17 +100,26 @@ class _Blocks(ContentPattern):
         if shown is not None:
             seen, whole = seen & shown.blocks, seen & shown.whole
         seen, whole = (blocks.expand(B, Hq, n_q, n_k) for blocks in (seen, whole))
-        forced = self._forced(n_q, n_k, within, query.device) & seen
-        # Chosen first, whatever their score; then by score; never what no query of the block may see.
-        scores = scores.masked_fill(~seen, -torch.inf)
-        order, chosen = self._choose(scores, forced, seen, torch.where(whole, counts, 0))
+        forced = self._forced(Nq, Nk, within, query.device) & seen
+        # What is always kept comes first, never what no query of the block may see. The score of a block that is cut
+        # knows keys that some of its queries must not, so it decides nothing: those after the last whole block, which
+        # hold the latest keys under any causality, come before the whole ones, those before it, after them.
+        most = torch.finfo(scores.dtype).max / 8
+        column = torch.arange(n_k, device=scores.device)
+        late = (column / max(n_k, 1) + 1.5).to(scores.dtype) * most
+        last = torch.where(whole, column, -1).amax(-1, keepdim=True)
+        turn = torch.where(whole, scores.clamp(-most, most), torch.where(column > last, late, late - 4 * most))
+        turn = turn.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
+        order, chosen = self._choose(scores, turn, forced, seen, torch.where(whole, counts, 0))
         return self._mask_of(order, chosen, query, Nk)
 
-    def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, scores: Tensor, turn: Tensor, forced: Tensor, seen: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Columns (B, Hq, n_q, k), distinct, and which of them are chosen.
 
-        Everything is (B, Hq, n_q, n_k). counts: the keys of blocks that are wholly visible; 0 in a block that is cut,
-        whose estimate knows keys that some of its queries must not.
+        Everything is (B, Hq, n_q, n_k). turn: the largest is taken first; infinite where forced. counts: the keys of
+        blocks that are wholly visible; 0 in a block that is cut, whose score knows keys that some queries must not.
         """
         raise NotImplementedError
 
@@ -161,10 +167,16 @@ class _Blocks(ContentPattern):
         counts = there.unflatten(1, (n, self.block)).sum(-1)[:, None, :, None]
         return reduce(x.unflatten(2, (n, self.block)), dim=3), counts
 
-    def _forced(self, n_q: int, n_k: int, within: BlockMask | None, device: torch.device) -> Tensor:
-        """The first blocks, and those around the diagonal, which starts where the window of `within` does."""
-        top = torch.arange(n_q, device=device)[:, None] * self.block + (0 if within is None else within.window_offset)
-        column = torch.arange(n_k, device=device)
+    def _forced(self, q_len: int, kv_len: int, within: BlockMask | None, device: torch.device) -> Tensor:
+        """The first blocks, and those around the diagonal where that is known (n_q, n_k)."""
+        column = torch.arange(-(-kv_len // self.block), device=device)
+        top = torch.arange(0, q_len, self.block, device=device)[:, None]
+        if within is not None and within.window is not None:
+            top = top + within.window_offset
+        elif self.alignment is not None or q_len == kv_len:
+            top = top + self._offset(q_len, kv_len)
+        else:
+            return (column < self.sink).expand(top.shape[0], -1)
         near = column > top // self.block - self.local
         near &= column < (top + self.block - 1) // self.block + self.local
         return near | (column < self.sink)
@@ -210,11 +222,13 @@ class TopKBlocks(_Blocks):
     block: tokens of a block, of queries and of keys.
     blocks: how many to keep for each block of queries, sink and local ones included; or
     fraction: this share of those that it may see, rounded up, if given.
-    sink, local: the first `sink` blocks, and those nearer than `local` to the diagonal, are always kept.
+    sink, local: the first `sink` blocks, and those nearer than `local` to the diagonal, are always kept; with Nq != Nk,
+        the diagonal is that of causality, or `alignment` says where it is, else there is none.
     summary: of a block of keys: "mean" (mean-pooled; MoBA, Lu et al. 2025, arXiv:2502.13189) or "minmax" (the largest
         product with the box around the keys; Quest, Tang et al. 2024, arXiv:2406.10774).
     queries: what stands for a block of queries: its "mean", or its "first" row. Only "first" is strictly causal: a mean
         lets the later rows of a block influence which past blocks the earlier ones see.
+    alignment: as in `SlidingWindow`.
 
     Where causality or lengths are known (is_causal=True, `& Causal()`, padding), the choice is among what they show. In
     self-attention (Nq = Nk) a key mask also says which queries count.
@@ -232,13 +246,16 @@ class TopKBlocks(_Blocks):
     local: int = 1
     summary: str = "mean"
     queries: str = "mean"
+    alignment: str | None = None
 
     def check(self) -> None:
         self._check_blocks()
         self._at_least(blocks=1)
         _check_share(self, "fraction")
 
-    def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, scores: Tensor, turn: Tensor, forced: Tensor, seen: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         n_k = scores.shape[-1]
         wanted, most = torch.full_like(seen[..., 0], self.blocks, dtype=torch.int64), self.blocks
         if self.fraction is not None:
@@ -246,8 +263,8 @@ class TopKBlocks(_Blocks):
             most = math.ceil(n_k * self.fraction)
         wanted = torch.maximum(wanted, forced.sum(-1))
         most = min(n_k, max(most, self.sink + 2 * self.local))
-        order = scores.masked_fill(forced, torch.inf).topk(most, dim=-1).indices
-        rank = torch.arange(most, device=scores.device)
+        order = turn.topk(most, dim=-1).indices
+        rank = torch.arange(most, device=turn.device)
         return order, (rank < wanted[..., None]) & seen.gather(-1, order)
 
 
@@ -274,15 +291,18 @@ class TopPBlocks(_Blocks):
     local: int = 1
     summary: str = "mean"
     queries: str = "mean"
+    alignment: str | None = None
 
     def check(self) -> None:
         self._check_blocks()
         _check_share(self, "mass")
 
-    def _choose(self, scores: Tensor, forced: Tensor, seen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, scores: Tensor, turn: Tensor, forced: Tensor, seen: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         mass = torch.where(seen & (counts > 0), scores + counts.clamp(min=1).log(), -torch.inf).softmax(-1)
         mass = mass.nan_to_num(0.0)  # where no block is wholly visible
-        order = scores.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
+        order = turn.argsort(dim=-1, descending=True, stable=True)
         mass = mass.gather(-1, order)
         before = mass.cumsum(-1) - mass
         return order, (forced.gather(-1, order) | (before < self.mass)) & seen.gather(-1, order)
@@ -299,7 +319,7 @@ class Shown(NamedTuple):
 
     blocks, whole: bool (batch, heads, n_q, n_k), the blocks with a visible pair, and those whose queries all see the
     same keys.
-    keys: bool (batch, Nk), those that its lists and lengths show to any query.
+    keys: bool (batch, Nk), those that any query sees.
     """
 
     blocks: Tensor
@@ -309,31 +329,22 @@ class Shown(NamedTuple):
 
 def shown_by(mask: BlockMask, block: int, device: torch.device) -> Shown:
     """What a mask shows in blocks of `block` queries and keys, on a device: a mask without lists is on none."""
-    mask = mask.reblock((block, block))
-    grid, lists, window, lengths = mask.parts
+    grid, lists, window, lengths = mask.reblock((block, block)).parts
     lengths = lengths.to(device)
-    batch, heads = (lengths.numel(), 1) if lists is None else (max(lists.batch, lengths.numel()), lists.heads)
-    keys = torch.arange(grid.kv_len, device=lengths.device) < lengths[:, None]
+    keys = seen_keys(grid, lists, window, lengths)
     if lists is None:
-        rows, cols = all_blocks(grid, batch, heads, lengths.device)
-    else:
-        lists = expand(lists, grid.n_q, batch, heads)
-        rows, cols = entry_rows(lists), lists.indices.long()
-    lines = rows // max(heads * grid.n_q, 1)
-    touched, cut, _ = how_cut(grid, window, lengths.expand(batch)[lines], rows, cols)
-    shape = (batch, heads, grid.n_q, grid.n_k)
-    if lists is None:
+        batch = lengths.numel()
+        rows, cols = all_blocks(grid, batch, 1, lengths.device)
+        touched, cut, _ = how_cut(grid, window, lengths[rows // max(grid.n_q, 1)], rows, cols)
+        shape = (batch, 1, grid.n_q, grid.n_k)
         return Shown(touched.view(shape), (touched & ~cut).view(shape), keys)
-    ids, at = lists.tile_ids.long(), lines * grid.n_k + cols
-    partial = ids != FULL
-    listed = torch.zeros(batch * grid.n_k, block, dtype=torch.int32, device=rows.device)
-    columns = unpack_bits(functools.reduce(torch.bitwise_or, lists.tiles.unbind(1)))  # of each tile
-    listed.index_add_(0, at[partial], columns[ids[partial]].int())
-    listed[at[~partial]] = 1
-    pairs = (grid.q_len - rows % max(grid.n_q, 1) * block).clamp(max=block) * (listed > 0).sum(1)[at]
-    uneven = partial & (count_bits(with_trivial(lists.tiles))[ids] < pairs)
-    keys = keys & (listed > 0).view(batch, -1)[:, : grid.kv_len]
-    blocks = torch.zeros(2, batch * heads * grid.n_q, grid.n_k, dtype=torch.bool, device=rows.device)
-    blocks[0, rows, cols] = touched
-    blocks[1, rows, cols] = touched & ~cut & ~uneven
-    return Shown(blocks[0].view(shape), blocks[1].view(shape), keys)
+    lists = explicit(grid, lists, window, lengths)
+    rows, cols = entry_rows(lists), lists.indices.long()
+    there = torch.nn.functional.pad(keys, (0, grid.n_k * block - grid.kv_len)).unflatten(1, (-1, block)).sum(-1)
+    pairs = (grid.q_len - rows % max(grid.n_q, 1) * block).clamp(max=block)
+    pairs = pairs * there[rows // max(lists.heads * grid.n_q, 1), cols]
+    blocks = torch.zeros(2, lists.batch * lists.heads * grid.n_q, grid.n_k, dtype=torch.bool, device=rows.device)
+    blocks[0, rows, cols] = True
+    blocks[1, rows, cols] = entry_pairs(grid, lists) == pairs
+    some, whole = blocks.view(2, lists.batch, lists.heads, grid.n_q, grid.n_k).unbind()
+    return Shown(some, whole, keys)

@@ -58,7 +58,10 @@ class _OnGrid(Pattern):
         return (tokens,) if axes == 1 else (side, side)
 
     def _with_prefix(self, mask: BlockMask) -> BlockMask:
-        return mask | cross(torch.arange(mask.q_len) < self.prefix, mask.grid) if self.prefix else mask
+        if not self.prefix:
+            return mask
+        tokens = torch.arange(mask.q_len) < self.prefix
+        return mask | cross(tokens, tokens, mask.grid)
 
     def _join_prefix(self, seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return seen | (i < self.prefix) | (j < self.prefix)

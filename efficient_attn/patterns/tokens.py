@@ -1,4 +1,9 @@
-"""Patterns of one sequence at token granularity: windows, strides, global tokens, prefixes and documents."""
+"""Patterns of one sequence at token granularity: windows, strides, global tokens, prefixes and documents.
+
+All but `Dense` and `Documents` have the option `alignment`: where the queries stand when they are not as many as the
+keys, whose positions are 0, 1, ... "top_left" puts query i at key i, "bottom_right" the last query at the last key. It
+has no default: without one, other lengths are an error. A formula's i is the position of the query.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..defaults import alignment_offset
 from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.lists import Grid
@@ -45,7 +49,7 @@ class Dense(Pattern):
 class SlidingWindow(Pattern):
     """Keys from i - left to i + right; -1 is unlimited. Beltagy et al. 2020, arXiv:2004.05150.
 
-    alignment: where the window starts when q_len != kv_len: "top_left" puts query i at key i, "bottom_right" the last
+    alignment: where the queries stand when q_len != kv_len: "top_left" puts query i at key i, "bottom_right" the last
     query at the last key.
     """
 
@@ -56,7 +60,7 @@ class SlidingWindow(Pattern):
 
     left: int = 128
     right: int = 128
-    alignment: str = "top_left"
+    alignment: str | None = None
 
     def check(self) -> None:
         self._at_least(left=-1, right=-1)
@@ -67,25 +71,28 @@ class SlidingWindow(Pattern):
         return True
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        away = j - i - alignment_offset(self.alignment, q_len, kv_len)
+        away = j - i - self._offset(q_len, kv_len)
         return ((away >= -self.left) | (self.left < 0)) & ((away <= self.right) | (self.right < 0))
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
-        start = alignment_offset(self.alignment, grid.q_len, grid.kv_len)
+        start = self._offset(grid.q_len, grid.kv_len)
         return empty_mask(grid, window=(self.left, self.right), window_offset=start)
 
 
 @register
 @dataclass(frozen=True)
 class Causal(Pattern):
-    """Keys j <= i ("top_left"), or j <= i + kv_len - q_len ("bottom_right"): a query and what came before it."""
+    """Keys j <= i: a query and what came before it.
+
+    alignment: as in `SlidingWindow`: "top_left" is j <= i for query number i, "bottom_right" j <= i + kv_len - q_len.
+    """
 
     name = "causal"
     formula = "softmax(QK^T)V over j <= i"
     paper = "Vaswani et al. 2017"
     complexity = "n^2 d / 2"
 
-    alignment: str = "top_left"
+    alignment: str | None = None
 
     def check(self) -> None:
         self._check_alignment()
@@ -95,7 +102,7 @@ class Causal(Pattern):
         return True
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        return j <= i + alignment_offset(self.alignment, q_len, kv_len)
+        return j <= i + self._offset(q_len, kv_len)
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         return SlidingWindow(-1, 0, self.alignment)._build(grid, num_heads)
@@ -107,7 +114,10 @@ class Causal(Pattern):
 @register
 @dataclass(frozen=True)
 class Dilated(Pattern):
-    """Every dilation-th key: `left` of them before query i, `right` after, and i. Beltagy et al. 2020, section 3.1."""
+    """Every dilation-th key: `left` of them before query i, `right` after, and i. Beltagy et al. 2020, section 3.1.
+
+    alignment: as in `SlidingWindow`.
+    """
 
     name = "dilated"
     formula = "softmax(QK^T)V over j = i + t dilation"
@@ -117,19 +127,21 @@ class Dilated(Pattern):
     left: int = 64
     right: int = 64
     dilation: int = 2
+    alignment: str | None = None
 
     def check(self) -> None:
         self._at_least(left=0, right=0, dilation=1)
+        self._check_alignment()
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        away = j - i
+        away = j - i - self._offset(q_len, kv_len)
         reach = (away >= -self.left * self.dilation) & (away <= self.right * self.dilation)
         return reach & (away % self.dilation == 0)
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         longest = max(grid.q_len, grid.kv_len)
         left, right = (min(side * self.dilation, longest) for side in (self.left, self.right))
-        return along_diagonals(self, SlidingWindow(left, right)._build(grid, num_heads))
+        return along_diagonals(self, SlidingWindow(left, right, self.alignment)._build(grid, num_heads))
 
 
 @register
@@ -143,6 +155,7 @@ class Strided(Pattern):
     part: "both" is a merged head, which sees A1 and A2; "local" and "summary" are the two factors, for heads or layers
     of their own (`per_head`).
     causal: as in the paper; False looks ahead in the same way.
+    alignment: as in `SlidingWindow`.
     """
 
     name = "strided"
@@ -153,13 +166,15 @@ class Strided(Pattern):
     stride: int = 128
     causal: bool = True
     part: str = "both"
+    alignment: str | None = None
 
     def check(self) -> None:
         self._at_least(stride=1)
         check_choice(self, "part", PARTS)
+        self._check_alignment()
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        away = i - j
+        away = i + self._offset(q_len, kv_len) - j
         seen = torch.zeros_like(away, dtype=torch.bool)
         if self.part != "summary":
             seen = seen | (away.abs() <= self.stride)
@@ -169,8 +184,9 @@ class Strided(Pattern):
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         if self.part == "local":
-            return SlidingWindow(self.stride, 0 if self.causal else self.stride)._build(grid, num_heads)
-        return along_diagonals(self, (Causal() if self.causal else Dense())._build(grid, num_heads))
+            right = 0 if self.causal else self.stride
+            return SlidingWindow(self.stride, right, self.alignment)._build(grid, num_heads)
+        return along_diagonals(self, (Causal(self.alignment) if self.causal else Dense())._build(grid, num_heads))
 
 
 @register
@@ -186,6 +202,7 @@ class Fixed(Pattern):
     `per_head`); 0 is the last.
     part: "both" is a merged head; "local" and "summary" are the factors.
     causal: as in the paper; False drops j <= i.
+    alignment: as in `SlidingWindow`.
     """
 
     name = "fixed"
@@ -198,10 +215,12 @@ class Fixed(Pattern):
     shift: int = 0
     causal: bool = True
     part: str = "both"
+    alignment: str | None = None
 
     def check(self) -> None:
         self._at_least(stride=1, summary=1, shift=0)
         check_choice(self, "part", PARTS)
+        self._check_alignment()
         if self.summary * (1 + self.shift) > self.stride:
             raise InputError(
                 f"{self.name}: summary * (1 + shift) = {self.summary * (1 + self.shift)} exceeds the segment, "
@@ -215,14 +234,16 @@ class Fixed(Pattern):
         return stop - self.summary, stop
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
+        i = i + self._offset(q_len, kv_len)
         start, stop = self._run
         place = j % self.stride
         summary, local = (place >= start) & (place < stop), i // self.stride == j // self.stride
         seen = {"both": summary | local, "local": local, "summary": summary}[self.part]
-        return seen & (j <= i) if self.causal else seen & (i >= 0)
+        return seen & ((j <= i) | (not self.causal))
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
-        top, left = torch.arange(grid.n_q)[:, None] * grid.block_q, torch.arange(grid.n_k) * grid.block_k
+        first = self._offset(grid.q_len, grid.kv_len)
+        top, left = first + torch.arange(grid.n_q)[:, None] * grid.block_q, torch.arange(grid.n_k) * grid.block_k
         bottom, right = top + grid.block_q - 1, left + grid.block_k - 1
         local = (top // self.stride <= right // self.stride) & (bottom // self.stride >= left // self.stride)
         start, stop = self._run
@@ -232,7 +253,7 @@ class Fixed(Pattern):
         listed = {"both": local | summary, "local": local, "summary": summary.expand_as(local)}[self.part]
         listed = listed & (left <= bottom) if self.causal else listed
         rows, cols = listed.nonzero().unbind(1)
-        top, left = rows * grid.block_q, cols * grid.block_k
+        top, left = first + rows * grid.block_q, cols * grid.block_k
         # Beyond this distance no pair shares a segment and the order is settled: only the key's place matters.
         far = self.stride + max(grid.block_q, grid.block_k)
         shift = (top - left).clamp(-far, far)
@@ -254,6 +275,7 @@ class Longformer(Pattern):
     window: even, both sides together as in the paper.
     global_tokens: the first so many positions are global.
     global_indices: and these ones. Positions beyond the end do nothing.
+    alignment: as in `SlidingWindow`.
     """
 
     name = "longformer"
@@ -264,24 +286,28 @@ class Longformer(Pattern):
     window: int = 512
     global_tokens: int = 1
     global_indices: tuple[int, ...] = ()
+    alignment: str | None = None
 
     def check(self) -> None:
         self._at_least(window=0, global_tokens=0, global_indices=0)
+        self._check_alignment()
         if self.window % 2:
             raise InputError(f"{self.name}: window counts both sides and must be even, got {self.window}")
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        tokens = self._tokens(max(q_len, kv_len, 1)).to(i.device)
-        return ((i - j).abs() <= self.window // 2) | tokens[i] | tokens[j]
+        i = i + self._offset(q_len, kv_len)
+        return ((i - j).abs() <= self.window // 2) | self._is_global(i) | self._is_global(j)
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
-        near = SlidingWindow(self.window // 2, self.window // 2)._build(grid, num_heads)
-        return near | cross(self._tokens(max(grid.q_len, grid.kv_len)), grid)
+        near = SlidingWindow(self.window // 2, self.window // 2, self.alignment)._build(grid, num_heads)
+        queries = torch.arange(grid.q_len) + self._offset(grid.q_len, grid.kv_len)
+        return near | cross(self._is_global(queries), self._is_global(torch.arange(grid.kv_len)), grid)
 
-    def _tokens(self, length: int) -> Tensor:
-        tokens = torch.arange(length) < self.global_tokens
-        tokens[[index for index in self.global_indices if index < length]] = True
-        return tokens
+    def _is_global(self, position: Tensor) -> Tensor:
+        first = (position >= 0) & (position < self.global_tokens)
+        return first | torch.isin(
+            position, torch.tensor(self.global_indices, dtype=torch.int64, device=position.device)
+        )
 
 
 @register
@@ -298,14 +324,14 @@ class PrefixLM(Pattern):
     complexity = "n^2 d / 2"
 
     prefix: int = 128
-    alignment: str = "top_left"
+    alignment: str | None = None
 
     def check(self) -> None:
         self._at_least(prefix=0)
         self._check_alignment()
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
-        return (j < self.prefix) | (j <= i + alignment_offset(self.alignment, q_len, kv_len))
+        return (j < self.prefix) | (j <= i + self._offset(q_len, kv_len))
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         size = (grid.block_q, grid.block_k)

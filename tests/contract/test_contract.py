@@ -43,7 +43,7 @@ def test_rule_01_fully_masked_rows_give_zero(how: str, backend: str) -> None:
         bias = torch.zeros(20, 20)
         bias[:5] = -torch.inf
     else:
-        mask = SlidingWindow(left=-1, right=0)
+        mask = SlidingWindow(left=-1, right=0, alignment="top_left")
         query = torch.cat([query.detach()] * 2, 2).requires_grad_()
         mask = mask.block_mask(40, 20) & BlockMask.from_dense(torch.arange(40)[:, None].expand(40, 20) >= 5)
     out, lse = attention(query, key, value, mask=mask, bias=bias, return_lse=True, backend=backend)

@@ -115,7 +115,7 @@ def definition(method, q, k, v, kept, pattern, allowed, projection):
     return out, far.sum(1) / total.masked_fill(total == 0, 1.0)
 
 
-def by_head(method, q, k, v, key_mask, allowed, state):
+def by_head(method, q, k, v, key_mask, allowed, state, alignment=None):
     Hq, Hkv = q.shape[1], k.shape[1]
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     allowed = allowed.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
@@ -123,7 +123,7 @@ def by_head(method, q, k, v, key_mask, allowed, state):
         within = BlockMask.from_dense(allowed)
         pattern = method.sparse.pattern.for_inputs(q, k, scale=SCALE, key_mask=key_mask, within=within).to_dense()
     else:
-        pattern = method.sparse.pattern.visible(i, j, q.shape[2], k.shape[2])
+        pattern = method.sparse.pattern.aligned(alignment).visible(i, j, q.shape[2], k.shape[2])
     pattern = pattern.expand(q.shape[0], Hq, q.shape[2], k.shape[2])
     kept = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
     projection = None if state is None else state.projection
@@ -162,7 +162,7 @@ def state_of(method, dtype=torch.float64):
 def check(method, inputs, key_mask, allowed, **keywords):
     state = state_of(method)
     out, weights = method.attend(*inputs, state=state, key_mask=key_mask, need_weights=True, **keywords)
-    expected, share = by_head(method, *inputs, key_mask, allowed, state)
+    expected, share = by_head(method, *inputs, key_mask, allowed, state, keywords.get("causal_alignment"))
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     group = inputs[0].shape[1] // inputs[1].shape[1]
     torch.testing.assert_close(weights @ inputs[2].repeat_interleave(group, 1), expected, rtol=1e-9, atol=1e-9)
@@ -236,7 +236,11 @@ def test_blocks_chosen_by_content(spec, pad, is_causal):
 def test_across_lengths():
     for tail in TAILS:
         method = parse(f"sliding_window:left=5,right=3+{tail}")
-        check(method, make(2, 2, 40, 75), padding("holes"), torch.ones(1, 1, 40, 75, dtype=torch.bool))
+        call = make(2, 2, 40, 75), padding("holes"), torch.ones(1, 1, 40, 75, dtype=torch.bool)
+        for alignment in ("top_left", "bottom_right"):
+            check(method, *call, causal_alignment=alignment)
+        with pytest.raises(InputError, match="goes by positions"):
+            check(method, *call)
 
 
 def test_scatterbrain_as_its_paper_writes_it():
@@ -262,7 +266,7 @@ def test_the_parts_are_a_partition():
         Longformer(window=10),
         SlidingWindow(0, 0),
     ):
-        found = pattern.block_mask(130, 100)
+        found = BlockMask.from_dense(pattern.block_mask(130, 130).to_dense()[..., :100])
         random = torch.rand(2, 1, 130, 100, generator=g) < 0.8
         random[:, :, :64] = True
         for allowed in (

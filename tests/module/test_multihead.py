@@ -388,6 +388,11 @@ def test_nested_tensors(layout: torch.layout, attention: str) -> None:
         gradients, torch.autograd.grad(sum(e.square().sum() for e in expected), sequences), strict=True
     ):
         assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for lengths in ((2, 2, 6), (7, 2, 6)) if attention == SPARSE else ():
+        keys = torch.nested.as_nested_tensor([torch.randn(n, E) for n in lengths], layout=layout)
+        with pytest.raises(InputError, match="goes by positions"):
+            ours(nested, keys, keys, need_weights=False)
+    _, ours = pair(f"{SPARSE},alignment=top_left" if attention == SPARSE else attention, batch_first=True)
     keys = torch.nested.as_nested_tensor([torch.randn(n, E) for n in (2, 2, 6)], layout=layout)
     crossed = ours(nested, keys, keys, need_weights=False)[0]
     for query, key, found in zip(sequences, keys.unbind(), crossed.unbind(), strict=True):

@@ -100,12 +100,16 @@ def chosen_blocks(pattern, q: Tensor, k: Tensor, allowed: Tensor, key_mask: Tens
                 else:
                     estimate[c] = sum(max(x[d] * keys[:, d].min(), x[d] * keys[:, d].max()) for d in range(D)) * scale
             forced = [c for c in seen if c < pattern.sink or abs(c - r) < pattern.local]
-            free = sorted((c for c in seen if c not in forced), key=lambda c: -estimate[c])
+            whole = [c for c in seen if allowed[row][:, cols[c]][:, allowed.any(0)[cols[c]]].all()]
+            # The estimate of a block that is cut knows what some of its queries must not: it decides nothing.
+            free = sorted((c for c in seen if c not in forced and c in whole), key=lambda c: -estimate[c])
+            cut = sorted((c for c in seen if c not in forced and c not in whole), reverse=True)
+            last = max(whole, default=-1)
+            free = [c for c in cut if c > last] + free + [c for c in cut if c < last]
             if isinstance(pattern, TopKBlocks):
                 count = pattern.blocks if pattern.fraction is None else math.ceil(pattern.fraction * len(seen) - 1e-9)
                 keep = forced + free[: max(count - len(forced), 0)]
             else:
-                whole = [c for c in seen if allowed[row][:, cols[c]][:, allowed.any(0)[cols[c]]].all()]
                 mass = {c: math.exp(estimate[c]) * there[cols[c]].sum().item() if c in whole else 0.0 for c in seen}
                 keep, total = list(forced), sum(mass.values())
                 for c in free:
@@ -333,7 +337,8 @@ def test_buckets_equal_the_definition(pattern, pad):
     for is_causal, mask in itertools.product((False, True) if method.accepts_causal else (False,), (None, user)):
         allowed = torch.ones(n, n, dtype=torch.bool).tril() if is_causal else torch.ones(n, n, dtype=torch.bool)
         allowed = allowed if mask is None else allowed & mask
-        visible = bucketed(pattern, q.detach(), k.detach(), allowed, key_mask)
+        counted = there & allowed.any(0)  # what no query sees is in no bucket
+        visible = bucketed(pattern, q.detach(), k.detach(), allowed, None if counted.all() else counted)
         rows = there[:, None, :, None] if isinstance(pattern, SortedBuckets) else torch.ones(1, dtype=torch.bool)
         out, weights = method.attend(q, k, v, key_mask=key_mask, is_causal=is_causal, mask=mask, need_weights=True)
         expected = attend(q, q / q.norm(dim=-1, keepdim=True) if shared else k, v, visible)

@@ -72,7 +72,7 @@ def random_blocks(block_size: tuple[int, int], density: float = 0.4, *, heads: b
 
 def window(left: int, right: int) -> Callable:
     """An analytic sliding window."""
-    return lambda case, generator: SlidingWindow(left=left, right=right)
+    return lambda case, generator: SlidingWindow(left=left, right=right, alignment="top_left")
 
 
 def lengths(case: Case, generator: torch.Generator) -> BlockMask:
@@ -85,7 +85,8 @@ def lengths(case: Case, generator: torch.Generator) -> BlockMask:
 def blocks_window_lengths(case: Case, generator: torch.Generator) -> BlockMask:
     """All three parts of a mask at once."""
     blocks = random_blocks((16, 32), 0.7)(case, generator)
-    return blocks & SlidingWindow(left=40, right=9).block_mask(case.Nq, case.Nk) & lengths(case, generator)
+    near = SlidingWindow(left=40, right=9, alignment="top_left").block_mask(case.Nq, case.Nk)
+    return blocks & near & lengths(case, generator)
 
 
 HEAD_DIMS = (1, 3, 8, 40, 64, 80, 128, 200, 256)

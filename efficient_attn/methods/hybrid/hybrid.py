@@ -14,6 +14,7 @@ from ...errors import InputError, InputTypeError, UnsupportedError
 from ...functional import (
     MaskLike,
     add_to_bias,
+    as_block_mask,
     attention_weights,
     check_dropout,
     check_key_mask,
@@ -21,6 +22,7 @@ from ...functional import (
     padded_attention,
     prepare_inputs,
     resolve_seed,
+    seen_keys,
     select_keys,
 )
 from ...masks import BlockMask
@@ -29,7 +31,7 @@ from ...patterns import Pattern
 from ..base import TAILS, Method
 from ..sparse import Sparse
 from ..spec import parse
-from .split import plan
+from .split import Split, plan
 from .tail import Branch, Tail, TailCall
 
 
@@ -109,10 +111,10 @@ class Hybrid(Method):
         check_dropout(dropout_p)
         scale = default_scale(scale, query.shape[-1])
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
-        split = plan(self.sparse.pattern, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
+        split, counted = self._plan(query, key, key_mask, scale, **pairs)
         seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
-        call = TailCall(split, scale, state, key_mask, is_causal, dropout_p, seed, backend, need_weights)
-        near, far = self._branches(query, key, value, call)
+        call = TailCall(split, scale, state, counted, is_causal, dropout_p, seed, backend, need_weights)
+        near, far = self._branches(query, key, value, key_mask, call)
         out, lse = merge_attention((near.out, far.out), (near.lse, far.lse))
         if near.weights is None or far.weights is None:
             return out, None
@@ -141,16 +143,28 @@ class Hybrid(Method):
         check_key_mask(key_mask, key)
         scale = default_scale(scale, query.shape[-1])
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
-        split = plan(self.sparse.pattern, query, key, self.tail.block, key_mask=key_mask, scale=scale, **pairs)
-        call = TailCall(split, scale, state, key_mask, is_causal, backend=backend, counted=False)
-        near, far = self._branches(query, key, torch.zeros_like(key[..., :1]), call)
+        split, counted = self._plan(query, key, key_mask, scale, **pairs)
+        call = TailCall(split, scale, state, counted, is_causal, backend=backend, counted=False)
+        near, far = self._branches(query, key, torch.zeros_like(key[..., :1]), key_mask, call)
         lses = torch.stack([near.lse, far.lse], -1)
         empty = (lses == -torch.inf).all(-1, keepdim=True)
         return torch.softmax(lses.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 
-    def _branches(self, query: Tensor, key: Tensor, value: Tensor, call: TailCall) -> tuple[Branch, Branch]:
+    def _plan(
+        self, query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, *, mask: MaskLike, **causality: Any
+    ) -> tuple[Split, Tensor | None]:
+        """The split of a call, and which keys count in what is made of all of them, (B, Nk)."""
+        if mask is not None and not isinstance(mask, Tensor):
+            mask = as_block_mask(mask, query, key, scale=scale, alignment=causality["causal_alignment"])
+        counted = seen_keys(key_mask, query, key, mask=mask, **causality)
+        facts: dict[str, Any] = {"key_mask": counted, "scale": scale, "mask": mask, **causality}
+        return plan(self.sparse.pattern, query, key, self.tail.block, **facts), counted
+
+    def _branches(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, call: TailCall
+    ) -> tuple[Branch, Branch]:
         """The exact part and the tail; they drop independently."""
-        key_mask, seed = call.key_mask, call.dropout_seed
+        seed = call.dropout_seed
         far = self.tail.branch(
             query, key, value, call if seed is None else dataclasses.replace(call, dropout_seed=seed + 1)
         )

@@ -105,6 +105,7 @@ def plan(
     q_len, kv_len = query.shape[2], key.shape[2]
     check_alignment(is_causal, causal_alignment, q_len, kv_len)
     alignment = (causal_alignment or "top_left") if is_causal else None
+    pattern = pattern.aligned(causal_alignment)
     if mask is None and not pattern.by_content:
         facts = (q_len, kv_len, query.shape[1], block, alignment, str(query.device))
         if not shapes_only(query):
@@ -116,7 +117,11 @@ def plan(
             "exact part and a tail, for both depend on values; leave the mask out (is_causal and padding are fine) and "
             "take a pattern of positions, or do not compile this call"
         )
-    allowed = BlockMask(q_len, kv_len, (block, block)) if mask is None else as_block_mask(mask, query, key)
+    allowed = (
+        BlockMask(q_len, kv_len, (block, block))
+        if mask is None
+        else as_block_mask(mask, query, key, alignment=causal_alignment)
+    )
     if alignment is not None:
         allowed = allowed.with_causal(alignment)
     found = pattern.for_inputs(query, key, scale=scale, key_mask=key_mask, within=allowed)

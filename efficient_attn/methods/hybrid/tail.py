@@ -42,7 +42,8 @@ class TailCall:
 
     split: which pairs are exact, and which blocks are the tail's.
     state: what `Tail.build` returned.
-    key_mask, is_causal, scale, dropout_p, dropout_seed, backend, need_weights: as in `Method.attend`.
+    key_mask: the keys that any query sees, by `functional.seen_keys`; None: all.
+    is_causal, scale, dropout_p, dropout_seed, backend, need_weights: as in `Method.attend`.
     counted: whether this is a forward, which training counts; an analysis is none.
     """
 

@@ -1,4 +1,4 @@
-"""The command line: ``efficient-attn info | bench | report | compare | profile | recommend | train``."""
+"""The command line: `efficient-attn info | bench | report | compare | profile | recommend | train`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ app.add_typer(training.app)
 
 
 def collect_info() -> dict[str, dict[str, Any]]:
-    """What ``info`` prints, as JSON values."""
+    """What `info` prints, as JSON values."""
     environment = records.environment()
     sample = torch.zeros(1, 1, 16, 16)
     return {

@@ -112,7 +112,7 @@ struct Carver {
     }
 };
 
-// --- rows in and out -------------------------------------------------------------------------------------------------
+// --- rows in and out ---
 
 template <class A, class F>
 inline void with_storage(int dtype, F f) {
@@ -214,7 +214,7 @@ struct Ahead {
     }
 };
 
-// --- products --------------------------------------------------------------------------------------------------------
+// --- products ---
 
 // Which part of a product is wanted, for a lower triangle T[query][key] of a chunk.
 enum Part {
@@ -313,7 +313,7 @@ inline void triangle_product(Part part, int64_t rows, int64_t terms, int64_t col
     }
 }
 
-// --- transposes ------------------------------------------------------------------------------------------------------
+// --- transposes ---
 
 // Lane l of the first result is x[l] where bit h of l is 0, else y[l - h]; of the second x[l + h], else y[l].
 template <class A>
@@ -389,7 +389,7 @@ inline void sum_lanes(const A* partial, int64_t rows, A* sums) {
     }
 }
 
-// --- states ----------------------------------------------------------------------------------------------------------
+// --- states ---
 
 template <class A>
 inline void fill(A* x, int64_t n, A value) {

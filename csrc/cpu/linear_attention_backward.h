@@ -99,7 +99,7 @@ inline void triangle_of_gradients(const Params& p, const Plan& s, int64_t rows, 
     clear_upper(rows, t.W);
 }
 
-// --- phase 1: the sums of one segment --------------------------------------------------------------------------------
+// --- phase 1: the sums of one segment ---
 
 template <class A>
 inline void sum_keys(const Params& p, const Plan& s, int64_t b, int64_t kv, Range chunks, BackwardTile<A>& t,
@@ -132,7 +132,7 @@ inline void sum_queries(const Params& p, const Plan& s, int64_t b, int64_t kv, R
     }
 }
 
-// --- phase 3: the gradients of one segment ---------------------------------------------------------------------------
+// --- phase 3: the gradients of one segment ---
 
 template <class A>
 inline void query_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv, int64_t segment, const A* prefix,
@@ -229,7 +229,7 @@ inline void key_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv,
     }
 }
 
-// --- tasks -----------------------------------------------------------------------------------------------------------
+// --- tasks ---
 
 // What a task works on. A stored schedule keeps records: the sums over keys of every (batch, head) and segment, then
 // the sums over queries.

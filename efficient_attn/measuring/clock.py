@@ -36,12 +36,12 @@ def interleaved(
 ) -> dict[str, dict[str, Any]]:
     """Times the calls in alternation, so that a drift of the machine meets all of them alike.
 
-    Each call first runs once, unmeasured. Rounds go on until ``budget_s`` is spent, at least ``min_rounds``; with a
-    longer ``patience_s``, also while a call's spread is above ``NOISY``. A call that is so slow that ``min_rounds`` of
+    Each call first runs once, unmeasured. Rounds go on until `budget_s` is spent, at least `min_rounds`; with a
+    longer `patience_s`, also while a call's spread is above `NOISY`. A call that is so slow that `min_rounds` of
     it alone exceed both is represented by its first run only.
 
-    Returns per call: ``ms`` (median), ``spread`` (interquartile range over median), ``samples`` (their number), and
-    ``times``, the samples themselves in ms, round by round: beyond ``KEPT`` every second, third... round.
+    Returns per call: `ms` (median), `spread` (interquartile range over median), `samples` (their number), and
+    `times`, the samples themselves in ms, round by round: beyond `KEPT` every second, third... round.
     """
     patience_s = max(budget_s, patience_s or 0)
     samples: dict[str, list[float]] = {}
@@ -100,7 +100,7 @@ def noise() -> float:
 
 
 class PeakMemory:
-    """Peak resident memory of this process in a ``with`` block, above what was resident when it began.
+    """Peak resident memory of this process in a `with` block, above what was resident when it began.
 
     >>> with PeakMemory() as peak:
     ...     work()

@@ -52,7 +52,7 @@ def photograph_qkv(
 
 
 def photograph_tokens(seqlen: int, *, image: int = 0) -> Tensor:
-    """``(seqlen, FEATURES)`` float32 tokens of zero mean and unit variance, in raster order over one photograph."""
+    """`(seqlen, FEATURES)` float32 tokens of zero mean and unit variance, in raster order over one photograph."""
     pixels = _photographs()[image]  # [3, height, width]
     height, width = pixels.shape[1:]
     rows = max(1, min(seqlen, round(math.sqrt(seqlen * height / width))))

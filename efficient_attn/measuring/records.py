@@ -1,6 +1,6 @@
 """The result file: append-only JSON lines, one environment line a run and one line a finished cell.
 
-A line is written whole, flushed and fsynced, so that a power cut or ``kill -9`` loses at most the cell in progress. A
+A line is written whole, flushed and fsynced, so that a power cut or `kill -9` loses at most the cell in progress. A
 last line that was torn is dropped when the file is opened again; all lines before it stay.
 """
 
@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 def code_version() -> str:
-    """The git commit of this checkout (``-dirty`` when it has changes), or the installed version outside a checkout."""
+    """The git commit of this checkout (`-dirty` when it has changes), or the installed version outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         git = ["git", "-C", str(root)]

@@ -32,7 +32,7 @@ MAX_LAYERS = 4  # layers of a model that are measured, spread evenly
 def load(config: Mapping[str, Any]) -> list[Layer]:
     """The layers that a cell measures.
 
-    ``config["activations"]``: "random" (the default: independent normal numbers), "photographs" (patches of
+    `config["activations"]`: "random" (the default: independent normal numbers), "photographs" (patches of
     scikit-learn's photographs), or the path of what `save` wrote.
     """
     torch.manual_seed(config["seed"])
@@ -53,7 +53,7 @@ def load(config: Mapping[str, Any]) -> list[Layer]:
     return [Layer(query, key, value, is_causal=config["causal"])]
 
 
-# --- from a model ----------------------------------------------------------------------------------------------------
+# --- from a model ---
 
 
 class _Capture(TorchDispatchMode):

@@ -54,7 +54,7 @@ def profile_op(
     """Measure attention methods against length: time (beside dense attention), memory, operations, bytes and phases.
 
     Each length runs in a worker process with limits; a length that exceeds them is a row that says so, and longer ones
-    are not tried. In a script, call it under ``if __name__ == "__main__":``, as all that starts processes.
+    are not tried. In a script, call it under `if __name__ == "__main__":`, as all that starts processes.
 
     Args:
         method: a spec, `Method` or `Pattern`, or several.

@@ -1,4 +1,4 @@
-"""``efficient-attn profile`` and ``efficient-attn recommend``."""
+"""`efficient-attn profile` and `efficient-attn recommend`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ PROFILED_S = 2.0
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a model in a worker process: a suite of the benchmark runner.
 
-    ``config``: model (see `sources.load`), attention (spec or None), seqlen, mode, batch, dtype, seed, threads,
+    `config`: model (see `sources.load`), attention (spec or None), seqlen, mode, batch, dtype, seed, threads,
     budget_s, and optionally trace (a path).
     """
     from . import sources

@@ -21,7 +21,7 @@ PROFILED_S = 1.0  # how long the phases are looked at, one call at least
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of one cell.
 
-    ``config``: method (spec), seqlen, mode ("fwd", "fwd_bwd"), causal, dtype, batch, heads, kv_heads, head_dim, seed,
+    `config`: method (spec), seqlen, mode ("fwd", "fwd_bwd"), causal, dtype, batch, heads, kv_heads, head_dim, seed,
     threads, budget_s, dense (whether to time dense attention beside it), and optionally trace (a path), error (whether
     to compare with dense attention in float64), activations (see `activations.load`).
     """

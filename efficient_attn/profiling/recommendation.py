@@ -89,7 +89,7 @@ def recommend(
     Times are taken beside dense attention, in alternation, and methods are compared by the ratio to it. Parameters that
     a method has (Linformer's projections, Performer's features) are as initialised: training may lower their error.
 
-    Call it under ``if __name__ == "__main__":`` in a script, since every candidate is measured in a process of its own.
+    Call it under `if __name__ == "__main__":` in a script, since every candidate is measured in a process of its own.
 
     Args:
         model, sample: measure on what the attention layers of this model attend to on this sample (at most four layers,

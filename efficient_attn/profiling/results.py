@@ -43,10 +43,10 @@ class Measurements:
     """Measurements of a method or model against length, as data.
 
     Attributes:
-        rows: one dictionary a cell: ``label``, ``mode``, ``seqlen``, ``status`` ("ok", or why there are no figures,
-            then ``message``), ``ms`` with its ``spread``, ``peak_bytes``, ``input_bytes``, ``flops``, ``bytes``,
-            ``attention_flops``, ``attention_bytes``, ``phases`` (shares of the time), and where there are:
-            ``dense_ms``, ``plan_ms``, ``density``, ``mask_bytes``, ``modules``, ``fixed_bytes`` (parameters).
+        rows: one dictionary a cell: `label`, `mode`, `seqlen`, `status` ("ok", or why there are no figures,
+            then `message`), `ms` with its `spread`, `peak_bytes`, `input_bytes`, `flops`, `bytes`,
+            `attention_flops`, `attention_bytes`, `phases` (shares of the time), and where there are:
+            `dense_ms`, `plan_ms`, `density`, `mask_bytes`, `modules`, `fixed_bytes` (parameters).
         ceilings: what the machine can do, None where that was not measured.
         memory_bytes: what a process may take, for `Growth.memory_end`.
         environment: machine, versions, code, limits.

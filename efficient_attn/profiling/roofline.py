@@ -61,7 +61,7 @@ def roofline(flops: float, moved: float, ms: float, ceilings: Ceilings, dtype: s
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure the ceilings with ``config``'s threads for ``budget_s`` seconds: a suite of the benchmark runner."""
+    """Measure the ceilings with `config`'s threads for `budget_s` seconds: a suite of the benchmark runner."""
     from ..measuring import clock
 
     compute, copy = clock.fma_ceiling(), clock.copy_ceiling()

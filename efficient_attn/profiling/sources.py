@@ -32,7 +32,7 @@ Source = Callable[[Mapping[str, Any]], tuple[nn.Module, Any]]
 
 
 def load(config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-    """The model of ``config["model"]``, with ``config["attention"]`` put into it, and a sample of batch x seqlen.
+    """The model of `config["model"]`, with `config["attention"]` put into it, and a sample of batch x seqlen.
 
     Raises:
         InputError: no such model, or a function that returns something else. UnsupportedError: transformers is missing.
@@ -140,7 +140,7 @@ def _cast(sample: Any, dtype: torch.dtype) -> Any:
     return type(sample)(_cast(part, dtype) for part in sample) if isinstance(sample, (tuple, list)) else sample
 
 
-# --- built in --------------------------------------------------------------------------------------------------------
+# --- built in ---
 
 
 def _layers(**options: Any) -> models.TransformerConfig:

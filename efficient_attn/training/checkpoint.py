@@ -1,8 +1,8 @@
 """Checkpoints of a run: all that the next step depends on, in one file that is there whole or not at all.
 
-``last.pt`` holds the model, the optimizer, the number of the step (from which schedule and place in the data follow),
+`last.pt` holds the model, the optimizer, the number of the step (from which schedule and place in the data follow),
 the data's fingerprint and the random numbers' states of each process. Tensors are whole, so that another number of
-processes can go on. The file is read by ``torch.load(weights_only=True)``: nothing in it is executed.
+processes can go on. The file is read by `torch.load(weights_only=True)`: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAST, BEST = "last.pt", "best.pt"
 
 
 def write_whole(path: Path, content: bytes | Mapping[str, Any]) -> None:
-    """Put bytes, or an object for ``torch.load``, into a file: beside it first, then renamed once it is on the disk."""
+    """Put bytes, or an object for `torch.load`, into a file: beside it first, then renamed once it is on the disk."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         if isinstance(content, bytes):

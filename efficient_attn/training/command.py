@@ -1,4 +1,4 @@
-"""``efficient-attn train``: a command for each task, whose options are the task's fields and those of every run."""
+"""`efficient-attn train`: a command for each task, whose options are the task's fields and those of every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measures: ``metrics.jsonl``, one line a logged step or validation, and TensorBoard's files."""
+"""What a run measures: `metrics.jsonl`, one line a logged step or validation, and TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, record: Record) -> None:
-        """Append a line; ``type`` and ``step`` say where it belongs."""
+        """Append a line; `type` and `step` say where it belongs."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is not None:

@@ -14,7 +14,7 @@ BETAS = (0.9, 0.98)
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: float, final: float) -> float:
-    """Linear from near 0 to ``peak`` over the first ``warmup * total`` steps, then a cosine to ``final * peak``.
+    """Linear from near 0 to `peak` over the first `warmup * total` steps, then a cosine to `final * peak`.
 
     A pure function of the step (0 to total - 1), so that a checkpoint needs no schedule but this number.
     """
@@ -47,10 +47,10 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Ad
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> int:
-    """Stop parameters from learning, by patterns of their names (``body``: all but the head); returns how many.
+    """Stop parameters from learning, by patterns of their names (`body`: all but the head); returns how many.
 
     Raises:
-        InputError: a pattern that no parameter fits, or ``body`` of a model without a head.
+        InputError: a pattern that no parameter fits, or `body` of a model without a head.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()

@@ -20,24 +20,24 @@ class TrainOptions:
     """Options of a run.
 
     Attributes:
-        out: folder of the run: ``config.json``, ``metrics.jsonl``, ``last.pt``, ``best.pt``, ``result.json`` and
-            ``model/``, the best parameters for ``from_pretrained``.
-        steps: optimizer steps; or give ``epochs``, passes over the training data.
-        batch: examples at once in each process. A step takes ``batch * accumulate * processes`` examples.
+        out: folder of the run: `config.json`, `metrics.jsonl`, `last.pt`, `best.pt`, `result.json` and
+            `model/`, the best parameters for `from_pretrained`.
+        steps: optimizer steps; or give `epochs`, passes over the training data.
+        batch: examples at once in each process. A step takes `batch * accumulate * processes` examples.
         accumulate: batches whose gradients make one step.
-        lr: highest learning rate, reached after the part ``warmup`` of the steps, from where it falls as a cosine to
-            the part ``final_lr`` of it.
+        lr: highest learning rate, reached after the part `warmup` of the steps, from where it falls as a cosine to
+            the part `final_lr` of it.
         weight_decay: of AdamW, for matrices; vectors (biases, norms) have none.
         clip: greatest norm of the gradient; 0 for no limit.
-        precision: ``float32``, or ``bfloat16`` for mixed precision by autocast; parameters stay float32.
+        precision: `float32`, or `bfloat16` for mixed precision by autocast; parameters stay float32.
         seed: of the data's division and order, the first parameters, dropout and augmentation.
         eval_every, save_every: steps between validations and checkpoints. Default: a tenth of the run.
-        log_every: steps between lines of ``metrics.jsonl``.
+        log_every: steps between lines of `metrics.jsonl`.
         threads: of the CPU; None for PyTorch's number. Sums may be rounded otherwise with another number.
-        device: ``cpu``, ``cuda`` or ``auto``.
-        parallel: with more than one process, ``ddp`` copies the model to each, ``fsdp`` shards it.
-        start: parameters to start from: the folder of another run, a ``.pt`` of one, or one of ``save_pretrained``.
-        freeze: parameters that do not learn: ``body`` (all but the head) or patterns of names, as ``encoder.*``.
+        device: `cpu`, `cuda` or `auto`.
+        parallel: with more than one process, `ddp` copies the model to each, `fsdp` shards it.
+        start: parameters to start from: the folder of another run, a `.pt` of one, or one of `save_pretrained`.
+        freeze: parameters that do not learn: `body` (all but the head) or patterns of names, as `encoder.*`.
         tensorboard: write TensorBoard's files too. Default: if it is installed.
     """
 

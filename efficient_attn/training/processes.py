@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that ``torchrun`` started."""
+"""The processes of a run: one, or those that `torchrun` started."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among ``world``, and where it computes."""
+    """This process among `world`, and where it computes."""
 
     rank: int
     world: int
@@ -50,7 +50,7 @@ class Processes:
             dist.barrier()
 
     def parallel(self, model: nn.Module, how: str) -> nn.Module:
-        """The model in as many processes, by ``ddp`` or ``fsdp``; parameters keep their names in ``unwrapped``."""
+        """The model in as many processes, by `ddp` or `fsdp`; parameters keep their names in `unwrapped`."""
         if self.world == 1:
             return model
         if how == "ddp":
@@ -69,7 +69,7 @@ class Processes:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """The processes that ``torchrun`` describes in the environment, joined until the end of the block."""
+    """The processes that `torchrun` describes in the environment, joined until the end of the block."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -95,7 +95,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def accumulating(model: nn.Module, more: bool) -> Any:
-    """A block whose backward does not exchange gradients yet when ``more`` batches of the step follow."""
+    """A block whose backward does not exchange gradients yet when `more` batches of the step follow."""
     return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
@@ -107,7 +107,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """The whole ``value`` as this process holds ``target``: its shard, device and dtype."""
+    """The whole `value` as this process holds `target`: its shard, device and dtype."""
     value = value.to(device=target.device, dtype=target.dtype)
     if not hasattr(target, "full_tensor"):
         return value

@@ -34,7 +34,7 @@ def adopt(task: Task, model: nn.Module, path: Path) -> list[str]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The weights of a run's folder (its best), of a file of one, or of a folder of ``save_pretrained``."""
+    """The weights of a run's folder (its best), of a file of one, or of a folder of `save_pretrained`."""
     if not path.exists():
         raise InputError(f"--from {path} does not exist; name the folder of a run, a .pt file or a saved model")
     if path.is_file():
@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def save_model(task: Task, about: Mapping[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors``, which ``from_pretrained`` reads."""
+    """Write `config.json` and `model.safetensors`, which `from_pretrained` reads."""
     model = task.model(about)
     if isinstance(model, Model):
         model.load_state_dict(weights)

@@ -23,14 +23,14 @@ def option(default: Any, help: str, least: int = 1) -> Any:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Base of the tasks. ``efficient-attn train <name>`` offers each field as an option.
+    """Base of the tasks. `efficient-attn train <name>` offers each field as an option.
 
     Class attributes:
         name, help: on the command line.
-        data_help: what ``--data`` may name; None for a task that makes its data.
+        data_help: what `--data` may name; None for a task that makes its data.
         defaults: of :class:`TrainOptions`, for runs of a few minutes on two cores.
         least_batch: fewest examples that the loss can be computed of.
-        metric: by which validations are compared, and whether ``higher`` is better.
+        metric: by which validations are compared, and whether `higher` is better.
     """
 
     name: ClassVar[str]
@@ -59,7 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def model(self, about: Mapping[str, Any]) -> nn.Module:
-        """A fresh model for data that is so (``Splits.about``)."""
+        """A fresh model for data that is so (`Splits.about`)."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Batch) -> Tensor:
@@ -67,7 +67,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: Any, batch: Batch, about: Mapping[str, Any]) -> Values:
-        """What is measured, a value (or row) for each example: tensors ``[B, ...]``."""
+        """What is measured, a value (or row) for each example: tensors `[B, ...]`."""
 
     def weight(self, batch: Batch) -> int:
         """Of how many parts (examples, tokens) the loss is the mean, so that batches can be joined exactly."""

@@ -40,7 +40,7 @@ CONFIG, RESULT, MODEL = "config.json", "result.json", "model"
 
 
 class Interrupted(Exception):
-    """A run that SIGINT or SIGTERM ended, after its checkpoint was written; ``signum`` says which."""
+    """A run that SIGINT or SIGTERM ended, after its checkpoint was written; `signum` says which."""
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name} after step {step}")
@@ -78,12 +78,12 @@ class Silent:
 def train(
     task: Task, chosen: TrainOptions, *, resume: bool = False, reporter: Reporter | None = None
 ) -> dict[str, Any]:
-    """Train, evaluate on the test with the parameters that were best in validation, and return ``result.json``.
+    """Train, evaluate on the test with the parameters that were best in validation, and return `result.json`.
 
-    Under ``torchrun`` every process calls this; the first one writes and reports.
+    Under `torchrun` every process calls this; the first one writes and reports.
 
     Raises:
-        InputError: data or options that cannot be trained on; a folder that holds a run already, without ``resume``;
+        InputError: data or options that cannot be trained on; a folder that holds a run already, without `resume`;
             with it, other data than the run began with.
         CheckpointError: nothing to go on from, or of something else.
         DivergedError: a loss that is no number.
@@ -159,7 +159,7 @@ class _Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` and checkpoints remember of the options."""
+        """What `config.json` and checkpoints remember of the options."""
         return {"task": self.task.name, "task_options": vars(self.task), "options": options.describe(self.options)}
 
     def all(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class _Run:
         if self.metrics is not None:
             self.metrics.close()
 
-    # --- a step -------------------------------------------------------------------------------------------------------
+    # --- a step ---
 
     def _train_step(self) -> None:
         begun, begun_cpu = time.perf_counter(), time.process_time()
@@ -241,7 +241,7 @@ class _Run:
         (asked,) = self.here.sums(self.stops.signum is not None)
         return asked > 0
 
-    # --- measuring ----------------------------------------------------------------------------------------------------
+    # --- measuring ---
 
     def _validate(self) -> None:
         measured = self._measure(self.splits.valid, interruptible=True)
@@ -314,7 +314,7 @@ class _Run:
         self.here.wait()
         return result
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def _save(self) -> None:
         state = {
@@ -376,7 +376,7 @@ class _Ahead:
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def step(self, step: int) -> list[Batch]:
-        """The ``accumulate`` batches of a step for this process."""
+        """The `accumulate` batches of a step for this process."""
         if self._next is None or self._next[0] != step:
             self._next = (step, self._maker.submit(self._make, step))
         found = self._next[1].result()

@@ -94,7 +94,7 @@ def padding(name):
     return {"none": None, "tail": tail, "holes": holes}[name]
 
 
-# --- specs ------------------------------------------------------------------------------------------------------------
+# --- specs ---
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *HYBRIDS, *METHODS])
@@ -274,7 +274,7 @@ def test_the_table_has_a_row_for_each_method():
     assert by_name["nystrom"]["parameters"] == "landmarks=32, pinv_iterations=6, conv=0"
 
 
-# --- sparse -----------------------------------------------------------------------------------------------------------
+# --- sparse ---
 
 
 @pytest.mark.parametrize("pad", ["none", "tail", "holes"])
@@ -358,7 +358,7 @@ def test_full_padding_mask_costs_nothing_and_changes_nothing():
         assert torch.equal(parse(spec).attend(q, k, v, key_mask=full)[0], parse(spec).attend(q, k, v)[0])
 
 
-# --- weights and dropout ----------------------------------------------------------------------------------------------
+# --- weights and dropout ---
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -379,7 +379,7 @@ def test_weights_are_what_multiplied_the_values(spec, dropout_p):
     assert nothing is None and torch.allclose(plain, out) == (dropout_p == 0.0)
 
 
-# --- low rank ---------------------------------------------------------------------------------------------------------
+# --- low rank ---
 
 
 @pytest.mark.parametrize("spec", LOW_RANK)
@@ -427,7 +427,7 @@ def test_options_reach_the_functions():
     torch.testing.assert_close(Linear().attend(q, k, v)[0], methods.elu_attention(q, k, v))
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
+# --- parameters ---
 
 
 def test_building_leaves_the_global_generator_alone():
@@ -551,7 +551,7 @@ def test_redrawing_leaves_gradients_right():
         compiled(q)
 
 
-# --- compile ----------------------------------------------------------------------------------------------------------
+# --- compile ---
 
 
 @pytest.mark.parametrize("spec", SPARSE[:1] + SPARSE[2:3] + ["bigbird:block=16,window=1"] + LOW_RANK[-2:])

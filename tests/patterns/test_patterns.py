@@ -171,7 +171,7 @@ def test_random_options_equal_their_definition():
         assert torch.equal(pattern.block_mask(n, m, block_size=size).to_dense()[0, 0], expected), (pattern, n, m, size)
 
 
-# --- BigBird -------------------------------------------------------------------------------------------------------
+# --- BigBird ---
 
 
 def blocks_of(pattern: BigBird, n: int) -> list[set[int]]:
@@ -236,7 +236,7 @@ def test_bigbird_draws_every_free_block_equally_often():
     assert hits[0] == 300 and ((hits[1:] - expected).abs() < 5 * (expected * 7 / 11) ** 0.5).all()
 
 
-# --- options and JSON ----------------------------------------------------------------------------------------------
+# --- options and JSON ---
 
 ALL = [pattern for pattern, _ in TOKEN_PATTERNS] + [
     BigBird(),
@@ -323,7 +323,7 @@ def test_bad_lengths_raise(pattern):
             pattern.block_mask(q_len, kv_len, block_size=block_size)
 
 
-# --- caching, compilation, time ------------------------------------------------------------------------------------
+# --- caching, compilation, time ---
 
 
 def test_lists_are_kept_whatever_mode_asks_first():

@@ -71,7 +71,7 @@ def same_with_gradients(out: Tensor, expected: Tensor, inputs: list[Tensor]) -> 
             torch.testing.assert_close(ours, theirs.nan_to_num(0.0))
 
 
-# --- blocks ----------------------------------------------------------------------------------------------------------
+# --- blocks ---
 
 
 def chosen_blocks(pattern, q: Tensor, k: Tensor, allowed: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -274,7 +274,7 @@ def test_blocks_compile(pattern):
     same_with_gradients(compiled(q, k, v), call(q, k, v), inputs)
 
 
-# --- buckets ---------------------------------------------------------------------------------------------------------
+# --- buckets ---
 
 
 def bucketed(pattern, q: Tensor, k: Tensor, allowed: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -409,7 +409,7 @@ def test_rectangles_of_buckets():
             assert out.shape == none.shape and weights.shape == (*none.shape[:3], 150)
 
 
-# --- in general ------------------------------------------------------------------------------------------------------
+# --- in general ---
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_each_head_may_have_its_own_global_run():
     assert DeepSpeedFixed().block_mask(160, 160, num_heads=5).heads == 1
 
 
-# --- the rules again, with loops and a table, and Python's global generator as DeepSpeed uses it ----------------------
+# --- the rules again, with loops and a table, and Python's global generator as DeepSpeed uses it ---
 
 
 def transcribed(pattern, n: int, heads: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What every data set is to the trainer: a length, and batches by index that depend on nothing but the index.
 
-Because ``batch(indices)`` draws no random numbers, the place in an epoch is all there is to remember for a resume, and
+Because `batch(indices)` draws no random numbers, the place in an epoch is all there is to remember for a resume, and
 a batch can be made ahead of time in another thread.
 """
 
@@ -33,14 +33,14 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor) -> Batch:
-        """The examples at ``indices`` (int64 ``[B]``), stacked: tensors of shape ``[B, ...]``."""
+        """The examples at `indices` (int64 `[B]`), stacked: tensors of shape `[B, ...]`."""
         ...
 
 
 @dataclass(frozen=True)
 class Splits:
     """Training, validation and test examples, and what a model must know about them (classes, vocabulary, ...);
-    ``about["baselines"]`` holds test metrics that a model must beat."""
+    `about["baselines"]` holds test metrics that a model must beat."""
 
     train: Dataset
     valid: Dataset
@@ -53,7 +53,7 @@ class Splits:
                 raise InputError(f"the {name} split is empty; give more data")
 
     def fingerprint(self) -> dict[str, str]:
-        """A digest of every example of each split, and of ``about``: of all that a run learns and is judged by.
+        """A digest of every example of each split, and of `about`: of all that a run learns and is judged by.
 
         Made of the batches themselves, so that it holds for any data set, and what cannot be read is found here.
 
@@ -111,7 +111,7 @@ class Tensors:
 class Sequences:
     """Token sequences of different lengths, one after the other in memory; a batch is padded to its longest.
 
-    ``batch`` gives ``tokens`` int64 ``[B, N]``, ``lengths`` int64 ``[B]`` and whatever else was given, one value an
+    `batch` gives `tokens` int64 `[B, N]`, `lengths` int64 `[B]` and whatever else was given, one value an
     example.
     """
 
@@ -157,7 +157,7 @@ class Subset:
 
 
 def split_indices(count: int, seed: int, *, valid: float = 0.1, test: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
-    """A random division of ``range(count)``, the same for the same seed; raises ``InputError`` below 3 examples."""
+    """A random division of `range(count)`, the same for the same seed; raises `InputError` below 3 examples."""
     if count < 3:
         raise InputError(f"{count} examples cannot be divided into train, valid and test; give at least 3")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -166,7 +166,7 @@ def split_indices(count: int, seed: int, *, valid: float = 0.1, test: float = 0.
 
 
 def few_per_class(labels: Tensor, indices: Tensor, count: int, seed: int) -> Tensor:
-    """Those of ``indices`` that are the first ``count`` of their class in a seeded order."""
+    """Those of `indices` that are the first `count` of their class in a seeded order."""
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     kept = []
     for label in labels[indices].unique().tolist():
@@ -183,7 +183,7 @@ def majority(train: Tensor, test: Tensor) -> float:
 
 
 def existing(path: Path, what: str) -> Path:
-    """``path``, or ``InputError`` when nothing is there."""
+    """`path`, or `InputError` when nothing is there."""
     if not path.exists():
         raise InputError(f"--data {path} does not exist; name {what}")
     return path
@@ -192,7 +192,7 @@ def existing(path: Path, what: str) -> Path:
 def visible_files(folder: Path) -> list[Path]:
     """All files in and below a folder in order of their names, but for hidden ones and those in hidden folders.
 
-    Those are an editor's or a system's, as ``.ipynb_checkpoints/cat.png`` and macOS's ``._cat.png``.
+    Those are an editor's or a system's, as `.ipynb_checkpoints/cat.png` and macOS's `._cat.png`.
     """
     return sorted(
         path
@@ -202,7 +202,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def files_per_class(root: Path, what: str, suffixes: Collection[str] | None = None) -> tuple[list[Path], list[str]]:
-    """The files (images, texts: ``what``) below each folder of ``root``, and those folders' names.
+    """The files (images, texts: `what`) below each folder of `root`, and those folders' names.
 
     Raises:
         InputError: fewer than two folders, or one without such a file.

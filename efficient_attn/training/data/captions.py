@@ -17,14 +17,14 @@ TEMPLATES = ("a handwritten {}", "the digit {}", "a photo of the number {}", "a 
 
 
 def load(seed: int, data: Path | None = None, *, image_size: int = 32, max_length: int = 32) -> Splits:
-    """Batches have ``image`` float32 ``[B, C, H, W]``, ``tokens`` int64 ``[B, N]`` (bytes between marks) and
-    ``lengths``; those of the digits ``label`` too.
+    """Batches have `image` float32 `[B, C, H, W]`, `tokens` int64 `[B, N]` (bytes between marks) and
+    `lengths`; those of the digits `label` too.
 
     Args:
-        data: a folder of images, each with a text file of its name beside it (``cat.jpg``, ``cat.txt``), or with a
-            ``captions.csv`` that has columns file and caption. None for the digits, each with a random caption.
+        data: a folder of images, each with a text file of its name beside it (`cat.jpg`, `cat.txt`), or with a
+            `captions.csv` that has columns file and caption. None for the digits, each with a random caption.
 
-    ``about`` has ``prompts`` for the digits: ``tokens`` and ``lengths`` of every template for every class, from which a
+    `about` has `prompts` for the digits: `tokens` and `lengths` of every template for every class, from which a
     zero-shot classifier is made.
 
     Raises:
@@ -46,7 +46,7 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, max_lengt
 
 
 def pad(texts: list[Tensor]) -> dict[str, Tensor]:
-    """Tokens of several texts as one: ``tokens`` int64 ``[B, N]`` and ``lengths`` int64 ``[B]``."""
+    """Tokens of several texts as one: `tokens` int64 `[B, N]` and `lengths` int64 `[B]`."""
     tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=PAD)
     return {"tokens": tokens, "lengths": torch.tensor([len(text) for text in texts])}
 

@@ -14,9 +14,9 @@ from .base import Batch, Splits, existing
 
 @dataclass(frozen=True)
 class Pieces:
-    """Every ``length + 1`` characters from one place on, a place each ``stride`` characters.
+    """Every `length + 1` characters from one place on, a place each `stride` characters.
 
-    Batches have ``tokens`` int64 ``[B, length]`` and ``targets``, the same one character later.
+    Batches have `tokens` int64 `[B, length]` and `targets`, the same one character later.
     """
 
     text: Tensor  # uint8 or int32 [characters]
@@ -34,8 +34,8 @@ class Pieces:
 def load(data: Path | None = None, *, length: int = 256) -> Splits:
     """The characters of a text file; None for the descriptions of the Python language that come with Python.
 
-    The last tenth of the text is the test and the tenth before it the validation. ``about`` has ``vocabulary`` and
-    ``characters``, whose place is the token.
+    The last tenth of the text is the test and the tenth before it the validation. `about` has `vocabulary` and
+    `characters`, whose place is the token.
 
     Raises:
         InputError: no such file, not UTF-8, or shorter than a piece in each split.

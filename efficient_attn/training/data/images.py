@@ -32,7 +32,7 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 
 def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_per_class: int | None = None) -> Splits:
-    """Batches have ``image`` float32 ``[B, C, H, W]`` in [0, 1] and ``label`` int64 ``[B]``.
+    """Batches have `image` float32 `[B, C, H, W]` in [0, 1] and `label` int64 `[B]`.
 
     Args:
         data: a folder with a folder of images for each class; None for the digits (8 x 8, one channel; 20 % are
@@ -64,7 +64,7 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_pe
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's handwritten digits: images float32 ``[1797, 1, 8, 8]`` in [0, 1] and labels int64 ``[1797]``."""
+    """scikit-learn's handwritten digits: images float32 `[1797, 1, 8, 8]` in [0, 1] and labels int64 `[1797]`."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -77,7 +77,7 @@ def digits() -> tuple[Tensor, Tensor]:
 class ImageFiles:
     """Image files that are decoded, cropped to a square and resized when a batch asks for them.
 
-    ``others`` are tensors with one entry a file. The latest few thousand decoded images stay in memory as bytes.
+    `others` are tensors with one entry a file. The latest few thousand decoded images stay in memory as bytes.
     """
 
     def __init__(self, files: Sequence[Path], image_size: int, **others: Tensor) -> None:
@@ -97,7 +97,7 @@ class ImageFiles:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """An image file as ``[size, size, 3]``, from 0 to 255: its largest central square, resized.
+    """An image file as `[size, size, 3]`, from 0 to 255: its largest central square, resized.
 
     uint8 for files of eight bits a channel; float32 for deeper greys, whose levels would not survive in a byte.
     Turned as its EXIF orientation says, and white where it is transparent, as a viewer shows it.
@@ -169,7 +169,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def pillow() -> Any:
-    """The module ``PIL.Image``."""
+    """The module `PIL.Image`."""
     try:
         from PIL import Image
     except ModuleNotFoundError as error:

@@ -4,8 +4,8 @@
 
 Rules, with the sizes of the Long Range Arena (Tay et al. 2021): a node above the greatest depth is an operator with
 probability 1/4 and else a digit; an operator is MIN, MAX, MED (median, rounded down) or SM (sum modulo 10), each as
-likely, with 2 to ``max_args`` arguments; a tree is kept when its number of tokens lies between ``min_length`` and
-``max_length``. Operators open and close with a token each.
+likely, with 2 to `max_args` arguments; a tree is kept when its number of tokens lies between `min_length` and
+`max_length`. Operators open and close with a token each.
 
 Trees are grown level by level, thousands at once: the nodes of a level are arrays in which the children of a node
 stand together. Sizes come first, so that the many trees of a wrong size cost no more than that.
@@ -55,9 +55,9 @@ class Level:
 def generate(
     count: int, seed: int, *, min_length: int = 500, max_length: int = 2000, max_depth: int = 10, max_args: int = 10
 ) -> Sequences:
-    """``count`` examples: batches have ``tokens``, ``lengths`` and ``label`` (int64 ``[B]``, 0 to 9).
+    """`count` examples: batches have `tokens`, `lengths` and `label` (int64 `[B]`, 0 to 9).
 
-    Raises ``InputError`` for sizes that no tree, or hardly any, can have.
+    Raises `InputError` for sizes that no tree, or hardly any, can have.
     """
     if not 1 <= min_length <= max_length or max_depth < 1 or max_args < 2 or count < 1:
         raise InputError(
@@ -102,7 +102,7 @@ def load(
     max_depth: int = 10,
     max_args: int = 10,
 ) -> Splits:
-    """Training examples, and ``held_out`` for validation and for test, from independent streams of random numbers."""
+    """Training examples, and `held_out` for validation and for test, from independent streams of random numbers."""
     sizes = {"min_length": min_length, "max_length": max_length, "max_depth": max_depth, "max_args": max_args}
     counts = (train, held_out, held_out)
     first, valid, test = (generate(count, 3 * seed + part, **sizes) for part, count in enumerate(counts))
@@ -112,7 +112,7 @@ def load(
 
 
 def text(tokens: torch.Tensor) -> str:
-    """Tokens (int64 ``[N]``) as they are written."""
+    """Tokens (int64 `[N]`) as they are written."""
     return " ".join(VOCABULARY[token] for token in tokens.tolist() if token)
 
 
@@ -145,7 +145,7 @@ def _of_length(levels: list[Level], min_length: int, max_length: int) -> tuple[l
 
 
 def _sums(level: Level, below: Ints) -> Ints:
-    """For each node, the sum of ``below`` over its children (0 without)."""
+    """For each node, the sum of `below` over its children (0 without)."""
     ends = np.concatenate([[0], np.cumsum(below)])
     sums: Ints = ends[level.first + level.arguments] - ends[level.first]
     return sums

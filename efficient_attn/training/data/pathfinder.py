@@ -28,8 +28,8 @@ GRAYS = 32  # levels of a pixel; token 0 pads
 
 
 class Drawing(NamedTuple):
-    """An image, float64 ``[size, size]`` in 0..1, and what it was drawn from: curves of dashes ``[dashes, 2, 2]``
-    (start and end, each y and x), the two long ones first, and the centres of the dots ``[2, 2]``."""
+    """An image, float64 `[size, size]` in 0..1, and what it was drawn from: curves of dashes `[dashes, 2, 2]`
+    (start and end, each y and x), the two long ones first, and the centres of the dots `[2, 2]`."""
 
     image: Floats
     label: int
@@ -40,10 +40,10 @@ class Drawing(NamedTuple):
 def load(
     seed: int, *, train: int = 8000, held_out: int = 1000, size: int = 32, dashes: int = 6, distractors: int = 5
 ) -> Splits:
-    """Training examples, and ``held_out`` for validation and for test; batches have ``tokens``, ``lengths``, ``label``.
+    """Training examples, and `held_out` for validation and for test; batches have `tokens`, `lengths`, `label`.
 
     Args:
-        size: height and width; a pixel is a token of ``GRAYS`` levels.
+        size: height and width; a pixel is a token of `GRAYS` levels.
         dashes: of a long curve; distractors: short curves.
 
     Raises:
@@ -60,7 +60,7 @@ def load(
 
 
 def generate(count: int, seed: int, *, size: int = 32, dashes: int = 6, distractors: int = 5) -> Sequences:
-    """``count`` images as sequences of pixels, row by row; half of them are joined, one more or less."""
+    """`count` images as sequences of pixels, row by row; half of them are joined, one more or less."""
     if count < 1 or size < LEAST_SIZE or dashes < 2 or distractors < 0:
         raise InputError(
             f"Pathfinder needs count >= 1, size >= {LEAST_SIZE}, dashes >= 2 and distractors >= 0, "

@@ -24,10 +24,10 @@ SERIES = {"sunspots": 11, "co2": 52, "elnino": 12}
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of a series: ``past`` float64 ``[B, context, C]`` and ``future`` ``[B, horizon, C]`` that follows it.
+    """Pieces of a series: `past` float64 `[B, context, C]` and `future` `[B, horizon, C]` that follows it.
 
     float64 as it was read: in float32 a series of small changes at a high level would be rounded away.
-    ``starts`` int64 ``[windows]`` are the places of the first observations of the futures.
+    `starts` int64 `[windows]` are the places of the first observations of the futures.
     """
 
     values: Tensor  # [T, C]
@@ -53,14 +53,14 @@ def load(
     columns: str | None = None,
     held_out: float = 0.2,
 ) -> Splits:
-    """Windows of a series. The last ``held_out`` of the time is the test, as much before it (halved) the validation.
+    """Windows of a series. The last `held_out` of the time is the test, as much before it (halved) the validation.
 
     Args:
         series: sunspots, co2, elnino, or a .csv file.
         season: observations in a season; known for the three, needed for a file.
         columns: of the file, joined by commas. Default: all but those of text and dates.
 
-    ``about`` has ``channels``, ``season`` and ``scale``, float64 ``[C]``: the mean absolute error of the seasonal naive
+    `about` has `channels`, `season` and `scale`, float64 `[C]`: the mean absolute error of the seasonal naive
     forecast over the training part.
 
     Raises:
@@ -104,7 +104,7 @@ def load(
 
 
 def _from_statsmodels(name: str) -> Tensor:
-    """A series that comes with statsmodels, float64 ``[T, 1]``."""
+    """A series that comes with statsmodels, float64 `[T, 1]`."""
     try:
         import statsmodels.datasets
     except ModuleNotFoundError as error:

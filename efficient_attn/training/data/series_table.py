@@ -31,7 +31,7 @@ CLOCKS = ("", " %H:%M", " %H:%M:%S")
 
 
 def read_table(path: Path, columns: str | None) -> Tensor:
-    """Columns of a .csv file with a header, float64 ``[T, C]``; gaps are filled by the line between their ends.
+    """Columns of a .csv file with a header, float64 `[T, C]`; gaps are filled by the line between their ends.
 
     Args:
         columns: names joined by commas. Default: all columns, but for those of text and dates.
@@ -175,7 +175,7 @@ def _number(cell: str) -> float:
 
 
 def fill_gaps(values: Tensor) -> Tensor:
-    """Each missing (nan) value from the line between its neighbours in time, float64 ``[T, C]``."""
+    """Each missing (nan) value from the line between its neighbours in time, float64 `[T, C]`."""
     import numpy as np
 
     filled = values.clone()

@@ -34,7 +34,7 @@ TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence", "content", "review"), ("label
 
 
 def encode(text: str | bytes, max_length: int, *, marks: bool = False) -> Tensor:
-    """The first bytes of a text as tokens, int64 ``[N <= max_length]``; with ``marks`` between BEGIN and END."""
+    """The first bytes of a text as tokens, int64 `[N <= max_length]`; with `marks` between BEGIN and END."""
     data = text.encode() if isinstance(text, str) else text
     data = data[: max_length - 2 if marks else max_length]
     tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long() + FIRST_BYTE if data else torch.tensor([END])
@@ -44,23 +44,23 @@ def encode(text: str | bytes, max_length: int, *, marks: bool = False) -> Tensor
 
 
 def decode(tokens: Tensor) -> str:
-    """The text of ``tokens`` (int64 ``[N]``); padding and marks are left out."""
+    """The text of `tokens` (int64 `[N]`); padding and marks are left out."""
     return bytes(token - FIRST_BYTE for token in tokens.tolist() if token >= FIRST_BYTE).decode(errors="replace")
 
 
 def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_per_class: int | None = None) -> Splits:
-    """Bytes of labelled texts; batches have ``tokens``, ``lengths`` and ``label``.
+    """Bytes of labelled texts; batches have `tokens`, `lengths` and `label`.
 
     Args:
         data: a folder with a folder of text files for each class; a .csv or .tsv file with a column for the text and
-            one for the label; the id of a data set on the Hugging Face hub (with the package ``datasets``); None: which
+            one for the label; the id of a data set on the Hugging Face hub (with the package `datasets`); None: which
             part of Python's standard library is a piece of source from?
         max_length: bytes of a text that are read.
         labels_per_class: use only so many training examples of each class.
 
     Raises:
         InputError: no such data, or nothing usable in it.
-        UnsupportedError: a hub id without the package ``datasets``.
+        UnsupportedError: a hub id without the package `datasets`.
     """
     if data is None:
         return _libraries(seed, max_length, labels_per_class)
@@ -131,7 +131,7 @@ def _libraries(seed: int, max_length: int, labels_per_class: int | None) -> Spli
 
 
 def hash_of(text: str) -> int:
-    """A number that depends on nothing but the text (``hash`` differs in every process)."""
+    """A number that depends on nothing but the text (`hash` differs in every process)."""
     return int.from_bytes(text.encode(), "big") % 1_000_003
 
 

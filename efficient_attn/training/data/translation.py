@@ -35,7 +35,7 @@ GERMAN_TENS = ("", "", "zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", 
 
 
 def english(number: int) -> str:
-    """``342 -> "three hundred forty-two"``, for 0 to 999,999."""
+    """`342 -> "three hundred forty-two"`, for 0 to 999,999."""
     if number < 20:
         return ENGLISH_ONES[number]
     if number < 100:
@@ -47,7 +47,7 @@ def english(number: int) -> str:
 
 
 def german(number: int) -> str:
-    """``342 -> "dreihundertzweiundvierzig"``, for 0 to 999,999."""
+    """`342 -> "dreihundertzweiundvierzig"`, for 0 to 999,999."""
     if number < 20:
         return GERMAN_ONES[number]
     if number < 100:
@@ -59,7 +59,7 @@ def german(number: int) -> str:
 
 
 def _german_many(number: int) -> str:
-    """A number before another word: ``eins`` loses its s."""
+    """A number before another word: `eins` loses its s."""
     words = german(number)
     return words.removesuffix("s") if words.endswith("eins") else words
 
@@ -68,8 +68,8 @@ NOTATIONS: dict[str, Callable[[int], str]] = {"digits": str, "english": english,
 
 
 class Numbers:
-    """Batches have ``source`` and ``target`` int64 ``[B, N]`` (bytes between marks) with ``source_lengths`` and
-    ``target_lengths``."""
+    """Batches have `source` and `target` int64 `[B, N]` (bytes between marks) with `source_lengths` and
+    `target_lengths`."""
 
     def __init__(self, numbers: torch.Tensor, source: str, target: str, max_length: int) -> None:
         self.numbers, self.source, self.target, self.max_length = numbers, source, target, max_length
@@ -90,7 +90,7 @@ class Numbers:
 def load(
     seed: int, *, source: str = "english", target: str = "digits", below: int = 10_000, train: int = 8_000
 ) -> Splits:
-    """Numbers below ``below``, ``train`` of them to learn from and the others, up to 1,000 each, held out.
+    """Numbers below `below`, `train` of them to learn from and the others, up to 1,000 each, held out.
 
     Raises:
         InputError: an unknown notation, the same twice, or more training numbers than there are.

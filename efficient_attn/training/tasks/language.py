@@ -69,7 +69,7 @@ class LanguageModelling(Task):
 
 @dataclass(frozen=True)
 class Translation(Task):
-    """A :class:`Seq2Seq` model on numbers; ``attention`` is the encoder's."""
+    """A :class:`Seq2Seq` model on numbers; `attention` is the encoder's."""
 
     name: ClassVar[str] = "translate"
     help: ClassVar[str] = "Numbers from one notation to another: digits, english, german."
@@ -141,7 +141,7 @@ class Translation(Task):
         }
 
     def _losses(self, model: Seq2Seq, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss at each place of the target ``[B, N - 1]``, 0 behind its end, and where it is not behind."""
+        """The loss at each place of the target `[B, N - 1]`, 0 behind its end, and where it is not behind."""
         read, target = batch["target"][:, :-1], batch["target"][:, 1:]
         inside = target != PAD
         logits = model(batch["source"], read, batch["source"] != PAD)
@@ -149,5 +149,5 @@ class Translation(Task):
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Losses ``[B, N]`` of logits ``[B, N, V]``."""
+    """Losses `[B, N]` of logits `[B, N, V]`."""
     return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")

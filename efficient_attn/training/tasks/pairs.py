@@ -22,7 +22,7 @@ from .vision import GENTLE
 
 @dataclass(frozen=True)
 class Clip(Task):
-    """A :class:`CLIP` model; ``attention`` is the image tower's."""
+    """A :class:`CLIP` model; `attention` is the image tower's."""
 
     name: ClassVar[str] = "clip"
     help: ClassVar[str] = "Images and texts that belong together (CLIP)."

@@ -21,7 +21,7 @@ COVERED = (0.1, 0.9)
 
 @dataclass(frozen=True)
 class Forecast(Task):
-    """A :class:`PatchForecaster`: quantiles of the next ``horizon`` steps from patches of the last ``context``."""
+    """A :class:`PatchForecaster`: quantiles of the next `horizon` steps from patches of the last `context`."""
 
     name: ClassVar[str] = "forecast"
     help: ClassVar[str] = "The next steps of a time series: sunspots, co2, elnino or a table."

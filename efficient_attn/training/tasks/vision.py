@@ -93,7 +93,7 @@ class ImageClassification(OfImages):
         return classified(model(batch["image"]), batch["label"])
 
     def adopt(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The backbone has the same name in MAE, SimCLR and ViT; CLIP calls it ``image``."""
+        """The backbone has the same name in MAE, SimCLR and ViT; CLIP calls it `image`."""
         return {f"backbone.{name[6:]}" if name.startswith("image.") else name: value for name, value in saved.items()}
 
 
@@ -184,7 +184,7 @@ class SimClr(Pretraining):
 
 
 def neighbour_accuracy(features: Tensor, labels: Tensor) -> float:
-    """How often the class of most of an example's nearest others (cosine) is its own: features ``[B, E]``."""
+    """How often the class of most of an example's nearest others (cosine) is its own: features `[B, E]`."""
     unit = F.normalize(features, dim=-1)
     likeness = (unit @ unit.T).fill_diagonal_(-2.0)
     count = min(NEIGHBOURS, len(labels) - 1)

@@ -425,7 +425,7 @@ def as_block_mask(
         Nq, Nk = query.shape[2], key.shape[2]
         given = given.to(query.device)
         given = given.expand(*given.shape[:-2], Nq, Nk) if given.dim() > 1 else given.expand(Nq, Nk)
-        return BlockMask.from_dense(given, static=shapes_only(given))
+        return BlockMask.from_dense(given, static=(torch.compiler.is_compiling() or shapes_only(given)))
     return given if given.device is None or given.device == query.device else given.to(query.device)
 
 
@@ -546,7 +546,9 @@ def seen_keys(
     if causal is not None:
         parts.append(seen_in_lists(*causal.parts).to(query.device))
     # Lists cannot be read while tracing: who has made them says so when they are to be joined with others.
-    if isinstance(mask, BlockMask) and not (shapes_only(query) and mask.indptr is not None):
+    if isinstance(mask, BlockMask) and not (
+        (torch.compiler.is_compiling() or shapes_only(query)) and mask.indptr is not None
+    ):
         mask = as_block_mask(mask, query, key)
         parts.append(seen_in_lists(*(mask if causal is None else mask & causal).parts).to(query.device))
     tensors = [mask] if isinstance(mask, Tensor) else []
@@ -568,7 +570,7 @@ def _may_read(key_mask: Tensor) -> bool:
     """Whether values may steer Python: not while tracing or mapping, and not where reading would stall a stream."""
     return (
         key_mask.device.type == "cpu"
-        and not shapes_only(key_mask)
+        and not (torch.compiler.is_compiling() or shapes_only(key_mask))
         and not is_jit_traced()
         and not torch._C._are_functorch_transforms_active()
         and type(key_mask) is Tensor

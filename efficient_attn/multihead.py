@@ -603,7 +603,7 @@ def _padding_as_bool(key_padding_mask: Tensor, method: Method) -> Tensor:
         f"attention={str(method)!r} cannot add a float key_padding_mask to its scores; it takes a bool mask, or a "
         "float one of 0 and -inf only"
     )
-    if shapes_only(key_padding_mask):
+    if torch.compiler.is_compiling() or shapes_only(key_padding_mask):
         torch._assert_async(only_padding, message)
     elif not unwrapped(only_padding).all():  # for every sample of a vmap
         raise UnsupportedError(message)

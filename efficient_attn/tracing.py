@@ -67,8 +67,12 @@ def no_forward_mode(what: str) -> UnsupportedError:
 
 
 def shapes_only(*tensors: Tensor | None) -> bool:
-    """Whether no value may steer Python: torch.compile traces, fake tensors are made, or a tensor is on meta."""
-    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    """Whether no value may steer Python: fake tensors are made, or a tensor is on meta.
+
+    So it is while torch.compile traces; that the caller asks itself: `torch.compiler.is_compiling() or shapes_only(x)`.
+    Asked in here, the answer would be compiled to True after a graph break, for callers that then run as they are.
+    """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
     return any(tensor is not None and (tensor.is_meta or isinstance(tensor, FakeTensor)) for tensor in tensors)
 

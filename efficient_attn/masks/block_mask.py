@@ -263,7 +263,7 @@ class BlockMask:
         """Padding: batch element b sees the keys j < kv_lengths[b]."""
         device = kv_lengths.device if isinstance(kv_lengths, Tensor) else None
         lengths = narrow(as_integers("kv_lengths", kv_lengths, device))
-        if shapes_only(lengths):
+        if torch.compiler.is_compiling() or shapes_only(lengths):
             lengths = lengths.clamp(0, kv_len)  # cannot be looked at, and checked, while tracing
         return cls(q_len, kv_len, check_block_size(block_size), kv_lengths=lengths)
 
@@ -435,7 +435,7 @@ class BlockMask:
             raise MaskError("a mask without lists has nothing to transpose: every block is listed")
         if self._kept:
             return self._kept[0]
-        if shapes_only(self.indptr):
+        if torch.compiler.is_compiling() or shapes_only(self.indptr):
             return transpose(self._listed, self.grid)
         with torch.inference_mode(False):  # what is kept must serve training too
             made = transpose(self._listed, self.grid)
@@ -633,7 +633,7 @@ class BlockMask:
             facts.append(f"window={self.window}" + (f" offset {self.window_offset}" if self.window_offset else ""))
         if self.kv_lengths is not None:
             facts.append(f"kv_lengths=[{self.kv_lengths.shape[0]}]")
-        if self.device is not None and shapes_only(self.indptr, self.kv_lengths):
+        if self.device is not None and (torch.compiler.is_compiling() or shapes_only(self.indptr, self.kv_lengths)):
             return f"BlockMask({', '.join(facts)})"
         text = f"BlockMask({', '.join(facts)}, density={self.density:.4g}, {self.nbytes} bytes)"
         return text if 0 in self.shape else f"{text}\n{picture.draw(*self[:1, :1].parts)}"

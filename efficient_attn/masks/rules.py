@@ -55,7 +55,7 @@ def check_mask(
     lists = BlockLists(batch, heads, **arrays) if given else None
     if lists is not None:
         _check_list_shapes(lists, grid)
-    if shapes_only(*arrays.values(), kv_lengths):
+    if torch.compiler.is_compiling() or shapes_only(*arrays.values(), kv_lengths):
         return  # values cannot be looked at
     rules = [] if lists is None else _list_rules(lists, grid)
     if kv_lengths is not None and kv_lengths.numel():

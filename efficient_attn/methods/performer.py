@@ -219,7 +219,7 @@ class PerformerState(MethodState):
         interval = self.method.redraw_interval
         if not interval or not self.training:
             return self.projection
-        if shapes_only(self.calls):
+        if torch.compiler.is_compiling() or shapes_only(self.calls):
             raise UnsupportedError(
                 f"performer: redraw_interval={interval} cannot be counted under torch.compile, or by fake and meta "
                 "tensors; leave it 0 and call redraw() on the module's method_state between steps"

@@ -152,7 +152,7 @@ class Sparse(Method):
     ) -> tuple[BlockMask | Tensor | None, Tensor | None]:
         """The pattern's mask and the user's in one, and the bias."""
         pattern = self.pattern.aligned(alignment)
-        tracing = shapes_only(query) and not pattern._analytic
+        tracing = (torch.compiler.is_compiling() or shapes_only(query)) and not pattern._analytic
         if tracing and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             # How many blocks both list depends on values, which a traced program must not: -inf in a bias does not.
             bias = torch.where(mask, query.new_zeros(()) if bias is None else bias, -torch.inf)

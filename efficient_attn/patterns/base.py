@@ -72,7 +72,7 @@ class Pattern(Named):
         if self._analytic:
             return self._build(Grid(q_len, kv_len, *size), heads)
         place = str(torch.device("cpu" if device is None else device))
-        if place != "meta" and not shapes_only():
+        if place != "meta" and not (torch.compiler.is_compiling() or shapes_only()):
             return _cached(self, q_len, kv_len, heads, size, place)
         text = self.to_json()
         indptr, indices, tile_ids, tiles, *transposed = pattern_lists(text, q_len, kv_len, heads, *size, place)

@@ -95,7 +95,7 @@ class BucketPattern(ContentPattern):
         return _or_oneself(mask, within, found.key[0, :, :1] >= 0) if self.shared_qk else mask
 
     def _check_tracing(self, query: Tensor) -> None:
-        if shapes_only(query) or torch._C._functorch.is_batchedtensor(query):
+        if (torch.compiler.is_compiling() or shapes_only(query)) or torch._C._functorch.is_batchedtensor(query):
             raise UnsupportedError(
                 f"{self.name} makes lists whose number depends on what queries and keys hold; torch.compile and vmap "
                 "cannot trace that, and fake and meta tensors hold nothing. Compile around it (fullgraph=False), or "

@@ -195,7 +195,7 @@ class _Blocks(ContentPattern):
             "heads": Hq,
         }
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
-        if shapes_only(order) or torch._C._are_functorch_transforms_active():
+        if (torch.compiler.is_compiling() or shapes_only(order)) or torch._C._are_functorch_transforms_active():
             # No shape may depend on a value: what is not chosen is an empty tile.
             return BlockMask.unchecked(
                 **fields,

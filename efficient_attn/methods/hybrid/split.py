@@ -108,10 +108,10 @@ def plan(
     pattern = pattern.aligned(causal_alignment)
     if mask is None and not pattern.by_content:
         facts = (q_len, kv_len, query.shape[1], block, alignment, str(query.device))
-        if not shapes_only(query):
+        if not (torch.compiler.is_compiling() or shapes_only(query)):
             return _cached(pattern, *facts)
         return _traced(pattern, *facts)
-    if shapes_only(query):
+    if torch.compiler.is_compiling() or shapes_only(query):
         raise UnsupportedError(
             "torch.compile, fake and meta tensors cannot split a mask, or a pattern that is chosen by content, into an "
             "exact part and a tail, for both depend on values; leave the mask out (is_causal and padding are fine) and "

@@ -110,14 +110,15 @@ def attention(
         InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
         UnsupportedError: the backend asked for cannot serve this call.
     """
-    if is_jit_traced():
+    plain = ops.is_plain(query, key, value, bias)
+    if not plain and is_jit_traced():
         return _traced(query, key, value, mask, bias, is_causal, causal_alignment, scale, dropout_p, return_lse)
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
         dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
     )  # fmt: skip
     query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable = call
-    if differentiable or not ops.is_plain(query, key, value, bias):
+    if differentiable or not plain:
         out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, chosen)
     else:  # nothing records the call: the dispatcher would cost more than a short one takes
         forward = backends.BACKENDS[chosen].attention.attention_forward

@@ -194,7 +194,7 @@ attention_backward = register(
 # --- the way past the dispatcher ---
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(query: Tensor, *others: Tensor | None) -> bool:
     """Whether a call on these tensors can pass the dispatcher by: no subclass, transformation, mode, tracer or profiler
     would see anything of it."""
     return not (
@@ -205,6 +205,6 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or not _PLAIN.issuperset(map(type, tensors))
-        or any(tensor is not None and tensor.is_meta for tensor in tensors)
+        or not _PLAIN.issuperset(map(type, (query, *others)))
+        or query.is_meta
     )

@@ -10,10 +10,6 @@ from support.works_with import ACTIONS, METHODS, MODELS, outcome
 
 pytest.importorskip("transformers")
 
-KNOWN = {
-    ("torch.func.grad", "linear"): "the operator of linear attention has no rule for functorch yet",
-    ("torch.func.grad", "performer:features=16"): "the operator of linear attention has no rule for functorch yet",
-}
 REFUSALS = {  # what may be refused at all; anything else works or fails
     "lsh:n_buckets=4": {name for name in ACTIONS if "compile" in name or "shapes" in name or "export" in name}
     | {"torch.func.vmap"},
@@ -26,8 +22,6 @@ def cells() -> list[object]:
     for number, (kind, spec, name) in enumerate((k, s, a) for k in MODELS for s in METHODS for a in ACTIONS):
         sampled = (number % 11 == 0 and name != IN_A_PROCESS) or (name, spec) == (IN_A_PROCESS, METHODS[2])
         marks = [] if sampled else [pytest.mark.slow]
-        if (name, spec) in KNOWN:
-            marks.append(pytest.mark.xfail(reason=KNOWN[name, spec], strict=False))
         found.append(pytest.param(kind, spec, name, marks=marks, id=f"{kind}-{spec.partition(':')[0]}-{name}"))
     return found
 

@@ -127,7 +127,8 @@ class Bound:
     def __init__(self, spec: str, layer: Layer, mode: str, **more: Any) -> None:
         self.layer, self.mode, self.more = layer, mode, more
         heads, _, head_dim = layer.query.shape[1:]
-        self.method = shaped(sized(spec, layer.key.shape[2]), layer.key.shape[2])
+        self._sized = sized(spec, layer.key.shape[2])
+        self.method = shaped(self._sized, layer.key.shape[2])
         self.state: nn.Module | None = self.method.build(
             heads * head_dim, layer.key.shape[1], head_dim, dtype=layer.query.dtype
         )
@@ -139,7 +140,7 @@ class Bound:
 
     def operator(self, layer: Layer) -> Operator:
         """The method as a function of query, key and value."""
-        method, options = shaped(self.method, layer.key.shape[2]), layer.options | self.more
+        method, options = shaped(self._sized, layer.key.shape[2]), layer.options | self.more
         if self.mode == "decode":
             method, mask = self._at_the_end(layer)
             options |= {"mask": mask}

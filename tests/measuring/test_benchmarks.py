@@ -571,3 +571,12 @@ def test_memory_of_a_sparse_call_is_linear_in_the_length(tmp_path, method):
     peaks = [run_one(tmp_path, "memory", config)["peak_bytes"] for config in configs]
     assert fit(cases.MEMORY_LENGTHS, peaks).exponent < 1.15
     assert peaks[-1] < 64 * 2**20 + 40 * 65536 * 2 * 16 * 4  # far from the 8 GiB of one n x n byte mask
+
+
+@pytest.mark.parametrize("spec", ["neighborhood:kernel=7", "axial"])
+def test_an_image_that_is_no_square_warms_up_on_a_shorter_one(spec):
+    """2048 tokens are 32 x 64; the short piece before the measurement has a shape of its own."""
+    layer = calls.Layer(*(torch.randn(1, 1, 512, 8) for _ in range(3)))
+    bound = calls.Bound(spec, layer, "fwd")
+    bound.warm_up()
+    assert bound()[0].shape == layer.query.shape[1:]

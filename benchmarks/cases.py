@@ -34,6 +34,60 @@ OPERATOR_METHODS = (
     "linear",
     "sliding_window:left=128,right=128+centroid:block=64",
 )
+# A plain `bench`: one well-known method of each kind, at lengths that a machine of two cores measures in three minutes.
+OVERVIEW_METHODS = (
+    "dense",
+    "sliding_window:left=128,right=128",
+    "longformer:window=256,global_tokens=16",
+    "bigbird:block=64,window=3,global_blocks=2,random_blocks=2",
+    "topk_blocks:block=64,fraction=0.1",
+    "linformer:rank=128",
+    "nystrom:landmarks=64",
+    "sliding_window:left=128,right=128+centroid:block=64",
+)
+OVERVIEW_BUDGET_S = 0.1  # of a call; eight of them and two references are timed in one alternation
+# Suite, what its steps have (mode and length of a group of all methods; else nothing), and the seconds that it takes on
+# two cores of a server of 2024: the first lines matter most, and what does not fit the time is left out from the end.
+OVERVIEW_STEPS: tuple[tuple[str, tuple[Any, ...], float], ...] = (
+    ("ops", ("fwd", 512), 3.0),
+    ("ops", ("fwd", 2048), 3.5),
+    ("ops", ("fwd_bwd", 2048), 5.0),
+    ("ops", ("fwd", 4096), 5.0),
+    ("fidelity", (), 1.5),
+    ("vit", (), 3.5),
+    ("ops", ("fwd", 8192), 8.0),
+    ("ops", ("fwd_bwd", 512), 4.0),
+    ("ops", ("fwd_bwd", 4096), 9.0),
+    ("ops", ("fwd", 1024), 3.0),
+    ("ops", ("fwd_bwd", 1024), 4.0),
+    ("million", (), 5.0),
+    ("ops", ("fwd_bwd", 8192), 18.0),
+    ("ops", ("fwd", 16384), 18.0),
+    ("ops", ("fwd_bwd", 16384), 40.0),
+)
+QUICK_OVERVIEW_STEPS = OVERVIEW_STEPS[:4]
+OVERVIEW_S, QUICK_OVERVIEW_S = 145.0, 40.0  # for measuring: the rest of three minutes is for starting and drawing
+# The same eight on the 64 tokens of a digit, and as families of the suite fidelity with about a quarter of all scores.
+OVERVIEW_VIT_METHODS = (
+    "dense",
+    "sliding_window:left=12,right=12",
+    "longformer:window=16,global_tokens=2",
+    "bigbird:block=16,window=1,global_blocks=1,random_blocks=1",
+    "topk_blocks:block=16,blocks=2",
+    "linformer:rank=16",
+    "nystrom:landmarks=16",
+    "sliding_window:left=4,right=4+centroid:block=16",
+)
+OVERVIEW_VIT_STEPS = 100
+OVERVIEW_FAMILIES = (
+    ("window", 31),
+    ("Longformer", 32),
+    ("BigBird", 2),
+    ("top-k blocks", 4),
+    ("Linformer", 64),
+    ("Nystrom", 64),
+    ("window + centroids", 31),
+)
 OPERATOR_SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
 # decode: one query at the end of a cache of the length.
 MODES = ("fwd", "fwd_bwd", "decode")
@@ -68,6 +122,10 @@ MEMORY_LENGTHS = (16384, 32768, 65536)
 QUICK_MEMORY_LENGTHS = (4096, 16384)
 MEMORY_SHAPE = {"batch": 1, "heads": 2, "head_dim": 16, "dtype": "float32", "mode": "fwd_bwd"}
 
+# What no exact attention can do here: a call on so many tokens, with one head.
+MILLION_METHODS = ("sliding_window:left=64,right=64", "linear")
+MILLION_TOKENS, QUICK_MILLION_TOKENS = 2**20, 2**17
+MILLION_SHAPE = {"batch": 1, "heads": 1, "head_dim": 64, "dtype": "float32"}
 
 TARGET_PATIENCE = 6
 

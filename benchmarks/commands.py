@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import time
+import webbrowser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +20,22 @@ from efficient_attn.backends import BACKENDS
 from efficient_attn.measuring import clock, records, runner
 from efficient_attn.measuring.options import DTYPES, read_lengths, split_specs
 from efficient_attn.measuring.run_folder import choose_run_folder
-from efficient_attn.measuring.terminal import console, interrupted, named_errors, note, progress, sigterm_raises
+from efficient_attn.measuring.terminal import (
+    Progress,
+    console,
+    duration,
+    interrupted,
+    named_errors,
+    note,
+    sigterm_raises,
+)
 
-from . import cases, figures, html_report, peers, suites, view
+from . import cases, figures, html_report, peers, planning, suites, view
 from . import report as reporting
+from .summary import Summary
 
-DEFAULT_SUITES = ("ops", "vit")  # of a plain `bench`
+FULL_SUITES = ("ops", "vit", "fidelity", "million")
+PAGE = "report.html"  # in the folder of a run
 BUSY = 0.5  # load average per core above which a run starts with a warning
 
 
@@ -31,11 +43,15 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SUITE]...", help=f"all, cpu, or any of {', '.join(suites.names())}. Default: ops vit."
+            metavar="[SUITE]...",
+            help=f"all, cpu, or any of {', '.join(suites.names())}. Default: an overview within three minutes.",
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short lengths and training: ops in under three minutes on 2 cores.")
+        bool, typer.Option("--quick", help="Short lengths and training; the overview within a minute.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help=f"The long grid of {', '.join(FULL_SUITES)}: every method, an hour.")
     ] = False,
     methods: Annotated[
         list[str] | None, typer.Option(help="Specs, e.g. dense,bigbird:block=64,window=3. Repeatable.")
@@ -56,11 +72,16 @@ def bench(
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Minutes after which no new cell starts; --resume goes on. Default: no end."),
+        typer.Option(
+            min=0.0,
+            help="Minutes of measuring; what does not fit is left for --resume. Default: the overview's, else no end.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results.jsonl and results.png. Default: bench-results/<time>.")
+        Path | None,
+        typer.Option(help="Folder for results.jsonl, results.png and report.html. Default: bench-results/<time>."),
     ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser at the end.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on in --out (default: the latest), skipping what is done.")
     ] = False,
@@ -71,13 +92,27 @@ def bench(
 ) -> None:
     """Compares methods x lengths on this machine: time, peak memory, and error or accuracy against dense attention."""
     _load(load)
-    wanted = names or list(DEFAULT_SUITES)
     chosen_peers = tuple(name for text in peer or () for name in text.split(","))
     more: dict[str, Any] = {"seed": seed, "backend": backend, "peer_names": chosen_peers}
-    cells = plan(wanted, quick, methods, seqlens, mode, dtype, causal, threads, **more)
+    options = read_options(quick, methods, seqlens, mode, dtype, causal, threads, **more)
+    limits = runner.Limits.asked_for(timeout, memory_limit)
+    if full and names:
+        raise typer.BadParameter("--full stands alone: it is the suites " + ", ".join(FULL_SUITES))
+    # Sizes, directions and backends are chosen of a grid; the overview has its own.
+    asked = names or full or seqlens or mode or chosen_peers or backend != "auto"
+    if asked:
+        steps = [planning.Step((cell,)) for cell in grid(names or FULL_SUITES, options)]
+        seconds = None
+    else:
+        steps = planning.overview(options)
+        seconds = cases.QUICK_OVERVIEW_S if quick else cases.OVERVIEW_S
+        limits = replace(limits, seconds=max(limits.seconds, seconds))
     with named_errors():
         folder = choose_run_folder(out, "bench-results", resume=resume)
-    raise typer.Exit(_run(cells, folder, runner.Limits.asked_for(timeout, memory_limit), budget))
+    code = _run(planning.Plan(steps, seconds if budget is None else 60 * budget), folder, limits, overview=not asked)
+    if show:
+        webbrowser.open((folder / PAGE).resolve().as_uri())
+    raise typer.Exit(code)
 
 
 def report(
@@ -108,8 +143,7 @@ def report(
                 print(written)
 
 
-def plan(
-    names: Sequence[str],
+def read_options(
     quick: bool,
     method_lists: Sequence[str] | None,
     seqlens: str | None,
@@ -121,17 +155,8 @@ def plan(
     seed: int = 0,
     backend: str = "auto",
     peer_names: tuple[str, ...] = (),
-) -> list[runner.Cell]:
-    """The cells of a run, an equal share of each suite at any time; raises `typer.BadParameter` for anything wrong
-    before any of them starts."""
-    known = suites.names()
-    names = list(dict.fromkeys(suites.ALIASES.get(name, name) for name in names))
-    if names == ["all"]:
-        names = [name for name in known if suites.get(name).default]
-    for name in names:
-        _one_of("suite", name, ("all", *suites.ALIASES, *known))
-    if "all" in names:
-        raise typer.BadParameter("suite 'all' stands alone: it has every suite that the others name")
+) -> suites.Options:
+    """What the command line asks of suites; raises `typer.BadParameter` for anything wrong before any of them starts."""
     for name in dtype.split(","):
         _one_of("--dtype", name, DTYPES)
     _one_of("--backend", backend, ("auto", *BACKENDS))
@@ -146,7 +171,7 @@ def plan(
             parse(spec)
     with named_errors("--seqlens"):
         lengths = read_lengths(seqlens) if seqlens else None
-    options = suites.Options(
+    return suites.Options(
         quick=quick,
         methods=chosen,
         peers=peer_names,
@@ -159,6 +184,18 @@ def plan(
         budget_s=0.25 if quick else 1.5,
         seed=seed,
     )
+
+
+def grid(names: Sequence[str], options: suites.Options) -> list[runner.Cell]:
+    """The cells of some suites, an equal share of each at any time; raises `typer.BadParameter` for unknown ones."""
+    known = suites.names()
+    names = list(dict.fromkeys(suites.ALIASES.get(name, name) for name in names))
+    if names == ["all"]:
+        names = [name for name in known if suites.get(name).default]
+    for name in names:
+        _one_of("suite", name, ("all", *suites.ALIASES, *known))
+    if "all" in names:
+        raise typer.BadParameter("suite 'all' stands alone: it has every suite that the others name")
     return _interleaved([[runner.Cell(name, config) for config in suites.get(name).configs(options)] for name in names])
 
 
@@ -181,57 +218,120 @@ def _one_of(what: str, given: str, allowed: Sequence[str]) -> None:
         raise typer.BadParameter(f"{what} {given!r} does not exist; choose from {', '.join(allowed)}")
 
 
-def _run(cells: Sequence[runner.Cell], folder: Path, limits: runner.Limits, budget: float | None = None) -> int:
-    """Measures what is not done yet, for `budget` minutes at most, shows the results, and returns the exit code: 130
-    or 143 after Ctrl-C or SIGTERM."""
+def _run(plan: planning.Plan, folder: Path, limits: runner.Limits, *, overview: bool) -> int:
+    """Measures what is not done yet within the plan's budget, shows the results, and returns the exit code: 130 or 143
+    after Ctrl-C or SIGTERM."""
     path, code, out = folder / "results.jsonl", records.code_version(), console()
-    lookup = functools.partial(suites.measurement, files=suites.loaded())
     exit_code = 0
     with records.ResultFile(path) as file:
         done = {record.get("id") for record in records.read(path)}
-        left = [cell for cell in cells if records.cell_id(cell.suite, cell.config, code) not in done]
-        if len(left) < len(cells):
-            out.print(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
+        steps = [step for step in plan.steps if any(_id(cell, code) not in done for cell in step.cells)]
+        total, left = (sum(len(step.cells) for step in some) for some in (plan.steps, steps))
+        if left < total:
+            out.print(f"{total - left} of {total} cells are done already")
         noise = clock.noise()
-        seed = cells[0].config.get("seed") if cells else None
+        seed = next((cell.config.get("seed") for step in steps for cell in step.cells), None)
         file.append(records.environment(threads=torch.get_num_threads(), limits=vars(limits), noise=noise, seed=seed))
         _warn_if_busy(out, noise)
-        started = time.monotonic()
+        if plan.budget_s is not None:
+            out.print(f"{left} cells, at most {duration(plan.budget_s)} of measuring, into {path}", soft_wrap=True)
         try:
-            with sigterm_raises(), progress(out) as bar:
-                task = bar.add_task("", total=len(left))
-                for number, cell in enumerate(left):
-                    if budget is not None and time.monotonic() - started >= 60 * budget:
-                        out.print(f"{budget:g} minutes are over, {len(left) - number} cells are left: --resume")
-                        break
-                    bar.update(task, description=view.cell_name(vars(cell)))
-                    suites.measured(cell, lambda each: runner.run_cell(each, file, limits, code, lookup))
-                    bar.advance(task)
+            with sigterm_raises(), Progress(out) as bar:
+                left_out = _measure(plan, steps, file, limits, code, bar)
+            _say_what_is_left_out(out, plan, left_out, folder)
         except KeyboardInterrupt as interrupt:
-            exit_code = interrupted(interrupt, out, folder)
-    _show(list(records.read(path)), folder / "results.png")
-    out.print(f"{path}")
+            kept = sum(record["type"] == "cell" for record in records.read(path))
+            exit_code = interrupted(interrupt, out, folder, f"{kept} measured cells are kept in {path}")
+    _show(list(records.read(path)), folder / "results.png", overview=overview, page=folder / PAGE)
+    out.print(f"{path}", soft_wrap=True)
     return exit_code
+
+
+def _measure(
+    plan: planning.Plan,
+    steps: Sequence[planning.Step],
+    file: records.ResultFile,
+    limits: runner.Limits,
+    code: str,
+    bar: Progress,
+) -> list[planning.Step]:
+    """Run the steps that fit the plan's budget, and return the others."""
+    files = suites.loaded()
+    alone = functools.partial(suites.measurement, files=files)
+    together = functools.partial(suites.measurement_together, files=files)
+    total, done, left_out = sum(len(step.cells) for step in steps), 0, []
+    for number, step in enumerate(steps):
+        if not plan.fits(step):
+            left_out.append(step)
+            total -= len(step.cells)
+            continue
+        bar.update(_step_name(step), done, total, plan.remaining(steps[number:]))
+        started, left = time.monotonic(), plan.left()
+        seconds = limits.seconds if left is None else min(limits.seconds, max(left, planning.SHORTEST_S))
+        within = replace(limits, seconds=seconds)
+        if len(step.cells) > 1:
+            runner.run_together(step.cells, file, within, code, together)
+        else:
+            suites.measured(step.cells[0], lambda each, w=within: runner.run_cell(each, file, w, code, alone))
+        plan.finished(step, time.monotonic() - started)
+        done += len(step.cells)
+    bar.update("", done, total, 0.0)
+    return left_out
+
+
+def _step_name(step: planning.Step) -> str:
+    first = step.cells[0]
+    if len(step.cells) == 1:
+        return view.cell_name(vars(first))
+    return view.cell_name({"suite": first.suite, "config": {**first.config, "method": f"{len(step.cells)} methods"}})
+
+
+def _id(cell: runner.Cell, code: str) -> str:
+    return records.cell_id(cell.suite, cell.config, code)
+
+
+def _say_what_is_left_out(out: Console, plan: planning.Plan, steps: Sequence[planning.Step], folder: Path) -> None:
+    if not steps:
+        return
+    names = "; ".join(list(dict.fromkeys(map(_step_name, steps)))[:4]) + ("; ..." if len(steps) > 4 else "")
+    needed = sum(plan.expected(step) or 0.0 for step in steps)
+    cells = sum(len(step.cells) for step in steps)
+    about = f", about {duration(needed)} more" if needed else ""
+    text = f": {cells} cells ({names}){about}; --resume --out {folder} --budget MINUTES goes on"
+    note(out, "left out for want of time", text)
 
 
 def _warn_if_busy(out: Console, noise: float) -> None:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > BUSY * cores or noise > clock.NOISY:
         about = f"load {load:.1f} on {cores} cores, the same work varies by {noise:.0%}"
-        note(out, "the machine is busy", f" ({about}): times will be noisy")
+        note(out, "the machine is busy", f" ({about}): measured longer, and what stays unsure is marked ~")
 
 
-def _show(found: Sequence[records.Record], png: Path) -> bool:
-    """Prints the tables and draws the picture of some records; False when they hold no cell."""
+def _show(found: Sequence[records.Record], png: Path, *, overview: bool = False, page: Path | None = None) -> bool:
+    """Prints the tables and draws the picture and the page of some records; False when they hold no cell."""
     cells = view.latest(found)
     if not cells:
         return False
     about, out = records.described(found), console()
     out.print(about)
-    reporting.print_report(cells, out)
-    noisy = sum(cell.get("spread", 0) > clock.NOISY for cell in cells)
+    rows = view.rows(cells)
+    summary = Summary(rows)
+    table = summary.table() if overview else None
+    if table is None:
+        reporting.print_report(cells, out)
+    else:
+        reporting.print_table(table, out)
+        for claim in summary.sentences():
+            out.print(f"  {claim.text}")
+        for status, text in reporting.failures(rows):
+            note(out, status, f": {text}")
+    noisy = sum(row["noisy"] for row in rows)
     if noisy:
-        note(out, f"{noisy} of {len(cells)} times are noisy", ": an interquartile range above 25 %")
-    if figures.overview(view.rows(cells), png, about):
-        out.print(f"{png}")
+        note(out, f"{noisy} of {len(rows)} times are noisy", f": unsure by more than {clock.UNSURE:.0%}")
+    if figures.overview(rows, png, about):
+        out.print(f"picture  {png}", soft_wrap=True)
+    if page is not None:
+        html_report.write(found, page, [str(page.with_name("results.jsonl"))], pictures=False)
+        out.print(f"page     {page}", soft_wrap=True)
     return True

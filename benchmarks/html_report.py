@@ -13,21 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from efficient_attn.measuring import records
+from efficient_attn.measuring.clock import UNSURE
 from efficient_attn.measuring.records import Record
 
 from . import figures, view
 from .suites import Column, Suite
+from .summary import Summary, group
 
 PAGE = Path(__file__).parent / "page"
 
 
-def write(found: Sequence[Record], path: Path, sources: Sequence[str]) -> list[Path]:
+def write(found: Sequence[Record], path: Path, sources: Sequence[str], *, pictures: bool = True) -> list[Path]:
     """Writes the page to `path` and, into the folder `<stem>_files` beside it, every panel as PNG and SVG, and CSV
     files: one a suite and `rows.csv` with all.
 
     Args:
         found: the records of one or more result files, in their order.
         sources: what the page says they were read from.
+        pictures: without, the page alone is written.
 
     Returns:
         The files written, the page first.
@@ -40,10 +43,13 @@ def write(found: Sequence[Record], path: Path, sources: Sequence[str]) -> list[P
         "about": _about(found, rows, sources),
         "environments": [_environment(record) for record in view.environments(found)],
         "suites": [_suite(suite, rows, panels[suite.name]) for suite in suites],
+        "story": _story(rows),
         "claims": [{"suite": name, "text": claim.text, "rows": claim.rows} for name, claim in view.claims(rows)],
         "rows": [_row(row) for row in rows],
     }
     path.write_text(page(data), encoding="utf-8")
+    if not pictures:
+        return [path]
     folder = path.parent / f"{path.stem}_files"
     folder.mkdir(exist_ok=True)
     written = [path, write_csv(rows, folder / "rows.csv")]
@@ -63,7 +69,7 @@ def page(data: Mapping[str, Any]) -> str:
     # In a script element only "<" can end it; JSON may write it as an escape.
     embedded = json.dumps(_plain(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {"style": (PAGE / "page.css").read_text(encoding="utf-8"), "data": embedded}
-    parts["script"] = (PAGE / "page.js").read_text(encoding="utf-8")
+    parts["script"] = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in ("page.js", "story.js"))
     for name, part in parts.items():
         before, marker, after = text.partition(f"/*{name}*/")
         assert marker, f"page.html has no place for its {name}"
@@ -82,6 +88,26 @@ def write_csv(rows: Sequence[view.Row], path: Path, columns: Sequence[Column] | 
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def _story(rows: Sequence[view.Row]) -> dict[str, Any] | None:
+    """What the first screens show: the sentences, and of the suite ops one shape with its methods; None without it."""
+    summary = Summary(rows)
+    if not summary.ops:
+        return None
+    first = next(iter(summary.ops.values()))
+    shape = view.shape({key: first.get(key) for key in ("batch", "heads", "head_dim")})
+    return {
+        "rows": [row["id"] for row in summary.ops.values()],
+        "methods": {
+            row["method"]: {"name": summary.names[row["method"]], "group": group(row["method"]), "series": row["series"]}
+            for row in summary.ops.values()
+        },
+        "sentences": [{"text": claim.text, "rows": claim.rows} for claim in summary.sentences()],
+        "about": f"{first['dtype']}, {shape}{', causal' if first.get('causal') else ''}, {first['threads']} threads: "
+        "the operator on patches of photographs, each method beside torch SDPA in one alternation.",
+        "unsure": UNSURE,
+    }
 
 
 def _suite(suite: Suite, rows: Sequence[view.Row], panels: Iterable[figures.Panel]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from efficient_attn.measuring.clock import NOISY
+from efficient_attn.measuring.clock import UNSURE
 from efficient_attn.measuring.records import Record
 
 from . import suites, view
@@ -55,7 +55,7 @@ def _table(suite: suites.Suite, rows: Sequence[Row]) -> Table:
     figures = [c for c in suite.columns if any(row.get(c.key) not in (None, "") for row in ready)] or suite.columns[:1]
     noisy = next((column.key for column in figures if column.key == "ms"), figures[0].key)
     sections: dict[str, list[tuple[list[str], bool]]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["status"] != "unsupported"):  # its reason is a line of its own
         head = ", ".join(
             text if column.form == "text" else f"{column.label} {text}"
             for column in heads
@@ -71,7 +71,7 @@ def _table(suite: suites.Suite, rows: Sequence[Row]) -> Table:
         sections.setdefault(head, []).append((cells, failed))
     meant = sorted({str(row[suite.series]) for row in rows if row["series"] not in ("", str(row.get(suite.series)))})
     legend = f" Here {', '.join(meant)}." if meant else ""
-    note = f"{suite.about} ~ noisy: spread above {NOISY:.0%}.{legend}"
+    note = f"{suite.about} ~ noisy: unsure by more than {UNSURE:.0%}.{legend}"
     title = f"{suite.name}: {common}" if common else suite.name
     return Table(title, [*keys, *figures], list(sections.items()), note)
 
@@ -111,27 +111,34 @@ def failures(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def print_report(cells: Sequence[Record], console: Console) -> None:
     """Prints for each suite its table and findings, then a line for each cell that failed."""
-    from rich.text import Text
-
-    from efficient_attn.measuring.terminal import make_table, note
+    from efficient_attn.measuring.terminal import note
 
     rows = view.rows(cells)
     claims = view.claims(rows)
     for name, table in tables(rows).items():
-        text_columns = {number for number, column in enumerate(table.columns) if column.form == "text"}
-        drawn = make_table(table.title, [column.label for column in table.columns], text_columns, table.note)
-        for head, lines in table.sections:
-            if head:
-                drawn.add_section()
-                drawn.add_row(Text(head, style="bold"))
-            for texts, failed in lines:
-                drawn.add_row(*texts[:-1], Text(texts[-1], style="yellow") if failed else texts[-1])
-        console.print(drawn)
+        print_table(table, console)
         for suite, claim in claims:
             if suite == name:
                 console.print(f"  {claim.text}")
     for status, text in failures(rows):
         note(console, status, f": {text}")
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Prints a table with its notes."""
+    from rich.text import Text
+
+    from efficient_attn.measuring.terminal import make_table
+
+    text_columns = {number for number, column in enumerate(table.columns) if column.form == "text"}
+    drawn = make_table(table.title, [column.label for column in table.columns], text_columns, table.note)
+    for head, lines in table.sections:
+        if head:
+            drawn.add_section()
+            drawn.add_row(Text(head, style="bold"))
+        for texts, failed in lines:
+            drawn.add_row(*texts[:-1], Text(texts[-1], style="yellow") if failed else texts[-1])
+    console.print(drawn)
 
 
 def plain(cells: Sequence[Record]) -> str:

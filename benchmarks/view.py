@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from efficient_attn.measuring.clock import NOISY
+from efficient_attn.measuring.clock import is_noisy
 from efficient_attn.measuring.records import Record
 
 from . import suites
@@ -51,7 +51,7 @@ def rows(found: Iterable[Record]) -> list[Row]:
             row["id"] = record.get("id") or f"row{len(last)}"
             if "peak_bytes" in row:
                 row["peak_mib"] = round(row["peak_bytes"] / MIB, 3)
-            row["noisy"] = row.get("spread", 0) > NOISY
+            row["noisy"] = is_noisy(row)
             # Two versions of the code stand side by side.
             last[f"{record['suite']} {sorted(config.items())} {record.get('code')}"] = row
     known = {suite.name: suite for suite in shown(last.values())}

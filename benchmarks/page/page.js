@@ -1,4 +1,5 @@
-// Draws the report from the JSON in #data. No library, no network: SVG charts, sortable tables, filters.
+// Draws the report from the JSON in #data. No library, no network: SVG charts, sortable tables, filters. This file has the
+// helpers and "Everything measured"; story.js, which follows it, has the first screens and starts the page.
 "use strict";
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
@@ -11,9 +12,6 @@ const FILTERS = [
   ["dtype", "dtype"],
   ["status", "status"],
 ];
-const WIDTH = 560;
-const HEIGHT = 340;
-const MARGIN = { left: 62, right: 14, top: 12, bottom: 44 };
 const COLOURS = 10;
 const DASHES = [["", "solid"], ["5 3", "dashed"], ["2 3", "dotted"]]; // in a chart, and in its legend
 const SVG = "http://www.w3.org/2000/svg";
@@ -59,6 +57,14 @@ function figure(value, form) {
   }
 }
 
+// A node that tells about itself under a pointer, a finger or the keyboard.
+function hoverable(node, text) {
+  node.addEventListener("pointerenter", (event) => tip(text, event));
+  node.addEventListener("pointerleave", untip);
+  node.addEventListener("focus", () => tip(text, node));
+  node.addEventListener("blur", untip);
+}
+
 function significant(value, digits) {
   return String(Number(value.toPrecision(digits)));
 }
@@ -95,7 +101,6 @@ function buildFilters() {
   search.addEventListener("input", () => choose("search", search.value));
   form.append(element("label", {}, "any word", search));
   form.append(element("button", { id: "reset", type: "button", onclick: reset }, "show all"));
-  form.append(element("span", { id: "count", "aria-live": "polite" }));
 }
 
 function choose(key, value) {
@@ -161,10 +166,18 @@ function referencePoints(rows, panel, key) {
   return [...at].map(([x, values]) => [x, median(values)]).sort((a, b) => a[0] - b[0]);
 }
 
+// Of very many lines some are hidden at first; their names in the legend bring them back.
+function thinOut(suite) {
+  if (suite.series.length <= COLOURS) return;
+  const kept = DATA.story && suite.name === "ops" ? mattering().map((method) => STORY.methods[method].series) : suite.series.slice(0, COLOURS);
+  for (const label of suite.series) if (!kept.includes(label)) hidden.add(suite.name + "/" + label);
+}
+
 function drawPanel(suite, panel, index) {
   const name = suite.name + "/" + index;
   const rows = panel.rows.map((id) => ROWS.get(id)).filter(visible);
   if (!rows.length) return null;
+  if (!scales.has(name)) thinOut(suite);
   if (!scales.has(name)) scales.set(name, { x: panel.log_x, y: panel.log_y });
   const logarithmic = scales.get(name);
   const series = [...new Set(rows.map((row) => row.series))].filter(Boolean);
@@ -175,12 +188,15 @@ function drawPanel(suite, panel, index) {
   const points = shown.filter((row) => fits(row[panel.x], row[panel.y]));
   const xs = points.map((row) => row[panel.x]);
   const ys = points.map((row) => row[panel.y]).concat(references.flatMap(([, line]) => line.map(([, y]) => y)).filter((y) => y > 0 || !logarithmic.y));
-  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": panel.title });
+  const width = panelWidth();
+  const height = Math.round(Math.max(250, width * 0.6));
+  const box = { left: 62, right: width - 14, top: 12, bottom: height - 44 };
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": panel.title });
   if (points.length) {
-    const x = scale(xs, logarithmic.x, MARGIN.left, WIDTH - MARGIN.right, xs);
-    const y = scale(ys, logarithmic.y, HEIGHT - MARGIN.bottom, MARGIN.top, []);
+    const x = scale(xs, logarithmic.x, box.left, box.right, xs);
+    const y = scale(ys, logarithmic.y, box.bottom, box.top, []);
     if (!y.ticks.length) y.ticks = [...new Set(ys)];
-    drawAxes(svg, panel, x, y);
+    drawGrid(svg, box, x, y, { x: panel.x_label, y: panel.y_label });
     for (const [, line] of references) {
       const path = line.filter(([a, b]) => fits(a, b)).map(([a, b]) => `${x.place(a).toFixed(1)},${y.place(b).toFixed(1)}`);
       svg.append(shape("polyline", { class: "reference", points: path.join(" ") }));
@@ -192,25 +208,36 @@ function drawPanel(suite, panel, index) {
     const toggle = () => { logarithmic[axis] = !logarithmic[axis]; draw(); };
     tools.append(element("button", { type: "button", "aria-pressed": String(logarithmic[axis]), "data-axis": axis, onclick: toggle }, "log " + axis));
   }
-  const box = element("figure", { "data-panel": name }, tools, element("h4", {}, panel.title), svg);
-  box.append(drawLegend(suite, series, references));
-  return box;
+  const drawn = element("figure", { "data-panel": name }, tools, element("h4", {}, panel.title), svg);
+  drawn.append(drawLegend(suite, series, references));
+  return drawn;
 }
 
-function drawAxes(svg, panel, x, y) {
+// As wide as a column of the charts: text keeps its size on a phone.
+function panelWidth() {
+  const room = document.querySelector("main").clientWidth - 32;
+  const columns = Math.max(1, Math.floor((room + 16) / 476));
+  return Math.floor((room - 16 * (columns - 1)) / columns) - 20;
+}
+
+function drawGrid(svg, box, x, y, { x: xLabel, y: yLabel, xText = tick, yText = tick }) {
+  let end = -Infinity;
   for (const value of x.ticks) {
-    const at = x.place(value).toFixed(1);
-    svg.append(shape("line", { class: "grid", x1: at, x2: at, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }));
-    svg.append(shape("text", { x: at, y: HEIGHT - MARGIN.bottom + 16, "text-anchor": "middle" }, tick(value)));
+    const at = x.place(value);
+    svg.append(shape("line", { class: "grid", x1: at.toFixed(1), x2: at.toFixed(1), y1: box.top, y2: box.bottom }));
+    const half = xText(value).length * 3.6;
+    if (at - half < end + 6) continue; // no two labels run into each other
+    end = at + half;
+    svg.append(shape("text", { x: at.toFixed(1), y: box.bottom + 16, "text-anchor": "middle" }, xText(value)));
   }
   for (const value of y.ticks) {
     const at = y.place(value).toFixed(1);
-    svg.append(shape("line", { class: "grid", y1: at, y2: at, x1: MARGIN.left, x2: WIDTH - MARGIN.right }));
-    svg.append(shape("text", { x: MARGIN.left - 6, y: Number(at) + 4, "text-anchor": "end" }, tick(value)));
+    svg.append(shape("line", { class: "grid", y1: at, y2: at, x1: box.left, x2: box.right }));
+    svg.append(shape("text", { x: box.left - 6, y: Number(at) + 4, "text-anchor": "end" }, yText(value)));
   }
-  const middle = (MARGIN.top + HEIGHT - MARGIN.bottom) / 2;
-  svg.append(shape("text", { x: (MARGIN.left + WIDTH) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, panel.x_label));
-  svg.append(shape("text", { x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, panel.y_label));
+  if (xLabel) svg.append(shape("text", { x: (box.left + box.right) / 2, y: box.bottom + 35, "text-anchor": "middle" }, xLabel));
+  const middle = (box.top + box.bottom) / 2;
+  if (yLabel) svg.append(shape("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, yLabel));
 }
 
 function style(suite, label) {
@@ -233,10 +260,7 @@ function drawSeries(svg, suite, panel, rows, x, y) {
       class: "point", cx: x.place(row[panel.x]).toFixed(1), cy: y.place(row[panel.y]).toFixed(1), r: panel.lines ? 4 : 6,
       style: `fill: ${colour}`, tabindex: 0, "data-row": row.id, "aria-label": describe(suite, row),
     });
-    point.addEventListener("pointerenter", (event) => tip(describe(suite, row), event));
-    point.addEventListener("pointerleave", untip);
-    point.addEventListener("focus", () => tip(describe(suite, row), point));
-    point.addEventListener("blur", untip);
+    hoverable(point, describe(suite, row));
     point.addEventListener("click", () => lead([row.id]));
     svg.append(point);
   }
@@ -258,7 +282,7 @@ function drawLegend(suite, series, references) {
 function describe(suite, row) {
   const head = suite.key.map((column) => figure(row[column.key], column.form)).filter(Boolean).join(", ");
   const body = suite.columns.map((column) => [column.label, figure(row[column.key], column.form)]).filter(([, text]) => text);
-  return head + "\n" + body.map(([label, text]) => `${label}: ${text}`).join("\n") + (row.noisy ? "\nnoisy: spread above 25 %" : "");
+  return head + "\n" + body.map(([label, text]) => `${label}: ${text}`).join("\n") + (row.noisy ? "\nnoisy: the machine was busy" : "");
 }
 
 function tip(text, where) {
@@ -279,6 +303,7 @@ function untip() {
 function drawTable(suite, rows) {
   const columns = [...suite.key, ...suite.columns, { label: "run", key: "run", form: "integer" }];
   const order = sorted.get(suite.name);
+  rows = rows.filter((row) => row.status !== "unsupported");
   const shown = order ? [...rows].sort((a, b) => compare(a[order.key], b[order.key], order.down)) : rows;
   const head = element("tr");
   for (const column of columns) {
@@ -334,29 +359,44 @@ function lead(ids) {
   marked = new Set(ids);
   for (const id of ids) if (!visible(ROWS.get(id))) { for (const key of Object.keys(chosen)) delete chosen[key]; break; }
   for (const input of document.querySelectorAll("#filters select, #filters input")) input.value = chosen[input.id.replace("filter-", "")] || "";
+  document.getElementById("everything").open = true;
   draw();
   document.getElementById("row-" + ids[0])?.scrollIntoView({ block: "center" });
   history.replaceState(null, "", "#row-" + ids[0]);
 }
 
-function drawClaims() {
-  const list = document.getElementById("claims");
-  list.replaceChildren();
-  for (const claim of DATA.claims) {
-    if (chosen.suite && chosen.suite !== claim.suite) continue;
-    const text = claim.rows.length === 1 ? "row" : `${claim.rows.length} rows`;
+function claimItem(claim) {
+  const text = claim.rows.length === 1 ? "row" : `${claim.rows.length} rows`;
+  const item = element("li", {}, claim.text);
+  if (claim.rows.length) {
     const link = element("a", { href: "#row-" + claim.rows[0], "data-rows": claim.rows.join(" ") }, text);
     link.addEventListener("click", (event) => { event.preventDefault(); lead(claim.rows); });
-    list.append(element("li", {}, `${claim.suite}: ${claim.text} [`, link, "]"));
+    item.append(" ", link);
   }
+  return item;
+}
+
+function drawClaims() {
+  const list = document.getElementById("claims");
+  const claims = DATA.story ? DATA.story.sentences : DATA.claims.map((claim) => ({ ...claim, text: `${claim.suite}: ${claim.text}` }));
+  list.replaceChildren(...claims.map(claimItem));
   document.getElementById("findings").hidden = !list.children.length;
 }
 
-// --- the page ---
+// What could not run at all: a line for each reason.
+function drawReasons(rows) {
+  const reasons = new Map();
+  for (const row of rows.filter((one) => one.status === "unsupported")) {
+    const name = row.series || row.peer || row.suite;
+    reasons.set(row.message, [...new Set([...(reasons.get(row.message) || []), name])]);
+  }
+  return [...reasons].map(([message, names]) => element("p", { class: "note reason" }, `Not run: ${names.join(", ")}: ${message}`));
+}
+
+// --- everything measured ---
 
 function draw() {
   untip();
-  drawClaims();
   const place = document.getElementById("suites");
   const scrolled = scrollY;
   place.replaceChildren();
@@ -365,15 +405,17 @@ function draw() {
     const rows = DATA.rows.filter((row) => row.suite === suite.name && visible(row));
     if (!rows.length) continue;
     count += rows.length;
-    const section = element("section", { "data-suite": suite.name }, element("h2", {}, suite.name), element("p", { class: "note" }, suite.about));
+    const section = element("section", { "data-suite": suite.name }, element("h3", {}, suite.name), element("p", { class: "note" }, suite.about));
+    const claims = DATA.claims.filter((claim) => claim.suite === suite.name);
+    if (DATA.story && claims.length) section.append(element("ul", { class: "claims" }, ...claims.map(claimItem)));
     const charts = element("div", { class: "charts" });
     suite.panels.forEach((panel, index) => {
       const drawn = drawPanel(suite, panel, index);
       if (drawn) charts.append(drawn);
     });
-    section.append(charts, drawTable(suite, rows));
+    section.append(charts, ...drawReasons(rows), drawTable(suite, rows));
     for (const [title, published] of Object.entries(suite.published)) {
-      section.append(element("div", { class: "published" }, element("h3", {}, "Published, not measured here: " + title), plainTable(published)));
+      section.append(element("div", { class: "published" }, element("h4", {}, "Published, not measured here: " + title), plainTable(published)));
     }
     place.append(section);
   }
@@ -391,10 +433,3 @@ function drawEnvironment() {
   }
   table.append(body);
 }
-
-document.getElementById("about").textContent = DATA.about;
-buildFilters();
-drawEnvironment();
-draw();
-const target = location.hash.replace("#row-", "");
-if (ROWS.has(target)) lead([target]);

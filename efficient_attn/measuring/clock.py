@@ -13,18 +13,46 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from . import scheduling
 
 Call = Callable[[], object]
 
 # A sample shorter than this repeats its call inside, so that the clock's resolution and the loop do not show.
 SHORTEST_SAMPLE_S = 1e-3
-# Above this interquartile range (relative to the median) a time is called noisy, because the machine was busy.
+# Above this interquartile range (relative to the median) a fixed piece of work says that the machine is busy, and a
+# record that says no more than its spread is called noisy.
 NOISY = 0.25
+# Above this half-width of the 95 % interval, relative, a time is called noisy: no sentence, fit or crossing uses it.
+UNSURE = 0.15
+# A call is measured longer than its budget, up to so many times, until it is known that well.
+PATIENCE = 4.0
+# A sample is undisturbed if its threads waited for a core for less than this share of it; so many are enough.
+DISTURBED, ENOUGH = 0.1, 3
+DOUBT = 0.25  # of the waiting that was taken off a time, how much may be wrong
 KEPT = 48
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class Sample(NamedTuple):
+    """Seconds of one call: by the wall clock, of processor time over all threads, and what the most delayed thread
+    waited for a core that others had."""
+
+    wall: float
+    cpu: float
+    waited: float
+
+    @property
+    def seconds(self) -> float:
+        """What the call would have taken alone: less the waiting, but no less than its processor time allows."""
+        return max(self.wall - self.waited, min(self.cpu / torch.get_num_threads(), self.wall))
+
+    @property
+    def disturbed(self) -> bool:
+        return self.waited > DISTURBED * self.wall
 
 
 def interleaved(
@@ -36,53 +64,79 @@ def interleaved(
 ) -> dict[str, dict[str, Any]]:
     """Times the calls in alternation, so that a drift of the machine meets all of them alike.
 
-    Each call first runs once, unmeasured. Rounds go on until `budget_s` is spent, at least `min_rounds`; with a
-    longer `patience_s`, also while a call's spread is above `NOISY`. A call that is so slow that `min_rounds` of
-    it alone exceed both is represented by its first run only.
+    Each call first runs once, unmeasured. Rounds go on until `budget_s` is spent, at least `min_rounds`, and while
+    a call is not known to `UNSURE` until `patience_s` (default: `PATIENCE` times the budget). A call that is so slow
+    that `min_rounds` of it alone exceed both is represented by its first run only.
 
-    Returns per call: `ms` (median), `spread` (interquartile range over median), `samples` (their number), and
-    `times`, the samples themselves in ms, round by round: beyond `KEPT` every second, third... round.
+    Where others have the cores, the time that the call's threads waited for one (which Linux tells) is taken off; when
+    enough samples are undisturbed, they alone count.
+
+    Returns per call: `ms` (the lower quartile of undisturbed samples, else the median), `spread` (interquartile range
+    over median), `unsure` (half-width of the 95 % interval over `ms`), `samples` (their number), `wall_ms` and `cpu_ms`
+    (medians by the clock, and of processor time over all threads), and `times`, the samples themselves in ms, round by
+    round: beyond `KEPT` every second, third... round.
     """
-    patience_s = max(budget_s, patience_s or 0)
-    samples: dict[str, list[float]] = {}
+    patience_s = PATIENCE * budget_s if patience_s is None else max(budget_s, patience_s)
+    samples: dict[str, list[Sample]] = {}
     inner: dict[str, int] = {}
     for name, call in calls.items():
         first = _timed(call, 1)
-        if first * min_rounds > patience_s:
+        if first.wall * min_rounds > patience_s:
             samples[name] = [first]
         else:
             samples[name] = []
-            again = _timed(call, 1) if first * min_rounds <= budget_s else first
-            inner[name] = max(1, math.ceil(SHORTEST_SAMPLE_S / max(again, 1e-7)))
+            again = _timed(call, 1) if first.wall * min_rounds <= budget_s else first
+            inner[name] = max(1, math.ceil(SHORTEST_SAMPLE_S / max(again.wall, 1e-7)))
     started = time.perf_counter()
     for done in range(max_rounds if inner else 0):
         spent = time.perf_counter() - started
-        if done >= min_rounds and spent > budget_s and (spent > patience_s or _steady(samples[name] for name in inner)):
+        if done >= min_rounds and spent > budget_s and (spent > patience_s or _known(samples[name] for name in inner)):
             break
         for name, count in inner.items():
             samples[name].append(_timed(calls[name], count))
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _steady(samples: Iterable[list[float]]) -> bool:
-    return all(_summary(values)["spread"] <= NOISY for values in samples)
+def is_noisy(record: Mapping[str, Any]) -> bool:
+    """Whether a record's time is too unsure for a statement; one of an older version tells by its spread."""
+    if record.get("unsure") is not None:
+        return bool(record["unsure"] > UNSURE)
+    return bool(record.get("spread", 0) > NOISY)
 
 
-def _timed(call: Call, count: int) -> float:
+def _known(samples: Iterable[list[Sample]]) -> bool:
+    return not any(is_noisy(_summary(values)) for values in samples)
+
+
+def _timed(call: Call, count: int) -> Sample:
+    before, cpu = scheduling.waits(), time.process_time()
     started = time.perf_counter()
     for _ in range(count):
         call()
-    return (time.perf_counter() - started) / count
+    wall = time.perf_counter() - started
+    cpu = time.process_time() - cpu
+    waited = scheduling.longest_wait(before, scheduling.waits())
+    return Sample(wall / count, cpu / count, min(waited, wall) / count)
 
 
-def _summary(seconds: list[float]) -> dict[str, Any]:
-    median = statistics.median(seconds)
-    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median, median, median]
+def _summary(samples: list[Sample]) -> dict[str, Any]:
+    calm = [sample.seconds for sample in samples if not sample.disturbed]
+    used = calm if len(calm) >= ENOUGH else [sample.seconds for sample in samples]
+    median = statistics.median(used)
+    low, _, high = statistics.quantiles(used, n=4) if len(used) > 1 else [median, median, median]
+    low = max(low, min(used))  # three samples have no quartile: it would lie outside of them
+    spread = (high - low) / median
+    taken_off = 0.0 if used is calm else statistics.median(1 - sample.seconds / sample.wall for sample in samples)
+    # The normal approximation for a median; fewer than three samples say nothing of their own spread.
+    unsure = (1.8 * spread / math.sqrt(len(used)) if len(used) >= ENOUGH else 0.1) + DOUBT * taken_off
     return {
-        "ms": _rounded(median * 1e3),
-        "spread": _rounded((quartiles[2] - quartiles[0]) / median),
-        "samples": len(seconds),
-        "times": [_rounded(value * 1e3) for value in seconds[:: math.ceil(len(seconds) / KEPT)]],
+        "ms": _rounded((low if used is calm else median) * 1e3),
+        "spread": _rounded(spread),
+        "unsure": _rounded(unsure),
+        "samples": len(samples),
+        "wall_ms": _rounded(statistics.median(sample.wall for sample in samples) * 1e3),
+        "cpu_ms": _rounded(statistics.median(sample.cpu for sample in samples) * 1e3),
+        "times": [_rounded(sample.seconds * 1e3) for sample in samples[:: math.ceil(len(samples) / KEPT)]],
     }
 
 
@@ -95,8 +149,9 @@ def noise() -> float:
     samples = []
     started = time.perf_counter()
     while time.perf_counter() - started < 0.2:
-        samples.append(_timed(lambda: sum(range(20_000)), 1))
-    return float(_summary(samples)["spread"])
+        samples.append(_timed(lambda: sum(range(20_000)), 1).wall)
+    low, median, high = statistics.quantiles(samples, n=4)
+    return _rounded((high - low) / median)
 
 
 class PeakMemory:

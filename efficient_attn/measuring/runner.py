@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
@@ -30,6 +30,8 @@ from . import records
 from .records import Record
 
 Measure = Callable[[Mapping[str, Any]], dict[str, Any]]
+# Of several configurations at once: the metrics of each in their order, or the error that it ended with.
+MeasureTogether = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any] | BaseException]]
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,48 @@ def run_cell(
     `lookup` runs in the worker, where it returns the function that measures the suite (JSON values in and out); it must
     be picklable. Ctrl-C stops the worker and leaves no record, so that a resumed run measures the cell again.
     """
+    return _recorded([cell], out, limits, code, lookup, together=False)[0]
+
+
+def run_together(
+    cells: Sequence[Cell],
+    out: records.ResultFile,
+    limits: Limits,
+    code: str,
+    lookup: Callable[[str], MeasureTogether],
+) -> list[Record]:
+    """Measure cells of one suite in one worker, in one alternation, and append a record of each to `out`.
+
+    `lookup` gives the function that takes all configurations. What one of them raises is its own record; what ends the
+    worker is the record of all. `seconds` of a record are its share of the worker's.
+    """
+    return _recorded(cells, out, limits, code, lookup, together=True)
+
+
+def _recorded(
+    cells: Sequence[Cell],
+    out: records.ResultFile,
+    limits: Limits,
+    code: str,
+    lookup: Callable[[str], Any],
+    *,
+    together: bool,
+) -> list[Record]:
     started = time.perf_counter()
     load = round(os.getloadavg()[0], 2)
-    result = _run_worker(cell, limits, lookup)
-    record: Record = {
-        "type": "cell",
-        "id": records.cell_id(cell.suite, cell.config, code),
-        "suite": cell.suite,
-        "config": dict(cell.config),
+    results = _run_worker(cells, limits, lookup, together)
+    about = {
         "code": code,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round((time.perf_counter() - started) / len(cells), 3),
         "load": load,
         "clock_mhz": records.clock_mhz(),
-        **result,
     }
-    out.append(record)
-    return record
+    found = []
+    for cell, result in zip(cells, results, strict=True):
+        name = {"type": "cell", "id": records.cell_id(cell.suite, cell.config, code), "suite": cell.suite}
+        found.append({**name, "config": dict(cell.config), **about, **result})
+        out.append(found[-1])
+    return found
 
 
 @cache
@@ -103,30 +131,39 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _run_worker(cell: Cell, limits: Limits, lookup: Callable[[str], Measure]) -> Record:
+def _run_worker(
+    cells: Sequence[Cell], limits: Limits, lookup: Callable[[str], Any], together: bool
+) -> Sequence[Record]:
     context = _fork_server()
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
         # Not a daemon, which may have no children: a cell that compiles may start some. _follow ends an abandoned one.
-        work = (sender, cell, limits.memory_bytes, log.name, lookup)
+        work = (sender, cells, limits.memory_bytes, log.name, lookup, together)
         process = context.Process(target=_work, args=work, daemon=False)
         process.start()
         sender.close()
         try:
             if not receiver.poll(limits.seconds):
-                return {"status": "timeout", "message": f"stopped after {limits.seconds:g} s"}
-            result: Record = receiver.recv()
-            return result
+                return [{"status": "timeout", "message": f"stopped after {limits.seconds:.4g} s"}] * len(cells)
+            results: list[Record] = receiver.recv()
+            return results
         except EOFError:
             process.join()
-            return _crash(process.exitcode, log.read().decode(errors="replace"))
+            return [_crash(process.exitcode, log.read().decode(errors="replace"))] * len(cells)
         finally:
             _stop(process)
             receiver.close()
 
 
-def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str, lookup: Callable[[str], Measure]) -> None:
-    """The worker: limits first, then the measurement, then one message."""
+def _work(
+    sender: Connection,
+    cells: Sequence[Cell],
+    memory_bytes: int | None,
+    log: str,
+    lookup: Callable[[str], Any],
+    together: bool,
+) -> None:
+    """The worker: limits first, then the measurement, then one message: a result for each cell."""
     os.setsid()
     threading.Thread(target=_follow, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a cell ends
@@ -139,12 +176,14 @@ def _work(sender: Connection, cell: Cell, memory_bytes: int | None, log: str, lo
         if memory_bytes is not None and os.path.exists("/proc/self/statm"):
             limit = _address_space() + memory_bytes
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        torch.set_num_threads(cell.config["threads"])
-        torch.manual_seed(cell.config.get("seed", 0))
-        result: Record = {"status": "ok", **lookup(cell.suite)(cell.config)}
+        torch.set_num_threads(cells[0].config["threads"])
+        torch.manual_seed(cells[0].config.get("seed", 0))
+        measure, configs = lookup(cells[0].suite), [cell.config for cell in cells]
+        found = measure(configs) if together else [measure(configs[0])]
+        results = [_failure(one) if isinstance(one, BaseException) else {"status": "ok", **one} for one in found]
     except BaseException as error:
-        result = _failure(error)
-    sender.send(result)
+        results = [_failure(error)] * len(cells)
+    sender.send(results)
 
 
 def _follow() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import signal
+import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,11 +18,10 @@ try:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
+    from rich.progress import Progress as RichProgress
     from rich.table import Table
     from rich.text import Text
 except ModuleNotFoundError as error:
@@ -29,6 +30,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 MIB, GIB = 2**20, 2**30
+LINE_EVERY_S = 5.0  # of a run that no terminal watches
 
 
 def console(*, stderr: bool = False, width: int = 140, quiet: bool = False) -> Console:
@@ -70,10 +72,78 @@ def as_text(renderable: Any, width: int = 118) -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def progress(out: Console, *, transient: bool = False) -> Progress:
-    """A bar with what is done, the time so far and the time left, and the name of what runs now."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.description}", markup=False), console=out, transient=transient)
+class Progress:
+    """How far a command is: a bar on a terminal, elsewhere a line every few seconds, so that no wait is unexplained.
+
+    Args:
+        out: where to.
+        unit: what is counted.
+        transient: whether the bar goes away at the end.
+    """
+
+    def __init__(self, out: Console, unit: str = "cells", *, transient: bool = False) -> None:
+        self._out, self._unit = out, unit
+        self._name, self._done, self._total, self._left = "", 0.0, 0.0, None
+        self._bar: RichProgress | None = None
+        if out.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+            name = TextColumn("{task.description}", markup=False)
+            self._bar = RichProgress(*columns, name, console=out, transient=transient)
+            self._task = self._bar.add_task("", total=None, left="")
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
+        self._ticker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._ticker.ident is not None:  # a command may end before it began
+            self._ticker.join()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, name: str, done: float, total: float, left_s: float | None = None) -> None:
+        """Say what runs now, and how much of all is done; `left_s` is better known than by what is done so far."""
+        until = None if left_s is None else time.monotonic() + left_s
+        self._name, self._done, self._total, self._left = name, done, total, until
+        self._refresh()
+
+    def left(self) -> str:
+        """What is left, in words; empty as long as nothing tells."""
+        now = time.monotonic()
+        if self._left is not None:
+            seconds = max(self._left - now, 0.0)
+        elif self._done and self._total:
+            seconds = (now - self._started) * (self._total - self._done) / self._done
+        else:
+            return ""
+        return f"about {duration(seconds)} left"
+
+    def _tick(self) -> None:
+        while not self._ended.wait(1.0 if self._bar is not None else LINE_EVERY_S):
+            if self._bar is not None:
+                self._refresh()
+                continue
+            parts = [f"{self._done:.0f} of {self._total:.0f} {self._unit}" if self._total else ""]
+            parts += [duration(time.monotonic() - self._started), self.left(), self._name]
+            self._out.print("  " + ", ".join(filter(None, parts)), soft_wrap=True)
+            self._out.file.flush()
+
+    def _refresh(self) -> None:
+        if self._bar is not None:
+            total = self._total or None
+            self._bar.update(self._task, description=self._name, completed=self._done, total=total, left=self.left())
+
+
+def duration(seconds: float) -> str:
+    """45 -> "45 s", 150 -> "2 min 30 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 @contextlib.contextmanager
@@ -101,8 +171,9 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def interrupted(interrupt: KeyboardInterrupt, out: Console, folder: object) -> int:
-    """Say how to go on after an interruption; returns 130 after Ctrl-C, 143 after SIGTERM."""
+def interrupted(interrupt: KeyboardInterrupt, out: Console, folder: object, kept: str = "") -> int:
+    """Say what is kept after an interruption and how to go on; returns 130 after Ctrl-C, 143 after SIGTERM."""
     code, by = (143, "SIGTERM") if interrupt.args else (130, "Ctrl-C")
-    note(out, "interrupted", f" by {by}; to go on, repeat the command with --out {folder} --resume")
+    kept = f"; {kept}" if kept else ""
+    note(out, "interrupted", f" by {by}{kept}; to go on, repeat the command with --out {folder} --resume")
     return code

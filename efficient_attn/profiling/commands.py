@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..measuring import records, runner
 from ..measuring.options import read_lengths
 from ..measuring.run_folder import choose_run_folder
-from ..measuring.terminal import console, interrupted, named_errors, progress, sigterm_raises
+from ..measuring.terminal import Progress, console, interrupted, named_errors, sigterm_raises
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
 from .profile import from_records
 from .recommendation import CANDIDATES, from_rows, recommend
@@ -85,7 +85,7 @@ def profile(
                 else:
                     found = profile_source(model or "", attention=attention or (), **common, report=report)
         except KeyboardInterrupt as interrupt:
-            code = interrupted(interrupt, err, folder)
+            code = interrupted(interrupt, err, folder, _kept(folder))
             rows = list(records.read(folder / "results.jsonl"))
             if not any(row.get("suite") in (OPERATOR, MODEL) for row in rows):
                 raise typer.Exit(code) from None
@@ -165,7 +165,7 @@ def recommend_command(
                 else:
                     found = _recommend_for(model, sizes[0], given, {**options, "out": folder, "report": report})
         except KeyboardInterrupt as interrupt:
-            raise typer.Exit(interrupted(interrupt, err, folder)) from None
+            raise typer.Exit(interrupted(interrupt, err, folder, _kept(folder))) from None
         _print(found, as_json)
         console(stderr=True).print(f"{found.plot(folder / 'recommend.png')}")
 
@@ -182,9 +182,14 @@ def _recommend_for(model: str, length: int, given: dict[str, Any], options: dict
 
 @contextlib.contextmanager
 def _progress(out: Console) -> Iterator[Report]:
-    with sigterm_raises(), progress(out, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+    with sigterm_raises(), Progress(out, transient=True) as bar:
+        yield bar.update
+
+
+def _kept(folder: Path) -> str:
+    path = folder / "results.jsonl"
+    cells = sum(record["type"] == "cell" for record in records.read(path)) if path.exists() else 0
+    return f"{cells} measured cells are kept in {path}"
 
 
 def _show(found: Any, png: Path, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from ..measuring.clock import NOISY
+from ..measuring.clock import UNSURE, is_noisy
 from ..measuring.terminal import MIB, make_table
 from .phases import PHASES
 from .results import Choice, Growth, Measurements
@@ -144,14 +144,14 @@ def _caption(profile: Measurements) -> str:
             f"GFLOP/s ({ceilings.kind}) or {ceilings.gbytes:.3g} GB/s (copy), {ceilings.threads} threads; beyond 100 % "
             "caches served what the memory ceiling counts. "
         )
-    text += f"~ spread above {NOISY:.0%}. "
+    text += f"~ unsure by more than {UNSURE:.0%}. "
     if any(row.get("fast_path") for rows in profile.series().values() for row in rows):
         text += "While it is looked into, torch.nn cannot take its fast path: shares are those of the other one."
     return text
 
 
 def _ms(row: Mapping[str, Any]) -> str:
-    return f"{row['ms']:.3g}" + ("~" if row["spread"] > NOISY else "")
+    return f"{row['ms']:.3g}" + ("~" if is_noisy(row) else "")
 
 
 def _slope(before: Mapping[str, Any] | None, row: Mapping[str, Any]) -> str:

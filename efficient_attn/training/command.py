@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..errors import CheckpointError, EfficientAttnError, InputError
 from ..measuring import terminal
-from ..measuring.terminal import note, progress
+from ..measuring.terminal import Progress, note
 from . import options, trainer
 from .options import TrainOptions
 from .task import Task
@@ -122,8 +122,7 @@ def run(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> int:
     try:
         made, train_options = resumed(task, given, chosen) if given["resume"] else fresh(task, given, chosen)
         console.print(f"{task.name}: {task.help} attention {made.attention}")
-        reporter = _Progress(console) if console.is_terminal else _Lines(console)
-        result = trainer.train(made, train_options, resume=given["resume"], reporter=reporter)
+        result = trainer.train(made, train_options, resume=given["resume"], reporter=_Reporter(console))
     except trainer.Interrupted as interrupt:
         by = "Ctrl-C" if interrupt.signum == signal.SIGINT else "SIGTERM"
         note(console, "interrupted", f" by {by} after step {interrupt.step}, which is saved; to go on:")
@@ -238,18 +237,22 @@ def _flag(name: str) -> str:
     return {"start": "from"}.get(name, name).replace("_", "-")
 
 
-class _Lines:
-    """Reports to a file or pipe: a line for each validation."""
+class _Reporter:
+    """Shows how far a run is, and a line for each validation."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.total = console, 0
+        self.bar = Progress(console, "steps")
 
     def begin(self, step: int, total: int, notes: list[str]) -> None:
         self.total = total
         for line in notes:
             self.console.print(f"  {line}")
+        self.bar.__enter__()
+        self.bar.update("", step, total)
 
-    def trained(self, record: dict[str, Any]) -> None: ...
+    def trained(self, record: dict[str, Any]) -> None:
+        self.bar.update(f"loss {record['loss']:.4f}", record["step"], self.total)
 
     def evaluated(self, record: dict[str, Any]) -> None:
         found = {name: value for name, value in record.items() if name not in ("type", "split", "step")}
@@ -257,26 +260,8 @@ class _Lines:
         self.console.print(f"  step {record['step']:>6} of {self.total}  {shown}")
         sys.stdout.flush()
 
-    def end(self) -> None: ...
-
-
-class _Progress(_Lines):
-    """Reports to a terminal: a bar with the time that is left, and validations above it."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self.bar = progress(console)
-
-    def begin(self, step: int, total: int, notes: list[str]) -> None:
-        super().begin(step, total, notes)
-        self.task = self.bar.add_task("", total=total, completed=step)
-        self.bar.start()
-
-    def trained(self, record: dict[str, Any]) -> None:
-        self.bar.update(self.task, completed=record["step"], description=f"loss {record['loss']:.4f}")
-
     def end(self) -> None:
-        self.bar.stop()
+        self.bar.__exit__()
 
 
 for _task in TASKS.values():

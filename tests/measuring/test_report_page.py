@@ -157,21 +157,66 @@ def page(browser, report):
     context.close()
 
 
+def opened(page):
+    """Everything measured, a click away."""
+    page.click("#everything > summary")
+    page.wait_for_selector("#suites table")
+    return page.locator("#suites figure")
+
+
+@pytest.mark.slow
+def test_it_begins_with_findings_the_front_and_the_curves(page):
+    assert 1 <= page.locator("#claims li").count() <= 5
+    assert page.locator("#front circle.point").count() == 4  # three methods and PyTorch's
+    assert page.locator("#curves figure").count() == 3 and page.locator("#multiples figure").count() == 2
+    assert not page.locator("#suites table").count()
+    assert "bigbird" in page.locator("#ranking").inner_text()
+
+
+@pytest.mark.slow
+def test_the_length_and_the_error_decide_the_advice(page):
+    """Of the made-up run `dense` is the fastest and `linear` the slowest, with errors of 0, 3 % and 6 %."""
+    assert page.locator("#length-number").input_value() == "2048"
+    assert page.locator("#advice h3").inner_text() == "dense"
+    page.fill("#length-number", "700")
+    page.press("#length-number", "Enter")
+    assert "at 700 tokens" in page.locator("#front-title").inner_text()
+    page.locator("#length").focus()
+    page.keyboard.press("Home")
+    assert "at 512 tokens" in page.locator("#front-title").inner_text()
+    assert "forward" in page.locator("#front-title").inner_text()
+    page.locator(".segmented button", has_text="training step").click()
+    assert "training step" in page.locator("#front-title").inner_text()
+    page.locator(".segmented button", has_text="exact").click()
+    assert page.locator(".rank.beyond").count() == 2
+    code = page.locator("#advice code").inner_text()
+    assert code == 'efficient_attn.replace_attention(model, attention="dense")'
+
+
+@pytest.mark.slow
+def test_groups_show_their_curves(page):
+    assert page.locator("#curves figure").first.locator("polyline.line").count() == 3
+    page.locator(".chip", has_text="global").click()
+    assert page.locator("#curves figure").first.locator("polyline.line").count() == 1
+
+
 @pytest.mark.slow
 def test_it_draws_charts_and_tables(page):
-    assert page.locator("figure").count() >= 6
+    opened(page)
+    assert page.locator("#suites figure").count() >= 6
     assert page.locator("table[data-suite=ops] tbody tr").count() == 19
     assert page.locator("table[data-suite=sparsity] tbody tr").count() == 2
-    first = page.locator("figure").first
+    first = page.locator("#suites figure").first
     assert first.locator("circle.point").count() == 9 and first.locator("polyline.reference").count() == 1
     assert page.locator("#count").inner_text() == "21 of 22 rows"
 
 
 @pytest.mark.slow
 def test_filters_show_their_rows_only(page):
+    opened(page)
     page.select_option("#filter-series", "bigbird")
     assert page.locator("#count").inner_text() == "6 of 22 rows"
-    assert page.locator("figure").first.locator("circle.point").count() == 3
+    assert page.locator("#suites figure").first.locator("circle.point").count() == 3
     page.select_option("#filter-mode", "fwd")
     assert page.locator("table[data-suite=ops] tbody tr").count() == 3
     assert page.locator("section[data-suite=sparsity]").count() == 0
@@ -187,17 +232,18 @@ def test_filters_show_their_rows_only(page):
 
 @pytest.mark.slow
 def test_hover_legend_scales_and_sorting(page):
-    figure = page.locator("figure").first
+    opened(page)
+    figure = page.locator("#suites figure").first
     figure.locator("circle.point").first.hover()
     tip = page.locator("#tip")
     assert tip.is_visible() and "dense, 512, fwd" in tip.inner_text() and "ms: 1" in tip.inner_text()
     before = figure.locator("circle.point").last.get_attribute("cy")
     figure.locator("button[data-axis=y]").click()
-    assert page.locator("figure").first.locator("button[data-axis=y]").get_attribute("aria-pressed") == "false"
-    points = page.locator("figure").first.locator("circle.point")
+    assert page.locator("#suites figure").first.locator("button[data-axis=y]").get_attribute("aria-pressed") == "false"
+    points = page.locator("#suites figure").first.locator("circle.point")
     assert {points.last.get_attribute("cy"), points.nth(1).get_attribute("cy")} != {before}
-    page.locator("figure").first.locator(".legend button", has_text="linear").click()
-    assert page.locator("figure").first.locator("circle.point").count() == 6
+    page.locator("#suites figure").first.locator(".legend button", has_text="linear").click()
+    assert page.locator("#suites figure").first.locator("circle.point").count() == 6
     head = page.locator("table[data-suite=ops] th", has_text="ms").first
     head.click()
     page.locator("table[data-suite=ops] th", has_text="ms").first.click()
@@ -215,7 +261,7 @@ def test_a_claim_leads_to_its_rows(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("width", [360, 768, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_is_readable_in_the_dark(browser, width, scheme, tmp_path):
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -223,6 +269,8 @@ def test_it_fits_a_phone_and_is_readable_in_the_dark(browser, width, scheme, tmp
     html_report.write(a_run(LONG), tmp_path / "long.html", ["runs/with-a-long-name/results.jsonl"])
     page.goto((tmp_path / "long.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing but tables scrolls sideways
+    opened(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert Path(tmp_path / "page.png").stat().st_size > 10_000
     contrast = """(selector) => {

@@ -156,7 +156,7 @@ def read_options(
     backend: str = "auto",
     peer_names: tuple[str, ...] = (),
 ) -> suites.Options:
-    """What the command line asks of suites; raises `typer.BadParameter` for anything wrong before any of them starts."""
+    """What the command line asks of suites; raises `typer.BadParameter` for anything wrong before any starts."""
     for name in dtype.split(","):
         _one_of("--dtype", name, DTYPES)
     _one_of("--backend", backend, ("auto", *BACKENDS))
@@ -329,7 +329,8 @@ def _show(found: Sequence[records.Record], png: Path, *, overview: bool = False,
     noisy = sum(row["noisy"] for row in rows)
     if noisy:
         note(out, f"{noisy} of {len(rows)} times are noisy", f": unsure by more than {clock.UNSURE:.0%}")
-    if figures.overview(rows, png, about):
+    environment = next((record for record in reversed(found) if record["type"] == "environment"), {})
+    if figures.story(rows, png, environment) if table is not None else figures.overview(rows, png, about):
         out.print(f"picture  {png}", soft_wrap=True)
     if page is not None:
         html_report.write(found, page, [str(page.with_name("results.jsonl"))], pictures=False)

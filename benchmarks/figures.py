@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efficient_attn.measuring import charts
+from efficient_attn.measuring.records import Record
+
 from . import view
 from .suites import Chart, Suite
+from .summary import Summary, group
 from .view import Row
 
 if TYPE_CHECKING:
@@ -41,14 +45,13 @@ def panels(suite: Suite, rows: Sequence[Row]) -> list[Panel]:
 
 def save(panel: Panel, stem: Path) -> list[Path]:
     """Draws a panel into `stem.png` and `stem.svg`."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure = charts.figure(7.2, 4.6)
+    axis = figure.subplots()
     draw(axis, panel, list(dict.fromkeys(row["series"] for row in panel.rows)))
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     written = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "svg")]
     for path in written:
-        figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+        charts.saved(figure, path, dpi=130)
     return written
 
 
@@ -64,8 +67,7 @@ def overview(rows: Sequence[Row], path: Path, subtitle: str = "") -> bool:
             lines.append({name: chosen})
     if not lines:
         return False
-    pyplot = _pyplot()
-    figure = pyplot.figure(figsize=(5.2 * ACROSS, 4.0 * len(lines)), layout="constrained")
+    figure = charts.figure(5.2 * ACROSS, 4.0 * len(lines))
     for part, line in zip(figure.subfigures(len(lines), 1, squeeze=False).flat, lines, strict=True):
         widths = [len(chosen) for chosen in line.values()]
         room = ACROSS - sum(widths)
@@ -73,8 +75,70 @@ def overview(rows: Sequence[Row], path: Path, subtitle: str = "") -> bool:
         for strip, (name, chosen) in zip(parts.flat, line.items(), strict=False):
             _draw_strip(strip, chosen, list(dict.fromkeys(row["series"] for row in view.done(rows, name))))
     figure.suptitle(subtitle or None, fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    charts.saved(figure, path)
+    return True
+
+
+GROUP_COLOURS = {
+    "exact": "#3c4652", "windows": "#1769c2", "global": "#0c857c", "content": "#c2570a", "image": "#8a6d0b",
+    "low-rank": "#7a45b8", "hybrid": "#c2257a", "other": "#667078",
+}  # fmt: skip
+
+
+def story(rows: Sequence[Row], path: Path, environment: Record) -> bool:
+    """The picture of an overview: time of a head against length, up to a million tokens where the run has them, beside
+    speed against error at the longest length. Returns False, and writes nothing, where there is nothing to show."""
+    summary = Summary(rows)
+    lengths = summary.lengths("fwd")
+    if not lengths:
+        return False
+    figure = charts.figure(12.5, 5.0)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    last = summary.at("fwd", lengths[-1])
+    heads = last[0]["heads"]
+    million = [row for row in summary.rows if row["suite"] == "million" and row["mode"] == "fwd"]
+    ends: list[tuple[str, float, float, str]] = []
+    for method in summary.methods:
+        line = [row for n in lengths for row in summary.at("fwd", n) if row["method"] == method]
+        if not line:
+            continue
+        colour, name = GROUP_COLOURS[group(method)], summary.names[method]
+        x, y = [row["seqlen"] for row in line], [row["ms"] / heads for row in line]
+        left.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.5)
+        sure = [row.get("unsure") or 0.0 for row in line]
+        low, high = ([ms * (1 + u) ** sign for ms, u in zip(y, sure, strict=True)] for sign in (-1, 1))
+        left.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends.append((name, x[-1], y[-1], colour))
+    charts.end_names(left, ends)
+    sdpa = [(n, summary.at("fwd", n)[0]["sdpa_ms"] / heads) for n in lengths]
+    left.plot(*zip(*sdpa, strict=True), color="k", linestyle="--", linewidth=1.6)
+    if million:
+        end = max(row["seqlen"] for row in million)
+        beyond = [(n, sdpa[-1][1] * (n / sdpa[-1][0]) ** 2) for n in (sdpa[-1][0], end)]
+        left.plot(*zip(*beyond, strict=True), color="k", linestyle=":", linewidth=1.4)
+        minutes = beyond[-1][1] / 6e4
+        left.annotate(f"torch SDPA: {minutes:.0f} minutes, predicted", beyond[-1], (-6, 2), textcoords="offset points",
+                      ha="right", fontsize=9)  # fmt: skip
+        for number, row in enumerate(sorted(million, key=lambda row: row["ms"])):
+            colour = GROUP_COLOURS[group(row["method"])]
+            left.scatter(row["seqlen"], row["ms"], color=colour, s=60, zorder=3)
+            name = row["method"].partition(":")[0]
+            text = f"{name}:\n{charts.length_name(row['seqlen'])} tokens in {row['ms'] / 1e3:.2g} s"
+            below = {"va": "bottom" if number else "top", "ha": "right", "fontsize": 10, "weight": "bold"}
+            at = row["seqlen"], row["ms"]
+            left.annotate(text, at, (4, 9 if number else -9), textcoords="offset points", color=colour, **below)
+    ticks = sorted({*lengths, *(row["seqlen"] for row in million)})
+    charts.log_scale(left.yaxis, [min(row["ms"] for row in last), 1e9], own=False)
+    charts.log_scale(left.xaxis, ticks, own=True)
+    left.yaxis.set_major_formatter(charts.duration)
+    left.set(title=f"Time of a head, forward, {last[0]['threads']} threads", xlabel="sequence length")
+    charts.plain(left)
+    points = [(summary.names[r["method"]].replace("sliding_", ""), r["speedup_sdpa"], r["error"], GROUP_COLOURS[group(r["method"])], False)
+              for r in last]  # fmt: skip
+    charts.front(right, [*points, ("torch SDPA", 1.0, 0.0, "k", False)], left_is_better=False)
+    title = f"Speed against error at {charts.length_name(lengths[-1])} tokens, forward"
+    right.set(title=title, xlabel="times the speed of torch SDPA")
+    charts.saved(figure, path, environment)
     return True
 
 
@@ -112,23 +176,8 @@ def draw(axis: Axes, panel: Panel, labels: Sequence[str]) -> None:
     axis.set(xlabel=chart.x_label, ylabel=chart.y_label)
     for side, key, logarithmic in ((axis.xaxis, chart.x, chart.log_x), (axis.yaxis, chart.y, chart.log_y)):
         if logarithmic:
-            _log_scale(side, sorted({row[key] for row in panel.rows}), own=key == chart.x)
-    axis.grid(True, which="major", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _log_scale(side: Any, values: Sequence[float], *, own: bool) -> None:
-    """Logarithmic, with ticks that do not run into each other: at a few lengths themselves, else at 1, 2, 5, 10..."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    side.axes.set(**{f"{side.axis_name}scale": "log"})
-    if own and len(values) <= 7 and all(isinstance(value, int) for value in values):
-        kept = [value for number, value in enumerate(values) if number == 0 or value / values[number - 1] > 1.3]
-        side.set_ticks(kept, [f"{v // 1024}k" if v >= 1024 and v % 1024 == 0 else str(v) for v in kept])
-    else:
-        side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if values[-1] < 100 * values[0] else (1.0,)))
-        side.set_major_formatter("{x:g}")
-    side.set_minor_locator(NullLocator())
+            charts.log_scale(side, sorted({row[key] for row in panel.rows}), own=key == chart.x)
+    charts.plain(axis)
 
 
 def reference(rows: Sequence[Row], x: str, key: str) -> list[tuple[Any, float]]:
@@ -138,12 +187,3 @@ def reference(rows: Sequence[Row], x: str, key: str) -> list[tuple[Any, float]]:
         if row.get(key) is not None:
             at.setdefault(row[x], []).append(row[key])
     return sorted((place, statistics.median(values)) for place, values in at.items())
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -100,7 +100,11 @@ def _story(rows: Sequence[view.Row]) -> dict[str, Any] | None:
     return {
         "rows": [row["id"] for row in summary.ops.values()],
         "methods": {
-            row["method"]: {"name": summary.names[row["method"]], "group": group(row["method"]), "series": row["series"]}
+            row["method"]: {
+                "name": summary.names[row["method"]],
+                "group": group(row["method"]),
+                "series": row["series"],
+            }
             for row in summary.ops.values()
         },
         "sentences": [{"text": claim.text, "rows": claim.rows} for claim in summary.sentences()],

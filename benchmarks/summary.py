@@ -1,7 +1,7 @@
 """A run in a table of one line a method and at most five sentences: what is gained at which length, and what is lost.
 
-Everything is computed from the rows of `ops` (and of `fidelity`, `vit` and `million` where a run has them); a figure that
-a busy machine left unsure is marked `~`, and no sentence is made of it.
+Everything is computed from the rows of `ops` (and of `fidelity`, `vit` and `million` where a run has them); a figure
+that a busy machine left unsure is marked `~`, and no sentence is made of it.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class Summary:
             cells += [found.get(_family(method), "") for found in outside.values() if found]
             lines.append((cells, False))
         note = (
-            "Speed as a multiple of torch's scaled_dot_product_attention in the same alternation, forward and training step "
-            "(forward and backward) at each length. MiB: peak memory of a forward above its inputs. error: relative to "
-            "exact attention, on photograph patches. "
+            "Speed as a multiple of torch's scaled_dot_product_attention in the same alternation, forward and training "
+            "step (forward and backward) at each length. MiB: peak memory of a forward above its inputs. error: "
+            "relative to exact attention, on photograph patches. "
         )
         if outside["trained"]:
             note += "error, trained: on activations of a trained model, a quarter of all scores. "
@@ -96,7 +96,8 @@ class Summary:
             note += f"digits: test accuracy of a vision transformer after {self._steps()} steps. "
         note += f"~ unsure by more than {clock.UNSURE:.0%}."
         first = next(iter(self.ops.values()))
-        title = f"Speed against torch SDPA ({first['dtype']}, {view.shape({k: first[k] for k in ('batch', 'heads', 'head_dim')})})"
+        shape = view.shape({key: first.get(key) for key in ("batch", "heads", "head_dim")})
+        title = f"Speed against torch SDPA ({first['dtype']}, {shape}, {first['threads']} threads)"
         return Table(title, columns, [("", lines)], note)
 
     def _sdpa_line(self, forward: Sequence[int], training: Sequence[int], outside: Mapping[str, Any]) -> list[str]:
@@ -123,7 +124,7 @@ class Summary:
 
     def sentences(self) -> list[Claim]:
         """At most five, the gain first and the losses as openly."""
-        found = [self._exact(), self._gain(), self._loss(), self._short(), self._learned(), self._million()]
+        found = [self._exact(), self._gain(), self._loss(), self._short(), self._learned(), self.million()]
         return [claim for claim in found if claim is not None][:5]
 
     def _exact(self) -> Claim | None:
@@ -155,9 +156,9 @@ class Summary:
             if not sure:
                 parts.append(f"{_where_of(mode, n)} " + ("it is too noisy to tell" if near else "none is"))
                 continue
-            best = max(sure, key=_gained)
-            what = f"{self.names[best['method']]} is {_times(_gained(best))} as fast as the best exact attention"
-            if _gained(best) <= 1 + EVEN:
+            best = max(sure, key=gained)
+            what = f"{self.names[best['method']]} is {_times(gained(best))} as fast as the best exact attention"
+            if gained(best) <= 1 + EVEN:
                 what = "none is faster than the best exact attention"
             parts.append(f"{_where_of(mode, n)} {what} (error {best['error']:.0%})")
             ids.append(best["id"])
@@ -174,10 +175,10 @@ class Summary:
         sure = [row for row in rows if not _unsure(row)]
         if not sure:
             return None
-        fastest = max(sure, key=_gained)
+        fastest = max(sure, key=gained)
         far = sorted((row for row in rows if row["error"] > CLOSE), key=lambda row: -row["error"])
         text = (
-            f"The fastest, {self.names[fastest['method']]} ({_times(_gained(fastest))}), errs by {fastest['error']:.0%}"
+            f"The fastest, {self.names[fastest['method']]} ({_times(gained(fastest))}), errs by {fastest['error']:.0%}"
         )
         if far:
             named = ", ".join(f"{self.names[row['method']]} {row['error']:.0%}" for row in far[:4])
@@ -193,16 +194,14 @@ class Summary:
             near = [row for row in self._approximate("fwd", n) if row["error"] <= CLOSE]
             if not near or any(_unsure(row) for row in near):
                 continue
-            best = max(near, key=_gained)
-            if _gained(best) > 1 + EVEN:
+            best = max(near, key=gained)
+            if gained(best) > 1 + EVEN:
                 if not loses:
                     return None
                 text = (
                     f"At {_size(loses[-1]['seqlen'])} tokens and below, nothing within {CLOSE:.0%} is faster than exact"
                 )
-                text += (
-                    f" attention (the best, {self.names[loses[-1]['method']]}, runs at {_times(_gained(loses[-1]))})"
-                )
+                text += f" attention (the best, {self.names[loses[-1]['method']]}, runs at {_times(gained(loses[-1]))})"
                 return Claim(f"{text}; from {_size(n)} on {self.names[best['method']]} is.", (best["id"],))
             loses.append(best)
         return None
@@ -214,10 +213,11 @@ class Summary:
             return None
         best, worst = (pick(rows.values(), key=lambda row: row["accuracy"]) for pick in (max, min))
         text = f"Trained on digits for {dense['steps']} steps, exact attention classifies {dense['accuracy']:.1%}, "
-        text += f"{_name(best)} {best['accuracy']:.1%} (the best other) and {_name(worst)} {worst['accuracy']:.1%} (the worst)"
-        return Claim(text + ", one seed.", (dense["id"], best["id"], worst["id"]))
+        text += f"{_name(best)} {best['accuracy']:.1%} (the best other)"
+        text += f" and {_name(worst)} {worst['accuracy']:.1%} (the worst), one seed."
+        return Claim(text, (dense["id"], best["id"], worst["id"]))
 
-    def _million(self) -> Claim | None:
+    def million(self) -> Claim | None:
         rows = [row for row in self.rows if row["suite"] == "million" and not clock.is_noisy(row)]
         claims = suites.get("million").claims(rows) if rows else ()
         return next(iter(claims), None)
@@ -226,7 +226,7 @@ class Summary:
         return [row for row in self.at(mode, n) if row["method"] not in ("dense", "causal")]
 
 
-def _gained(row: Row) -> float:
+def gained(row: Row) -> float:
     """The speed of a row as a multiple of the best exact attention, ours or PyTorch's, of the same alternation."""
     return float(min(row["sdpa_ms"], row["dense_ms"]) / row["ms"])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from efficient_attn.benchmarks import figures, report, view
+from efficient_attn.benchmarks.summary import Summary
 from efficient_attn.measuring import records
 from efficient_attn.methods import methods_table
 
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 METHODS = ROOT / "docs" / "methods.md"
 PICTURE = ROOT / "docs" / "benchmark.png"
-SHOWN = ("dense", "sliding_window", "bigbird", "linformer", "nystrom", "performer", "linear")
 ATTENTION = "softmax(QK^T)V"
 
 
@@ -69,33 +69,32 @@ def is_clean(record: records.Record) -> bool:
     return not record["code"].endswith("-dirty")
 
 
-def in_picture(cell: records.Record) -> bool:
-    """There is room for one method of a kind, forward; the page of the run has everything."""
-    config = cell["config"]
-    method = config.get("method", "")
-    shown = method.partition(":")[0] in SHOWN and "+" not in method
-    return shown and cell["suite"] == "ops" and config["mode"] == "fwd"
-
-
-def in_table(cell: records.Record) -> bool:
-    """README prints one table: the operator on 2048 tokens."""
-    return cell["config"]["seqlen"] == 2048
-
-
 def with_figures(text: str, results: Path) -> str:
     """README's text with the table of a run, drawing the picture on the way; cells of changed sources are left out."""
     found = [record for record in records.read(results) if is_clean(record)]
-    cells = [cell for cell in view.latest(found) if in_picture(cell)]
+    rows = view.rows(view.latest(found))
     environment = next(record for record in reversed(found) if record["type"] == "environment")
-    about = records.describe(environment)
-    figures.overview(view.rows(cells), PICTURE, about)
+    summary = Summary(rows)
+    table = summary.table()
+    if table is None:
+        raise ValueError(f"{results} has no clean cell of the suite ops; make one with efficient-attn bench")
+    figures.story(rows, PICTURE, environment)
     printed = io.StringIO()
     console = Console(file=printed, width=118, color_system=None)
-    console.print(about)
-    report.print_report([cell for cell in cells if in_table(cell)], console)
+    console.print(records.describe(environment))
+    report.print_table(table, console)
     lines = [line.rstrip() for line in printed.getvalue().splitlines()]
     command = "$ efficient-attn " + " ".join(environment["argv"])
-    return replaced(text, "figures", "\n".join(["```", command, *lines, "```"]))
+    block = ["```", command, *lines, "```", "", *(f"* {claim.text}" for claim in summary.sentences())]
+    return replaced(replaced(text, "figures", "\n".join(block)), "lead", lead(summary))
+
+
+def lead(summary: Summary) -> str:
+    """README's first sentence: what no exact attention can do on this machine; without such a cell, another."""
+    claims = {claim.text for claim in summary.sentences()}
+    million = summary.million()
+    text = million.text if million else next(iter(claims))
+    return f"**{text}**\n\n![Time up to a million tokens, and speed against error](docs/benchmark.png)"
 
 
 def main(arguments: Sequence[str]) -> None:

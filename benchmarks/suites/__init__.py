@@ -203,7 +203,7 @@ def loaded() -> tuple[str, ...]:
 
 def beside(times: Mapping[str, Mapping[str, Any]], ours: str, peers: Sequence[str]) -> dict[str, Any]:
     """What a row says of calls that were timed in one alternation: the times of ours; of each peer its time, how unsure
-    that is, and our speed-up over it, 1 where it was not timed for it is the same call; and the samples of the first."""
+    that is, and our speed-up over it (1 for the same call, which is timed once); and the samples of the first."""
     mine, found = times[ours], {name: times.get(name, times[ours]) for name in peers}
     return {
         **mine,

@@ -49,7 +49,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     times = clock.interleaved(timed, config["budget_s"])
     result |= times["method"]
     if "dense" in times:
-        result |= {"dense_ms": times["dense"]["ms"], "dense_spread": times["dense"]["spread"]}
+        result |= {f"dense_{name}": times["dense"][name] for name in ("ms", "spread", "unsure")}
 
     result |= counts.count(timed["method"]).as_dict()
     trace = config.get("trace")

@@ -6,20 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedError
-from ..measuring.records import describe
+from ..measuring import charts
 from ..measuring.terminal import MIB
 from .phases import PHASES
 from .results import Choice, Measurements
 from .tables import size
 
-EXACT = 1e-4  # errors below are rounding: drawn at the bottom of the axis
 SHADES = dict(zip(PHASES, ("#c44e52", "#4c72b0", "#55a868", "#8172b2", "#b0b0b0"), strict=True))
 
 
 def profile_picture(profile: Measurements, path: Path) -> Path:
     """Time, memory, phases of the longest calls, and the roofline."""
-    figure = _figure(11.5, 8.2)
+    figure = charts.figure(11.5, 8.2)
     axes = figure.subplots(2, 2)
     series = profile.series()
     colours = {key: f"C{number}" for number, key in enumerate(series)}
@@ -47,9 +45,8 @@ def profile_picture(profile: Measurements, path: Path) -> Path:
     _phases(axes[1, 0], series)
     _roof(axes[1, 1], profile, series, colours)
     for axis in axes.flat:
-        axis.grid(True, which="major", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return _saved(figure, path, profile.environment)
+        charts.plain(axis)
+    return charts.saved(figure, path, profile.environment)
 
 
 def _lengths(axis: Any, lengths: Sequence[int]) -> None:
@@ -92,41 +89,16 @@ def _roof(axis: Any, profile: Measurements, series: Any, colours: Mapping[Any, s
 
 def recommendation_picture(found: Choice, path: Path) -> Path:
     """Error against time of every candidate, the front as a line, the budget and the pick marked."""
-    figure = _figure(7.5, 5)
+    figure = charts.figure(7.5, 5)
     axis = figure.subplots()
-    floor = min([c.error for c in found.candidates if c.error > EXACT] + [max(found.budget, EXACT)]) / 4
-    for candidate in found.candidates:
-        on_front, exact = candidate in found.front, candidate.error < floor
-        at = (candidate.relative, max(candidate.error, floor))
-        axis.scatter(*at, color="C0" if on_front else "0.6", s=60 if candidate is found.pick else 28)
-        name = candidate.method.partition(":")[0] + (f" ({candidate.error:.0e}, not to scale)" if exact else "")
-        style: dict[str, Any] = {"weight": "bold" if candidate is found.pick else "normal"}
-        style |= {"color": "k" if on_front else "0.45", "ha": "right" if candidate.relative > 0.4 else "left"}
-        offset = (-6 if candidate.relative > 0.4 else 6, 4)
-        axis.annotate(name, at, offset, textcoords="offset points", fontsize=8, **style)
-    front = sorted((c.relative, max(c.error, floor)) for c in found.front)
-    axis.plot(*zip(*front, strict=True), color="C0", linewidth=1, drawstyle="steps-post")
-    axis.axhline(found.budget, color="C3", linestyle="--", linewidth=1)
-    axis.set(
-        title=found.title, xlabel="time relative to dense", ylabel="error against dense", xscale="log", yscale="log"
+    charts.front(
+        axis,
+        [
+            (c.method.partition(":")[0], c.relative, c.error, "C0" if c in found.front else "0.6", c is found.pick)
+            for c in found.candidates
+        ],
+        left_is_better=True,
     )
-    axis.grid(True, alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    return _saved(figure, path, found.environment)
-
-
-def _saved(figure: Any, path: Path, environment: Mapping[str, Any]) -> Path:
-    if environment:
-        figure.suptitle(describe(environment), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure of its own, beside whatever pyplot holds."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(f"pictures need {error.name}; pip install 'efficient-attn[bench]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    axis.axhline(max(found.budget, charts.EXACT), color="C3", linestyle="--", linewidth=1)
+    axis.set(title=found.title, xlabel="time relative to dense")
+    return charts.saved(figure, path, found.environment)

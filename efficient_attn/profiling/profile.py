@@ -55,7 +55,8 @@ def from_records(found: Iterable[Mapping[str, Any]], kind: str | None = None) ->
         raise InputError("there are no rows of a profile here; make some with efficient-attn profile --out FOLDER")
     limit = (environment.get("limits") or {}).get("memory_bytes")
     last = ceilings[-1] if ceilings else None
-    top = None if last is None else Ceilings(**{field.name: last[field.name] for field in dataclasses.fields(Ceilings)})
+    names = [field.name for field in dataclasses.fields(Ceilings)]
+    top = None if last is None else Ceilings(**{name: last[name] for name in names if name in last})
     return Profile(rows, top, limit, environment, kind)
 
 

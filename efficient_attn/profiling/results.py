@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..measuring.clock import is_noisy
 from ..measuring.fit import Crossing, PowerLaw, crossing, fit_tail
 from .roofline import Ceilings, Roofline, roofline
 
@@ -27,6 +29,7 @@ class Growth:
             a model do not grow and are left out), fitted to the longer half of the lengths; None for fewer than two.
         memory_end: the longest length for which memory is predicted to suffice; None without a limit or a law.
         overtakes: where the series becomes faster than dense attention; None if it does not, or is dense itself.
+        noisy: "time" or "overtakes" or both: what the machine was too busy for; such a figure is None.
     """
 
     label: str
@@ -36,6 +39,7 @@ class Growth:
     memory: PowerLaw | None
     memory_end: float | None
     overtakes: Crossing | None
+    noisy: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,27 +77,46 @@ class Measurements:
         return [self._growth(label, mode, rows, series) for (label, mode), rows in series.items()]
 
     def _growth(self, label: str, mode: str, rows: Sequence[Record], series: Mapping[Any, list[Record]]) -> Growth:
-        lengths = [row["seqlen"] for row in rows]
-        time = fit_tail(lengths, [row["ms"] for row in rows])
+        sure = [row for row in rows if not is_noisy(row)]
+        time = fit_tail([row["seqlen"] for row in sure], [row["ms"] for row in sure])
         fixed = rows[-1].get("fixed_bytes", 0)
+        lengths = [row["seqlen"] for row in rows]
         memory = fit_tail(lengths, [row["input_bytes"] + max(row["peak_bytes"], 0) - fixed for row in rows])
         end = None
         if memory is not None and self.memory_bytes is not None:
             end = memory.length_for(max(self.memory_bytes - fixed, 1))
-        return Growth(label, mode, lengths[0], time, memory, end, self._overtakes(label, mode, rows, series))
+        overtakes, too_noisy = self._overtakes(label, mode, rows, series)
+        noisy = [name for name, is_so in (("time", time is None and len(rows) > 1), ("overtakes", too_noisy)) if is_so]
+        return Growth(label, mode, lengths[0], time, memory, end, overtakes, tuple(noisy))
 
     def _overtakes(
         self, label: str, mode: str, rows: Sequence[Record], series: Mapping[Any, list[Record]]
-    ) -> Crossing | None:
+    ) -> tuple[Crossing | None, bool]:
+        """Where a series becomes faster than dense attention, and whether noise is why that is not known."""
         if label == "dense":
-            return None
+            return None, False
         # A method has dense attention beside it, in alternation; a model has it as a series of its own.
-        dense = {row["seqlen"]: row["ms"] for row in series.get(("dense", mode), [])}
-        dense |= {row["seqlen"]: row["dense_ms"] for row in rows if "dense_ms" in row}
+        dense = {row["seqlen"]: (row["ms"], is_noisy(row), _unsure(row)) for row in series.get(("dense", mode), [])}
+        for row in rows:
+            if "dense_ms" in row:
+                beside = {"unsure": row.get("dense_unsure"), "spread": row.get("dense_spread", 0)}
+                dense[row["seqlen"]] = row["dense_ms"], is_noisy(beside), _unsure(beside)
         both = [row for row in rows if row["seqlen"] in dense]
-        return crossing(
-            [row["seqlen"] for row in both], [row["ms"] for row in both], [dense[row["seqlen"]] for row in both]
+        sure = [row for row in both if not is_noisy(row) and not dense[row["seqlen"]][1]]
+        lengths, ours = [row["seqlen"] for row in sure], [row["ms"] for row in sure]
+        found = crossing(lengths, ours, [dense[length][0] for length in lengths])
+        if found is None:
+            return None, len(sure) < min(2, len(both))
+        if found.measured:
+            return found, False
+        # Beyond the last length the two curves part by the difference of their exponents: it must exceed its doubt.
+        theirs = fit_tail(lengths, [dense[length][0] for length in lengths])
+        law = fit_tail(lengths, ours)
+        doubt = sum(_unsure(row) + dense[row["seqlen"]][2] for row in (sure[0], sure[-1])) / math.log(
+            lengths[-1] / lengths[0]
         )
+        supported = law is not None and theirs is not None and theirs.exponent - law.exponent > doubt
+        return (found, False) if supported else (None, True)
 
     def roofline(self, row: Mapping[str, Any]) -> Roofline | None:
         """A row under the machine's ceilings: all of a method's matrix operations, of a model those of attention over
@@ -156,6 +179,11 @@ class Choice:
     def to_json(self) -> str:
         """Everything, as a JSON object."""
         return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def _unsure(row: Mapping[str, Any]) -> float:
+    """The half-width of a time's interval; of a record of an older version its spread."""
+    return float(row.get("unsure") or row.get("spread") or 0.0)
 
 
 def _finite(value: Any) -> Any:

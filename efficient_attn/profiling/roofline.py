@@ -17,6 +17,7 @@ class Ceilings:
 
     kind: what was measured: "fma" (fused multiply-adds in registers), or "sgemm" without the native module.
     bfloat16_rate: products of bfloat16 for each one of float32: 2 where the kernels multiply them in pairs.
+    unsure: half-width of the 95 % interval of either, relative: on a busy machine.
     """
 
     gflops: float
@@ -24,6 +25,7 @@ class Ceilings:
     kind: str = "fma"
     threads: int = 1
     bfloat16_rate: float = 1.0
+    unsure: float = 0.0
 
     def flops_for(self, dtype: str) -> float:
         """The compute ceiling of a dtype. float16 is multiplied in float32; float64 has half as many lanes."""
@@ -38,7 +40,8 @@ class Roofline:
         intensity: operations for each byte.
         attained: 10^9 operations a second.
         limit: what the lower one of the two ceilings allows at this intensity, likewise.
-        bound: "compute" or "memory", which ceiling that is.
+        bound: "compute" or "memory", which ceiling that is; "cache" where the call is faster than memory allows, since
+            its bytes came from caches: then the limit is that of compute.
         share: attained / limit.
     """
 
@@ -55,9 +58,10 @@ def roofline(flops: float, moved: float, ms: float, ceilings: Ceilings, dtype: s
     intensity = flops / max(moved, 1)
     limit = min(peak, intensity * ceilings.gbytes)
     attained = flops / ms / 1e6
-    return Roofline(
-        intensity, attained, limit, "compute" if limit == peak else "memory", attained / limit if limit else 0.0
-    )
+    bound = "compute" if limit == peak else "memory" if attained <= limit else "cache"
+    if bound == "cache":
+        limit = peak
+    return Roofline(intensity, attained, limit, bound, attained / limit if limit else 0.0)
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:

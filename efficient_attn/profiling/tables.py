@@ -14,6 +14,7 @@ from ..measuring.terminal import MIB, make_table
 from .phases import PHASES
 from .results import Choice, Growth, Measurements
 
+TOO_NOISY = "too noisy to tell"
 FAR = 1024  # how many times the longest measured length a prediction is printed
 
 
@@ -55,13 +56,19 @@ def _measurements(profile: Measurements) -> Any:
 def _roof(profile: Measurements, row: Mapping[str, Any]) -> list[str]:
     found = profile.roofline(row)
     flops = f"{row['flops'] / 1e9:.3g}"
-    return [flops, *(["", "", ""] if found is None else [f"{found.attained:.3g}", f"{found.share:.0%}", found.bound])]
+    if found is None or profile.ceilings is None:
+        return [flops, "", "", ""]
+    # No call is faster than the machine: what seems so is as unsure as its time and the ceiling.
+    doubt = profile.ceilings.unsure + (row.get("unsure") or 0.0)
+    told = not is_noisy(row) and profile.ceilings.unsure <= UNSURE and found.share <= 1.05 + doubt
+    return [flops, f"{found.attained:.3g}", *([f"{min(found.share, 1.0):.0%}", found.bound] if told else ["noisy", ""])]
 
 
 def _growth(profile: Measurements) -> Any:
     table = make_table("Growth", ["", "mode", "time", "memory", "memory ends at N", "overtakes dense at N"], {0}, "")
     for found in profile.growth():
         law = [("" if x is None else str(x)) for x in (found.time, found.memory)]
+        law[0] = TOO_NOISY if "time" in found.noisy else law[0]
         table.add_row(found.label, found.mode, *law, _end(found), _overtakes(found))
     return table
 
@@ -75,6 +82,8 @@ def _end(found: Growth) -> str:
 
 
 def _overtakes(found: Growth) -> str:
+    if "overtakes" in found.noisy:
+        return TOO_NOISY
     if found.overtakes is None:
         return "" if found.label == "dense" else "-"
     if not found.overtakes.measured:
@@ -141,8 +150,8 @@ def _caption(profile: Measurements) -> str:
         what = "attention's operations over kernel time" if profile.kind == "model" else "matrix operations"
         text += (
             f"GFLOP/s: {what}, counted by visited blocks; of limit: of the lower ceiling, {ceilings.gflops:.4g} "
-            f"GFLOP/s ({ceilings.kind}) or {ceilings.gbytes:.3g} GB/s (copy), {ceilings.threads} threads; beyond 100 % "
-            "caches served what the memory ceiling counts. "
+            f"GFLOP/s ({ceilings.kind}) or {ceilings.gbytes:.3g} GB/s (copy), {ceilings.threads} threads; bound "
+            "by cache: faster than memory, so that the limit is the other one. "
         )
     text += f"~ unsure by more than {UNSURE:.0%}. "
     if any(row.get("fast_path") for rows in profile.series().values() for row in rows):
@@ -157,6 +166,8 @@ def _ms(row: Mapping[str, Any]) -> str:
 def _slope(before: Mapping[str, Any] | None, row: Mapping[str, Any]) -> str:
     if before is None:
         return ""
+    if is_noisy(before) or is_noisy(row):
+        return "~"
     return f"{math.log(row['ms'] / before['ms']) / math.log(row['seqlen'] / before['seqlen']):.2f}"
 
 

@@ -102,9 +102,13 @@ def test_resume_needs_a_run(tmp_path, monkeypatch):
 
 
 def test_a_plan_has_every_combination():
-    cells = commands.plan(["ops", "vit"], True, ["dense,linear"], "64,128", None, "float32", False, 1)
+    cells = commands.grid(
+        ["ops", "vit"], commands.read_options(True, ["dense,linear"], "64,128", None, "float32", False, 1)
+    )
     assert len(cells) == 2 * 2 * len(cases.MODES) + 2
-    assert len(commands.plan(["cpu"], False, None, None, None, "float32", False, 2)) == len(cases.TARGETS)
+    assert len(commands.grid(["cpu"], commands.read_options(False, None, None, None, "float32", False, 2))) == len(
+        cases.TARGETS
+    )
 
 
 # --- info ---

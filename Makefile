@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=2
 NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format \
+.PHONY: help setup cuda test test-slow first-hour test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format \
 	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme works-with clean
 
 help: ## this list
@@ -41,6 +41,9 @@ test: $(STAMP) ## the tests that CI runs, on all cores
 test-slow: $(STAMP) ## the tests that CI leaves out
 	$(PYTEST) -m 'slow and not gpu' $(ARGS) tests
 
+first-hour: $(STAMP) ## what a newcomer does first, end to end: bench, drop-in, BERT, profile, recommend, train
+	$(BIN)/python -m pytest -q -s -p no:xdist -m slow $(ARGS) tests/project/test_first_hour.py
+
 test-triton: $(STAMP) ## every case on the Triton kernels in Triton's interpreter, and every configuration compiled
 	TRITON_INTERPRET=1 $(PYTEST) -W ignore $(ARGS) tests/contract/test_conformance.py tests/kernels/triton/interpreted_*.py
 	$(PYTEST) $(ARGS) tests/kernels/triton/test_triton_compile.py
@@ -61,8 +64,9 @@ test-cuda-emulator: $(STAMP) ## every case on the CUDA kernels in the emulator (
 	$(PYTEST) $(ARGS) tests/kernels/cuda/test_cuda_emulator.py
 
 CASES ?= 20000
-fuzz: $(STAMP) ## random calls against the definition: CASES=100000
-	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/contract/test_fuzz.py
+SEED ?= 0
+fuzz: $(STAMP) ## random calls against the definition: CASES=100000, and SEED=100000 for others
+	EFFICIENT_ATTN_FUZZ=$(CASES) EFFICIENT_ATTN_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/contract/test_fuzz.py
 	@echo "$(CASES) random cases, forward and backward"
 
 RANDOM_CALLS ?= 10000
@@ -84,7 +88,7 @@ format: $(STAMP) ## apply what lint asks for
 	$(BIN)/ruff format .
 	git ls-files $(NATIVE) | xargs -r $(BIN)/clang-format -i
 
-bench: $(STAMP) ## compare the methods on this machine: ARGS=--quick
+bench: $(STAMP) ## what do I gain at my length, and what do I lose? In three minutes; ARGS=--quick, --full, --open
 	$(BIN)/efficient-attn bench $(ARGS)
 
 # make bench-all ARGS=--quick; once more with OUT=<folder> ARGS="--quick --resume" goes on.

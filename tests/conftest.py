@@ -86,6 +86,18 @@ def backend(request):
     return request.param
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped, a line for each reason."""
+    reasons = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    for reason, names in sorted(reasons.items()):
+        files = {name.partition("::")[0] for name in names}
+        where = files.pop() if len(files) == 1 else f"{len(files)} files"
+        terminalreporter.write_line(f"skipped {len(names)} in {where}: {' '.join(reason.split())}")
+
+
 def pytest_collection_modifyitems(items):
     """Tests that place their tensors on no device leave the GPU's kernels to those that do.
 

@@ -84,6 +84,7 @@ class Progress:
     def __init__(self, out: Console, unit: str = "cells", *, transient: bool = False) -> None:
         self._out, self._unit = out, unit
         self._name, self._done, self._total, self._left = "", 0.0, 0.0, None
+        self._begun: float | None = None
         self._bar: RichProgress | None = None
         if out.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
@@ -110,16 +111,23 @@ class Progress:
     def update(self, name: str, done: float, total: float, left_s: float | None = None) -> None:
         """Say what runs now, and how much of all is done; `left_s` is better known than by what is done so far."""
         until = None if left_s is None else time.monotonic() + left_s
+        if self._begun is None:  # a run that goes on
+            self._begun = done
         self._name, self._done, self._total, self._left = name, done, total, until
         self._refresh()
+
+    @property
+    def done(self) -> float:
+        """How much of all is done."""
+        return self._done
 
     def left(self) -> str:
         """What is left, in words; empty as long as nothing tells."""
         now = time.monotonic()
         if self._left is not None:
             seconds = max(self._left - now, 0.0)
-        elif self._done and self._total:
-            seconds = (now - self._started) * (self._total - self._done) / self._done
+        elif self._begun is not None and self._done > self._begun:
+            seconds = (now - self._started) * (self._total - self._done) / (self._done - self._begun)
         else:
             return ""
         return f"about {duration(seconds)} left"

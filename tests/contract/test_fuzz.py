@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 
@@ -14,6 +15,7 @@ from support.cases import LAYOUTS, Case, blocks_window_lengths, draw, lengths, r
 
 from efficient_attn import attention
 
+START = int(os.environ.get("EFFICIENT_ATTN_FUZZ_SEED", "0"))
 COUNT = int(os.environ.get("EFFICIENT_ATTN_FUZZ", "200"))
 GROUPS = 8
 SIZES = (1, 2, 3, 7, 15, 16, 17, 31, 47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 130, 200, 257)
@@ -68,8 +70,33 @@ def run(case: Case, drawn: dict, seed: int, backend: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("part", range(GROUPS))
 def test_random_calls_equal_the_definition(part: int) -> None:
-    for seed in range(part, COUNT, GROUPS):
-        case = random_case(seed)
-        drawn = draw(case, torch.float64, seed)
-        for ours, expected in zip(*(run(case, drawn, seed, b) for b in ("cpu", "reference")), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10, msg=lambda m, c=case: f"{c!r}\n{m}")
+    seeds = range(START + part, START + COUNT, GROUPS)
+    with progress(part) as update:
+        for done, seed in enumerate(seeds):
+            update(f"seed {seed}", part * len(seeds) + done, COUNT)
+            compare(seed)
+
+
+@contextlib.contextmanager
+def progress(part: int):
+    """How far `make fuzz` is, and after Ctrl-C how to go on; nothing in a test run."""
+    if "EFFICIENT_ATTN_FUZZ" not in os.environ:
+        yield lambda *_: None
+        return
+    from efficient_attn.measuring.terminal import Progress, console
+
+    out = console(stderr=True)
+    try:
+        with Progress(out, "random calls", transient=True) as bar:
+            yield bar.update
+    except KeyboardInterrupt:
+        # Every group has its share of the seeds: the next ones are those of a run that starts after all of these.
+        out.print(f"{bar.done:.0f} random calls were equal; others: make fuzz CASES={COUNT} SEED={START + COUNT}")
+        raise
+
+
+def compare(seed: int) -> None:
+    case = random_case(seed)
+    drawn = draw(case, torch.float64, seed)
+    for ours, expected in zip(*(run(case, drawn, seed, b) for b in ("cpu", "reference")), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10, msg=lambda m, c=case: f"{c!r}\n{m}")

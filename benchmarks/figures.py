@@ -133,8 +133,11 @@ def story(rows: Sequence[Row], path: Path, environment: Record) -> bool:
     left.yaxis.set_major_formatter(charts.duration)
     left.set(title=f"Time of a head, forward, {last[0]['threads']} threads", xlabel="sequence length")
     charts.plain(left)
-    points = [(name.replace("sliding_", ""), row["speedup_sdpa"], row["error"], GROUP_COLOURS[group(row["method"])], False)
-              for row in last for name in (summary.names[row["method"]],)]  # fmt: skip
+    names = {row["method"]: summary.names[row["method"]].replace("sliding_", "") for row in last}
+    points = [
+        (names[row["method"]], row["speedup_sdpa"], row["error"], GROUP_COLOURS[group(row["method"])], False)
+        for row in last
+    ]
     charts.front(right, [*points, ("torch SDPA", 1.0, 0.0, "k", False)], left_is_better=False)
     title = f"Speed against error at {charts.length_name(lengths[-1])} tokens, forward"
     right.set(title=title, xlabel="times the speed of torch SDPA")

@@ -43,7 +43,7 @@ def log_scale(side: Any, values: Sequence[float], *, own: bool) -> None:
     side.axes.set(**{f"{side.axis_name}scale": "log"})
     if own and len(values) <= 7 and all(isinstance(value, int) for value in values):
         kept = [value for number, value in enumerate(values) if number == 0 or value / values[number - 1] > 1.3]
-        side.set_ticks(kept, [length_name(value) for value in kept])
+        side.set_ticks(kept, [length_name(int(value)) for value in kept])
     else:
         side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if values[-1] < 100 * values[0] else (1.0,)))
         side.set_major_formatter("{x:g}")

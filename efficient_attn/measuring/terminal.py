@@ -83,7 +83,8 @@ class Progress:
 
     def __init__(self, out: Console, unit: str = "cells", *, transient: bool = False) -> None:
         self._out, self._unit = out, unit
-        self._name, self._done, self._total, self._left = "", 0.0, 0.0, None
+        self._name, self._done, self._total = "", 0.0, 0.0
+        self._left: float | None = None  # the moment when all is done
         self._begun: float | None = None
         self._bar: RichProgress | None = None
         if out.is_terminal:

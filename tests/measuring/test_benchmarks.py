@@ -247,7 +247,7 @@ def test_patience_gives_slow_calls_their_rounds_and_noisy_ones_more(monkeypatch)
     monkeypatch.setattr(clock.scheduling, "waits", dict)  # no system that tells what a thread waited
     runs = []
     times = clock.interleaved({"slow": lambda: (runs.append(0), time.sleep(0.05))}, budget_s=0.03, patience_s=1)
-    assert len(runs) == 4 and times["slow"]["samples"] == 3
+    assert len(runs) >= 4 and times["slow"]["samples"] == len(runs) - 1  # on a busy machine more
     naps = itertools.cycle((0.002, 0.02))
     noisy = clock.interleaved({"noisy": lambda: time.sleep(next(naps))}, budget_s=0.05, patience_s=0.5)
     assert noisy["noisy"]["samples"] > 12  # about 5 fit the budget

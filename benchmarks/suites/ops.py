@@ -68,7 +68,12 @@ def _untimed(call: Bound, config: Mapping[str, Any]) -> dict[str, Any]:
     with clock.PeakMemory() as peak:
         plan = call.plan()
         call()
-    error = call.error(dataclasses.replace(call.layer, is_causal=_is_causal(call, config), causal_alignment=None))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations, whose threads would wait for each other on a busy machine
+    try:
+        error = call.error(dataclasses.replace(call.layer, is_causal=_is_causal(call, config), causal_alignment=None))
+    finally:
+        torch.set_num_threads(threads)
     return {"peak_bytes": peak.bytes, "error": error, **plan}
 
 

@@ -15,6 +15,7 @@ from .. import methods
 from ..errors import InputError, UnsupportedError
 from ..measuring import records, runner
 from ..measuring.calls import ERROR_ROWS
+from ..measuring.clock import is_noisy
 from ..measuring.options import MODES, check_choice, check_positive, check_shape
 from . import activations as activation_sources
 from .results import Candidate, Choice, Record
@@ -226,7 +227,7 @@ def _decide(found: Sequence[Record], budget: float, on: str, environment: Record
         raise InputError("no candidate could be measured: " + "; ".join(f"{m}: {why}" for m, _, why in failed))
     relative, how = _relative(rows)
     candidates = [
-        Candidate(row["config"]["method"], row["ms"], part, row["error"], row.get("peak_bytes"))
+        Candidate(row["config"]["method"], row["ms"], part, row["error"], row.get("peak_bytes"), _is_noisy(row))
         for row, part in zip(rows, relative, strict=True)
     ]
     candidates.sort(key=lambda c: (c.relative, c.error))
@@ -254,6 +255,11 @@ def _relative(rows: Sequence[Record]) -> tuple[list[float], str]:
     return [row["ms"] / unit for row in rows], how
 
 
+def _is_noisy(row: Record) -> bool:
+    """Whether a row's time, or that of dense attention beside it, is too unsure for a statement."""
+    return is_noisy(row) or is_noisy({"unsure": row.get("dense_unsure"), "spread": row.get("dense_spread", 0.0)})
+
+
 def _reason(pick: Candidate | None, front: Sequence[Candidate], budget: float) -> str:
     if pick is None:
         closest = front[-1]
@@ -269,6 +275,11 @@ def _reason(pick: Candidate | None, front: Sequence[Candidate], budget: float) -
     better = [c for c in front if c.relative < pick.relative]
     beyond = f"; {better[-1].method} is faster, but errs by {better[-1].error:.1e}" if better else ""
     speed = 1 / pick.relative
+    if pick.noisy:
+        return (
+            f"Use {pick.method}, whose error of {pick.error:.1e} is within {budget:g}: it seems {speed:.2f}x as fast "
+            f"as dense, but that is too noisy to tell, for the machine is busy{beyond}."
+        )
     return (
         f"Use {pick.method}: the fastest within an error of {budget:g}, {speed:.2f}x as fast as dense with an error of "
         f"{pick.error:.1e}{beyond}."

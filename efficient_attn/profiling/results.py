@@ -143,13 +143,15 @@ class Measurements:
 @dataclass(frozen=True)
 class Candidate:
     """A method that was measured: milliseconds, time relative to dense attention beside it, error relative to dense
-    attention in float64 (of several layers the largest), and peak bytes of a call where known."""
+    attention in float64 (of several layers the largest), peak bytes of a call where known, and whether its time or that
+    beside it is too unsure for a statement."""
 
     method: str
     ms: float
     relative: float
     error: float
     peak_bytes: int | None = None
+    noisy: bool = False
 
 
 @dataclass

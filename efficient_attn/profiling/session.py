@@ -71,6 +71,7 @@ class Session:
 
     def ceilings(self, threads: int) -> Record:
         """The machine's ceilings, as a row."""
+        self.report("ceilings of this machine", self.done, self.total)
         return self.run(CEILINGS, {"threads": threads, "budget_s": 1.0})
 
     def grow(

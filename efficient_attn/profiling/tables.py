@@ -110,7 +110,7 @@ def recommendation_table(found: Choice) -> Any:
     for candidate in found.candidates:
         table.add_row(
             Text(candidate.method, style="bold" if candidate is found.pick else ""),
-            f"{candidate.ms:.3g}",
+            f"{candidate.ms:.3g}" + ("~" if candidate.noisy else ""),
             f"{1 / candidate.relative:.2f}x",
             f"{candidate.error:.1e}",
             "" if candidate.peak_bytes is None else f"{candidate.peak_bytes / MIB:.1f}",

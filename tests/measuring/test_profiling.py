@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ from efficient_attn.profiling import (
     session,
     sources,
 )
+from efficient_attn.profiling.results import Measurements
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 CEILINGS = Ceilings(gflops=100.0, gbytes=10.0)
@@ -495,6 +497,46 @@ def test_a_profile_of_which_nothing_could_be_measured_fails(tmp_path) -> None:
         command = ["profile", "--model", f"{tmp_path}/{name}:build", *out]
         done = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, command)
         assert done.exit_code == code and ("no cell could be measured" in done.output) == (code == 1), done.output
+
+
+# --- a busy machine ---
+
+
+def noisy_rows(unsure: float, lengths=(512, 1024, 2048, 4096)) -> list[dict[str, Any]]:
+    """Rows of dense attention and of a window, which crosses it beyond the last length."""
+    rows = []
+    for label, scale, power in (("dense", 1e-6, 2.0), ("window", 1e-2, 1.0)):
+        for n in lengths:
+            row = {"label": label, "mode": "fwd", "seqlen": n, "status": "ok", "ms": scale * n**power, "spread": 0.1}
+            rows.append({**row, "unsure": unsure, "input_bytes": n, "peak_bytes": n, "flops": 1e9, "bytes": 1e6})
+    return rows
+
+
+def test_growth_and_crossing_are_told_only_where_the_samples_allow() -> None:
+    dense, window = Measurements(noisy_rows(0.02)).growth()
+    assert not dense.noisy and dense.time is not None and dense.time.exponent == pytest.approx(2)
+    assert window.overtakes is not None and window.overtakes.length == pytest.approx(1e4, rel=0.01)
+    dense, window = Measurements(noisy_rows(0.5)).growth()
+    assert dense.noisy == ("time",) and dense.time is None
+    assert window.noisy == ("time", "overtakes") and window.overtakes is None
+    # Near each other in length, the same doubt is more than the difference of the two exponents.
+    _, window = Measurements(noisy_rows(0.12, (3500, 4096))).growth()
+    assert window.noisy == ("overtakes",) and window.overtakes is None and window.time is not None
+    mixed = [row | ({"unsure": 0.5, "ms": 9.0} if row["seqlen"] == 4096 else {}) for row in noisy_rows(0.02)]
+    assert Measurements(mixed).growth()[0].time.exponent == pytest.approx(2)  # without the unsure one
+
+
+def test_a_call_beyond_memory_is_bound_by_its_cache_and_none_is_beyond_the_machine() -> None:
+    found = roofline.roofline(1e9, 1e9, 50.0, CEILINGS)  # 20 GFLOP/s, where memory would allow 10
+    assert (found.bound, found.limit, found.share) == ("cache", 100.0, 0.2)
+    rows = [row | {"phases": dict.fromkeys(("plan", "kernel", "other"), 0.3), "ms": 7.0} for row in noisy_rows(0.02)]
+    text = str(Profile(rows=[r | SHAPED for r in rows], ceilings=CEILINGS))
+    assert "noisy" in text and "143%" not in text  # 143 GFLOP/s of 100: the ceiling or the time is wrong
+    near = str(Profile(rows=[r | SHAPED | {"ms": 9.8} for r in rows], ceilings=CEILINGS))
+    assert "100%" in near and "102%" not in near
+
+
+SHAPED = {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "causal": False, "dtype": "float32", "threads": 1}
 
 
 @pytest.mark.parametrize("name", sources.BUILT_IN)

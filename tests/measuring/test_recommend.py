@@ -93,6 +93,14 @@ def test_the_pick_is_the_fastest_within_the_budget_and_says_why(tmp_path, budget
     assert found.plot(tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("doubt", [{"unsure": 0.5}, {"unsure": 0.01, "dense_unsure": 0.5}])
+def test_a_pick_of_a_busy_machine_is_called_so(tmp_path, doubt) -> None:
+    rows = [row | (doubt if row["config"]["method"] == "bigbird" else {}) for row in rows_of(FIGURES)]
+    found = from_rows([written(tmp_path / "a.jsonl", rows)], budget=0.1)
+    assert found.pick is not None and found.pick.noisy and "too noisy to tell" in found.reason and "4~" in str(found)
+    assert "too noisy" not in from_rows([tmp_path / "a.jsonl"], budget=0.9).reason
+
+
 def test_methods_are_compared_by_the_ratio_to_the_dense_attention_beside_them(tmp_path) -> None:
     rows = rows_of([("dense", 10, None, 1e-7), ("bigbird", 9, 30, 0.05), ("longformer", 8, 8, 0.01)])  # a busy machine
     found = from_rows([written(tmp_path / "a.jsonl", rows)], budget=0.1)

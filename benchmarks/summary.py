@@ -45,9 +45,8 @@ class Summary:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = [row for row in rows if row["status"] == "ok"]
-        shapes = suites.groups(
-            view.done(rows, "ops"), "code", "dtype", "causal", "batch", "heads", "head_dim", "threads"
-        )
+        steps = [row for row in view.done(rows, "ops") if row["mode"] in ("fwd", "fwd_bwd")]
+        shapes = suites.groups(steps, "code", "dtype", "causal", "batch", "heads", "head_dim", "threads")
         chosen = max(shapes.values(), key=len, default=[])
         self.ops = {(row["mode"], row["seqlen"], row["method"]): row for row in chosen}
         self.methods = list(dict.fromkeys(method for _, _, method in self.ops))
@@ -111,6 +110,8 @@ class Summary:
 
     def _trained(self) -> dict[str, str]:
         found = [row for row in self.rows if row["suite"] == "fidelity"]
+        best = "minilm" if any(row["source"] == "minilm" for row in found) else "digits"
+        found = [row for row in found if row["source"] == best]
         wanted = dict(cases.OVERVIEW_FAMILIES)
         result = {row["family"]: _error(row["error"]) for row in found if wanted.get(row["family"]) == row["size"]}
         return result
@@ -157,10 +158,11 @@ class Summary:
                 parts.append(f"{_where_of(mode, n)} " + ("it is too noisy to tell" if near else "none is"))
                 continue
             best = max(sure, key=gained)
-            what = f"{self.names[best['method']]} is {_times(gained(best))} as fast as the best exact attention"
-            if gained(best) <= 1 + EVEN:
-                what = "none is faster than the best exact attention"
-            parts.append(f"{_where_of(mode, n)} {what} (error {best['error']:.0%})")
+            what = "none is faster than the best exact attention"
+            if gained(best) > 1 + EVEN:
+                what = f"{self.names[best['method']]} is {_times(gained(best))} as fast as the best exact attention"
+                what += f" (error {best['error']:.0%})"
+            parts.append(f"{_where_of(mode, n)} {what}")
             ids.append(best["id"])
         if not parts:
             return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efficient_attn.benchmarks import figures, report, view
+from efficient_attn.benchmarks import cases, figures, report, view
 from efficient_attn.benchmarks.summary import Summary
 from efficient_attn.measuring import records
 from efficient_attn.methods import methods_table
@@ -69,10 +69,16 @@ def is_clean(record: records.Record) -> bool:
     return not record["code"].endswith("-dirty")
 
 
+def in_readme(cell: records.Record) -> bool:
+    """There is room for the methods of an overview, also where a run has more; its page has everything."""
+    method = cell["config"].get("method")
+    return cell["suite"] != "ops" or method in cases.OVERVIEW_METHODS
+
+
 def with_figures(text: str, results: Path) -> str:
     """README's text with the table of a run, drawing the picture on the way; cells of changed sources are left out."""
     found = [record for record in records.read(results) if is_clean(record)]
-    rows = view.rows(view.latest(found))
+    rows = view.rows([cell for cell in view.latest(found) if in_readme(cell)])
     environment = next(record for record in reversed(found) if record["type"] == "environment")
     summary = Summary(rows)
     table = summary.table()
@@ -91,9 +97,7 @@ def with_figures(text: str, results: Path) -> str:
 
 def lead(summary: Summary) -> str:
     """README's first sentence: what no exact attention can do on this machine; without such a cell, another."""
-    claims = {claim.text for claim in summary.sentences()}
-    million = summary.million()
-    text = million.text if million else next(iter(claims))
+    text = (summary.million() or summary.sentences()[1]).text
     return f"**{text}**\n\n![Time up to a million tokens, and speed against error](docs/benchmark.png)"
 
 

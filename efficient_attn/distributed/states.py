@@ -137,26 +137,26 @@ def _by_state(call: Call, feature_map: str, projection: Tensor | None, scale: fl
         parts = list(zip(b.split(sizes, 2), columns.split(sizes, 2), strict=True)) if sizes else []
         local = [keys.mT @ values for keys, values in parts]  # (B, Hkv, F, Dv + 1) of each run
         most = max(map(len, call.keys.runs)) if call.is_causal else 1
-        empty = b.new_zeros(*b.shape[:2], b.shape[3], columns.shape[3])
+        # 0, and in the graph: a rank without tokens takes part in the backward, or the others wait for it.
+        empty = b[:, :, :0].mT @ columns[:, :, :0]
         states = gathered(torch.stack(local + [empty] * (most - len(local))), call.exchange, "states") if most else None
         if not call.is_causal:
             assert states is not None
-            total = _sum(list(states.unbind(0)), empty)[0] if states.dim() == 5 + 1 else empty
-            return _divided(_times(a, total), query.dtype)
+            return _divided(_times(a, states.sum((0, 1))), query.dtype)
         outs = []
         order = sorted((run, rank, n) for rank, held in enumerate(call.keys.runs) for n, run in enumerate(held))
         a_parts = a.split(sizes, 2) if sizes else ()
         for run, a_run, (b_run, columns_run) in zip(runs, a_parts, parts, strict=True):
             assert states is not None
-            before = [states[rank, n] for earlier, rank, n in order if earlier < run]
+            before = _earlier(states, [(rank, n) for other, rank, n in order if other < run])
             v_run = columns_run[..., :-1]
             out, normaliser = linear_attention(
                 a_run, b_run, v_run, is_causal=True, return_normaliser=True, backend=call.backend
             )
             inner = torch.cat([out * normaliser[..., None], normaliser[..., None]], 3)
-            outs.append(_divided(inner + _times(a_run, _sum(before, empty)), query.dtype))
-        if not outs and states is not None:  # a rank without tokens takes part in the backward, too
-            outs.append(_divided(_times(a, _sum([states[0, 0]], empty)), query.dtype))
+            outs.append(_divided(inner + _times(a_run, before), query.dtype))
+        if not outs and states is not None:
+            outs.append(_divided(_times(a, _earlier(states, [])), query.dtype))
         return torch.cat(outs, 2) if outs else query.new_zeros(*query.shape[:3], value.shape[3])
 
 
@@ -171,11 +171,13 @@ def _largest(shift: Tensor, call: Call) -> Tensor:
     return largest.masked_fill(largest == -torch.inf, 0.0)
 
 
-def _sum(parts: list[Tensor], empty: Tensor) -> Tensor:
-    total = empty
-    for part in parts:
-        total = total + part
-    return total
+def _earlier(states: Tensor, places: list[tuple[int, int]]) -> Tensor:
+    """The sum of states (ranks, runs, ...) at some places. The others are in the graph too: every rank waits, in the
+    backward, for what every other one has to say of its states."""
+    chosen = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    for place in places:
+        chosen[place] = True
+    return torch.where(chosen[..., None, None, None, None], states, 0.0).sum((0, 1))
 
 
 def _times(a: Tensor, state: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def run_case(group: Any, name: str, dtype: torch.dtype, transport: str, layout: 
     case = next(case for case in CASES if case.name == name)
     drawn = draw(case, dtype)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    with context_parallel(group, shards=layout, transport=transport, timeout=60) as context:
+    with context_parallel(group, shards=layout, transport=transport, timeout=15) as context:
         queries, keys = context.shards(case.Nq), context.shards(case.Nk)
         part = {
             "query": queries.part(drawn["query"], rank, 2), "key": keys.part(drawn["key"], rank, 2),
@@ -83,7 +83,7 @@ def run_call(group: Any, call: Call) -> dict[str, Any]:
     from efficient_attn.functional import padded_attention
 
     rank = dist.get_rank(group)
-    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=60) as context:
+    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=15) as context:
         queries, keys = context.shards(call.query.shape[2]), context.shards(call.key.shape[2])
         q, k, v = (
             s.part(x, rank, 2).clone().requires_grad_()

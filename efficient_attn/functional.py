@@ -111,7 +111,7 @@ def attention(
         UnsupportedError: the backend asked for cannot serve this call.
     """
     if sharding.active is not None:
-        return sharding.active.attention(
+        return sharding.active.attention(  # type: ignore[no-any-return]
             query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
             scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
         )  # fmt: skip

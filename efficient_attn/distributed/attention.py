@@ -24,7 +24,7 @@ from ..backends.call import accumulation_dtype
 from ..errors import UnsupportedError
 from ..functional import describe, merge_attention
 from ..ops import attention as ops
-from .exchange import Exchange, swapped
+from .exchange import Exchange, Passing, swapped
 from .plan import Piece, Plan, head_range, kv_heads_for
 from .shards import Runs, Shards, overlap, size
 
@@ -91,7 +91,16 @@ class _Rows:
         self.lses: list[Tensor] = []  # of each piece whose run of queries has several
         self.spread = call.dropout_p > 0.0
 
-    # forward(query, key, value, bias) and backward(grad_out, grad_lse, query, key, value, bias, out, lse, wants_bias)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out and lse of this rank's queries; `lses` is what the backward needs of pieces."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+        bias: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Gradients of query, key, value and bias."""
+        raise NotImplementedError
 
     def _begin(self, query: Tensor, value: Tensor) -> None:
         dtype = accumulation_dtype(query.dtype)
@@ -207,11 +216,11 @@ class _Fetched(_Rows):
         B, H, _, D = key.shape
         width = D + value.shape[3]
         empty = key.new_empty(0)
-        parts, shapes = [empty] * self.exchange.ranks, [(0,)] * self.exchange.ranks
+        parts, shapes = [empty] * self.exchange.ranks, [torch.Size((0,))] * self.exchange.ranks
         for n, rank in enumerate(self.call.ranks):
             if n != me:
                 rows = _picked(torch.cat([key, value], 3), held, plan.move(me, n))
-                parts[rank], shapes[rank] = rows, (B, H, size(plan.move(n, me)), width)
+                parts[rank], shapes[rank] = rows, torch.Size((B, H, size(plan.move(n, me)), width))
         found = self.exchange.swap(parts, shapes, what="keys and values") if plan.ranks > 1 else []
         k, v = key.new_empty(B, H, size(buffer), D), value.new_empty(B, H, size(buffer), width - D)
         for n, rank in enumerate(self.call.ranks):
@@ -232,11 +241,11 @@ class _Fetched(_Rows):
         width = D + value.shape[3]
         both = torch.cat([dk, dv], 3)
         empty = key.new_empty(0)  # each contribution is as exact as the kernel that gave it: in the dtype of keys
-        parts, shapes = [empty] * self.exchange.ranks, [(0,)] * self.exchange.ranks
+        parts, shapes = [empty] * self.exchange.ranks, [torch.Size((0,))] * self.exchange.ranks
         for n, rank in enumerate(self.call.ranks):
             if n != me:
                 parts[rank] = _picked(both, buffer, plan.move(n, me)).to(key.dtype)
-                shapes[rank] = (B, H, size(plan.move(me, n)), width)
+                shapes[rank] = torch.Size((B, H, size(plan.move(me, n)), width))
         found = self.exchange.swap(parts, shapes, what="gradients of keys and values") if plan.ranks > 1 else []
         total = both.new_zeros(B, H, n_keys, width)
         for n, rank in enumerate(self.call.ranks):
@@ -264,23 +273,23 @@ class _Ring(_Rows):
         met = [piece for step in range(R) for piece in plan.met(me, (me - step) % R)]
         self._begin_backward(met, bias, wants_bias, query)
         tensors = (grad_out, grad_lse, query, bias, out, lse)
-        travelling: Tensor | None = None
+        passing: Passing | None = None
+        travelling = key
         B, H, _, D = key.shape
         width, what = D + value.shape[3], "gradients of keys and values"
-        for step, (owner, k, v) in enumerate(self._passing(key, value)):
+        for owner, k, v in self._passing(key, value):
             found = torch.zeros(B, H, k.shape[2], width, dtype=self.dq.dtype, device=key.device)
             for piece in plan.met(me, owner):
                 self._give_back(piece, tensors, k, v, found[..., :D], found[..., D:])
-            if step:
-                found += self.exchange.arrived(passing, what=what)  # noqa: F821 (set in the step before)
+            if passing is not None:
+                found += self.exchange.arrived(passing, what=what)
             after = plan.keys.counts[(owner - 1) % R]  # the shard that is worked on next, here
             if R > 1:
                 passing = self.exchange.pass_on(
                     found, (B, H, after, width), self._neighbour(1), self._neighbour(-1), what=what
                 )
             travelling = found
-        assert travelling is not None
-        if R > 1:
+        if passing is not None:
             travelling = self.exchange.arrived(passing, what=what)
         return self._gradients(query, travelling[..., :D], travelling[..., D:], key, bias)
 

@@ -221,8 +221,7 @@ class ContextParallel:
             block_mask, bias = self._padding(key_mask, keys, block_mask, bias, query)
             key, value = select_keys(key_mask, key, value)
         plan = make_plan(block_mask, queries, keys)
-        shape = Shape(*query.shape[:2], key.shape[1], query.shape[3], value.shape[3], query.element_size())
-        transport = self._transport(plan, shape, bias_rows > 1, self.link)
+        transport = self._transport(plan, shape_of(query, key, value), bias_rows > 1, self.link)
         everyone, scale = tuple(range(self.ranks)), default_scale(scale, query.shape[3])
         call = Settled(self.exchange, plan, everyone, scale, dropout_p, seed, backend)
         if transport != "all_to_all":
@@ -291,8 +290,8 @@ class ContextParallel:
             exchange, inner, ranks, call.scale, call.dropout_p, call.seed, call.backend, mine[0] if mine else 0
         )
         out, lse = exact_attention(q, k, v, bias, part, "ring" if len(ranks) > 1 else "gather")
-        back = lambda x, what: gather_heads(x, q_heads, plan.queries, group, exchange, what)  # noqa: E731
-        return back(out, "outputs"), back(lse[..., None], "lse").squeeze(3)
+        lse = gather_heads(lse[..., None], q_heads, plan.queries, group, exchange, "lse").squeeze(3)
+        return gather_heads(out, q_heads, plan.queries, group, exchange, "outputs"), lse
 
     def explain(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Any = None, is_causal: bool = False,
@@ -309,8 +308,7 @@ class ContextParallel:
                 part = as_block_mask(mask, sizes[0], sizes[1], alignment=causal_alignment)
                 block_mask = part if block_mask is None else part & block_mask
             plan = make_plan(block_mask or BlockMask(queries.length, keys.length), queries, keys)
-            shape = Shape(*query.shape[:2], key.shape[1], query.shape[3], value.shape[3], query.element_size())
-            return plan.explain(shape, self.link, self.transport)
+            return plan.explain(shape_of(query, key, value), self.link, self.transport)
 
     # --- methods ---
 
@@ -322,7 +320,8 @@ class ContextParallel:
         Raises:
             UnsupportedError: a method that looks at all tokens in a way that has no distributed form, weights.
         """
-        return _outside_graphs(self._attend, method, query, key, value, arguments)
+        found: tuple[Tensor, Tensor | None] = _outside_graphs(self._attend, method, query, key, value, arguments)
+        return found
 
     def _attend(
         self, method: Method, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]
@@ -396,6 +395,12 @@ FACTS = 12
 PLAIN_FACTS = ("batch", "heads", "kv_heads", "head_dim", "value_dim")
 
 
+def shape_of(query: Tensor, key: Tensor, value: Tensor) -> Shape:
+    """The sizes that a plan is priced by."""
+    (B, Hq, _, D), Hkv, Dv = query.shape, key.shape[1], value.shape[3]
+    return Shape(B, Hq, Hkv, D, Dv, query.element_size())
+
+
 def shape_facts(tensors: Sequence[Tensor]) -> dict[str, int]:
     """What must be the same on all ranks of query, key and value."""
     query, key, value = tensors
@@ -425,7 +430,7 @@ def mask_digest(mask: Any) -> int:
         return needs.digest(mask)
     if isinstance(mask, Tensor):
         state = hashlib.sha256(repr((tuple(mask.shape), mask.dtype)).encode())
-        state.update(mask.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        state.update(memoryview(mask.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
         return int.from_bytes(state.digest()[:7], "little")
     return text_digest(str(mask))
 
@@ -434,7 +439,7 @@ def combined(digests: Iterator[int] | map[int]) -> int:
     return text_digest(tuple(digests))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
     """A graph of torch.compile breaks here: exchanges are steered by sizes that only Python knows."""
     return function(*arguments)

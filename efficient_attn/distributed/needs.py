@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,10 @@ def submask(mask: BlockMask, queries: Run, keys: Run) -> BlockMask | None:
     """
     (a, b), (c, d) = queries, keys
     lengths = None if mask.kv_lengths is None else (mask.kv_lengths - c).clamp(0, d - c)
-    fields = {"window": mask.window, "window_offset": mask.window_offset + a - c if mask.window else 0}
+    fields: dict[str, Any] = {"window": mask.window, "window_offset": mask.window_offset + a - c if mask.window else 0}
     lists = mask.lists
     if lists is None:
-        part = BlockMask(b - a, d - c, mask.block_size, kv_lengths=lengths, **fields)  # type: ignore[arg-type]
+        part = BlockMask(b - a, d - c, mask.block_size, kv_lengths=lengths, **fields)
         grid, _, window, ends = part.parts
         return part if b > a and d > c and bool((reach(grid, window, ends)[1] > 0).any()) else None
     part_lists = _columns(_rows(mask, lists, queries), c // mask.block_size[1], -(-d // mask.block_size[1]))
@@ -107,7 +108,7 @@ def digest(mask: BlockMask) -> int:
         state.update(repr(facts).encode())
         for tensor in (mask.indptr, mask.indices, mask.tile_ids, mask.tiles, mask.kv_lengths):
             if tensor is not None:
-                state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                state.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
         _digests[mask] = int.from_bytes(state.digest()[:8], "little") >> 1
     return _digests[mask]
 

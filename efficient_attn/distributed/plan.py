@@ -311,9 +311,8 @@ def visited(mask: BlockMask, queries: Shards, keys: Shards) -> Tensor:
     if not starts.numel() or not keys.length:
         return found
     order = starts.argsort()
-    owner = lambda tokens, starts, owners: owners[torch.searchsorted(starts, tokens, right=True) - 1]  # noqa: E731
     top = torch.arange(grid.n_q) * grid.block_q
-    row_owner = owner(top, starts[order], owners[order])
+    row_owner = _owner(top, starts[order], owners[order])
     key_runs = sorted((run, s) for s, runs in enumerate(keys.runs) for run in runs)
     key_owner = torch.tensor([s for _, s in key_runs])
     if lists is None:
@@ -327,9 +326,14 @@ def visited(mask: BlockMask, queries: Shards, keys: Shards) -> Tensor:
         return found
     rows, cols, touched = (part.cpu() for part in entries(mask))
     pairs = torch.where(touched, grid.pairs(rows, cols), 0).double() / max(lists.batch * lists.heads, 1)
-    column_owner = owner(cols * grid.block_k, torch.tensor([run[0] for run, _ in key_runs]), key_owner)
+    column_owner = _owner(cols * grid.block_k, torch.tensor([run[0] for run, _ in key_runs]), key_owner)
     place = row_owner[rows % max(grid.n_q, 1)] * R + column_owner
     return found.view(-1).index_add_(0, place, pairs).view(R, R)
+
+
+def _owner(tokens: Tensor, starts: Tensor, owners: Tensor) -> Tensor:
+    """The rank of each token, of runs that begin at `starts`, ascending."""
+    return owners[torch.searchsorted(starts, tokens, right=True) - 1]
 
 
 def check_transport(transport: str) -> None:

@@ -101,10 +101,12 @@ def attend(
         if is_causal and queries.length != keys.length:
             raise UnsupportedError(f"causal {method} inside context_parallel needs as many queries as keys")
         whole = None if key_mask is None else context.whole_key_mask(key_mask, keys)
+        q, k, v = tensors
         call = Call(
-            context.exchange, *tensors, key_mask, whole, queries, keys, scale, dropout_p, agreed, is_causal, backend
+            context.exchange, q, k, v, key_mask, whole, queries, keys, scale, dropout_p, agreed, is_causal, backend
         )  # fmt: skip
-        return METHODS[type(method)](method, state, call)
+        out: Tensor = METHODS[type(method)](method, state, call)
+        return out
 
 
 # --- states of linear attention ---

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
 import torch
-from support.rank_jobs import Call
 
 from efficient_attn import BlockMask, Longformer, SlidingWindow
 from efficient_attn.distributed import Shards
 from efficient_attn.methods import parse
+from support.rank_jobs import Call
 
 LOW_RANK = ("linear", "performer:features=16", "performer:features=16,feature=relu", "linformer:rank=8,max_len=400",
             "linformer:rank=8,max_len=400,share=none", "nystrom:landmarks=8")  # fmt: skip
-PATTERNS = ("sliding_window:left=40,right=9", "bigbird:block=16", "longformer:window=16", "strided", "fixed", "dilated")  # fmt: skip
+PATTERNS = ("sliding_window:left=40,right=9", "bigbird:block=16", "longformer:window=16", "strided", "fixed")
 
 
 def random_call(seed: int, most_ranks: int) -> tuple[Call, int]:
@@ -80,13 +81,19 @@ def random_call(seed: int, most_ranks: int) -> tuple[Call, int]:
     if kind == "documents" and draw.random() < 0.5:
         arguments["mask"] = arguments["mask"] & Longformer(window=16).block_mask(Nq, Nk)
     grad = normal(B, Hq, Nq, Dv)
-    return Call(q.to(dtype), k.to(dtype), v.to(dtype), arguments, key_mask, grad.to(dtype), layout, transport, method), ranks
+    return Call(
+        q.to(dtype), k.to(dtype), v.to(dtype), arguments, key_mask, grad.to(dtype), layout, transport, method
+    ), ranks
 
 
 def uneven(length: int, ranks: int, draw: random.Random) -> Shards:
     """Runs of random lengths, dealt out at random."""
-    edges = [0, *sorted(draw.sample(range(16, length, 16), min(draw.randint(0, 9), len(range(16, length, 16))))), length]
+    edges = [
+        0,
+        *sorted(draw.sample(range(16, length, 16), min(draw.randint(0, 9), len(range(16, length, 16))))),
+        length,
+    ]
     held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-    for run in zip(edges, edges[1:], strict=False):
+    for run in itertools.pairwise(edges):
         held[draw.randrange(ranks)].append(run)
     return Shards(length, tuple(tuple(runs) for runs in held))

@@ -143,3 +143,207 @@ def joined_call(parts: list[dict[str, Any]], call: Call) -> dict[str, Any]:
 
 def dense(mask: BlockMask) -> Tensor:
     return mask.to_dense()
+
+
+# --- models ---
+
+
+def language_model(attention: str, *, rotary: bool = True, dropout: float = 0.0) -> Any:
+    from efficient_attn.models import CausalLM, CausalLMConfig, TransformerConfig
+
+    torch.manual_seed(0)
+    decoder = TransformerConfig(
+        hidden_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, causal=True, rotary=rotary, attention=attention,
+        attention_dropout=dropout,
+    )  # fmt: skip
+    return CausalLM(CausalLMConfig(vocab_size=11, max_len=64, decoder=decoder, positions="learned"))
+
+
+def language_loss(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    logits = model(ids, mask)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def train_model(group: Any, attention: str, ids: Tensor, mask: Tensor | None, how: str) -> dict[str, Tensor]:
+    """The loss and the gradients' mean over ranks of one step of a language model."""
+    from contextlib import nullcontext
+
+    from torch.utils.checkpoint import checkpoint
+
+    model = language_model(attention)
+    if how == "compile":
+        model = torch.compile(model, backend="eager")
+    if how == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    if how == "checkpoint":
+        for layer in model.decoder.layers:
+            plain = layer.forward
+            layer.forward = lambda x, plain=plain, **k: checkpoint(lambda y: plain(y, **k), x, use_reentrant=False)
+    with context_parallel(group, timeout=15) if dist.get_world_size(group) > 1 else nullcontext():
+        loss = language_loss(model, ids, mask)
+        loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.clone()
+        if how != "ddp":
+            dist.all_reduce(grad, group=group)
+            grad /= dist.get_world_size(group)
+        found[name.removeprefix("module.").removeprefix("_orig_mod.")] = grad
+    return {"loss": loss.detach(), **found}
+
+
+def train_on_mesh(group: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Two groups of two ranks: FSDP over all four, each pair shares the sequences of its half of the batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    model = language_model("dense")
+    for layer in model.decoder.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (4,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    half = ids.chunk(2)[mesh.get_local_rank("data")]
+    with context_parallel(mesh["context"], timeout=15):
+        loss = language_loss(model, half)
+        loss.backward()
+    return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+
+
+def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tuple[Tensor, Shards]:
+    """Our drop-in module on this rank's tokens."""
+    from efficient_attn import MultiheadAttention
+
+    torch.manual_seed(0)
+    module = MultiheadAttention(16, 4, batch_first=True, attention=attention).eval()
+    with context_parallel(group, timeout=15, shards="contiguous") as context:
+        part, pad = context.split(x, 1), context.split(padding, 1)
+        out, _ = module(part, part, part, key_padding_mask=pad, need_weights=False)
+        return out.detach(), context.shards(x.shape[1])
+
+
+# --- what is refused, and what is counted ---
+
+
+def refused(group: Any, name: str) -> str:
+    """The error of a call that must be refused by every rank, before anything travels."""
+    from efficient_attn import SlidingWindow
+    from efficient_attn.errors import EfficientAttnError
+    from efficient_attn.functional import attention_weights
+    from efficient_attn.methods import parse
+
+    rank = dist.get_rank(group)
+    q = torch.randn(1, 2, 32, 4)
+    try:
+        with context_parallel(group, timeout=15) as context:
+            if name == "lengths":
+                attention(q[:, :, : 32 - 3 * rank], q, q)
+            elif name == "masks":
+                attention(q, q, q, mask=SlidingWindow(left=3 + rank, right=0))
+            elif name == "bits":
+                bits = torch.ones(64, 64, dtype=torch.bool)
+                bits[5, 7] = rank == 0
+                attention(q, q, q, mask=bits)
+            elif name == "heads":
+                attention(*(q[:, : 1 + rank],) * 3)
+            elif name == "scale":
+                attention(q, q, q, scale=1.0 + rank)
+            elif name == "gradient":
+                attention(q.clone().requires_grad_(rank == 0), q, q)
+            elif name == "local mask":
+                attention(q, q, q, mask=torch.ones(32, 32, dtype=torch.bool))
+            elif name == "one rank":
+                attention(q, q, q if rank == 0 else q[..., :0])
+            elif name == "weights":
+                attention_weights(q, q)
+            elif name == "content":
+                parse("topk_blocks").attend(q, q, q)
+            elif name == "hybrid":
+                parse("sliding_window+centroid").attend(q, q, q)
+            elif name == "bias by heads":
+                context.transport = "all_to_all"
+                attention(q, q, q, bias=torch.zeros(32, 64))
+        return "nothing"
+    except EfficientAttnError as error:
+        sent = {what: size for what, size in context.exchange.sent.items() if what != "agreement"}
+        return f"{type(error).__name__}: {error} {sent or ''}"
+
+
+def repeated(group: Any, transport: str) -> list[bytes]:
+    """The bits of out and gradients of one call, made twice."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 4, 100, 8).bfloat16() for _ in range(3))
+        with context_parallel(group, transport=transport, timeout=15) as context:
+            parts = [context.split(x, 2).clone().requires_grad_() for x in (q, k, v)]
+            out = attention(*parts, is_causal=True, dropout_p=0.2, dropout_seed=3)
+            grads = torch.autograd.grad(out.float().square().sum(), parts)
+        found.append(b"".join(t.detach().view(torch.uint8).numpy().tobytes() for t in (out, *grads)))
+    return found
+
+
+def sent_by_window(group: Any, length: int, transport: str) -> int:
+    """The bytes of keys and values that this rank sends in a forward of a causal window of 512."""
+    from efficient_attn import SlidingWindow
+
+    x = torch.randn(1, 1, length // dist.get_world_size(group), 16)
+    with context_parallel(group, shards="contiguous", transport=transport, timeout=60) as context:
+        attention(x, x, x, mask=SlidingWindow(left=512, right=0))
+        return context.exchange.sent["keys and values"]
+
+
+def peak_memory(group: Any, length: int) -> int:
+    """How much the resident memory of this process grows at most in a forward and backward, in bytes."""
+    import threading
+    import time
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    with context_parallel(group, transport="ring", timeout=60) as context:
+        n = context.shards(length).counts[dist.get_rank(group)]
+        warm = [torch.randn(1, 1, 64, 64, requires_grad=True) for _ in range(3)]
+        attention(*warm, is_causal=True).sum().backward()
+        before, most, stop = resident(), [0], threading.Event()
+
+        def watch() -> None:
+            while not stop.is_set():
+                most[0] = max(most[0], resident())
+                time.sleep(0.001)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        q, k, v = (torch.randn(1, 2, n, 64, requires_grad=True) for _ in range(3))
+        attention(q, k, v, mask=__import__("efficient_attn").SlidingWindow(left=64, right=0)).sum().backward()
+        stop.set()
+        watcher.join()
+        return most[0] - before
+
+
+def dies(group: Any, how: str, limit: float) -> str:
+    """Rank 1 dies or hangs in the middle of a call; what the others say, and after how long."""
+    import os
+    import time
+
+    from efficient_attn.errors import CommunicationError
+
+    x = torch.randn(1, 2, 32, 4)
+    with context_parallel(group, timeout=limit):
+        attention(x, x, x)
+        if dist.get_rank(group) == 1:
+            if how == "dies":
+                os._exit(3)
+            time.sleep(3 * limit)
+            return "slept"
+        began = time.monotonic()
+        try:
+            attention(x, x, x)
+        except CommunicationError as error:
+            assert time.monotonic() - began < 2 * limit
+            return str(error)
+    return "nothing"
+
+
+def refused_by_python(group: Any) -> None:
+    raise ValueError("nothing here")

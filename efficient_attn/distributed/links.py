@@ -53,23 +53,22 @@ class Link:
         """Whether two ranks are in different nodes."""
         return self.node > 0 and a // self.node != b // self.node
 
+    def of(self, a: int, b: int) -> tuple[float, float]:
+        """Latency and seconds a byte between two ranks."""
+        if self.is_far(a, b):
+            return self.far_latency or self.latency, 1.0 / (self.far_bandwidth or self.bandwidth)
+        return self.latency, 1.0 / self.bandwidth
+
     def exchange(self, rank: int, messages: Sequence[tuple[int, float]]) -> float:
         """Seconds in which a rank gets (from whom, bytes), near and far at the same time."""
         near = far = 0.0
         for peer, size in messages:
+            latency, per_byte = self.of(rank, peer)
             if self.is_far(rank, peer):
-                far += (self.far_latency or self.latency) + size / (self.far_bandwidth or self.bandwidth)
+                far += latency + size * per_byte
             else:
-                near += self.latency + size / self.bandwidth
+                near += latency + size * per_byte
         return max(near, far)
-
-    def slowest_hop(self, ranks: int, size: float) -> float:
-        """Seconds in which every rank of a ring has passed `size` bytes on."""
-        return max(self.exchange(0, [(1, size)]), self.exchange(0, [(ranks - 1, size)]) if ranks > self.node else 0.0)
-
-    def together(self, work: float, passing: float) -> float:
-        """Seconds of computing and passing on at the same time."""
-        return max(work, passing) + (1 - self.overlap) * min(work, passing)
 
 
 H200 = Link(

@@ -10,9 +10,11 @@ A plan is the same on every rank, since all make it of the same mask, and nothin
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -85,6 +87,29 @@ class Plan:
         """The keys that `owner` sends to `reader` when only needed ones travel."""
         return overlap(self.keys.runs[owner], self.reads[reader])
 
+    def arrivals(self, reader: int) -> dict[int, int]:
+        """From whom a rank gets how many tokens when only needed ones travel."""
+        if reader not in self._arrivals:
+            runs, found = self._key_runs, dict[int, int]()
+            for start, stop in self.reads[reader]:
+                place = bisect.bisect_right(runs, ((start, self.keys.length + 1), 0)) - 1
+                for (first, last), owner in itertools.islice(runs, max(place, 0), None):
+                    if first >= stop:
+                        break
+                    tokens = min(last, stop) - max(first, start)
+                    if tokens > 0 and owner != reader:
+                        found[owner] = found.get(owner, 0) + tokens
+            self._arrivals[reader] = found
+        return self._arrivals[reader]
+
+    @functools.cached_property
+    def _key_runs(self) -> list[tuple[Run, int]]:
+        return sorted((run, owner) for owner, runs in enumerate(self.keys.runs) for run in runs)
+
+    @functools.cached_property
+    def _arrivals(self) -> dict[int, dict[int, int]]:
+        return {}
+
     def at_hand(self, rank: int, spread: bool) -> Runs:
         """What a rank's buffer of fetched keys holds, one run after the other.
 
@@ -149,7 +174,11 @@ class Plan:
         """The bytes that each rank sends in a forward."""
         R, (q_counts, k_counts) = self.ranks, (self.queries.counts, self.keys.counts)
         if transport == "gather":
-            return [shape.token_bytes * sum(size(self.move(s, r)) for r in range(R) if r != s) for s in range(R)]
+            leaving = [0] * R
+            for r in range(R):
+                for owner, tokens in self.arrivals(r).items():
+                    leaving[owner] += shape.token_bytes * tokens
+            return leaving
         if transport == "ring":
             return [shape.token_bytes * sum(k_counts[(r - step) % R] for step in range(R - 1)) for r in range(R)]
         bounds = [head_range(shape.Hq, place, heads_ranks) for place in range(heads_ranks)]
@@ -167,27 +196,20 @@ class Plan:
 
     def least_sent(self, shape: Shape) -> int:
         """The bytes that must travel in a forward: every key that a rank reads and does not hold, once."""
-        away = (size(self.reads[r]) - size(overlap(self.reads[r], self.keys.runs[r])) for r in range(self.ranks))
-        return shape.token_bytes * sum(away)
+        return shape.token_bytes * sum(sum(self.arrivals(r).values()) for r in range(self.ranks))
 
     def seconds(self, transport: str, shape: Shape, link: Link, heads_ranks: int = 1) -> list[float]:
         """The predicted time of each rank in a forward, waiting for others included; see links.py for the model."""
         R, flops = self.ranks, shape.pair_flops / link.flops
         if transport == "gather":
             work = self.pairs.sum(1) * flops
-            arrive = []
-            for r in range(R):
-                parts = [(s, shape.token_bytes * size(self.move(s, r))) for s in range(R) if s != r]
-                arrive.append(link.exchange(r, [part for part in parts if part[1]]))
+            arrive = [
+                link.exchange(r, [(owner, shape.token_bytes * n) for owner, n in self.arrivals(r).items()])
+                for r in range(R)
+            ]
             return [float(work[r]) + link.call + arrive[r] for r in range(R)]
         if transport == "ring":
-            largest = max(self.keys.counts) * shape.token_bytes
-            total = 0.0
-            for step in range(R):
-                slowest = max(float(self.pairs[r, (r - step) % R]) for r in range(R)) * flops + link.call
-                passing = link.slowest_hop(R, largest) if step < R - 1 else 0.0
-                total += link.together(slowest, passing)
-            return [total] * R
+            return self._replayed_ring(shape, link, flops)
         inner = self.grouped(heads_ranks)
         part = shape._replace(
             Hq=-(-shape.Hq // heads_ranks),
@@ -195,7 +217,8 @@ class Plan:
                 len(kv_heads_for(head_range(shape.Hq, n, heads_ranks), shape.Hq, shape.Hkv)) for n in range(heads_ranks)
             ),
         )
-        rest = inner.seconds("ring" if inner.ranks > 1 else "gather", part, link)
+        apart = replace(link, node=max(1, link.node // heads_ranks) if link.node else 0)  # neighbours in the ring
+        rest = inner.seconds("ring" if inner.ranks > 1 else "gather", part, apart)
         moved = self.sent(transport, shape, heads_ranks)
         found = []
         for r in range(R):
@@ -204,6 +227,23 @@ class Plan:
             each = [(n, moved[r] / max(len(peers), 1)) for n in peers]
             found.append(rest[r // heads_ranks] + link.exchange(r, each) + link.latency * len(peers))
         return found
+
+    def _replayed_ring(self, shape: Shape, link: Link, flops: float) -> list[float]:
+        """The ring, step by step: a rank works on a shard when it has come and the one before is done, and passes it
+        on meanwhile; the next one comes when its sender has begun with it and this rank waits for it."""
+        R, ranks = self.ranks, torch.arange(self.ranks)
+        counts = torch.tensor(self.keys.counts, dtype=torch.float64) * shape.token_bytes
+        hops = [link.of(r, (r - 1) % R) for r in range(R)]
+        latency, per_byte = (torch.tensor(column, dtype=torch.float64) for column in zip(*hops, strict=True))
+        done, came = torch.zeros(R, dtype=torch.float64), torch.zeros(R, dtype=torch.float64)
+        for step in range(R):
+            start, owners = torch.maximum(done, came), (ranks - step) % R
+            work = self.pairs[ranks, owners] * flops + link.call
+            passing = latency + counts[(ranks - step - 1) % R] * per_byte if step < R - 1 else torch.zeros_like(work)
+            hidden = torch.minimum(work, passing) * (1 - link.overlap)
+            done = start + work + hidden
+            came = torch.maximum(start, start.roll(1)) + passing + hidden
+        return done.tolist()
 
     def grouped(self, heads_ranks: int) -> Plan:
         """The plan of ranks that each hold what `heads_ranks` neighbours held, as they do with heads apart."""

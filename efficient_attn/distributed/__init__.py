@@ -7,7 +7,8 @@ links.py       the model of links
 exchange.py    what ranks say to each other, with a time limit; differentiable exchanges
 attention.py   exact attention by gather, ring and heads apart, forward and backward
 states.py      the low-rank methods
-context.py     `context_parallel`, and the agreement of ranks before each call
+agreement.py   what ranks compare before each call
+context.py     `context_parallel`
 """
 
 from .context import ContextParallel, context_parallel

@@ -6,8 +6,6 @@ refused by all of them before anything travels), the mask of the whole sequence 
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import sharding
 from ..backends import check_name
 from ..defaults import default_scale
-from ..errors import CommunicationError, EfficientAttnError, InputError, MaskError, UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..functional import (
     add_to_bias,
     as_block_mask,
@@ -30,16 +28,16 @@ from ..functional import (
     check_dropout,
     check_key_mask,
     prepare_inputs,
-    resolve_seed,
     select_keys,
 )
 from ..masks import BlockMask
 from ..methods import Method, Sparse
 from ..patterns import BucketPattern
-from . import needs, states
+from . import states
+from .agreement import agree, as_number, combined, mask_digest, shape_facts, text_digest, wanted
 from .attention import Settled, exact_attention, gather_heads, head_lists, spread_heads
 from .exchange import Exchange, gathered
-from .links import Link
+from .links import H200, Link
 from .plan import Explanation, Plan, Shape, check_transport, head_ranks, make_plan
 from .shards import Shards
 
@@ -70,7 +68,7 @@ def context_parallel(
         shards: which tokens a rank has: "zigzag" (even under a causal mask), "contiguous" (least to send for windows),
             or `Shards`, such as `Shards.balanced(mask, ranks)`; several, where sequences of several lengths meet.
         transport: "gather", "ring", "all_to_all", or "auto", the one that `link` predicts to be fastest.
-        link: speeds, for that prediction.
+        link: speeds, for that prediction; default: those of an H200 on NCCL, else of CPU cores.
         timeout: seconds to wait for another rank.
 
     Raises:
@@ -105,7 +103,8 @@ class ContextParallel:
         check_transport(transport)
         self.exchange = Exchange(mesh, timeout)
         self.rank, self.ranks = self.exchange.rank, self.exchange.ranks
-        self.transport, self.link = transport, link or Link()
+        nccl = dist.get_backend(self.exchange.group) == "nccl"
+        self.transport, self.link = transport, link or (H200 if nccl else Link())
         given = (shards,) if isinstance(shards, (str, Shards)) else tuple(shards)
         self._layout = next((s for s in given if isinstance(s, str)), "zigzag")
         if self._layout not in LAYOUTS:
@@ -202,7 +201,7 @@ class ContextParallel:
 
         bias_rows = 1 if bias is None or bias.dim() < 2 else bias.shape[-2]
         seed_given = dropout_seed if dropout_p > 0.0 else 0
-        q_counts, k_counts, seed, bias_rows = self.agree(query, key, facts, seed_given, bias_rows)
+        q_counts, k_counts, seed, bias_rows = agree(self.exchange, query, key, facts, seed_given, bias_rows)
         query, key, value = tensors
         queries, keys = self._matching(q_counts, "queries"), self._matching(k_counts, "keys")
         Nq, Nk = queries.length, keys.length
@@ -226,7 +225,7 @@ class ContextParallel:
         call = Settled(self.exchange, plan, everyone, scale, dropout_p, seed, backend)
         if transport != "all_to_all":
             return exact_attention(query, key, value, bias, call, transport)
-        return self._by_heads(query, key, value, bias, call)
+        return self._by_heads(query, key, value, bias, call, bias_rows > 1)
 
     def _check(self, tensors: Sequence[Tensor], key_mask: Tensor | None, dropout_p: float, backend: str) -> None:
         check_dropout(dropout_p)
@@ -257,17 +256,14 @@ class ContextParallel:
 
     def _transport(self, plan: Plan, shape: Shape, rows: bool, link: Link) -> str:
         degree = head_ranks(shape.Hq, self.ranks)
-        if self.transport == "all_to_all" and rows:
-            raise UnsupportedError(
-                "transport='all_to_all' would send the rows of a bias of pairs to every rank; use 'ring' or 'gather'"
-            )
         if self.transport != "auto":
             return "gather" if self.transport == "all_to_all" and degree == 1 else self.transport
+        # The rows of a bias would travel too, which no plan counts: only where that is asked for.
         allowed = ("gather", "ring") if rows else ("gather", "ring", "all_to_all")
         return "gather" if self.ranks == 1 else plan.choose(shape, link, allowed=allowed)
 
     def _by_heads(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Settled
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Settled, bias_has_rows: bool
     ) -> tuple[Tensor, Tensor]:
         """Heads apart within groups of ranks; between groups, with fewer heads than ranks, a ring."""
         degree = head_ranks(query.shape[1], self.ranks)
@@ -281,7 +277,10 @@ class ContextParallel:
         mask = plan.mask
         if mask.indptr is not None and mask.heads > 1:
             mask = mask[:, mine[0] : mine[0] + len(mine)] if mine else mask[:, :1]
-        if bias is not None and bias.shape[1] > 1:
+        if bias is not None and bias_has_rows:
+            of_each = q_heads if bias.shape[1] > 1 else [[0]] * degree
+            bias = spread_heads(bias, of_each, plan.queries, group, exchange, "bias")
+        elif bias is not None and bias.shape[1] > 1:
             bias = bias[:, mine]
         groups = [range(start, start + degree) for start in range(0, self.ranks, degree)]
         inner = make_plan(mask, plan.queries.together(groups), plan.keys.together(groups))
@@ -344,102 +343,14 @@ class ContextParallel:
             arguments["masks"] = (method.pattern,)
         return self._attention(query, key, value, arguments), None
 
-    # --- agreement ---
 
-    def agree(
-        self,
-        query: Tensor,
-        key: Tensor,
-        facts: Callable[[], dict[str, int]],
-        dropout_seed: int | Tensor | None,
-        bias_rows: int = 1,
-    ) -> tuple[list[int], list[int], int, int]:
-        """Make sure that every rank calls the same; returns the queries and keys of each rank, the first's seed, and
-        the most rows that a rank's bias has.
-
-        Raises:
-            what `facts` raises, on this rank; CommunicationError on the others.
-            InputError, MaskError: facts that differ, on all ranks.
-        """
-        error: EfficientAttnError | None = None
-        names: list[str] = []
-        numbers: list[int] = []
-        try:
-            found = facts()
-            names, numbers = list(found), list(found.values())
-            drawn = 0 if isinstance(dropout_seed, int) and dropout_seed == 0 else int(resolve_seed(dropout_seed))
-            lengths = [query.shape[2], key.shape[2], drawn, bias_rows]
-        except EfficientAttnError as raised:
-            error, lengths = raised, [0, 0, 0, 0]
-        numbers = (numbers + [0] * FACTS)[:FACTS]
-        rows = self.exchange.gather_numbers([int(error is not None), *lengths, *numbers])
-        if error is not None:
-            raise error
-        refused = [rank for rank, row in enumerate(rows) if row[0]]
-        if refused:
-            raise CommunicationError(f"rank {refused[0]} refused this call, so that no rank can make it; see its error")
-        for place, name in enumerate(names):
-            values = [row[5 + place] for row in rows]
-            if len(set(values)) > 1:
-                odd = [rank for rank, value in enumerate(values) if value != values[0]]
-                kind = MaskError if name == "mask" else InputError
-                shown = f": {values}" if name in PLAIN_FACTS else ""
-                raise kind(
-                    f"ranks {odd} call attention with another {name.replace('_', ' ')} than rank 0{shown}; every rank "
-                    "must pass the same, a mask being that of the whole sequence"
-                )
-        return [row[1] for row in rows], [row[2] for row in rows], rows[0][3], max(row[4] for row in rows)
-
-
-FACTS = 12
-PLAIN_FACTS = ("batch", "heads", "kv_heads", "head_dim", "value_dim")
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A graph of torch.compile breaks here: exchanges are steered by sizes that only Python knows."""
+    return function(*arguments)
 
 
 def shape_of(query: Tensor, key: Tensor, value: Tensor) -> Shape:
     """The sizes that a plan is priced by."""
     (B, Hq, _, D), Hkv, Dv = query.shape, key.shape[1], value.shape[3]
     return Shape(B, Hq, Hkv, D, Dv, query.element_size())
-
-
-def shape_facts(tensors: Sequence[Tensor]) -> dict[str, int]:
-    """What must be the same on all ranks of query, key and value."""
-    query, key, value = tensors
-    found = {"batch": query.shape[0], "heads": query.shape[1], "kv_heads": key.shape[1]}
-    found |= {"head_dim": query.shape[3], "value_dim": value.shape[3]}
-    return found | {"dtype": text_digest(str(query.dtype))}
-
-
-def wanted(*tensors: Tensor | None) -> tuple[bool, ...]:
-    """Of which tensors a gradient is wanted: a backward that one rank does not run leaves the others waiting."""
-    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-
-
-def as_number(value: float) -> int:
-    """The bits of a float."""
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
-def text_digest(value: Any) -> int:
-    """A number for what prints alike."""
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "little")
-
-
-def mask_digest(mask: Any) -> int:
-    """A number for equal masks: of a BlockMask, a bool tensor, or a pattern."""
-    if isinstance(mask, BlockMask):
-        return needs.digest(mask)
-    if isinstance(mask, Tensor):
-        state = hashlib.sha256(repr((tuple(mask.shape), mask.dtype)).encode())
-        state.update(memoryview(mask.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
-        return int.from_bytes(state.digest()[:7], "little")
-    return text_digest(str(mask))
-
-
-def combined(digests: Iterator[int] | map[int]) -> int:
-    return text_digest(tuple(digests))
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A graph of torch.compile breaks here: exchanges are steered by sizes that only Python knows."""
-    return function(*arguments)

@@ -39,7 +39,7 @@ class Link:
     far_bandwidth: float = 0.0
     far_latency: float = 0.0
     call: float = 2e-5
-    overlap: float = 1.0
+    overlap: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "flops"):
@@ -78,5 +78,6 @@ H200 = Link(
     node=8,
     far_bandwidth=50e9,  # 400 Gb/s InfiniBand, one port a GPU
     far_latency=2e-5,
+    overlap=1.0,
     call=1e-5,
 )

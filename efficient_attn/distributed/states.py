@@ -10,7 +10,7 @@ Letters: B batch, Hq query heads, Hkv key heads, n this rank's tokens, F feature
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +29,9 @@ from ..methods.lowrank import by_group
 from ..methods.nystrom import compared, iterative_pinv
 from ..ops import attention as ops
 from ..tracing import without_autocast
+from .agreement import agree, as_number, shape_facts, text_digest, wanted
 from .exchange import Exchange, gathered, summed
 from .shards import Shards
-
-if TYPE_CHECKING:
-    from .context import ContextParallel
 
 
 @dataclasses.dataclass
@@ -60,16 +58,14 @@ class Call:
 
 
 def attend(
-    context: ContextParallel, method: Method, query: Tensor, key: Tensor, value: Tensor, state: Any,
+    context: Any, method: Method, query: Tensor, key: Tensor, value: Tensor, state: Any,
     arguments: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """out (B, Hq, n, Dv) of this rank's queries.
+    """out (B, Hq, n, Dv) of this rank's queries; `context` is the ContextParallel.
 
     Raises:
         UnsupportedError: a method without a form for several ranks, masks of pairs, a bias.
     """
-    from .context import as_number, shape_facts, text_digest, wanted
-
     names = ("mask", "bias", "key_mask", "scale", "dropout_p", "dropout_seed", "is_causal", "backend")
     mask, bias, key_mask, scale, dropout_p, seed, is_causal, backend = map(arguments.get, names)
     dropout_p, is_causal, backend = dropout_p or 0.0, bool(is_causal), backend or "auto"
@@ -96,7 +92,7 @@ def attend(
         return found | {"options": text_digest(options)}
 
     with sharding.entered(None):
-        q_counts, k_counts, agreed, _ = context.agree(query, key, facts, seed if dropout_p > 0.0 else 0)
+        q_counts, k_counts, agreed, _ = agree(context.exchange, query, key, facts, seed if dropout_p > 0.0 else 0)
         queries, keys = context._matching(q_counts, "queries"), context._matching(k_counts, "keys")
         if is_causal and queries.length != keys.length:
             raise UnsupportedError(f"causal {method} inside context_parallel needs as many queries as keys")

@@ -57,9 +57,7 @@ def profile(
         typer.Option(help="Ranks that share the sequence, as 1,2,4,64: measured here, predicted beyond."),
     ] = None,
     link: Annotated[Text, typer.Option(help="With --context-parallel: predict for h200, measure nothing.")] = None,
-    bandwidth: Annotated[
-        float | None, typer.Option(min=1e-3, help="GB/s of a link, for the prediction.")
-    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="GB/s of a link, for the prediction.")] = None,
     latency: Annotated[float | None, typer.Option(min=0.0, help="Microseconds of a message, likewise.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="A Chrome trace (ui.perfetto.dev) of the longest length, into this file.")

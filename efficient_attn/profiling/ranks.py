@@ -142,7 +142,7 @@ def profile_ranks(
     if given is None:
         most = len(os.sched_getaffinity(0)) if measure is None else measure
         job = _Job(str(found), length, shape, dtype, causal, layout, rounds)
-        given = Link(overlap=0.0)
+        given = Link()
         for count in [n for n in sorted({1, 2, *numbers}) if n <= most]:
             answers = _in_processes(count, job)
             times |= {(count, name): max(a[0][name] for a in answers) for name in answers[0][0]}

@@ -48,8 +48,6 @@ def equals_one_process(ranks: Ranks, seed: int, most: int) -> None:
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_conformance_cases_through_two_ranks(pair, case):
     transport = ("gather", "ring", "all_to_all")[CASES.index(case) // 2 % 3]
-    if transport == "all_to_all" and case.bias is not None:
-        transport = "ring"
     conforms(pair, 2, case, torch.float32, transport, "zigzag")
 
 
@@ -65,7 +63,7 @@ def test_half_precision_conforms(pair):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_conformance_cases_through_four_ranks(four, dtype, transport):
     for case in CASES:
-        if case.layout == "contiguous" and not (transport == "all_to_all" and case.bias is not None):
+        if case.layout == "contiguous":
             for count, layout in ((2, "contiguous"), (3, "zigzag"), (4, "zigzag")):
                 conforms(four, count, case, dtype, transport, layout)
 
@@ -102,7 +100,6 @@ REFUSED = {
     "weights": "UnsupportedError: what was called is not defined inside context_parallel",
     "content": "UnsupportedError: topk_blocks",
     "hybrid": "UnsupportedError: sliding_window",
-    "bias by heads": "UnsupportedError: transport='all_to_all' would send",
 }
 
 
@@ -153,13 +150,13 @@ def test_memory_falls_with_the_number_of_ranks():
 # --- faults ---
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("how", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(how):
     ranks = Ranks(2)
     try:
         ranks.pipes[0].send((jobs.dies, 2, (how, 2.0)))
         ranks.pipes[1].send((jobs.dies, 2, (how, 2.0)))
-        assert ranks.pipes[0].poll(30)
+        assert ranks.pipes[0].poll(60)
         answer, error = ranks.pipes[0].recv()
         assert error is None and "rank 0 of 2 could not finish the exchange of agreement within 2 s" in answer
     finally:

@@ -25,7 +25,7 @@ def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> No
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("how", ["plain", "checkpoint", "compile", "ddp"])
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "ddp", pytest.param("compile", marks=pytest.mark.slow)])
 def test_a_language_model_learns_as_in_one_process(pair, how):
     found = pair.run(jobs.train_model, "dense", IDS, None, how)
     close(found[0], expected("dense"))

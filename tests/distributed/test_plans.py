@@ -40,20 +40,20 @@ def test_zigzag_is_even_under_a_causal_mask_and_contiguous_is_not():
 
 
 @pytest.mark.parametrize(
-    "mask",
+    ("mask", "uneven"),
     [
-        BlockMask(8192, 8192).with_causal(),
-        Longformer(window=128, global_tokens=64).block_mask(8192, 8192),
-        BlockMask.from_documents(torch.arange(8192).sqrt().long()),
-        BlockMask.from_documents((torch.arange(8192) > 6000).long()).with_causal(),
+        (BlockMask(8192, 8192).with_causal(), 1.01),
+        (Longformer(window=128, global_tokens=64).block_mask(8192, 8192), 1.6),  # one block of queries sees all keys
+        (BlockMask.from_documents(torch.arange(8192).sqrt().long()), 1.15),
+        (BlockMask.from_documents((torch.arange(8192) > 6000).long()).with_causal(), 1.15),
     ],
     ids=["causal", "longformer", "documents", "two documents"],
 )
-def test_balanced_shards(mask):
+def test_balanced_shards(mask, uneven):
     shards = Shards.balanced(mask, 4)
     pairs = make_plan(mask, shards, shards).pairs.sum(1)
     assert max(shards.counts) == min(shards.counts) == 2048
-    assert float(pairs.max() / pairs.mean()) < 1.15
+    assert float(pairs.max() / pairs.mean()) < uneven
 
 
 def test_a_window_needs_one_run_a_rank():

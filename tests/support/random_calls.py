@@ -72,8 +72,7 @@ def random_call(seed: int, most_ranks: int) -> tuple[Call, int]:
             key_mask = torch.arange(Nk) < torch.randint(0, Nk + 1, (B, 1), generator=generator)
     if draw.random() < 0.3:
         arguments |= {"dropout_p": 0.3, "dropout_seed": seed}
-    rows = bias is not None and bias.shape[2] > 1
-    transport = draw.choice(("auto", "gather", "ring") if rows else ("auto", "gather", "ring", "all_to_all"))
+    transport = draw.choice(("auto", "gather", "ring", "all_to_all"))
     layout = draw.choice(("zigzag", "contiguous", "uneven"))
     if layout == "uneven":
         layout = [uneven(length, ranks, draw) for length in {Nq, Nk}]

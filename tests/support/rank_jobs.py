@@ -259,9 +259,6 @@ def refused(group: Any, name: str) -> str:
                 parse("topk_blocks").attend(q, q, q)
             elif name == "hybrid":
                 parse("sliding_window+centroid").attend(q, q, q)
-            elif name == "bias by heads":
-                context.transport = "all_to_all"
-                attention(q, q, q, bias=torch.zeros(32, 64))
         return "nothing"
     except EfficientAttnError as error:
         sent = {what: size for what, size in context.exchange.sent.items() if what != "agreement"}
@@ -329,8 +326,9 @@ def dies(group: Any, how: str, limit: float) -> str:
     from efficient_attn.errors import CommunicationError
 
     x = torch.randn(1, 2, 32, 4)
+    with context_parallel(group, timeout=60):
+        attention(x, x, x)  # both have begun
     with context_parallel(group, timeout=limit):
-        attention(x, x, x)
         if dist.get_rank(group) == 1:
             if how == "dies":
                 os._exit(3)
@@ -347,3 +345,8 @@ def dies(group: Any, how: str, limit: float) -> str:
 
 def refused_by_python(group: Any) -> None:
     raise ValueError("nothing here")
+
+
+def run_page(group: Any, text: str) -> None:
+    """The Python of a page of documentation, from top to bottom."""
+    exec(compile(text, "page", "exec"), {})

@@ -17,7 +17,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format \
-	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme works-with clean
+	test-ranks bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme works-with clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'
@@ -64,6 +64,9 @@ CASES ?= 20000
 fuzz: $(STAMP) ## random calls against the definition: CASES=100000
 	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/contract/test_fuzz.py
 	@echo "$(CASES) random cases, forward and backward"
+
+test-ranks: $(STAMP) ## 300 random calls over up to 8 processes, every conformance case over 4, bytes, memory, faults
+	$(BIN)/python -m pytest -q -s -p no:xdist $(ARGS) tests/distributed
 
 RANDOM_CALLS ?= 10000
 sanitize: $(STAMP) ## random calls of the native kernels under AddressSanitizer and UBSan: RANDOM_CALLS=1000

@@ -97,7 +97,7 @@ def mask_digest(mask: Any) -> int:
         return digest(mask)
     if isinstance(mask, Tensor):
         state = hashlib.sha256(repr((tuple(mask.shape), mask.dtype)).encode())
-        state.update(memoryview(mask.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        state.update(mask.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return int.from_bytes(state.digest()[:7], "little")
     return text_digest(str(mask))
 

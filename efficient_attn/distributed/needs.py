@@ -108,7 +108,7 @@ def digest(mask: BlockMask) -> int:
         state.update(repr(facts).encode())
         for tensor in (mask.indptr, mask.indices, mask.tile_ids, mask.tiles, mask.kv_lengths):
             if tensor is not None:
-                state.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+                state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         _digests[mask] = int.from_bytes(state.digest()[:8], "little") >> 1
     return _digests[mask]
 

@@ -194,7 +194,12 @@ class ContextParallel:
                     )
             found = shape_facts(tensors) | {"scale": as_number(default_scale(scale, query.shape[3]))}
             found |= {"dropout_p": as_number(dropout_p), "mask": combined(map(mask_digest, masks))}
-            shape = () if bias is None else (*bias.shape[:-2], bias.dim(), bias.shape[-1:])
+            if bias is not None and bias.dim() > 1 and bias.shape[-2] not in (1, query.shape[2]):
+                raise InputError(
+                    f"inside context_parallel a bias has the rows of this rank's {query.shape[2]} queries, or one for "
+                    f"all, and every column; got {tuple(bias.shape)}"
+                )
+            shape = () if bias is None else (*bias.shape[:-2], bias.dim(), bias.shape[-1:], bias.dtype)
             options = (shape, is_causal, causal_alignment, backend, self.transport, wanted(*tensors, bias))
             found["options"] = text_digest(options)
             return found | {"key_mask": int(key_mask is not None)}

@@ -100,7 +100,7 @@ def profile_ranks(
     causal: bool = False,
     layout: str = "zigzag",
     link: Link | str | None = None,
-    beyond: Mapping[str, float] | None = None,
+    beyond: Mapping[str, Any] | None = None,
     rounds: int = 5,
     measure: int | None = None,
 ) -> RankProfile:

@@ -97,6 +97,7 @@ REFUSED = {
     "scale": "InputError: ranks [1] call attention with another scale",
     "gradient": "InputError: ranks [1] call attention with another options",
     "local mask": "InputError: mask (32, 32) does not broadcast",
+    "bias": "InputError: inside context_parallel a bias has the rows of this rank's 32 queries",
     "weights": "UnsupportedError: what was called is not defined inside context_parallel",
     "content": "UnsupportedError: topk_blocks",
     "hybrid": "UnsupportedError: sliding_window",

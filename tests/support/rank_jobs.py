@@ -253,6 +253,8 @@ def refused(group: Any, name: str) -> str:
                 attention(q, q, q, mask=torch.ones(32, 32, dtype=torch.bool))
             elif name == "one rank":
                 attention(q, q, q if rank == 0 else q[..., :0])
+            elif name == "bias":
+                attention(q, q, q, bias=torch.zeros(64, 64))
             elif name == "weights":
                 attention_weights(q, q)
             elif name == "content":

@@ -6,6 +6,7 @@ refused by all of them before anything travels), the mask of the whole sequence 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,10 @@ from .links import H200, Link
 from .plan import Explanation, Plan, Shape, check_transport, head_ranks, make_plan
 from .shards import Shards
 
-LAYOUTS: Mapping[str, Callable[[int, int], Shards]] = {"zigzag": Shards.zigzag, "contiguous": Shards.contiguous}
+LAYOUTS: Mapping[str, Callable[[int, int], Shards]] = {
+    "zigzag": functools.lru_cache(Shards.zigzag),
+    "contiguous": functools.lru_cache(Shards.contiguous),
+}
 
 
 @contextmanager

@@ -254,6 +254,15 @@ class Plan:
 
     def choose(self, shape: Shape, link: Link, *, allowed: tuple[str, ...] = TRANSPORTS) -> str:
         """The transport of the least predicted time; of equals the one that sends least."""
+        if (shape, link, allowed) not in self._chosen:
+            self._chosen[shape, link, allowed] = self._choose(shape, link, allowed)
+        return self._chosen[shape, link, allowed]
+
+    @functools.cached_property
+    def _chosen(self) -> dict[tuple[Shape, Link, tuple[str, ...]], str]:
+        return {}
+
+    def _choose(self, shape: Shape, link: Link, allowed: tuple[str, ...]) -> str:
         degree = head_ranks(shape.Hq, self.ranks)
         options = [t for t in allowed if t != "all_to_all" or degree > 1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import rank_jobs as jobs
+from support.ranks import started
 
 from efficient_attn import MultiheadAttention
 
@@ -56,3 +57,17 @@ def test_fsdp_on_the_other_dimension_of_the_mesh(four):
     wanted = expected("dense", ids)
     wanted.pop("loss")
     close(found[0], wanted)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_what_one_has_no_memory_for():
+    length = 16384
+    with started(1) as one, started(2) as two:
+        [(_, alone)] = one.run(jobs.train_long, length, None)
+        each = max(most for _, most in two.run(jobs.train_long, length, None))
+        limit = (alone + each) // 2
+        print(f"a step of {length} tokens: {alone / 2**20:.0f} MiB in one process, {each / 2**20:.0f} in each of two")
+        assert each < 0.75 * alone
+        [(answer, _)] = one.run(jobs.train_long, length, limit)
+        assert answer.startswith("refused") and "memory" in answer
+        assert all(answer == "trained" for answer, _ in two.run(jobs.train_long, length, limit))

@@ -352,3 +352,53 @@ def refused_by_python(group: Any) -> None:
 def run_page(group: Any, text: str) -> None:
     """The Python of a page of documentation, from top to bottom."""
     exec(compile(text, "page", "exec"), {})
+
+
+def train_long(group: Any, length: int, limit: int | None) -> tuple[str, int]:
+    """A step of a language model whose process may take `limit` bytes more than before, and what it took at most."""
+    import resource
+    import threading
+    import time
+    from contextlib import nullcontext
+
+    from efficient_attn.models import CausalLM, CausalLMConfig, TransformerConfig
+
+    def data() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[5]) * 4096
+
+    decoder = TransformerConfig(
+        hidden_dim=64, num_layers=6, num_heads=2, causal=True, rotary=True, attention="sliding_window:left=64,right=0"
+    )
+    torch.manual_seed(0)
+    model = CausalLM(CausalLMConfig(vocab_size=8, max_len=length, decoder=decoder, positions="none"))
+    several = dist.get_world_size(group) > 1
+
+    def step(ids: Tensor) -> None:
+        with context_parallel(group, timeout=60) if several else nullcontext():
+            language_loss(model, ids).backward()
+
+    ids = torch.randint(0, 8, (1, length), generator=torch.Generator().manual_seed(0))
+    step(ids[:, :256])
+    before, most, stop = data(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            most[0] = max(most[0], data() - before)
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (before + limit, hard))
+        step(ids)
+        answer = "trained"
+    except (MemoryError, RuntimeError) as error:
+        answer = f"refused: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        stop.set()
+        watcher.join()
+    return answer, most[0]

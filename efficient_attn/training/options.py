@@ -112,7 +112,9 @@ class TrainOptions:
 # What a resumed run may choose anew: what does not change what is computed; its length, which changes its schedule; and
 # what a run needs that diverged.
 STEADYING = ("lr", "warmup", "clip")
-FREE_ON_RESUME = frozenset({"out", "steps", "epochs", "save_every", "threads", "device", "tensorboard", *STEADYING})
+FREE_ON_RESUME = frozenset(
+    {"out", "steps", "epochs", "save_every", "threads", "device", "context_parallel", "tensorboard", *STEADYING}
+)
 
 
 def describe(options: TrainOptions) -> dict[str, Any]:

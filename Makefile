@@ -16,8 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=2
 NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup cuda test test-slow first-hour test-triton test-cuda-emulator test-timm fuzz sanitize test-arm64 test-upstream lint format \
-	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme works-with clean
+.PHONY: $(shell sed -n 's/^\([a-z][a-z0-9-]*\):.*/\1/p' Makefile)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'
@@ -68,6 +67,9 @@ SEED ?= 0
 fuzz: $(STAMP) ## random calls against the definition: CASES=100000, and SEED=100000 for others
 	EFFICIENT_ATTN_FUZZ=$(CASES) EFFICIENT_ATTN_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/contract/test_fuzz.py
 	@echo "$(CASES) random cases, forward and backward"
+
+test-ranks: $(STAMP) ## 300 random calls over up to 8 processes, every conformance case over 4, bytes, memory, faults
+	$(BIN)/python -m pytest -q -s -p no:xdist $(ARGS) tests/distributed
 
 RANDOM_CALLS ?= 10000
 sanitize: $(STAMP) ## random calls of the native kernels under AddressSanitizer and UBSan: RANDOM_CALLS=1000

@@ -31,3 +31,7 @@ class ConversionError(EfficientAttnError, RuntimeError):
 
 class CheckpointError(EfficientAttnError, RuntimeError):
     """A checkpoint that cannot be read, is of an unknown architecture, or does not fit the model."""
+
+
+class CommunicationError(EfficientAttnError, RuntimeError):
+    """A process of a group that has died, does not answer in time, or was asked for something else than the others."""

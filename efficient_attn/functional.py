@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard, overload
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, sharding
 from .backends.call import Call, accumulation_dtype
 from .backends.reference import attention as reference
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
@@ -110,6 +110,11 @@ def attention(
         InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
         UnsupportedError: the backend asked for cannot serve this call.
     """
+    if sharding.active is not None:
+        return sharding.active.attention(  # type: ignore[no-any-return]
+            query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
+            scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     plain = ops.is_plain(query, key, value, bias)
     if not plain and is_jit_traced():
         return _traced(query, key, value, mask, bias, is_causal, causal_alignment, scale, dropout_p, return_lse)
@@ -169,6 +174,8 @@ def padded_attention(
     key, on keys and values that are set to zero there; or block lists, where that bias would have to grow to n x n.
     Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding becomes a bias.
     """
+    if sharding.active is not None:
+        return sharding.active.attention(query, key, value, key_mask=key_mask, mask=mask, bias=bias, **arguments)
     key, value, mask, bias = hide_padding(query, key, value, key_mask, mask=mask, bias=bias, **arguments)
     return attention(query, key, value, mask=mask, bias=bias, **arguments)
 
@@ -321,6 +328,7 @@ def prepare(
 
 def prepare_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three tensors, cast as autocast asks for; raises unless they are tensors that belong together."""
+    sharding.refuse("what was called")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

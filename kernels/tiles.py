@@ -76,6 +76,7 @@ class Dropout(NamedTuple):
     """The seed (pointer to int64; None: no dropout), the least random word that is kept, and 1 / (1 - p)."""
 
     seed: Any
+    origin: Any  # pointer to int64 (head, query, key), see backends/call.py; None: all 0
     threshold: Any
     keep_scale: Any
 
@@ -327,6 +328,10 @@ def kept_pairs(dropout, i_b, i_h, i_first, j_first, C: tl.constexpr, KEY_AXIS: t
     if dropout.seed is None:
         m_kept = tl.full([BLOCK_Q, BLOCK_K], True, tl.int1)
     else:
+        if dropout.origin is not None:
+            i_h = i_h + tl.load(dropout.origin)
+            i_first = i_first + tl.load(dropout.origin + 1)
+            j_first = j_first + tl.load(dropout.origin + 2)
         o_group = i_first // 16 * 8 + tl.arange(0, BLOCK_Q // 2)  # (i >> 4) * 8 + (i & 7)
         o_pair = j_first // 2 + tl.arange(0, BLOCK_K // 2)
         c_zero = tl.zeros([BLOCK_Q // 2, BLOCK_K // 2], tl.uint32)

@@ -54,6 +54,7 @@ struct AttentionParams {
     MaskView mask;
     double scale, dropout_p;
     uint64_t dropout_seed;
+    int64_t dropout_head, dropout_query, dropout_key;  // the pair (0, 0) of head 0 as dropout counts: a part's origin
     int threads;  // how many will run it; decides the order of work, never the bits
 
     // Backward only.

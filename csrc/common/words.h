@@ -53,6 +53,7 @@ inline AttentionParams read_call(Reader& in) {
     p.scale = in.take<double>();
     p.dropout_p = in.take<double>();
     p.dropout_seed = in.take<uint64_t>();
+    for (int64_t* first : {&p.dropout_head, &p.dropout_query, &p.dropout_key}) *first = in.integer();
     p.query = in.view();
     p.key = in.view();
     p.value = in.view();

@@ -164,8 +164,7 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
     bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
     if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
     const bool dropped = p.dropout_p > 0;
-    if (dropped)
-        dropout_bits(p.dropout_seed, p.dropout_p, q.b, q.h, q.rows.begin, q.count, keys.begin, keys.end, t.keep);
+    if (dropped) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
     const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
     with_bool(has_bias(p), [&](auto natural) {
         with_bool(masked, [&](auto some_masked) {

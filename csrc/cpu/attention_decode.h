@@ -209,7 +209,7 @@ inline void decode_dropout(const AttentionParams& p, const DecodeTask& task, Ran
     const int64_t n = keys.end - keys.begin;
     for (int64_t k = 0; k < n; ++k) t.keep[k] = 0;
     for (int64_t g = 0; g < task.heads; ++g) {
-        dropout_bits(p.dropout_seed, p.dropout_p, task.b, task.h + g, 0, p.Nq, keys.begin, keys.end, t.part);
+        kept_bits(p, task.b, task.h + g, {0, p.Nq}, keys, t.part);
         for (int64_t k = 0; k < n; ++k) t.keep[k] |= (t.part[k] & low_bits(p.Nq)) << (g * p.Nq);
     }
     fill_masked(t.keep, n, w, A{0}, t.S);

@@ -219,7 +219,7 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory, c
     fill_zero(t.Ot, p.Dv * w);
     softmax_pass<T>(p, b, h, rows, w, t, [&](Range keys, bool masked) {
         if (p.dropout_p > 0) {
-            dropout_bits(p.dropout_seed, p.dropout_p, b, h, rows.begin, count, keys.begin, keys.end, t.keep);
+            kept_bits(p, b, h, rows, keys, t.keep);
             fill_masked(t.keep, keys.end - keys.begin, w, A{0}, t.S);
         }
         accumulate<T>(p, b, kv, keys, masked, w, shared, t);

@@ -27,6 +27,12 @@ constexpr int64_t kTerms = 64;
 constexpr int64_t kTerms = 8;
 #endif
 
+// keep[j - keys.begin] bit (i - queries.begin): whether dropout keeps the pair (i, j); at most 64 queries.
+inline void kept_bits(const AttentionParams& p, int64_t b, int64_t h, Range queries, Range keys, uint64_t* keep) {
+    dropout_bits(p.dropout_seed, p.dropout_p, b, p.dropout_head + h, p.dropout_query + queries.begin,
+                 queries.end - queries.begin, p.dropout_key + keys.begin, p.dropout_key + keys.end, keep);
+}
+
 // S[key][query] = sum_d rows[key][d] * columns[d][query]
 template <class A>
 inline void score_tile(const Rows<A>& rows, int64_t keys, int64_t width, const A* columns, int64_t w, A* S) {

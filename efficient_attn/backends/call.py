@@ -38,6 +38,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dropout_origin(seed: Tensor) -> tuple[int, int, int, int]:
+    """(seed, head, query, key) of a seed with one element or with those four: where, at multiples of 16, pair (0, 0)
+    of head 0 stands in a larger problem, whose pairs the call then drops."""
+    if seed.numel() == 1:
+        return int(seed), 0, 0, 0
+    first, head, query, key = seed.tolist()
+    return first, head, query, key
+
+
 def readable(tensor: Tensor) -> Tensor:
     """(B, H, N, D) itself if its last dimension has stride 1, else a contiguous copy."""
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()

@@ -5,6 +5,8 @@ A backend that has no fused maps applies `given_or_mapped` first and, backwards,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def map_features(
     is_causal: bool,
     feature_map: str,
     scale: float,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a (B, Hq, Nq, F), b (B, Hkv, Nk, F) in the accumulation dtype and the key shift.
 
@@ -35,6 +38,7 @@ def map_features(
     what it is: each row of a by a constant, and, not causal, each feature by c_f in b and 1 / c_f in a, with c_f from
     the largest visible key: log c_f is the key shift. That makes n >= 1 for every row. With causality no factor may
     depend on keys to come, so there b saturates at e^60 instead. The factors have no gradient.
+    `agree` makes the key shift of these keys, where they are a part of a longer sequence, that of all of it.
     """
     q, k = _prepared(query, scale, projection), _prepared(_visible(key, key_mask), scale, projection)
     shift = k.new_zeros(*k.shape[:2], 0)
@@ -51,6 +55,7 @@ def map_features(
         b = b.clamp(max=CAUSAL_EXPONENT_LIMIT)
     else:
         shift = _largest(b.detach(), key_mask)  # (B, Hkv, F)
+        shift = shift if agree is None else agree(shift)
         group = query.shape[1] // max(key.shape[1], 1)
         a, b = a + shift.repeat_interleave(group, dim=1)[:, :, None], b - shift[:, :, None]
         if key_mask is not None:  # a cleared key may be far above the largest visible one

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskArrays
-from .call import readable
+from .call import dropout_origin, readable
 from .features import CAUSAL_EXPONENT_LIMIT, RELU_FLOOR
 from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "performer_softmax": 3}  # params.h
-_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q17q"), struct.Struct("16q6q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 _NO_LISTS: tuple[int, ...] = (0,) * 9
@@ -66,7 +66,7 @@ def pack_attention(
         Dv,
         scale,
         dropout_p,
-        0 if dropout_seed is None else int(dropout_seed),
+        *((0, 0, 0, 0) if dropout_seed is None else dropout_origin(dropout_seed)),
         *view(query),
         *view(key),
         *view(value),

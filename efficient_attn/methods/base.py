@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import sharding
 from ..errors import UnsupportedError
 from ..masks import BlockMask
 from ..options import Named
@@ -119,6 +120,10 @@ def _settled(attend: Attend) -> Attend:
 
     @functools.wraps(attend)
     def call(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        if sharding.active is not None:
+            if OBSERVERS:
+                sharding.refuse("observing attention")
+            return sharding.active.attend(self, query, key, value, **options)
         if not self.is_dense and is_jit_traced():
             raise UnsupportedError(
                 f"torch.jit.trace would freeze what {self} chooses for the sample: blocks, landmarks and lengths. "

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .. import sharding
 from ..backends import select
 from ..backends.call import LinearCall, accumulation_dtype
 from ..backends.features import POINTWISE, map_features
@@ -107,6 +108,7 @@ def run_operator(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """out and normaliser of checked inputs; the maps are those of backends/features.py."""
+    sharding.refuse("linear attention on given features")
     q_len, kv_len = query.shape[2], value.shape[2]
     check_alignment(is_causal, causal_alignment, q_len, kv_len)
     offset = alignment_offset(causal_alignment, q_len, kv_len)

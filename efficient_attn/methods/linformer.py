@@ -52,8 +52,8 @@ def linformer_attention(
     check_key_mask(key_mask, key)
     if is_causal:
         refuse_causal("Linformer", "each of its r keys mixes all positions")
-    E = _sequence_projection("key_projection", key_projection, key)
-    F_ = _sequence_projection("value_projection", value_projection, value)
+    E = sequence_projection("key_projection", key_projection, key)
+    F_ = sequence_projection("value_projection", value_projection, value)
     if E.shape[-2] != F_.shape[-2]:
         raise InputError(f"key_projection has rank {E.shape[-2]}, value_projection {F_.shape[-2]}; they must be equal")
     key, value = select_keys(key_mask, key, value)
@@ -85,8 +85,8 @@ def linformer_weights(
     check_key_mask(key_mask, key)
     if is_causal:
         refuse_causal("Linformer", "each of its r keys mixes all positions")
-    E = _sequence_projection("key_projection", key_projection, key)
-    F_ = _sequence_projection("value_projection", value_projection, key)
+    E = sequence_projection("key_projection", key_projection, key)
+    F_ = sequence_projection("value_projection", value_projection, key)
     (key,) = select_keys(key_mask, key)
     weights = attention_weights(query, E @ key, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed)
     weights = weights @ (F_ if F_.dim() == 2 else F_.repeat_interleave(query.shape[1] // max(key.shape[1], 1), 0))
@@ -103,7 +103,7 @@ def _mixed(projection: Tensor, x: Tensor) -> Tensor:
     return mixed.view(projection.shape[0], B, H, D).permute(1, 2, 0, 3).contiguous()
 
 
-def _sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:
+def sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:
     """The first Nk columns of E or F, in the dtype of the tensor that it mixes."""
     if not isinstance(projection, Tensor) or not projection.is_floating_point():
         raise InputTypeError(f"{name} must be a floating-point tensor, got {type(projection).__name__}")

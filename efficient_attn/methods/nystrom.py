@@ -147,16 +147,24 @@ def _nystrom_landmarks(
     near, near_used = segment_means(query, m, query_mask)
     far, far_used = segment_means(key, m, key_mask)
     far = far.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    far_bias = None if far_used is None else add_to_bias(None, far_used, query)
-    dtype = accumulation_dtype(query.dtype)
-    with without_autocast(query):  # the pseudo-inverse wants more than half precision
+    middle, far_bias = compared(near, near_used, far, far_used, scale)
+    return near, far, middle, far_bias
+
+
+def compared(
+    near: Tensor, near_used: Tensor | None, far: Tensor, far_used: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(scale Q~ K~^T) (B, Hq, m, m), and the bias that hides unused K~, of landmarks (B, Hq, m, D)."""
+    far_bias = None if far_used is None else add_to_bias(None, far_used, near)
+    dtype = accumulation_dtype(near.dtype)
+    with without_autocast(near):  # the pseudo-inverse wants more than half precision
         if far_bias is None:
             middle = torch.softmax((near.to(dtype) @ far.to(dtype).mT) * scale, -1)
         else:  # `attention_weights` defines rows without a landmark
             middle = attention_weights(near.to(dtype), far.to(dtype), bias=far_bias.to(dtype), scale=scale)
     if near_used is not None:
         middle = middle.masked_fill(~near_used[:, None, :, None], 0.0)
-    return near, far, middle, far_bias
+    return middle, far_bias
 
 
 def segment_means(x: Tensor, segments: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

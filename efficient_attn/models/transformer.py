@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError, InputTypeError
+from .. import sharding
+from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import MAX_HEAD_DIM
 from ..methods import Method, parse
 from ..patterns import Pattern
@@ -329,6 +330,9 @@ class Transformer(nn.Module):
             return_hidden: return `Outputs`, with the outputs of all layers.
             need_weights: with return_hidden, the attention weights too: N x M memory.
 
+        Inside `context_parallel` every rank passes the whole input and gets the whole output; between the two, in all
+        layers, it has its part of the tokens.
+
         Returns:
             (B, N, E), or `Outputs`.
 
@@ -337,6 +341,17 @@ class Transformer(nn.Module):
             UnsupportedError: a cache for a Transformer that is not causal; what a method cannot do.
         """
         key_mask, memory_mask = self._check(x, key_padding_mask, memory, memory_padding_mask, cache)
+        spread, length = sharding.active, x.shape[1]
+        if spread is not None:
+            if cache is not None:
+                raise UnsupportedError("a cache holds a whole sequence; generate outside context_parallel")
+            if self.rotary is not None:
+                positions = torch.arange(length, device=x.device) if positions is None else positions
+                positions = spread.split(positions, positions.dim() - 1)
+            x = spread.split(x, 1)
+            key_mask, memory_mask, memory = (
+                None if part is None else spread.split(part, 1) for part in (key_mask, memory_mask, memory)
+            )
         turn = None
         if self.rotary is not None:
             if positions is None:
@@ -361,6 +376,8 @@ class Transformer(nn.Module):
             weights += [] if own is None else [own]
             memory_weights += [] if other is None else [other]
         x = x if self.norm is None else self.norm(x)
+        if spread is not None:
+            x, hidden = spread.join(x, 1, length), [spread.join(part, 1, length) for part in hidden]
         return Outputs(x, tuple(hidden), tuple(weights), tuple(memory_weights)) if return_hidden else x
 
     def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +52,13 @@ def profile(
     memory_limit: Annotated[
         float | None, typer.Option(min=0.1, help="GiB that one cell may use. Default: 80 % of what is free.")
     ] = None,
+    context_parallel: Annotated[
+        Text,
+        typer.Option(help="Ranks that share the sequence, as 1,2,4,64: measured here, predicted beyond."),
+    ] = None,
+    link: Annotated[Text, typer.Option(help="With --context-parallel: predict for h200, measure nothing.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="GB/s of a link, for the prediction.")] = None,
+    latency: Annotated[float | None, typer.Option(min=0.0, help="Microseconds of a message, likewise.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="A Chrome trace (ui.perfetto.dev) of the longest length, into this file.")
     ] = None,
@@ -61,7 +69,20 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Time, memory, phases and roofline of a method or model against length, with what they predict."""
+    shape: dict[str, Any]
     with named_errors():
+        if context_parallel is not None:
+            given = {"bandwidth": (bandwidth, 1e9), "latency": (latency, 1e-6)}
+            shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+            _over_ranks(
+                op or ["dense"],
+                read_lengths(lengths or "8k"),
+                _numbers(context_parallel),
+                shape | {"causal": causal, "link": link},
+                {name: value * unit for name, (value, unit) in given.items() if value is not None},
+                as_json,
+            )
+            return
         if (op is None) == (model is None):
             raise InputError("give --op SPEC or --model NAME, one of the two")
         chosen = read_lengths(lengths) if lengths else (LENGTHS if model is None else MODEL_LENGTHS)
@@ -79,7 +100,7 @@ def profile(
         try:
             with _progress(err) as report:
                 if op is not None:
-                    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+                    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
                     shape |= {"causal": causal, "activations": activations}
                     found = profile_op(op, **shape, **common, report=report)
                 else:
@@ -168,6 +189,26 @@ def recommend_command(
             raise typer.Exit(interrupted(interrupt, err, folder, _kept(folder))) from None
         _print(found, as_json)
         console(stderr=True).print(f"{found.plot(folder / 'recommend.png')}")
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise InputError(f"--context-parallel takes numbers of ranks such as 1,2,4,64; got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _over_ranks(
+    specs: list[str], lengths: tuple[int, ...], ranks: list[int], options: dict[str, Any], beyond: dict[str, float],
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The tables of --context-parallel."""
+    profiles = importlib.import_module(f"{__package__}.ranks")
+    found = [profiles.profile_ranks(spec, n, ranks, beyond=beyond, **options) for spec in specs for n in lengths]
+    if as_json:
+        print(json.dumps([profile.to_json() for profile in found]))
+        return
+    for profile in found:
+        print(profile)
 
 
 def _recommend_for(model: str, length: int, given: dict[str, Any], options: dict[str, Any]) -> Any:

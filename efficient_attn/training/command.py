@@ -45,6 +45,7 @@ COMMON: tuple[tuple[str, Any, Any, str], ...] = (
     ("threads", int | None, None, "CPU threads. Default: PyTorch's."),
     ("device", str, "auto", "auto, cpu or cuda."),
     ("parallel", str, "ddp", "Under torchrun: ddp or fsdp."),
+    ("context_parallel", int, 1, "Under torchrun: processes that share each sequence."),
     ("eval_every", int | None, None, "Steps between validations. Default: a tenth of the run."),
     ("save_every", int | None, None, "Steps between checkpoints. Default: a tenth of the run."),
     ("log_every", int, 1, "Steps between lines of metrics.jsonl."),

@@ -36,6 +36,7 @@ class TrainOptions:
         threads: of the CPU; None for PyTorch's number. Sums may be rounded otherwise with another number.
         device: `cpu`, `cuda` or `auto`.
         parallel: with more than one process, `ddp` copies the model to each, `fsdp` shards it.
+        context_parallel: so many processes in a row spread each sequence between them (see docs/distributed.md).
         start: parameters to start from: the folder of another run, a `.pt` of one, or one of `save_pretrained`.
         freeze: parameters that do not learn: `body` (all but the head) or patterns of names, as `encoder.*`.
         tensorboard: write TensorBoard's files too. Default: if it is installed.
@@ -59,6 +60,7 @@ class TrainOptions:
     threads: int | None = None
     device: str = "auto"
     parallel: str = "ddp"
+    context_parallel: int = 1
     start: Path | None = None
     freeze: tuple[str, ...] = ()
     tensorboard: bool | None = None
@@ -74,6 +76,7 @@ class TrainOptions:
             ("log_every", 1),
             ("seed", 0),
             ("threads", 1),
+            ("context_parallel", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -109,7 +112,9 @@ class TrainOptions:
 # What a resumed run may choose anew: what does not change what is computed; its length, which changes its schedule; and
 # what a run needs that diverged.
 STEADYING = ("lr", "warmup", "clip")
-FREE_ON_RESUME = frozenset({"out", "steps", "epochs", "save_every", "threads", "device", "tensorboard", *STEADYING})
+FREE_ON_RESUME = frozenset(
+    {"out", "steps", "epochs", "save_every", "threads", "device", "context_parallel", "tensorboard", *STEADYING}
+)
 
 
 def describe(options: TrainOptions) -> dict[str, Any]:

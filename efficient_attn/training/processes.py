@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,38 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world`, and where it computes."""
+    """This process among `world`, and where it computes; `context` of them in a row share each example's sequence."""
 
     rank: int
     world: int
     device: torch.device
+    context: int = 1
+
+    @property
+    def data_world(self) -> int:
+        """Into how many parts the examples of a step are divided."""
+        return self.world // self.context
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these parts is this process's."""
+        return self.rank // self.context
+
+    def context_parallel(self) -> AbstractContextManager[Any]:
+        """A block in which models spread sequences over the `context` processes."""
+        if self.context == 1:
+            return nullcontext()
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from ..distributed import context_parallel
+
+        mesh = init_device_mesh(self.device.type, (self.data_world, self.context), mesh_dim_names=("data", "context"))
+        return context_parallel(mesh["context"])
 
     @property
     def first(self) -> bool:
@@ -68,10 +92,19 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
-    """The processes that `torchrun` describes in the environment, joined until the end of the block."""
+def processes(device: str, context: int = 1) -> Iterator[Processes]:
+    """The processes that `torchrun` describes in the environment, joined until the end of the block.
+
+    Raises:
+        InputError: a number of processes that is no multiple of `context`.
+    """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % context:
+        raise InputError(
+            f"--context-parallel {context} needs a multiple of {context} processes, and there are {world}; start with "
+            f"torchrun --nproc-per-node {context} -m efficient_attn.cli train ..."
+        )
     if world == 1:
         yield Processes(0, 1, torch.device(kind))
         return
@@ -82,7 +115,7 @@ def processes(device: str) -> Iterator[Processes]:
     if started_here:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), world, place)
+        yield Processes(dist.get_rank(), world, place, context)
     finally:
         if started_here:
             dist.destroy_process_group()

@@ -91,7 +91,7 @@ def train(
     """
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
-    with processes(chosen.device) as here, _stops() as stops:
+    with processes(chosen.device, chosen.context_parallel) as here, here.context_parallel(), _stops() as stops:
         run = _Run(task, chosen, here, resume, (reporter if here.first else None) or Silent(), stops)
         try:
             return run.all()
@@ -117,12 +117,12 @@ class _Run:
                     f"{name} has {count} examples, and the loss of {task.name} is that of at least {task.least_batch}; "
                     "raise --batch or give more data"
                 )
-        self.global_batch = chosen.batch * chosen.accumulate * here.world
+        self.global_batch = chosen.batch * chosen.accumulate * here.data_world
         self.steps_per_epoch = len(self.splits.train) // self.global_batch
         if not self.steps_per_epoch:
             raise InputError(
                 f"a step of {self.global_batch} examples (batch {chosen.batch} x accumulate {chosen.accumulate} x "
-                f"{here.world} processes) is more than the {len(self.splits.train)} that there are; lower --batch"
+                f"{here.data_world} processes) is more than the {len(self.splits.train)} that there are; lower --batch"
             )
         self.total = chosen.total_steps(self.steps_per_epoch)
         self.eval_every = chosen.eval_every or max(1, self.total // 10)
@@ -139,7 +139,7 @@ class _Run:
         self.parallel = here.parallel(Objective(self.model, task, self.splits.about), chosen.parallel)
         self.optimizer = optimizer.adamw(self.model, lr=chosen.lr, weight_decay=chosen.weight_decay)
         self.data = self.splits.fingerprint()  # reads every file, so that a damaged one is found before the first step
-        _seed(chosen.seed + 1 + here.rank)
+        _seed(chosen.seed + 1 + here.data_rank)
         if goes_on:
             self._load()
         elif resume:
@@ -196,6 +196,8 @@ class _Run:
         begun, begun_cpu = time.perf_counter(), time.process_time()
         chosen, here = self.options, self.here
         self.parallel.train()
+        if here.context > 1:  # they draw for parts of unequal size, and must draw alike what is done to whole examples
+            _seed((chosen.seed + 1 + here.data_rank) * 1_000_003 + self.step)
         batches = [self._placed(batch) for batch in self.ahead.step(self.step)]
         weights = [self.task.weight(batch) for batch in batches]
         (total_weight,) = here.sums(sum(weights))
@@ -388,10 +390,10 @@ class _Ahead:
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.data), generator=generator))
-        size, world = self.options.batch, self.here.world
+        size, world = self.options.batch, self.here.data_world
         step_size = size * world * self.options.accumulate
         indices = self._order[1][place * step_size : (place + 1) * step_size].view(-1, world, size)
-        return [self.data.batch(part) for part in indices[:, self.here.rank]]
+        return [self.data.batch(part) for part in indices[:, self.here.data_rank]]
 
     def close(self) -> None:
         self._maker.shutdown(cancel_futures=True)

@@ -7,8 +7,10 @@ import torch
 from support.accuracy import Problem, assert_conforms, gradients
 from support.cases import CASES, Case, draw
 
-from efficient_attn import BlockMask, attention
+from efficient_attn import BlockMask, attention, backends
 from efficient_attn.backends.reference.attention import dropout_keep
+from efficient_attn.errors import UnsupportedError
+from efficient_attn.masks import MaskArrays
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SEED = 0x1234_5678_9ABC
@@ -65,3 +67,25 @@ def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     whole = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
     return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def test_a_part_of_a_problem_drops_what_the_whole_drops(backend: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    query, key, value, grad = (torch.randn(2, 2, n, 16, generator=generator).to(dtype) for n in (40, 50, 50, 40))
+    seed = torch.tensor((SEED, 3, 32, 48))  # this is heads 3 and 4, queries from 32 on, keys from 48 on
+    kept = dropout_keep((2, 5, 72, 98), 0.4, torch.tensor(SEED), torch.device("cpu"))[:, 3:, 32:, 48:]
+    given = [_on(device, tensor) for tensor in (query, key, value)]
+    module, mask = backends.BACKENDS[backend].attention, MaskArrays()
+    if backend == "cuda":
+        with pytest.raises(UnsupportedError, match="part of a longer sequence"):
+            module.attention_forward(*given, None, mask, 0.25, 0.4, seed)
+        return
+    out, lse = module.attention_forward(*given, None, mask, 0.25, 0.4, seed)
+    back = module.attention_backward(
+        _on(device, grad), None, *given, None, out, lse, mask, 0.25, 0.4, seed, False,
+    )[:3]  # fmt: skip
+    everything = torch.ones(1, 1, 40, 50, dtype=torch.bool)
+    problem = Problem(query, key, value, None, everything, 0.25, grad, None, kept, 0.4)
+    found = dict(zip(("query", "key", "value"), (gradient.cpu() for gradient in back), strict=True))
+    assert_conforms(problem, {"out": out.cpu(), "lse": lse.cpu(), **found})

@@ -77,6 +77,22 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     assert "2 processes go on from 1" in back and "goes on after step 10 of 12" in back
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_share_each_sequence(tmp_path, parallel):
+    common = ["--batch", "16", "--steps", "6", "--eval-every", "3"]
+    finish(start(1, *common, "--out", str(tmp_path / "one")))
+    shared = ["--context-parallel", "2", "--parallel", parallel]
+    finish(start(2, *common, *shared, "--out", str(tmp_path / "two")))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    longer = finish(start(2, "--steps", "8", "--out", str(tmp_path / "two"), "--resume"))
+    assert "goes on after step 6 of 8" in longer
+
+
+def test_a_number_of_processes_that_cannot_share_is_refused(tmp_path):
+    refused = finish(start(1, "--steps", "1", "--context-parallel", "2", "--out", str(tmp_path / "run")), code=2)
+    assert "--context-parallel 2 needs a multiple of 2 processes" in refused
+
+
 def test_all_processes_stop_after_the_same_step(tmp_path):
     process = start(2, "--batch", "4", "--steps", "4000", "--save-every", "4000", "--out", str(tmp_path / "a"))
     path = tmp_path / "a" / "metrics.jsonl"

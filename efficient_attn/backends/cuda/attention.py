@@ -221,6 +221,11 @@ def _pack(
     if mask.tiles is not None:
         tiles = mask.tiles.contiguous()  # bits are read in words of 16
         mask = mask._replace(tiles=tiles if tiles.data_ptr() % 2 == 0 else tiles.clone())
+    if seed is not None and seed.numel() > 1:
+        raise UnsupportedError(
+            "backend='cuda' drops by positions in the call, and this one is a part of a longer sequence "
+            "(context_parallel with dropout); use backend='triton'"
+        )
     on_gpu = seed.reshape(1) if seed is not None and seed.device.type == "cuda" else None
     kept, words = pack_attention(
         query, key, value, bias, out, lse, mask, scale, dropout_p, None if on_gpu is not None else seed

@@ -237,9 +237,11 @@ def dropout_keep(
         torch.arange(size, device=device).view([-1 if axis == d else 1 for d in range(4)])
         for axis, size in enumerate(shape)
     )
-    i = i + first_row
     assert seed is not None, "functional.attention draws a seed whenever dropout_p > 0"
-    seed = seed.to(device)
+    seed = seed.to(device).reshape(-1)
+    if seed.numel() > 1:  # see `call.dropout_origin`
+        h, i, j = h + seed[1], i + seed[2], j + seed[3]
+    i, seed = i + first_row, seed[0]
     counter = [j >> 1, (i >> 4) * 8 + (i & 7), h, b]
     words = torch.stack(philox4x32([c.expand(shape) for c in counter], seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     word = (((i >> 3) & 1) * 2 + (j & 1)).expand(shape)

@@ -284,6 +284,9 @@ def _problem(
 ) -> _Problem:
     B, Hq, Nq, D = query.shape
     Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
+    origin = None
+    if seed is not None and seed.numel() > 1:
+        seed, *origin = seed.reshape(-1).to(query.device).split((1, 3))
     if dropout_p > 0.0 and seed is not None:
         # A seed on the CPU is a number that is known here; one on the GPU is read there, for no call may wait for it.
         seed = seed.reshape(1) if seed.device == query.device else torch.full((1,), int(seed), device=query.device)
@@ -293,7 +296,12 @@ def _problem(
         (B, Hq, Hkv, Nq, Nk, D, Dv),
         abs(scale) * LOG2E if scale != 0.0 else 1.0,
         (scale > 0.0) - (scale < 0.0),
-        kernels().Dropout(seed if dropout_p > 0.0 else None, int(dropout_p * 2.0**32), 1.0 / (1.0 - dropout_p)),
+        kernels().Dropout(
+            seed if dropout_p > 0.0 else None,
+            origin[0] if origin else None,
+            int(dropout_p * 2.0**32),
+            1.0 / (1.0 - dropout_p),
+        ),
         None if low is None else min(max(low, -Nq), Nk),  # beyond these bounds nothing changes
         None if high is None else min(max(high, -Nq), Nk),
         "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",

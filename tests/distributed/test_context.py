@@ -1,0 +1,171 @@
+"""`context_parallel` in two processes: the conformance cases, random calls, what is refused, bits, bytes, faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import rank_jobs as jobs
+from support.accuracy import Problem, assert_conforms
+from support.cases import CASES, Case, draw
+from support.random_calls import random_call
+from support.ranks import RankError, Ranks, started
+
+from efficient_attn import SlidingWindow
+from efficient_attn.backends.reference.attention import dropout_keep
+from efficient_attn.distributed import Shape, Shards, context_parallel, make_plan
+from efficient_attn.errors import InputError
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 4e-2}
+SAMPLE = [case for number, case in enumerate(CASES) if case.layout == "contiguous" and number % 2 == 0]
+
+
+def conforms(ranks: Ranks, count: int, case: Case, dtype: torch.dtype, transport: str, layout: object) -> None:
+    parts = ranks.run(jobs.run_case, case.name, dtype, transport, layout, ranks=count)
+    found, drawn = jobs.joined(parts, case), draw(case, dtype)
+    names = [name for name in ("query", "key", "value", "bias") if drawn[name] is not None]
+    shape, seed = torch.Size((case.B, case.Hq, case.Nq, case.Nk)), torch.tensor(jobs.SEED)
+    kept = dropout_keep(shape, case.dropout_p, seed, torch.device("cpu")) if case.dropout_p else None
+    scale = case.D**-0.5 if case.scale is None else case.scale
+    problem = Problem(
+        *(drawn[name] for name in ("query", "key", "value", "bias", "visible")),
+        scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p,
+    )  # fmt: skip
+    assert_conforms(problem, {name: found[name] for name in ("out", "lse", *names)})
+
+
+def equals_one_process(ranks: Ranks, seed: int, most: int) -> None:
+    call, count = random_call(seed, most)
+    one = jobs.whole_call(call)
+    many = jobs.joined_call(ranks.run(jobs.run_call, call, ranks=count), call)
+    for name, x, y in zip(("out", "dq", "dk", "dv", "other", "other"), [one["out"], *one["gradients"]],
+                          [many["out"], *many["gradients"]], strict=False):  # fmt: skip
+        assert x.shape == y.shape and x.dtype == y.dtype
+        size = max(1.0, float(x.abs().max())) if x.numel() else 1.0
+        error = float((x.double() - y.double()).abs().max()) if x.numel() else 0.0
+        assert error <= TOLERANCE[call.query.dtype] * size, (seed, count, call.transport, name, error)
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_conformance_cases_through_two_ranks(pair, case):
+    transport = ("gather", "ring", "all_to_all")[CASES.index(case) // 2 % 3]
+    conforms(pair, 2, case, torch.float32, transport, "zigzag")
+
+
+def test_half_precision_conforms(pair):
+    for name in ("causal_long", "blocks_grouped", "dropout_grouped_causal_bias", "window_causal"):
+        for transport in ("gather", "ring"):
+            case = next(case for case in CASES if case.name == name)
+            conforms(pair, 2, case, torch.bfloat16, transport, "zigzag")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["gather", "ring", "all_to_all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_conformance_cases_through_four_ranks(four, dtype, transport):
+    for case in CASES:
+        if case.layout == "contiguous":
+            for count, layout in ((2, "contiguous"), (3, "zigzag"), (4, "zigzag")):
+                conforms(four, count, case, dtype, transport, layout)
+
+
+def test_random_calls_equal_one_process(pair):
+    for seed in range(60):
+        equals_one_process(pair, seed, 2)
+
+
+@pytest.mark.slow
+def test_300_random_calls_through_up_to_8_ranks_equal_one_process():
+    with started(8) as ranks:
+        for seed in range(300):
+            equals_one_process(ranks, 1000 + seed, (1, 2, 3, 4, 8)[seed % 5])
+
+
+# --- what a user relies on ---
+
+
+@pytest.mark.parametrize("transport", ["gather", "ring", "all_to_all"])
+def test_the_same_bits_each_time(pair, transport):
+    for first, second in pair.run(jobs.repeated, transport):
+        assert first == second
+
+
+REFUSED = {
+    "lengths": "InputError: the ranks have [32, 29] queries",
+    "masks": "MaskError: ranks [1] call attention with another mask",
+    "bits": "MaskError: ranks [1] call attention with another mask",
+    "heads": "InputError: ranks [1] call attention with another heads than rank 0: [1, 2]",
+    "scale": "InputError: ranks [1] call attention with another scale",
+    "gradient": "InputError: ranks [1] call attention with another options",
+    "local mask": "InputError: mask (32, 32) does not broadcast",
+    "bias": "InputError: inside context_parallel a bias has the rows of this rank's 32 queries",
+    "weights": "UnsupportedError: what was called is not defined inside context_parallel",
+    "content": "UnsupportedError: topk_blocks",
+    "hybrid": "UnsupportedError: sliding_window",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_all_ranks_refuse_before_anything_travels(pair, name):
+    for answer in pair.run(jobs.refused, name):
+        assert answer.startswith(REFUSED[name]) and not answer.endswith("}"), answer
+
+
+def test_a_rank_that_refuses_tells_the_others(pair):
+    first, second = pair.run(jobs.refused, "one rank")
+    assert first.startswith("CommunicationError: rank 1 refused this call") and second.startswith("InputError: head")
+
+
+def test_wrong_groups_and_options_are_refused():
+    with pytest.raises(InputError, match="torchrun"), context_parallel(None):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(InputError, match="transport"), context_parallel(None, transport="telepathy"):  # type: ignore[arg-type]
+        pass
+
+
+def test_window_of_512_over_two_ranks_sends_512_keys(pair):
+    sent = pair.run(jobs.sent_by_window, 8192, "auto")
+    everything = pair.run(jobs.sent_by_window, 8192, "ring")
+    assert sent == [512 * 2 * 16 * 4, 0] and everything == [4096 * 2 * 16 * 4] * 2
+
+
+@pytest.mark.slow
+def test_bytes_of_a_window_of_512_at_64k_over_8_ranks():
+    mask, shards = SlidingWindow(left=512, right=0).block_mask(65536, 65536), Shards.contiguous(65536, 8)
+    least = make_plan(mask, shards, shards).least_sent(Shape(1, 1, 1, 16, 16, 4))
+    with started(8) as ranks:
+        sent = {way: sum(ranks.run(jobs.sent_by_window, 65536, way)) for way in ("gather", "ring")}
+    print(f"minimum {least:,}, gather {sent['gather']:,}, ring {sent['ring']:,} bytes")
+    assert least <= sent["gather"] <= 1.1 * least and sent["ring"] > 50 * least
+
+
+@pytest.mark.slow
+def test_memory_falls_with_the_number_of_ranks():
+    length, found = 65536, {}
+    for count in (1, 2, 4):
+        with started(count) as ranks:
+            found[count] = max(ranks.run(jobs.peak_memory, length))
+    print({count: f"{size / 2**20:.0f} MiB" for count, size in found.items()})
+    assert found[2] < 0.65 * found[1] and found[4] < 0.4 * found[1]
+
+
+# --- faults ---
+
+
+@pytest.mark.parametrize("how", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
+def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(how):
+    ranks = Ranks(2)
+    try:
+        ranks.pipes[0].send((jobs.dies, 2, (how, 2.0)))
+        ranks.pipes[1].send((jobs.dies, 2, (how, 2.0)))
+        assert ranks.pipes[0].poll(60)
+        answer, error = ranks.pipes[0].recv()
+        assert error is None and "rank 0 of 2 could not finish the exchange of agreement within 2 s" in answer
+    finally:
+        for process in ranks.processes:
+            process.kill()
+        ranks.folder.cleanup()
+
+
+def test_what_a_rank_raises_is_seen(pair):
+    with pytest.raises(RankError, match="nothing here"):
+        pair.run(jobs.refused_by_python)

@@ -123,7 +123,8 @@ class Model(nn.Module):
             dtype, device: of the parameters, default float32 on the CPU.
             changes: fields of the config to change, also in parts: encoder={"dropout": 0.2}. A head that they ask for
                 and the checkpoint lacks, or has in another size (num_labels=3), starts fresh; nothing else may be
-                missing.
+                missing. Of transformers' names id2label, label2id, problem_type and ignore_mismatched_sizes are
+                understood.
 
         Raises:
             CheckpointError: no such checkpoint; one without safetensors; an unknown architecture, or one of another
@@ -145,6 +146,7 @@ class Model(nn.Module):
             tensors = family.bare(tensors)
             fields = family.fields(text, tensors, folder)
             tensors = family.translate(tensors, text, folder)
+        changes = _head_changes(fields, changes)
         model: Any = found(configs.from_dict(found.config_class, configs.merge(fields, changes)))
         _load(model, tensors, folder, own=family is None, fresh_heads=bool(changes))
         if attention is not None:
@@ -154,6 +156,22 @@ class Model(nn.Module):
     def head_prefixes(self) -> tuple[str, ...]:
         """The names that parameters of a head begin with: what fine-tuning may start fresh."""
         return ()
+
+
+def _head_changes(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes in which transformers' names of labels are ours; labels of another number forget the old ones' names."""
+    changes = {name: value for name, value in changes.items() if name not in ("label2id", "ignore_mismatched_sizes")}
+    names, kind = changes.pop("id2label", None), changes.pop("problem_type", None)
+    given = changes.pop("labels", None)
+    labels = dict(given or {}) if given is None or isinstance(given, Mapping) else configs.to_dict(given)
+    if names is not None:
+        labels["names"] = tuple(str(name) for _, name in sorted((int(number), name) for number, name in names.items()))
+        changes.setdefault("num_labels", len(names))
+    if kind is not None:
+        labels["problem_type"] = kind
+    if any(name in changes and changes[name] != fields.get(name) for name in ("num_labels", "output_dim")):
+        fields.pop("labels", None)
+    return changes | ({"labels": labels} if labels else {})
 
 
 def _own_class(text: Mapping[str, Any], folder: Path) -> type[Model]:

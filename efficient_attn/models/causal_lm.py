@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, InputTypeError
 from .base import Model
 from .cache import Cache
 from .embeddings import Embeddings, as_padding, check_ids, count_positions
 from .generation import Sampling, stop_at
+from .outputs import LMOutput, answer, either
 from .positions import check_length
 from .transformer import Outputs, Transformer, TransformerConfig
 
@@ -66,28 +68,37 @@ class CausalLM(Model):
 
     def forward(
         self,
-        input_ids: Tensor,
+        ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         cache: Cache | None = None,
         positions: Tensor | None = None,
-    ) -> Tensor:
+        return_dict: bool | None = None,
+    ) -> Any:
         """Predict.
 
         Args:
-            input_ids: int64 (B, N).
+            ids: int64 (B, N). input_ids: the same.
+            labels: int64 (B, N), the ids themselves, which are compared with the predictions one place earlier; -100 is
+                ignored, as padding must be. With them there is a loss: the mean cross entropy.
             attention_mask: bool or int (B, cache.length + N), 1 = a token, 0 = padding, on either side.
             cache: of the tokens before (`model.decoder.make_cache()`), which these are added to.
             positions: int64 (N) or (B, N); default: tokens that are not padding, counted from 0.
+            return_dict: see `outputs`.
 
         Returns:
-            logits (B, N, V): those at n predict token n + 1.
+            logits (B, N, V): those at n predict token n + 1; with input_ids by name or labels an `LMOutput`.
 
         Raises:
             InputError, InputTypeError: ids, masks and positions that do not fit.
         """
-        x, padding, positions = self._embed(input_ids, attention_mask, cache, positions)
-        return self._logits(self.decoder(x, key_padding_mask=padding, cache=cache, positions=positions))
+        x, padding, positions = self._embed(either("input_ids", ids, input_ids), attention_mask, cache, positions)
+        logits = self._logits(self.decoder(x, key_padding_mask=padding, cache=cache, positions=positions))
+        loss = None if labels is None else token_loss(logits[:, :-1], labels[:, 1:])
+        by_name = input_ids is not None or labels is not None
+        return answer(LMOutput(loss, logits), logits, by_name=by_name, return_dict=return_dict)
 
     def inspect(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, need_weights: bool = True) -> Outputs:
         """The outputs of all layers, and what each attends to. Arguments as in `forward`."""
@@ -231,6 +242,22 @@ class CausalLM(Model):
         x = self.embeddings(ids, positions)
         padding = None if mask is None else ~mask
         return self._logits(self.decoder(x, key_padding_mask=padding, cache=cache, positions=positions)[:, -1])
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of logits (B, N, V) for labels int64 (B, N), in float32; -100 is ignored.
+
+    Raises:
+        InputTypeError, InputError: labels of another type or shape.
+    """
+    if labels.dtype != torch.int64:
+        raise InputTypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != logits.shape[:2]:
+        raise InputError(
+            f"labels must be of the ids' shape; {tuple(labels.shape)} for {tuple(logits.shape[:2])} logits"
+        )
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def check_prompts(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -222,6 +222,9 @@ class CLIP(Model):
         image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask=attention_mask)
         return contrastive_loss(image, text, self.scale())
 
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        return self.image.resized(super().resized(tensors, before, extend), before.image, "image.positions")
+
     # --- zero-shot classification and retrieval ---
 
     @torch.no_grad()

@@ -298,6 +298,28 @@ class PatchForecaster(Model):
         levels: Sequence[float] = self._config.quantiles
         return min(range(len(levels)), key=lambda i: abs(levels[i] - 0.5))
 
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        """A checkpoint of another context: the latest patches keep their positions and weights of the head, older ones
+        begin with positions as if the context were repeated, and without weight in the answer."""
+        now: ForecasterConfig = self._config
+        found = super().resized(tensors, before, extend)
+        if now.context == before.context:
+            return found
+        patches = (now.patch_len, now.stride)
+        if patches != (before.patch_len, before.stride) or (now.context - before.context) % now.stride:
+            raise InputError(
+                f"the context can change by whole strides, of the same patches, from {before.context} (patch_len "
+                f"{before.patch_len}, stride {before.stride}) on; got {now.context} with {patches[0]} and {patches[1]}"
+            )
+        old, new, E = before.num_patches, now.num_patches, now.encoder.hidden_dim
+        ages = torch.arange(new).flip(0) % old  # 0: the last patch
+        found["positions"] = tensors["positions"][old - 1 - ages]
+        weight = tensors["head.weight"].unflatten(1, (-1, E))  # [S Q, N + M, E]
+        recent, ahead = weight[:, max(old - new, 0) : old], weight[:, old:]
+        older = weight.new_zeros(weight.shape[0], max(new - old, 0), E)
+        found["head.weight"] = torch.cat([older, recent, ahead], dim=1).flatten(1)
+        return found
+
     def head_prefixes(self) -> tuple[str, ...]:
         """The head may start fresh, for another horizon or other quantiles."""
         return ("head.",)

@@ -157,6 +157,10 @@ class MAE(Model):
             target = normalise_patches(target)
         return masked_mse(found.patches, target, found.masked)
 
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        found = self.backbone.resized(super().resized(tensors, before, extend), before.backbone, "backbone.positions")
+        return found | {"decoder_positions": self.decoder_positions.detach()}  # computed, not learned
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C, H, W): the images with their masked patches as the model fills them in.
@@ -242,6 +246,9 @@ class SimCLR(Model):
         """
         augment = self._config.augmentation
         return self.loss_of_views(augment(images, generator), augment(images, generator))
+
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        return self.backbone.resized(super().resized(tensors, before, extend), before.backbone, "backbone.positions")
 
     def loss_of_views(self, first: Tensor, second: Tensor) -> Tensor:
         """NT-Xent of two views that the caller made, each (B, C, H, W), a scalar."""

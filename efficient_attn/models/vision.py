@@ -109,6 +109,16 @@ class ImageBackbone(nn.Module):
             fixed = torch.cat([torch.zeros(1, E), sinusoidal_2d(E, config.grid)])
             self.positions = nn.Parameter(fixed, requires_grad=False)
 
+    def resized(self, tensors: dict[str, Tensor], before: ImageConfig, name: str) -> dict[str, Tensor]:
+        """A checkpoint's tensors with positions, under `name`, for this image_size instead of that `before`."""
+        config = self._config
+        if name not in tensors or before.grid == config.grid:
+            return tensors
+        if config.positions == "sinusoidal":  # computed, not learned
+            return {**tensors, name: self.positions.detach()}
+        first, rest = tensors[name][:1], tensors[name][1:]
+        return {**tensors, name: torch.cat([first, resize_positions(rest, before.grid, config.grid)])}
+
     def embed(self, images: Tensor) -> tuple[Tensor, Size]:
         """Images to the tokens that `encode` takes.
 
@@ -324,6 +334,9 @@ class ViT(Model):
         """
         loss: Tensor = self._config.labels.loss(self._logits(images), labels)
         return loss
+
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        return self.backbone.resized(super().resized(tensors, before, extend), before.backbone, "backbone.positions")
 
     def head_prefixes(self) -> tuple[str, ...]:
         """The head may start fresh."""

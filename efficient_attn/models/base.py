@@ -127,9 +127,9 @@ class Model(nn.Module):
                 or "interpolate" (`positions.extended`). Those of images are interpolated, and a forecaster's larger
                 context begins with the old one's part in the answer.
             changes: fields of the config to change, also in parts: encoder={"dropout": 0.2}; a field that one part
-                alone has may stand for itself: image_size=384. A head that they ask for and the checkpoint lacks, or has
-                in another size (num_labels=3), starts fresh; nothing else may be missing. Of transformers' names id2label, label2id, problem_type and ignore_mismatched_sizes are
-                understood.
+                alone has may stand for itself: image_size=384. A head that they ask for and the checkpoint lacks,
+                or has in another size (num_labels=3), starts fresh; nothing else may be missing. Of transformers'
+                names id2label, label2id, problem_type and ignore_mismatched_sizes are understood.
 
         Raises:
             CheckpointError: no such checkpoint; one without safetensors; an unknown architecture, or one of another

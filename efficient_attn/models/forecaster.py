@@ -286,7 +286,7 @@ class PatchForecaster(Model):
     @torch.no_grad()
     def predict(self, past: Tensor, **others: Tensor | None) -> Tensor:
         """(B, context, C) -> (B, horizon, C, Q), quantiles in order. Call `eval()` first. Arguments as in `forward`."""
-        found: Tensor = self.forward(past, **others)
+        found: Tensor = self.forward(past, **others)  # type: ignore[arg-type]
         return found
 
     def point(self, past: Tensor, **others: Tensor | None) -> Tensor:

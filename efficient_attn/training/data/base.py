@@ -203,8 +203,8 @@ def split_labelled(
                 "give more, or remove the class"
             )
         own = own[torch.randperm(len(own), generator=generator)]
-        for split, share in shares.items():
-            count = max(1, round(len(own) * share)) if len(own) > len(shares) + 1 else 1
+        counts = {split: max(1, round(len(own) * share)) for split, share in shares.items()}
+        for split, count in counts.items():
             taken[split].append(own[:count])
             own = own[count:]
         taken["train"].append(own)

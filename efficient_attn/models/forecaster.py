@@ -174,7 +174,7 @@ class PatchForecaster(Model):
             raise InputError("future_observed_mask says which future_values are known; give both")
         output = ForecastOutput(
             loss,
-            quantiles[..., self._middle],
+            quantiles[..., self.middle],
             quantiles,
             *(one.transpose(1, 2).to(values.dtype) for one in (inputs.mean, inputs.std)),
         )
@@ -291,10 +291,11 @@ class PatchForecaster(Model):
 
     def point(self, past: Tensor, **others: Tensor | None) -> Tensor:
         """(B, context, C) -> (B, horizon, C): the quantile next to the median."""
-        return self.predict(past, **others)[..., self._middle]
+        return self.predict(past, **others)[..., self.middle]
 
     @property
-    def _middle(self) -> int:
+    def middle(self) -> int:
+        """The number of the quantile next to the median."""
         levels: Sequence[float] = self._config.quantiles
         return min(range(len(levels)), key=lambda i: abs(levels[i] - 0.5))
 

@@ -81,8 +81,8 @@ class Task(ABC):
         """More about the test than numbers, as JSON values, for `result.json`: a table of confusions, say."""
         return {}
 
-    def tokenizer(self) -> Any:
-        """What texts for the saved model are read with, an object with save_pretrained(folder); None: bytes will do."""
+    def reader(self, about: Mapping[str, Any]) -> Any:
+        """What reads new data for the saved model, an object with save_pretrained(folder), such as a tokenizer."""
         return None
 
     def adopt(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -139,6 +139,9 @@ class Text(OfClasses):
             vocabulary=len(tokenizer),
         )
 
+    def reader(self, about: Mapping[str, Any]) -> Any:
+        return self.tokenizer()
+
     def tokenizer(self) -> Any:
         """The pretrained model's.
 

@@ -120,7 +120,7 @@ class ImageClassification(OfImages, OfClasses):
 
 def mixed(images: Tensor, labels: Tensor, classes: int, alpha: float) -> tuple[Tensor, Tensor]:
     """Each image with a part of another one of its batch, and soft labels `[B, classes]`. Zhang et al. 2018, mixup."""
-    part = torch.distributions.Beta(alpha, alpha).sample((len(images), 1)).to(images)  # type: ignore[no-untyped-call]
+    part = torch.distributions.Beta(alpha, alpha).sample((len(images), 1)).to(images)
     other = torch.randperm(len(images), device=images.device)
     target = F.one_hot(labels, classes).to(images.dtype)
     pixels = part[..., None, None] * images + (1 - part[..., None, None]) * images[other]

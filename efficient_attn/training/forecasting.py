@@ -191,6 +191,7 @@ def _by_model(model: PatchForecaster, scaled: Series, start: int) -> Made:
 def _by_ets(history: Tensor, horizon: int, season: int, levels: tuple[float, ...]) -> Made:
     """Additive errors, damped trend and, where there are two seasons, additive season, fitted to the whole history."""
     try:
+        from pandas import Series as Column
         from statsmodels.tsa.exponential_smoothing.ets import ETSModel
     except ModuleNotFoundError as error:
         raise UnsupportedError(
@@ -202,7 +203,9 @@ def _by_ets(history: Tensor, horizon: int, season: int, levels: tuple[float, ...
         kind = seasonal if season > 1 and len(column) >= 2 * season + 4 else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an optimiser that stopped early: what it found is judged here
-            fitted = ETSModel(column, error="add", trend="add", damped_trend=True, **kind).fit(disp=False, maxiter=200)
+            fitted = ETSModel(Column(column), error="add", trend="add", damped_trend=True, **kind).fit(
+                disp=False, maxiter=200
+            )
             ahead = fitted.get_prediction(start=len(column), end=len(column) + horizon - 1)
             rows = []
             for level in levels:

@@ -18,6 +18,7 @@ from efficient_attn.training.tasks import TASKS
 from efficient_attn.training.tasks.series import measures
 
 pytest.importorskip("pandas")
+Y = SeriesReader(("y",))
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
@@ -58,7 +59,7 @@ EVEN = {
 def test_rows_at_one_distance_are_read_and_go_on(tmp_path, name):
     moments = EVEN[name]
     path = write(tmp_path / "t.csv", ["ds", "y"], [(moment.isoformat(), n) for n, moment in enumerate(moments[:-5])])
-    (one,) = SeriesReader().read(path)
+    (one,) = Y.read(path)
     assert one.values.flatten().tolist() == list(range(len(moments) - 5)) and one.times == moments[:-5]
     assert one.later(5) == moments[-5:]
 
@@ -75,11 +76,11 @@ UNEVEN = {
 def test_rows_at_several_distances_are_refused_or_put_on_a_grid(tmp_path, name):
     moments = UNEVEN[name]
     path = write(tmp_path / "t.csv", ["ds", "y"], [(moment.isoformat(), n + 1) for n, moment in enumerate(moments)])
-    with pytest.raises(InputError, match="not at one distance in column 'ds': mostly .* give --frequency"):
-        SeriesReader().read(path)
-    (rows,) = SeriesReader(frequency="rows").read(path)
+    with pytest.raises(InputError, match=r"not at one distance in column 'ds': mostly .* give --frequency"):
+        Y.read(path)
+    (rows,) = SeriesReader(("y",), frequency="rows").read(path)
     assert rows.values.flatten().tolist() == list(range(1, len(moments) + 1))
-    (days,) = SeriesReader(frequency="D", aggregate="sum").read(path)
+    (days,) = SeriesReader(("y",), frequency="D", aggregate="sum").read(path)
     assert days.values.nansum() == sum(range(1, len(moments) + 1)) and days.values.isnan().any()
     assert days.times == times(len(days.times), DAY, moments[0]) and days.later(1) == [days.times[-1] + DAY]
 
@@ -90,18 +91,18 @@ def test_numbers_and_calendars_in_parts_need_one_distance_too(tmp_path):
         (["year", "month", "y"], [(2000 + n // 12, n % 12 + 1, n) for n in range(40) if n != 20]),
     ):
         with pytest.raises(InputError, match="not at one distance"):
-            SeriesReader(("y",)).read(write(tmp_path / "t.csv", header, rows))
+            Y.read(write(tmp_path / "t.csv", header, rows))
     whole = write(tmp_path / "t.csv", ["year", "month", "y"], [(2000 + n // 12, n % 12 + 1, n) for n in range(40)])
-    assert len(SeriesReader(("y",)).read(whole)[0].values) == 40
+    assert len(Y.read(whole)[0].values) == 40
 
 
 def test_several_rows_of_a_step_are_joined(tmp_path):
     path = write(tmp_path / "t.csv", ["ds", "y"], [(moment, n) for n, moment in enumerate(times(48, HOUR))])
     for how, expected in (("mean", [11.5, 35.5]), ("sum", [276, 852]), ("last", [23, 47])):
-        (one,) = SeriesReader(frequency="D", aggregate=how).read(path)
+        (one,) = SeriesReader(("y",), frequency="D", aggregate=how).read(path)
         assert one.values.flatten().tolist() == expected
     with pytest.raises(InputError, match="--frequency 'fortnight' is none of pandas'"):
-        SeriesReader(frequency="fortnight").read(path)
+        SeriesReader(("y",), frequency="fortnight").read(path)
     with pytest.raises(InputError, match="--aggregate must be one of"):
         SeriesReader(aggregate="median")
 
@@ -125,7 +126,7 @@ LONG = SeriesReader(("y",), "unique_id", past=("visits",), future=("price",), st
 
 def test_a_long_table_is_several_series(tmp_path):
     path = long_table(tmp_path / "t.csv", gap=20)
-    with pytest.raises(InputError, match="2 series below one another.*--id unique_id"):
+    with pytest.raises(InputError, match=r"2 series below one another.*--id unique_id"):
         SeriesReader().read(path)
     north, south = LONG.read(path)
     assert (north.name, south.name, len(north.values), len(south.values)) == ("north", "south", 80, 70)
@@ -196,14 +197,14 @@ def run(tmp_path_factory):
         patch=7, stride=7, dim=16, layers=1, heads=2, dropout=0.0,
         past_covariates="visits", future_covariates="price", static_features="size", calendar=True,
     )  # fmt: skip
-    options = TrainOptions(folder / "run", steps=150, batch=16, lr=5e-3, tensorboard=False, threads=1)
+    options = TrainOptions(folder / "run", steps=300, batch=16, lr=5e-3, tensorboard=False, threads=1)
     return folder, train(task, options)
 
 
 def test_a_model_of_several_series_learns_what_covariates_tell(run):
-    folder, result = run
+    _, result = run
     test = result["test"]
-    assert test["mase"] < 0.7 * test["naive_mase"] and test["crps"] < test["naive_crps"]
+    assert test["mase"] < 0.8 * test["naive_mase"] and test["crps"] < test["naive_crps"]
     assert test["smape"] < test["naive_smape"] and all(map(math.isfinite, test.values()))
 
 

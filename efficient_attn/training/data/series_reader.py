@@ -81,8 +81,8 @@ class SeriesReader:
     Fields:
         columns: to forecast; empty: all with numbers that have no other part.
         id: the column that names the series of a long table.
-        frequency: of pandas ("D", "h", "MS"): rows are put on its grid, several in one step joined by `aggregate`,
-            steps without a row missing; "rows": each row is a step whatever its time; None: rows must be at one distance.
+        frequency: of pandas ("D", "h", "MS"): rows are put on its grid, several in a step joined by `aggregate`,
+            steps without a row missing; "rows": each row is a step whatever its time; None: rows at one distance.
         past, future, static: columns known for the past, for the horizon too, and of a whole series.
         calendar: the time of day, week and year as future covariates.
         season: observations in a season, for the baselines.
@@ -168,9 +168,7 @@ class SeriesReader:
         for place, column in enumerate(self.static):
             known = static[:, place][~static[:, place].isnan()]
             if len(known.unique()) > 1:
-                raise InputError(
-                    f"{where}: column {column!r} is of the whole series and changes; give it as a covariate"
-                )
+                raise InputError(f"{where}: column {column!r} is no feature of the whole series, since it changes")
         for place in range(len(chosen)):
             if values[:, place].isnan().all():
                 raise InputError(f"{where}: column {header[chosen[place]]!r} is empty")

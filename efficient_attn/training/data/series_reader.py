@@ -247,8 +247,9 @@ class SeriesReader:
         """
         path = Path(folder, FILE)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return cls(**values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} does not say how tables are read ({error}); name a run of train forecast"

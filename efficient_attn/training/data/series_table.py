@@ -79,8 +79,8 @@ def read_clock(
                 )
         elif names[place] in TIMES:
             dates = _compact_dates(column)
-            times = [(value,) for value in table[:, place].tolist()] if dates is None else dates
-            clocks.append((name, [times], dates is not None))
+            numbers: list[Time] = [(value,) for value in table[:, place].tolist()]
+            clocks.append((name, [numbers if dates is None else dates], dates is not None))
     parts = [part for part in CALENDAR if part in names and not table[:, names.index(part)].isinf().any()]
     if "year" in parts and not any(_rises(times) for _, ways, _ in clocks for times in ways):
         rows = table[:, [names.index(part) for part in parts]].tolist()
@@ -114,8 +114,8 @@ def step_of(clock: Clock) -> tuple[str, float] | None:
     if len(clock.times) < 2:
         return None
     if clock.name == "year month":
-        months = [12 * time[0] + time[1] for time in clock.times]
-        distances = {later - one for one, later in pairwise(months)}
+        count = [12 * time[0] + time[1] for time in clock.times]
+        distances = {later - one for one, later in pairwise(count)}
         return ("numbers", distances.pop()) if len(distances) == 1 else None
     values = [time[0] for time in clock.times]
     distances = {round(later - one, 6) for one, later in pairwise(values)}

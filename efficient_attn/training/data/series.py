@@ -111,6 +111,13 @@ def load(
         read = reader.read(existing(series, "a .csv file with a header"))
         if season is None:
             raise InputError(f"{series}: give --season, how many observations make one, such as 24 for hours of a day")
+    return divide(read, reader, context, horizon, season, held_out=held_out)
+
+
+def divide(
+    read: Sequence[Series], reader: SeriesReader, context: int, horizon: int, season: int, *, held_out: float = 0.2
+) -> Splits:
+    """Windows of series that are read; arguments and errors as in `load`."""
     if min(context, horizon, season) < 1:
         raise InputError(f"context, horizon and season must be at least 1, given {context}, {horizon}, {season}")
     if context < season:
@@ -130,7 +137,7 @@ def load(
     reader = dataclasses.replace(reader, season=season).fitted(read, [valid_from for _, valid_from, *_ in bounds])
     scale = torch.stack([naive_error(one.values[: bound[1]], season) for one, bound in zip(read, bounds, strict=True)])
     if not (scale > 0).all():
-        raise InputError(f"a column of {series} repeats itself exactly each season: there is nothing to forecast")
+        raise InputError("a column repeats itself exactly each season: there is nothing to forecast")
     scaled = [reader.scaled(one) for one in read]
 
     def windows(part: int) -> Windows:

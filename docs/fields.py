@@ -28,8 +28,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
         ms, times, peak = (statistics.mean(row[key] for row in mine) for key in ("ms", "speedup_dense", "peak_bytes"))
         lines.append(
-            f"| {field} | {mine[0]['tokens']:,} | `{method}` | {mine[0]['score_is']} {statistics.mean(scores):.3f}{spread} "
-            f"| {len(mine)} | {ms:.0f} | {times:.2f} | {peak / 2**20:.0f} |"
+            f"| {field} | {mine[0]['tokens']:,} | `{method}` "
+            f"| {mine[0]['score_is']} {statistics.mean(scores):.3f}{spread} | {len(mine)} | {ms:.0f} | {times:.2f} | {peak / 2**20:.0f} |"
         )
     return "\n".join(lines)
 

@@ -29,7 +29,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ms, times, peak = (statistics.mean(row[key] for row in mine) for key in ("ms", "speedup_dense", "peak_bytes"))
         lines.append(
             f"| {field} | {mine[0]['tokens']:,} | `{method}` "
-            f"| {mine[0]['score_is']} {statistics.mean(scores):.3f}{spread} | {len(mine)} | {ms:.0f} | {times:.2f} | {peak / 2**20:.0f} |"
+            f"| {mine[0]['score_is']} {statistics.mean(scores):.3f}{spread} "
+            f"| {len(mine)} | {ms:.0f} | {times:.2f} | {peak / 2**20:.0f} |"
         )
     return "\n".join(lines)
 

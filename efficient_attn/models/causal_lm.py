@@ -340,13 +340,7 @@ class _Writer:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V), penalised, after `tokens` (B, n): the prompts at first, and one each then."""
-        first = self.written.shape[1] == 0
-        self.written = torch.cat([self.written, tokens], 1)
-        if self.mask is not None and not first:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        read = self.written if self.cache is None else tokens
-        found = self.model._last_logits(read, self.mask, self.cache)
-        return self.plan.adjusted(found, self.written, self.mask, self.written.shape[1] - self.prompts.shape[1])
+        return self._penalised(self._next(tokens))
 
     def step(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
         """Log-probabilities for `generation.beam_search`, penalised as transformers does: after they are normalised."""
@@ -357,10 +351,16 @@ class _Writer:
             self.mask = None if self.mask is None else self.mask[rows]
             if self.cache is not None:
                 self.cache.select(rows)
-        plan, self.plan = self.plan, Plan()
-        found = self.logits(tokens).float().log_softmax(-1)
-        self.plan = plan
-        return plan.adjusted(found, self.written, self.mask, self.written.shape[1] - self.prompts.shape[1])
+        return self._penalised(self._next(tokens).float().log_softmax(-1))
+
+    def _next(self, tokens: Tensor) -> Tensor:
+        if self.mask is not None and self.written.shape[1]:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        self.written = torch.cat([self.written, tokens], 1)
+        return self.model._last_logits(self.written if self.cache is None else tokens, self.mask, self.cache)
+
+    def _penalised(self, scores: Tensor) -> Tensor:
+        return self.plan.adjusted(scores, self.written, self.mask, self.written.shape[1] - self.prompts.shape[1])
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -61,7 +61,6 @@ def forecast(model: PatchForecaster, reader: SeriesReader, series: Series, horiz
     Raises:
         InputError: future covariates that the table does not have, or a series without values.
     """
-    channels = series.values.shape[1]
     known = ~series.values.isnan().all(dim=1)
     if not known.any():
         raise InputError(f"the series {series.name!r} has no value to go on from")
@@ -76,7 +75,11 @@ def forecast(model: PatchForecaster, reader: SeriesReader, series: Series, horiz
         blocks.append(quantiles)
         values[start : start + config.horizon] = quantiles[: len(values) - start, :, model.middle]
     made = torch.cat(blocks)[:horizon]
-    assert made.shape[:2] == (horizon, channels)
+    if made.isnan().any():
+        empty = [
+            name for name, column in zip(series.columns, made.isnan().any(dim=2).any(dim=0), strict=True) if column
+        ]
+        raise InputError(f"{', '.join(empty)}{_of(series)}: no value in the last {config.context} steps to go on from")
     times = None if whole.times is None else whole.times[end : end + horizon]
     return Forecast(series, end, made, times)
 

@@ -301,5 +301,9 @@ def test_a_short_past_counts_as_missing_and_what_cannot_be_forecast_is_said(tmp_
     found = forecast(model, SeriesReader(), one, 4)
     past = torch.cat([torch.full((11, 1), torch.nan, dtype=torch.float64), one.values])
     assert torch.equal(found.quantiles, model.predict(past[None])[0]) and found.times is None and found.end == 5
+    ended = [(n, "" if n > 3 else n) for n in range(40)]
+    (one,) = SeriesReader(("a", "b")).read(write(tmp_path / "u.csv", ["a", "b"], ended))
+    with pytest.raises(InputError, match="b: no value in the last 16 steps to go on from"):
+        forecast(model, SeriesReader(), one, 4)
     done = command("forecast", tmp_path / "nothing", "--data", tmp_path / "t.csv")
     assert done.exit_code == 2 and "does not exist" in done.output

@@ -41,6 +41,7 @@ METHODS = (
     "linformer:rank=64",
 )
 SEEDS, QUICK_SEEDS = 5, 2
+QUICK_BATCH = 4  # with few steps: what a step costs, and no more than a first look at what is learned
 
 
 class Larger:
@@ -103,20 +104,20 @@ def long_series(seed: int) -> Series:
 SMALL = {"dim": 32, "layers": 2, "heads": 2}
 # The task, its options, then batch and learning rate, and steps (quick and full).
 FIELDS: Mapping[str, tuple[type[Task], Mapping[str, Any], Mapping[str, Any], int, int]] = {
-    "text": (Bytes, {**SMALL, "max_length": 2048}, {"batch": 8, "lr": 2e-3}, 40, 400),
-    "image": (LargeDigits, {**SMALL, "patch_size": 1, "overlap": 1}, {"batch": 16, "lr": 3e-3}, 40, 300),
+    "text": (Bytes, {**SMALL, "max_length": 2048}, {"batch": 8, "lr": 2e-3}, 24, 400),
+    "image": (LargeDigits, {**SMALL, "patch_size": 1, "overlap": 1}, {"batch": 16, "lr": 3e-3}, 24, 300),
     "series": (
         LongSeries,
         {**SMALL, "season": SEASON, "context": 2048, "horizon": 16, "patch": 4, "stride": 2, "dropout": 0.0},
         {"batch": 8, "lr": 2e-3},
-        40,
+        24,
         400,
     ),
     "clip": (
         LargeClip,
         {**SMALL, "patch_size": 1},
         {"batch": 16, "lr": 2e-3, "metric": "zero_shot"},
-        40,
+        24,
         300,
     ),
 }
@@ -136,7 +137,8 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
     first = options.seed
     for seed in range(first, first + (QUICK_SEEDS if options.quick else SEEDS)):
         for field, (_, _, work, quick, full) in FIELDS.items():
-            common = {**options.common(), **work, "seed": seed, "held_out": 128 if options.quick else 500}
+            common = {**options.common(), **work, "seed": seed, "held_out": 64 if options.quick else 500}
+            common |= {"batch": QUICK_BATCH} if options.quick else {}
             yield from grid(
                 field=field, method=options.specs(METHODS), steps=quick if options.quick else full, **common
             )

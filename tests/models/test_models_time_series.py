@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from support.model_checks import check_compiles, check_half_precision, check_round_trip, check_trains
 
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
@@ -397,3 +399,27 @@ def test_crps_and_smape_equal_their_definitions():
     assert crps(forecast, target, levels).item() == pytest.approx(2 * (0.1 * 2 + 0.5 * 1 + 0.1 * 2) / 3)
     assert crps(forecast[:, 1:2], target, (0.5,)).item() == 1.0, "of a median the absolute error"
     assert smape(torch.tensor([1.0, 0.0, -2.0]), torch.tensor([3.0, 0.0, 2.0])).item() == pytest.approx(200 * 1.5 / 3)
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+    scale=st.floats(1e-25, 1e25),
+    level=st.floats(-1e6, 1e6),
+    kind=st.sampled_from(sorted(KINDS)),
+    missing=st.floats(0.0, 0.9),
+    seed=st.integers(0, 99),
+)
+def test_any_change_of_unit_and_level_is_one_of_the_forecast(scale, level, kind, missing, seed):
+    """f(a (x + b)) = a (f(x) + b), with values missing, covariates and all."""
+    torch.manual_seed(0)
+    model = forecaster(future_covariates=1, static_features=1).eval()
+    torch.manual_seed(seed)
+    past = KINDS[kind](40).double().view(1, 40, 1)
+    past = past.masked_fill(torch.rand(1, 40, 1) < missing, torch.nan)
+    beside = {"future_covariates": torch.randn(1, 46, 1), "static_features": torch.randn(1, 1)}
+    expected, found = model.predict(past, **beside), model.predict((past + level) * scale, **beside)
+    size = past.nan_to_num(0.0).abs().max() + 1e-9
+    torch.testing.assert_close(
+        (found / scale - level) / size, expected / size, atol=1e-4 + 1e-14 * abs(level) / float(size), rtol=1e-4,
+        equal_nan=True,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 .PHONY: $(shell sed -n 's/^\([a-z][a-z0-9-]*\):.*/\1/p' Makefile)
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## .venv with pinned tools and the package, installed for editing
 
@@ -128,6 +128,11 @@ readme: $(STAMP) ## write the generated parts of README.md and docs/methods.md a
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(STAMP)
+
+# Five seeds take hours on two cores; ARGS=--quick takes two seeds and few steps.
+fields: OUT = benchmarks/results/cpu/fields-$(shell date +%Y%m%d)
+fields: $(STAMP) ## text, images, series and CLIP x methods x seeds, and the table of docs/fields.md: ARGS=--quick
+	@out="$(OUT)" && $(BIN)/efficient-attn bench fields --out "$$out" $(ARGS) && $(BIN)/python docs/fields.py "$$out/results.jsonl"
 
 works-with: $(STAMP) ## write docs/works-with.md: what people do around a model x methods x models (10 minutes)
 	cd tests && ../$(BIN)/python -c "from support.works_with import main; main()" > ../docs/works-with.md

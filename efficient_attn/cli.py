@@ -1,4 +1,5 @@
-"""The command line: `efficient-attn info | bench | report | compare | profile | recommend | train`."""
+"""The command line: `efficient-attn info | bench | report | compare | profile | recommend | train | forecast |
+backtest`."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from .benchmarks import compare
 from .measuring import records, terminal
 from .profiling import commands as profiling
 from .training import command as training
+from .training import forecasting
 
 app = typer.Typer(
     name="efficient-attn",
@@ -67,6 +69,8 @@ app.command("compare")(compare.command)
 app.command("profile")(profiling.profile)
 app.command("recommend")(profiling.recommend_command)
 app.add_typer(training.app)
+app.command("forecast")(forecasting.forecast_command)
+app.command("backtest")(forecasting.backtest_command)
 
 
 def collect_info() -> dict[str, dict[str, Any]]:

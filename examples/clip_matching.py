@@ -63,7 +63,7 @@ def match_file(name: str, image: str | None, texts: list[str]) -> None:
     model, processor = CLIP.from_pretrained(name), AutoProcessor.from_pretrained(name)
     batch = processor(images=pillow().open(image), text=texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        shares = model(batch.pixel_values, batch.input_ids).softmax(dim=-1)[0]
+        shares = model(**batch).logits_per_image.softmax(dim=-1)[0]
     for share, text in zip(shares, texts, strict=True):
         print(f"{share:6.1%}  {text}")
 

@@ -11,7 +11,6 @@ from twenty sentences in seconds. Hub ids and local folders of BERT, RoBERTa and
 import argparse
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from efficient_attn.models import TextClassifier
@@ -63,14 +62,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = TextClassifier.from_pretrained(path, attention=options.attention, num_labels=len(MOODS), pooling="mean")
 
-    def logits(sentences):
-        batch = tokenizer(list(sentences), padding=True, return_tensors="pt")
-        return model(batch.input_ids, batch.attention_mask, batch.get("token_type_ids"))
-
+    inputs = tokenizer(HAPPY + SAD, padding=True, return_tensors="pt")
     labels = torch.tensor([1] * len(HAPPY) + [0] * len(SAD))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for step in range(options.steps):
-        loss = cross_entropy(logits(HAPPY + SAD), labels)
+        loss = model(**inputs, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -79,7 +75,8 @@ def main() -> None:
 
     model.eval()
     with torch.no_grad():
-        probabilities = logits(NEW).softmax(dim=-1)
+        outputs = model(**tokenizer(list(NEW), padding=True, return_tensors="pt"))
+    probabilities = outputs.logits.softmax(dim=-1)
     for sentence, found in zip(NEW, probabilities, strict=True):
         best = int(found.argmax())
         print(f"{MOODS[best]:>6} {found[best]:4.0%}  {sentence}")

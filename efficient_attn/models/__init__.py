@@ -6,10 +6,20 @@ from .base import Model
 from .cache import Cache
 from .causal_lm import CausalLM, CausalLMConfig
 from .clip import CLIP, CLIPConfig, TextTowerConfig
+from .forecaster import ForecasterConfig, PatchForecaster
+from .labels import LabelConfig
+from .outputs import (
+    ClassifierOutput,
+    CLIPOutput,
+    ForecastOutput,
+    LMOutput,
+    ModelOutput,
+    ReconstructionOutput,
+)
 from .self_supervised import MAE, MAEConfig, SimCLR, SimCLRConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
 from .text_classifier import TextClassifier, TextClassifierConfig
-from .time_series import ForecasterConfig, PatchForecaster, TimeSeriesConfig, TimeSeriesTransformer
+from .time_series import TimeSeriesConfig, TimeSeriesTransformer
 from .transformer import Transformer, TransformerConfig
 from .vision import ImageConfig, ViT, ViTConfig
 
@@ -18,14 +28,21 @@ __all__ = [
     "MAE",
     "Augmentation",
     "CLIPConfig",
+    "CLIPOutput",
     "Cache",
     "CausalLM",
     "CausalLMConfig",
+    "ClassifierOutput",
+    "ForecastOutput",
     "ForecasterConfig",
     "ImageConfig",
+    "LMOutput",
+    "LabelConfig",
     "MAEConfig",
     "Model",
+    "ModelOutput",
     "PatchForecaster",
+    "ReconstructionOutput",
     "Seq2Seq",
     "Seq2SeqConfig",
     "SimCLR",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, InputError
 from . import checkpoints
 from . import config as configs
+from .positions import LearnedPositions, extended
 from .transformer import Specs, Transformer
 
 MODELS: dict[str, type[Model]] = {}  # by class name, which config.json names
@@ -110,6 +111,7 @@ class Model(nn.Module):
         local_files_only: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        extend: str = "tile",
         **changes: Any,
     ) -> M:
         """A model from a checkpoint, in eval mode: one of `save_pretrained`, or of transformers (see `checkpoints`).
@@ -121,9 +123,13 @@ class Model(nn.Module):
             attention: for `set_attention`, after loading.
             revision, local_files_only: for the hub.
             dtype, device: of the parameters, default float32 on the CPU.
-            changes: fields of the config to change, also in parts: encoder={"dropout": 0.2}. A head that they ask for
-                and the checkpoint lacks, or has in another size (num_labels=3), starts fresh; nothing else may be
-                missing.
+            extend: how learned positions of a text get more rows where max_len is larger than the checkpoint's: "tile"
+                or "interpolate" (`positions.extended`). Those of images are interpolated, and a forecaster's larger
+                context begins with the old one's part in the answer.
+            changes: fields of the config to change, also in parts: encoder={"dropout": 0.2}; a field that one part
+                alone has may stand for itself: image_size=384. A head that they ask for and the checkpoint lacks,
+                or has in another size (num_labels=3), starts fresh; nothing else may be missing. Of transformers'
+                names id2label, label2id, problem_type and ignore_mismatched_sizes are understood.
 
         Raises:
             CheckpointError: no such checkpoint; one without safetensors; an unknown architecture, or one of another
@@ -145,15 +151,52 @@ class Model(nn.Module):
             tensors = family.bare(tensors)
             fields = family.fields(text, tensors, folder)
             tensors = family.translate(tensors, text, folder)
+        before = configs.from_dict(found.config_class, fields)
+        changes = configs.nested(found.config_class, _head_changes(fields, changes))
         model: Any = found(configs.from_dict(found.config_class, configs.merge(fields, changes)))
+        if changes:
+            tensors = model.resized(tensors, before, extend)
         _load(model, tensors, folder, own=family is None, fresh_heads=bool(changes))
         if attention is not None:
             model.set_attention(attention)
         return model.to(device=device, dtype=dtype).eval()  # type: ignore[no-any-return]
 
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        """A checkpoint's tensors with as many positions as this model has, where it has learned ones.
+
+        Args:
+            before: the checkpoint's config. extend: as in `from_pretrained`.
+
+        Raises:
+            InputError: an unknown `extend`, or sizes between which there is no way.
+        """
+        found = dict(tensors)
+        for path, part in self.named_modules():
+            name = f"{path}.weight"
+            if isinstance(part, LearnedPositions) and name in found:
+                spare, body = found[name][: part.offset], found[name][part.offset :]
+                found[name] = torch.cat([spare, extended(body, part.max_len, extend)])
+        return found
+
     def head_prefixes(self) -> tuple[str, ...]:
         """The names that parameters of a head begin with: what fine-tuning may start fresh."""
         return ()
+
+
+def _head_changes(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes in which transformers' names of labels are ours; labels of another number forget the old ones' names."""
+    changes = {name: value for name, value in changes.items() if name not in ("label2id", "ignore_mismatched_sizes")}
+    names, kind = changes.pop("id2label", None), changes.pop("problem_type", None)
+    given = changes.pop("labels", None)
+    labels = dict(given or {}) if given is None or isinstance(given, Mapping) else configs.to_dict(given)
+    if names is not None:
+        labels["names"] = tuple(str(name) for _, name in sorted((int(number), name) for number, name in names.items()))
+        changes.setdefault("num_labels", len(names))
+    if kind is not None:
+        labels["problem_type"] = kind
+    if any(name in changes and changes[name] != fields.get(name) for name in ("num_labels", "output_dim")):
+        fields.pop("labels", None)
+    return changes | ({"labels": labels} if labels else {})
 
 
 def _own_class(text: Mapping[str, Any], folder: Path) -> type[Model]:

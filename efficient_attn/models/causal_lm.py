@@ -5,20 +5,22 @@ Letters: B batch, N tokens, E features, V vocabulary, T new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, InputTypeError
 from .base import Model
 from .cache import Cache
 from .embeddings import Embeddings, as_padding, check_ids, count_positions
-from .generation import Sampling, stop_at
+from .generation import Plan, Sampling, beam_search, padded, stop_at
+from .outputs import LMOutput, answer, either
 from .positions import check_length
-from .transformer import Outputs, Transformer, TransformerConfig
+from .transformer import Outputs, Transformer, TransformerConfig, each_layer
 
 
 @dataclass(frozen=True)
@@ -66,28 +68,54 @@ class CausalLM(Model):
 
     def forward(
         self,
-        input_ids: Tensor,
+        ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         cache: Cache | None = None,
         positions: Tensor | None = None,
-    ) -> Tensor:
+        return_dict: bool | None = None,
+    ) -> Any:
         """Predict.
 
         Args:
-            input_ids: int64 (B, N).
+            ids: int64 (B, N). input_ids: the same.
+            labels: int64 (B, N), the ids themselves, which are compared with the predictions one place earlier; -100 is
+                ignored, as padding must be. With them there is a loss: the mean cross entropy.
             attention_mask: bool or int (B, cache.length + N), 1 = a token, 0 = padding, on either side.
             cache: of the tokens before (`model.decoder.make_cache()`), which these are added to.
             positions: int64 (N) or (B, N); default: tokens that are not padding, counted from 0.
+            return_dict: see `outputs`.
 
         Returns:
-            logits (B, N, V): those at n predict token n + 1.
+            logits (B, N, V): those at n predict token n + 1; with input_ids by name or labels an `LMOutput`.
 
         Raises:
             InputError, InputTypeError: ids, masks and positions that do not fit.
         """
-        x, padding, positions = self._embed(input_ids, attention_mask, cache, positions)
-        return self._logits(self.decoder(x, key_padding_mask=padding, cache=cache, positions=positions))
+        given = either("input_ids", ids, input_ids)
+        order = None if cache is not None or positions is not None else self._turned(given, attention_mask)
+        if order is not None and attention_mask is not None:
+            given, attention_mask = given.gather(1, order), attention_mask.gather(1, order)
+        x, padding, positions = self._embed(given, attention_mask, cache, positions)
+        hidden = self.decoder(x, key_padding_mask=padding, cache=cache, positions=positions)
+        if order is not None:
+            hidden = torch.empty_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden)
+        logits = self._logits(hidden)
+        loss = None if labels is None else token_loss(logits[:, :-1], labels[:, 1:])
+        by_name = input_ids is not None or labels is not None
+        return answer(LMOutput(loss, logits), logits, by_name=by_name, return_dict=return_dict)
+
+    def _turned(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The order (B, N) that puts padding on the left behind each text, where the attention counts positions: its
+        first token would not be the pattern's first one otherwise. None if there is no such padding."""
+        if attention_mask is None or attention_mask.shape != ids.shape or not self._counts_positions():
+            return None
+        first = (attention_mask != 0).int().argmax(1, keepdim=True)
+        if not torch.compiler.is_compiling() and not bool(first.any()):
+            return None
+        return (torch.arange(ids.shape[1], device=ids.device) + first) % ids.shape[1]
 
     def inspect(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, need_weights: bool = True) -> Outputs:
         """The outputs of all layers, and what each attends to. Arguments as in `forward`."""
@@ -118,43 +146,91 @@ class CausalLM(Model):
 
     # --- generation ---
 
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 20,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        use_cache: bool = True,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        **options: Any,
     ) -> Tensor:
-        """Continue texts. Arguments and errors as in `stream`.
+        """Continue texts: greedy, sampled, or by beam search.
+
+        Args:
+            input_ids, attention_mask, options: as in `stream`.
+            num_beams: more than 1 for `generation.beam_search`, which length_penalty and early_stopping are of.
 
         Returns:
             int64 (B, N + T), the prompts and what follows; T <= max_new_tokens, less when all texts have ended.
-        """
-        steps = self.stream(
-            input_ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            use_cache=use_cache,
-        )
-        return torch.cat([input_ids, *(tokens[:, None] for tokens in steps)], 1)
 
-    def stream(
+        Raises:
+            InputTypeError, InputError, UnsupportedError: as `stream`; sampling or stop strings with beams.
+        """
+        if num_beams < 1:
+            raise InputError(f"num_beams must be at least 1, got {num_beams}")
+        if num_beams == 1:
+            steps = self.stream(input_ids, attention_mask, **options)
+            return torch.cat([input_ids, *(tokens[:, None] for tokens in steps)], 1)
+        mask, plan = self._plan(input_ids, attention_mask, **options)
+        if plan.sampling.temperature or plan.stop_strings:
+            raise InputError("beam search takes the most probable texts; leave temperature and stop_strings out")
+        was_training = self.training
+        self.eval()
+        try:
+            found: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
+            for rows, ids, own in self._groups(input_ids, mask):
+                writer = _Writer(self, ids, own, plan)
+                sequences = beam_search(
+                    writer.step,
+                    ids.shape[0],
+                    num_beams,
+                    start=0,  # the writer begins with the prompts instead
+                    eos=-1 if plan.eos is None else plan.eos,
+                    max_new_tokens=plan.max_new_tokens,
+                    length_penalty=length_penalty,
+                    early_stopping=early_stopping,
+                    device=ids.device,
+                )
+                for row, sequence in zip(rows.tolist(), sequences, strict=True):
+                    found[row] = sequence
+        finally:
+            self.train(was_training)
+        fill = next((token for token in (plan.pad, plan.eos) if token is not None), 0)
+        return torch.cat([input_ids, padded(found, fill, input_ids.device)], 1)
+
+    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+        """Continue texts, token by token: an iterator over int64 (B), the next token of each text.
+
+        A text of a batch goes on as it would alone: prompts of several lengths are run in groups of one length where
+        the attention counts positions (`Method.counts_positions`).
+
+        Args:
+            input_ids: int64 (B, N), prompts of one length, or padded on the left.
+            attention_mask: bool or int (B, N), 1 = a token, 0 = padding; None: no padding.
+            options: max_new_tokens: T at most, default 20. temperature (0 is greedy, the default), top_k, top_p, seed:
+                see `Sampling`. min_new_tokens, repetition_penalty, no_repeat_ngram_size, stop_strings with tokenizer:
+                see `Plan`. eos_token_id, pad_token_id: default: the config's; a text that has ended goes on with
+                padding, and the iterator stops when all have. use_cache: keep keys and values of earlier tokens, the
+                default, else run the whole text again for each token.
+
+        Raises:
+            InputTypeError, InputError: ids of another type, shape or range, prompts padded on the right or too long,
+                options that do not exist or are out of range.
+            UnsupportedError: a method that cannot go on from a cache (a hybrid): use_cache=False.
+        """
+        mask, plan = self._plan(input_ids, attention_mask, **options)
+        groups = self._groups(input_ids, mask)
+        if len(groups) == 1:
+            return self._stream(groups[0][1], groups[0][2], plan)
+        return self._together(groups, plan)
+
+    def _plan(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        ids: Tensor,
+        attention_mask: Tensor | None,
         *,
         max_new_tokens: int = 20,
         temperature: float = 0.0,
@@ -164,61 +240,81 @@ class CausalLM(Model):
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         use_cache: bool = True,
-    ) -> Iterator[Tensor]:
-        """Continue texts, token by token: an iterator over int64 (B), the next token of each text.
-
-        Args:
-            input_ids: int64 (B, N), prompts of one length, or padded on the left.
-            attention_mask: bool or int (B, N), 1 = a token, 0 = padding; None: no padding.
-            max_new_tokens: T at most.
-            temperature, top_k, top_p, seed: see `Sampling`; temperature 0 is greedy.
-            eos_token_id, pad_token_id: default: the config's. A text that has ended goes on with padding; the iterator
-                stops when all have.
-            use_cache: keep keys and values of earlier tokens, else run the whole text again for each token.
-
-        Raises:
-            InputTypeError, InputError: ids of another type, shape or range, prompts padded on the right or too long,
-                options out of range.
-            UnsupportedError: a method that cannot go on from a cache (a hybrid): use_cache=False.
-        """
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        check_ids("input_ids", input_ids, self._config.vocab_size)
-        mask = check_prompts(input_ids, attention_mask)
+        min_new_tokens: int = 0,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        stop_strings: str | Sequence[str] = (),
+        tokenizer: Any = None,
+    ) -> tuple[Tensor | None, Plan]:
+        """The mask, None without padding, and what was asked for: both checked."""
+        plan = Plan(
+            max_new_tokens,
+            Sampling(temperature, top_k, top_p, seed),
+            self._config.eos_token_id if eos_token_id is None else eos_token_id,
+            self._config.pad_token_id if pad_token_id is None else pad_token_id,
+            use_cache,
+            min_new_tokens,
+            repetition_penalty,
+            no_repeat_ngram_size,
+            (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
+            tokenizer,
+        )
+        check_ids("input_ids", ids, self._config.vocab_size)
+        mask = check_prompts(ids, attention_mask)
         if self.embeddings.positions is not None:
-            longest = input_ids.shape[1] if mask is None else int(mask.sum(-1).max())
+            longest = ids.shape[1] if mask is None else int(mask.sum(-1).max())
             check_length(longest + max_new_tokens, self._config.max_len)
-        eos = self._config.eos_token_id if eos_token_id is None else eos_token_id
-        pad = self._config.pad_token_id if pad_token_id is None else pad_token_id
-        return self._stream(input_ids, mask, max_new_tokens, sampling, eos, pad, use_cache)
+        return mask, plan
+
+    def _groups(self, ids: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Rows that can be run together, their ids and mask: all, or those of one length without their padding."""
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        if mask is None or not self._counts_positions():
+            return [(rows, ids, mask)]
+        lengths = mask.sum(-1)
+        return [
+            (rows[lengths == length], ids[lengths == length, ids.shape[1] - length :], None)
+            for length in sorted(set(lengths.tolist()))
+        ]
+
+    def _counts_positions(self) -> bool:
+        methods = each_layer(self.decoder.config.attention, self.decoder.config.num_layers)
+        return any(method.counts_positions for method in methods)
+
+    def _together(self, groups: list[tuple[Tensor, Tensor, Tensor | None]], plan: Plan) -> Iterator[Tensor]:
+        """The next token of all groups at once; a group that has ended goes on with padding."""
+        fill = next((token for token in (plan.pad, plan.eos) if token is not None), 0)
+        streams = [self._stream(ids, mask, plan) for _, ids, mask in groups]
+        total = sum(len(rows) for rows, *_ in groups)
+        while True:
+            parts = [next(stream, None) for stream in streams]
+            if all(part is None for part in parts):
+                return
+            tokens = groups[0][1].new_full((total,), fill)
+            for (rows, *_), part in zip(groups, parts, strict=True):
+                if part is not None:
+                    tokens[rows] = part
+            yield tokens
 
     @torch.no_grad()
-    def _stream(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        max_new_tokens: int,
-        sampling: Sampling,
-        eos: int | None,
-        pad: int | None,
-        use_cache: bool,
-    ) -> Iterator[Tensor]:
+    def _stream(self, ids: Tensor, mask: Tensor | None, plan: Plan) -> Iterator[Tensor]:
         was_training = self.training
         self.eval()
         try:
-            B, N = ids.shape
-            cache = self.decoder.make_cache(capacity=N + max_new_tokens) if use_cache else None
-            generator = sampling.generator(ids.device)
-            done = torch.zeros(B, dtype=torch.bool, device=ids.device)
-            for step in range(max_new_tokens):
-                logits = self._last_logits(ids if cache is None or step == 0 else ids[:, -1:], mask, cache)
-                tokens, done = stop_at(sampling.choose(logits, generator), done, eos, pad)
-                yield tokens
+            writer = _Writer(self, ids, mask, plan)
+            generator = plan.sampling.generator(ids.device)
+            done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+            fill = plan.pad if plan.pad is not None or not plan.stop_strings else (0 if plan.eos is None else plan.eos)
+            tokens = ids
+            for _ in range(plan.max_new_tokens):
+                logits = writer.logits(tokens)
+                chosen, done = stop_at(plan.sampling.choose(logits, generator), done, plan.eos, fill)
+                yield chosen
+                tokens = chosen[:, None]
+                if plan.stop_strings:
+                    done = done | plan.stopped(torch.cat([writer.written[:, ids.shape[1] :], tokens], 1))
                 if bool(done.all()):
                     return
-                ids = torch.cat([ids, tokens[:, None]], 1)
-                mask = None if mask is None else torch.cat([mask, mask.new_ones(B, 1)], 1)
         finally:
             self.train(was_training)
 
@@ -231,6 +327,56 @@ class CausalLM(Model):
         x = self.embeddings(ids, positions)
         padding = None if mask is None else ~mask
         return self._logits(self.decoder(x, key_padding_mask=padding, cache=cache, positions=positions)[:, -1])
+
+
+class _Writer:
+    """The state of one generation: what is written, its mask, and the cache."""
+
+    def __init__(self, model: CausalLM, ids: Tensor, mask: Tensor | None, plan: Plan) -> None:
+        self.model, self.plan, self.prompts, self.mask = model, plan, ids, mask
+        self.written = ids[:, :0]
+        capacity = ids.shape[1] + plan.max_new_tokens
+        self.cache = model.decoder.make_cache(capacity=capacity) if plan.use_cache else None
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V), penalised, after `tokens` (B, n): the prompts at first, and one each then."""
+        return self._penalised(self._next(tokens))
+
+    def step(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
+        """Log-probabilities for `generation.beam_search`, penalised as transformers does: after they are normalised."""
+        if rows is None:
+            tokens = self.prompts
+        else:
+            self.written = self.written[rows]
+            self.mask = None if self.mask is None else self.mask[rows]
+            if self.cache is not None:
+                self.cache.select(rows)
+        return self._penalised(self._next(tokens).float().log_softmax(-1))
+
+    def _next(self, tokens: Tensor) -> Tensor:
+        if self.mask is not None and self.written.shape[1]:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        self.written = torch.cat([self.written, tokens], 1)
+        return self.model._last_logits(self.written if self.cache is None else tokens, self.mask, self.cache)
+
+    def _penalised(self, scores: Tensor) -> Tensor:
+        return self.plan.adjusted(scores, self.written, self.mask, self.written.shape[1] - self.prompts.shape[1])
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of logits (B, N, V) for labels int64 (B, N), in float32; -100 is ignored.
+
+    Raises:
+        InputTypeError, InputError: labels of another type or shape.
+    """
+    if labels.dtype != torch.int64:
+        raise InputTypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != logits.shape[:2]:
+        raise InputError(
+            f"labels must be of the ids' shape; {tuple(labels.shape)} for {tuple(logits.shape[:2])} logits"
+        )
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def check_prompts(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

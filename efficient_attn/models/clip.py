@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ..errors import InputError
 from .base import Model
 from .contrastive import contrastive_loss
 from .embeddings import as_padding, check_ids
+from .outputs import CLIPOutput, answer, either
 from .positions import LearnedPositions, check_length
 from .transformer import Transformer, TransformerConfig
 from .vision import ImageBackbone, ImageConfig
@@ -125,6 +127,8 @@ class CLIP(Model):
         model.loss(images, ids).backward()
         classes = model.class_embeddings(prompts, labels)       # once
         model.classify(images, classes).argmax(dim=1)           # zero-shot
+        outputs = model(**processor(text=texts, images=pictures, return_tensors="pt", padding=True), return_loss=True)
+        outputs.loss, outputs.logits_per_image.softmax(dim=1)   # as transformers' CLIPModel
 
     The text tower is causal, which not every method can be: set_attention({"image.encoder": "nystrom"}) changes the
     image tower alone. `from_pretrained` reads transformers' CLIP checkpoints too.
@@ -162,10 +166,48 @@ class CLIP(Model):
         """
         return F.normalize(self.text_projection(self.text(input_ids, attention_mask=attention_mask)), dim=1)
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (images, texts): e^logit_scale times the cosine. Arguments and errors are those of the encoders."""
-        image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask=attention_mask)
-        return self.logit_scale.exp() * image @ text.T
+    def forward(
+        self,
+        images: Tensor | None = None,
+        ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Compare images and texts: `scale()` times the cosine.
+
+        Args:
+            images: as in `encode_image`. pixel_values: the same.
+            ids, attention_mask: as in `encode_text`. input_ids: the ids.
+            return_loss: the contrastive loss too; image b belongs to text b.
+            return_dict: see `outputs`.
+
+        Returns:
+            logits (images, texts); with pixel_values, input_ids by name or return_loss a `CLIPOutput`.
+
+        Raises:
+            InputTypeError, InputError: as the encoders; with return_loss unequal numbers, or a single pair.
+        """
+        if return_loss and self.training:
+            self._clamp()
+        image = self.encode_image(either("pixel_values", images, pixel_values))
+        text = self.encode_text(either("input_ids", ids, input_ids), attention_mask=attention_mask)
+        logits = self.scale() * image @ text.T
+        loss = contrastive_loss(image, text, self.scale()) if return_loss else None
+        by_name = pixel_values is not None or input_ids is not None or bool(return_loss)
+        return answer(CLIPOutput(loss, logits, logits.T, text, image), logits, by_name=by_name, return_dict=return_dict)
+
+    def scale(self) -> Tensor:
+        """The cosine's factor, e^logit_scale, at most max_scale."""
+        return self.logit_scale.clamp(max=math.log(self._config.max_scale)).exp()
+
+    def _clamp(self) -> None:
+        """Put logit_scale back below its limit, beyond which it has no gradient and would stay."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=math.log(self._config.max_scale))
 
     def loss(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The contrastive loss of a batch of pairs, a scalar; image b belongs to text b.
@@ -176,10 +218,12 @@ class CLIP(Model):
             InputTypeError, InputError: as the encoders, unequal numbers of images and texts, or a single pair.
         """
         if self.training:
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=math.log(self._config.max_scale))
+            self._clamp()
         image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask=attention_mask)
-        return contrastive_loss(image, text, self.logit_scale.exp())
+        return contrastive_loss(image, text, self.scale())
+
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        return self.image.resized(super().resized(tensors, before, extend), before.image, "image.positions")
 
     # --- zero-shot classification and retrieval ---
 
@@ -211,7 +255,7 @@ class CLIP(Model):
     @torch.no_grad()
     def classify(self, images: Tensor, classes: Tensor) -> Tensor:
         """Logits (B, classes) of images for the vectors of `class_embeddings`."""
-        return self.logit_scale.exp() * self.encode_image(images) @ classes.T
+        return self.scale() * self.encode_image(images) @ classes.T
 
 
 def retrieve(queries: Tensor, gallery: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:

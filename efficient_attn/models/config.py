@@ -47,6 +47,25 @@ def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def nested(cls: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes in which a field that only one part of the config has may stand for itself: image_size=32 is
+    backbone={"image_size": 32}."""
+    own = {field.name for field in dataclasses.fields(cls)}
+    parts = {
+        name: {field.name for field in dataclasses.fields(hint)}
+        for name, hint in typing.get_type_hints(cls).items()
+        if dataclasses.is_dataclass(hint)
+    }
+    found: dict[str, Any] = {}
+    for name, value in changes.items():
+        homes = [part for part, fields in parts.items() if name in fields]
+        if name not in own and len(homes) == 1:
+            found = merge(found, {homes[0]: {name: value}})
+        else:
+            found = merge(found, {name: value})
+    return found
+
+
 def _tuples(value: Any) -> Any:
     """JSON's lists as the tuples that they were."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -71,7 +71,7 @@ class Embeddings(nn.Module):
             else:
                 check_ids("token_type_ids", types, self.types.num_embeddings)
                 x = x + self.types(types)
-        elif types is not None:
+        elif types is not None and not torch.compiler.is_compiling() and bool(types.any()):  # tokenizers give zeros
             raise InputError("this model has no token types; leave token_type_ids out")
         if self.positions is not None:
             x = x + self.positions(positions)

@@ -1,4 +1,5 @@
-"""What forecasting needs beside a model: instance normalisation, the quantile loss, the seasonal-naive baseline, MASE.
+"""What forecasting needs beside a model: instance normalisation, the quantile loss, the seasonal-naive baseline, and
+measures: MASE, sMAPE, CRPS.
 
 Series are (..., time) here, so that the functions serve one series as well as batches of many channels.
 """
@@ -7,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, InputTypeError
 
 
-def instance_statistics(series: Tensor) -> tuple[Tensor, Tensor]:
+def instance_statistics(series: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every series over its time, (..., 1) each: what RevIN takes out and puts back.
 
     (x - mean) / std is the model's input and forecast * std + mean the result, so that level and scale, which drift in
@@ -24,14 +26,27 @@ def instance_statistics(series: Tensor) -> tuple[Tensor, Tensor]:
 
     Both are computed by differences from the first value in units of the largest one, so that neither a high level
     nor a tiny or huge unit costs digits. Gradients do not pass through them.
+
+    Args:
+        observed: bool, of the series' shape: only values where it is True count. A series without any has the mean
+            nan, and the deviation 0.
     """
     with torch.no_grad():
-        first = series[..., :1]
-        moved = series - first
+        if observed is None:
+            first = series[..., :1]
+            moved = series - first
+        else:
+            first = series.gather(-1, observed.int().argmax(dim=-1, keepdim=True))
+            moved = torch.where(observed, series - first, 0)
         unit = moved.abs().amax(dim=-1, keepdim=True)
         moved = moved / torch.where(unit > 0, unit, 1)
-        variance, mean = torch.var_mean(moved, dim=-1, keepdim=True, correction=0)
-        return first + mean * unit, variance.sqrt() * unit
+        if observed is None:
+            variance, mean = torch.var_mean(moved, dim=-1, keepdim=True, correction=0)
+            return first + mean * unit, variance.sqrt() * unit
+        count = observed.sum(dim=-1, keepdim=True)
+        mean = moved.sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        variance = torch.where(observed, moved - mean, 0).square().sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        return torch.where(count > 0, first + mean * unit, torch.nan), variance.sqrt() * unit
 
 
 def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
@@ -47,17 +62,29 @@ def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
     return levels
 
 
-def quantile_loss(forecast: Tensor, target: Tensor, quantiles: Sequence[float]) -> Tensor:
+def quantile_loss(
+    forecast: Tensor, target: Tensor, quantiles: Sequence[float], observed: Tensor | None = None
+) -> Tensor:
     """The mean pinball loss, max(q (y - f), (q - 1) (y - f)); at q = 0.5 half the absolute error.
 
     Koenker and Bassett 1978. Its minimum over forecasts is the q-quantile.
 
     Args:
         forecast: (..., Q). target: (...). quantiles: Q levels.
+        observed: bool (...): the mean is over targets where it is True, and 0 where none is.
 
     Raises:
         InputError: shapes or quantiles that do not belong together.
     """
+    losses = pinball(forecast, target, quantiles)
+    if observed is None:
+        return losses.mean()
+    losses = torch.where(observed[..., None], losses, 0)
+    return losses.sum() / (observed.sum() * losses.shape[-1]).clamp(min=1)
+
+
+def pinball(forecast: Tensor, target: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """The losses that `quantile_loss` is the mean of, (..., Q)."""
     levels = check_quantiles(quantiles)
     if forecast.shape != (*target.shape, len(levels)):
         raise InputError(
@@ -66,7 +93,27 @@ def quantile_loss(forecast: Tensor, target: Tensor, quantiles: Sequence[float]) 
         )
     q = torch.tensor(levels, dtype=forecast.dtype, device=forecast.device)
     error = target.unsqueeze(-1) - forecast
-    return torch.maximum(q * error, (q - 1) * error).mean()
+    return torch.maximum(q * error, (q - 1) * error)
+
+
+def crps(forecast: Tensor, target: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """Continuous ranked probability score as far as quantiles tell it, (...): twice the mean pinball loss over levels.
+
+    In the series' unit; of a single median it is the absolute error. Gneiting and Raftery 2007; Laio and Tamea 2007.
+
+    Args:
+        forecast: (..., Q). target: (...).
+    """
+    return 2 * pinball(forecast, target, quantiles).mean(dim=-1)
+
+
+def smape(forecast: Tensor, target: Tensor) -> Tensor:
+    """Symmetric mean absolute percentage error of each series, (..., horizon) -> (...), from 0 to 200 %.
+
+    200 % times the mean of |y - f| / (|y| + |f|), where 0 / 0 counts as 0. Makridakis 1993, as in the M4 competition.
+    """
+    size = forecast.abs() + target.abs()
+    return 200 * (torch.where(size == 0, 0, forecast - target).abs() / torch.where(size == 0, 1, size)).mean(dim=-1)
 
 
 def seasonal_naive(history: Tensor, horizon: int, season: int) -> Tensor:
@@ -110,3 +157,21 @@ def _check_season(history: Tensor, season: int) -> None:
             f"season must be at least 1 and the history at least that long; got season={season} and a history of "
             f"{tuple(history.shape)}"
         )
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise InputError unless these fields of a config are whole numbers from 1 on."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def check_series(series: Tensor, features: int | None, layout: str) -> Tensor:
+    """The series, unless it is no floating-point tensor of three dimensions: InputTypeError, InputError."""
+    if not isinstance(series, Tensor) or not series.is_floating_point():
+        kind = series.dtype if isinstance(series, Tensor) else type(series).__name__
+        raise InputTypeError(f"a series must be a floating-point tensor, got {kind}")
+    if series.dim() != 3 or (features is not None and series.shape[2] != features):
+        raise InputError(f"a series must be {layout.format(features)}, got {tuple(series.shape)}")
+    return series

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,16 +69,92 @@ class Sampling:
         return logits
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a text goes on.
+
+    Fields:
+        max_new_tokens, min_new_tokens: at most, and at least before the end token may come.
+        sampling: how a token is drawn.
+        eos, pad: the token that ends a text, and what fills it up then; None: it goes on to max_new_tokens.
+        use_cache: keep keys and values of earlier tokens.
+        repetition_penalty: scores of tokens that the text has already are divided by it, or multiplied where they are
+            negative; 1: they are not (Keskar et al. 2019).
+        no_repeat_ngram_size: the length of runs of tokens that are never repeated; 0: any may be.
+        stop_strings: a text ends when what was written holds one of them; needs the tokenizer, whose `decode` says so.
+
+    Raises:
+        InputError: values out of range.
+    """
+
+    max_new_tokens: int = 20
+    sampling: Sampling = field(default_factory=Sampling)
+    eos: int | None = None
+    pad: int | None = None
+    use_cache: bool = True
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    stop_strings: tuple[str, ...] = ()
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InputError(f"min_new_tokens must be from 0 to max_new_tokens, got {self.min_new_tokens}")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise InputError(f"repetition_penalty must be above 0, such as 1.2; got {self.repetition_penalty}")
+        if self.no_repeat_ngram_size < 0:
+            raise InputError(f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}")
+        if self.stop_strings and not hasattr(self.tokenizer, "decode"):
+            raise InputError(
+                "stop_strings are looked for in the text; give the tokenizer that decodes it, tokenizer=..."
+            )
+        if "" in self.stop_strings:
+            raise InputError("a stop string must have at least one character")
+
+    def adjusted(self, logits: Tensor, written: Tensor, mask: Tensor | None, step: int) -> Tensor:
+        """logits (B, V) of token number `step` from 0, as the penalties have it.
+
+        Args:
+            written: (B, N) the prompt and what follows. mask: bool (B, N), False = padding, which is no repetition.
+        """
+        B, V = logits.shape
+        if self.repetition_penalty != 1.0:
+            there = torch.zeros(B, V, dtype=torch.int64, device=logits.device)
+            tokens = torch.ones_like(written) if mask is None else mask.long()
+            there = there.scatter_add(1, written, tokens) > 0
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(there, penalised, logits)
+        if self.no_repeat_ngram_size:
+            logits = logits.masked_fill(repeating(written, self.no_repeat_ngram_size, V, mask), -torch.inf)
+        if self.eos is not None and step < self.min_new_tokens:
+            logits = logits.index_fill(1, torch.tensor([self.eos], device=logits.device), -torch.inf)
+        return logits
+
+    def stopped(self, new: Tensor) -> Tensor:
+        """Bool (B): which texts hold a stop string in what was written, new (B, T)."""
+        if not self.stop_strings:
+            return torch.zeros(new.shape[0], dtype=torch.bool, device=new.device)
+        texts = [self.tokenizer.decode(row) for row in new.tolist()]
+        found = [any(stop in text for stop in self.stop_strings) for text in texts]
+        return torch.tensor(found, device=new.device)
+
+
 def stop_at(tokens: Tensor, done: Tensor, eos: int | None, pad: int | None) -> tuple[Tensor, Tensor]:
     """Tokens (B) of one step with `pad` in rows that are done (B), and which rows are done after it."""
     if eos is None:
-        return tokens, done
+        return (tokens if pad is None else torch.where(done, pad, tokens)), done
     tokens = torch.where(done, eos if pad is None else pad, tokens)
     return tokens, done | (tokens == eos)
 
 
-def repeating(written: Tensor, size: int, vocab_size: int) -> Tensor:
-    """Bool (B, V): tokens that would complete a run of `size` tokens which is in written (B, N) already."""
+def repeating(written: Tensor, size: int, vocab_size: int, mask: Tensor | None = None) -> Tensor:
+    """Bool (B, V): tokens that would complete a run of `size` tokens which is in written (B, N) already.
+
+    mask: bool (B, N), False = padding, whose runs do not count.
+    """
     B, N = written.shape
     counts = torch.zeros(B, vocab_size, dtype=torch.int64, device=written.device)
     if size > N:
@@ -85,6 +162,8 @@ def repeating(written: Tensor, size: int, vocab_size: int) -> Tensor:
     runs = written.unfold(1, size, 1)  # [B, N - size + 1, size]
     end = written[:, N - size + 1 :]  # [B, size - 1]
     same = (runs[..., :-1] == end[:, None]).all(-1)
+    if mask is not None:
+        same = same & mask.unfold(1, size, 1).all(-1)
     return counts.scatter_add(1, runs[..., -1], same.long()) > 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from . import labels
 from .checkpoints import Family, activation, expect, register
 
 Text = Mapping[str, Any]
@@ -65,6 +66,7 @@ def bert_config(text: Text, tensors: Tensors) -> dict[str, Any]:
         "vocab_size": text["vocab_size"],
         "max_len": text["max_position_embeddings"],
         "num_labels": None if head is None else head.shape[0],
+        "labels": labels.of_checkpoint(text, None if head is None else head.shape[0]),
         "pooler": "pooler.dense.weight" in tensors or "classifier.dense.weight" in tensors,
         "types": text.get("type_vocab_size", 2),
         "pad_token_id": text.get("pad_token_id", 0),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from . import labels
 from .checkpoints import Family, activation, expect, register
 
 # --- ViT and ViTMAE: the layers have the same names ---
@@ -86,7 +87,12 @@ def _image(config: Mapping[str, Any], patch: int, defaults: Mapping[str, Any]) -
 def _vit(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     expect(config, qkv_bias=True)
     head = tensors.get("classifier.weight")
-    return {"backbone": _image(config, 16, _VIT), "num_labels": None if head is None else head.shape[0]}
+    count = None if head is None else head.shape[0]
+    return {
+        "backbone": _image(config, 16, _VIT),
+        "num_labels": count,
+        "labels": labels.of_checkpoint(config, count),
+    }
 
 
 def _without_batch(tensors: dict[str, Tensor], _: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 
 KINDS = ("none", "learned", "sinusoidal", "sinusoidal_halves")
+EXTENSIONS = ("tile", "interpolate")
 
 
 class LearnedPositions(nn.Module):
@@ -49,6 +50,27 @@ class SinusoidalPositions(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         """positions: int64 (...), from 0 -> (..., C)."""
         return nn.functional.embedding(positions, self.weight)
+
+
+def extended(table: Tensor, rows: int, how: str) -> Tensor:
+    """A trained table of positions (n, C) with more rows, to go on training from.
+
+    Args:
+        how: "tile" repeats the table, so that neighbours differ as they did (Longformer, Beltagy et al. 2020, section
+            5); "interpolate" stretches it, so that the whole spans what it did. Fewer rows are the first ones.
+
+    Raises:
+        InputError: another word.
+    """
+    if how not in EXTENSIONS:
+        raise InputError(f"positions are extended by {' or '.join(EXTENSIONS)}; got {how!r}")
+    n = table.shape[0]
+    if rows <= n:
+        return table[:rows]
+    if how == "tile":
+        return table[torch.arange(rows, device=table.device) % n]
+    stretched = nn.functional.interpolate(table.T[None].float(), size=rows, mode="linear", align_corners=True)
+    return stretched[0].T.to(table.dtype)
 
 
 def make_positions(

@@ -7,7 +7,7 @@ H height, W width, N patches, V visible patches, P patch, E features.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .augment import Augmentation
 from .base import Model
 from .contrastive import nt_xent
 from .masking import Masking, masked_mse, normalise_patches, random_masking, take
+from .outputs import ReconstructionOutput, answer, either
 from .patches import Size, patchify, resize_positions, sinusoidal_2d, unpatchify
 from .transformer import Transformer, TransformerConfig
 from .vision import ImageBackbone, ImageConfig
@@ -85,19 +86,37 @@ class MAE(Model):
         self.to_pixels = nn.Linear(E, backbone.patch[0] * backbone.patch[1] * backbone.channels)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+    def forward(
+        self,
+        images: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         """Predict every patch from the visible ones.
 
         Args:
-            images: (B, C, H, W), floating point; H and W multiples of the patch.
+            images: (B, C, H, W), floating point; H and W multiples of the patch. pixel_values: the same.
             noise: (B, N), the patches of least noise stay visible; None: uniform, from torch's generator.
+            return_dict: see `outputs`.
 
         Returns:
-            Patches in `patchify`'s layout, of normalised pixels with normalise_target; and which were masked.
+            A `Reconstruction`: patches in `patchify`'s layout, of normalised pixels with normalise_target; and which
+            were masked. With pixel_values a `ReconstructionOutput`, which has the loss.
 
         Raises:
             InputTypeError, InputError: images or noise of another type or shape.
         """
+        images = either("pixel_values", images, pixel_values)
+        found = self._reconstruction(images, noise)
+        if return_dict is None and pixel_values is None:
+            return found
+        loss = self._loss_of(found, images)
+        output = ReconstructionOutput(loss, found.patches, found.masked.to(found.patches.dtype))
+        return answer(output, found, by_name=pixel_values is not None, return_dict=return_dict)
+
+    def _reconstruction(self, images: Tensor, noise: Tensor | None) -> Reconstruction:
         tokens, grid = self.backbone.embed(images)
         B, N = tokens.shape[0], tokens.shape[1] - 1
         if noise is None:
@@ -130,11 +149,17 @@ class MAE(Model):
 
     def loss(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Mean squared error over the masked patches, a scalar. Arguments and errors are those of `forward`."""
-        found = self.forward(images, noise)
+        return self._loss_of(self._reconstruction(images, noise), images)
+
+    def _loss_of(self, found: Reconstruction, images: Tensor) -> Tensor:
         target = patchify(images.float(), self._config.backbone.patch)
         if self._config.normalise_target:
             target = normalise_patches(target)
         return masked_mse(found.patches, target, found.masked)
+
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        found = self.backbone.resized(super().resized(tensors, before, extend), before.backbone, "backbone.positions")
+        return found | {"decoder_positions": self.decoder_positions.detach()}  # computed, not learned
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -142,7 +167,7 @@ class MAE(Model):
 
         With normalise_target each predicted patch gets back the mean and variance that the true one has.
         """
-        found = self.forward(images, noise)
+        found = self._reconstruction(images, noise)
         patch = self._config.backbone.patch
         own = patchify(images.float(), patch)
         predicted = found.patches.float()
@@ -221,6 +246,9 @@ class SimCLR(Model):
         """
         augment = self._config.augmentation
         return self.loss_of_views(augment(images, generator), augment(images, generator))
+
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        return self.backbone.resized(super().resized(tensors, before, extend), before.backbone, "backbone.positions")
 
     def loss_of_views(self, first: Tensor, second: Tensor) -> Tensor:
         """NT-Xent of two views that the caller made, each (B, C, H, W), a scalar."""

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .base import Model
 from .cache import Cache
+from .causal_lm import token_loss
 from .embeddings import Embeddings, as_padding
 from .generation import beam_search, padded, repeating, stop_at
+from .outputs import LMOutput, answer, either
 from .positions import check_length
 from .transformer import Outputs, Transformer, TransformerConfig
 
@@ -122,26 +124,41 @@ class Seq2Seq(Model):
 
     def forward(
         self,
-        input_ids: Tensor,
-        decoder_input_ids: Tensor,
+        ids: Tensor | None = None,
+        decoder_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        input_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         """Predict each next token of the target.
 
         Args:
-            input_ids: int64 (B, M), the source.
-            decoder_input_ids: int64 (B, N), the target behind the start token: see `shift_right`.
+            ids: int64 (B, M), the source. input_ids: the same.
+            decoder_ids: int64 (B, N), the target behind the start token, default `shift_right(labels)`.
+                decoder_input_ids: the same.
             attention_mask, decoder_attention_mask: bool or int, (B, M) and (B, N), 1 = a token, 0 = padding.
+            labels: int64 (B, N), the target; -100 is ignored, as padding must be. With them there is a loss: the mean
+                cross entropy.
+            return_dict: see `outputs`.
 
         Returns:
-            logits (B, N, V).
+            logits (B, N, V); with input_ids by name or labels an `LMOutput`.
 
         Raises:
             InputError, InputTypeError: ids and masks that do not fit.
         """
-        memory = self.encode(input_ids, attention_mask)
-        return self.decode(decoder_input_ids, memory, attention_mask, decoder_attention_mask)
+        if labels is not None and decoder_ids is None and decoder_input_ids is None:
+            decoder_ids = self.shift_right(labels)
+        memory = self.encode(either("input_ids", ids, input_ids), attention_mask)
+        written = either("decoder_input_ids", decoder_ids, decoder_input_ids)
+        logits = self.decode(written, memory, attention_mask, decoder_attention_mask)
+        loss = None if labels is None else token_loss(logits, labels)
+        by_name = input_ids is not None or labels is not None
+        return answer(LMOutput(loss, logits), logits, by_name=by_name, return_dict=return_dict)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's output (B, M, E)."""

@@ -8,6 +8,7 @@ Letters: B batch, N tokens, E features, L labels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from ..errors import InputError, UnsupportedError
 from .base import Model
 from .embeddings import Embeddings, as_padding
+from .labels import LabelConfig
+from .outputs import ClassifierOutput, answer, either
 from .transformer import Outputs, Transformer, TransformerConfig, initialise
 
 POOLING = ("first", "mean")
@@ -37,6 +40,7 @@ class TextClassifierConfig:
             as in RoBERTa.
         embedding_norm: a LayerNorm on the embeddings.
         dropout: of embeddings and before the classifier.
+        labels: their names and what the loss makes of them.
     """
 
     vocab_size: int = 30522
@@ -51,6 +55,7 @@ class TextClassifierConfig:
     skip_padding: bool = False
     embedding_norm: bool = True
     dropout: float = 0.0
+    labels: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self) -> None:
         if self.encoder.causal or self.encoder.cross_attention:
@@ -61,10 +66,18 @@ class TextClassifierConfig:
             raise InputError("skip_padding needs a pad_token_id")
         if self.num_labels is not None and self.num_labels < 1:
             raise InputError(f"num_labels must be at least 1, or None; got {self.num_labels}")
+        self.labels.check(self.num_labels)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The labels' names by number."""
+        return self.labels.id2label(self.num_labels)
 
 
 class TextClassifier(Model):
     """Classifies texts, or embeds them.
+
+        model(**tokenizer(texts, padding=True, return_tensors="pt"), labels=labels).loss.backward()
 
     ids (B, N) -> embeddings -> `encoder` -> pooling -> (`pooler`) -> (`classifier`) -> logits (B, L)
     """
@@ -93,21 +106,37 @@ class TextClassifier(Model):
                 initialise(linear)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+        self,
+        ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         """Classify.
 
         Args:
-            input_ids: int64 (B, N).
+            ids: int64 (B, N). input_ids: the same.
             attention_mask: bool or int (B, N), 1 = a token, 0 = padding; None: no padding.
-            token_type_ids: int64 (B, N), for a model with types.
+            token_type_ids: int64 (B, N), for a model with types; zeros say nothing and are taken by any.
+            labels: see `labels`; with them there is a loss.
+            return_dict: see `outputs`.
 
         Returns:
-            logits (B, L).
+            logits (B, L); with input_ids by name or labels a `ClassifierOutput`.
 
         Raises:
-            UnsupportedError: the model has no classifier. InputError, InputTypeError: ids and masks that do not fit.
+            UnsupportedError: the model has no classifier.
+            InputError, InputTypeError: ids, masks and labels that do not fit.
         """
+        logits = self._logits(either("input_ids", ids, input_ids), attention_mask, token_type_ids)
+        loss = None if labels is None else self._config.labels.loss(logits, labels)
+        by_name = input_ids is not None or labels is not None
+        return answer(ClassifierOutput(loss, logits), logits, by_name=by_name, return_dict=return_dict)
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
         if self.classifier is None:
             raise UnsupportedError(
                 "the model has no classifier; use encode() or embed(), or from_pretrained(..., num_labels=2)"

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import patterns
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..methods import Hybrid, Sparse
 from .base import Model
+from .labels import LabelConfig, check_labels
+from .outputs import ClassifierOutput, answer, either
 from .patches import PatchEmbedding, Size, as_size, grid_of, resize_positions, sinusoidal_2d
 from .transformer import Outputs, Transformer, TransformerConfig
 
@@ -108,6 +109,16 @@ class ImageBackbone(nn.Module):
             fixed = torch.cat([torch.zeros(1, E), sinusoidal_2d(E, config.grid)])
             self.positions = nn.Parameter(fixed, requires_grad=False)
 
+    def resized(self, tensors: dict[str, Tensor], before: ImageConfig, name: str) -> dict[str, Tensor]:
+        """A checkpoint's tensors with positions, under `name`, for this image_size instead of that `before`."""
+        config = self._config
+        if name not in tensors or before.grid == config.grid:
+            return tensors
+        if config.positions == "sinusoidal":  # computed, not learned
+            return {**tensors, name: self.positions.detach()}
+        first, rest = tensors[name][:1], tensors[name][1:]
+        return {**tensors, name: torch.cat([first, resize_positions(rest, before.grid, config.grid)])}
+
     def embed(self, images: Tensor) -> tuple[Tensor, Size]:
         """Images to the tokens that `encode` takes.
 
@@ -181,6 +192,7 @@ class ViTConfig:
     Fields:
         backbone: of images.
         num_labels: classes; None for a model of features, without a head.
+        labels: their names and what the loss makes of them.
 
     Raises:
         InputError: fewer than one class.
@@ -188,10 +200,17 @@ class ViTConfig:
 
     backbone: ImageConfig = field(default_factory=ImageConfig)
     num_labels: int | None = 1000
+    labels: LabelConfig = field(default_factory=LabelConfig)
 
     def __post_init__(self) -> None:
         if self.num_labels is not None and self.num_labels < 1:
             raise InputError(f"num_labels must be at least 1, or None; got {self.num_labels}")
+        self.labels.check(self.num_labels)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The labels' names by number."""
+        return self.labels.id2label(self.num_labels)
 
 
 class ViT(Model):
@@ -200,6 +219,7 @@ class ViT(Model):
         model = ViT(ViTConfig(ImageConfig(image_size=32, patch_size=4, encoder=TransformerConfig(192, 6, 3)), 10))
         model.loss(images, labels).backward()
         model(images).argmax(dim=1)
+        model(**processor(images=pictures, return_tensors="pt"), labels=labels).loss   # as transformers' models
 
     `from_pretrained` reads transformers' ViT checkpoints too; with num_labels=... the head starts fresh.
     """
@@ -265,19 +285,34 @@ class ViT(Model):
         """(B, C, H, W) -> (B, E), what the head reads."""
         return self.backbone.pooled(images)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits.
+    def forward(
+        self,
+        images: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Classify.
 
         Args:
-            images: (B, C, H, W), floating point; H and W multiples of the patch.
+            images: (B, C, H, W), floating point; H and W multiples of the patch. pixel_values: the same.
+            labels: see `labels`; with them there is a loss.
+            return_dict: see `outputs`.
 
         Returns:
-            (B, num_labels).
+            logits (B, num_labels); with pixel_values or labels a `ClassifierOutput`.
 
         Raises:
-            InputTypeError, InputError: images of another type or shape.
+            InputTypeError, InputError: images or labels of another type, shape or range.
             UnsupportedError: a model without a head.
         """
+        logits = self._logits(either("pixel_values", images, pixel_values))
+        loss = None if labels is None else self._config.labels.loss(logits, labels)
+        by_name = pixel_values is not None or labels is not None
+        return answer(ClassifierOutput(loss, logits), logits, by_name=by_name, return_dict=return_dict)
+
+    def _logits(self, images: Tensor) -> Tensor:
         if self.head is None:
             raise UnsupportedError("the model has no head; use features(), or from_pretrained(..., num_labels=10)")
         logits: Tensor = self.head(self.features(images))
@@ -288,17 +323,20 @@ class ViT(Model):
         return self.backbone.inspect(images, need_weights=need_weights)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy, a scalar.
+        """The loss of a batch, a scalar: cross entropy for labels that are classes.
 
         Args:
-            images: as in `forward`. labels: int64 (B), below num_labels; -100 is ignored.
+            images: as in `forward`. labels: see `labels`; int64 (B), below num_labels, -100 is ignored.
 
         Raises:
             InputTypeError, InputError: images or labels of another type, shape or range.
             UnsupportedError: a model without a head.
         """
-        check_labels(labels, images.shape[0], self._config.num_labels)
-        return F.cross_entropy(self.forward(images), labels)
+        loss: Tensor = self._config.labels.loss(self._logits(images), labels)
+        return loss
+
+    def resized(self, tensors: dict[str, Tensor], before: Any, extend: str) -> dict[str, Tensor]:
+        return self.backbone.resized(super().resized(tensors, before, extend), before.backbone, "backbone.positions")
 
     def head_prefixes(self) -> tuple[str, ...]:
         """The head may start fresh."""
@@ -309,19 +347,6 @@ def backbone_config(backbone: ImageBackbone, *, pool: str | None = None) -> Imag
     """A backbone's config with the attention that it has now, and another pool if given."""
     config = backbone._config
     return dataclasses.replace(config, encoder=backbone.encoder.config, pool=config.pool if pool is None else pool)
-
-
-def check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    """Raise InputTypeError or InputError unless labels are int64 (batch) below classes, or -100, which cross entropy
-    ignores; their values are looked at on the CPU alone."""
-    if labels.dtype != torch.int64:
-        raise InputTypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != (batch,):
-        raise InputError(f"labels must be ({batch},), one an image; got {tuple(labels.shape)}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
-        if len(wrong):
-            raise InputError(f"labels must be from 0 to {classes - 1}, the model's classes; got {int(wrong[0])}")
 
 
 def accuracy(logits: Tensor, labels: Tensor, *, top: int = 1) -> float:

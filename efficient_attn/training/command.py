@@ -51,7 +51,8 @@ COMMON: tuple[tuple[str, Any, Any, str], ...] = (
     ("log_every", int, 1, "Steps between lines of metrics.jsonl."),
     ("tensorboard", bool | None, None, "Write TensorBoard's files. Default: if it is installed."),
 )
-UNITS = {"accuracy", "majority", "zero_shot", "exact", "neighbour_accuracy", "recall_at_5", "within_80%"}
+UNITS = {"accuracy", "f1", "majority", "zero_shot", "exact", "neighbour_accuracy", "recall_at_5", "within_80%"}
+MOST_CLASSES = 12  # whose confusions fit on a line
 
 app = typer.Typer(
     name="train",
@@ -206,6 +207,12 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for name, value in result["baselines"].items():
         table.add_row(f"{name} (baseline)", "", _shown(name, value), style="dim")
     console.print(table)
+    details = result.get("details", {})
+    if len(details.get("confusion", ())) in range(2, MOST_CLASSES + 1):
+        table = Table("test, true \\ named", *details["classes"], "F1", box=None, padding=(0, 2, 0, 0))
+        for name, row, f1 in zip(details["classes"], details["confusion"], details["f1"], strict=True):
+            table.add_row(name, *map(str, row), f"{f1:.1%}")
+        console.print(table)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -51,6 +51,9 @@ def save_model(task: Task, about: Mapping[str, Any], weights: dict[str, Tensor],
     if isinstance(model, Model):
         model.load_state_dict(weights)
         model.save_pretrained(folder)
+        reader = task.reader(about)
+        if reader is not None:
+            reader.save_pretrained(folder)
 
 
 def _short(names: list[str]) -> str:

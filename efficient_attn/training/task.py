@@ -69,13 +69,21 @@ class Task(ABC):
     def evaluate(self, model: Any, batch: Batch, about: Mapping[str, Any]) -> Values:
         """What is measured, a value (or row) for each example: tensors `[B, ...]`."""
 
-    def weight(self, batch: Batch) -> int:
+    def weight(self, batch: Batch, about: Mapping[str, Any]) -> float:
         """Of how many parts (examples, tokens) the loss is the mean, so that batches can be joined exactly."""
         return len(next(iter(batch.values())))
 
     def summary(self, values: Values, about: Mapping[str, Any]) -> dict[str, float]:
         """The metrics of a split, from what :meth:`evaluate` gave for all of its examples."""
         return {name: value.double().mean().item() for name, value in values.items()}
+
+    def details(self, values: Values, about: Mapping[str, Any]) -> dict[str, Any]:
+        """More about the test than numbers, as JSON values, for `result.json`: a table of confusions, say."""
+        return {}
+
+    def reader(self, about: Mapping[str, Any]) -> Any:
+        """What reads new data for the saved model, an object with save_pretrained(folder), such as a tokenizer."""
+        return None
 
     def adopt(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's weights under the names that this task's model has for them."""

@@ -199,7 +199,7 @@ class _Run:
         if here.context > 1:  # they draw for parts of unequal size, and must draw alike what is done to whole examples
             _seed((chosen.seed + 1 + here.data_rank) * 1_000_003 + self.step)
         batches = [self._placed(batch) for batch in self.ahead.step(self.step)]
-        weights = [self.task.weight(batch) for batch in batches]
+        weights = [self.task.weight(batch, self.splits.about) for batch in batches]
         (total_weight,) = here.sums(sum(weights))
         lr = optimizer.learning_rate(self.step, self.total, peak=chosen.lr, warmup=chosen.warmup, final=chosen.final_lr)
         for group in self.optimizer.param_groups:
@@ -263,10 +263,21 @@ class _Run:
         self.reporter.evaluated(record)
         self.evaluated_at = self.step
 
-    @torch.no_grad()
     def _measure(self, data: Dataset, *, interruptible: bool = False) -> dict[str, float] | None:
-        """The metrics of a split, or None when a signal came. Every process measures all of it, since the sharded
-        parameters of FSDP need every process for each batch."""
+        """The metrics of a split, or None when a signal came."""
+        values = self._values(data, interruptible=interruptible)
+        return None if values is None else self._summary(values)
+
+    def _summary(self, values: Values) -> dict[str, float]:
+        """The first process's numbers for all, so that all decide alike what is best."""
+        return self.here.gather(self.task.summary(values, self.splits.about))[0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _values(self, data: Dataset, *, interruptible: bool = False) -> Values | None:
+        """What the task measures of each example, or None when a signal came.
+
+        Every process measures all of it, since the sharded parameters of FSDP need every process for each batch.
+        """
         before = checkpoint.random_state()
         _seed(self.options.seed)
         self.parallel.eval()
@@ -282,16 +293,17 @@ class _Run:
             with self._autocast():
                 parts.append({name: value.cpu() for name, value in self.parallel(batch, evaluate=True).items()})
         checkpoint.set_random_state(before)
-        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        # The first process's numbers for all, so that all decide alike what is best.
-        return self.here.gather(self.task.summary(values, self.splits.about))[0]  # type: ignore[no-any-return]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _finish(self) -> dict[str, Any]:
         """Measures the test with the best parameters and writes what a user takes away."""
         self.here.wait()  # best.pt is the first process's
         if self.best is not None:
             checkpoint.load_weights(self.model, checkpoint.read(self.options.out / checkpoint.BEST)["model"])
-        valid, test = self._measure(self.splits.valid), self._measure(self.splits.test)
+        valid, values = self._measure(self.splits.valid), self._values(self.splits.test)
+        assert values is not None
+        details = self.task.details(values, self.splits.about)
+        test = self._summary(values)
         trained = sum(parameter.numel() for parameter in self.model.parameters())
         result = {
             **self.config,
@@ -308,6 +320,7 @@ class _Run:
             "valid": valid,
             "test": test,
             "baselines": self.splits.about.get("baselines", {}),
+            "details": details,
         }
         weights = checkpoint.weights(self.model)
         if self.here.first:

@@ -3,17 +3,21 @@
 import dataclasses
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from support.model_checks import check_compiles, check_half_precision, check_round_trip, check_trains
 
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.models import ForecasterConfig, PatchForecaster, TimeSeriesTransformer, TransformerConfig
 from efficient_attn.models.forecasting import (
+    crps,
     instance_statistics,
     mase,
     quantile_loss,
     seasonal_naive,
+    smape,
 )
 
 # --- what stands beside the models ---
@@ -288,7 +292,7 @@ def test_predicted_quantiles_are_in_order():
     model = forecaster().eval()
     past = torch.randn(2, 40, 3)
     predicted = model.predict(past)
-    assert (predicted.diff(dim=-1) >= 0).all() and (model(past).diff(dim=-1) < 0).any()
+    assert (predicted.diff(dim=-1) >= 0).all() and torch.equal(model(past), predicted)
     assert torch.equal(model.point(past), predicted[..., 1])
 
 
@@ -303,3 +307,119 @@ def test_forecaster_names_wrong_input():
     for wrong in ({"patch_len": 41}, {"stride": 9}, {"horizon": 0}, {"quantiles": (0.9, 0.1)}):
         with pytest.raises(InputError):
             forecaster(**wrong)
+
+
+# --- missing values and covariates ---
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf"), -1e30, 0.0])
+def test_a_missing_value_has_no_influence(fill):
+    torch.manual_seed(0)
+    model = forecaster()
+    past, future = torch.randn(2, 40, 3).cumsum(1), torch.randn(2, 6, 3)
+    mask, later = torch.rand(2, 40, 3) > 0.3, torch.rand(2, 6, 3) > 0.3
+    expected = model(
+        past_values=past, past_observed_mask=mask, future_values=future, future_observed_mask=later.float()
+    )
+    found = model(
+        past_values=past.masked_fill(~mask, fill), past_observed_mask=mask.long(),
+        future_values=future.masked_fill(~later, fill), future_observed_mask=later,
+    )  # fmt: skip
+    torch.testing.assert_close(found.to_tuple(), expected.to_tuple(), atol=0, rtol=0)
+    if math.isnan(fill):
+        alone = model(past_values=past.masked_fill(~mask, fill), future_values=future.masked_fill(~later, fill))
+        torch.testing.assert_close(alone.to_tuple(), expected.to_tuple(), atol=0, rtol=0)
+    found.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gaps_are_filled_with_the_value_before_them_and_count_in_no_statistic():
+    model = forecaster()
+    past = torch.arange(40.0).view(1, 40, 1)
+    past[:, 10:15] = torch.nan
+    inputs = model._read(past)
+    assert (inputs.series[0, 0, 10:15] == 9).all() and inputs.series[0, 0, 15] == 15
+    known = past[~past.isnan()].double()
+    torch.testing.assert_close(inputs.mean.item(), known.mean().item())
+    torch.testing.assert_close(inputs.std.item(), known.std(correction=0).item())
+    output = model(past_values=past, future_values=torch.full((1, 6, 1), torch.nan))
+    assert output.loss == 0 and output.loc.item() == pytest.approx(known.mean().item())
+    nothing = model(past_values=torch.full((1, 40, 1), torch.nan), future_values=torch.zeros(1, 6, 1))
+    assert nothing.prediction_outputs.isnan().all() and nothing.loss == 0, "no value, no level; nothing to learn"
+
+
+def test_a_whole_series_observed_is_no_mask():
+    torch.manual_seed(0)
+    model, past = forecaster(), torch.randn(2, 40, 3)
+    torch.testing.assert_close(model(past, past_observed_mask=torch.ones_like(past)), model(past))
+
+
+def test_covariates_tell_what_the_past_does_not():
+    """A future that only a covariate knows is learned, and each kind has an influence."""
+    torch.manual_seed(0)
+    model = forecaster(past_covariates=2, future_covariates=1, static_features=3)
+    B = 16
+    past = torch.randn(B, 40, 1)
+    known = torch.randn(B, 46, 1)
+    future = known[:, 40:] * 2
+    beside = {"past_covariates": torch.randn(B, 40, 2), "static_features": torch.randn(B, 3)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(past_values=past, future_values=future, future_covariates=known, **beside).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    whole = beside | {"future_covariates": known}
+    expected = model.predict(past, **whole)
+    for name, value in whole.items():
+        assert not torch.equal(model.predict(past, **(whole | {name: value + 1})), expected), name
+        with pytest.raises(InputError, match=f"{name} must be"):
+            model.predict(past, **(whole | {name: None}))
+        with pytest.raises(InputError, match=f"{name} are not in the config"):
+            forecaster().predict(past, **{name: value})
+    torch.testing.assert_close(model.predict(past * 10 + 5, **whole), expected * 10 + 5, atol=1e-3, rtol=1e-3)
+
+
+def test_wrong_masks_are_named():
+    model, past = forecaster(), torch.randn(2, 40, 1)
+    with pytest.raises(InputError, match="past_observed_mask must be"):
+        model(past, past_observed_mask=torch.ones(2, 39, 1))
+    with pytest.raises(InputError, match="give both"):
+        model(past, future_observed_mask=torch.ones(2, 6, 1))
+    with pytest.raises(InputError, match="past_covariates must be at least 0"):
+        forecaster(past_covariates=-1)
+
+
+def test_crps_and_smape_equal_their_definitions():
+    forecast, target = torch.tensor([[1.0, 2.0, 5.0]]), torch.tensor([3.0])
+    levels = (0.1, 0.5, 0.9)
+    assert crps(forecast, target, levels).item() == pytest.approx(2 * (0.1 * 2 + 0.5 * 1 + 0.1 * 2) / 3)
+    assert crps(forecast[:, 1:2], target, (0.5,)).item() == 1.0, "of a median the absolute error"
+    assert smape(torch.tensor([1.0, 0.0, -2.0]), torch.tensor([3.0, 0.0, 2.0])).item() == pytest.approx(200 * 1.5 / 3)
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+    scale=st.floats(1e-25, 1e25),
+    level=st.floats(-1e6, 1e6),
+    kind=st.sampled_from(sorted(KINDS)),
+    missing=st.floats(0.0, 0.9),
+    seed=st.integers(0, 99),
+)
+def test_any_change_of_unit_and_level_is_one_of_the_forecast(scale, level, kind, missing, seed):
+    """f(a (x + b)) = a (f(x) + b), with values missing, covariates and all."""
+    torch.manual_seed(0)
+    model = forecaster(future_covariates=1, static_features=1).eval()
+    torch.manual_seed(seed)
+    past = KINDS[kind](40).double().view(1, 40, 1)
+    past = past.masked_fill(torch.rand(1, 40, 1) < missing, torch.nan)
+    beside = {"future_covariates": torch.randn(1, 46, 1), "static_features": torch.randn(1, 1)}
+    expected, found = model.predict(past, **beside), model.predict((past + level) * scale, **beside)
+    size = past.nan_to_num(0.0).abs().max() + 1e-9
+    torch.testing.assert_close(
+        (found / scale - level) / size, expected / size, atol=1e-4 + 1e-14 * abs(level) / float(size), rtol=1e-4,
+        equal_nan=True,
+    )  # fmt: skip

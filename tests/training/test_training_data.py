@@ -8,6 +8,7 @@ import re
 import statistics
 import struct
 import sys
+from datetime import date, timedelta
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def test_images_from_a_folder(tmp_path):
         picture(tmp_path / "white" / f"{number}.jpg", (255, 255, 255), size=(9, 33))
     parts = images.load(0, tmp_path, image_size=8)
     batch = everything(parts.train)
-    assert batch["image"].shape == (8, 3, 8, 8) and parts.about["names"] == ["red", "white"]
+    assert batch["image"].shape == (6, 3, 8, 8) and parts.about["names"] == ["red", "white"]
     for image, label in zip(batch["image"], batch["label"], strict=True):
         expected = torch.tensor([1.0, label, label]).view(3, 1, 1)
         assert (image - expected).abs().max() < 0.02
@@ -443,7 +444,8 @@ def test_captions_from_files(tmp_path):
 
 # --- series ---
 
-DAYS = [f"2020-{1 + n // 28:02}-{1 + n % 28:02}" for n in range(200)]
+DATES = [date(2020, 1, 1) + timedelta(days=n) for n in range(200)]
+DAYS = [day.isoformat() for day in DATES]
 
 
 @pytest.mark.parametrize(("name", "count"), [("sunspots", 309), ("co2", 2284), ("elnino", 732)])
@@ -451,11 +453,11 @@ def test_series_are_divided_by_time(name, count):
     pytest.importorskip("statsmodels")
     parts = series.load(name, context=60, horizon=7)
     values = parts.train.values
-    assert values.shape == (count, 1) and values.isfinite().all()
+    assert values.shape == (count, 1) and values.isnan().any() == (name == "co2"), "what is missing stays so"
     ends = [int(part.starts.max()) + 7 for part in (parts.train, parts.valid, parts.test)]
     assert ends[0] <= int(parts.valid.starts.min()) and ends[1] <= int(parts.test.starts.min()) and ends[2] == count
     season = parts.about["season"]
-    naive = np.mean(np.abs(values[season : ends[0], 0].numpy() - values[: ends[0] - season, 0].numpy()))
+    naive = np.nanmean(np.abs(values[season : ends[0], 0].numpy() - values[: ends[0] - season, 0].numpy()))
     assert parts.about["scale"].item() == pytest.approx(float(naive), rel=1e-5)
     batch = parts.test.batch(torch.tensor([0, 3]))
     start = int(parts.test.starts[3])
@@ -467,7 +469,7 @@ def test_series_from_a_table(tmp_path):
     rows = "".join(f"{DAYS[n]},{n % 5 + n / 100},{'' if n == 40 else 2 * n},x\n" for n in range(200))
     table = write(tmp_path / "t.csv", "day,a,b,c\n" + rows)
     parts = series.load(table, context=20, horizon=4, season=5)
-    assert parts.about["channels"] == 2 and parts.train.values[40, 1] == 80, "the gap lies on the line"
+    assert parts.about["channels"] == 2 and parts.train.values[:, 1].isnan().nonzero().tolist() == [[40]]
     assert series.load(table, context=20, horizon=4, season=5, columns="b").about["channels"] == 1
     for change, says in [
         ({"season": None}, "give --season"),
@@ -486,13 +488,13 @@ def test_series_from_a_table(tmp_path):
 
 VALUES = [f"{(n * n % 11) + n / 100:.2f}" for n in range(200)]
 FORMS = {
-    "iso": lambda n: f"2020-{1 + n // 28:02}-{1 + n % 28:02}",
-    "iso with time and zone": lambda n: f"2020-{1 + n // 28:02}-{1 + n % 28:02}T12:00:00Z",
-    "american": lambda n: f"{1 + n // 28}/{1 + n % 28}/2020",
-    "european": lambda n: f"{1 + n % 28}.{1 + n // 28}.2020 00:00",
-    "day or month first": lambda n: f"{1 + n % 28}/{1 + n // 28}/2020",
-    "named month": lambda n: f"{1 + n % 28:02} {calendar.month_abbr[1 + n // 28]} 2020",
-    "number": lambda n: f"{20200000 + 100 * (1 + n // 28) + 1 + n % 28}",
+    "iso": lambda n: DAYS[n],
+    "iso with time and zone": lambda n: f"{DAYS[n]}T12:00:00Z",
+    "american": lambda n: f"{DATES[n].month}/{DATES[n].day}/2020",
+    "european": lambda n: f"{DATES[n].day}.{DATES[n].month}.2020 00:00",
+    "day or month first": lambda n: f"{DATES[n].day}/{DATES[n].month}/2020",
+    "named month": lambda n: f"{DATES[n].day:02} {calendar.month_abbr[DATES[n].month]} 2020",
+    "number": lambda n: DAYS[n].replace("-", ""),
     "seconds": lambda n: f"{1577836800 + 86400 * n}",
 }
 

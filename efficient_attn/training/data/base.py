@@ -24,6 +24,11 @@ Batch = dict[str, Tensor]
 
 PAD = 0
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 CHUNK = 256  # examples of a split that are read at once for its fingerprint
 
 
@@ -163,6 +168,67 @@ def split_indices(count: int, seed: int, *, valid: float = 0.1, test: float = 0.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held_valid, held_test = max(1, round(count * valid)), max(1, round(count * test))
     return order[held_valid + held_test :], order[:held_valid], order[held_valid : held_valid + held_test]
+
+
+def split_labelled(
+    labels: Tensor,
+    classes: Sequence[str],
+    seed: int,
+    parts: Sequence[str] | None = None,
+    *,
+    valid: float = 0.1,
+    test: float = 0.1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random division in which each class has the same share of each split.
+
+    Args:
+        labels: int64, of each example; classes: their names.
+        parts: "train", "valid" or "test" of each example that came divided; a split that did not is taken from train.
+
+    Raises:
+        InputError: a class with too few examples, or with none in train.
+    """
+    given = ["train"] * len(labels) if parts is None else list(parts)
+    places = {
+        name: torch.tensor([i for i, part in enumerate(given) if part == name], dtype=torch.int64) for name in SPLITS
+    }
+    shares = {name: share for name, share in (("valid", valid), ("test", test)) if not len(places[name])}
+    generator = torch.Generator().manual_seed(seed)
+    taken: dict[str, list[Tensor]] = {name: [] for name in SPLITS}
+    for number, name in enumerate(classes):
+        own = places["train"][labels[places["train"]] == number]
+        if len(own) <= len(shares):
+            raise InputError(
+                f"the class {name!r} has {len(own)} examples to be divided into {', '.join(['train', *shares])}; "
+                "give more, or remove the class"
+            )
+        own = own[torch.randperm(len(own), generator=generator)]
+        counts = {split: max(1, round(len(own) * share)) for split, share in shares.items()}
+        for split, count in counts.items():
+            taken[split].append(own[:count])
+            own = own[count:]
+        taken["train"].append(own)
+    found = {name: torch.cat(taken[name]) if taken[name] else places[name] for name in SPLITS}
+    shuffled = (found[name][torch.randperm(len(found[name]), generator=generator)] for name in SPLITS)
+    return tuple(shuffled)  # type: ignore[return-value]
+
+
+def divided(root: Path, suffixes: Collection[str] = ()) -> dict[str, Path]:
+    """What a folder holds for each split: folders, or files with one of the suffixes, called train, valid (val,
+    validation, dev) and test. Empty for a folder that has no train beside one of the others.
+
+    Raises:
+        InputError: two for one split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        name = SPLIT_NAMES.get((path.name if path.is_dir() else path.stem).lower())
+        if name is None or not (path.is_dir() or path.suffix.lower() in suffixes):
+            continue
+        if name in found:
+            raise InputError(f"{root} has {found[name].name} and {path.name}, which both are {name}; keep one")
+        found[name] = path
+    return found if "train" in found and len(found) > 1 else {}
 
 
 def few_per_class(labels: Tensor, indices: Tensor, count: int, seed: int) -> Tensor:

@@ -55,7 +55,7 @@ def _folder(seed: int, root: Path, image_size: int, max_length: int, about: dict
     table = root / "captions.csv"
     pairs = _from_table(table) if table.exists() else _from_text_files(root)
     texts = pad([encode(caption, max_length, marks=True) for _, caption in pairs])
-    found = ImageFiles([file for file, _ in pairs], image_size, **texts)
+    found = ImageFiles([file for file, _ in pairs], image_size, 3, **texts)
     train, valid, test = split_indices(len(pairs), seed)
     about |= {"channels": 3, "image_size": image_size}
     return Splits(Subset(found, train), Subset(found, valid), Subset(found, test), about)

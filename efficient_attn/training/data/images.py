@@ -18,11 +18,13 @@ from .base import (
     Splits,
     Subset,
     Tensors,
+    divided,
     existing,
     few_per_class,
     files_per_class,
     majority,
     split_indices,
+    split_labelled,
     visible_files,
 )
 
@@ -31,13 +33,21 @@ DECODERS = 4
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 
-def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_per_class: int | None = None) -> Splits:
+def load(
+    seed: int,
+    data: Path | None = None,
+    *,
+    image_size: int = 32,
+    channels: int | None = None,
+    labels_per_class: int | None = None,
+) -> Splits:
     """Batches have `image` float32 `[B, C, H, W]` in [0, 1] and `label` int64 `[B]`.
 
     Args:
-        data: a folder with a folder of images for each class; None for the digits (8 x 8, one channel; 20 % are
-            held out for the test, 10 % for validation).
+        data: a folder with a folder of images for each class, or with such folders in train, valid and test; None for
+            the digits (8 x 8, one channel; 20 % are held out for the test, 10 % for validation).
         image_size: to which images of a folder are resized.
+        channels: of a folder's images, 1 (grey) or 3; None: 1 if every file is grey, else 3.
         labels_per_class: use only so many training examples of each class.
 
     Raises:
@@ -51,12 +61,19 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, labels_pe
         about: dict[str, Any] = {"channels": 1, "image_size": 8, "classes": 10}
     else:
         root = existing(data, "a folder with a folder of images for each class")
-        files, names = files_per_class(root, "images", SUFFIXES)
+        parts = divided(root)
+        read = {split: files_per_class(part, "images", SUFFIXES) for split, part in (parts or {"train": root}).items()}
+        files = [file for found_files, _ in read.values() for file in found_files]
+        names = [name for _, found_names in read.values() for name in found_names]
+        where = [split for split, (found_files, _) in read.items() for _ in found_files] if parts else None
         classes = sorted(set(names))
-        labels = torch.tensor([classes.index(name) for name in names])
-        found = ImageFiles(files, image_size, label=labels)
-        train, valid, test = split_indices(len(labels), seed)
-        about = {"channels": 3, "image_size": image_size, "classes": len(classes), "names": classes}
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = torch.tensor([numbers[name] for name in names])
+        channels = channels or (1 if all(map(is_grey, files)) else 3)
+        found = ImageFiles(files, image_size, channels, label=labels)
+        train, valid, test = split_labelled(labels, classes, seed, where)
+        about = {"channels": channels, "image_size": image_size, "classes": len(classes), "names": classes}
+    about["counts"] = torch.bincount(labels[train], minlength=about["classes"]).tolist()
     if labels_per_class is not None:
         train = few_per_class(labels, train, labels_per_class, seed)
     about["baselines"] = {"majority": majority(labels[train], labels[test])}
@@ -80,11 +97,11 @@ class ImageFiles:
     `others` are tensors with one entry a file. The latest few thousand decoded images stay in memory as bytes.
     """
 
-    def __init__(self, files: Sequence[Path], image_size: int, **others: Tensor) -> None:
+    def __init__(self, files: Sequence[Path], image_size: int, channels: int = 3, **others: Tensor) -> None:
         pillow()
         self.files, self.image_size, self.others = files, image_size, others
-        kept = max(1, 2**28 // (3 * image_size * image_size))
-        self._decode = lru_cache(maxsize=kept)(lambda place: read_image(files[place], image_size))
+        kept = max(1, 2**28 // (channels * image_size * image_size))
+        self._decode = lru_cache(maxsize=kept)(lambda place: read_image(files[place], image_size, channels))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,11 +113,20 @@ class ImageFiles:
         return {"image": pixels.contiguous(), **{name: other[indices] for name, other in self.others.items()}}
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """An image file as `[size, size, 3]`, from 0 to 255: its largest central square, resized.
+def is_grey(path: Path) -> bool:
+    """Whether a file says that it has no colours; False for what cannot be opened."""
+    try:
+        with pillow().open(path) as opened:
+            return str(opened.mode) in ("1", "L", "LA", "F") or str(opened.mode).startswith("I")
+    except (OSError, ValueError, SyntaxError, pillow().DecompressionBombError):
+        return False
 
-    uint8 for files of eight bits a channel; float32 for deeper greys, whose levels would not survive in a byte.
-    Turned as its EXIF orientation says, and white where it is transparent, as a viewer shows it.
+
+def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
+    """An image file as `[size, size, channels]`, from 0 to 255: its largest central square, resized.
+
+    One channel is grey. uint8 for files of eight bits a channel; float32 for deeper greys, whose levels would not
+    survive in a byte. Turned as its EXIF orientation says, and white where it is transparent, as a viewer shows it.
 
     Raises:
         InputError: what is no image, has several pages, or values whose range the file does not say.
@@ -125,8 +151,10 @@ def read_image(path: Path, size: int) -> Tensor:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((size, size), image_class.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    if channels == 1 and image.mode == "RGB":
+        image = image.convert("L")
     pixels = torch.from_numpy(np.array(image))
-    return pixels if pixels.dim() == 3 else pixels[:, :, None].expand(-1, -1, 3)
+    return pixels if pixels.dim() == 3 else pixels[:, :, None].expand(-1, -1, channels)
 
 
 def _colour(image: Any) -> Any:

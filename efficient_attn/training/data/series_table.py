@@ -1,23 +1,23 @@
-"""A table as a time series: one row a step, oldest first, one column a series. Every other layout is refused by name.
+"""What a table of time series says, and whether it says it clearly: order and distance of its rows, what is measured.
 
 What a table means can often only be guessed, and a wrong guess (several series read as one, time run backwards, the
 year forecast as if it were measured) gives a forecast that looks like any other. So whatever speaks of another layout
-is an error that says what to do.
+is an error that says what to do. `series_reader` puts these checks together.
 """
 
 from __future__ import annotations
 
 import math
+from calendar import monthrange
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .base import read_csv
 
 # Names of columns in small letters. A calendar is what the parts of a date are in, from the longest on.
 TIMES = frozenset({"ds", "date", "datetime", "time", "timestamp", "index", "step", "t", "unnamed: 0", ""})
@@ -29,67 +29,40 @@ DATES = (
 )
 CLOCKS = ("", " %H:%M", " %H:%M:%S")
 
-
-def read_table(path: Path, columns: str | None) -> Tensor:
-    """Columns of a .csv file with a header, float64 `[T, C]`; gaps are filled by the line between their ends.
-
-    Args:
-        columns: names joined by commas. Default: all columns, but for those of text and dates.
-
-    Raises:
-        InputError: no such columns, cells that are no numbers, or another layout than one row a step, oldest first.
-    """
-    header, cells = read_csv(path)
-    table = torch.tensor([[_number(cell) for cell in row] for row in cells], dtype=torch.float64)
-    if header and all(math.isfinite(_number(name)) for name in header):
-        raise InputError(
-            f"the first row of {path} holds numbers instead of names; write the names of the columns above them, one "
-            "row for each step (not one column)"
-        )
-    if columns is not None:
-        asked = [name.strip() for name in columns.split(",")]
-        missing = [name for name in asked if name not in header]
-        if missing:
-            raise InputError(f"{path} has no column {', '.join(missing)}; its columns: {', '.join(header)}")
-        chosen = [header.index(name) for name in asked]
-    else:
-        chosen = [place for place in range(len(header)) if table[:, place].isfinite().any()]
-    if not chosen or not cells:
-        raise InputError(f"{path} has no column of numbers; its columns: {', '.join(header) or 'none'}")
-    for place in chosen:
-        bad = table[:, place].isinf().nonzero()
-        if len(bad):
-            raise InputError(
-                f"{path}, column {header[place]!r} holds {cells[int(bad[0])][place]!r}, which is no number; repair it, "
-                f"or name the columns to forecast with --columns ({', '.join(header)})"
-            )
-    named = set() if columns is None else set(chosen)  # known to be measured, whatever their names
-    _check_one_series(path, header, cells, named)
-    if columns is None:
-        _check_measured(path, header, table, chosen)
-    _check_order(path, header, cells, table, named)
-    return fill_gaps(table[:, chosen])
+Time = tuple[float, ...]  # seconds since 1970, a number, or (year, month, ...)
 
 
-def _check_one_series(
-    path: Path, header: Sequence[str], cells: Sequence[Sequence[str]], named: Collection[int]
-) -> None:
+@dataclass(frozen=True)
+class Clock:
+    """What says the time of each row: the column's name, the times, and whether they are dates."""
+
+    name: str
+    times: list[Time]
+    dated: bool
+
+
+def check_one_series(path: Path, header: Sequence[str], cells: Sequence[Sequence[str]], named: Collection[int]) -> None:
+    """Raise InputError for a column that names series, of which there are several."""
     for place, name in enumerate(header):
         found = {row[place] for row in cells}
         if place not in named and name.strip().lower() in IDENTITIES and 1 < len(found) < len(cells):
             raise InputError(
                 f"{path} holds {len(found)} series below one another (column {name!r}: {', '.join(sorted(found)[:3])}, "
-                "...), and would be read as one; give each a column of its own, or a file. If it is measured, "
-                "name it with --columns"
+                f"...), and would be read as one; say so by --id {name}. If it is measured, name it with --columns"
             )
 
 
-def _check_order(
+def read_clock(
     path: Path, header: Sequence[str], cells: Sequence[Sequence[str]], table: Tensor, named: Collection[int]
-) -> None:
-    """Raise InputError unless each row is later than the one above it, as far as any column says when it is."""
+) -> Clock | None:
+    """When each row is, as far as any column says; None if none does.
+
+    Raises:
+        InputError: a row that is not later than the one above it.
+    """
     names = [name.strip().lower() for name in header]
-    clocks: list[tuple[str, list[list[tuple[float, ...]]]]] = []  # what says the time, and how it may be read
+    clocks: list[tuple[str, list[list[Time]], bool]] = []  # what says the time, how it may be read, whether as a date
+    found: Clock | None = None
     for place, name in enumerate(header):
         if place in named:
             names[place] = ""
@@ -98,20 +71,27 @@ def _check_order(
         if table[:, place].isinf().any():
             read = _times(column)
             if read:
-                clocks.append((name, read))
+                clocks.append((name, read, True))
             elif names[place] in TIMES | {"day", "month", "week", "quarter"} and len(set(column)) == len(column):
                 raise InputError(
                     f"{path}: column {name!r} holds {min(column, key=len)!r}, which cannot be read as a time, so that "
                     "the order of the rows is not known; write dates as 2024-12-31, or take the column out"
                 )
         elif names[place] in TIMES:
-            clocks.append((name, [[(value,) for value in table[:, place].tolist()]]))
+            dates = _compact_dates(column)
+            numbers: list[Time] = [(value,) for value in table[:, place].tolist()]
+            clocks.append((name, [numbers if dates is None else dates], dates is not None))
     parts = [part for part in CALENDAR if part in names and not table[:, names.index(part)].isinf().any()]
-    if "year" in parts and not any(_rises(times) for _, ways in clocks for times in ways):
+    if "year" in parts and not any(_rises(times) for _, ways, _ in clocks for times in ways):
         rows = table[:, [names.index(part) for part in parts]].tolist()
-        clocks.append((" ".join(parts), [[tuple(row) for row in rows]]))
-    for name, ways in clocks:
-        if any(_rises(times) for times in ways):
+        clocks.append((" ".join(parts), [[tuple(row) for row in rows]], False))
+    for name, ways, dated in clocks:
+        rising = [times for times in ways if _rises(times)]
+        if rising:
+            even = next(
+                (times for times in rising if dated and step_of(Clock(name, times, True)) is not None), rising[0]
+            )
+            found = found or Clock(name, even, dated)
             continue
         times = ways[0]
         if any(math.isnan(part) for time in times for part in time):
@@ -123,9 +103,52 @@ def _check_order(
         else:
             wrong = "runs to and fro; sort the rows, oldest first"
         raise InputError(f"{path}: one row must be one step, oldest first, but the time in column {name!r} {wrong}")
+    return found
 
 
-def _check_measured(path: Path, header: Sequence[str], table: Tensor, chosen: Sequence[int]) -> None:
+def step_of(clock: Clock) -> tuple[str, float] | None:
+    """The distance between rows: ("months", n), ("seconds", n) or, of what are no dates, ("numbers", n).
+
+    None if it is not always the same. Months go from any day to the same one, or from their last day to the last.
+    """
+    if len(clock.times) < 2:
+        return None
+    if clock.name == "year month":
+        count = [12 * time[0] + time[1] for time in clock.times]
+        distances = {later - one for one, later in pairwise(count)}
+        return ("numbers", distances.pop()) if len(distances) == 1 else None
+    values = [time[0] for time in clock.times]
+    distances = {round(later - one, 6) for one, later in pairwise(values)}
+    if len(distances) == 1:
+        return ("seconds" if clock.dated else "numbers", distances.pop())
+    if not clock.dated:
+        return None
+    dates = [date_of(value) for value in values]
+    months = {12 * (later.year - one.year) + later.month - one.month for one, later in pairwise(dates)}
+    same_day = len({(date.day, date.time()) for date in dates}) == 1
+    last_day = all(date.day == monthrange(date.year, date.month)[1] for date in dates)
+    return ("months", months.pop()) if len(months) == 1 and (same_day or last_day) else None
+
+
+def check_even(path: Path, clock: Clock) -> None:
+    """Raise InputError unless rows follow one another at one distance; the first and the usual one are named."""
+    in_parts = len(clock.times[0]) > 1
+    if step_of(clock) is not None or (in_parts and clock.name != "year month") or len(clock.times) < 3:
+        return
+    values = [12 * time[0] + time[1] if in_parts else time[0] for time in clock.times]
+    steps = [later - one for one, later in pairwise(values)]
+    usual = max(set(steps), key=steps.count)
+    odd = next(number for number, step in enumerate(steps) if step != usual)
+    at = str(date_of(values[odd])) if clock.dated else f"{values[odd]:g}"
+    shown = [f"{step / 86400:g} days" if clock.dated else f"{step:g}" for step in (usual, steps[odd])]
+    raise InputError(
+        f"{path}: the rows are not at one distance in column {clock.name!r}: mostly {shown[0]}, and {shown[1]} after "
+        f"{at}; give --frequency, such as D, B (business days), h or MS, by which steps without a row are missing "
+        "values, or --frequency rows to take each row as a step whatever its time"
+    )
+
+
+def check_measured(path: Path, header: Sequence[str], table: Tensor, chosen: Sequence[int]) -> None:
     """Raise InputError for a column of numbers that is rather a time or a count than something to be forecast."""
     for place in chosen:
         known = table[:, place][~table[:, place].isnan()]
@@ -140,13 +163,28 @@ def _check_measured(path: Path, header: Sequence[str], table: Tensor, chosen: Se
             )
 
 
-def _rises(times: Sequence[tuple[float, ...]]) -> bool:
+def date_of(second: float) -> datetime:
+    """The date of a second that `read_clock` gave, in UTC, without zone."""
+    return datetime.fromtimestamp(second, timezone.utc).replace(tzinfo=None)
+
+
+def _compact_dates(column: Sequence[str]) -> list[Time] | None:
+    """Times written as 20241231; None if one is not."""
+    if not all(len(cell.strip()) == 8 for cell in column):
+        return None  # strptime would take fewer digits, which may be a count
+    try:
+        return [_second(datetime.strptime(cell.strip(), "%Y%m%d")) for cell in column]
+    except ValueError:
+        return None
+
+
+def _rises(times: Sequence[Time]) -> bool:
     return all(one < other for one, other in pairwise(times))
 
 
-def _times(column: Sequence[str]) -> list[list[tuple[float, ...]]]:
+def _times(column: Sequence[str]) -> list[list[Time]]:
     """The column's times, in every way in which all of its cells can be read; 3/4/2024 can in two."""
-    ways: list[list[tuple[float, ...]]] = []
+    ways: list[list[Time]] = []
     try:
         ways.append([_second(datetime.fromisoformat(cell.strip().replace("Z", "+00:00"))) for cell in column])
     except ValueError:
@@ -158,11 +196,11 @@ def _times(column: Sequence[str]) -> list[list[tuple[float, ...]]]:
     return ways
 
 
-def _second(time: datetime) -> tuple[float, ...]:
+def _second(time: datetime) -> Time:
     return ((time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp(),)
 
 
-def _number(cell: str) -> float:
+def number_of(cell: str) -> float:
     """A number; nan for an empty cell, inf for what is no finite number."""
     cell = cell.strip()
     if cell.lower() in ("", "nan", "na", "null", "none"):
@@ -172,17 +210,3 @@ def _number(cell: str) -> float:
     except ValueError:
         return float("inf")
     return value if abs(value) < float("inf") else float("inf")
-
-
-def fill_gaps(values: Tensor) -> Tensor:
-    """Each missing (nan) value from the line between its neighbours in time, float64 `[T, C]`."""
-    import numpy as np
-
-    filled = values.clone()
-    time = np.arange(len(values))
-    for column in filled.T:
-        known = ~column.isnan().numpy()
-        if not known.any():
-            raise InputError("a column of the series is empty")
-        column.copy_(torch.from_numpy(np.interp(time, time[known], column.numpy()[known])))
-    return filled

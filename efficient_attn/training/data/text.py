@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +14,14 @@ from ...errors import InputError, UnsupportedError
 from .base import (
     Sequences,
     Splits,
+    divided,
     existing,
     few_per_class,
     files_per_class,
     majority,
     read_csv,
-    split_indices,
+    read_text,
+    split_labelled,
     visible_files,
 )
 
@@ -29,6 +32,9 @@ BYTE_VOCABULARY = 256 + FIRST_BYTE
 # The parts of Python's standard library that the task `bytes` tells apart when it is given no data: each is a folder of
 # source files on every machine that runs this. (Those of encodings are copies of each other.)
 LIBRARIES = ("asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "xml")
+
+TABLES = (".csv", ".tsv", ".jsonl")
+Encoder = Callable[["Sequence[str | bytes]"], "list[Tensor]"]
 
 TEXT_COLUMNS, LABEL_COLUMNS = ("text", "sentence", "content", "review"), ("label", "class", "target", "category")
 
@@ -48,15 +54,25 @@ def decode(tokens: Tensor) -> str:
     return bytes(token - FIRST_BYTE for token in tokens.tolist() if token >= FIRST_BYTE).decode(errors="replace")
 
 
-def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_per_class: int | None = None) -> Splits:
-    """Bytes of labelled texts; batches have `tokens`, `lengths` and `label`.
+def load(
+    seed: int,
+    data: str | None = None,
+    *,
+    max_length: int = 1024,
+    labels_per_class: int | None = None,
+    encoder: Encoder | None = None,
+    vocabulary: int = BYTE_VOCABULARY,
+) -> Splits:
+    """Labelled texts as tokens; batches have `tokens`, `lengths` and `label`. Each class has its share of each split.
 
     Args:
-        data: a folder with a folder of text files for each class; a .csv or .tsv file with a column for the text and
-            one for the label; the id of a data set on the Hugging Face hub (with the package `datasets`); None: which
-            part of Python's standard library is a piece of source from?
-        max_length: bytes of a text that are read.
+        data: a folder with a folder of text files for each class; a .csv, .tsv or .jsonl file with a column for the
+            text and one for the label; a folder with such folders or files called train, valid and test; the id of a
+            data set on the Hugging Face hub (with the package `datasets`); None: which part of Python's standard
+            library is a piece of source from?
+        max_length: bytes of a text that are read, or tokens.
         labels_per_class: use only so many training examples of each class.
+        encoder: texts -> their tokens, None: bytes; vocabulary: how many there are.
 
     Raises:
         InputError: no such data, or nothing usable in it.
@@ -65,31 +81,73 @@ def load(seed: int, data: str | None = None, *, max_length: int = 1024, labels_p
     if data is None:
         return _libraries(seed, max_length, labels_per_class)
     path = Path(data)
-    if path.is_dir():
-        texts: Sequence[str | bytes]
-        files, names = files_per_class(path, "text files")
-        texts = [file.read_bytes() for file in files]
-    elif path.suffix.lower() in (".csv", ".tsv"):
-        texts, names = table(existing(path, "a table with columns text and label"))
-    elif not path.exists() and _is_hub_id(data):
-        texts, names = hub(data)
+    parts = divided(path, TABLES) if path.is_dir() else {}
+    if parts:
+        read = {split: _labelled(part) for split, part in parts.items()}
     else:
-        existing(path, "a folder with a folder of text files per class, a .csv file or a hub id")
-        raise InputError(f"--data {data} is neither a folder with a folder for each class nor a .csv or .tsv file")
+        read = {"train": hub(data) if not path.exists() and _is_hub_id(data) else _labelled(path)}
+    texts = [text for found, _ in read.values() for text in found]
+    names = [name for _, found in read.values() for name in found]
+    where = [split for split, (found, _) in read.items() for _ in found] if parts else None
     classes = sorted(set(names))
-    labels = torch.tensor([classes.index(name) for name in names])
-    found = Sequences.of([encode(text, max_length) for text in texts], label=labels)
-    return _splits(found, labels, split_indices(len(labels), seed), classes, max_length, labels_per_class, seed)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([numbers[name] for name in names])
+    tokens = [encode(text, max_length) for text in texts] if encoder is None else encoder(texts)
+    found = Sequences.of(tokens, label=labels)
+    splits = split_labelled(labels, classes, seed, where)
+    return _splits(found, labels, splits, classes, max_length, labels_per_class, seed, vocabulary)
+
+
+def _labelled(path: Path) -> tuple[Sequence[str | bytes], list[str]]:
+    """Texts and labels of a folder with a folder for each class, or of a file."""
+    if path.is_dir():
+        files, names = files_per_class(path, "text files")
+        return [file.read_bytes() for file in files], names
+    if path.suffix.lower() in TABLES:
+        return table(existing(path, "a table with columns text and label"))
+    existing(path, "a folder with a folder of text files per class, a .csv file or a hub id")
+    raise InputError(f"--data {path} is neither a folder with a folder for each class nor a {', '.join(TABLES)} file")
 
 
 def table(path: Path) -> tuple[list[str], list[str]]:
-    """Texts and labels of a .csv or .tsv file with a header."""
-    header, rows = read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+    """Texts and labels of a .csv or .tsv file with a header, or of a .jsonl file: an object a line."""
+    if path.suffix.lower() == ".jsonl":
+        header, rows = _json_lines(path)
+    else:
+        header, rows = read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     text, label = _column(path, header, TEXT_COLUMNS), _column(path, header, LABEL_COLUMNS)
     pairs = [(row[header.index(text)], row[header.index(label)]) for row in rows]
     if len({name for _, name in pairs}) < 2:
         raise InputError(f"{path} needs at least two different values in its column {label!r}")
     return [text for text, _ in pairs], [name for _, name in pairs]
+
+
+def _json_lines(path: Path) -> tuple[list[str], list[list[str]]]:
+    """A .jsonl file as header and rows.
+
+    Raises:
+        InputError: a line that is no object, lacks a field of the first one, or holds a list in the place of a label.
+    """
+    header: list[str] = []
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number} is no JSON: {error}") from None
+        header = header or (list(found) if isinstance(found, dict) else [])
+        missing = [name for name in header if not isinstance(found, dict) or name not in found]
+        if missing or not header:
+            raise InputError(f"{path}, line {number} lacks {', '.join(missing) or 'fields'}; each line is an object")
+        lists = [name for name in header if isinstance(found[name], list | dict)]
+        if any(name.lower() in (*TEXT_COLUMNS, *LABEL_COLUMNS) for name in lists):
+            raise InputError(
+                f"{path}, line {number} holds several values in {', '.join(lists)}; each text has one label"
+            )
+        rows.append([str(found[name]) for name in header])
+    return header, rows
 
 
 def hub(name: str) -> tuple[list[str], list[str]]:
@@ -143,12 +201,14 @@ def _splits(
     max_length: int,
     labels_per_class: int | None,
     seed: int,
+    vocabulary: int = BYTE_VOCABULARY,
 ) -> Splits:
     train, valid, test = parts
     if labels_per_class is not None:
         train = few_per_class(labels, train, labels_per_class, seed)
-    about: dict[str, object] = {"vocabulary": BYTE_VOCABULARY, "max_length": max_length}
+    about: dict[str, object] = {"vocabulary": vocabulary, "max_length": max_length}
     about |= {"classes": len(classes), "names": list(classes)}
+    about["counts"] = torch.bincount(labels[train], minlength=len(classes)).tolist()
     about["baselines"] = {"majority": majority(labels[train], labels[test])}
     return Splits(data.subset(train), data.subset(valid), data.subset(test), about)
 

@@ -4,7 +4,7 @@ from ..task import Task
 from .language import LanguageModelling, Translation
 from .pairs import Clip
 from .series import Forecast
-from .text import Bytes, ListOps
+from .text import Bytes, ListOps, Text
 from .vision import Digits, Images, MaskedAutoencoding, SimClr
 
 TASKS: dict[str, type[Task]] = {
@@ -12,6 +12,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         ListOps,
         Bytes,
+        Text,
         Digits,
         Images,
         MaskedAutoencoding,

@@ -51,7 +51,7 @@ class LanguageModelling(Task):
     def loss(self, model: CausalLM, batch: Batch) -> Tensor:
         return _cross_entropy(model(batch["tokens"]), batch["targets"]).mean()
 
-    def weight(self, batch: Batch) -> int:
+    def weight(self, batch: Batch, about: Mapping[str, Any]) -> float:
         return batch["targets"].numel()
 
     def evaluate(self, model: CausalLM, batch: Batch, about: Mapping[str, Any]) -> Values:
@@ -121,7 +121,7 @@ class Translation(Task):
         losses, inside = self._losses(model, batch)
         return losses.sum() / inside.sum()
 
-    def weight(self, batch: Batch) -> int:
+    def weight(self, batch: Batch, about: Mapping[str, Any]) -> float:
         return int((batch["target"][:, 1:] != PAD).sum())
 
     def evaluate(self, model: Seq2Seq, batch: Batch, about: Mapping[str, Any]) -> Values:

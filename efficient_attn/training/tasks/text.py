@@ -1,4 +1,4 @@
-"""Classification of sequences: ListOps, and texts read byte by byte."""
+"""Classification of sequences: ListOps, texts read byte by byte, and texts by a pretrained model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...models import TextClassifier, TextClassifierConfig, TransformerConfig
+from ...errors import InputError, UnsupportedError
+from ...models import TextClassifier, TextClassifierConfig, TransformerConfig, checkpoints
 from ..data import listops, text
 from ..data.base import Batch, Splits
-from ..task import Task, Values, option
+from ..task import Values, option
+from .classes import OfClasses, classified
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(OfClasses):
     """A :class:`TextClassifier` on token sequences of different lengths."""
 
-    metric: ClassVar[str] = "accuracy"
-    higher: ClassVar[bool] = True
     pooling: ClassVar[str] = "mean"
 
     dim: int = option(64, "Features of the model.")
@@ -43,11 +42,12 @@ class Classification(Task):
                 pooler=False,
                 embedding_norm=False,
                 dropout=self.dropout,
+                labels=self.labels(about),
             )
         )
 
     def loss(self, model: TextClassifier, batch: Batch) -> Tensor:
-        return F.cross_entropy(_logits(model, batch), batch["label"])
+        return text_loss(model, batch)
 
     def evaluate(self, model: TextClassifier, batch: Batch, about: Mapping[str, Any]) -> Values:
         return classified(_logits(model, batch), batch["label"])
@@ -98,20 +98,106 @@ class Bytes(Classification):
         return text.load(seed, self.data, max_length=self.max_length, labels_per_class=self.labels_per_class)
 
 
-def classified(logits: Tensor, labels: Tensor) -> Values:
-    """Loss and correctness of each example."""
-    logits = logits.float()
-    return {
-        "loss": F.cross_entropy(logits, labels, reduction="none"),
-        "accuracy": (logits.argmax(dim=-1) == labels).float(),
-    }
+@dataclass(frozen=True)
+class Text(OfClasses):
+    name: ClassVar[str] = "text"
+    help: ClassVar[str] = "Class of a text, by a pretrained model (BERT, RoBERTa, MiniLM) and its tokenizer."
+    data_help: ClassVar[str | None] = (
+        "A folder with a folder of texts per class, a .csv, .tsv or .jsonl with text and label, a folder of those "
+        "called train, valid and test, or a hub id. Needed."
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 3, "batch": 16, "lr": 1e-4, "weight_decay": 0.01}
+    metric: ClassVar[str] = "f1"
+
+    data: str | None = None
+    checkpoint: str | None = option(None, "Folder or hub id of the pretrained model and its tokenizer. Needed.")
+    max_length: int = option(128, "Tokens of a text that are read; more than the model's own extend its positions.")
+    pooling: str = option("mean", "What stands for the text: the first token, or the mean of all.")
+    pooler: bool = option(False, "Keep the model's pooler between that and the classifier.")
+    extend: str = option("tile", "How positions are extended: tile or interpolate.")
+    labels_per_class: int | None = option(None, "Use only so many training examples of each class.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is None or self.checkpoint is None:
+            raise InputError("text needs --data and --checkpoint, a pretrained model's folder or hub id; see --help")
+
+    def splits(self, seed: int) -> Splits:
+        tokenizer = self.tokenizer()
+
+        def encode(texts: Any) -> list[Tensor]:
+            words = [one.decode(errors="replace") if isinstance(one, bytes) else one for one in texts]
+            found = tokenizer(words, truncation=True, max_length=self.max_length)["input_ids"]
+            return [torch.tensor(ids) for ids in found]
+
+        return text.load(
+            seed,
+            self.data,
+            max_length=self.max_length,
+            labels_per_class=self.labels_per_class,
+            encoder=encode,
+            vocabulary=len(tokenizer),
+        )
+
+    def reader(self, about: Mapping[str, Any]) -> Any:
+        return self.tokenizer()
+
+    def tokenizer(self) -> Any:
+        """The pretrained model's.
+
+        Raises:
+            UnsupportedError: transformers is not installed. InputError: there is none.
+        """
+        try:
+            import transformers
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                "a pretrained model's tokenizer needs transformers; pip install 'efficient-attn[models]'"
+            ) from error
+        try:
+            return transformers.AutoTokenizer.from_pretrained(self.checkpoint)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--checkpoint {self.checkpoint} gives no tokenizer: {error}") from error
+
+    def model(self, about: Mapping[str, Any]) -> TextClassifier:
+        assert self.checkpoint is not None
+        changes: dict[str, Any] = {
+            "pooling": self.pooling,
+            "num_labels": about["classes"],
+            "labels": self.labels(about),
+        }
+        folder = checkpoints.locate(self.checkpoint, revision=None, local_files_only=False)
+        own = TextClassifier.from_pretrained(folder)
+        if own.config.max_len < self.max_length:
+            changes["max_len"] = self.max_length
+        if own.config.vocab_size < about["vocabulary"]:
+            raise InputError(
+                f"the tokenizer of {self.checkpoint} has {about['vocabulary']} tokens, the model "
+                f"{own.config.vocab_size}: they do not belong together"
+            )
+        if not self.pooler:
+            changes["pooler"] = False
+        return TextClassifier.from_pretrained(folder, attention=self.attention, extend=self.extend, **changes)
+
+    def loss(self, model: TextClassifier, batch: Batch) -> Tensor:
+        return text_loss(model, batch)
+
+    def evaluate(self, model: TextClassifier, batch: Batch, about: Mapping[str, Any]) -> Values:
+        return classified(_logits(model, batch), batch["label"])
+
+
+def text_loss(model: TextClassifier, batch: Batch) -> Tensor:
+    """The loss that the model's config makes of a batch."""
+    loss: Tensor = model.config.labels.loss(_logits(model, batch), batch["label"])
+    return loss
 
 
 def _logits(model: TextClassifier, batch: Batch) -> Tensor:
     tokens, lengths = batch["tokens"], batch["lengths"]
     inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    logits: Tensor = model(tokens, inside)
+    padding = model.config.pad_token_id
+    logits: Tensor = model(tokens if padding is None else tokens.masked_fill(~inside, padding), inside)
     return logits.float()
 
 
-__all__ = ["Bytes", "Classification", "ListOps", "classified"]
+__all__ = ["Bytes", "Classification", "ListOps", "Text"]

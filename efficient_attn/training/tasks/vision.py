@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from ...models import (
 from ..data import images
 from ..data.base import Batch, Splits
 from ..task import Task, Values, option
-from .text import classified
+from .classes import OfClasses, classified
 
 # Small images of signs: no mirror images, no colours, crops that leave the sign whole.
 GENTLE = Augmentation(
@@ -47,9 +48,15 @@ class OfImages(Task):
     layers: int = option(4, "Layers of the model.")
     heads: int = option(4, "Attention heads.")
     dropout: float = option(0.0, "Dropout.")
+    channels: int | None = option(None, "Of a folder's images, 1 or 3. Default: 1 if all are grey, else 3.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels not in (None, 1, 3):
+            raise InputError(f"--channels must be 1 or 3, given {self.channels}")
 
     def splits(self, seed: int) -> Splits:
-        return images.load(seed, self._folder(), image_size=self.image_size)
+        return images.load(seed, self._folder(), image_size=self.image_size, channels=self.channels)
 
     def _folder(self) -> Path | None:
         return None if self.data is None else Path(self.data)
@@ -70,24 +77,38 @@ class OfImages(Task):
 
 
 @dataclass(frozen=True)
-class ImageClassification(OfImages):
+class ImageClassification(OfImages, OfClasses):
     """A :class:`ViT`."""
-
-    metric: ClassVar[str] = "accuracy"
-    higher: ClassVar[bool] = True
 
     labels_per_class: int | None = option(None, "Use only so many training examples of each class.")
     augment: bool = option(True, "Crop and turn training images a little.")
+    mixup: float = option(0.0, "Mix pairs of images and their labels, by Beta(mixup, mixup); 0.2 is usual, 0: none.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mixup < float("inf"):
+            raise InputError(f"--mixup must be at least 0, given {self.mixup}")
+        if self.mixup and self.class_weights != "none":
+            raise InputError("--mixup makes examples of two classes, which --class-weights cannot weigh; give one")
 
     def splits(self, seed: int) -> Splits:
-        return images.load(seed, self._folder(), image_size=self.image_size, labels_per_class=self.labels_per_class)
+        return images.load(
+            seed,
+            self._folder(),
+            image_size=self.image_size,
+            channels=self.channels,
+            labels_per_class=self.labels_per_class,
+        )
 
     def model(self, about: Mapping[str, Any]) -> ViT:
-        return ViT(ViTConfig(self.backbone(about), about["classes"]))
+        return ViT(ViTConfig(self.backbone(about), about["classes"], self.labels(about)))
 
     def loss(self, model: ViT, batch: Batch) -> Tensor:
         pixels = GENTLE(batch["image"]) if self.augment else batch["image"]
-        return F.cross_entropy(model(pixels).float(), batch["label"])
+        labels = batch["label"]
+        if self.mixup and model.training:
+            pixels, labels = mixed(pixels, labels, model.config.num_labels, self.mixup)
+        return model.loss(pixels, labels)
 
     def evaluate(self, model: ViT, batch: Batch, about: Mapping[str, Any]) -> Values:
         return classified(model(batch["image"]), batch["label"])
@@ -95,6 +116,15 @@ class ImageClassification(OfImages):
     def adopt(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """The backbone has the same name in MAE, SimCLR and ViT; CLIP calls it `image`."""
         return {f"backbone.{name[6:]}" if name.startswith("image.") else name: value for name, value in saved.items()}
+
+
+def mixed(images: Tensor, labels: Tensor, classes: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """Each image with a part of another one of its batch, and soft labels `[B, classes]`. Zhang et al. 2018, mixup."""
+    part = torch.distributions.Beta(alpha, alpha).sample((len(images), 1)).to(images)
+    other = torch.randperm(len(images), device=images.device)
+    target = F.one_hot(labels, classes).to(images.dtype)
+    pixels = part[..., None, None] * images + (1 - part[..., None, None]) * images[other]
+    return pixels, part * target + (1 - part) * target[other]
 
 
 @dataclass(frozen=True)

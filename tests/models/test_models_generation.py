@@ -1,0 +1,162 @@
+"""Generation: a text of a batch goes on as alone under every causal method; beams, penalties and stop strings."""
+
+import pytest
+import torch
+
+from efficient_attn.errors import InputError
+from efficient_attn.models import CausalLM, CausalLMConfig, TransformerConfig
+
+V, N = 60, 24
+LENGTHS = (24, 15, 7, 15)
+METHODS = (
+    "dense",
+    "sliding_window:left=3,right=0",
+    "dilated",
+    "strided:stride=4",
+    "fixed",
+    "longformer:window=4",
+    "bigbird:block=16",
+    "topk_blocks:block=16",
+    "lsh",
+    "linear",
+    "performer:features=16",
+    "per_head(dense; longformer:window=4; strided:stride=4; sliding_window:left=3,right=0)",
+)
+
+
+def model(attention="dense", **options):
+    torch.manual_seed(0)
+    decoder = TransformerConfig(32, 2, 4, causal=True, attention=attention)
+    made = CausalLM(CausalLMConfig(V, 80, decoder, **options)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3.0)  # so that texts differ
+    return made
+
+
+def prompts():
+    torch.manual_seed(1)
+    ids, mask = torch.randint(2, V, (4, N)), torch.zeros(4, N, dtype=torch.int64)
+    for row, length in enumerate(LENGTHS):
+        mask[row, N - length :] = 1
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("attention", METHODS)
+def test_a_text_of_a_batch_goes_on_as_alone(attention, use_cache):
+    made, (ids, mask) = model(attention), prompts()
+    found = made.generate(ids, mask, max_new_tokens=6, use_cache=use_cache)
+    for row, length in enumerate(LENGTHS):
+        alone = made.generate(ids[row : row + 1, N - length :], max_new_tokens=6, use_cache=use_cache)
+        assert found[row, -6:].tolist() == alone[0, -6:].tolist()
+    assert torch.equal(found[:, :N], ids)
+
+
+@pytest.mark.parametrize("attention", METHODS)
+def test_padding_on_the_left_changes_no_logits(attention):
+    made, (ids, mask) = model(attention), prompts()
+    logits = made(ids, mask)
+    for row, length in enumerate(LENGTHS):
+        alone = made(ids[row : row + 1, N - length :])
+        torch.testing.assert_close(logits[row : row + 1, N - length :], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_end_together():
+    """A group whose texts have all ended goes on with padding until the others end."""
+    made, (ids, mask) = model("longformer:window=4"), prompts()
+    free = made.generate(ids, mask, max_new_tokens=8)[:, N:]
+    eos = int(free[2, 1])
+    found = made.generate(ids, mask, max_new_tokens=8, eos_token_id=eos, pad_token_id=1)[:, N:]
+    for row in range(4):
+        text = free[row].tolist()
+        end = text.index(eos) + 1 if eos in text else 8
+        wanted = text[:end] + [1] * (8 - end)
+        assert found[row].tolist() == wanted[: found.shape[1]]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=V, n_positions=80, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        initializer_range=0.4,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(folder)
+    return theirs, CausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "length_penalty": 0.3, "early_stopping": True},
+        {"num_beams": 3, "repetition_penalty": 1.4, "min_new_tokens": 5},
+        {"num_beams": 2, "no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 12},
+    ],
+    ids=str,
+)
+def test_it_generates_what_transformers_does(gpt2, options, use_cache):
+    theirs, ours = gpt2
+    ids = torch.randint(2, V, (4, 9), generator=torch.Generator().manual_seed(2))
+    for eos in (0, int(ours.generate(ids, max_new_tokens=6)[0, -1])):
+        common = {"max_new_tokens": 14, "eos_token_id": eos, "pad_token_id": 1, **options}
+        wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **common)
+        assert torch.equal(ours.generate(ids, use_cache=use_cache, **common), wanted)
+
+
+@pytest.mark.parametrize("attention", ["dense", "longformer:window=4"])
+def test_beams_and_penalties_of_a_batch_are_those_of_each_alone(attention):
+    made, (ids, mask) = model(attention), prompts()
+    for options in ({"num_beams": 3}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}):
+        found = made.generate(ids, mask, max_new_tokens=6, **options)
+        for row, length in enumerate(LENGTHS):
+            alone = made.generate(ids[row : row + 1, N - length :], max_new_tokens=6, **options)
+            assert found[row, -6:].tolist() == alone[0, -6:].tolist()
+
+
+class Letters:
+    """A tokenizer whose token n is a letter."""
+
+    def decode(self, ids):
+        return "".join(chr(ord("0") + number) for number in ids)
+
+
+def test_a_stop_string_ends_its_text_alone():
+    made, (ids, _) = model(), prompts()
+    letters = Letters()
+    free = made.generate(ids, max_new_tokens=8)[:, N:]
+    stop = letters.decode(free[1, 2:4].tolist())
+    found = made.generate(ids, max_new_tokens=8, stop_strings=stop, tokenizer=letters, pad_token_id=1)[:, N:]
+    for row in range(4):
+        text = letters.decode(free[row].tolist())
+        end = text.index(stop) + 2 if stop in text else 8
+        assert found[row].tolist() == (free[row, :end].tolist() + [1] * 8)[: found.shape[1]]
+    assert (found[1, 4:] == 1).all()
+    everything = made.generate(ids, max_new_tokens=8, stop_strings=list(map(chr, range(48, 120))), tokenizer=letters)
+    assert everything.shape == (4, N + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"min_new_tokens": 30}, "min_new_tokens must be from 0 to max_new_tokens"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be"),
+        ({"stop_strings": "a"}, "give the tokenizer"),
+        ({"stop_strings": ["a", ""], "tokenizer": Letters()}, "at least one character"),
+        ({"num_beams": 0}, "num_beams must be"),
+        ({"num_beams": 2, "temperature": 1.0}, "leave temperature and stop_strings out"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping must be"),
+    ],
+)
+def test_wrong_options_are_named(options, says):
+    with pytest.raises(InputError, match=says):
+        model().generate(prompts()[0], **options)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
 ARGS ?=
-# Here nvcc's minutes are asked for (make cuda, or EFFICIENT_ATTN_CUDA=1 make setup), not spent wherever it happens to be.
+# nvcc's minutes are asked for: make cuda, or EFFICIENT_ATTN_CUDA=1 make setup.
 EFFICIENT_ATTN_CUDA ?= 0
 
 # Processes that run the tests side by side, with one OpenMP thread each (tests/conftest.py).

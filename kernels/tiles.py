@@ -233,6 +233,13 @@ def select_dot(b_w, m_visible, b_x, b_acc, C: tl.constexpr):
 
 
 @triton.jit
+def only_if(condition, m_x):
+    """m_x where a scalar condition holds. Not by `&` with the scalar: Triton's interpreter makes a number of it, and
+    that of 3.9 masks no load or store by numbers."""
+    return tl.where(condition, m_x, False)
+
+
+@triton.jit
 def any_not_finite(b_x):
     """1 if some element is NaN or infinite, else 0: a scalar."""
     return tl.max(tl.where(tl.abs(b_x) < INF, 0, 1))
@@ -254,7 +261,7 @@ def tile_bits(
     p_words = mask.tiles.to(tl.pointer_type(tl.int32 if WORD == 32 else tl.int16))
     p_row = p_words + tl.cast(tile, tl.int64) * (LIST_Q * LIST_K // WORD) + o_row * (LIST_K // WORD) + first_key // WORD
     o_key = tl.expand_dims(tl.arange(0, N), 1 - AXIS)
-    m_row = (o_row >= 0) & (tile >= 0)
+    m_row = only_if(tile >= 0, o_row >= 0)
     b_words = tl.expand_dims(tl.load(p_row, mask=m_row, other=-1).to(tl.int32), AXIS)
     for word in tl.static_range(1, N // WORD):
         b_next = tl.expand_dims(tl.load(p_row + word, mask=m_row, other=-1).to(tl.int32), AXIS)

@@ -55,16 +55,21 @@ def test_wrong_architectures_are_named(named: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("wanted", "nvcc", "extension"),
-    [("0", "nvcc", None), ("auto", None, None), ("auto", "nvcc", True), ("1", None, False), ("1", "nvcc", False)],
+    [("0", "nvcc", None), (None, None, None), (None, "nvcc", None), ("1", None, False), ("1", "nvcc", False)],
 )
-def test_when_it_is_built(wanted: str, nvcc: str | None, extension: bool | None, monkeypatch) -> None:
-    """extension: whether its failure would be forgiven; None: it is not tried."""
-    monkeypatch.setenv("EFFICIENT_ATTN_CUDA", wanted)
+def test_it_is_built_only_where_it_is_asked_for(
+    wanted: str | None, nvcc: str | None, extension: bool | None, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """extension: whether its failure would be forgiven; None: it is not tried, which is said where it could be."""
+    monkeypatch.delenv("EFFICIENT_ATTN_CUDA", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("EFFICIENT_ATTN_CUDA", wanted)
     monkeypatch.delenv("EFFICIENT_ATTN_CPU", raising=False)
     monkeypatch.setattr(setup, "find_nvcc", lambda: nvcc)
     found = {e.name: e.optional for e in setup.extensions()}
     assert found.get("efficient_attn._cuda") is extension
     assert found["efficient_attn._cpu"] is True
+    assert ("EFFICIENT_ATTN_CUDA=1 builds it" in capsys.readouterr().out) == (wanted is None and nvcc is not None)
 
 
 def test_a_word_that_is_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +87,7 @@ def test_cuda_home_comes_before_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert setup.find_nvcc() == str(tmp_path / "bin" / "nvcc")
 
 
-@pytest.mark.parametrize(("wanted", "status"), [("1", 1), ("auto", 0)])
+@pytest.mark.parametrize(("wanted", "status"), [("1", 1), ("0", 0)])
 def test_without_nvcc(wanted: str, status: int, tmp_path: Path) -> None:
     environment = {
         **os.environ, "EFFICIENT_ATTN_CUDA": wanted, "EFFICIENT_ATTN_CPU": "0", "CUDA_HOME": str(tmp_path / "none"),

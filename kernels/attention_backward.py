@@ -203,7 +203,7 @@ def key_gradient_kernel(q, k, v, bias, mask, dropout, sizes, given, dk, dv, flag
 
 
 @triton.jit
-def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, walk, C: tl.constexpr, MODE: tl.constexpr):
+def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, walk, C: tl.constexpr, MODE: tl.constexpr):
     """Add what the key tiles of a walk give to dQ of the program's queries."""
     GAP: tl.constexpr = x.mask.lengths is not None
     i_hk = own.i_h // C.GROUP
@@ -241,9 +241,9 @@ def query_gradient_tile(i_program, x, given, dq, grid, C: tl.constexpr):
     b_lse, b_delta = load_rows(x, given, i_b, i_h, o_i, m_i)
     b_dq = tl.full([C.BLOCK_Q, C.BLOCK_D], 0.0, tl.float32)
     if not C.SAFE:
-        b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, full_tiles(span), C, FULL)
+        b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, full_tiles(span), C, FULL)
     others = other_tiles(span, C.SAFE)
-    b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, others, C, PARTIAL)
+    b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, others, C, PARTIAL)
     store_tile(dq, i_b, i_h, o_i, m_i, b_dq * given.grad_scale, C.D, C.BLOCK_D)
     return any_not_finite(b_dq)
 

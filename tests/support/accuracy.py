@@ -104,7 +104,8 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     """The largest sum of absolute terms behind each result: what its rounding errors are relative to (float64).
 
     A gradient that cancels to zero, as dP - delta does with one key, was still computed from terms of this size. The
-    backward rebuilds P = exp(s - lse) from a stored lse, whose own rounding, half an ulp, every weight inherits.
+    backward rebuilds P = exp(s - lse) from a stored lse, whose own rounding, half an ulp, every weight inherits;
+    and of a returned weight the rounding of its one score is as large, with no sum around it.
     """
     absolute = {name: tensor.detach().double().abs() for name, tensor in problem.inputs.items()}
     repeats = problem.query.shape[1] // max(problem.key.shape[1], 1)
@@ -135,7 +136,7 @@ def magnitudes(problem: Problem) -> dict[str, float]:
         result["bias"] = grad_scores.sum_to_size(problem.bias.shape)
     sizes = {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in result.items()}
     stored = 1.0 + float(lse.abs().max()) / 2 if lse.numel() else 1.0
-    return {name: size if name in OUTPUTS else size * stored for name, size in sizes.items()}
+    return {name: size if name in ("out", "lse") else size * stored for name, size in sizes.items()}
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> list[Tensor]:

@@ -149,7 +149,7 @@ def attention_weights(
 
     Raises what `attention` raises.
     """
-    nothing = key[..., :1].detach() if isinstance(key, Tensor) else key  # of values the kernels make as little as can be
+    nothing = key[..., :1].detach() if isinstance(key, Tensor) else key  # values that cost next to nothing
     _, _, weights = attention_with_weights(
         query, key, nothing, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
         dropout_p=dropout_p, dropout_seed=dropout_seed, average=average, backend=backend,
@@ -185,7 +185,7 @@ def attention_with_weights(
         returns_weights=True,
     )  # fmt: skip
     query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable = call
-    if plain and not differentiable or traced:  # of plain PyTorch operations, where a trace is to hold them
+    if traced or (plain and not differentiable):  # of plain PyTorch operations, where a trace is to hold them
         found = backends.BACKENDS[chosen].attention.attention_with_weights(
             query, key, value, bias, arrays, scale, dropout_p, seed, average
         )

@@ -242,8 +242,8 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory, c
     const Range rows = tile_rows(p, tiling, tile);
     if (rows.begin >= rows.end) return;
     ForwardTile<A> t(p, memory);
-    attend<T>(p, task / tiling.count / p.Hq, task / tiling.count % p.Hq, rows,
-              whole_lanes<T, A>(rows.end - rows.begin), shared, t, [](Range) {});
+    attend<T>(p, task / tiling.count / p.Hq, task / tiling.count % p.Hq, rows, whole_lanes<T, A>(rows.end - rows.begin),
+              shared, t, [](Range) {});
 }
 
 // How many blocks the list of a tile of queries names, for tasks numbered as in forward_task.

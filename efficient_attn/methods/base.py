@@ -116,8 +116,8 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _settled(attend: Attend) -> Attend:
-    """An `attend` that refuses torch.jit.trace, unless it is dense, puts the weights of the heads that it returns on the
-    way of the output's gradient, and averages them if it has not where their mean is asked for."""
+    """An `attend` that refuses torch.jit.trace, unless it is dense, puts the weights of the heads on the way of the
+    output's gradient, and averages them where their mean is asked for and the method has not."""
 
     @functools.wraps(attend)
     def call(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,8 @@
-"""`efficient_attn::attention_forward`, `efficient_attn::attention_with_weights` and `efficient_attn::attention_backward`.
+"""`efficient_attn::attention_forward`, `attention_with_weights` and their one backward, `attention_backward`.
 
-The second is the first that also returns the weights (B, Hq | 1, Nq, Nk), and both have one backward, which pays for a
-gradient of the weights only where there is one. The operators take tensors and numbers only, so that torch.compile, torch.export and torch.func can see through a call
-without knowing what a BlockMask is:
+The second is the first that also returns the weights, (B, Hq | 1, Nq, Nk); the backward pays for a gradient of theirs
+only where there is one. The operators take tensors and numbers only, so that torch.compile, torch.export and torch.func
+can see through a call without knowing what a BlockMask is:
 
     indptr ... t_tile_ids   the lists of a MaskArrays; the transposed ones are there when a gradient may be wanted
     block_shape             [batch, heads, block_q, block_k] of these lists
@@ -228,8 +228,8 @@ attention_with_weights = register(
 )  # fmt: skip
 attention_backward = register(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor query, Tensor key, "
-    f"Tensor value, Tensor? bias, Tensor out, Tensor lse, {MASK}, float scale, float dropout_p, Tensor? dropout_seed, bool bias_requires_grad, "
-    "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    f"Tensor value, Tensor? bias, Tensor out, Tensor lse, {MASK}, float scale, float dropout_p, Tensor? dropout_seed, "
+    "bool bias_requires_grad, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     kernel=_backward, fake=_backward_fake, setup=_backward_setup, gradient=_backward_grad, vmap=_backward_vmap,
 )  # fmt: skip
 

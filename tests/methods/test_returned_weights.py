@@ -1,6 +1,5 @@
-"""Returned weights stand on the way of the output's gradient, as in plain PyTorch, for every method and every model; their
-average over the heads, which stands beside it, costs neither memory of all heads nor, unless a loss asks for its
-gradient, time in the backward."""
+"""Returned weights stand on the way of the output's gradient, as in plain PyTorch, for every method and every model.
+Their average over the heads stands beside it: it costs no memory of all heads, and nothing in a backward without it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 OUTPUT_RATIO, GRADIENT_RATIO = 1.0, 1.5
 ORDERS = 4
-OUTPUTS = ("out", "lse", "weights")
+OUTPUTS = ("out", "lse")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def magnitudes(problem: Problem) -> dict[str, float]:
         grad_weights = problem.grad_weights.double().abs() * problem.grad_weights.shape[1] / max(scores.shape[1], 1)
         delta = delta + (weights * grad_weights).sum(-1, keepdim=True) / (1.0 - problem.dropout_p)
     grad_scores = weights * ((grad_out @ value.mT + grad_weights) / (1.0 - problem.dropout_p) + delta)
-    result = {"out": out, "weights": weights / (1.0 - problem.dropout_p), "lse": gold["lse"].abs().masked_fill(gold["lse"] == -torch.inf, 0.0)}
+    result = {"out": out, "lse": gold["lse"].abs().masked_fill(gold["lse"] == -torch.inf, 0.0)}
+    result["weights"] = weights / (1.0 - problem.dropout_p)
     if terms.numel():
         result["lse"] = result["lse"] + terms.amax(-1)
     result["query"] = grad_scores @ key * abs(problem.scale)
@@ -136,7 +137,7 @@ def magnitudes(problem: Problem) -> dict[str, float]:
         result["bias"] = grad_scores.sum_to_size(problem.bias.shape)
     sizes = {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in result.items()}
     stored = 1.0 + float(lse.abs().max()) / 2 if lse.numel() else 1.0
-    return {name: size if name in ("out", "lse") else size * stored for name, size in sizes.items()}
+    return {name: size if name in OUTPUTS else size * stored for name, size in sizes.items()}
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> list[Tensor]:

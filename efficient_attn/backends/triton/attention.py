@@ -45,7 +45,16 @@ def kernels() -> Any:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from ...kernels import attention, attention_backward, attention_weights, configs, linear_attention, plan, tiles, walk
+    from ...kernels import (
+        attention,
+        attention_backward,
+        attention_weights,
+        configs,
+        linear_attention,
+        plan,
+        tiles,
+        walk,
+    )
 
     modules = (tiles, walk, configs, plan, attention, attention_backward, attention_weights, linear_attention)
     names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}

@@ -184,16 +184,17 @@ def attention_with_weights(
         dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference" if traced else backend,
         returns_weights=True,
     )  # fmt: skip
-    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable = call
-    if traced or (plain and not differentiable):  # of plain PyTorch operations, where a trace is to hold them
-        found = backends.BACKENDS[chosen].attention.attention_with_weights(
-            query, key, value, bias, arrays, scale, dropout_p, seed, average
-        )
+    q, k, v, given, arrays, factor, _, seed, chosen, differentiable = call
+    if traced or (plain and not differentiable):
+        function = backends.BACKENDS[chosen].attention.attention_with_weights
+        out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average)
     else:
-        found = ops.attention_with_weights(
-            query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, average, chosen
+        mask_operands = ops.operands(arrays)
+        out, lse, weights = ops.attention_with_weights(
+            q, k, v, given, *mask_operands, factor, dropout_p, seed, average, chosen
         )
-    out, lse, weights = found
+    if traced:  # torch.jit.trace records plain PyTorch operations, those of the output for other lengths too
+        out = _traced(query, key, value, mask, bias, is_causal, causal_alignment, scale, dropout_p, False)
     return out, lse, weights.squeeze(1) if average else weights
 
 
@@ -217,23 +218,38 @@ def padded_attention(
     key, on keys and values that are set to zero there; or block lists, where that bias would have to grow to n x n.
     Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding becomes a bias.
     """
+    key, value, mask, bias = hide_padding(query, key, value, key_mask, mask=mask, bias=bias, **arguments)
+    if need_weights:
+        average = need_weights == "mean"
+        return attention_with_weights(query, key, value, mask=mask, bias=bias, average=average, **arguments)
+    return attention(query, key, value, mask=mask, bias=bias, **arguments)
+
+
+def hide_padding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, MaskLike, Tensor | None]:
+    """The key, value, mask and bias with which `attention` does what `padded_attention` says."""
     check_key_mask(key_mask, key)
     if key_mask is not None and _is_pattern(mask):  # which chooses among the keys that are there
-        alignment = arguments.get("causal_alignment")
-        causal = causal_mask(query.shape[2], key.shape[2], arguments.get("is_causal", False), alignment)
+        causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
         counted = seen_keys(key_mask, query, key, bias=bias)
-        mask = as_block_mask(
-            mask, query, key, scale=arguments.get("scale"), key_mask=counted, within=causal, alignment=alignment
-        )
+        mask = as_block_mask(mask, query, key, scale=scale, key_mask=counted, within=causal, alignment=causal_alignment)
     if key_mask is not None and _may_read(key_mask):
         mask, key_mask = _absorb(mask, key_mask, query, key, bias)
     if key_mask is not None:
         key, value = select_keys(key_mask, key, value)
         bias = add_to_bias(bias, key_mask, query)
-    if need_weights:
-        average = need_weights == "mean"
-        return attention_with_weights(query, key, value, mask=mask, bias=bias, average=average, **arguments)
-    return attention(query, key, value, mask=mask, bias=bias, **arguments)
+    return key, value, mask, bias
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

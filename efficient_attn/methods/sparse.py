@@ -112,7 +112,7 @@ class Sparse(Method):
                 )
         if not self.is_dense:
             causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
-            mask, bias = self._restricted(
+            mask, bias = self.restricted(
                 mask, bias, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
             )
         shared: dict[str, Any] = {
@@ -131,7 +131,7 @@ class Sparse(Method):
         return out, weights
 
     @named(PLAN)
-    def _restricted(
+    def restricted(
         self,
         mask: BlockMask | Tensor | None,
         bias: Tensor | None,

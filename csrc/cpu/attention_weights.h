@@ -23,10 +23,11 @@ inline QueryTiling weights_tiling(const AttentionParams& p) {
     const int64_t lines = p.B * p.weights.heads, row = 2 * p.Nk * static_cast<int64_t>(sizeof(A));
     int64_t largest = kQueries * row <= cache ? kQueries : kQueries / 2;
     while (largest > 16 && lines * ceil_div(p.Nq, largest) < p.threads) largest /= 2;
-    return query_tiling(p, min_of(largest, round_up(p.Nq, 16)));
+    return query_tiling(p, min_of(largest, round_up(max_of(1, p.Nq), 16)));
 }
 
-// At most as many pieces as there are blocks of the list and multiples of kKeys.
+// At most as many pieces as there are blocks of the list and multiples of kKeys; a list that names blocks twice, which
+// no BlockMask does, loses those beyond.
 inline int64_t most_pieces(const AttentionParams& p) {
     return ceil_div(p.Nk, kKeys) + (p.mask.indptr ? ceil_div(p.Nk, p.mask.block_k) : 0) + 1;
 }
@@ -111,6 +112,7 @@ inline void weights_task(const AttentionParams& p, int64_t task, char* memory, c
     for (int64_t h = average ? 0 : head; h < (average ? p.Hq : head + 1); ++h) {
         int64_t pieces = 0;
         attend<T>(p, b, h, rows, w, shared, t.forward, [&](Range keys) {
+            if (pieces == most_pieces(p)) return;
             __builtin_memcpy(t.tops + pieces * w, t.forward.top, static_cast<size_t>(w) * sizeof(A));
             t.pieces[pieces++] = keys;
         });

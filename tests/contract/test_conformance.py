@@ -20,7 +20,7 @@ WEIGHTED = (
     "head_dim_3 value_dim_3 causal_bottom_right_empty_rows window lengths bits_sparse blocks_128 blocks_window_lengths "
     "blocks_grouped bias_full bias_per_key bias_float32 multi_query dropout dropout_blocks dropout_grouped_causal_bias "
     "strided_head_dim expanded_grad_out grad_lse negative_scale"
-).split()  # noqa: SIM905
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -34,7 +34,7 @@ def test_forward_and_backward(case: Case, dtype: torch.dtype, backend: str, devi
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in WEIGHTED], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in WEIGHTED.split()], ids=str)
 @pytest.mark.parametrize("weights", ["heads", "mean"])
 def test_returned_weights(weights: str, case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     if backend == "triton" and dtype == torch.float64:

@@ -373,7 +373,8 @@ def _upstream(
     grad_out: Tensor, lse: Tensor, delta: Tensor, scale: float, grad_weights: Tensor | None, heads: int
 ) -> Any:
     """What the passes of the backward read besides the inputs."""
-    strides, share = (0, 0, 0, 0), 1.0
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    share = 1.0
     if grad_weights is not None:
         steps = zip(grad_weights.shape, grad_weights.stride(), strict=True)
         strides = tuple(0 if size == 1 else step for size, step in steps)

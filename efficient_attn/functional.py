@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import backends, sharding
 from .backends.call import Call, accumulation_dtype
-from .backends.reference import attention as reference
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError
 from .masks import BlockMask, MaskArrays, trainable
@@ -142,18 +141,66 @@ def attention_weights(
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    average: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """The weights that `attention` applies to the values, (B, Hq, Nq, Nk): an explicit request for n x n memory.
 
     Arguments are those of `attention`. With a dropout seed the weights are the dropped and rescaled ones of the same
-    call. Differentiable to any order.
+    call. Differentiable twice.
+
+    Args:
+        average: return the average over the heads, (B, Nq, Nk), without ever holding those of all heads.
+
+    Raises what `attention` raises.
     """
-    call = prepare(
-        query, key, key, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference",
+    nothing = key[..., :1].detach() if isinstance(key, Tensor) else key  # values that cost next to nothing
+    _, _, weights = attention_with_weights(
+        query, key, nothing, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, average=average, backend=backend,
     )  # fmt: skip
-    query, key, _, bias, arrays, scale, dropout_p, seed, _, _ = call
-    return reference.attention_weights(query, key, bias, arrays, scale, dropout_p, seed)
+    return weights
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    average: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse of `attention`, and what multiplies the values, made in the pass that makes the output.
+
+    Arguments are those of `attention` and `attention_weights`; returns out, lse and weights. A gradient of the weights
+    goes to query, key and bias; they are no part of the output's own gradient.
+    """
+    plain = ops.is_plain(query, key, value, bias)
+    traced = not plain and is_jit_traced()
+    call = prepare(
+        query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference" if traced else backend,
+        returns_weights=True,
+    )  # fmt: skip
+    q, k, v, given, arrays, factor, _, seed, chosen, differentiable = call
+    if traced or (plain and not differentiable):
+        function = backends.BACKENDS[chosen].attention.attention_with_weights
+        out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average)
+    else:
+        mask_operands = ops.operands(arrays)
+        out, lse, weights = ops.attention_with_weights(
+            q, k, v, given, *mask_operands, factor, dropout_p, seed, average, chosen
+        )
+    if traced:  # torch.jit.trace records plain PyTorch operations, those of the output for other lengths too
+        out = _traced(query, key, value, mask, bias, is_causal, causal_alignment, scale, dropout_p, False)
+    return out, lse, weights.squeeze(1) if average else weights
 
 
 def padded_attention(
@@ -164,11 +211,13 @@ def padded_attention(
     *,
     mask: MaskLike = None,
     bias: Tensor | None = None,
+    need_weights: bool | Literal["mean"] = False,
     **arguments: Any,
 ) -> Any:
     """`attention`, in which keys where `key_mask` is False have no influence, whatever they hold.
 
-    The other arguments, and what is returned, are those of `attention`.
+    The other arguments, and what is returned, are those of `attention`; with `need_weights` those of
+    `attention_with_weights`, "mean" being its average.
 
     Padding at the end becomes lengths, and whole blocks are skipped. Holes become a bias of 0 and -inf, one number a
     key, on keys and values that are set to zero there; or block lists, where that bias would have to grow to n x n.
@@ -177,6 +226,9 @@ def padded_attention(
     if sharding.active is not None:
         return sharding.active.attention(query, key, value, key_mask=key_mask, mask=mask, bias=bias, **arguments)
     key, value, mask, bias = hide_padding(query, key, value, key_mask, mask=mask, bias=bias, **arguments)
+    if need_weights:
+        average = need_weights == "mean"
+        return attention_with_weights(query, key, value, mask=mask, bias=bias, average=average, **arguments)
     return attention(query, key, value, mask=mask, bias=bias, **arguments)
 
 
@@ -296,6 +348,7 @@ def prepare(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
+    returns_weights: bool = False,
 ) -> Prepared:
     """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises."""
     query, key, value = prepare_inputs(query, key, value)
@@ -314,7 +367,7 @@ def prepare(
         elif is_causal:
             arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
-    chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p))
+    chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p, returns_weights))
     differentiable = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -504,14 +557,21 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def describe(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, arrays: MaskArrays, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    arrays: MaskArrays,
+    dropout_p: float,
+    returns_weights: bool = False,
 ) -> Call:
     """The facts on which the backend is chosen."""
     B, Hq, Nq, D = query.shape
     _, Hkv, Nk, Dv = value.shape
     bias_dtype = None if bias is None else bias.dtype
     has_lists = arrays.indptr is not None
-    return Call(query.device, query.dtype, bias_dtype, B, Hq, Hkv, Nq, Nk, D, Dv, has_lists, dropout_p)
+    sizes = (B, Hq, Hkv, Nq, Nk, D, Dv)
+    return Call(query.device, query.dtype, bias_dtype, *sizes, has_lists, dropout_p, returns_weights)
 
 
 # --- padding: a mask over keys, (B, Nk) bool with True = attend, without n x n memory ---

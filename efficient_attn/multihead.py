@@ -262,14 +262,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal=is_causal,
             causal_alignment="top_left" if is_causal else None,
             dropout_p=dropout_p,
-            dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,  # one seed for output and weights
-            need_weights=need_weights,
+            dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,
+            need_weights="mean" if need_weights and average_attn_weights else need_weights,
         )
         out = F.linear(self._merge_heads(out, query.dim() == 3), self.out_proj.weight, self.out_proj.bias)
         if weights is None:
             return out, None
-        if average_attn_weights:
-            weights = weights.mean(dim=1)
         return out, weights if query.dim() == 3 else weights.squeeze(0)
 
     # --- projections: the parameters are read at every call, so that what others merge into them counts ---

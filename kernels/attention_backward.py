@@ -3,6 +3,8 @@
     P_ij = exp(s_ij - lse_i)      delta_i = dout_i . out_i - dlse_i      dS = P (Z (dO V^T) - delta)
     dV = (Z P)^T dO               dK = scale dS^T Q       dQ = scale dS K       dbias = dS summed where it broadcasts
 
+(with a gradient of returned weights in delta and beside dO V^T: attention_weights.py).
+
 Dao, "FlashAttention-2", ICLR 2024, section 3. `delta_kernel` prepares delta. `key_gradient_kernel` owns BLOCK_K keys of
 one key head and walks the queries of its whole group, so that grouped queries need no sum afterwards; scores are taken
 transposed, keys along the rows, so that P^T and dS^T come out of one product as the left operand of the next.
@@ -44,10 +46,8 @@ from .walk import (
     full_tiles,
     key_count,
     key_span,
-    list_entries,
-    list_entry,
+    listed_tile,
     locate,
-    lower_bound,
     next_tile,
     other_tiles,
     query_span,
@@ -67,6 +67,12 @@ class Upstream(NamedTuple):
     lse: Any
     delta: Any
     grad_scale: Any  # the true scale, with its sign
+    weights: Any  # the gradient of returned weights (B, Hq | 1, Nq, Nk), None without one; a broadcast stride is 0
+    w_b: Any
+    w_h: Any
+    w_q: Any
+    w_k: Any
+    w_share: Any  # of each head, where it is that of an average
 
 
 class Broadcast(NamedTuple):
@@ -117,6 +123,20 @@ def pair_gradient(b_p, b_dp, b_delta, m_kept, dropout):
     return b_zp, tl.where(b_p == 0.0, 0.0, b_p * (b_dp - b_delta))
 
 
+@triton.jit
+def add_weight_gradient(b_dp, x, given, i_b, i_h, i_first, j_first, C: tl.constexpr, KEY_AXIS: tl.constexpr):
+    """dP plus the gradient of the weights, where there is one. Keys run along KEY_AXIS."""
+    if given.weights is None:
+        return b_dp
+    else:
+        o_q = tl.expand_dims(i_first + tl.arange(0, C.BLOCK_Q), KEY_AXIS)
+        o_k = tl.expand_dims(j_first + tl.arange(0, C.BLOCK_K), 1 - KEY_AXIS)
+        p_line = given.weights + tl.cast(i_b, tl.int64) * given.w_b + tl.cast(i_h, tl.int64) * given.w_h
+        p_pairs = p_line + tl.cast(o_q, tl.int64) * given.w_q + tl.cast(o_k, tl.int64) * given.w_k
+        b_dw = tl.load(p_pairs, mask=(o_q < x.sizes.Nq) & (o_k < x.sizes.Nk), other=0.0)
+        return b_dp + b_dw.to(tl.float32) * given.w_share
+
+
 # --- dK and dV ---
 
 
@@ -137,6 +157,7 @@ def gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_h, walk, C: tl.co
 
         b_do = load_block(p_do, given.n, i_first, x.sizes.Nq, C.DV, C.BLOCK_Q, C.BLOCK_DV, MODE != FULL)
         b_dp = dot(b_v, tl.trans(b_do), C)
+        b_dp = add_weight_gradient(b_dp, x, given, own.i_b, i_h, i_first, own.first, C, 0)
         b_zp, b_ds = pair_gradient(b_p, b_dp, b_delta[None, :], m_kept, x.dropout)
         b_dv = select_dot(b_zp, m_visible, b_do, b_dv, C)
         b_dk = select_dot(b_ds, m_visible, b_q, b_dk, C)
@@ -182,7 +203,7 @@ def key_gradient_kernel(q, k, v, bias, mask, dropout, sizes, given, dk, dv, flag
 
 
 @triton.jit
-def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, walk, C: tl.constexpr, MODE: tl.constexpr):
+def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, walk, C: tl.constexpr, MODE: tl.constexpr):
     """Add what the key tiles of a walk give to dQ of the program's queries."""
     GAP: tl.constexpr = x.mask.lengths is not None
     i_hk = own.i_h // C.GROUP
@@ -197,6 +218,7 @@ def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, walk, C: tl.c
 
         b_v = load_block(p_v, x.v.n, j_first, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE != FULL)
         b_dp = dot(b_do, tl.trans(b_v), C)
+        b_dp = add_weight_gradient(b_dp, x, given, own.i_b, own.i_h, own.first, j_first, C, 1)
         m_kept = kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1)
         _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, x.dropout)
         b_dq = select_dot(b_ds, m_visible, b_k, b_dq, C)
@@ -219,9 +241,9 @@ def query_gradient_tile(i_program, x, given, dq, grid, C: tl.constexpr):
     b_lse, b_delta = load_rows(x, given, i_b, i_h, o_i, m_i)
     b_dq = tl.full([C.BLOCK_Q, C.BLOCK_D], 0.0, tl.float32)
     if not C.SAFE:
-        b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, full_tiles(span), C, FULL)
+        b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, full_tiles(span), C, FULL)
     others = other_tiles(span, C.SAFE)
-    b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, own, others, C, PARTIAL)
+    b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, others, C, PARTIAL)
     store_tile(dq, i_b, i_h, o_i, m_i, b_dq * given.grad_scale, C.D, C.BLOCK_D)
     return any_not_finite(b_dq)
 
@@ -258,14 +280,9 @@ def bias_gradient_kernel(
         i_first, j_first = i_q * C.BLOCK_Q, i_k * C.BLOCK_K
         keys = key_count(x.mask, i_b, x.sizes.Nk)
         any_first, any_end, _first, _end = visible_keys(x.mask, i_first, i_first + C.BLOCK_Q - 1, keys)
-        needed = (i_first < x.sizes.Nq) & (j_first < any_end) & (j_first + C.BLOCK_K > any_first)
-        tile = -1
-        if x.mask.indptr is not None:
-            begin, stop = list_entries(x.mask, i_b, i_h, i_first // C.LIST_Q)
-            at = lower_bound(x.mask.indices, begin, stop, j_first // C.LIST_K)
-            block, tile = list_entry(x.mask, at, stop - 1)
-            needed = needed & (at < stop) & (block == j_first // C.LIST_K)
-        if needed:
+        in_range = (i_first < x.sizes.Nq) & (j_first < any_end) & (j_first + C.BLOCK_K > any_first)
+        listed, tile = listed_tile(x.mask, i_b, i_h, i_first, j_first, C.LIST_Q, C.LIST_K)
+        if in_range & listed:
             o_i, o_j = i_first + tl.arange(0, C.BLOCK_Q), j_first + tl.arange(0, C.BLOCK_K)
             m_i, m_j = o_i < x.sizes.Nq, o_j < keys
             b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
@@ -278,6 +295,7 @@ def bias_gradient_kernel(
             b_s, m_visible = mask_scores(b_s, x, i_b, i_h, o_row, j_first, keys, tile, C, PARTIAL, 1)
             b_p = tl.exp2(b_s - b_lse[:, None])
             b_dp = dot(b_do, tl.trans(b_v), C)
+            b_dp = add_weight_gradient(b_dp, x, given, i_b, i_h, i_first, j_first, C, 1)
             m_kept = kept_pairs(x.dropout, i_b, i_h, i_first, j_first, C, 1)
             _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, x.dropout)
             b_sum += tl.where(m_visible, b_ds, 0.0)

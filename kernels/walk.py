@@ -143,6 +143,19 @@ def lower_bound(p_indices, begin, end, block):
 
 
 @triton.jit
+def listed_tile(mask, i_b, i_h, i_first, j_first, LIST_Q: tl.constexpr, LIST_K: tl.constexpr):
+    """Whether the list has the block of query i_first and key j_first, and its bit tile (-1: full), looked up in a list
+    as it is, without a plan."""
+    if mask.indptr is None:
+        return i_first >= 0, -1
+    else:
+        begin, stop = list_entries(mask, i_b, i_h, i_first // LIST_Q)
+        at = lower_bound(mask.indices, begin, stop, j_first // LIST_K)
+        block, tile = list_entry(mask, at, stop - 1)
+        return (at < stop) & (block == j_first // LIST_K), tile
+
+
+@triton.jit
 def planned_entries(mask, i_b, i_h, i_block):
     """Where a row of the plan begins, how many of its entries are clean, and how many there are."""
     row = list_row(mask, i_b, i_h, i_block)

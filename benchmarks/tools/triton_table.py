@@ -148,7 +148,7 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
             with mock.patch.object(configs, "DESCRIPTORS", feature == "tma"):
                 out, lse = backend.attention_forward(q, k, v, bias, *call)
             if feature not in ("decode", "tma"):
-                backend.attention_backward(out, None, q, k, v, bias, out, lse, *call, bias is not None)
+                backend.attention_backward(out, None, None, q, k, v, bias, out, lse, *call, bias is not None)
     shared = {"sm": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim, "feature": feature}
     return [shared | row | {"triton": triton.__version__} for row in rows]
 

@@ -30,6 +30,14 @@ struct BiasGradient {
     int dtype;
 };
 
+// What attention multiplies the values with, or the gradient of it: (B, heads, Nq, Nk), of every query head, or of one
+// "head" for all: their average.
+struct WeightsView {
+    void* data;  // null: not wanted
+    int64_t stride[4];
+    int64_t heads;
+};
+
 // Pair (i, j) is visible when list, window and length all allow it; see efficient_attn/masks/block_mask.py.
 struct MaskView {
     const int64_t* indptr;  // null: no list
@@ -55,7 +63,8 @@ struct AttentionParams {
     double scale, dropout_p;
     uint64_t dropout_seed;
     int64_t dropout_head, dropout_query, dropout_key;  // the pair (0, 0) of head 0 as dropout counts: a part's origin
-    int threads;  // how many will run it; decides the order of work, never the bits
+    WeightsView weights;  // of the forward a result, of the backward a gradient; in the call's dtype
+    int threads;          // how many will run it; decides the order of work, never the bits
 
     // Backward only.
     TensorView grad_out, dq, dk, dv;

@@ -62,6 +62,9 @@ inline AttentionParams read_call(Reader& in) {
     p.bias.data = in.pointer();
     p.bias.dtype = static_cast<int>(in.integer());
     for (int64_t& stride : p.bias.stride) stride = in.integer();
+    p.weights.data = in.pointer();
+    for (int64_t& stride : p.weights.stride) stride = in.integer();
+    p.weights.heads = in.integer();
     MaskView& mask = p.mask;
     for (int64_t* number : {&mask.batch, &mask.heads, &mask.block_q, &mask.block_k, &mask.window_left,
                             &mask.window_right, &mask.window_offset, &mask.entries, &mask.tile_count})

@@ -2,6 +2,9 @@
 //
 //     dV = (Z P)^T dO      dS = P (Z (dO V^T) - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
 //
+// Weights W = Z P that were returned may have a gradient of their own, dW: it adds to dO V^T, and sum_j dW_ij W_ij to
+// delta_i.
+//
 // Phases, each parallel over tasks:
 //     0  rows             a tile of queries: delta, and what its weights are taken from (see measure_rows)
 //     1  dQ, dK, dV       a span of keys of one (batch, key/value head): five products a tile
@@ -35,7 +38,7 @@ inline void wait_until(const int64_t* counter, int64_t least) {
 
 template <class A>
 struct BackwardTile {
-    A *Qt, *dOt, *Q, *dO, *S, *dP, *bias, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
+    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
     double* sum;
     uint64_t *bits, *keep;
     Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only
@@ -51,7 +54,7 @@ struct BackwardTile {
         dO = arena.take<A>(Dv * kQueries);
         S = arena.take<A>(kKeys * kQueries);
         dP = arena.take<A>(kKeys * kQueries);
-        bias = arena.take<A>(has_bias(p) ? kKeys * kQueries : 0);
+        pairs = arena.take<A>(has_bias(p) || p.weights.data ? kKeys * kQueries : 0);
         top = arena.take<A>(kQueries);
         rest = arena.take<A>(kQueries);
         delta = arena.take<A>(kQueries);
@@ -148,6 +151,34 @@ EA_NOINLINE void weight_gradients(int64_t keys, int64_t w, const BackwardTile<A>
     }
 }
 
+// Fills S with the scores of the tile, and `keep`. Returns whether pairs are masked; then `bits` says which.
+template <class T, class A>
+inline bool score_pairs(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile, int64_t tile_key,
+                        const Rows<Operand<T, A>>& K, int64_t w, BackwardTile<A>& t) {
+    const int64_t n = keys.end - keys.begin;
+    if constexpr (kPairProducts<T>) {
+        score_tile(K, n, p.D, t.Q_columns, w, t.scale, t.S);
+    } else {
+        score_tile(K, n, p.D, t.Qt, w, t.S);
+    }
+    bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
+    if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
+    if (p.dropout_p > 0) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
+    return masked;
+}
+
+// The gradient of the tile's weights, into `pairs`: an equal share of that of their average, if that is given.
+template <class T, class A>
+inline void load_weight_gradients(const AttentionParams& p, const QueryTile& q, Range keys, int64_t w,
+                                  BackwardTile<A>& t) {
+    const bool average = p.weights.heads < p.Hq;
+    load_pairs<T>(p.weights.data, p.weights.stride, q.b, average ? 0 : q.h, q.rows, keys, w, t.scratch, t.pairs);
+    if (!average) return;
+    const A share = static_cast<A>(1.0 / static_cast<double>(p.Hq));
+    for (int64_t i = 0; i < (keys.end - keys.begin) * w; i += kLanes<A>)
+        store(t.pairs + i, load<A>(t.pairs + i) * share);
+}
+
 // Fills S with Z P and dP with dS, both [keys][w]. Returns whether pairs are masked; then `bits` says which.
 template <class T, class A>
 inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile,
@@ -155,16 +186,15 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
                             BackwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
-        score_tile(K, n, p.D, t.Q_columns, w, t.scale, t.S);
         score_tile<T, A>(V, n, p.Dv, t.dO_columns, w, nullptr, t.dP);
     } else {
-        score_tile(K, n, p.D, t.Qt, w, t.S);
         score_tile(V, n, p.Dv, t.dOt, w, t.dP);
     }
-    bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
-    if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
-    const bool dropped = p.dropout_p > 0;
-    if (dropped) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
+    const bool masked = score_pairs<T>(p, q, keys, tile, tile_key, K, w, t), dropped = p.dropout_p > 0;
+    if (p.weights.data) {
+        load_weight_gradients<T>(p, q, keys, w, t);
+        for (int64_t i = 0; i < n * w; i += kLanes<A>) store(t.dP + i, load<A>(t.dP + i) + load(t.pairs + i));
+    }
     const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
     with_bool(has_bias(p), [&](auto natural) {
         with_bool(masked, [&](auto some_masked) {
@@ -174,6 +204,47 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
         });
     });
     return masked;
+}
+
+// sum_j dW_ij W_ij of the queries of a tile, added to `sum`, for some keys; S holds their scores.
+template <class A, bool kNatural>
+EA_NOINLINE void add_weight_products(int64_t keys, int64_t w, bool masked, bool dropped, A rescale,
+                                     const BackwardTile<A>& t, A* sum) {
+    for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
+        const Vec<A> top = load(t.top + lane), rest = load(t.rest + lane);
+        Vec<A> total = {};
+        for (int64_t k = 0; k < keys; ++k) {
+            const Vec<A> P = exponential<kNatural>((load(t.S + k * w + lane) - top) - rest);
+            Vec<A> product = P * load(t.pairs + k * w + lane);
+            if (dropped) product = select<A>(lanes_from_bits<A>(t.keep[k] >> lane), product * rescale, Vec<A>{});
+            if (masked) product = select<A>(lanes_from_bits<A>(t.bits[k] >> lane), product, Vec<A>{});
+            total += product;
+        }
+        store(sum + lane, load<A>(sum + lane) + total);
+    }
+}
+
+// The rest of phase 0, where weights have a gradient: what it adds to delta.
+template <class T, class A>
+inline void weight_gradients_task(const AttentionParams& p, int64_t task, char* memory,
+                                  const BackwardShared<A>& shared) {
+    const int64_t tiles = row_tiles(p), head = task / tiles;
+    const QueryTile q = query_tile(p, query_tiling(p, kQueries), head / p.Hq, head % p.Hq, task % tiles);
+    if (q.count <= 0) return;
+    const int64_t w = whole_lanes<T, A>(q.count), kv = q.h / (p.Hq / p.Hkv);
+    BackwardTile<A> t(p, memory);
+    load_query_tile<T>(p, q, shared, w, t);
+    const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
+    for_each_chunk(p, q.b, q.h, q.block, q.rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
+        const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
+        const bool masked = score_pairs<T>(p, q, keys, segment.tile, segment.tile_key, K, w, t);
+        load_weight_gradients<T>(p, q, keys, w, t);
+        with_bool(has_bias(p), [&](auto natural) {
+            add_weight_products<A, natural.value>(keys.end - keys.begin, w, masked, p.dropout_p > 0, rescale, t,
+                                                  t.delta);
+        });
+    });
+    for (int64_t r = 0; r < q.count; ++r) shared.delta[head * p.Nq + q.rows.begin + r] = t.delta[r];
 }
 
 // The rows of a tile of queries, as the factors of dK and dV. With products of pairs they are packed in Q_pairs and

@@ -58,10 +58,6 @@ struct BackwardShared {
     char* end;
 };
 
-inline bool may_hide_pairs(const AttentionParams& p) {
-    return p.mask.indptr || p.mask.kv_lengths || p.mask.window_left >= 0 || p.mask.window_right >= 0;
-}
-
 // The gradient of the bias is 0 for pairs that no pass comes to.
 template <class T>
 inline void clear_bias_rows(const AttentionParams& p, int64_t row, int64_t rows) {

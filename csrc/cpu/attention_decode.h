@@ -18,7 +18,9 @@ constexpr int64_t kDecodeQueries = 16;
 constexpr int64_t kDecodeSpan = 1024;  // keys of one task
 
 // Without a query, a key or a head there is nothing to cut.
-inline bool is_decode(const AttentionParams& p) { return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0; }
+inline bool is_decode(const AttentionParams& p) {
+    return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0 && !p.weights.data;
+}
 
 // How the work is cut. Heads with lists of their own are walked one by one.
 struct DecodeCut {

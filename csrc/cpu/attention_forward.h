@@ -11,6 +11,7 @@ namespace {
 
 template <class A>
 struct ForwardTile {
+    A* strip;  // where S lies of every key at once, [Nk][w]; null: of one piece of keys after another
     A *Qt, *S, *bias, *Ot, *top, *total, *fade, *scratch, *K_buffer, *V_buffer;
     uint64_t *bits, *keep;
     Pair *Q_pairs, *V_pairs, *P_pairs;  // with products of pairs only
@@ -20,6 +21,7 @@ struct ForwardTile {
         Arena arena{memory};
         Qt = arena.take<A>(p.D * kQueries);
         S = arena.take<A>(kKeys * kQueries);
+        strip = nullptr;
         bias = arena.take<A>(has_bias(p) ? kKeys * kQueries : 0);
         Ot = arena.take<A>(p.Dv * kQueries);
         top = arena.take<A>(kQueries);
@@ -196,6 +198,7 @@ inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range r
     for (int64_t r = 0; r < w; ++r) t.top[r] = -kInfinity<A>, t.total[r] = 0;
     for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
         const int64_t n = keys.end - keys.begin;
+        if (t.strip) t.S = t.strip + keys.begin * w;
         score<T>(p, b, kv, keys, w, t);
         bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
         if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
@@ -205,17 +208,12 @@ inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range r
     });
 }
 
-template <class T, class A>
-inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
-    const QueryTiling tiling = query_tiling(p, kQueries);
-    const int64_t tile = tiling.count - 1 - task % tiling.count;  // under a causal mask the last tiles are the longest
-    const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq, kv = h / (p.Hq / p.Hkv);
-    const Range rows = tile_rows(p, tiling, tile);
-    const int64_t count = rows.end - rows.begin;
-    if (count <= 0) return;
-    const int64_t w = whole_lanes<T, A>(count);
-    ForwardTile<A> t(p, memory);
-
+// out and lse of a tile of queries of one head. Calls visit(keys) for each piece of keys when S holds its weights,
+// dropout included, as exp(s - top); afterwards they are to be divided by total.
+template <class T, class A, class Visit>
+inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t w, char* shared,
+                   ForwardTile<A>& t, Visit visit) {
+    const int64_t count = rows.end - rows.begin, kv = h / (p.Hq / p.Hkv);
     fill_zero(t.Ot, p.Dv * w);
     softmax_pass<T>(p, b, h, rows, w, t, [&](Range keys, bool masked) {
         if (p.dropout_p > 0) {
@@ -223,6 +221,7 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory, c
             fill_masked(t.keep, keys.end - keys.begin, w, A{0}, t.S);
         }
         accumulate<T>(p, b, kv, keys, masked, w, shared, t);
+        visit(keys);
     });
 
     for (int64_t r = 0; r < count; ++r) {
@@ -234,6 +233,17 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory, c
     }
     store_transposed<T>(t.Ot, w, p.out, b, h, rows.begin, count, p.Dv, t.scratch,
                         [&](Vec<A> x, int64_t r) { return t.total[r] == 0 ? Vec<A>{} : x / t.total[r]; });
+}
+
+template <class T, class A>
+inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
+    const QueryTiling tiling = query_tiling(p, kQueries);
+    const int64_t tile = tiling.count - 1 - task % tiling.count;  // under a causal mask the last tiles are the longest
+    const Range rows = tile_rows(p, tiling, tile);
+    if (rows.begin >= rows.end) return;
+    ForwardTile<A> t(p, memory);
+    attend<T>(p, task / tiling.count / p.Hq, task / tiling.count % p.Hq, rows, whole_lanes<T, A>(rows.end - rows.begin),
+              shared, t, [](Range) {});
 }
 
 // How many blocks the list of a tile of queries names, for tasks numbered as in forward_task.

@@ -5,6 +5,7 @@
 #include "attention_backward.h"
 #include "attention_decode.h"
 #include "attention_statistics.h"
+#include "attention_weights.h"
 #include "dispatch.h"
 #include "linear_attention_backward.h"
 #include "linear_attention_forward.h"
@@ -53,15 +54,19 @@ int64_t forward_shared(const AttentionParams& p) {
 int64_t forward_bytes(const AttentionParams& p) {
     return with_accumulator(p, [&](auto a) {
         using A = decltype(a);
+        if (p.weights.data) return WeightsTile<A>::bytes(p);
         return is_decode(p) ? DecodeTile<A>::bytes(p) : ForwardTile<A>::bytes(p);
     });
 }
 int64_t forward_tasks(const AttentionParams& p, int phase) {
     if (is_decode(p)) return decode_merges(p) * (phase == 0 ? DecodeCut(p).spans : 1);
-    return phase == tiles_phase(p) ? forward_task_count(p) : phase == 0 ? value_pieces(p) : 0;
+    if (phase != tiles_phase(p)) return phase == 0 ? value_pieces(p) : 0;
+    if (!p.weights.data) return forward_task_count(p);
+    return with_accumulator(p, [&](auto a) { return weights_task_count<decltype(a)>(p); });
 }
 double forward_cost(const AttentionParams& p, int phase, int64_t task) {
-    return p.mask.indptr && !is_decode(p) && phase == tiles_phase(p) ? query_tile_cost(p, task) : -1;
+    const bool differ = p.mask.indptr && !is_decode(p) && !p.weights.data && phase == tiles_phase(p);
+    return differ ? query_tile_cost(p, task) : -1;
 }
 void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
     with_types(p, [&](auto types) {
@@ -71,7 +76,9 @@ void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory
             const int last = tiles_phase(p);
             if (phase < last) return pack_values_task<T>(p, task, shared);
             const TileRegisters tiles(kPairProducts<T>);
-            return forward_task<T, A>(p, task, memory, last > 0 ? shared : nullptr);
+            char* values = last > 0 ? shared : nullptr;
+            return p.weights.data ? weights_task<T, A>(p, task, memory, values)
+                                  : forward_task<T, A>(p, task, memory, values);
         }
         A* partials = reinterpret_cast<A*>(shared);
         phase == 0 ? decode_span<T, A>(p, task, memory, partials) : decode_merge<T, A>(p, task, memory, partials);
@@ -100,8 +107,10 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
         using T = typename decltype(types)::Storage;
         using A = typename decltype(types)::Accumulator;
         const BackwardShared<A> shared(p, shared_memory);
-        if (phase == 0) return rows_task<T, A>(p, task, memory, shared);
+        if (phase == 0) rows_task<T, A>(p, task, memory, shared);
+        if (phase == 0 && !p.weights.data) return;
         const TileRegisters tiles(kPairProducts<T>);
+        if (phase == 0) return weight_gradients_task<T, A>(p, task, memory, shared);
         if (phase == 1) return span_task<T, A>(p, task, memory, shared);
         bias_task<T, A>(p, task, memory, shared);
     });

@@ -131,6 +131,11 @@ EA_INLINE V exponential(V difference) {
 
 inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
+// Whether some pair may be hidden, by other means than a bias.
+inline bool may_hide_pairs(const AttentionParams& p) {
+    return p.mask.indptr || p.mask.kv_lengths || p.mask.window_left >= 0 || p.mask.window_right >= 0;
+}
+
 // Which queries of the tile see each key, a word a key. Returns false, and writes nothing, when every pair is visible.
 inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_t block_row, Range keys,
                          const uint8_t* tile, int64_t tile_key, uint64_t* bits) {
@@ -163,14 +168,13 @@ inline void with_bias_type(const AttentionParams& p, F f) {
     f(T{});
 }
 
-// The bias of the tile, [keys][w], into `out`. Along the keys it is contiguous or broadcast
-// (backends/cpu.py sees to it).
+// What a (B, H, Nq, Nk) array holds for the pairs of the tile, [keys][w], into `out`; a stride of 0 broadcasts. Along
+// the keys it is contiguous or broadcast (backends/words.py sees to it).
 template <class T, class A>
-inline void load_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* scratch,
-                      A* out) {
-    const int64_t* stride = p.bias.stride;
+inline void load_pairs(const void* array, const int64_t* stride, int64_t b, int64_t h, Range rows, Range keys,
+                       int64_t w, A* scratch, A* out) {
     const bool by_key = stride[3] != 0;
-    const T* data = static_cast<const T*>(p.bias.data) + keys.begin * stride[3];
+    const T* data = static_cast<const T*>(array) + keys.begin * stride[3];
     const TensorView view{const_cast<T*>(data), stride[0], stride[1], stride[2]};
     const int64_t count = rows.end - rows.begin, n = keys.end - keys.begin;
     pack_transposed<T>(view, b, h, rows.begin, count, by_key ? n : 1, Unscaled{}, w, scratch, out);
@@ -182,7 +186,9 @@ inline void load_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows
 template <class T, class A>
 inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* S,
                      bool masked, uint64_t* bits, A* scratch, A* bias) {
-    with_bias_type<T>(p, [&](auto element) { load_bias<decltype(element)>(p, b, h, rows, keys, w, scratch, bias); });
+    with_bias_type<T>(p, [&](auto element) {
+        load_pairs<decltype(element)>(p.bias.data, p.bias.stride, b, h, rows, keys, w, scratch, bias);
+    });
     const int64_t n = keys.end - keys.begin;
     for (int64_t k = 0; k < n; ++k) {
         uint64_t hidden = 0;

@@ -23,6 +23,7 @@ class Call(NamedTuple):
     Dv: int
     has_lists: bool
     dropout_p: float
+    returns_weights: bool = False
 
 
 class LinearCall(NamedTuple):

@@ -18,11 +18,12 @@ from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "performer_softmax": 3}  # params.h
-_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q17q"), struct.Struct("16q6q")
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6q17q"), struct.Struct("16q6q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 _NO_LISTS: tuple[int, ...] = (0,) * 9
 _NO_BIAS: tuple[int, ...] = (0,) * 6
+_NO_WEIGHTS: tuple[int, ...] = (0,) * 6
 
 Kept = tuple[Tensor | None, ...]
 
@@ -38,8 +39,9 @@ def pack_attention(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    weights: Tensor | None = None,
 ) -> tuple[Kept, bytes]:
-    """The words of `read_params`, and what they point to."""
+    """The words of `read_params`, and what they point to; `weights` (B, Hq | 1, Nq, Nk), or their gradient."""
     lists: Kept = ()
     list_words = _NO_LISTS
     if mask.indptr is not None:
@@ -53,6 +55,11 @@ def pack_attention(
             bias = bias.contiguous()
         strides = (0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
         bias_words = (bias.data_ptr(), DTYPES[bias.dtype], *strides)
+    weight_words = _NO_WEIGHTS
+    if weights is not None:
+        if weights.stride(3) not in (0, 1):
+            weights = weights.contiguous()
+        weight_words = (weights.data_ptr(), *weights.stride(), weights.shape[1])
     B, Hq, Nq, D = query.shape
     _, Hkv, Nk, Dv = value.shape
     words = _ATTENTION.pack(
@@ -73,12 +80,13 @@ def pack_attention(
         *view(out),
         lse.data_ptr(),
         *bias_words,
+        *weight_words,
         *mask[:4],
         *mask[11:14],
         *list_words,
         pointer(lengths),
     )
-    return (query, key, value, out, lse, bias, *lists, lengths), words
+    return (query, key, value, out, lse, bias, weights, *lists, lengths), words
 
 
 def pack_attention_gradients(

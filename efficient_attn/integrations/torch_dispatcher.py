@@ -241,7 +241,7 @@ def _backward(
     if backend is None:
         return NotImplemented
     scale = default_scale(scale, query.shape[-1])
-    saved = (grad_out, None, query, key, value, bias, out, logsumexp)
+    saved = (grad_out, None, None, query, key, value, bias, out, logsumexp)
     return backend.attention_backward(*saved, _mask(is_causal), scale, 0.0, None, False)[:3]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class Method(Named):
         dropout_p: float = 0.0,
         dropout_seed: int | Tensor | None = None,
         backend: str = "auto",
-        need_weights: bool = False,
+        need_weights: bool | Literal["mean"] = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend by this method.
 
@@ -98,11 +98,13 @@ class Method(Named):
             state: what `build` returned.
             key_mask: bool (B, Nk), True = attend: padding. What a masked key holds, NaN included, has no influence.
             mask, bias, is_causal, causal_alignment, scale, dropout_p, dropout_seed, backend: as in `attention`.
-            need_weights: also return what this method multiplies the values with, dropout included: n x n memory.
+            need_weights: also return what this method multiplies the values with, dropout included: n x n memory;
+                "mean": their average over the heads.
 
         Returns:
-            out (B, Hq, Nq, Dv) and weights (B, Hq, Nq, Nk) or None. Weights that need a gradient are on the way of the
-            output's: `weights.retain_grad()` has what out.backward() gives them.
+            out (B, Hq, Nq, Dv) and weights (B, Hq, Nq, Nk), their average (B, Nq, Nk), or None. Weights of each head
+            that need a gradient are on the way of the output's: `weights.retain_grad()` has what out.backward() gives
+            them. An average is not, as in plain PyTorch: out.backward() pays nothing for it.
 
         Raises:
             UnsupportedError: what the class attributes say this method does not accept.
@@ -115,8 +117,8 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _settled(attend: Attend) -> Attend:
-    """An `attend` that refuses torch.jit.trace, unless it is dense, and puts the weights that it returns on the way of
-    the output's gradient."""
+    """An `attend` that refuses torch.jit.trace, unless it is dense, puts the weights of the heads on the way of the
+    output's gradient, and averages them where their mean is asked for and the method has not."""
 
     @functools.wraps(attend)
     def call(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -138,6 +140,8 @@ def _settled(attend: Attend) -> Attend:
                     observer(self, query, key, value, options, out)
         else:
             out, weights = attend(self, query, key, value, **options)
+        if options.get("need_weights") == "mean":
+            return out, weights.mean(1) if weights is not None and weights.dim() == 4 else weights
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             out = _through_weights(out, weights, value)
         return out, weights

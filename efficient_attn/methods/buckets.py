@@ -11,7 +11,7 @@ order instead, which takes n^2 / 8 bytes a head.)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def bucketed_attention(
     dropout_p: float,
     dropout_seed: int | Tensor | None,
     backend: str,
-    need_weights: bool,
+    need_weights: bool | Literal["mean"],
 ) -> tuple[Tensor, Tensor | None]:
     """`Method.attend` of a pattern of buckets, round by round, for what `bucketed_inputs` returned."""
     Nq, Nk = query.shape[2], key.shape[2]

@@ -12,7 +12,7 @@ Each weight is then dropped with probability p as usual, and the expectation is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class LowRankMethod(Method):
         dropout_p: float = 0.0,
         dropout_seed: int | Tensor | None = None,
         backend: str = "auto",
-        need_weights: bool = False,
+        need_weights: bool | Literal["mean"] = False,
     ) -> tuple[Tensor, Tensor | None]:
         for what, given in (("mask of pairs", mask), ("bias", bias)):
             if given is not None:

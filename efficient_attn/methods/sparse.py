@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputTypeError, UnsupportedError
 from ..functional import (
-    add_to_bias,
     as_block_mask,
-    attention_weights,
     causal_mask,
     check_alignment,
     check_key_mask,
     padded_attention,
-    resolve_seed,
     seen_keys,
-    select_keys,
 )
 from ..masks import BlockMask
 from ..patterns import BucketPattern, Dense, Pattern
@@ -81,7 +77,7 @@ class Sparse(Method):
         dropout_p: float = 0.0,
         dropout_seed: int | Tensor | None = None,
         backend: str = "auto",
-        need_weights: bool = False,
+        need_weights: bool | Literal["mean"] = False,
     ) -> tuple[Tensor, Tensor | None]:
         check_key_mask(key_mask, key)
         check_alignment(is_causal, causal_alignment, query.shape[2], key.shape[2])
@@ -119,23 +115,20 @@ class Sparse(Method):
             mask, bias = self.restricted(
                 mask, bias, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
             )
-        if dropout_p > 0.0:
-            dropout_seed = resolve_seed(dropout_seed)  # one seed: output and weights drop alike
         shared: dict[str, Any] = {
             "mask": mask,
+            "bias": bias,
             "is_causal": is_causal,
             "causal_alignment": causal_alignment,
             "scale": scale,
             "dropout_p": dropout_p,
             "dropout_seed": dropout_seed,
+            "backend": backend,
         }
-        out = padded_attention(query, key, value, key_mask, bias=bias, backend=backend, **shared)
         if not need_weights:
-            return out, None
-        if key_mask is not None:
-            (key,) = select_keys(key_mask, key)
-            bias = add_to_bias(bias, key_mask, query)
-        return out, attention_weights(query, key, bias=bias, **shared)
+            return padded_attention(query, key, value, key_mask, **shared), None
+        out, _, weights = padded_attention(query, key, value, key_mask, need_weights=need_weights, **shared)
+        return out, weights
 
     @named(PLAN)
     def restricted(

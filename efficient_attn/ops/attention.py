@@ -1,7 +1,8 @@
-"""`efficient_attn::attention_forward` and `efficient_attn::attention_backward`.
+"""`efficient_attn::attention_forward`, `attention_with_weights` and their one backward, `attention_backward`.
 
-The operators take tensors and numbers only, so that torch.compile, torch.export and torch.func can see through a call
-without knowing what a BlockMask is:
+The second is the first that also returns the weights, (B, Hq | 1, Nq, Nk); the backward pays for a gradient of theirs
+only where there is one. The operators take tensors and numbers only, so that torch.compile, torch.export and torch.func
+can see through a call without knowing what a BlockMask is:
 
     indptr ... t_tile_ids   the lists of a MaskArrays; the transposed ones are there when a gradient may be wanted
     block_shape             [batch, heads, block_q, block_k] of these lists
@@ -59,10 +60,20 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *re
     return forward(query, key, value, bias, mask_arrays(*mask), scale, dropout_p, dropout_seed)
 
 
-def _backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _with_weights(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *mask, scale, dropout_p, dropout_seed, average, backend = rest
+    found: tuple[Tensor, ...] = BACKENDS[backend].attention.attention_with_weights(
+        query, key, value, bias, mask_arrays(*mask), scale, dropout_p, dropout_seed, average
+    )
+    return found
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, grad_weights: Tensor | None, query: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     key, value, bias, out, lse, *mask, scale, dropout_p, dropout_seed, bias_requires_grad, backend = rest
     dq, dk, dv, dbias = BACKENDS[backend].attention.attention_backward(
-        grad_out, grad_lse, query, key, value, bias, out, lse, mask_arrays(*mask),
+        grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse, mask_arrays(*mask),
         scale, dropout_p, dropout_seed, bias_requires_grad,
     )  # fmt: skip
     return dq, dk, dv, query.new_empty(0) if dbias is None else dbias
@@ -74,9 +85,16 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return query.new_empty(B, Hq, Nq, value.shape[-1]), query.new_empty(B, Hq, Nq, dtype=lse_dtype)
 
 
+def _with_weights_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    average = rest[-2]
+    B, Hq, Nq, _D = query.shape
+    return *_forward_fake(query, key, value), query.new_empty(B, 1 if average else Hq, Nq, key.shape[2])
+
+
 def _backward_fake(
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -91,16 +109,22 @@ def _backward_fake(
 # --- gradients ---
 
 
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, block_shape, *lists, window, kv_lengths, scale, dropout_p, dropout_seed, backend = inputs
-    ctx.save_for_backward(query, key, value, bias, *output, *lists, kv_lengths, dropout_seed)
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, (block_shape, *lists, window, kv_lengths) = inputs[:4], inputs[4 : 4 + MASK_OPERANDS]
+    scale, dropout_p, dropout_seed, *_, backend = inputs[4 + MASK_OPERANDS :]
+    ctx.save_for_backward(*tensors, *output[:2], *lists, kv_lengths, dropout_seed)
     ctx.numbers = (block_shape, window, scale, dropout_p, ctx.needs_input_grad[3], backend)
     ctx.set_materialize_grads(False)
 
 
-def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _forward_grad(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None = None
+) -> tuple[Any, ...]:
     query, key, value, bias, out, lse, *lists, kv_lengths, dropout_seed = ctx.saved_tensors
     block_shape, window, scale, dropout_p, bias_requires_grad, backend = ctx.numbers
+    no_values = grad_out is None and grad_weights is not None
+    if no_values:  # as if the values had one column: the products with them cost next to nothing
+        wide, value, out = value, value[..., :1], out[..., :1]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if lists[0] is not None and lists[4] is None and BACKENDS[backend].NEEDS_TRANSPOSED:
@@ -108,15 +132,18 @@ def _forward_grad(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
         grid = Grid(query.shape[2], key.shape[2], block_q, block_k)
         lists[4:] = transpose(BlockLists(batch, heads, *lists[:4]), grid)
     dq, dk, dv, dbias = attention_backward(
-        grad_out, grad_lse, query, key, value, bias, out, lse, block_shape, *lists, window, kv_lengths,
+        grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse, block_shape, *lists, window, kv_lengths,
         scale, dropout_p, dropout_seed, bias_requires_grad, backend,
     )  # fmt: skip
-    return dq, dk, dv, dbias if bias_requires_grad else None, *([None] * (MASK_OPERANDS + 4))
+    if no_values:
+        dv = torch.zeros_like(wide) if ctx.needs_input_grad[2] else None
+    rest = len(ctx.needs_input_grad) - 4
+    return dq, dk, dv, dbias if bias_requires_grad else None, *([None] * rest)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (block_shape, *lists, window, kv_lengths) = inputs[:8], inputs[8 : 8 + MASK_OPERANDS]
-    scale, dropout_p, dropout_seed, bias_requires_grad, _ = inputs[8 + MASK_OPERANDS :]
+    tensors, (block_shape, *lists, window, kv_lengths) = inputs[:9], inputs[9 : 9 + MASK_OPERANDS]
+    scale, dropout_p, dropout_seed, bias_requires_grad, _ = inputs[9 + MASK_OPERANDS :]
     ctx.save_for_backward(*tensors, *lists, kv_lengths, dropout_seed)
     ctx.numbers = (block_shape, window, scale, dropout_p, bias_requires_grad)
 
@@ -129,19 +156,20 @@ def _backward_grad(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
             "not defined. Second derivatives: torch.autograd.grad with create_graph=True, once"
         )
     *tensors, kv_lengths, dropout_seed = ctx.saved_tensors
-    tensors, lists = tensors[:8], tensors[8:]
+    tensors, lists = tensors[:9], tensors[9:]
     block_shape, window, scale, dropout_p, bias_requires_grad = ctx.numbers
     mask = mask_arrays(block_shape, *lists, window, kv_lengths)
     leaves: list[Any] = [t.detach().requires_grad_() if t is not None else None for t in tensors]
     totals: list[Any] = [torch.zeros_like(t) if t is not None else None for t in tensors]
     cotangents = list(gradients) if bias_requires_grad else list(gradients[:3])
-    for start in range(0, tensors[2].shape[2], DOUBLE_BACKWARD_ROWS):
+    for start in range(0, tensors[3].shape[2], DOUBLE_BACKWARD_ROWS):
         rows = slice(start, start + DOUBLE_BACKWARD_ROWS)
         with torch.enable_grad():
-            grad_out, grad_lse, query, key, value, bias, out, lse = leaves
+            grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse = leaves
             results: Any = reference.attention_backward(
-                grad_out[:, :, rows], _rows(grad_lse, rows), query[:, :, rows], key, value, _rows(bias, rows),
-                out[:, :, rows], lse[:, :, rows], mask, scale, dropout_p, dropout_seed, bias_requires_grad, start,
+                grad_out[:, :, rows], _rows(grad_lse, rows), _rows(grad_weights, rows), query[:, :, rows], key, value,
+                _rows(bias, rows), out[:, :, rows], lse[:, :, rows], mask, scale, dropout_p, dropout_seed,
+                bias_requires_grad, start,
             )  # fmt: skip
         slices = [cotangents[0][:, :, rows], *cotangents[1:3], *(_rows(g, rows) for g in cotangents[3:])]
         inputs = [(k, leaf) for k, leaf in enumerate(leaves) if leaf is not None]
@@ -153,7 +181,7 @@ def _backward_grad(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
 
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    """The given query rows of a bias (.., Nq, Nk) or lse (B, Hq, Nq); a broadcast bias row serves every slice."""
+    """The given query rows of pairs (.., Nq, Nk) or lse (B, Hq, Nq); a broadcast bias row serves every slice."""
     if tensor is None or (tensor.dim() == 4 and tensor.shape[2] == 1):
         return tensor
     return tensor[:, :, rows]
@@ -163,9 +191,17 @@ def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    return _folded(torch.ops.efficient_attn.attention_forward, info, in_dims, args)
+
+
+def _with_weights_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    return _folded(torch.ops.efficient_attn.attention_with_weights, info, in_dims, args)
+
+
+def _folded(operator: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """Fold the mapped dimension into the batch where only query, key and value carry it, else call one by one."""
-    operator = torch.ops.efficient_attn.attention_forward
-    _, _, _, bias, block_shape, indptr, *_, kv_lengths, _, dropout_p, _, _ = args
+    bias, block_shape, indptr = args[3:6]
+    kv_lengths, _scale, dropout_p = args[3 + MASK_OPERANDS : 6 + MASK_OPERANDS]
     per_batch = kv_lengths is not None or (indptr is not None and block_shape[0] != 1) or dropout_p > 0.0
     per_batch |= bias is not None and (in_dims[3] is not None or bias.shape[0] != 1)
     mapped = [dim for argument, dim in zip(args[4:], in_dims[4:], strict=True) if isinstance(argument, Tensor)]
@@ -183,10 +219,17 @@ attention_forward = register(
     "float scale, float dropout_p, Tensor? dropout_seed, str backend) -> (Tensor out, Tensor lse)",
     kernel=_forward, fake=_forward_fake, setup=_forward_setup, gradient=_forward_grad, vmap=_forward_vmap,
 )  # fmt: skip
+attention_with_weights = register(
+    f"attention_with_weights(Tensor query, Tensor key, Tensor value, Tensor? bias, {MASK}, "
+    "float scale, float dropout_p, Tensor? dropout_seed, bool average, str backend) "
+    "-> (Tensor out, Tensor lse, Tensor weights)",
+    kernel=_with_weights, fake=_with_weights_fake, setup=_forward_setup, gradient=_forward_grad,
+    vmap=_with_weights_vmap,
+)  # fmt: skip
 attention_backward = register(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, "
-    f"Tensor out, Tensor lse, {MASK}, float scale, float dropout_p, Tensor? dropout_seed, bool bias_requires_grad, "
-    "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor query, Tensor key, "
+    f"Tensor value, Tensor? bias, Tensor out, Tensor lse, {MASK}, float scale, float dropout_p, Tensor? dropout_seed, "
+    "bool bias_requires_grad, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     kernel=_backward, fake=_backward_fake, setup=_backward_setup, gradient=_backward_grad, vmap=_backward_vmap,
 )  # fmt: skip
 

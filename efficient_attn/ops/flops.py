@@ -7,6 +7,8 @@ that window and lengths touch, cut off where the sequences end, with every pair 
     forward    2 pairs (D + Dv)            S = QK^T, O = PV
     backward   2 pairs (3 D + 2 Dv)        S again, dP = dO V^T, dV = P^T dO, dQ = dS K, dK = dS^T Q
 
+Weights that are returned are of this S, and their gradient adds to this dP: they count nothing more.
+
 Linear attention counts what its formula needs, F features and the normaliser as one more column of the values; causal
 calls count as much, though their kernels add the triangles of their chunks:
 
@@ -92,10 +94,16 @@ def _attention_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor |
     return attention_flops(mask_arrays(*rest[:MASK_OPERANDS]), query, value)
 
 
+@register_flop_formula(torch.ops.efficient_attn.attention_with_weights, get_raw=True)
+def _attention_with_weights(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any) -> int:
+    return attention_flops(mask_arrays(*rest[1 : 1 + MASK_OPERANDS]), query, value)
+
+
 @register_flop_formula(torch.ops.efficient_attn.attention_backward, get_raw=True)
 def _attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any
-) -> int:
+    grad_out: Tensor, grad_lse: Tensor | None, grad_weights: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+    *rest: Any, out_val: Any,
+) -> int:  # fmt: skip
     return attention_flops(mask_arrays(*rest[3 : 3 + MASK_OPERANDS]), query, value, backward=True)
 
 

@@ -26,7 +26,8 @@ from ..ops.attention import MASK_OPERANDS, mask_arrays
 OURS = "efficient_attn::"
 _ATTENTION = {  # where query, key and value begin, and where the operands of the mask
     torch.ops.efficient_attn.attention_forward: (0, 4),
-    torch.ops.efficient_attn.attention_backward: (2, 8),
+    torch.ops.efficient_attn.attention_with_weights: (0, 4),
+    torch.ops.efficient_attn.attention_backward: (3, 9),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.accuracy import Problem, assert_conforms, gradients
@@ -10,10 +12,17 @@ from support.cases import CASES, Case, draw
 from efficient_attn import BlockMask, attention, backends
 from efficient_attn.backends.reference.attention import dropout_keep
 from efficient_attn.errors import UnsupportedError
+from efficient_attn.functional import attention_with_weights
 from efficient_attn.masks import MaskArrays
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SEED = 0x1234_5678_9ABC
+WEIGHTED = (
+    "dense one_query_grouped four_queries_causal few_queries_blocks_of_each_head one_key no_keys no_queries no_heads "
+    "head_dim_3 value_dim_3 causal_bottom_right_empty_rows window lengths bits_sparse blocks_128 blocks_window_lengths "
+    "blocks_grouped bias_full bias_per_key bias_float32 multi_query dropout dropout_blocks dropout_grouped_causal_bias "
+    "strided_head_dim expanded_grad_out grad_lse negative_scale"
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -26,26 +35,47 @@ def test_forward_and_backward(case: Case, dtype: torch.dtype, backend: str, devi
     check(case, dtype, backend, device)
 
 
-def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    """Forward and backward of one case; benchmarks/gpu_sanitize.py calls it too."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in WEIGHTED.split()], ids=str)
+@pytest.mark.parametrize("weights", ["heads", "mean"])
+def test_returned_weights(weights: str, case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton computes in float32")
+    if backend == "cuda":
+        pytest.skip("it returns no weights")
+    if weights == "mean" and case.Hq == 0:
+        pytest.skip("there is nothing to average")
+    check(case, dtype, backend, device, weights)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device, weights: str = "") -> None:
+    """Forward and backward of one case, with the `weights` of the "heads" or their "mean" as an output too;
+    benchmarks/gpu_sanitize.py calls it as well."""
     drawn = draw(case, dtype)
     names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
     leaves = {n: _on(device, drawn[n].detach()).requires_grad_() for n in names}
     mask = drawn["mask"]
-    out, lse = attention(
-        **leaves,
-        mask=mask.to(device) if isinstance(mask, BlockMask | torch.Tensor) else mask,
-        is_causal=case.causal is not None,
-        causal_alignment=case.causal,
-        scale=case.scale,
-        dropout_p=case.dropout_p,
-        dropout_seed=SEED,
-        return_lse=True,
-        backend=backend,
-    )
+    arguments: dict[str, Any] = {
+        "mask": mask.to(device) if isinstance(mask, BlockMask | torch.Tensor) else mask,
+        "is_causal": case.causal is not None,
+        "causal_alignment": case.causal,
+        "scale": case.scale,
+        "dropout_p": case.dropout_p,
+        "dropout_seed": SEED,
+        "backend": backend,
+    }
+    grad_weights = None
+    if weights:
+        out, lse, returned = attention_with_weights(**leaves, **arguments, average=weights == "mean")
+        returned = returned.unsqueeze(1) if weights == "mean" else returned
+        grad_weights = torch.randn(returned.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    else:
+        out, lse = attention(**leaves, **arguments, return_lse=True)
     outputs, cotangents = (out,), (_on(device, drawn["grad_out"]),)
     if case.grad_lse:
         outputs, cotangents = (out, lse), (*cotangents, drawn["grad_lse"].to(device))
+    if grad_weights is not None:
+        outputs, cotangents = (*outputs, returned), (*cotangents, grad_weights.to(device))
     found = [gradient.cpu() for gradient in gradients(outputs, list(leaves.values()), cotangents)]
     out, lse = out.cpu(), lse.cpu()
 
@@ -56,9 +86,13 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device) ->
     scale = case.D**-0.5 if case.scale is None else case.scale
     problem = Problem(
         *(drawn[n] for n in ("query", "key", "value", "bias", "visible")),
-        scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p,
+        scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p, grad_weights,
     )  # fmt: skip
-    assert_conforms(problem, {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, found, strict=True))})
+    ours = {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, found, strict=True))}
+    if weights:
+        assert returned.dtype == dtype
+        ours["weights"] = returned.detach().cpu()
+    assert_conforms(problem, ours)
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

@@ -571,9 +571,15 @@ def test_attention_weights_are_those_of_attention(backend: str) -> None:
     query, key, value = tensors(1, 4, 20, 8)
     visible = torch.rand(20, 20) < 0.6
     arguments: dict = {"mask": visible, "bias": torch.randn(20, 20), "dropout_p": 0.3, "dropout_seed": 2}
-    weights = efficient_attn.attention_weights(query, key, **arguments)
+    if backend == "cuda":
+        with pytest.raises(UnsupportedError, match="returns no attention weights"):
+            efficient_attn.attention_weights(query, key, **arguments, backend=backend)
+        return
+    weights = efficient_attn.attention_weights(query, key, **arguments, backend=backend)
+    mean = efficient_attn.attention_weights(query, key, **arguments, average=True, backend=backend)
+    torch.testing.assert_close(mean, weights.mean(1))
     torch.testing.assert_close(weights @ value, attention(query, key, value, **arguments, backend=backend))
-    expected, _ = eager_attention(query, key, value, visible, arguments["bias"], 8**-0.5)
+    expected, _, _ = eager_attention(query, key, value, visible, arguments["bias"], 8**-0.5)
     torch.testing.assert_close(
         attention(query, key, value, mask=visible, bias=arguments["bias"], backend=backend), expected
     )

@@ -12,7 +12,7 @@ from efficient_attn import backends
 from efficient_attn.ops.attention import MASK_OPERANDS
 
 PRIMITIVES = {
-    "attention": ("attention_forward", "attention_backward", "not_supported_reasons"),
+    "attention": ("attention_forward", "attention_with_weights", "attention_backward", "not_supported_reasons"),
     "linear_attention": ("linear_attention_forward", "linear_attention_backward", "not_supported_reasons"),
 }
 
@@ -36,7 +36,7 @@ def test_every_backend_says_which_lists_it_walks(name: str) -> None:
     assert isinstance(backends.BACKENDS[name].NEEDS_TRANSPOSED, bool)
 
 
-@pytest.mark.parametrize("name", ["attention_forward", "attention_backward"])
+@pytest.mark.parametrize("name", ["attention_forward", "attention_with_weights", "attention_backward"])
 def test_the_operator_passes_on_what_backends_take(name: str) -> None:
     taken = parameters(backends.BACKENDS["reference"].attention, name)
     schema = [argument.name for argument in getattr(torch.ops.efficient_attn, name).default._schema.arguments]

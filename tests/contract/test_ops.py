@@ -48,13 +48,26 @@ def test_opcheck_forward(name: str, requires_grad: bool, backend: str) -> None:
     torch.library.opcheck(torch.ops.efficient_attn.attention_forward, arguments)
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("name", CHECKED)
-def test_opcheck_backward(name: str, backend: str) -> None:
+def test_opcheck_with_weights(name: str, average: bool, backend: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    t, mask = operands(case, True)
+    seed = torch.tensor(5) if case.dropout_p else None
+    arguments = (t["query"], t["key"], t["value"], t["bias"], *mask, 0.25, case.dropout_p, seed, average, backend)
+    torch.library.opcheck(torch.ops.efficient_attn.attention_with_weights, arguments)
+
+
+@pytest.mark.parametrize("weights", [None, "heads", "mean"])
+@pytest.mark.parametrize("name", CHECKED)
+def test_opcheck_backward(name: str, weights: str | None, backend: str) -> None:
     case = next(c for c in CASES if c.name == name)
     t, mask = operands(case, False)
     seed = torch.tensor(5) if case.dropout_p else None
     tail = (*mask, 0.25, case.dropout_p, seed)
     inputs = (t["query"], t["key"], t["value"], t["bias"])
     out, lse = torch.ops.efficient_attn.attention_forward(*inputs, *tail, backend)
-    arguments = (t["grad_out"], None, *inputs, out, lse, *tail, t["bias"] is not None, backend)
+    heads = 1 if weights == "mean" else case.Hq
+    grad_weights = None if weights is None else torch.randn(case.B, heads, case.Nq, case.Nk)
+    arguments = (t["grad_out"], None, grad_weights, *inputs, out, lse, *tail, t["bias"] is not None, backend)
     torch.library.opcheck(torch.ops.efficient_attn.attention_backward, arguments)

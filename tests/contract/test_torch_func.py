@@ -22,20 +22,22 @@ SPECS = [
 ]
 
 
-def loss_of(module: MultiheadAttention):
+def loss_of(module: MultiheadAttention, need_weights: bool):
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         y = x[None]
-        return functional_call(module, parameters, (y, y, y), {"need_weights": False})[0].square().sum()
+        out, weights = functional_call(module, parameters, (y, y, y), {"need_weights": need_weights})
+        return out.square().sum() + (weights.square().sum() if need_weights else 0.0)
 
     return loss
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
-def test_gradients_of_each_sample(spec: str) -> None:
+def test_gradients_of_each_sample(spec: str, need_weights: bool) -> None:
     torch.manual_seed(0)
     module = MultiheadAttention(16, 4, batch_first=True, attention=spec).eval()
     x = torch.randn(3, 6, 16)
-    loss, parameters = loss_of(module), dict(module.named_parameters())
+    loss, parameters = loss_of(module, need_weights), dict(module.named_parameters())
     found = vmap(grad(loss), in_dims=(None, 0))({n: p.detach() for n, p in parameters.items()}, x)
     for n in range(3):
         right = torch.autograd.grad(loss(parameters, x[n]), list(parameters.values()), allow_unused=True)

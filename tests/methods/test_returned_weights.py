@@ -1,12 +1,19 @@
-"""Returned weights stand on the way of the output's gradient, as in plain PyTorch, for every method and every model."""
+"""Returned weights stand on the way of the output's gradient, as in plain PyTorch, for every method and every model.
+Their average over the heads stands beside it: it costs no memory of all heads, and nothing in a backward without it."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_attn import MultiheadAttention
+from efficient_attn import MultiheadAttention, attention, attention_weights
+from efficient_attn.functional import attention_with_weights
 from efficient_attn.methods import METHODS, parse
 from efficient_attn.models import TextClassifier, TextClassifierConfig, TransformerConfig
 
@@ -46,6 +53,92 @@ def test_values_and_gradients_are_those_without_weights(spec: str) -> None:
         assert (ours is None) == (expected is None)
         if expected is not None:
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_average_is_that_of_the_heads(spec: str) -> None:
+    torch.manual_seed(0)
+    method = parse(spec)
+    state = method.build(32, 2, 8, dtype=torch.float64)
+    q, k, v = (torch.randn(2, h, 64, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    key_mask = torch.ones(2, 64, dtype=torch.bool)
+    key_mask[1, 50:] = False
+    call = {"state": state, "key_mask": key_mask, "dropout_p": 0.2, "dropout_seed": 5}
+    (out, mean), (right, weights) = (method.attend(q, k, v, **call, need_weights=n) for n in ("mean", True))
+    assert mean is not None and weights is not None and mean.shape == (2, 64, 64)
+    torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mean, weights.mean(1), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.grad(out.sum(), mean, retain_graph=True, allow_unused=True) == (None,)
+    cotangents = torch.randn_like(out), torch.randn_like(mean)
+    found = torch.autograd.grad((out, mean), (q, k, v), cotangents, allow_unused=True)
+    expected = torch.autograd.grad((right, weights.mean(1)), (q, k, v), cotangents, allow_unused=True)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8)
+
+
+class Backward(TorchDispatchMode):
+    """Whether each backward of ours got a gradient of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_weights: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function is torch.ops.efficient_attn.attention_backward.default:
+            self.of_weights.append(arguments[2] is not None)
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_loss_that_leaves_the_weights_alone_pays_nothing_for_them() -> None:
+    module, x = MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 6, 16)
+    out, weights = module(x, x, x)
+    with Backward() as seen:
+        out.sum().backward(retain_graph=True)
+        (out.sum() + weights.square().sum()).backward()
+    assert seen.of_weights == [False, True]
+
+
+def test_the_bits_do_not_depend_on_the_threads() -> None:
+    """Which decide on the queries of a tile."""
+    q, k, v = (torch.randn(1, 3, n, 24) for n in (130, 300, 300))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5, 40):
+            torch.set_num_threads(threads)
+            results.append((*attention_with_weights(q, k, v, average=True), attention_weights(q, k)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert torch.equal(results[0][0], attention(q, k, v))
+
+
+def test_scores_beside_a_large_number(backend: str) -> None:
+    """Where lse has no digit left for the number of keys."""
+    if backend not in ("cpu", "reference"):
+        pytest.skip("it rebuilds weights from lse")
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 40, 8)
+    weights = attention_weights(q, k, bias=torch.full((1, 1, 5, 40), -1e30), backend=backend)
+    torch.testing.assert_close(weights, torch.full((1, 2, 5, 40), 1 / 40))
+
+
+MEMORY = """
+import resource, torch
+from efficient_attn import attention_weights
+q = torch.randn(1, 12, 4096, 16)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+attention_weights(q[:, :, :256], q, average=True)
+before = peak()
+weights = attention_weights(q, q, average=True)
+print((peak() - before) / weights.nbytes)
+"""
+
+
+def test_an_average_takes_no_memory_of_all_heads() -> None:
+    """The largest resident memory of a process, over that of the result: twelve heads would be twelve."""
+    pytest.importorskip("efficient_attn._cpu")
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert float(run.stdout) < 1.3, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("hidden", [torch.nan, torch.inf])

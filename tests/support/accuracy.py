@@ -14,11 +14,13 @@ from torch import Tensor
 
 OUTPUT_RATIO, GRADIENT_RATIO = 1.0, 1.5
 ORDERS = 4
+OUTPUTS = ("out", "lse")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call and its cotangents: all that decides the result. `kept` is where dropout lets a pair live, or None."""
+    """One call and its cotangents: all that decides the result. `kept` is where dropout lets a pair live, or None;
+    `grad_weights` (B, Hq | 1, Nq, Nk) that of returned weights, of one head for their average."""
 
     query: Tensor
     key: Tensor
@@ -30,6 +32,7 @@ class Problem:
     grad_lse: Tensor | None = None
     kept: Tensor | None = None
     dropout_p: float = 0.0
+    grad_weights: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -47,8 +50,8 @@ def eager_attention(
     scale: float,
     kept: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """out and lse as a PyTorch user writes them, in the inputs' dtype; a fully masked row gives 0 and -inf."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and weights as a PyTorch user writes them, in the inputs' dtype; a fully masked row gives 0 and -inf."""
     repeats = query.shape[1] // max(key.shape[1], 1)
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query @ key.transpose(-1, -2)) * scale
@@ -64,7 +67,7 @@ def eager_attention(
     weights = torch.softmax(scores.masked_fill(~visible & ~empty, -torch.inf), -1).masked_fill(~visible, 0.0)
     if kept is not None:
         weights = weights.masked_fill(~kept, 0.0) / (1.0 - dropout_p)
-    return weights @ value, lse
+    return weights @ value, lse, weights
 
 
 def run_eager(problem: Problem, dtype: torch.dtype, order: int = 0) -> dict[str, Tensor]:
@@ -74,7 +77,7 @@ def run_eager(problem: Problem, dtype: torch.dtype, order: int = 0) -> dict[str,
     keys, dims = (torch.randperm(n, generator=generator) if order else torch.arange(n) for n in (Nk, D))
     along_keys = lambda t: t[..., keys] if t is not None and t.shape[-1] == Nk else t  # noqa: E731
     leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in problem.inputs.items()}
-    out, lse = eager_attention(
+    out, lse, weights = eager_attention(
         leaves["query"][..., dims],
         leaves["key"][:, :, keys][..., dims],
         leaves["value"][:, :, keys],
@@ -88,15 +91,21 @@ def run_eager(problem: Problem, dtype: torch.dtype, order: int = 0) -> dict[str,
     if problem.grad_lse is not None:
         outputs += (lse.masked_fill(lse == -torch.inf, 0.0),)
         cotangents += (problem.grad_lse.to(dtype),)
+    if problem.grad_weights is not None:
+        average = problem.grad_weights.shape[1] < weights.shape[1]
+        weights = weights.mean(1, keepdim=True) if average else weights
+        outputs, cotangents = (*outputs, weights), (*cotangents, along_keys(problem.grad_weights.to(dtype)))
     found = gradients(outputs, list(leaves.values()), cotangents)
-    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, found, strict=True))}
+    weights = weights.detach()[..., keys.argsort()]
+    return {"out": out.detach(), "lse": lse.detach(), "weights": weights, **dict(zip(leaves, found, strict=True))}
 
 
 def magnitudes(problem: Problem) -> dict[str, float]:
     """The largest sum of absolute terms behind each result: what its rounding errors are relative to (float64).
 
     A gradient that cancels to zero, as dP - delta does with one key, was still computed from terms of this size. The
-    backward rebuilds P = exp(s - lse) from a stored lse, whose own rounding, half an ulp, every weight inherits.
+    backward rebuilds P = exp(s - lse) from a stored lse, whose own rounding, half an ulp, every weight inherits;
+    and of a returned weight the rounding of its one score is as large, with no sum around it.
     """
     absolute = {name: tensor.detach().double().abs() for name, tensor in problem.inputs.items()}
     repeats = problem.query.shape[1] // max(problem.key.shape[1], 1)
@@ -112,8 +121,13 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     delta = (grad_out * out).sum(-1, keepdim=True)
     if problem.grad_lse is not None:
         delta = delta + problem.grad_lse.double().abs()[..., None]
-    grad_scores = weights * (grad_out @ value.mT / (1.0 - problem.dropout_p) + delta)
+    grad_weights = torch.zeros(())
+    if problem.grad_weights is not None:
+        grad_weights = problem.grad_weights.double().abs() * problem.grad_weights.shape[1] / max(scores.shape[1], 1)
+        delta = delta + (weights * grad_weights).sum(-1, keepdim=True) / (1.0 - problem.dropout_p)
+    grad_scores = weights * ((grad_out @ value.mT + grad_weights) / (1.0 - problem.dropout_p) + delta)
     result = {"out": out, "lse": gold["lse"].abs().masked_fill(gold["lse"] == -torch.inf, 0.0)}
+    result["weights"] = weights / (1.0 - problem.dropout_p)
     if terms.numel():
         result["lse"] = result["lse"] + terms.amax(-1)
     result["query"] = grad_scores @ key * abs(problem.scale)
@@ -123,7 +137,7 @@ def magnitudes(problem: Problem) -> dict[str, float]:
         result["bias"] = grad_scores.sum_to_size(problem.bias.shape)
     sizes = {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in result.items()}
     stored = 1.0 + float(lse.abs().max()) / 2 if lse.numel() else 1.0
-    return {name: size if name in ("out", "lse") else size * stored for name, size in sizes.items()}
+    return {name: size if name in OUTPUTS else size * stored for name, size in sizes.items()}
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> list[Tensor]:
@@ -141,7 +155,7 @@ def assert_conforms(problem: Problem, ours: dict[str, Tensor]) -> None:
         for run, order in zip(runs, range(ORDERS), strict=True):
             run["lse"] = run_eager(problem, torch.float32, order)["lse"]
     for name, mine in ours.items():
-        ratio = OUTPUT_RATIO if name in ("out", "lse") else GRADIENT_RATIO
+        ratio = OUTPUT_RATIO if name in OUTPUTS else GRADIENT_RATIO
         eager = max((_error(run[name], gold[name]) for run in runs), default=0.0)
         _assert_within(name, mine, gold[name], ratio * eager, sizes[name])
 

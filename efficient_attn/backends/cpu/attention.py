@@ -23,7 +23,7 @@ except ImportError as error:
     _cpu = None
     MISSING = f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
 
-LARGE = 64 * 2**20  # bytes from which a gradient is worth huge pages
+LARGE = 64 * 2**20  # bytes from which a result is worth huge pages
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -64,9 +64,36 @@ def attention_forward(
     return out, lse
 
 
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    average: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out, lse and weights (B, Hq | 1, Nq, Nk), as `reference.attention_with_weights`."""
+    query, key, value = readable(query), readable(key), readable(value)
+    B, Hq, Nq, _ = query.shape
+    Nk, dtype = key.shape[2], query.dtype
+    out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
+    lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
+    weights = _empty((B, 1 if average else Hq, Nq, Nk), dtype)
+    if out.numel() == 0 or Nk == 0:
+        return out.zero_(), lse.fill_(-torch.inf), weights.zero_()
+    kept, words = pack_attention(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, weights)
+    _cpu.attention_forward(words, torch.get_num_threads())
+    del kept
+    return out, lse, weights
+
+
 def attention_backward(
     grad_out: Tensor,  # (B, Hq, Nq, Dv)
     grad_lse: Tensor | None,  # (B, Hq, Nq)
+    grad_weights: Tensor | None,  # (B, Hq | 1, Nq, Nk)
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,23 +108,24 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (query, key, value))
-    dbias = _zeros(bias.shape, bias.dtype) if bias is not None and bias_requires_grad else None
+    dbias = _empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         return zeroed((dq, dk, dv, dbias))
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     lse = lse.contiguous()
-    kept, words = pack_attention(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
+    call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
+    kept, words = pack_attention(*call, grad_weights)
     words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, dbias)
     _cpu.attention_backward(words, torch.get_num_threads())
     del kept
     return dq, dk, dv, dbias
 
 
-def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """torch.zeros; on huge pages where it is large, since it is written tile by tile, in as many pages as a tile has
-    queries, and the kernel's first touch of small pages costs as much as the gradient's arithmetic."""
-    zeros = torch.empty(shape, dtype=dtype, device="cpu")
-    if zeros.nbytes >= LARGE:
-        _cpu.prefer_huge_pages(zeros.data_ptr(), zeros.nbytes)
-    return zeros.zero_()
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """torch.empty; on huge pages where it is large, for what is written tile by tile, in as many pages as a tile has
+    queries: the kernel's first touch of small pages costs as much as the arithmetic."""
+    empty = torch.empty(shape, dtype=dtype, device="cpu")
+    if empty.nbytes >= LARGE:
+        _cpu.prefer_huge_pages(empty.data_ptr(), empty.nbytes)
+    return empty

@@ -28,6 +28,7 @@ from ..call import Call, readable, zeroed
 from ..words import pack_attention, pack_attention_gradients, pointer
 
 MODULE = "efficient_attn._cuda"
+NO_WEIGHTS = "it returns no attention weights, and takes no gradient of them"
 LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
 
 
@@ -91,6 +92,8 @@ def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 def not_supported_reasons(call: Call) -> list[str]:
     """Why this backend cannot serve `call`."""
     reasons = device_reasons(call.device, call.dtype)
+    if call.returns_weights:
+        reasons.append(NO_WEIGHTS)
     if not reasons and call.device.type == "cuda":
         reasons += _shared_memory_reasons(call)
     if max(call.Nq, call.Nk) > LONGEST:
@@ -164,9 +167,25 @@ def attention_forward(
     return out, lse
 
 
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    average: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Raise UnsupportedError, as `not_supported_reasons` says before."""
+    raise UnsupportedError(f"backend='cuda' cannot serve this call: {NO_WEIGHTS}. Use backend='triton' or 'reference'")
+
+
 def attention_backward(
     grad_out: Tensor,  # (B, Hq, Nq, Dv)
     grad_lse: Tensor | None,  # (B, Hq, Nq)
+    grad_weights: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -179,7 +198,7 @@ def attention_backward(
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
+    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`; without `grad_weights`."""
     dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:

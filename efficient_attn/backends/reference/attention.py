@@ -8,6 +8,9 @@ and its gradient, with delta_i = dout_i . out_i - dlse_i:
 
     dV = (Z P)^T dO     dP = Z (dO V^T)     dS = P (dP - delta)     dQ = scale dS K     dK = scale dS^T Q     dbias = dS
 
+The weights Z P may be returned too, of each head or averaged over the heads. Their gradient dW, for an average an equal
+share for every head, adds to dO V^T, and sum_j dW_ij Z_ij P_ij to delta_i.
+
 Half precision is computed in float32. Masked pairs are selected away, never multiplied by zero, so that a NaN behind a
 mask stays behind it. A row without a visible key gives out = 0, lse = -inf and no gradient. Memory is O(Nq * Nk) here.
 """
@@ -47,9 +50,30 @@ def attention_forward(
     return out.to(query.dtype), logsumexp(scores)
 
 
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    average: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out and lse, and what multiplies the values: (B, Hq, Nq, Nk), or (B, 1, Nq, Nk) their average over the
+    heads, in the query's dtype."""
+    call = (bias, mask, scale, dropout_p, dropout_seed)
+    out, lse = attention_forward(query, key, value, *call)
+    weights = attention_weights(query.to(lse.dtype), key.to(lse.dtype), *call)
+    mean = weights.sum(1, keepdim=True) / max(weights.shape[1], 1)
+    return out, lse, (mean if average else weights).to(query.dtype)
+
+
 def attention_backward(
     grad_out: Tensor,  # (B, Hq, Nq, Dv)
     grad_lse: Tensor | None,  # (B, Hq, Nq)
+    grad_weights: Tensor | None,  # (B, Hq | 1, Nq, Nk)
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,15 +99,21 @@ def attention_backward(
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
 
-    grad_weights = grad_out @ group(value.to(dtype), heads).mT  # (B, Hq, Nq, Nk)
-    dropped = weights
+    grad_dropped = grad_out @ group(value.to(dtype), heads).mT  # (B, Hq, Nq, Nk)
+    if grad_weights is not None:
+        share = grad_weights.to(dtype) * (grad_weights.shape[1] / max(heads, 1))
+        of_weights = share.expand(weights.shape).masked_fill(~visible, 0.0)
+        grad_dropped = grad_dropped + of_weights
+    dropped, grad_kept = weights, grad_dropped
     if dropout_p > 0.0:
         dropped = apply_dropout(weights, dropout_p, dropout_seed, first_row)
-        grad_weights = apply_dropout(grad_weights, dropout_p, dropout_seed, first_row)
+        grad_kept = apply_dropout(grad_dropped, dropout_p, dropout_seed, first_row)
     delta = (grad_out * out.to(dtype)).sum(-1)
+    if grad_weights is not None:
+        delta = delta + (of_weights * dropped).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
-    grad_scores = (weights * (grad_weights - delta[..., None])).masked_fill(~visible, 0.0)
+    grad_scores = (weights * (grad_kept - delta[..., None])).masked_fill(~visible, 0.0)
 
     dq = select_matmul(grad_scores, visible, group(key.to(dtype), heads)) * scale
     dk = select_matmul(grad_scores.mT, visible.mT, query.to(dtype)) * scale

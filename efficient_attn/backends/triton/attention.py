@@ -45,9 +45,18 @@ def kernels() -> Any:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from ...kernels import attention, attention_backward, configs, linear_attention, plan, tiles, walk
+    from ...kernels import (
+        attention,
+        attention_backward,
+        attention_weights,
+        configs,
+        linear_attention,
+        plan,
+        tiles,
+        walk,
+    )
 
-    modules = (tiles, walk, configs, plan, attention, attention_backward, linear_attention)
+    modules = (tiles, walk, configs, plan, attention, attention_backward, attention_weights, linear_attention)
     names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}
     return type("Kernels", (), names | {"triton": triton, "TensorDescriptor": TensorDescriptor})
 
@@ -157,9 +166,42 @@ def attention_forward(
     return out, lse
 
 
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    average: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out, lse and weights (B, Hq | 1, Nq, Nk), as `reference.attention_with_weights`."""
+    out, lse = attention_forward(query, key, value, bias, mask, scale, dropout_p, dropout_seed)
+    query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
+    B, Hq, Nq, _ = query.shape
+    Nk, heads = key.shape[2], 1 if average else Hq
+    weights = query.new_empty(B, heads, Nq, Nk)
+    if weights.numel() == 0 or Hq == 0 or _lists_nothing(mask):
+        return out, lse, weights.zero_()
+    k = kernels()
+    problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
+    inputs = _inputs(query, key, value, bias, problem)._replace(mask=_mask(mask, B, False, problem))
+    config = _config("bias_gradient", query, 0, mask, problem, bias is not None)  # the same scores, a tile at a time
+    tiles = (-(-Nq // config.block_q), -(-Nk // config.block_k))
+    with _on(query.device):
+        k.attention_weights_kernel[(B * heads * math.prod(tiles),)](
+            *inputs, _upstream(out, lse, lse, scale, None, Hq), k.Weights(weights, heads, *tiles, Hq // heads),
+            _constants(config, mask, problem), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out, lse, weights
+
+
 def attention_backward(
     grad_out: Tensor,  # (B, Hq, Nq, Dv)
     grad_lse: Tensor | None,  # (B, Hq, Nq)
+    grad_weights: Tensor | None,  # (B, Hq | 1, Nq, Nk)
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -188,7 +230,7 @@ def attention_backward(
     group = Hq // Hkv
     delta = torch.empty_like(lse)
     inputs = _inputs(query, key, value, bias, problem)
-    given = k.Upstream(*_rows(grad_out), lse, delta, scale)
+    given = _upstream(grad_out, lse, delta, scale, grad_weights, Hq)
 
     def run_keys(config: Any) -> None:
         programs = _tiles(Nk, config.block_k, mask, 1) * B * Hkv
@@ -213,6 +255,14 @@ def attention_backward(
         k.delta_kernel[(-(-rows // block),)](
             _rows(out), _rows(grad_out), grad_lse, delta, rows, Hq, Nq, Dv, k.padded(Dv), block, num_warps=4
         )
+        if grad_weights is not None:
+            config = _config("query_gradient", query, Dv, mask, problem, bias is not None)
+            programs = _tiles(Nq, config.block_q, mask, 0) * B * Hq
+            k.weight_products_kernel[(programs,)](
+                *inputs._replace(mask=_mask(mask, B, False, problem, Hq)), given,
+                k.Grid(programs, B * Hq, Hq, _section(B * Hq, Nk, key, value, group)),
+                _constants(config, mask, problem), num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
         run_keys(_config("key_gradient", query, Dv, mask, problem, bias is not None, run_keys))
         run_queries(_config("query_gradient", query, Dv, mask, problem, bias is not None, run_queries))
         if dbias is not None:
@@ -325,6 +375,19 @@ def _inputs(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, prob
     _B, Hq, _Hkv, Nq, Nk = problem.sizes[:5]
     k, sizes = kernels(), (Hq, Nq, Nk, problem.scale)
     return k.Inputs(*map(_rows, (query, key, value)), _bias(bias), None, problem.dropout, k.Sizes(*sizes))
+
+
+def _upstream(
+    grad_out: Tensor, lse: Tensor, delta: Tensor, scale: float, grad_weights: Tensor | None, heads: int
+) -> Any:
+    """What the passes of the backward read besides the inputs."""
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    share = 1.0
+    if grad_weights is not None:
+        steps = zip(grad_weights.shape, grad_weights.stride(), strict=True)
+        strides = tuple(0 if size == 1 else step for size, step in steps)
+        share = grad_weights.shape[1] / heads
+    return kernels().Upstream(*_rows(grad_out), lse, delta, scale, grad_weights, *strides, share)
 
 
 def _rows(tensor: Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Hybrid(Method):
         dropout_p: float = 0.0,
         dropout_seed: int | Tensor | None = None,
         backend: str = "auto",
-        need_weights: bool = False,
+        need_weights: bool | Literal["mean"] = False,
     ) -> tuple[Tensor, Tensor | None]:
         if bias is not None:
             raise UnsupportedError(f"{self} cannot add a bias to the scores of its tail; use a sparse method or dense")
@@ -113,7 +113,7 @@ class Hybrid(Method):
         pairs: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "causal_alignment": causal_alignment}
         split, counted = self._plan(query, key, key_mask, scale, **pairs)
         seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
-        call = TailCall(split, scale, state, counted, is_causal, dropout_p, seed, backend, need_weights)
+        call = TailCall(split, scale, state, counted, is_causal, dropout_p, seed, backend, bool(need_weights))
         near, far = self._branches(query, key, value, key_mask, call)
         out, lse = merge_attention((near.out, far.out), (near.lse, far.lse))
         if near.weights is None or far.weights is None:

@@ -242,6 +242,8 @@ AttentionCase random_attention_case(uint64_t seed) {
     c.dq = random_layout(random, c.dtype, c.B, c.Hq, c.Nq, c.D);
     c.dk = random_layout(random, c.dtype, c.B, c.Hkv, c.Nk, c.D);
     c.dv = random_layout(random, c.dtype, c.B, c.Hkv, c.Nk, c.Dv);
+    c.weight_heads = random.choose<int64_t>({0, 0, 1, c.Hq});
+    c.weights = random_layout(random, c.dtype, c.B, c.weight_heads, c.Nq, c.Nk);
     return c;
 }
 

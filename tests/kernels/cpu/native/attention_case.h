@@ -30,7 +30,8 @@ struct AttentionCase {
     Image query, key, value, grad_out;
     bool has_bias, wants_bias_gradient, has_grad_lse;
     Image bias, grad_lse;
-    Image out, lse, dq, dk, dv, dbias;  // layouts, every byte unwritten
+    int64_t weight_heads;                        // 0: no weights are asked for; 1: their average over the heads
+    Image out, lse, weights, dq, dk, dv, dbias;  // layouts, every byte unwritten
     Mask mask;
 
     int accumulator() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }

@@ -9,9 +9,10 @@ using efficient_attn::Kernels;
 
 // A case's tensors and mask between guard pages, and the arguments that point at them.
 struct Call {
-    Placed query, key, value, grad_out, bias, grad_lse, out, lse, dq, dk, dv, dbias;
+    Placed query, key, value, grad_out, bias, grad_lse, out, lse, weights, dq, dk, dv, dbias;
     std::vector<Guarded> lists;
     AttentionParams p{};
+    efficient_attn::WeightsView asked{};
 
     Call(const AttentionCase& c, Flush flush)
         : query(c.query, flush),
@@ -22,6 +23,7 @@ struct Call {
           grad_lse(c.grad_lse, flush),
           out(c.out, flush),
           lse(c.lse, flush),
+          weights(c.weights, flush),
           dq(c.dq, flush),
           dk(c.dk, flush),
           dv(c.dv, flush),
@@ -41,6 +43,10 @@ struct Call {
                 p.dbias.size[dim] = c.bias.size[dim];
             }
             p.dbias.data = c.wants_bias_gradient ? dbias.data() : nullptr;
+        }
+        if (c.weight_heads > 0) {
+            asked.data = weights.data(), asked.heads = c.weight_heads;
+            for (int dim = 0; dim < 4; ++dim) asked.stride[dim] = c.weights.stride[dim];
         }
         set_mask(c.mask, flush);
     }
@@ -73,8 +79,13 @@ struct Call {
         return {{"query", &query},       {"key", &key},   {"value", &value},
                 {"grad_out", &grad_out}, {"bias", &bias}, {"grad_lse", &grad_lse}};
     }
-    bool run(const Kernels& kernels, int threads) const {
-        return efficient_attn::run(kernels.forward, p, threads) && efficient_attn::run(kernels.backward, p, threads);
+    // with_gradient: the weights that were written are their own gradient in the backward.
+    bool run(const Kernels& kernels, int threads, bool with_gradient = false) const {
+        AttentionParams forward = p, backward = p;
+        forward.weights = asked;
+        if (with_gradient) backward.weights = asked;
+        return efficient_attn::run(kernels.forward, forward, threads) &&
+               efficient_attn::run(kernels.backward, backward, threads);
     }
 };
 
@@ -85,6 +96,7 @@ std::vector<Result<Call>> results(const AttentionCase& c, const AttentionResults
                                      {"dq", &expected.dq, &Call::dq},
                                      {"dk", &expected.dk, &Call::dk},
                                      {"dv", &expected.dv, &Call::dv}};
+    if (c.weight_heads > 0) all.push_back({"weights", &expected.weights, &Call::weights});
     if (c.wants_bias_gradient) all.push_back({"dbias", &expected.dbias, &Call::dbias});
     return all;
 }
@@ -112,9 +124,10 @@ std::string check_malformed_lists(uint64_t seed, Context& context) {
             context.now("malformed lists: " + c.describe() + place);
             const Call made(c, how.flush);
             context.calls += 2;
-            if (!made.run(*kernels, how.threads)) return "run() was refused memory" + place;
+            if (!made.run(*kernels, how.threads, true)) return "run() was refused memory" + place;
             if (const std::string changed = written(made.inputs()); !changed.empty()) return changed + place;
-            for (const Placed* result : {&made.out, &made.lse, &made.dq, &made.dk, &made.dv, &made.dbias})
+            for (const Placed* result :
+                 {&made.out, &made.lse, &made.weights, &made.dq, &made.dk, &made.dv, &made.dbias})
                 if (!result->slack_is_unwritten() || !result->now().gaps_are_unwritten())
                     return "a result was written beside its elements" + place;
         }

@@ -62,6 +62,7 @@ struct Definition {
           product_unit(element_bytes(c.dtype) == 2 ? epsilon(c.dtype) : 0) {
         results.out = Bounded(c.out.count());
         results.lse = Bounded(c.lse.count());
+        results.weights = Bounded(c.weights.count());
         results.dq = Bounded(c.dq.count());
         results.dk = Bounded(c.dk.count());
         results.dv = Bounded(c.dv.count());
@@ -115,6 +116,21 @@ struct Definition {
             for (int64_t d = 0; d < c.Dv; ++d)
                 results.out.add(at * c.Dv + d, w * v[d], w * std::fabs(v[d]) * (relative + 2 * product_unit));
         }
+        if (c.weight_heads > 0) weights(b, h, i, relative);
+    }
+
+    // Where one weight of a row is NaN, so may be those of what is hidden from it.
+    void weights(int64_t b, int64_t h, int64_t i, double relative) {
+        const bool average = c.weight_heads < c.Hq;
+        const double share = average ? 1.0 / static_cast<double>(c.Hq) : 1;
+        const int64_t row = ((b * c.weight_heads + (average ? 0 : h)) * c.Nq + i) * c.Nk;
+        double sum = 0;
+        for (size_t n = 0; n < seen.size(); ++n) {
+            const double w = factor[n] * weight[n] * share;
+            results.weights.add(row + seen[n], w, w * relative);
+            sum += weight[n];
+        }
+        for (int64_t j = 0; std::isnan(sum) && j < c.Nk; ++j) results.weights.add(row + j, NAN, NAN);
     }
 
     void backward(int64_t b, int64_t h, int64_t i, int64_t at, int64_t kv_row, const double* q, const double* dO,
@@ -157,7 +173,7 @@ AttentionResults attention_reference(AttentionCase& c) {
             for (int64_t i = 0; i < c.Nq; ++i) definition.row(b, h, i);
     AttentionResults results = std::move(definition.results);
     const double terms = static_cast<double>(c.Nq + c.Nk);  // each may have been flushed on its own
-    for (Bounded* result : {&results.out, &results.dq, &results.dk, &results.dv})
+    for (Bounded* result : {&results.out, &results.weights, &results.dq, &results.dk, &results.dv})
         round_to(c.dtype, c.dtype == kFloat16 ? 1 : 64 * terms, *result);
     round_to(c.accumulator(), 0, results.lse);
     if (c.has_bias) round_to(c.dbias.dtype, 64 * terms, results.dbias);

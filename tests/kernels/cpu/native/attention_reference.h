@@ -7,7 +7,7 @@
 namespace harness {
 
 struct AttentionResults {
-    Bounded out, lse, dq, dk, dv, dbias;
+    Bounded out, lse, weights, dq, dk, dv, dbias;
 };
 
 AttentionResults attention_reference(AttentionCase& c);

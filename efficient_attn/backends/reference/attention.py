@@ -15,12 +15,21 @@ mask stays behind it. A row without a visible key gives out = 0, lse = -inf and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...masks import MaskArrays
 from ..call import Call, accumulation_dtype
+
+
+class Piece(NamedTuple):
+    """Some pairs of a larger call, for callers that walk it piece by piece: what the mask shows of them, and where each
+    batch element, head, query and key of the piece stands."""
+
+    visible: Tensor  # bool, broadcasts to (B, Hq, Nq, Nk)
+    places: tuple[Tensor, Tensor, Tensor, Tensor]  # b, h, i and j, int64 vectors
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -61,16 +70,15 @@ def attention_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
-    first_row: int = 0,
+    piece: Piece | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), each shaped and typed like its input.
 
     The weights are made from the scores again, not as exp(s - lse): an lse of 1e9 has no digit left for the log of the
-    number of keys. `first_row` says which row of the mask the first query is, for callers that walk the queries in
-    slices.
+    number of keys. `piece` says what the tensors are a part of; then it, not `mask`, says which pairs are visible.
     """
     heads = query.shape[1]
-    scores, visible = masked_scores(query, key, bias, mask, scale, first_row)
+    scores, visible = masked_scores(query, key, bias, mask, scale, piece)
     weights = softmax(scores).masked_fill(~visible, 0.0)  # where the row is NaN, too
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
@@ -78,8 +86,8 @@ def attention_backward(
     grad_weights = grad_out @ group(value.to(dtype), heads).mT  # (B, Hq, Nq, Nk)
     dropped = weights
     if dropout_p > 0.0:
-        dropped = apply_dropout(weights, dropout_p, dropout_seed, first_row)
-        grad_weights = apply_dropout(grad_weights, dropout_p, dropout_seed, first_row)
+        dropped = apply_dropout(weights, dropout_p, dropout_seed, piece)
+        grad_weights = apply_dropout(grad_weights, dropout_p, dropout_seed, piece)
     delta = (grad_out * out.to(dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
@@ -125,12 +133,15 @@ def attention_weights(
 
 
 def masked_scores(
-    query: Tensor, key: Tensor, bias: Tensor | None, mask: MaskArrays, scale: float, first_row: int = 0
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: MaskArrays, scale: float, piece: Piece | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return scores (B, Hq, Nq, Nk) with -inf at masked pairs, and which pairs are visible, in the same shape."""
     dtype = accumulation_dtype(query.dtype)
     scores = (query.to(dtype) @ group(key.to(dtype), query.shape[1]).mT) * scale
-    visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device, first_row).expand(scores.shape)
+    if piece is None:
+        visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device).expand(scores.shape)
+    else:
+        visible = piece.visible.expand(scores.shape)
     if bias is not None:
         visible = visible & (bias != -torch.inf)
         scores = scores + bias.to(dtype)
@@ -171,9 +182,9 @@ def ungroup(gradient: Tensor, kv_heads: int) -> Tensor:
 # --- which pairs are visible ---
 
 
-def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.device, first_row: int = 0) -> Tensor:
-    """Expand a mask to bool (1 | B, 1 | Hq, q_len, kv_len) for the query rows first_row .. first_row + q_len."""
-    i = torch.arange(first_row, first_row + q_len, device=device)[:, None] + mask.window_offset
+def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """Expand a mask to bool (1 | B, 1 | Hq, q_len, kv_len)."""
+    i = torch.arange(q_len, device=device)[:, None] + mask.window_offset
     j = torch.arange(kv_len, device=device)[None, :]
     visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
     if mask.window_left >= 0:
@@ -184,60 +195,54 @@ def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.devic
     if mask.kv_lengths is not None:
         visible = visible & (j < mask.kv_lengths[:, None, None, None])
     if mask.indptr is not None:
-        visible = visible & expand_lists(mask, kv_len, first_row, first_row + q_len)
+        visible = visible & expand_lists(mask, q_len, kv_len)
     return visible
 
 
-def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor:
-    """Draw the listed blocks of rows first .. last as bool (batch, heads, last - first, kv_len)."""
+def expand_lists(mask: MaskArrays, q_len: int, kv_len: int) -> Tensor:
+    """Draw the listed blocks as bool (batch, heads, q_len, kv_len)."""
     assert mask.indptr is not None and mask.indices is not None and mask.tile_ids is not None and mask.tiles is not None
     block_q, block_k = mask.block_q, mask.block_k
-    lines = mask.batch * mask.heads
-    row_blocks = (mask.indptr.numel() - 1) // max(lines, 1)
-    a, b = first // block_q, -(-last // block_q)
+    counts = mask.indptr.diff()
     columns = -(-kv_len // block_k)
-    starts = mask.indptr[:-1].view(lines, row_blocks)[:, a:b].reshape(-1)
-    ends = mask.indptr[1:].view(lines, row_blocks)[:, a:b].reshape(-1)
-    counts = ends - starts
-    everything = mask.indices.numel() if (a, b) == (0, row_blocks) else None  # else a number that only values know
-    rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts, output_size=everything)
-    within = torch.arange(rows.numel(), device=counts.device) - (counts.cumsum(0) - counts)[rows]
-    entries = starts[rows] + within
-    tile_ids = mask.tile_ids[entries]
-
-    drawn = torch.zeros(lines * (b - a), columns, block_q, block_k, dtype=torch.bool, device=counts.device)
+    rows = torch.repeat_interleave(
+        torch.arange(counts.numel(), device=counts.device), counts, output_size=mask.indices.numel()
+    )
+    drawn = torch.zeros(counts.numel(), columns, block_q, block_k, dtype=torch.bool, device=counts.device)
     bits = torch.arange(8, device=counts.device, dtype=torch.uint8)
     full = mask.tiles.new_full((1, block_q, block_k // 8), 255)  # what tile -1 stands for, the last one
-    tiles = torch.cat([mask.tiles, full])[tile_ids.long()]  # (entries, block_q, block_k / 8)
-    blocks = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)
-    drawn[rows, mask.indices[entries].long()] = blocks
-    drawn = drawn.view(mask.batch, mask.heads, b - a, columns, block_q, block_k).transpose(3, 4)
-    drawn = drawn.reshape(mask.batch, mask.heads, (b - a) * block_q, columns * block_k)
-    return drawn[:, :, first - a * block_q : last - a * block_q, :kv_len]
+    tiles = torch.cat([mask.tiles, full])[mask.tile_ids.long()]  # (nnz, block_q, block_k / 8)
+    drawn[rows, mask.indices.long()] = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)
+    drawn = drawn.view(mask.batch, mask.heads, -1, columns, block_q, block_k).transpose(3, 4)
+    return drawn.reshape(mask.batch, mask.heads, -1, columns * block_k)[:, :, :q_len, :kv_len]
 
 
 # --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---
 
 
-def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, first_row: int = 0) -> Tensor:
+def apply_dropout(
+    tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, piece: Piece | None = None
+) -> Tensor:
     """Zero the dropped pairs of (B, Hq, Nq, Nk) and scale the kept ones by 1 / (1 - dropout_p)."""
-    kept = dropout_keep(tensor.shape, dropout_p, dropout_seed, tensor.device, first_row)
+    places = None if piece is None else piece.places
+    kept = dropout_keep(tensor.shape, dropout_p, dropout_seed, tensor.device, places)
     return torch.where(kept, tensor / (1.0 - dropout_p), 0.0)
 
 
 def dropout_keep(
-    shape: Sequence[int], dropout_p: float, seed: Tensor | None, device: torch.device, first_row: int = 0
+    shape: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    device: torch.device,
+    places: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Which pairs survive: a pure function of (seed, b, h, i, j), bool (B, Hq, Nq, Nk).
 
     The counter is laid out so that one Philox call gives the four elements that one GPU thread holds in an m16n8
     accumulator fragment: counter = (j >> 1, (i >> 4) * 8 + (i & 7), h, b), word = ((i >> 3) & 1) * 2 + (j & 1).
     """
-    b, h, i, j = (
-        torch.arange(size, device=device).view([-1 if axis == d else 1 for d in range(4)])
-        for axis, size in enumerate(shape)
-    )
-    i = i + first_row
+    vectors = [torch.arange(size, device=device) for size in shape] if places is None else places
+    b, h, i, j = (v.view([-1 if axis == d else 1 for d in range(4)]) for axis, v in enumerate(vectors))
     assert seed is not None, "functional.attention draws a seed whenever dropout_p > 0"
     seed = seed.to(device)
     counter = [j >> 1, (i >> 4) * 8 + (i & 7), h, b]

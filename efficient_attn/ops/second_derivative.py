@@ -52,7 +52,9 @@ def backward_gradients(
     cuts = (_of_rows, _of_keys, _of_keys, _of_pairs)[: 4 if bias_requires_grad else 3]
     totals = [None if t is None else torch.zeros_like(t) for t in tensors]
     for place in _places(mask, query, key):
-        leaves = [None if t is None else cut(t, place).detach().requires_grad_() for cut, t in zip(CUTS, tensors, strict=True)]
+        leaves = [
+            None if t is None else cut(t, place).detach().requires_grad_() for cut, t in zip(CUTS, tensors, strict=True)
+        ]
         with torch.enable_grad():
             results: Any = reference.attention_backward(
                 *leaves, mask, scale, dropout_p, dropout_seed, bias_requires_grad, _piece(place, query, key)

@@ -220,9 +220,7 @@ def expand_lists(mask: MaskArrays, q_len: int, kv_len: int) -> Tensor:
 # --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---
 
 
-def apply_dropout(
-    tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, piece: Piece | None = None
-) -> Tensor:
+def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, piece: Piece | None = None) -> Tensor:
     """Zero the dropped pairs of (B, Hq, Nq, Nk) and scale the kept ones by 1 / (1 - dropout_p)."""
     places = None if piece is None else piece.places
     kept = dropout_keep(tensor.shape, dropout_p, dropout_seed, tensor.device, places)

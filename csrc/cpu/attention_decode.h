@@ -87,7 +87,7 @@ struct DecodeTile {
         fade = arena.take<A>(kQueries);
         K_buffer = arena.take<A>(kKeys * D);
         V_buffer = arena.take<A>(kKeys * Dv);
-        buffer = arena.take<A>(kKeys * Dv);
+        buffer = arena.take<A>(max_of(kKeys * Dv, transpose_scratch<A>(p.D)));
         bits = arena.take<uint64_t>(kKeys);
         part = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
@@ -398,6 +398,8 @@ inline void load_decode_queries(const AttentionParams& p, const DecodeTask& task
                                 DecodeTile<A>& t) {
     const int64_t rows = task.heads * p.Nq, D = whole_vectors<A>(p.D);
     const Scaled<A> scale = Scaled<A>(score_scale(p));
+    if (!few && task.heads == 1)
+        return pack_transposed<T>(p.query, task.b, task.h, 0, p.Nq, p.D, scale, w, t.buffer, t.Q);
     for (int64_t r = 0; r < rows; ++r) {
         A* row = few ? t.Q + r * D : t.buffer;
         widen_row(row_pointer<T>(p.query, task.b, task.h + r / p.Nq, r % p.Nq), p.D, row);

@@ -188,13 +188,13 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         return (*_forward_grad(ctx, grad_out, grad_lse)[:4], None, None, None, None, None)
 
 
 def direct_attention(*operands: Any) -> tuple[Tensor, Tensor]:
     """`attention_forward` with a gradient, on tensors that are plain; the mask comes as its arrays."""
-    results: tuple[Tensor, Tensor] = _Direct.apply(*operands)  # type: ignore[no-untyped-call]
+    results: tuple[Tensor, Tensor] = _Direct.apply(*operands)
     return results
 
 

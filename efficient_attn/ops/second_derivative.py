@@ -52,13 +52,13 @@ def backward_gradients(
     cuts = (_of_rows, _of_keys, _of_keys, _of_pairs)[: 4 if bias_requires_grad else 3]
     totals = [None if t is None else torch.zeros_like(t) for t in tensors]
     for place in _places(mask, query, key):
-        leaves = [
+        leaves: list[Any] = [
             None if t is None else cut(t, place).detach().requires_grad_() for cut, t in zip(CUTS, tensors, strict=True)
         ]
+        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, _piece(place, query))
+        arguments: list[Any] = [*leaves, *rest]
         with torch.enable_grad():
-            results: Any = reference.attention_backward(
-                *leaves, mask, scale, dropout_p, dropout_seed, bias_requires_grad, _piece(place, query, key)
-            )  # type: ignore[misc, arg-type]
+            results: Any = reference.attention_backward(*arguments)
         cotangents = [cut(gradient, place) for cut, gradient in zip(cuts, gradients, strict=False)]
         wanted = [k for k, leaf in enumerate(leaves) if leaf is not None]
         inputs = [leaf for leaf in leaves if leaf is not None]
@@ -110,7 +110,7 @@ def _add(cut: Any, total: Tensor | None, place: Place, gradient: Tensor) -> None
         total[place.batch, place.heads, place.rows] += gradient
 
 
-def _piece(place: Place, query: Tensor, key: Tensor) -> reference.Piece:
+def _piece(place: Place, query: Tensor) -> reference.Piece:
     device = query.device
     B, H, Nq, _ = query.shape
     b = torch.arange(B, device=device)[place.batch]

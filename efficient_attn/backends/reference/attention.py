@@ -78,7 +78,7 @@ def attention_backward(
     number of keys. `piece` says what the tensors are a part of; then it, not `mask`, says which pairs are visible.
     """
     heads = query.shape[1]
-    scores, visible = masked_scores(query, key, bias, mask, scale, piece)
+    scores, visible = masked_scores(query, key, bias, mask, scale, piece=piece)
     weights = softmax(scores).masked_fill(~visible, 0.0)  # where the row is NaN, too
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
@@ -133,13 +133,22 @@ def attention_weights(
 
 
 def masked_scores(
-    query: Tensor, key: Tensor, bias: Tensor | None, mask: MaskArrays, scale: float, piece: Piece | None = None
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    first_row: int = 0,
+    piece: Piece | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return scores (B, Hq, Nq, Nk) with -inf at masked pairs, and which pairs are visible, in the same shape."""
+    """Return scores (B, Hq, Nq, Nk) with -inf at masked pairs, and which pairs are visible, in the same shape.
+
+    `first_row` says which row of the mask the first query is; a `piece` knows its pairs without the mask.
+    """
     dtype = accumulation_dtype(query.dtype)
     scores = (query.to(dtype) @ group(key.to(dtype), query.shape[1]).mT) * scale
     if piece is None:
-        visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device).expand(scores.shape)
+        visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device, first_row).expand(scores.shape)
     else:
         visible = piece.visible.expand(scores.shape)
     if bias is not None:
@@ -182,9 +191,9 @@ def ungroup(gradient: Tensor, kv_heads: int) -> Tensor:
 # --- which pairs are visible ---
 
 
-def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """Expand a mask to bool (1 | B, 1 | Hq, q_len, kv_len)."""
-    i = torch.arange(q_len, device=device)[:, None] + mask.window_offset
+def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.device, first_row: int = 0) -> Tensor:
+    """Expand a mask to bool (1 | B, 1 | Hq, q_len, kv_len) for the query rows first_row .. first_row + q_len."""
+    i = torch.arange(first_row, first_row + q_len, device=device)[:, None] + mask.window_offset
     j = torch.arange(kv_len, device=device)[None, :]
     visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
     if mask.window_left >= 0:
@@ -195,26 +204,36 @@ def visible_pairs(mask: MaskArrays, q_len: int, kv_len: int, device: torch.devic
     if mask.kv_lengths is not None:
         visible = visible & (j < mask.kv_lengths[:, None, None, None])
     if mask.indptr is not None:
-        visible = visible & expand_lists(mask, q_len, kv_len)
+        visible = visible & expand_lists(mask, kv_len, first_row, first_row + q_len)
     return visible
 
 
-def expand_lists(mask: MaskArrays, q_len: int, kv_len: int) -> Tensor:
-    """Draw the listed blocks as bool (batch, heads, q_len, kv_len)."""
+def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor:
+    """Draw the listed blocks of rows first .. last as bool (batch, heads, last - first, kv_len)."""
     assert mask.indptr is not None and mask.indices is not None and mask.tile_ids is not None and mask.tiles is not None
     block_q, block_k = mask.block_q, mask.block_k
-    counts = mask.indptr.diff()
+    lines = mask.batch * mask.heads
+    row_blocks = (mask.indptr.numel() - 1) // max(lines, 1)
+    a, b = first // block_q, -(-last // block_q)
     columns = -(-kv_len // block_k)
-    rows = torch.repeat_interleave(
-        torch.arange(counts.numel(), device=counts.device), counts, output_size=mask.indices.numel()
-    )
-    drawn = torch.zeros(counts.numel(), columns, block_q, block_k, dtype=torch.bool, device=counts.device)
+    starts = mask.indptr[:-1].view(lines, row_blocks)[:, a:b].reshape(-1)
+    ends = mask.indptr[1:].view(lines, row_blocks)[:, a:b].reshape(-1)
+    counts = ends - starts
+    everything = mask.indices.numel() if (a, b) == (0, row_blocks) else None  # else a number that only values know
+    rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts, output_size=everything)
+    within = torch.arange(rows.numel(), device=counts.device) - (counts.cumsum(0) - counts)[rows]
+    entries = starts[rows] + within
+    tile_ids = mask.tile_ids[entries]
+
+    drawn = torch.zeros(lines * (b - a), columns, block_q, block_k, dtype=torch.bool, device=counts.device)
     bits = torch.arange(8, device=counts.device, dtype=torch.uint8)
     full = mask.tiles.new_full((1, block_q, block_k // 8), 255)  # what tile -1 stands for, the last one
-    tiles = torch.cat([mask.tiles, full])[mask.tile_ids.long()]  # (nnz, block_q, block_k / 8)
-    drawn[rows, mask.indices.long()] = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)
-    drawn = drawn.view(mask.batch, mask.heads, -1, columns, block_q, block_k).transpose(3, 4)
-    return drawn.reshape(mask.batch, mask.heads, -1, columns * block_k)[:, :, :q_len, :kv_len]
+    tiles = torch.cat([mask.tiles, full])[tile_ids.long()]  # (entries, block_q, block_k / 8)
+    blocks = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)
+    drawn[rows, mask.indices[entries].long()] = blocks
+    drawn = drawn.view(mask.batch, mask.heads, b - a, columns, block_q, block_k).transpose(3, 4)
+    drawn = drawn.reshape(mask.batch, mask.heads, (b - a) * block_q, columns * block_k)
+    return drawn[:, :, first - a * block_q : last - a * block_q, :kv_len]
 
 
 # --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---

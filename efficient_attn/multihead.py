@@ -37,6 +37,7 @@ from .tracing import shapes_only, unwrapped
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
+_PLAIN = (Tensor, nn.Parameter, type(None))
 _TorchMultiheadAttention = nn.MultiheadAttention  # bound once: a patched torch.nn must not change our parent
 
 
@@ -245,7 +246,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The computation, for dense tensors that passed every check."""
-        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        q, k, v = self._project_to_heads(query, key, value)
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
             k, v = self._append_columns(k, self.bias_k), self._append_columns(v, self.bias_v)
@@ -293,6 +294,27 @@ class MultiheadAttention(nn.MultiheadAttention):
             return q, k, v
         k = F.linear(key, weight[E : 2 * E], None if bias is None else bias[E : 2 * E])
         return q, k, F.linear(value, weight[2 * E :], None if bias is None else bias[2 * E :])
+
+    def _project_to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project, and view as heads (N, H, L, D).
+
+        Without a gradient the features of one product are taken apart as heads at once; with one that would copy the
+        gradient once more.
+        """
+        if (
+            query is key
+            and key is value
+            and query.dim() == 3
+            and self._qkv_same_embed_dim
+            and not torch.is_grad_enabled()
+        ):
+            weight, bias = self.in_proj_weight, self.in_proj_bias
+            projected = F.linear(query, weight, None if bias is None else bias.to(weight.dtype))
+            heads = projected.view(*query.shape[:2], 3, self.num_heads, self.head_dim)
+            q, k, v = heads.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind(0)
+            return q, k, v
+        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        return q, k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(L, N, E), (N, L, E) or (L, E) -> (N, H, L, D), a view."""
@@ -427,7 +449,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return "torch.jit.trace, which would freeze the block lists of one length (torch.export keeps them apart)"
         tensors = (query, key, value, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
         for tensor in tensors:
-            if _overrides_torch_function(tensor):
+            if type(tensor) not in _PLAIN and _overrides_torch_function(tensor):
                 return f"{type(tensor).__name__}, which overrides __torch_function__"
         return None
 

@@ -57,7 +57,7 @@ struct AttentionParams {
     int dtype;
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
     TensorView query, key, value, out;
-    void* lse;  // (B, Hq, Nq) contiguous, float32 or float64
+    void* lse;  // (B, Hq, Nq) contiguous, float32 or float64; in a CPU forward null: not wanted
     BiasView bias;
     MaskView mask;
     double scale, dropout_p;
@@ -125,6 +125,7 @@ struct Operator {
     int64_t (*thread_bytes)(const Params&);
     int64_t (*task_count)(const Params&, int phase);
     double (*task_cost)(const Params&, int phase, int64_t task);  // null, or below 0: tasks in their own order
+    bool (*is_short)(const Params&, int phase);                   // null: no phase is too short for a second thread
     void (*run_task)(const Params&, int phase, int64_t task, char* thread_memory, char* shared_memory);
 };
 

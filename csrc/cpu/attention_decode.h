@@ -3,10 +3,12 @@
 //
 // Phases:
 //     0  partial results      one (batch, key/value head, some of its query heads, span of keys)
-//     1  merge                one (batch, key/value head, some of its query heads): the spans in order
+//     1  merge                one (batch, key/value head, some of its query heads): the spans in order; a lone span is
+//                             its own result, and there is no such phase
 //
-// Rows are pairs (query head, query), at most 64 of them: S [keys][w] has a row in each lane, O [rows][Dv] an
-// accumulator. The cut depends on the sizes alone, so the bits do not depend on the threads.
+// Rows are pairs (query head, query), at most 64 of them, with an accumulator O [rows][Dv]. Few rows have their scores
+// side by side, S [rows][kKeys], so that softmax fills its vectors with keys; more have a lane each, S [keys][w]. The
+// cut depends on sizes and window alone, so the bits do not depend on the threads.
 #pragma once
 
 #include "attention_forward.h"
@@ -22,17 +24,29 @@ inline bool is_decode(const AttentionParams& p) {
     return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0 && !p.weights.data;
 }
 
-// How the work is cut. Heads with lists of their own are walked one by one.
+// How the work is cut: whole spans, from the first that the window lets any query see to the last. Heads with lists of
+// their own are walked one by one.
 struct DecodeCut {
-    int64_t heads, head_parts, spans;
+    int64_t heads, head_parts, first_span, spans;
 
     explicit DecodeCut(const AttentionParams& p) {
         const int64_t group = p.Hq / p.Hkv;
         heads = p.mask.indptr && p.mask.heads > 1 ? 1 : min_of(group, kQueries / p.Nq);
         head_parts = ceil_div(group, heads);
-        spans = ceil_div(p.Nk, kDecodeSpan);
+        const MaskView& mask = p.mask;
+        const int64_t last = mask.window_offset + p.Nq + mask.window_right;  // beyond what the last query sees
+        const int64_t begin = mask.window_left < 0 ? 0 : max_of(0, mask.window_offset - mask.window_left);
+        const int64_t end = mask.window_right < 0 ? p.Nk : max_of(0, min_of(p.Nk, last));
+        first_span = min_of(begin, p.Nk - 1) / kDecodeSpan;
+        spans = max_of(1, ceil_div(end, kDecodeSpan) - first_span);
     }
 };
+
+// Whether scores lie row by row: where lanes of rows would be half empty.
+template <class A>
+inline bool has_few_rows(int64_t rows) {
+    return rows <= kLanes<A> / 2;
+}
 
 struct DecodeTask {
     int64_t b, kv, h, heads, span;
@@ -42,7 +56,7 @@ inline DecodeTask decode_task(const AttentionParams& p, const DecodeCut& cut, in
     const int64_t span = task % cut.spans, part = task / cut.spans % cut.head_parts;
     const int64_t kv = task / cut.spans / cut.head_parts % p.Hkv, b = task / cut.spans / cut.head_parts / p.Hkv;
     const int64_t first = part * cut.heads;
-    return {b, kv, kv * (p.Hq / p.Hkv) + first, min_of(cut.heads, p.Hq / p.Hkv - first), span};
+    return {b, kv, kv * (p.Hq / p.Hkv) + first, min_of(cut.heads, p.Hq / p.Hkv - first), cut.first_span + span};
 }
 
 // What a span of keys leaves behind: O [rows][Dv, whole vectors], top and total [rows, whole vectors].
@@ -64,7 +78,7 @@ struct DecodePartial {
 
 template <class A>
 struct DecodeTile {
-    A *Q, *S, *fade, *K_buffer, *V_buffer, *buffer;
+    A *Q, *S, *fade, *K_buffer, *V_buffer, *buffer;  // Q [rows][D], or [D][w]
     uint64_t *bits, *part, *keep;
 
     DecodeTile(const AttentionParams& p, char* memory) {
@@ -75,7 +89,7 @@ struct DecodeTile {
         fade = arena.take<A>(kQueries);
         K_buffer = arena.take<A>(kKeys * D);
         V_buffer = arena.take<A>(kKeys * Dv);
-        buffer = arena.take<A>(kKeys * Dv);
+        buffer = arena.take<A>(max_of(kKeys * Dv, transpose_scratch<A>(p.D)));
         bits = arena.take<uint64_t>(kKeys);
         part = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
@@ -87,18 +101,16 @@ struct DecodeTile {
     char* end;
 };
 
-// S[key][row] = sum_d K[key][d] Q[row][d], kKeyRows keys by MR rows at a time; both are whole vectors wide.
-constexpr int kKeyRows = kTileRows / 2;
-
+// S[row][key] = sum_d K[key][d] Q[row][d] for MR rows, kCount keys; both are whole vectors wide.
 template <class T, class A, int MR, int kCount>
-EA_NOINLINE void dot_tile(const T* K, int64_t k_stride, const A* Q, int64_t width, int64_t w, A* S) {
+EA_NOINLINE void dot_tile(const T* K, int64_t k_stride, const A* Q, int64_t width, A* S) {
     Vec<A> acc[kCount][MR];
     clear<A>(acc);
     for (int64_t d = 0; d < width; d += kLanes<A>) {
         Vec<A> q[MR];
 #pragma GCC unroll 4
         for (int r = 0; r < MR; ++r) q[r] = load(Q + r * width + d);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int k = 0; k < kCount; ++k) {
             const Vec<A> key = load_widened<A>(K + k * k_stride + d);
 #pragma GCC unroll 4
@@ -106,9 +118,14 @@ EA_NOINLINE void dot_tile(const T* K, int64_t k_stride, const A* Q, int64_t widt
         }
     }
 #pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k)
-        store_sums<A>(acc[k][0], acc[k][MR > 1], MR > 2 ? acc[k][MR - 2] : Vec<A>{}, MR > 2 ? acc[k][MR - 1] : Vec<A>{},
-                      MR, S + k * w);
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+        for (int k = 0; k < kCount; k += 4) {
+            constexpr int one = kCount > 1, two = kCount > 2 ? 2 : 0, three = kCount > 3 ? 3 : 0;
+            store_sums<A>(acc[k][r], acc[k + one][r], acc[k + two][r], acc[k + three][r], kCount < 4 ? kCount : 4,
+                          S + r * kKeys + k);
+        }
+    }
 }
 
 // Rows that will be wanted soon: fetched a few at a time beside the arithmetic, since no hardware prefetcher follows
@@ -126,27 +143,158 @@ struct Ahead {
 };
 
 template <class T, class A, int MR>
-inline void dot_rows(const T* K, int64_t k_stride, int64_t keys, const A* Q, int64_t width, int64_t w,
-                     const Ahead* ahead, A* S) {
+inline void dot_rows(const T* K, int64_t k_stride, int64_t keys, const A* Q, int64_t width, const Ahead* ahead, A* S) {
+    constexpr int kCount = MR == 1 ? kTileRows : kTileRows / 2;
     int64_t k = 0;
-    for (; k + kKeyRows <= keys; k += kKeyRows) {
-        if (ahead) ahead->fetch(k, kKeyRows);
-        dot_tile<T, A, MR, kKeyRows>(K + k * k_stride, k_stride, Q, width, w, S + k * w);
+    for (; k + kCount <= keys; k += kCount) {
+        if (ahead) ahead->fetch(k, kCount);
+        dot_tile<T, A, MR, kCount>(K + k * k_stride, k_stride, Q, width, S + k);
     }
-    for (; k < keys; ++k) dot_tile<T, A, MR, 1>(K + k * k_stride, k_stride, Q, width, w, S + k * w);
+    for (; k < keys; ++k) dot_tile<T, A, MR, 1>(K + k * k_stride, k_stride, Q, width, S + k);
+}
+
+// Calls f(Int<n>, first) over the rows in groups of 4, 2 and 1.
+template <class F>
+inline void for_few_rows(int64_t rows, F f) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) f(Int<4>{}, r);
+    if (rows & 2) f(Int<2>{}, r), r += 2;
+    if (rows & 1) f(Int<1>{}, r);
 }
 
 template <class T, class A>
-inline void dot_scores(const T* K, int64_t k_stride, int64_t keys, const A* Q, int64_t rows, int64_t width, int64_t w,
+inline void dot_scores(const T* K, int64_t k_stride, int64_t keys, const A* Q, int64_t rows, int64_t width,
                        const Ahead& ahead, A* S) {
-    int64_t r = 0;
-    auto first = [&] { return r == 0 ? &ahead : nullptr; };
-    for (; r + 4 <= rows; r += 4) dot_rows<T, A, 4>(K, k_stride, keys, Q + r * width, width, w, first(), S + r);
-    if (rows & 2) {
-        dot_rows<T, A, 2>(K, k_stride, keys, Q + r * width, width, w, first(), S + r);
-        r += 2;
+    for_few_rows(rows, [&](auto group, int64_t r) {
+        dot_rows<T, A, decltype(group)::value>(K, k_stride, keys, Q + r * width, width, r == 0 ? &ahead : nullptr,
+                                               S + r * kKeys);
+    });
+}
+
+// online_softmax_update for scores that lie row by row.
+template <class A, bool kNatural>
+EA_NOINLINE void online_softmax_rows(int64_t rows, int64_t keys, A* S, A* top, A* total, A* fade) {
+    for (int64_t r = 0; r < rows; ++r) {
+        A* s = S + r * kKeys;
+        const int64_t whole = whole_vectors<A>(keys);
+        for (int64_t k = keys; k < whole; ++k) s[k] = -kInfinity<A>;
+        Vec<A> best = broadcast<A>(top[r]);
+        for (int64_t k = 0; k < whole; k += kLanes<A>) best = larger(load<A>(s + k), best);
+        const Vec<A> reference = broadcast<A>(largest_lane<A>(best)),
+                     safe = select<A>(reference == -kInfinity<A>, Vec<A>{}, reference);
+        Vec<A> sum[2] = {};
+        int64_t k = 0;
+        for (; k + 2 * kLanes<A> <= whole; k += 2 * kLanes<A>) {
+            const Vec<A> even = exponential<kNatural>(load<A>(s + k) - safe),
+                         odd = exponential<kNatural>(load<A>(s + k + kLanes<A>) - safe);
+            store(s + k, even);
+            store(s + k + kLanes<A>, odd);
+            sum[0] += even;
+            sum[1] += odd;
+        }
+        if (k < whole) {
+            const Vec<A> last = exponential<kNatural>(load<A>(s + k) - safe);
+            store(s + k, last);
+            sum[0] += last;
+        }
+        const Vec<A> shrink = exponential<kNatural>(broadcast<A>(top[r]) - safe);
+        A added;
+        store_sums<A>(sum[0] + sum[1], Vec<A>{}, Vec<A>{}, Vec<A>{}, 1, &added);
+        fade[r] = shrink[0];
+        total[r] = total[r] * fade[r] + added;
+        top[r] = reference[0];
     }
-    if (rows & 1) dot_rows<T, A, 1>(K, k_stride, keys, Q + r * width, width, w, first(), S + r);
+}
+
+// O[row][d] = O[row][d] fade[row] + sum_key P[row][key] V[key][d] for MR rows, NV vectors; runs of keys are summed by
+// themselves, and with few accumulators every second key by itself, so that no sum waits for the one before.
+template <class T, class A, int MR, int NV>
+EA_NOINLINE void add_values_tile(const A* P, int64_t keys, const T* V, int64_t v_stride, const A* fade, A* O,
+                                 int64_t ldo) {
+    constexpr int kTurns = MR * NV < 8 ? 2 : 1;
+    constexpr int64_t kRun = 32 * kTurns;
+#pragma GCC unroll 4
+    for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < NV; ++v) {
+            A* place = O + r * ldo + v * kLanes<A>;
+            store(place, load<A>(place) * fade[r]);
+        }
+    for (int64_t first = 0; first < keys; first += kRun) {
+        const int64_t end = min_of(first + kRun, keys);
+        Vec<A> acc[kTurns][MR][NV];
+#pragma GCC unroll 2
+        for (int turn = 0; turn < kTurns; ++turn) clear<A>(acc[turn]);
+        int64_t k = first;
+        for (; k + kTurns <= end; k += kTurns) {
+#pragma GCC unroll 2
+            for (int turn = 0; turn < kTurns; ++turn) {
+                Vec<A> row[NV];
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) row[v] = load_widened<A>(V + (k + turn) * v_stride + v * kLanes<A>);
+#pragma GCC unroll 4
+                for (int r = 0; r < MR; ++r) {
+                    const Vec<A> weight = broadcast<A>(P[r * kKeys + k + turn]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; ++v) acc[turn][r][v] += weight * row[v];
+                }
+            }
+        }
+        for (; k < end; ++k) {
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                const Vec<A> row = load_widened<A>(V + k * v_stride + v * kLanes<A>);
+#pragma GCC unroll 4
+                for (int r = 0; r < MR; ++r) acc[0][r][v] += broadcast<A>(P[r * kKeys + k]) * row;
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                A* place = O + r * ldo + v * kLanes<A>;
+                Vec<A> sum = acc[0][r][v];
+                if constexpr (kTurns > 1) sum += acc[1][r][v];
+                store(place, load<A>(place) + sum);
+            }
+        }
+    }
+}
+
+// The same for any number of rows, and Dv a whole number of vectors.
+template <class T, class A>
+inline void add_values_rows(const A* P, int64_t rows, int64_t keys, const T* V, int64_t v_stride, int64_t Dv,
+                            const A* fade, A* O) {
+    for_few_rows(rows, [&](auto group, int64_t r) {
+        constexpr int MR = decltype(group)::value, NV = MR == 4 && kTileRows < 8 ? 2 : 4;
+        int64_t d = 0;
+        auto tile = [&](auto vectors) {
+            add_values_tile<T, A, MR, decltype(vectors)::value>(P + r * kKeys, keys, V + d, v_stride, fade + r,
+                                                                O + r * Dv + d, Dv);
+            d += decltype(vectors)::value * kLanes<A>;
+        };
+        while (d + NV * kLanes<A> <= Dv) tile(Int<NV>{});
+        if (Dv - d >= 2 * kLanes<A>) tile(Int<2>{});
+        if (d < Dv) tile(Int<1>{});
+    });
+}
+
+// Where the score of a key and a row lies.
+template <class A>
+struct DecodeScores {
+    A* S;
+    int64_t key_stride, row_stride;
+
+    A& at(int64_t key, int64_t row) const { return S[key * key_stride + row * row_stride]; }
+};
+
+// S = value where the pair's bit is 0.
+template <class A>
+inline void fill_hidden(const uint64_t* bits, int64_t keys, int64_t rows, int64_t w, A value,
+                        const DecodeScores<A>& scores) {
+    if (scores.row_stride == 1) return fill_masked(bits, keys, w, value, scores.S);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < keys; ++k)
+            if (!(bits[k] >> r & 1)) scores.at(k, r) = value;
 }
 
 // The values of these keys and the keys that come next.
@@ -165,17 +313,18 @@ inline Ahead rows_ahead(const AttentionParams& p, int64_t b, int64_t kv, Range k
 
 // Adds the bias to S; one of -inf hides the pair in `part`. Returns whether it hid any.
 template <class T, class A>
-inline bool add_decode_bias(const AttentionParams& p, int64_t b, int64_t h, Range keys, int64_t w, A* S,
-                            uint64_t* part) {
+inline bool add_decode_bias(const AttentionParams& p, const DecodeTask& task, int64_t g, Range keys,
+                            const DecodeScores<A>& scores, uint64_t* part) {
     bool hidden = false;
     with_bias_type<T>(p, [&](auto element) {
         using E = decltype(element);
         const int64_t* stride = p.bias.stride;
         for (int64_t i = 0; i < p.Nq; ++i) {
-            const E* row = static_cast<const E*>(p.bias.data) + b * stride[0] + h * stride[1] + i * stride[2];
+            const E* row =
+                static_cast<const E*>(p.bias.data) + task.b * stride[0] + (task.h + g) * stride[1] + i * stride[2];
             for (int64_t j = keys.begin; j < keys.end; ++j) {
                 const A value = widen<A>(row[j * stride[3]]);
-                S[(j - keys.begin) * w + i] += value;
+                scores.at(j - keys.begin, g * p.Nq + i) += value;
                 if (value == -kInfinity<A>) {
                     part[j - keys.begin] &= ~(uint64_t{1} << i);
                     hidden = true;
@@ -189,7 +338,7 @@ inline bool add_decode_bias(const AttentionParams& p, int64_t b, int64_t h, Rang
 // Bits of every row of the task, a word a key. Returns false when every pair is visible; `bits` then is not meant.
 template <class T, class A>
 inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, Range keys, const Segment& segment,
-                              int64_t w, DecodeTile<A>& t) {
+                              const DecodeScores<A>& scores, DecodeTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     const Range queries{0, p.Nq};
     if (!has_bias(p) && !visible_bits(p, task.b, queries, 0, keys, segment.tile, segment.tile_key, t.part))
@@ -199,7 +348,7 @@ inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, 
     for (int64_t g = 0; g < task.heads; ++g) {
         const bool some = visible_bits(p, task.b, queries, 0, keys, segment.tile, segment.tile_key, t.part);
         for (int64_t k = 0; k < n && !some; ++k) t.part[k] = low_bits(p.Nq);
-        const bool hidden = has_bias(p) && add_decode_bias<T>(p, task.b, task.h + g, keys, w, t.S + g * p.Nq, t.part);
+        const bool hidden = has_bias(p) && add_decode_bias<T>(p, task, g, keys, scores, t.part);
         masked |= some || hidden;
         for (int64_t k = 0; k < n; ++k) t.bits[k] |= t.part[k] << (g * p.Nq);
     }
@@ -207,39 +356,88 @@ inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, 
 }
 
 template <class A>
-inline void decode_dropout(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t w, DecodeTile<A>& t) {
+inline void decode_dropout(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t w,
+                           const DecodeScores<A>& scores, DecodeTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     for (int64_t k = 0; k < n; ++k) t.keep[k] = 0;
     for (int64_t g = 0; g < task.heads; ++g) {
         kept_bits(p, task.b, task.h + g, {0, p.Nq}, keys, t.part);
         for (int64_t k = 0; k < n; ++k) t.keep[k] |= (t.part[k] & low_bits(p.Nq)) << (g * p.Nq);
     }
-    fill_masked(t.keep, n, w, A{0}, t.S);
+    fill_hidden(t.keep, n, task.heads * p.Nq, w, A{0}, scores);
 }
 
 // O[row][d] = O[row][d] fade[row] + sum_key S[key][row] V[key][d]
 template <class T, class A>
 inline void add_decode_values(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t rows, int64_t w,
-                              bool masked, DecodeTile<A>& t, A* O) {
+                              bool masked, const DecodeScores<A>& scores, DecodeTile<A>& t, A* O) {
     const int64_t n = keys.end - keys.begin, Dv = whole_vectors<A>(p.Dv);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < Dv; ++d) O[r * Dv + d] *= t.fade[r];
-    if (!masked && Dv == p.Dv) {
-        product<A, Into::kAdd, 32>(rows, Dv / kLanes<A>, n, t.S, Unit{}, w,
-                                   row_pointer<T>(p.value, task.b, task.kv, keys.begin), p.value.row_stride, O, Dv);
-        return;
-    }
+    const bool few = scores.row_stride != 1;
+    auto add = [&](auto values, int64_t stride) {
+        if (few) return add_values_rows(t.S, rows, n, values, stride, Dv, t.fade, O);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t d = 0; d < Dv; ++d) O[r * Dv + d] *= t.fade[r];
+        product<A, Into::kAdd, 32>(rows, Dv / kLanes<A>, n, t.S, Unit{}, w, values, stride, O, Dv);
+    };
+    if (!masked && Dv == p.Dv)
+        return add(static_cast<const T*>(row_pointer<T>(p.value, task.b, task.kv, keys.begin)), p.value.row_stride);
     Rows<A> V = load_padded_rows<T>(p.value, task.b, task.kv, keys.begin, n, p.Dv, t.V_buffer);
     const Poison poison = masked ? find_poison(V, n, p.Dv) : Poison{};
     const Rows<A> whole = V;
     if (poison.count) V = without_poison(V, poison, n, Dv, t.buffer);
-    product<A, Into::kAdd, 32>(rows, Dv / kLanes<A>, n, t.S, Unit{}, w, V.data, V.stride, O, Dv);
+    add(static_cast<const A*>(V.data), V.stride);
     for (int64_t m = 0; m < poison.count; ++m) {
         const int64_t k = poison.index[m];
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t d = 0; d < Dv && (t.bits[k] >> r & 1); ++d)
-                O[r * Dv + d] += t.S[k * w + r] * whole.data[k * whole.stride + d];
+                O[r * Dv + d] += scores.at(k, r) * whole.data[k * whole.stride + d];
     }
+}
+
+// The rows of a task, as the scores want them.
+template <class T, class A>
+inline void load_decode_queries(const AttentionParams& p, const DecodeTask& task, int64_t w, bool few,
+                                DecodeTile<A>& t) {
+    const int64_t rows = task.heads * p.Nq, D = whole_vectors<A>(p.D);
+    const Scaled<A> scale = Scaled<A>(score_scale(p));
+    if (!few && task.heads == 1)
+        return pack_transposed<T>(p.query, task.b, task.h, 0, p.Nq, p.D, scale, w, t.buffer, t.Q);
+    for (int64_t r = 0; r < rows; ++r) {
+        A* row = few ? t.Q + r * D : t.buffer;
+        widen_row(row_pointer<T>(p.query, task.b, task.h + r / p.Nq, r % p.Nq), p.D, row);
+        for (int64_t d = p.D; d < D; ++d) row[d] = 0;
+        for (int64_t d = 0; d < D; d += kLanes<A>) store(row + d, scale(load(row + d)));
+        for (int64_t d = 0; d < p.D && !few; ++d) t.Q[d * w + r] = row[d];
+    }
+    for (int64_t d = 0; d < p.D && !few; ++d)
+        for (int64_t r = rows; r < w; ++r) t.Q[d * w + r] = 0;
+}
+
+template <class T, class A>
+inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t rows, int64_t w,
+                          bool few, DecodeTile<A>& t) {
+    const int64_t n = keys.end - keys.begin, D = whole_vectors<A>(p.D);
+    const Ahead ahead = rows_ahead<T>(p, task.b, task.kv, keys);
+    if (!few) {
+        ahead.fetch(0, n);
+        score_tile(load_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer), n, p.D, t.Q, w, t.S);
+    } else if (D == p.D) {
+        const T* K = row_pointer<T>(p.key, task.b, task.kv, keys.begin);
+        dot_scores(K, p.key.row_stride, n, t.Q, rows, D, ahead, t.S);
+    } else {
+        const Rows<A> K = load_padded_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer);
+        dot_scores(K.data, K.stride, n, t.Q, rows, D, ahead, t.S);
+    }
+}
+
+// Row r of a task, summed up over its keys, as it is returned.
+template <class T, class A>
+inline void store_decoded(const AttentionParams& p, const DecodeTask& task, int64_t r, A top, double total, A* sum) {
+    const int64_t h = task.h + r / p.Nq, i = r % p.Nq;
+    const A divisor = total == 0 ? 1 : static_cast<A>(total * (1.0 - p.dropout_p));
+    for (int64_t d = 0; d < p.Dv; ++d) sum[d] /= divisor;
+    narrow_row(sum, p.Dv, row_pointer<T>(p.out, task.b, h, i));
+    store_lse<A>(p, task.b, h, i, top, total);
 }
 
 // Phase 0.
@@ -248,36 +446,34 @@ inline void decode_span(const AttentionParams& p, int64_t index, char* memory, A
     const DecodeCut cut(p);
     const DecodeTask task = decode_task(p, cut, index);
     const DecodePartial<A> result(p, cut, shared, index);
-    const int64_t rows = task.heads * p.Nq, w = whole_vectors<A>(rows), D = whole_vectors<A>(p.D);
+    const int64_t rows = task.heads * p.Nq, w = whole_vectors<A>(rows), Dv = whole_vectors<A>(p.Dv);
     const Range queries{0, p.Nq}, span{task.span * kDecodeSpan, min_of((task.span + 1) * kDecodeSpan, p.Nk)};
+    const bool few = has_few_rows<A>(rows);
     DecodeTile<A> t(p, memory);
-    const Scaled<A> scale = Scaled<A>(score_scale(p));
-    for (int64_t r = 0; r < rows; ++r) {
-        A* row = t.Q + r * D;
-        widen_row(row_pointer<T>(p.query, task.b, task.h + r / p.Nq, r % p.Nq), p.D, row);
-        for (int64_t d = p.D; d < D; ++d) row[d] = 0;
-        for (int64_t d = 0; d < D; d += kLanes<A>) store(row + d, scale(load(row + d)));
-    }
+    const DecodeScores<A> scores{t.S, few ? 1 : w, few ? kKeys : 1};
     for (int64_t r = 0; r < w; ++r) result.top[r] = -kInfinity<A>, result.total[r] = 0;
-    fill_zero(t.S, kKeys * w);  // lanes without a row stay finite
-    fill_zero(result.O, rows * whole_vectors<A>(p.Dv));
+    fill_zero(result.O, rows * Dv);
 
+    bool started = false;
     for_each_chunk(p, task.b, task.h, 0, queries, span, [&](Range keys, const Segment& segment) {
         const int64_t n = keys.end - keys.begin;
-        const Ahead ahead = rows_ahead<T>(p, task.b, task.kv, keys);
-        if (D == p.D) {
-            const T* K = row_pointer<T>(p.key, task.b, task.kv, keys.begin);
-            dot_scores(K, p.key.row_stride, n, t.Q, rows, D, w, ahead, t.S);
+        if (!started) load_decode_queries<T>(p, task, w, few, t);
+        started = true;
+        decode_scores<T>(p, task, keys, rows, w, few, t);
+        const bool masked = decode_visibility<T>(p, task, keys, segment, scores, t);
+        if (masked) fill_hidden(t.bits, n, rows, w, -kInfinity<A>, scores);
+        if (!few) {
+            online_softmax_update(p, n, w, t.S, result.top, result.total, t.fade);
+        } else if (has_bias(p)) {
+            online_softmax_rows<A, true>(rows, n, t.S, result.top, result.total, t.fade);
         } else {
-            const Rows<A> K = load_padded_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer);
-            dot_scores(K.data, K.stride, n, t.Q, rows, D, w, ahead, t.S);
+            online_softmax_rows<A, false>(rows, n, t.S, result.top, result.total, t.fade);
         }
-        const bool masked = decode_visibility<T>(p, task, keys, segment, w, t);
-        if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
-        online_softmax_update(p, n, w, t.S, result.top, result.total, t.fade);
-        if (p.dropout_p > 0) decode_dropout(p, task, keys, w, t);
-        add_decode_values<T>(p, task, keys, rows, w, masked, t, result.O);
+        if (p.dropout_p > 0) decode_dropout(p, task, keys, w, scores, t);
+        add_decode_values<T>(p, task, keys, rows, w, masked, scores, t, result.O);
     });
+    for (int64_t r = 0; r < rows && cut.spans == 1; ++r)
+        store_decoded<T>(p, task, r, result.top[r], static_cast<double>(result.total[r]), result.O + r * Dv);
 }
 
 // Phase 1.
@@ -303,14 +499,13 @@ inline void decode_merge(const AttentionParams& p, int64_t index, char* memory, 
             for (int64_t d = 0; d < Dv; d += kLanes<A>)
                 store(sum + d, load(sum + d) + load(part.O + r * Dv + d) * weight);
         }
-        const A divisor = total == 0 ? 1 : static_cast<A>(total * (1.0 - p.dropout_p));
-        for (int64_t d = 0; d < Dv; ++d) sum[d] /= divisor;
-        const int64_t h = task.h + r / p.Nq, i = r % p.Nq;
-        narrow_row(sum, p.Dv, row_pointer<T>(p.out, task.b, h, i));
-        static_cast<A*>(p.lse)[(task.b * p.Hq + h) * p.Nq + i] =
-            total == 0 ? -kInfinity<A>
-                       : static_cast<A>(static_cast<double>(top) * score_unit(p) + __builtin_log(total));
+        store_decoded<T>(p, task, r, top, total, sum);
     }
+}
+
+// Whether joining the spans is done before a second thread would have begun.
+inline bool merges_quickly(const AttentionParams& p) {
+    return p.B * p.Hq * p.Nq * DecodeCut(p).spans * p.Dv < int64_t{1} << 19;
 }
 
 inline int64_t decode_merges(const AttentionParams& p) { return p.B * p.Hkv * DecodeCut(p).head_parts; }

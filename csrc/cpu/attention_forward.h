@@ -226,9 +226,7 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
 
     for (int64_t r = 0; r < count; ++r) {
         const double total = static_cast<double>(t.total[r]);
-        static_cast<A*>(p.lse)[(b * p.Hq + h) * p.Nq + rows.begin + r] =
-            total == 0 ? -kInfinity<A>
-                       : static_cast<A>(static_cast<double>(t.top[r]) * score_unit(p) + __builtin_log(total));
+        store_lse<A>(p, b, h, rows.begin + r, t.top[r], total);
         t.total[r] = static_cast<A>(total * (1.0 - p.dropout_p));
     }
     store_transposed<T>(t.Ot, w, p.out, b, h, rows.begin, count, p.Dv, t.scratch,

@@ -26,6 +26,9 @@ const Kernels* find_kernels(const char* name);
 template <class Params>
 bool run(const Operator<Params>& op, const Params& p, int threads);
 
+// What it costs to let `threads` threads begin and end together, in nanoseconds; measured once for each number.
+double crossing(int threads);
+
 // Runs the instruction set's fused multiply-adds on `threads` threads at once; returns the operations done.
 int64_t run_fma_loops(const Kernels& kernels, int threads, int64_t steps);
 

@@ -59,7 +59,10 @@ int64_t forward_bytes(const AttentionParams& p) {
     });
 }
 int64_t forward_tasks(const AttentionParams& p, int phase) {
-    if (is_decode(p)) return decode_merges(p) * (phase == 0 ? DecodeCut(p).spans : 1);
+    if (is_decode(p)) {
+        const int64_t spans = DecodeCut(p).spans;
+        return decode_merges(p) * (phase == 0 ? spans : spans > 1);
+    }
     if (phase != tiles_phase(p)) return phase == 0 ? value_pieces(p) : 0;
     if (!p.weights.data) return forward_task_count(p);
     return with_accumulator(p, [&](auto a) { return weights_task_count<decltype(a)>(p); });
@@ -68,6 +71,7 @@ double forward_cost(const AttentionParams& p, int phase, int64_t task) {
     const bool differ = p.mask.indptr && !is_decode(p) && !p.weights.data && phase == tiles_phase(p);
     return differ ? query_tile_cost(p, task) : -1;
 }
+bool forward_is_short(const AttentionParams& p, int phase) { return phase == 1 && is_decode(p) && merges_quickly(p); }
 void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared) {
     with_types(p, [&](auto types) {
         using T = typename decltype(types)::Storage;
@@ -144,6 +148,7 @@ constexpr Operator<LinearAttentionParams> linear_operator() {
         [](const P& p) { return with_accumulator<Op>(p, [&](auto op) { return op.thread_bytes(p); }); },
         [](const P& p, int phase) { return with_accumulator<Op>(p, [&](auto op) { return op.task_count(p, phase); }); },
         nullptr,
+        nullptr,
         [](const P& p, int phase, int64_t task, char* memory, char* shared) {
             with_accumulator<Op>(p, [&](auto op) { op.run_task(p, phase, task, memory, shared); });
         },
@@ -159,9 +164,9 @@ constexpr Operator<LinearAttentionParams> linear_operator() {
 
 extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
-    {2, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_run},
-    {3, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
-    {1, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, statistics_run},
+    {2, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_is_short, forward_run},
+    {3, backward_shared, backward_bytes, backward_tasks, nullptr, nullptr, backward_run},
+    {1, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, nullptr, statistics_run},
     linear_operator<linear::Forward, linear::kForwardPhases>(),
     linear_operator<linear::Backward, linear::kBackwardPhases>(),
     fma_loop,

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -33,30 +34,76 @@ const Kernels& kernels() {
     return *chosen;
 }
 
-// A call of some microseconds is done before a second thread is awake.
-int worth_threads(int threads, int64_t rows, int64_t products) {
-    constexpr double few = 1e5;
-    return threads < 1 || static_cast<double>(rows) * static_cast<double>(products) < few ? 1 : threads;
+// What one thread does in a nanosecond, roughly, by the width of its vectors: multiply-adds, and bytes from its caches.
+double products_per_nanosecond() {
+    const std::string name = kernels().name;
+    return name == "baseline" ? 5 : name == "avx2" ? 15 : 30;
+}
+constexpr double kBytesPerNanosecond = 20;
+
+// As many threads as there are, or one where the work of `nanoseconds` is done before the others have begun and ended.
+int worth_threads(int threads, double nanoseconds) {
+    if (threads <= 1) return 1;
+    return nanoseconds * (1 - 1.0 / threads) > crossing(threads) ? threads : 1;
 }
 
-void call(const Operator<AttentionParams>& op, const std::string& words, int threads, bool backward) {
-    const AttentionParams p = read_params(words, backward);
-    py::gil_scoped_release release;
-    if (!run(op, p, worth_threads(threads, p.B * p.Hq * p.Nq, p.Nk * (p.D + p.Dv)))) throw std::bad_alloc();
+// Keys that a query meets, about.
+double met_keys(const AttentionParams& p) {
+    const MaskView& mask = p.mask;
+    double keys = static_cast<double>(p.Nk);
+    if (mask.window_left >= 0 && mask.window_right >= 0)
+        keys = std::min(keys, static_cast<double>(mask.window_left + mask.window_right + 1));
+    if (!mask.indptr) return keys;
+    const int64_t rows = mask.batch * mask.heads * ((p.Nq + mask.block_q - 1) / mask.block_q);
+    return std::min(keys, static_cast<double>(mask.entries * mask.block_k) / static_cast<double>(rows ? rows : 1));
 }
+
+int worth_threads(int threads, const AttentionParams& p, bool backward) {
+    const double keys = met_keys(p), width = static_cast<double>(p.D + p.Dv);
+    const double products = static_cast<double>(p.B * p.Hq * p.Nq) * keys * width * (backward ? 2.5 : 1);
+    const double size = p.dtype == kFloat64 ? 8 : p.dtype == kFloat32 ? 4 : 2;
+    const double bytes = static_cast<double>(p.B * p.Hkv) * keys * width * size;
+    return worth_threads(threads, std::max(products / products_per_nanosecond(), bytes / kBytesPerNanosecond));
+}
+
+void call(const Operator<AttentionParams>& op, const AttentionParams& p, int threads, bool backward) {
+    py::gil_scoped_release release;
+    if (!run(op, p, worth_threads(threads, p, backward))) throw std::bad_alloc();
+}
+void call(const Operator<AttentionParams>& op, const std::string& words, int threads, bool backward) {
+    call(op, read_params(words, backward), threads, backward);
+}
+
+// A forward that is called again and again: all of its arguments but where the tensors lie.
+class AttentionForward {
+  public:
+    explicit AttentionForward(const std::string& words) : params_(read_params(words, false)) {}
+
+    void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t lse, int threads) const {
+        AttentionParams p = params_;
+        p.query.data = reinterpret_cast<void*>(query);
+        p.key.data = reinterpret_cast<void*>(key);
+        p.value.data = reinterpret_cast<void*>(value);
+        p.out.data = reinterpret_cast<void*>(out);
+        p.lse = reinterpret_cast<void*>(lse);
+        call(kernels().forward, p, threads, false);
+    }
+
+  private:
+    AttentionParams params_;
+};
 
 void call_statistics(const std::string& words, int threads) {
     const StatisticsParams p = read_statistics_params(words);
-    const AttentionParams& a = p.attention;
     py::gil_scoped_release release;
-    if (!run(kernels().statistics, p, worth_threads(threads, a.B * a.Hq * a.Nq, 2 * a.Nk * a.D)))
-        throw std::bad_alloc();
+    if (!run(kernels().statistics, p, worth_threads(threads, p.attention, false))) throw std::bad_alloc();
 }
 
 void call_linear(const Operator<LinearAttentionParams>& op, const std::string& words, int threads, bool backward) {
     const LinearAttentionParams p = read_linear_params(words, backward);
     py::gil_scoped_release release;
-    if (!run(op, p, worth_threads(threads, p.B * p.Hq * (p.Nq + p.Nk), p.F * (p.D + p.Dv)))) throw std::bad_alloc();
+    const double products = static_cast<double>(p.B * p.Hq * (p.Nq + p.Nk)) * static_cast<double>(p.F * (p.D + p.Dv));
+    if (!run(op, p, worth_threads(threads, products / products_per_nanosecond()))) throw std::bad_alloc();
 }
 
 // A request that may be refused: memory works the same without.
@@ -86,6 +133,9 @@ PYBIND11_MODULE(_cpu, module) {
                [](const std::string& w, int threads) { call_linear(kernels().linear_forward, w, threads, false); });
     module.def("linear_attention_backward",
                [](const std::string& w, int threads) { call_linear(kernels().linear_backward, w, threads, true); });
+    py::class_<AttentionForward>(module, "AttentionForward", "A forward of which only the pointers are still to come.")
+        .def(py::init<const std::string&>())
+        .def("run", &AttentionForward::run);
     module.def("prefer_huge_pages", &prefer_huge_pages,
                "Asks the system to back the whole pages of so many bytes from an address on by huge pages.");
     module.def(

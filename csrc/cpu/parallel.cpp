@@ -1,6 +1,7 @@
 // Threads: OpenMP where the compiler has it (the process then has one libgomp, PyTorch's, which is loaded before us).
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 #include <numeric>
@@ -76,6 +77,31 @@ bool order_tasks(const Operator<Params>& op, const Params& p, int phase, int64_t
 
 }  // namespace
 
+double crossing(int threads) {
+    constexpr int kNumbers = 256, kTries = 12;
+    constexpr double kAsleep = 3, kLeast = 3e3, kMost = 3e4;  // a thread that sleeps takes longer than one that waits
+    static std::atomic<double> known[kNumbers];
+    if (is_forked_child) return 2 * kMost;
+    std::atomic<double>& cost = known[threads < kNumbers ? threads : kNumbers - 1];
+    if (cost.load(std::memory_order_relaxed) > 0) return cost;
+    double least = kMost;
+    for (int i = 0; i < kTries; ++i) {
+        const auto begin = std::chrono::steady_clock::now();
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+        {
+            std::atomic_signal_fence(std::memory_order_seq_cst);
+        }
+#else
+        run_on_plain_threads(threads, threads, [](int64_t, int) {});
+#endif
+        const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - begin;
+        least = std::min(least, taken.count());
+    }
+    cost = std::min(kMost, std::max(kLeast, kAsleep * least));
+    return cost;
+}
+
 template <class Params>
 bool run(const Operator<Params>& op, const Params& given, int threads) {
     Params p = given;
@@ -91,8 +117,9 @@ bool run(const Operator<Params>& op, const Params& given, int threads) {
     std::vector<int64_t> order;
     for (int phase = 0; phase < op.phases; ++phase) {
         const int64_t tasks = op.task_count(p, phase);
-        if (threads > 1 && tasks > 1 && !order_tasks(op, p, phase, tasks, &order)) order.clear();
-        if (threads == 1 || tasks == 1) {
+        const bool alone = threads == 1 || tasks == 1 || (op.is_short && op.is_short(p, phase));
+        if (!alone && !order_tasks(op, p, phase, tasks, &order)) order.clear();
+        if (alone) {
             for (int64_t task = 0; task < tasks; ++task) op.run_task(p, phase, task, memory + shared, memory);
             continue;
         }

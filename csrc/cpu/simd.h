@@ -321,6 +321,22 @@ EA_INLINE Vec<A> swap_blocks(Vec<A> x, Lanes<I...>) {
     return __builtin_shufflevector(x, x, (I ^ S)...);
 }
 
+// The largest of a vector.
+template <class A>
+EA_INLINE A largest_lane(Vec<A> x) {
+    if constexpr (kLanes<A> >= 4) {
+        constexpr typename MakeLanes<kLanes<A>>::type lanes{};
+        if constexpr (kLanes<A> >= 16) x = larger(x, swap_blocks<A, 8>(x, lanes));
+        if constexpr (kLanes<A> >= 8) x = larger(x, swap_blocks<A, 4>(x, lanes));
+        x = larger(x, swap_blocks<A, 2>(x, lanes));
+        x = larger(x, swap_blocks<A, 1>(x, lanes));
+    } else {
+        for (int lane = 1; lane < kLanes<A>; ++lane)
+            if (x[lane] > x[0]) x[0] = x[lane];
+    }
+    return x[0];
+}
+
 // The sums of the lanes of four vectors, of which `count` are stored.
 template <class A>
 EA_INLINE void store_sums(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, int count, A* out) {

@@ -129,6 +129,14 @@ EA_INLINE V exponential(V difference) {
     return kNatural ? exp(difference) : exp2(difference);
 }
 
+// The log-sum-exp of a row whose largest score is `top` and whose weights exp(s - top) sum up to `total`.
+template <class A>
+inline void store_lse(const AttentionParams& p, int64_t b, int64_t h, int64_t i, A top, double total) {
+    if (!p.lse) return;
+    static_cast<A*>(p.lse)[(b * p.Hq + h) * p.Nq + i] =
+        total == 0 ? -kInfinity<A> : static_cast<A>(static_cast<double>(top) * score_unit(p) + __builtin_log(total));
+}
+
 inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 // Whether some pair may be hidden, by other means than a bias.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputTypeError, UnsupportedError
 from ..functional import (
     as_block_mask,
+    attention,
     causal_mask,
     check_alignment,
     check_key_mask,
@@ -86,6 +87,14 @@ class Sparse(Method):
                 f"{self} cannot be causal: where a token is put depends on the whole sequence. Use lsh, topk_blocks or "
                 "another pattern"
             )
+        if key_mask is None and mask is None and not need_weights and not self.pattern.by_content:
+            pattern = (
+                None if self.is_dense else self.pattern
+            )  # `attention` makes its mask: it knows calls like this one
+            return attention(
+                query, key, value, mask=pattern, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
+                scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+            ), None  # fmt: skip
         counted = key_mask
         if self.pattern.by_content:
             if mask is not None and not isinstance(mask, Tensor):

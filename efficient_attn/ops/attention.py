@@ -8,8 +8,7 @@ can see through a call without knowing what a BlockMask is:
     block_shape             [batch, heads, block_q, block_k] of these lists
     window                  [left, right, offset]; -1 is unlimited
 
-The backward operator has a derivative of its own (double backward): it replays the reference formula on slices of
-query rows, so that its memory is O(n) too.
+The backward operator has a derivative of its own (double backward), see second_derivative.py.
 """
 
 from __future__ import annotations
@@ -23,14 +22,13 @@ from torch.autograd import forward_ad
 
 from ..backends import BACKENDS
 from ..backends.call import accumulation_dtype
-from ..backends.reference import attention as reference
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
 from ..masks.lists import BlockLists, Grid, transpose
 from .operator import in_one_batch, one_by_one, register
+from .second_derivative import backward_gradients
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-DOUBLE_BACKWARD_ROWS = 256  # query rows replayed at a time
 
 MASK = (
     "SymInt[] block_shape, Tensor? indptr, Tensor? indices, Tensor? tile_ids, Tensor? tiles, "
@@ -120,7 +118,8 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _forward_grad(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None = None
 ) -> tuple[Any, ...]:
-    query, key, value, bias, out, lse, *lists, kv_lengths, dropout_seed = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    query, key, value, bias, out, lse, *lists, kv_lengths, dropout_seed = saved
     block_shape, window, scale, dropout_p, bias_requires_grad, backend = ctx.numbers
     no_values = grad_out is None and grad_weights is not None
     if no_values:  # as if the values had one column: the products with them cost next to nothing
@@ -131,7 +130,9 @@ def _forward_grad(
         batch, heads, block_q, block_k = block_shape
         grid = Grid(query.shape[2], key.shape[2], block_q, block_k)
         lists[4:] = transpose(BlockLists(batch, heads, *lists[:4]), grid)
-    dq, dk, dv, dbias = attention_backward(
+    others = (grad_lse, grad_weights, *saved)
+    backward = _backward if not torch.is_grad_enabled() and is_plain(grad_out, *others) else attention_backward
+    dq, dk, dv, dbias = backward(
         grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse, block_shape, *lists, window, kv_lengths,
         scale, dropout_p, dropout_seed, bias_requires_grad, backend,
     )  # fmt: skip
@@ -149,7 +150,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _backward_grad(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    """Vector-Jacobian product of the backward: autograd through the reference formula, one slice of rows at a time."""
+    """Vector-Jacobian product of the backward."""
     if torch.is_grad_enabled():
         raise UnsupportedError(
             "attention has first and second derivatives; a third one, or torch.func.grad inside torch.func.grad, is "
@@ -159,32 +160,8 @@ def _backward_grad(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     tensors, lists = tensors[:9], tensors[9:]
     block_shape, window, scale, dropout_p, bias_requires_grad = ctx.numbers
     mask = mask_arrays(block_shape, *lists, window, kv_lengths)
-    leaves: list[Any] = [t.detach().requires_grad_() if t is not None else None for t in tensors]
-    totals: list[Any] = [torch.zeros_like(t) if t is not None else None for t in tensors]
-    cotangents = list(gradients) if bias_requires_grad else list(gradients[:3])
-    for start in range(0, tensors[3].shape[2], DOUBLE_BACKWARD_ROWS):
-        rows = slice(start, start + DOUBLE_BACKWARD_ROWS)
-        with torch.enable_grad():
-            grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse = leaves
-            results: Any = reference.attention_backward(
-                grad_out[:, :, rows], _rows(grad_lse, rows), _rows(grad_weights, rows), query[:, :, rows], key, value,
-                _rows(bias, rows), out[:, :, rows], lse[:, :, rows], mask, scale, dropout_p, dropout_seed,
-                bias_requires_grad, start,
-            )  # fmt: skip
-        slices = [cotangents[0][:, :, rows], *cotangents[1:3], *(_rows(g, rows) for g in cotangents[3:])]
-        inputs = [(k, leaf) for k, leaf in enumerate(leaves) if leaf is not None]
-        found = torch.autograd.grad(results[: len(slices)], [leaf for _, leaf in inputs], slices, allow_unused=True)
-        for (k, _), gradient in zip(inputs, found, strict=True):
-            if gradient is not None:
-                totals[k] += gradient
+    totals = backward_gradients(tensors, gradients, mask, scale, dropout_p, dropout_seed, bias_requires_grad)
     return *totals, *([None] * (MASK_OPERANDS + 5))
-
-
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    """The given query rows of pairs (.., Nq, Nk) or lse (B, Hq, Nq); a broadcast bias row serves every slice."""
-    if tensor is None or (tensor.dim() == 4 and tensor.shape[2] == 1):
-        return tensor
-    return tensor[:, :, rows]
 
 
 # --- vmap ---
@@ -237,6 +214,33 @@ attention_backward = register(
 # --- the way past the dispatcher ---
 
 
+class _Direct(torch.autograd.Function):
+    """`attention_forward` with its gradient, for tensors that are plain: an operator written in Python takes longer to
+    pass the dispatcher than a short call to compute."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, arrays: MaskArrays,
+        scale: float, dropout_p: float, dropout_seed: Tensor | None, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        forward = BACKENDS[backend].attention.attention_forward
+        output: tuple[Tensor, Tensor] = forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed)
+        _forward_setup(
+            ctx, (query, key, value, bias, *operands(arrays), scale, dropout_p, dropout_seed, backend), output
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        return (*_forward_grad(ctx, grad_out, grad_lse)[:4], None, None, None, None, None)
+
+
+def direct_attention(*operands: Any) -> tuple[Tensor, Tensor]:
+    """`attention_forward` with a gradient, on tensors that are plain; the mask comes as its arrays."""
+    results: tuple[Tensor, Tensor] = _Direct.apply(*operands)
+    return results
+
+
 def is_plain(query: Tensor, *others: Tensor | None) -> bool:
     """Whether a call on these tensors can pass the dispatcher by: no subclass, transformation, mode, tracer or profiler
     would see anything of it."""
@@ -250,4 +254,6 @@ def is_plain(query: Tensor, *others: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, (query, *others)))
         or query.is_meta
+        or query.is_neg()  # a view whose sign the dispatcher turns
+        or any(other is not None and other.is_neg() for other in others)
     )

@@ -18,8 +18,8 @@ PRIMITIVES = {
 
 
 def parameters(module: ModuleType, function: str) -> list[str]:
-    """Names in order, but for first_row: the reference's own, for callers that walk the queries in slices."""
-    return [name for name in inspect.signature(getattr(module, function)).parameters if name != "first_row"]
+    """Names in order, but for piece: the reference's own, for callers that walk the pairs piece by piece."""
+    return [name for name in inspect.signature(getattr(module, function)).parameters if name != "piece"]
 
 
 @pytest.mark.parametrize("name", backends.BACKENDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch  # before _cpu: the process then has one OpenMP runtime, PyTorch's
@@ -88,6 +89,24 @@ def attention_with_weights(
     _cpu.attention_forward(words, torch.get_num_threads())
     del kept
     return out, lse, weights
+
+
+def forward_of_pointers(
+    query: Tensor, key: Tensor, value: Tensor, mask: MaskArrays, scale: float
+) -> Callable[[int, int, int, int, int, int], None] | None:
+    """`attention_forward` of tensors like these, without bias, lists and dropout, as a function of the addresses of
+    query, key, value, out and lse (0: not wanted; out and lse contiguous) and of the number of threads.
+
+    None where a call is more than the kernel: copies of the operands, or results without a kernel.
+    """
+    operands = (query, key, value)
+    if key.shape[2] == 0 or value.shape[3] * query[..., 0].numel() == 0 or any(readable(t) is not t for t in operands):
+        return None
+    out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype, device="meta")  # its strides are meant
+    lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
+    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None)
+    run: Callable[[int, int, int, int, int, int], None] = _cpu.AttentionForward(words).run
+    return run
 
 
 def attention_backward(

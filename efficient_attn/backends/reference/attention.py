@@ -18,12 +18,21 @@ mask stays behind it. A row without a visible key gives out = 0, lse = -inf and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...masks import MaskArrays
 from ..call import Call, accumulation_dtype
+
+
+class Piece(NamedTuple):
+    """Some pairs of a larger call, for callers that walk it piece by piece: what the mask shows of them, and where each
+    batch element, head, query and key of the piece stands."""
+
+    visible: Tensor  # bool, broadcasts to (B, Hq, Nq, Nk)
+    places: tuple[Tensor, Tensor, Tensor, Tensor]  # b, h, i and j, int64 vectors
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -85,16 +94,15 @@ def attention_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
-    first_row: int = 0,
+    piece: Piece | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), each shaped and typed like its input.
 
     The weights are made from the scores again, not as exp(s - lse): an lse of 1e9 has no digit left for the log of the
-    number of keys. `first_row` says which row of the mask the first query is, for callers that walk the queries in
-    slices.
+    number of keys. `piece` says what the tensors are a part of; then it, not `mask`, says which pairs are visible.
     """
     heads = query.shape[1]
-    scores, visible = masked_scores(query, key, bias, mask, scale, first_row)
+    scores, visible = masked_scores(query, key, bias, mask, scale, piece=piece)
     weights = softmax(scores).masked_fill(~visible, 0.0)  # where the row is NaN, too
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
@@ -106,8 +114,8 @@ def attention_backward(
         grad_dropped = grad_dropped + of_weights
     dropped, grad_kept = weights, grad_dropped
     if dropout_p > 0.0:
-        dropped = apply_dropout(weights, dropout_p, dropout_seed, first_row)
-        grad_kept = apply_dropout(grad_dropped, dropout_p, dropout_seed, first_row)
+        dropped = apply_dropout(weights, dropout_p, dropout_seed, piece)
+        grad_kept = apply_dropout(grad_dropped, dropout_p, dropout_seed, piece)
     delta = (grad_out * out.to(dtype)).sum(-1)
     if grad_weights is not None:
         delta = delta + (of_weights * dropped).sum(-1)
@@ -155,12 +163,24 @@ def attention_weights(
 
 
 def masked_scores(
-    query: Tensor, key: Tensor, bias: Tensor | None, mask: MaskArrays, scale: float, first_row: int = 0
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    first_row: int = 0,
+    piece: Piece | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return scores (B, Hq, Nq, Nk) with -inf at masked pairs, and which pairs are visible, in the same shape."""
+    """Return scores (B, Hq, Nq, Nk) with -inf at masked pairs, and which pairs are visible, in the same shape.
+
+    `first_row` says which row of the mask the first query is; a `piece` knows its pairs without the mask.
+    """
     dtype = accumulation_dtype(query.dtype)
     scores = (query.to(dtype) @ group(key.to(dtype), query.shape[1]).mT) * scale
-    visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device, first_row).expand(scores.shape)
+    if piece is None:
+        visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device, first_row).expand(scores.shape)
+    else:
+        visible = piece.visible.expand(scores.shape)
     if bias is not None:
         visible = visible & (bias != -torch.inf)
         scores = scores + bias.to(dtype)
@@ -249,29 +269,32 @@ def expand_lists(mask: MaskArrays, kv_len: int, first: int, last: int) -> Tensor
 # --- dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---
 
 
-def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, first_row: int = 0) -> Tensor:
+def apply_dropout(tensor: Tensor, dropout_p: float, dropout_seed: Tensor | None, piece: Piece | None = None) -> Tensor:
     """Zero the dropped pairs of (B, Hq, Nq, Nk) and scale the kept ones by 1 / (1 - dropout_p)."""
-    kept = dropout_keep(tensor.shape, dropout_p, dropout_seed, tensor.device, first_row)
+    places = None if piece is None else piece.places
+    kept = dropout_keep(tensor.shape, dropout_p, dropout_seed, tensor.device, places)
     return torch.where(kept, tensor / (1.0 - dropout_p), 0.0)
 
 
 def dropout_keep(
-    shape: Sequence[int], dropout_p: float, seed: Tensor | None, device: torch.device, first_row: int = 0
+    shape: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    device: torch.device,
+    places: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Which pairs survive: a pure function of (seed, b, h, i, j), bool (B, Hq, Nq, Nk).
 
     The counter is laid out so that one Philox call gives the four elements that one GPU thread holds in an m16n8
     accumulator fragment: counter = (j >> 1, (i >> 4) * 8 + (i & 7), h, b), word = ((i >> 3) & 1) * 2 + (j & 1).
     """
-    b, h, i, j = (
-        torch.arange(size, device=device).view([-1 if axis == d else 1 for d in range(4)])
-        for axis, size in enumerate(shape)
-    )
+    vectors = [torch.arange(size, device=device) for size in shape] if places is None else places
+    b, h, i, j = (v.view([-1 if axis == d else 1 for d in range(4)]) for axis, v in enumerate(vectors))
     assert seed is not None, "functional.attention draws a seed whenever dropout_p > 0"
     seed = seed.to(device).reshape(-1)
     if seed.numel() > 1:  # see `call.dropout_origin`
         h, i, j = h + seed[1], i + seed[2], j + seed[3]
-    i, seed = i + first_row, seed[0]
+    seed = seed[0]
     counter = [j >> 1, (i >> 4) * 8 + (i & 7), h, b]
     words = torch.stack(philox4x32([c.expand(shape) for c in counter], seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     word = (((i >> 3) & 1) * 2 + (j & 1)).expand(shape)

@@ -282,9 +282,10 @@ def test_what_a_mask_hides_chooses_nothing_when_compiled():
     pairs = torch.rand(B, 1, n, n, generator=torch.Generator().manual_seed(3)) < 0.8
     pairs[..., :32] = True
     bias = torch.zeros(pairs.shape, dtype=q.dtype).masked_fill(~pairs, -torch.inf)
+    tail = padding("tail", n)
 
     def call(q, k, v):
-        routes = ({"mask": pairs}, {"bias": bias}, {"mask": pairs, "key_mask": padding("tail", n), "is_causal": True})
+        routes = ({"mask": pairs}, {"bias": bias}, {"mask": pairs, "key_mask": tail, "is_causal": True})
         return torch.cat([method.attend(q, k, v, **route)[0] for route in routes])
 
     expected = call(q, k, v)

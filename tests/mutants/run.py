@@ -48,7 +48,7 @@ def run_tests(copy: Path, tests: str, log: Path) -> str:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+        os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
         sys.path[:0] = [str(copy)]
         sys.path = [place for place in sys.path if not place.startswith(str(ROOT / "tests"))]
         for name in [name for name in sys.modules if name.split(".")[0] in ("kernels", "mutants", "support")]:
@@ -69,6 +69,13 @@ def run_tests(copy: Path, tests: str, log: Path) -> str:
     return "endless"
 
 
+def write(file: Path, text: str) -> None:
+    """Write a source, of which no compiled form may be left: two changes in one second look alike."""
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+        compiled.unlink()
+    file.write_text(text)
+
+
 def find(fault: Fault, copy: Path, logs: Path, number: int) -> str:
     """Whether the tests find a fault: "killed", "SURVIVED", or what is wrong with it."""
     file = copy / fault.file
@@ -76,12 +83,12 @@ def find(fault: Fault, copy: Path, logs: Path, number: int) -> str:
     if text.count(fault.right) != 1:
         return f"occurs {text.count(fault.right)} times"
     try:
-        file.write_text(text.replace(fault.right, fault.wrong))
+        write(file, text.replace(fault.right, fault.wrong))
         for command in [fault.build] if fault.build else []:
             subprocess.run(command, shell=True, cwd=copy, check=True, capture_output=True)
         return "SURVIVED" if run_tests(copy, fault.tests, logs / f"{number}.txt") == "passed" else "killed"
     finally:
-        file.write_text(text)
+        write(file, text)
 
 
 def main() -> int:
@@ -92,7 +99,8 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="where to leave the output of pytest, a file a fault")
     options = parser.parse_args()
     import pytest  # noqa: F401  (loaded once, for all that are forked)
-    import torch  # noqa: F401
+    import torch._dynamo
+    import torch.utils.checkpoint  # noqa: F401
 
     survived = 0
     about = [f"{fault.name} {fault.file} {fault.tests}" for fault in FAULTS]

@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=2
 NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-arm64 test-upstream lint format \
+.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz fuzz-native mutants sanitize test-arm64 test-upstream lint format \
 	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme works-with clean
 
 help: ## this list
@@ -60,10 +60,17 @@ test-timm: $(TIMM_VENV)/.installed ## timm, open_clip and torchvision, in an env
 test-cuda-emulator: $(STAMP) ## every case on the CUDA kernels in the emulator (no GPU), and the faults that it must find
 	$(PYTEST) $(ARGS) tests/kernels/cuda/test_cuda_emulator.py
 
-CASES ?= 20000
-fuzz: $(STAMP) ## random calls against the definition: CASES=100000
-	EFFICIENT_ATTN_FUZZ=$(CASES) $(BIN)/python -m pytest -q tests/contract/test_fuzz.py
-	@echo "$(CASES) random cases, forward and backward"
+CASES ?= 2000
+fuzz: $(STAMP) ## random calls of operator, methods, masks and module against definitions: CASES=100000 ARGS=method
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m support.fuzz --cases $(CASES) $(ARGS)
+
+# Each case on one instruction set and one number of threads, in turn: about a millisecond.
+fuzz-native: $(STAMP) ## random calls of the native kernels, very many of them: CASES=1000000 ARGS="--family attention"
+	SANITIZE= $(BIN)/python tests/kernels/cpu/native/build_harness.py build/harness
+	OMP_WAIT_POLICY=passive build/harness/harness --once 1 --count $(CASES) $(ARGS)
+
+mutants: $(STAMP) ## deliberate faults, each of which the default tests must find (an hour): ARGS="--only masks"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(ARGS)
 
 RANDOM_CALLS ?= 10000
 sanitize: $(STAMP) ## random calls of the native kernels under AddressSanitizer and UBSan: RANDOM_CALLS=1000

@@ -59,7 +59,7 @@ class Sparse(Method):
 
     @property
     def counts_positions(self) -> bool:
-        return not self.is_dense and not self.pattern._analytic
+        return not self.is_dense and not self.pattern._analytic and self.pattern._may_begin_later
 
     def to_json(self) -> str:
         return self.pattern.to_json()

@@ -246,6 +246,8 @@ def check_module(seed: int) -> str:
     call, keys, pairs = {}, torch.ones(B, M, dtype=torch.bool), torch.ones(B, H, N, M, dtype=torch.bool)
     if choose.random() < 0.5:
         hidden = torch.rand(B, M, generator=generator) < 0.4
+        if choose.random() < 0.5:
+            hidden = torch.arange(M) < torch.randint(0, M, (B, 1), generator=generator)
         keys = ~hidden
         call["key_padding_mask"] = (
             hidden
@@ -271,11 +273,26 @@ def check_module(seed: int) -> str:
         return "refused"
     q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in module._project(x, y, z))
     allowed = pairs & keys[:, None, None]
+    turn = torch.arange(N).expand(B, N)  # positions count from the first real token
+    pads = keys.int().argmax(1) * ((keys[:, 1:] & ~keys[:, :-1]).sum(1) == 1)
+    pads = pads[:, None] if N == M and method.counts_positions else torch.zeros(B, 1, dtype=torch.int64)
+    if pads.any():
+        turn = (turn + pads) % N
+        q, k, v = (t.gather(2, turn[:, None, :, None].expand_as(t)) for t in (q, k, v))
+        allowed, pairs = (
+            t.gather(2, turn[:, None, :, None].expand_as(t)).gather(3, turn[:, None, None].expand_as(t))
+            for t in (allowed, pairs)
+        )
+        behind = (torch.arange(N) >= N - pads)[:, None, :, None]  # what padding sees is of no consequence
+        pairs, allowed = (pairs | behind), (pairs | behind) & keys.gather(1, turn)[:, None, None]
     shown = Pairs(allowed, allowed.any(2).any(1), None, D**-0.5, None, pairs)
     case = MethodCase(seed, spec, method, (B, H, H, N, M, D, D), torch.float64, {"causal_alignment": None})
     expected = definition(method, q, k, v, module.method_state, shown).transpose(1, 2).flatten(2)
     expected = torch.nn.functional.linear(expected, module.out_proj.weight, module.out_proj.bias)
-    rows = what_is_said(case, shown)[:, 0]
+    rows = what_is_said(case, shown)[:, 0].expand(B, N, 1)
+    back = turn.argsort(1)[..., None]
+    expected, rows = expected.gather(1, back.expand_as(expected)), rows.gather(1, back)
+    rows = rows & (torch.arange(N) >= pads)[..., None]
     close("out", (seat(out) * rows).detach(), (expected * rows).detach(), torch.float64, what, 1000.0)
     assert (weights is None) == (not wanted), what
     if weights is not None:

@@ -69,7 +69,7 @@ class Turned(NamedTuple):
 def attend_from_first(
     method: Method, query: Tensor, key: Tensor, value: Tensor, *, state: nn.Module | None, **call: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """`Method.attend` of a sequence to itself; positions of a row that is padded on the left count from its first token."""
+    """`Method.attend` of a sequence to itself; positions in a row padded on the left count from its first token."""
     key_mask, bias = call.get("key_mask"), call.get("bias")
     if key_mask is None and bias is not None and bias.shape[1] == bias.shape[2] == 1:  # as nn.TransformerEncoder has it
         key_mask = (bias[:, 0, 0] != -torch.inf).expand(key.shape[0], -1)

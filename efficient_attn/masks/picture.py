@@ -25,7 +25,7 @@ def draw(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor
     level = torch.where(shares >= 1, 4, (shares * 3).ceil().clamp(max=3)).long()
     shades, edges = (SHADES, EDGES) if _shows(SHADES + EDGES) else (PLAIN_SHADES, PLAIN_EDGES)
     lines = ["".join(shades[cell] for cell in row) for row in level.tolist()]
-    top_left, across, top_right, side, bottom_left, bottom_right = edges
+    top_left, across, top_right, side, bottom_left, bottom_right = tuple(edges)
     edge = across * len(lines[0])
     rows = (f"{side}{line}{side}" for line in lines)
     return "\n".join([f"{top_left}{edge}{top_right}", *rows, f"{bottom_left}{edge}{bottom_right}"])

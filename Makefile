@@ -62,11 +62,17 @@ test-timm: $(TIMM_VENV)/.installed ## timm, open_clip and torchvision, in an env
 test-cuda-emulator: $(STAMP) ## every case on the CUDA kernels in the emulator (no GPU), and the faults that it must find
 	$(PYTEST) $(ARGS) tests/kernels/cuda/test_cuda_emulator.py
 
-CASES ?= 20000
-SEED ?= 0
-fuzz: $(STAMP) ## random calls against the definition: CASES=100000, and SEED=100000 for others
-	EFFICIENT_ATTN_FUZZ=$(CASES) EFFICIENT_ATTN_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/contract/test_fuzz.py
-	@echo "$(CASES) random cases, forward and backward"
+CASES ?= 2000
+fuzz: $(STAMP) ## random calls of operator, methods, masks and module against definitions: CASES=100000 ARGS=method
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m support.fuzz --cases $(CASES) $(ARGS)
+
+# Each case on one instruction set and one number of threads, in turn: about a millisecond.
+fuzz-native: $(STAMP) ## random calls of the native kernels, very many of them: CASES=1000000 ARGS="--family attention"
+	SANITIZE= $(BIN)/python tests/kernels/cpu/native/build_harness.py build/harness
+	OMP_WAIT_POLICY=passive build/harness/harness --once 1 --count $(CASES) $(ARGS)
+
+mutants: $(STAMP) ## deliberate faults, each of which the default tests must find (an hour): ARGS="--only masks"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(ARGS)
 
 test-ranks: $(STAMP) ## 300 random calls over up to 8 processes, every conformance case over 4, bytes, memory, faults
 	$(BIN)/python -m pytest -q -s -p no:xdist $(ARGS) tests/distributed

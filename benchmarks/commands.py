@@ -59,7 +59,9 @@ def bench(
     peer: Annotated[
         list[str] | None, typer.Option("--peers", help="Of the peers suite, e.g. sdpa_flash,linformer. Repeatable.")
     ] = None,
-    seqlens: Annotated[str | None, typer.Option(help="Lengths: 512,2k,16k or 512:65536:x2.")] = None,
+    seqlens: Annotated[
+        str | None, typer.Option(help="Lengths: 512,2k,16k or 1k..256k (doubling) or 512:64k:x2.")
+    ] = None,
     mode: Annotated[str | None, typer.Option(help=f"Any of {','.join(cases.MODES)}.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Any of {','.join(DTYPES)}.")] = "float32",
     backend: Annotated[str, typer.Option(help=f"Of the ops suite: auto, {', '.join(BACKENDS)}.")] = "auto",
@@ -117,7 +119,7 @@ def bench(
 
 def report(
     files: Annotated[
-        list[Path], typer.Argument(help="results.jsonl files, of unfinished runs too.", exists=True, dir_okay=False)
+        list[Path], typer.Argument(help="Folders of runs or their results.jsonl, unfinished ones too.", exists=True)
     ],
     png: Annotated[Path | None, typer.Option(help="Where to draw. Default: beside the first file.")] = None,
     html: Annotated[
@@ -133,6 +135,7 @@ def report(
     """Prints the tables of result files and draws them."""
     _load(load)
     with named_errors():
+        files = [records.results_file(path) for path in files]
         found = [record for file in files for record in records.read(file)]
         if not _show(found, png or files[0].with_suffix(".png")):
             raise InputError(

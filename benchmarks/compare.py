@@ -195,16 +195,9 @@ def command(
 ) -> None:
     """Compares two runs cell by cell. Exit code 1: a cell of B is worse beyond the threshold, or fails."""
     with named_errors():
-        before, after = (view.latest(records.read(_file(path))) for path in (a, b))
+        before, after = (view.latest(records.read(records.results_file(path))) for path in (a, b))
         found = compare(before, after, threshold=threshold, confidence=confidence, metric=metric, relative=relative)
     print_comparison(found, metric, console())
     if not any(one.before is not None for one in found):
         raise typer.BadParameter(f"--metric {metric}: no cell of both has this figure")
     raise typer.Exit(int(any(one.verdict in ("regression", "failed") for one in found)))
-
-
-def _file(path: Path) -> Path:
-    file = path / "results.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{path} has no results.jsonl; run efficient-attn bench --out {path} first")
-    return file

@@ -21,7 +21,7 @@ def default_scale(scale: float | None, head_dim: int) -> float:
         number = float(scale)
     except (TypeError, ValueError):
         raise InputTypeError(f"scale must be a number or None, got {scale!r}") from None
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # torch.compile has no isfinite for a symbolic one
         raise InputError(f"scale must be finite, got {number}; None stands for 1 / sqrt(head_dim)")
     return number
 

@@ -478,10 +478,12 @@ def _planned_mask(
     alignment: str | None,
     bias: Tensor | None,
 ) -> BlockMask:
-    counted = None
+    counted, within = None, causal
     if bias is not None and getattr(mask, "by_content", False):
-        counted = seen_keys(None, query, key, bias=bias)
-    block_mask = as_block_mask(mask, query, key, scale=scale, key_mask=counted, within=causal, alignment=alignment)
+        shown = shown_by_bias(bias, query, key)
+        within = causal if shown is None else shown if causal is None else shown & causal
+        counted = seen_keys(None, query, key, mask=shown, bias=bias)
+    block_mask = as_block_mask(mask, query, key, scale=scale, key_mask=counted, within=within, alignment=alignment)
     return block_mask if causal is None else block_mask & causal
 
 
@@ -661,10 +663,20 @@ def seen_keys(
     return None if _may_read(seen) and bool(seen.all()) else seen
 
 
-def _may_read(key_mask: Tensor) -> bool:
+def shown_by_bias(bias: Tensor, query: Tensor, key: Tensor) -> BlockMask | None:
+    """The mask of the pairs that -inf in a bias leaves, for patterns that choose by content; None where it hides none,
+    or the same keys from all queries and heads, or while tracing, where no list may depend on values."""
+    bias = check_bias(bias, query, key).detach()
+    if (bias.shape[1] == 1 and bias.shape[2] == 1) or not _may_read(bias, streams=True):
+        return None
+    shown = bias != -torch.inf
+    return None if bool(shown.all()) else as_block_mask(shown, query, key)
+
+
+def _may_read(key_mask: Tensor, *, streams: bool = False) -> bool:
     """Whether values may steer Python: not while tracing or mapping, and not where reading would stall a stream."""
     return (
-        key_mask.device.type == "cpu"
+        (streams or key_mask.device.type == "cpu")
         and not (torch.compiler.is_compiling() or shapes_only(key_mask))
         and not is_jit_traced()
         and not torch._C._are_functorch_transforms_active()

@@ -32,6 +32,7 @@ from .handover import clone, hand_over_hooks, hides_forward, put
 from .methods import DENSE, Method, parse
 from .methods.base import keep_state
 from .methods.continuation import goes_by_positions
+from .methods.left_padding import attend_from_first
 from .patterns import Pattern
 from .tracing import shapes_only, unwrapped
 
@@ -252,7 +253,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             k, v = self._append_columns(k, self.bias_k), self._append_columns(v, self.bias_v)
         key_mask, mask, bias = self._read_masks(method, key_padding_mask, attn_mask, q, extra)
         dropout_p = self.dropout if self.training else 0.0
-        out, weights = method.attend(
+        out, weights = attend_from_first(
+            method,
             q,
             k,
             v,

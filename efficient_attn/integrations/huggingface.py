@@ -23,11 +23,11 @@ from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..methods import DENSE, Method, parse
 from ..methods.continuation import continuation, goes_by_positions
+from ..methods.left_padding import Turned, left_padding, take
 from ..patterns import Pattern
 from ..tracing import is_jit_traced
 from .huggingface_masks import PairMask, pair_mask
 from .layer_state import layer_state
-from .left_padding import Turned, left_padding, take
 from .torch_sdpa import only_hides
 
 NAME = "efficient_attn"

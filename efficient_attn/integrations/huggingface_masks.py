@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
+from ..methods.left_padding import left_padding
 from ..tracing import is_jit_traced, is_recorded
-from .left_padding import left_padding
 
 Interval = tuple[int | None, int | None]  # of key - query, both ends included; None: unlimited
 

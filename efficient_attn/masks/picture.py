@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,16 +15,29 @@ from .lists import BlockLists, Grid, entry_rows
 ROWS, COLUMNS = 16, 32  # of the text picture, at most
 IMAGE = 512  # pixels a side, at most
 EXACT_PAIRS = 1 << 22  # up to here a picture is drawn from the pairs, beyond from the blocks
-SHADES = " ░▒▓█"
+SHADES, EDGES = " ░▒▓█", "┌─┐│└┘"
+PLAIN_SHADES, PLAIN_EDGES = " .+x#", "+-+|++"  # where the terminal's encoding has no others
 
 
 def draw(grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor) -> str:
     """Shades for the share of visible pairs in each cell; any visible pair shows."""
     shares = coverage(grid, lists, window, lengths, ROWS, COLUMNS)
     level = torch.where(shares >= 1, 4, (shares * 3).ceil().clamp(max=3)).long()
-    lines = ["".join(SHADES[cell] for cell in row) for row in level.tolist()]
-    edge = "─" * len(lines[0])
-    return "\n".join([f"┌{edge}┐", *(f"│{line}│" for line in lines), f"└{edge}┘"])
+    shades, edges = (SHADES, EDGES) if _shows(SHADES + EDGES) else (PLAIN_SHADES, PLAIN_EDGES)
+    lines = ["".join(shades[cell] for cell in row) for row in level.tolist()]
+    top_left, across, top_right, side, bottom_left, bottom_right = tuple(edges)
+    edge = across * len(lines[0])
+    rows = (f"{side}{line}{side}" for line in lines)
+    return "\n".join([f"{top_left}{edge}{top_right}", *rows, f"{bottom_left}{edge}{bottom_right}"])
+
+
+def _shows(signs: str) -> bool:
+    """Whether standard output can show some signs: not a terminal in ASCII or cp1252."""
+    try:
+        signs.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def plot(ax: Any, title: str, grid: Grid, lists: BlockLists | None, window: Interval, lengths: Tensor) -> Any:

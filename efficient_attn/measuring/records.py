@@ -138,6 +138,18 @@ class ResultFile:
         self._file.close()
 
 
+def results_file(path: Path) -> Path:
+    """The results of a run that is named by its file or its folder.
+
+    Raises:
+        InputError: a folder without results.
+    """
+    file = path / "results.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{path} has no results.jsonl; run efficient-attn bench --out {path} first")
+    return file
+
+
 def read(path: Path) -> Iterator[Record]:
     """The records of a file, oldest first, without a torn last line.
 

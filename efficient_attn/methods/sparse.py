@@ -14,9 +14,11 @@ from ..functional import (
     attention,
     causal_mask,
     check_alignment,
+    check_bias,
     check_key_mask,
     padded_attention,
     seen_keys,
+    shown_by_bias,
 )
 from ..masks import BlockMask
 from ..patterns import BucketPattern, Dense, Pattern
@@ -54,7 +56,7 @@ class Sparse(Method):
 
     @property
     def counts_positions(self) -> bool:
-        return not self.is_dense and not self.pattern._analytic
+        return not self.is_dense and not self.pattern._analytic and self.pattern._may_begin_later
 
     def to_json(self) -> str:
         return self.pattern.to_json()
@@ -88,17 +90,18 @@ class Sparse(Method):
                 "another pattern"
             )
         if key_mask is None and mask is None and not need_weights and not self.pattern.by_content:
-            pattern = (
-                None if self.is_dense else self.pattern
-            )  # `attention` makes its mask: it knows calls like this one
+            # `attention` makes the mask: it knows calls like this one.
             return attention(
-                query, key, value, mask=pattern, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
+                query, key, value, mask=None if self.is_dense else self.pattern, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
                 scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
             ), None  # fmt: skip
         counted = key_mask
         if self.pattern.by_content:
             if mask is not None and not isinstance(mask, Tensor):
                 mask = as_block_mask(mask, query, key, scale=scale, alignment=causal_alignment)
+            shown = None if bias is None else shown_by_bias(bias, query, key)
+            if shown is not None:  # what is hidden chooses nothing, by whatever route
+                mask = shown if mask is None else as_block_mask(mask, query, key) & shown
             counted = seen_keys(
                 key_mask, query, key, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment
             )
@@ -155,6 +158,7 @@ class Sparse(Method):
         """The pattern's mask and the user's in one, and the bias."""
         pattern = self.pattern.aligned(alignment)
         tracing = (torch.compiler.is_compiling() or shapes_only(query)) and not pattern._analytic
+        within = self._traced_pairs(mask, bias, query, key) if tracing and pattern.by_content else None
         if tracing and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             # How many blocks both list depends on values, which a traced program must not: -inf in a bias does not.
             bias = torch.where(mask, query.new_zeros(()) if bias is None else bias, -torch.inf)
@@ -165,11 +169,25 @@ class Sparse(Method):
                 f"torch.compile cannot join the lists of {self.name} with those of a BlockMask. Join them outside, "
                 "pattern.block_mask(...) & mask, and use attention(mask=...), or pass the mask as a bool tensor"
             )
-        within = user if pattern.by_content else None
-        if pattern.by_content and causal is not None:
-            within = causal if user is None else user & causal
+        if pattern.by_content:
+            within = user if within is None else within
+            within = within if causal is None else causal if within is None else within & causal
         shown = pattern.for_inputs(query, key, scale=scale, key_mask=key_mask, within=within)
         return (shown if user is None else shown & user), bias
+
+    @staticmethod
+    def _traced_pairs(
+        mask: BlockMask | Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor
+    ) -> BlockMask | None:
+        """What a bool mask and -inf in a bias show together, in lists whose shapes depend on no value."""
+        pairs = mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
+        if bias is not None:
+            shown = check_bias(bias, query, key) != -torch.inf
+            pairs = shown if pairs is None else shown & pairs
+        if pairs is None or isinstance(mask, BlockMask):
+            return None
+        pairs = pairs[(None,) * (4 - pairs.dim())]
+        return BlockMask.from_dense(pairs.expand(-1, -1, query.shape[2], key.shape[2]), static=True)
 
 
 DENSE = Sparse(Dense())

@@ -6,6 +6,7 @@ positions, nor a cache. Letters: B batch, N queries, M keys, E features, Hq and 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..errors import UnsupportedError
 from ..methods import Hybrid, Method, parse
 from ..methods.base import keep_state
 from ..methods.continuation import continuation
+from ..methods.left_padding import attend_from_first, left_padding
 from ..patterns import Pattern
 from .cache import LayerCache
 from .positions import rotate
@@ -121,12 +123,15 @@ class Attention(nn.Module):
         method = self.attention
         call: dict[str, Any] = {"key_mask": key_mask, "need_weights": need_weights, "is_causal": self.causal}
         N, M = query.shape[2], key.shape[2]
+        attend = method.attend if self.cross else functools.partial(attend_from_first, method)
         if self.causal and N != M:
+            left = left_padding(key_mask) if method.counts_positions else None
             method, call["mask"] = continuation(
-                method, N, M, num_heads=self.num_heads, first=M - N, device=query.device
+                method, N, M, num_heads=self.num_heads, first=M - N, left=left, device=query.device
             )
             call["causal_alignment"] = "bottom_right"
-        return method.attend(
+            attend = method.attend
+        return attend(
             query, key, value, state=self.method_state, dropout_p=self.dropout if self.training else 0.0, **call
         )
 

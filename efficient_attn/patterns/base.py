@@ -130,6 +130,11 @@ class Pattern(Named):
         )
 
     @property
+    def _may_begin_later(self) -> bool:
+        """Whether tokens before the sequence's first one can be padding: not those of an image."""
+        return True
+
+    @property
     def _analytic(self) -> bool:
         """Whether the mask needs no lists, for any length."""
         return False

@@ -37,6 +37,10 @@ class _OfParts(Pattern):
         return self._with(parts=tuple([part.aligned(alignment) for part in self.parts]))
 
     @property
+    def _may_begin_later(self) -> bool:
+        return all(part._may_begin_later for part in self.parts)
+
+    @property
     def by_content(self) -> bool:
         return any(part.by_content for part in self.parts)
 

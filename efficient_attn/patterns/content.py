@@ -18,8 +18,8 @@ from torch import Tensor
 from ..defaults import default_scale
 from ..errors import InputError
 from ..masks import BlockMask
-from ..masks.algebra import entry_pairs, explicit, how_cut, seen_keys
-from ..masks.lists import FULL, all_blocks, entry_rows, pointers
+from ..masks.algebra import Interval, entry_pairs, explicit, seen_keys
+from ..masks.lists import FULL, Grid, entry_rows, pointers
 from ..options import check_choice, register
 from ..tracing import shapes_only
 from .base import Pattern
@@ -92,9 +92,9 @@ class _Blocks(ContentPattern):
         if n_q * n_k == 0:
             nothing = torch.zeros(B, Hq, n_q, 0, dtype=torch.int64, device=query.device)
             return self._mask_of(nothing, nothing.bool(), query, Nk)
-        shown = None if within is None else shown_by(within, self.block, query.device)
+        shown = None if within is None else shown_by(within, self.block, query.device, key_mask)
         if shown is not None:  # a key that no query sees counts as little as padding
-            key_mask = shown.keys.expand(B, Nk) if key_mask is None else key_mask & shown.keys
+            key_mask = shown.keys.expand(B, Nk)
         scores, counts = self._scores(query, key, default_scale(scale, D), key_mask)
         seen = whole = (counts > 0).expand(B, 1, n_q, n_k)
         if shown is not None:
@@ -195,7 +195,7 @@ class _Blocks(ContentPattern):
             "heads": Hq,
         }
         empty = torch.zeros(1, self.block, self.block // 8, dtype=torch.uint8, device=device)
-        if (torch.compiler.is_compiling() or shapes_only(order)) or torch._C._are_functorch_transforms_active():
+        if _shapes_are_fixed(order):
             # No shape may depend on a value: what is not chosen is an empty tile.
             return BlockMask.unchecked(
                 **fields,
@@ -314,6 +314,11 @@ def _check_share(pattern: Pattern, name: str) -> None:
         raise InputError(f"{pattern.name}: {name} must be a number in (0, 1], got {value!r}")
 
 
+def _shapes_are_fixed(tensor: Tensor) -> bool:
+    """Whether no shape may depend on a value: for tracers and transforms."""
+    return torch.compiler.is_compiling() or shapes_only(tensor) or torch._C._are_functorch_transforms_active()
+
+
 class Shown(NamedTuple):
     """What a mask shows, in square blocks.
 
@@ -327,17 +332,21 @@ class Shown(NamedTuple):
     keys: Tensor
 
 
-def shown_by(mask: BlockMask, block: int, device: torch.device) -> Shown:
-    """What a mask shows in blocks of `block` queries and keys, on a device: a mask without lists is on none."""
+def shown_by(mask: BlockMask, block: int, device: torch.device, key_mask: Tensor | None = None) -> Shown:
+    """What a mask and a padding (B, Nk) show in blocks of `block` queries and keys, on a device: a mask without lists
+    is on none."""
+    if mask.indptr is not None and (torch.compiler.is_compiling() or shapes_only(mask.indptr)):
+        return _shown_by_pairs(mask.to_dense(max_pairs=2**62), key_mask, block)
+    if mask.indptr is not None and key_mask is not None and not _shapes_are_fixed(key_mask):
+        pairs = key_mask[:, None, None].expand(-1, 1, mask.q_len, -1)
+        mask, key_mask = mask & BlockMask.from_dense(pairs, block_size=block), None
     grid, lists, window, lengths = mask.reblock((block, block)).parts
     lengths = lengths.to(device)
     keys = seen_keys(grid, lists, window, lengths)
+    if key_mask is not None:
+        keys = keys & key_mask
     if lists is None:
-        batch = lengths.numel()
-        rows, cols = all_blocks(grid, batch, 1, lengths.device)
-        touched, cut, _ = how_cut(grid, window, lengths[rows // max(grid.n_q, 1)], rows, cols)
-        shape = (batch, 1, grid.n_q, grid.n_k)
-        return Shown(touched.view(shape), (touched & ~cut).view(shape), keys)
+        return _shown_by_window(grid, window, keys)
     lists = explicit(grid, lists, window, lengths)
     rows, cols = entry_rows(lists), lists.indices.long()
     there = torch.nn.functional.pad(keys, (0, grid.n_k * block - grid.kv_len)).unflatten(1, (-1, block)).sum(-1)
@@ -348,3 +357,37 @@ def shown_by(mask: BlockMask, block: int, device: torch.device) -> Shown:
     blocks[1, rows, cols] = entry_pairs(grid, lists) == pairs
     some, whole = blocks.view(2, lists.batch, lists.heads, grid.n_q, grid.n_k).unbind()
     return Shown(some, whole, keys)
+
+
+def _shown_by_pairs(pairs: Tensor, key_mask: Tensor | None, block: int) -> Shown:
+    """`shown_by` for bool (batch, heads, Nq, Nk): every shape is known, as torch.compile wants it."""
+    if key_mask is not None:
+        pairs = pairs & key_mask[:, None, None]
+    keys = pairs.any(2).any(1)
+    cut = torch.nn.functional.pad(pairs, (0, -pairs.shape[3] % block, 0, -pairs.shape[2] % block))
+    seen = cut.unflatten(3, (-1, block)).unflatten(2, (-1, block)).sum((3, 5))
+    there = torch.nn.functional.pad(keys, (0, -keys.shape[1] % block)).unflatten(1, (-1, block)).sum(-1)
+    height = torch.arange(seen.shape[2], device=pairs.device)[:, None] * block
+    height = (pairs.shape[2] - height).clamp(max=block)
+    return Shown(seen > 0, seen == height * there[:, None, None], keys)
+
+
+def _shown_by_window(grid: Grid, window: Interval, keys: Tensor) -> Shown:
+    """`shown_by` for a window over the keys (B, Nk) that anybody sees: what rows see is a run of them."""
+    before = torch.nn.functional.pad(keys.cumsum(-1), (1, 0))  # how many keys stand before each place
+    top = torch.arange(grid.n_q, device=keys.device)[:, None] * grid.block_q
+    bottom = (top + grid.block_q).clamp(max=grid.q_len) - 1
+    start = torch.arange(grid.n_k, device=keys.device) * grid.block_k
+    stop = (start + grid.block_k).clamp(max=grid.kv_len)
+    low, high = window
+
+    def count(of_low: Tensor, of_high: Tensor) -> Tensor:
+        """The keys of each block from where the window of one row begins to where that of another ends."""
+        first = start.expand(grid.n_q, -1) if low is None else torch.maximum(start, of_low + low)
+        last = stop.expand(grid.n_q, -1) if high is None else torch.minimum(stop, of_high + high + 1)
+        first = first.clamp(0, grid.kv_len)
+        return before[:, torch.maximum(last.clamp(0, grid.kv_len), first)] - before[:, first]
+
+    some = count(top, bottom) > 0
+    whole = some & (count(bottom, top) == (before[:, stop] - before[:, start])[:, None])
+    return Shown(some[:, None], whole[:, None], keys)

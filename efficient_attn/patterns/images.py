@@ -27,6 +27,10 @@ class _OnGrid(Pattern):
     size: tuple[int, ...] | None
     prefix: int
 
+    @property
+    def _may_begin_later(self) -> bool:
+        return False
+
     def _check_size(self, axes: tuple[int, ...]) -> None:
         self._at_least(prefix=0)
         if self.size is not None:

@@ -33,7 +33,7 @@ def profile(
         Text,
         typer.Option(help="encoder, decoder, bert, a folder with transformers' config.json, or file.py:function."),
     ] = None,
-    lengths: Annotated[Text, typer.Option(help="1k..256k (doubling), or 512,2k,16k.")] = None,
+    lengths: Annotated[Text, typer.Option(help="512,2k,16k or 1k..256k (doubling) or 512:64k:x2.")] = None,
     mode: Annotated[str, typer.Option(help="fwd, fwd_bwd or fwd,fwd_bwd.")] = "fwd",
     attention: Annotated[
         list[str] | None, typer.Option(help="With --model: a spec to put into it, each a series. Repeatable.")

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from efficient_attn import BlockMask
+from efficient_attn import BlockMask, MultiheadAttention
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.methods import parse
 
 transformers = pytest.importorskip("transformers")
 
 from efficient_attn.integrations.huggingface import register  # noqa: E402
-from efficient_attn.integrations.left_padding import Turned  # noqa: E402
+from efficient_attn.methods.left_padding import Turned  # noqa: E402
+from efficient_attn.models.attention import Attention  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37, "vocab_size": 50,
@@ -114,3 +115,29 @@ def test_tensor_masks_and_biases_are_turned_too() -> None:
     for mask in (BlockMask.from_dense(seen), BlockMask.from_lengths([N] * 3, q_len=N, kv_len=N)):
         with pytest.raises(UnsupportedError, match="padded on the left"):
             turned.call({"mask": mask})
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_module_and_a_layer(spec: str) -> None:
+    """`MultiheadAttention` with key_padding_mask and the models' own layer, which is causal where it can be."""
+    method = parse(spec)
+    torch.manual_seed(0)
+    module = MultiheadAttention(32, 4, batch_first=True, attention=method).double().eval()
+    last = method.tail if hasattr(method, "tail") else method
+    layer = Attention(32, 4, 2, causal=last.accepts_causal, attention=method).double().eval()
+    x, real = torch.randn(len(PADS), N, 32, dtype=torch.float64), torch.arange(N) >= torch.tensor(PADS)[:, None]
+    causal = {"attn_mask": ~torch.ones(N, N, dtype=torch.bool).tril()} if method.accepts_mask else {}
+    for call in ({}, causal):
+        try:
+            together, weights = module(x, x, x, key_padding_mask=~real, **call)
+        except UnsupportedError:
+            assert call
+            continue
+        for row, pad in enumerate(PADS):
+            y = x[row : row + 1, pad:]
+            alone, of_one = module(y, y, y, **{name: mask[pad:, pad:] for name, mask in call.items()})
+            torch.testing.assert_close(together[row, pad:], alone[0])
+            torch.testing.assert_close(weights[row, pad:, pad:], of_one[0])
+    together = layer(x, key_mask=real)[0]
+    for row, pad in enumerate(PADS):
+        torch.testing.assert_close(together[row, pad:], layer(x[row : row + 1, pad:])[0][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -39,6 +40,20 @@ def test_window_algebra_stays_analytic():
     assert (past & ~past).density == 0.0 and (past | ~past) == BlockMask(n, n)
     listed = BlockMask.from_dense(random_bits(n, n), block_size=32)
     assert (listed & near).window == (8, 3) and (listed & near).indices is listed.indices
+
+
+def test_windows_that_overlap_touch_or_lie_apart_combine():
+    """Every two intervals of j - i within a few steps of each other, also those that leave out one diagonal."""
+    distance = torch.arange(9) - torch.arange(9)[:, None]
+    ends = [(low, high) for low in range(-4, 4) for high in range(low, 4)]
+    made = {}
+    for low, high in ends:
+        made[low, high] = BlockMask(9, 9, window=(high - low, 0), window_offset=high)
+        assert_draws(made[low, high], ((distance >= low) & (distance <= high))[None, None])
+    for a, b in itertools.product(ends, ((-4, -3), (-1, 0), (1, 1), (2, 3))):
+        x, y = (((distance >= low) & (distance <= high))[None, None] for low, high in (a, b))
+        assert_draws(made[a] | made[b], x | y)
+        assert_draws(made[a] & made[b], x & y)
 
 
 def test_windows_of_different_alignment_combine():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 import torch
 from support.mask_cases import SIZES, assert_canonical, assert_valid, random_bits, variants
@@ -82,6 +85,16 @@ def test_flex_attention_runs_under_our_mask():
 
 
 # --- pictures ---
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_terminal_can_print_a_mask(encoding, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    print(BlockMask(64, 64).with_causal(), flush=True)
+    picture = terminal.buffer.getvalue().decode(encoding).splitlines()[1:]
+    assert len(picture) == 18 and len(set(map(len, picture))) == 1
+    assert ("█" in picture[-2]) == (encoding == "utf-8") and ("#" in picture[-2]) == (encoding != "utf-8")
 
 
 def test_repr_draws_a_small_picture():

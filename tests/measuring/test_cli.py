@@ -280,6 +280,42 @@ def test_what_cannot_be_written_is_named(tmp_path):
         assert result.exit_code == 2 and "file" in joined(result.output), (arguments, result.output, result.exception)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    """What a command prints, what it draws, and a file that may not grow: exit code, no traceback."""
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(CELL) + "\n")
+    program = [sys.executable, "-m", "efficient_attn.cli"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*program, "report", str(path)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode != 0 and "Traceback" not in result.stderr and "No space left" in result.stderr
+    limit = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); sys.argv = sys.argv[1:]"
+    )
+    limited = [sys.executable, "-c", f"{limit}; runpy.run_module('efficient_attn.cli', run_name='__main__')"]
+    for arguments in ([*SMALL, "--out", "run"], ["report", str(path), "--html", "page.html"]):
+        result = subprocess.run([*limited, "cli", *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert "Traceback" not in result.stderr and "File too large" in joined(result.stderr), (arguments, result)
+        assert result.returncode != 0
+
+
+def test_a_run_is_named_by_its_folder_or_its_file(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps(CELL) + "\n")
+    (tmp_path / "empty").mkdir()
+    by_folder, by_file = invoke("report", str(tmp_path)), invoke("report", str(tmp_path / "results.jsonl"))
+    assert by_folder.exit_code == by_file.exit_code == 0 and by_folder.output == by_file.output
+    result = invoke("report", str(tmp_path / "empty"))
+    assert result.exit_code == 2 and "has no results.jsonl" in joined(result.output)
+
+
+def test_lengths_have_one_grammar():
+    for text in ("1k..32k", "1k:32k:x2", "1k,2k,4k,8k,16k,32k"):
+        assert options.read_lengths(text) == tuple(1024 * 2**n for n in range(6))
+    for command in (["bench", "--seqlens"], ["profile", "--op", "dense", "--lengths"]):
+        result = invoke(*command, "1k:2k")
+        assert result.exit_code == 2 and "1k..256k or 512:64k:x2" in joined(result.output), result.output
+
+
 def joined(output):
     return " ".join(output.replace("│", " ").split())
 

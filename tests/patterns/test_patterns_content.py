@@ -274,6 +274,25 @@ def test_blocks_compile(pattern):
     same_with_gradients(compiled(q, k, v), call(q, k, v), inputs)
 
 
+def test_what_a_mask_hides_chooses_nothing_when_compiled():
+    """As in eager mode: a block that a mask or a bias cuts decides nothing."""
+    torch._dynamo.reset()
+    n, method = 100, parse("topp_blocks:block=16,mass=0.4")
+    q, k, v = make(n)
+    pairs = torch.rand(B, 1, n, n, generator=torch.Generator().manual_seed(3)) < 0.8
+    pairs[..., :32] = True
+    bias = torch.zeros(pairs.shape, dtype=q.dtype).masked_fill(~pairs, -torch.inf)
+    tail = padding("tail", n)
+
+    def call(q, k, v):
+        routes = ({"mask": pairs}, {"bias": bias}, {"mask": pairs, "key_mask": tail, "is_causal": True})
+        return torch.cat([method.attend(q, k, v, **route)[0] for route in routes])
+
+    expected = call(q, k, v)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v), expected)
+    torch.testing.assert_close(expected[:B], expected[B : 2 * B])
+
+
 # --- buckets ---
 
 

@@ -79,7 +79,8 @@ class PerformerTail(FeatureTail):
             else:
                 if call.key_mask is not None:
                     b = b.masked_fill(~call.key_mask[:, None, :, None], -torch.inf)
-                highest = largest(b.mT).mT  # (B, Hkv, 1, m)
+                # A key that is not finite is for those who see it, in its block; the others keep their scale.
+                highest = largest(b.masked_fill(~b.isfinite(), -torch.inf).mT).mT  # (B, Hkv, 1, m)
                 a, b = a + highest.unsqueeze(2), b - highest
             top = a.detach().amax(-1, keepdim=True)
             log_scale = top.squeeze(-1).flatten(1, 2) - query.square().sum(-1) / 2 - math.log(projection.shape[0])

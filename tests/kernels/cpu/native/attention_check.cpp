@@ -119,7 +119,7 @@ std::string check_malformed_lists(uint64_t seed, Context& context) {
     Random random(~seed);
     corrupt_lists(random, c);
     for (const Kernels* kernels : context.kernels) {
-        for (const Run& how : kRuns) {
+        for (const Run& how : context.runs()) {
             const std::string place = where(*kernels, how);
             context.now("malformed lists: " + c.describe() + place);
             const Call made(c, how.flush);

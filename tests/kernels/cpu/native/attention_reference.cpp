@@ -4,7 +4,8 @@
 //     dV = (Z P)^T dO   dQ = scale dS K                dK = scale dS^T Q                 dbias = dS
 //
 // Bounds: a score of size a is off by a few units of a's last place, hence a weight P by a relative r_i; every sum is
-// off by its terms' absolute values times that. Half precision may also round P and dS before they enter a product.
+// off by its terms' absolute values times that, and times what their roundings may add up to, also
+// in this definition. Half precision may also round P and dS before they enter a product.
 #include "attention_reference.h"
 
 #include <algorithm>
@@ -77,6 +78,10 @@ struct Definition {
         return place;
     }
 
+    // How far a sum of n terms may be off, relative to their absolute values. Where they are all alike, so is their
+    // rounding: a kernel adds up tiles of 64, this definition, no better than a kernel in double, one by one.
+    double walk(double n) const { return unit * (2 * std::sqrt(n) + n / (c.accumulator() == kFloat64 ? 2 : 32)); }
+
     void row(int64_t b, int64_t h, int64_t i) {
         const int64_t kv = h / (c.Hq / c.Hkv), at = (b * c.Hq + h) * c.Nq + i, kv_row = (b * c.Hkv + kv) * c.Nk;
         const double* q = query.data() + at * c.D;
@@ -100,7 +105,7 @@ struct Definition {
         double total = 0;
         for (double& w : weight) total += w = std::exp(w - top);
         for (double& w : weight) w /= total;
-        const double relative = kUnits * unit * (2 + largest);
+        const double relative = kUnits * unit * (2 + largest) + walk(static_cast<double>(seen.size()));
         results.lse.add(at, top + std::log(total), relative + 2 * unit * std::fabs(top));
         forward(b, h, i, at, kv_row, relative);
         backward(b, h, i, at, kv_row, q, dO, relative);
@@ -143,6 +148,9 @@ struct Definition {
         double stored = epsilon(c.dtype) * from_out.size + out_error.size;
         for (int64_t d = 0; d < c.Dv; ++d) stored += smallest(c.dtype) * std::fabs(dO[d]);
         const double loose = relative + 2 * product_unit;
+        const double pairs = static_cast<double>(c.B * c.Hq * c.Nq * c.Nk);
+        const double over_queries = walk(static_cast<double>(c.Hq / c.Hkv * c.Nq));
+        const double over_bias = c.has_bias ? walk(pairs / static_cast<double>(c.bias.count())) : 0;
         for (size_t n = 0; n < seen.size(); ++n) {
             const int64_t j = kv_row + seen[n];
             const Dot g = dot(dO, value.data() + j * c.Dv, c.Dv);
@@ -151,15 +159,16 @@ struct Definition {
             const double error = weight[n] * (loose * size + stored);
             for (int64_t d = 0; d < c.Dv; ++d) {
                 const double x = factor[n] * weight[n] * dO[d];
-                results.dv.add(j * c.Dv + d, x, loose * std::fabs(x));
+                results.dv.add(j * c.Dv + d, x, (loose + over_queries) * std::fabs(x));
             }
             const double* k = key.data() + j * c.D;
             const double scale = c.scale, size_of_scale = std::fabs(scale);
             for (int64_t d = 0; d < c.D; ++d) {
                 results.dq.add(at * c.D + d, scale * dS * k[d], size_of_scale * error * std::fabs(k[d]));
-                results.dk.add(j * c.D + d, scale * dS * q[d], size_of_scale * error * std::fabs(q[d]));
+                results.dk.add(j * c.D + d, scale * dS * q[d],
+                               size_of_scale * (error + over_queries * weight[n] * size) * std::fabs(q[d]));
             }
-            if (c.has_bias) results.dbias.add(bias_at(b, h, i, seen[n]), dS, error);
+            if (c.has_bias) results.dbias.add(bias_at(b, h, i, seen[n]), dS, error + over_bias * weight[n] * size);
         }
     }
 };

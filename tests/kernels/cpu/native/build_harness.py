@@ -48,8 +48,8 @@ def build(build_dir: Path, wanted: Sequence[str] | None = None) -> Path:
     every = setup.instruction_sets(build_dir)
     sets = {name: flags for name, flags in every.items() if wanted is None or name in (*wanted, "baseline")}
     names = ",".join(f'"{name}"' for name in sets)
-    # -O1: the sanitizers' checks take minutes to optimise further.
-    flags = f"-O1 -g1 {sanitizers} -I{HERE} '-DINSTRUCTION_SETS={names}'"
+    # -O1: the sanitizers' checks take minutes to optimise further. Without them: as the kernels are shipped.
+    flags = f"{'-O1 -g1' if sanitizers else '-O3'} {sanitizers} -I{HERE} '-DINSTRUCTION_SETS={names}'"
     sources = [name for name in setup.PLAIN_SOURCES if not name.endswith("module.cpp")]
     sources += sorted(str(path.relative_to(ROOT)) for path in HERE.glob("*.cpp"))
     output = build_dir / "harness"

@@ -9,12 +9,6 @@
 
 namespace harness {
 
-struct Run {
-    int threads;
-    Flush flush;
-};
-constexpr Run kRuns[] = {{1, Flush::kEnd}, {2, Flush::kStart}, {3, Flush::kEnd}};
-
 inline std::string where(const efficient_attn::Kernels& kernels, const Run& run) {
     return std::string(" [") + kernels.name + ", " + std::to_string(run.threads) +
            " threads, tensors flush against the " + (run.flush == Flush::kEnd ? "end" : "start") + "]";
@@ -62,7 +56,7 @@ template <class Call, class Case>
 std::string check_on(const efficient_attn::Kernels& kernels, const char* family, const Case& c,
                      const std::vector<Result<Call>>& all, Context& context) {
     std::vector<std::vector<char>> first;
-    for (const Run& how : kRuns) {
+    for (const Run& how : context.runs()) {
         const std::string place = where(kernels, how);
         context.now(std::string(family) + ": " + c.describe() + place);
         const Call made(c, how.flush);
@@ -71,12 +65,12 @@ std::string check_on(const efficient_attn::Kernels& kernels, const char* family,
         if (const std::string changed = written(made.inputs()); !changed.empty()) return changed + place;
         for (size_t n = 0; n < all.size(); ++n) {
             Image now = (made.*all[n].place).now();
-            if (how.threads == 1) {
+            if (first.size() == n) {
                 first.push_back(now.bytes);
                 const std::string wrong = compare(all[n].name, now.values(), *all[n].expected, context);
                 if (!wrong.empty()) return wrong + place;
             } else if (now.bytes != first[n]) {
-                return std::string(all[n].name) + first_difference(now, first[n]) + " than on one thread" + place;
+                return std::string(all[n].name) + first_difference(now, first[n]) + " than in the first run" + place;
             }
             if (!(made.*all[n].place).slack_is_unwritten() || !now.gaps_are_unwritten())
                 return std::string(all[n].name) + " was written beside its elements" + place;

@@ -1,15 +1,17 @@
 // Random calls of the CPU kernels without Python: `make sanitize` builds this with AddressSanitizer and UBSan.
 //
-//     harness [--count N] [--seed FIRST] [--family NAME]
+//     harness [--count N] [--seed FIRST] [--family NAME] [--once 1]
 //
 // Every case is a seed. Its tensors lie between guard pages, its results are filled with NaN before and compared with a
 // definition in double after, on every instruction set that this machine runs and on 1, 2 and 3 threads, which must
-// agree bit for bit. A failure prints the command that repeats it alone.
+// agree bit for bit; with --once 1 (shorter cases) on one set and one number of threads, in turn. A failure prints the
+// command that repeats it alone.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include "draw.h"
 #include "families.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -40,7 +42,7 @@ void watch_crashes() {
 }
 
 [[noreturn]] void usage(const char* program) {
-    std::fprintf(stderr, "usage: %s [--count N] [--seed FIRST] [--family", program);
+    std::fprintf(stderr, "usage: %s [--count N] [--seed FIRST] [--once 1] [--family", program);
     for (const harness::Family& family : harness::kFamilies) std::fprintf(stderr, " %s", family.name);
     std::fprintf(stderr, "]\n");
     std::exit(2);
@@ -51,6 +53,7 @@ void watch_crashes() {
 int main(int argc, char** argv) {
     uint64_t count = 1000, seed = 0;
     const char* only = nullptr;
+    bool once = false;
     for (int n = 1; n < argc; n += 2) {
         if (n + 1 == argc) usage(argv[0]);
         if (!std::strcmp(argv[n], "--count"))
@@ -59,10 +62,13 @@ int main(int argc, char** argv) {
             seed = std::strtoull(argv[n + 1], nullptr, 10);
         else if (!std::strcmp(argv[n], "--family"))
             only = argv[n + 1];
+        else if (!std::strcmp(argv[n], "--once"))
+            once = std::strtoull(argv[n + 1], nullptr, 10) != 0;
         else
             usage(argv[0]);
     }
     watch_crashes();
+    harness::short_cases = once;
     harness::Context context;
     context.now = [](const std::string& what) { std::snprintf(running, sizeof running, "%s", what.c_str()); };
     std::string names;
@@ -72,14 +78,19 @@ int main(int argc, char** argv) {
         context.kernels.push_back(kernels);
         names += std::string(" ") + name;
     }
+    const std::vector<const efficient_attn::Kernels*> every = context.kernels;
     bool ran = false;
     for (const harness::Family& family : harness::kFamilies) {
         if (only && std::strcmp(only, family.name)) continue;
         ran = true;
         context.calls = context.elements = 0, context.worst = 0;
         for (uint64_t n = seed; n < seed + count; ++n) {
-            std::snprintf(repeat, sizeof repeat, "%s --family %s --seed %llu --count 1", argv[0], family.name,
-                          static_cast<unsigned long long>(n));
+            std::snprintf(repeat, sizeof repeat, "%s --family %s --seed %llu --count 1%s", argv[0], family.name,
+                          static_cast<unsigned long long>(n), once ? " --once 1" : "");
+            if (once) {
+                context.kernels = {every[n % every.size()]};
+                context.only = &harness::kRuns[n / every.size() % 3];
+            }
             const std::string wrong = family.check(n, context);
             if ((n + 1 - seed) % 1000 == 0 && n + 1 - seed < count)
                 std::fprintf(stderr, "%s: %llu of %llu\n", family.name, static_cast<unsigned long long>(n + 1 - seed),

@@ -1,4 +1,4 @@
-"""Padding on the left, as decoders of transformers have it: positions count from the first real token of each row.
+"""Padding on the left, as decoders have it: positions count from the first real token of each row.
 
 A pattern such as Longformer's, whose first token is global, or one of blocks, would otherwise take padding for the
 beginning, and a row would give something else in a batch than alone. Queries and keys are turned so that the padding
@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..masks import BlockMask
+from .base import Method
 
 
 def left_padding(key_mask: Tensor | None) -> Tensor | None:
@@ -55,10 +56,34 @@ class Turned(NamedTuple):
             )
         for name in ("mask", "bias"):
             if isinstance(call.get(name), Tensor):
-                turned[name] = take(take(call[name], self.there, 2), self.there, 3)
+                pairs = take(take(call[name], self.there, 2), self.there, 3)
+                if pairs.shape[2] == self.there.shape[1]:  # what padding sees must not cut blocks of the last tokens
+                    behind = self.padding.flip(1)[:, None, :, None]
+                    pairs = pairs.masked_fill(behind, True if pairs.dtype == torch.bool else 0.0)
+                turned[name] = pairs
         if call.get("key_mask") is not None:
             turned["key_mask"] = call["key_mask"].gather(1, self.there)
         return turned
+
+
+def attend_from_first(
+    method: Method, query: Tensor, key: Tensor, value: Tensor, *, state: nn.Module | None, **call: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`Method.attend` of a sequence to itself; positions in a row padded on the left count from its first token."""
+    key_mask, bias = call.get("key_mask"), call.get("bias")
+    if key_mask is None and bias is not None and bias.shape[1] == bias.shape[2] == 1:  # as nn.TransformerEncoder has it
+        key_mask = (bias[:, 0, 0] != -torch.inf).expand(key.shape[0], -1)
+    pads = left_padding(key_mask) if method.counts_positions and query.shape[2] == key.shape[2] else None
+    if pads is None or key_mask is None:
+        return method.attend(query, key, value, state=state, **call)
+    # Tokens that are hidden here and there are no padding.
+    pads = pads * ((key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1) == 1)
+    if not torch.compiler.is_compiling() and not bool(pads.any()):
+        return method.attend(query, key, value, state=state, **call)
+    turned = Turned.by(pads, key.shape[2])
+    query, key, value = (take(x, turned.there, 2) for x in (query, key, value))
+    out, weights = method.attend(query, key, value, state=state, **turned.call(call))
+    return turned.undo(out), None if weights is None else take(turned.undo(weights), turned.back, 3)
 
 
 def take(x: Tensor, order: Tensor, dim: int) -> Tensor:

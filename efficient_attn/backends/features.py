@@ -78,7 +78,8 @@ def map_features(
     """The features of all rows under one shift.
 
     Raises:
-        MovingShift: causal keys have more than one epoch. Where values are unknown nobody can ask: those keys become NaN.
+        MovingShift: causal keys have more than one epoch. Where values are unknown nobody can ask: those keys become
+            NaN.
     """
     if feature_map in SHIFTED:
         e = exponents(query, key, key_mask, projection, feature_map, scale)
@@ -247,7 +248,7 @@ def pack_shift(shift: Tensor, constant: Tensor, keys: int, is_causal: bool) -> T
 
 
 def shift_size(Hkv: int, Hq: int, Nq: int, Nk: int, features: int, is_causal: bool) -> int:
-    """S: rows of features for all keys, or causal for the first key and for each SHIFT_ROWS keys, and c of each query."""
+    """S: a row of features for all keys, causal one for the first and one for each SHIFT_ROWS keys; c of queries."""
     rows = 1 + (Nk + SHIFT_ROWS - 1) // SHIFT_ROWS if is_causal else 1
     return rows * features + Hq // max(Hkv, 1) * Nq
 

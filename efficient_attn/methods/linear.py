@@ -86,8 +86,8 @@ def linear_attention(
         feature_map: "identity", "elu" (elu(x) + 1), "relu" or "exp", applied by the kernel in the accumulation dtype:
             the features are never in memory. The positive ones, "elu" and "exp", may span any range, far beyond that
             of float32; given features and "relu" are numbers of the accumulation dtype, and so are their products.
-        return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add. It is a number
-            of the accumulation dtype, 0 where that cannot hold it, however right out is.
+        return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add. It is a
+            number of the accumulation dtype, 0 or infinite where that cannot hold it, however right out is.
         backend: "auto", or a name in `efficient_attn.backends.BACKENDS`; an explicit choice that cannot serve raises.
 
     Returns:

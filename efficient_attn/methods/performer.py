@@ -141,7 +141,7 @@ def performer_features(
         except MovingShift:
             raise UnsupportedError(
                 f"the causal features of these keys span more than e^{RISE:.0f} beside those of the first key: no one "
-                "scale holds them for every query. Call performer_attention, which rescales on the way, or scale the keys"
+                "scale holds them for every query. Call performer_attention, which rescales on the way, or scale keys"
             ) from None
     return a, b
 

@@ -1,5 +1,5 @@
-"""Positive features of linear attention whose exponents span far more than float32's range: keys of standard deviation 8
-give Performer features around e^-300, and e^-100 of one key is all that an early query sees.
+"""Positive features of linear attention whose exponents span far more than float32's range: keys of standard deviation
+8 give Performer features around e^-300, and e^-100 of one key is all that an early query sees.
 
 The truth is the definition in float64 on logarithms, where nothing overflows. Triton and CUDA are tested through the
 operator in processes of their own: see support/linear_cases.py.
@@ -60,8 +60,8 @@ def test_long_sequences_in_every_schedule(backend: str, feature_map: str, spread
 @pytest.mark.parametrize("feature_map", ["elu", "exp", "performer_softmax"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_row_depends_on_a_later_key(backend: str, feature_map: str, hidden: float) -> None:
-    """Not a bit, although the shift that a later key would raise is shared by a whole chunk of rows. In the reference the
-    products have other shapes then, and BLAS other roundings.
+    """Not a bit, although the shift that a later key would raise is shared by a whole chunk of rows. In the reference
+    the products have other shapes then, and BLAS other roundings.
     """
     bounds = {"rtol": 1e-5, "atol": 1e-6} if backend == "reference" else {"rtol": 0.0, "atol": 0.0}
     for spread in (1.0, 6.0):
@@ -99,9 +99,7 @@ def test_keys_that_no_query_sees_have_gradient_0(backend: str, hidden: float) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_normaliser_is_that_of_unshifted_features(backend: str, is_causal: bool) -> None:
     q, k, v = (torch.randn(1, 2, 50, 8, dtype=torch.float64).sub(3).requires_grad_() for _ in range(3))
-    out, n = linear_attention(
-        q, k, v, is_causal=is_causal, feature_map="elu", return_normaliser=True, backend=backend
-    )
+    out, n = linear_attention(q, k, v, is_causal=is_causal, feature_map="elu", return_normaliser=True, backend=backend)
     pairs = (torch.nn.functional.elu(q) + 1) @ (torch.nn.functional.elu(k) + 1).mT
     pairs = pairs.tril() if is_causal else pairs
     right = pairs @ v / pairs.sum(-1, keepdim=True), pairs.sum(-1)
@@ -131,9 +129,10 @@ def test_weights_and_learned_projections_follow(spread: float, is_causal: bool) 
     ours = performer_attention(q, k, v, learned, is_causal=is_causal)
     torch.testing.assert_close(ours, out, **bounds)
     assert torch.autograd.grad(ours.sum(), learned)[0].isfinite().all()
-    torch.testing.assert_close(elu_weights(q, k, is_causal=is_causal) @ v, elu_attention(q, k, v, is_causal=is_causal), **bounds)
+    out = elu_attention(q, k, v, is_causal=is_causal)
+    torch.testing.assert_close(elu_weights(q, k, is_causal=is_causal) @ v, out, **bounds)
     if is_causal and spread > 1:
-        with pytest.raises(UnsupportedError, match="span more than e\\^30 .* Call performer_attention"):
+        with pytest.raises(UnsupportedError, match=r"span more than e\^30 .* Call performer_attention"):
             performer_features(q, k, projection, is_causal=True)
 
 

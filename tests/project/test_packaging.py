@@ -96,7 +96,9 @@ def test_the_sdist_holds_all_that_a_wheel_needs(tmp_path):
     command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(copy_of_sources(tmp_path))]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
-    installed = [line for line in result.stdout.splitlines() if line.startswith("  - ")]  # `build`'s list of what it installs
+    installed = [
+        line for line in result.stdout.splitlines() if line.startswith("  - ")
+    ]  # `build`'s list of what it installs
     assert installed and not any("torch" in line for line in installed)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -193,7 +193,7 @@ def _sums_over_queries(
 
 
 def _factor(earlier: _Span, later: _Span, dim: int) -> Tensor:
-    """What a state is multiplied with from one epoch to the next or back, at most 1: (B, Hkv, 1, F, 1) or (..., 1, F)."""
+    """What a state is multiplied with from an epoch to the next or back, at most 1: (B, Hkv, 1, F, 1) or (.., 1, F)."""
     return (earlier.shift - later.shift).exp().unsqueeze(2).unsqueeze(-1 if dim == -2 else -2)
 
 

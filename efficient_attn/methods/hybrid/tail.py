@@ -92,7 +92,7 @@ class FeatureTail(Tail):
     def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """a (B, Hkv, G, Nq, m), b (B, Hkv, 1 | G, Nk, m), log_scale (B, Hq, Nq), shift (B, Hkv, 1, C) or None: 0.
 
-        e^{log_scale + shift} a_i . b_j, with the shift of the block of j, is the tail's estimate of e^{scale q_i . k_j}.
+        e^{log_scale + shift} a_i . b_j, with the shift of j's block, is the tail's estimate of e^{scale q_i . k_j}.
         """
         raise NotImplementedError
 
@@ -151,8 +151,9 @@ def _by_group(tail: Tensor, a: Tensor) -> Tensor:
 
 
 def _block_weights(seen: Tensor, shift: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """What the sums of each block of keys count for each block of queries (..., query blocks, C), 0 or, where blocks have
-    a shift (..., C), e^{shift - top} with the largest one that is seen: top (..., query blocks)."""
+    """What the sums of each block of keys count for each block of queries (..., query blocks, C): 0 or 1, or, where
+    blocks have a shift (..., C), e^{shift - top} with the largest one that is seen, top (..., query blocks).
+    """
     if shift is None:
         return seen.to(dtype), None
     shifts = shift.detach().to(dtype).unsqueeze(-2).masked_fill(~seen, -torch.inf)

@@ -91,10 +91,10 @@ struct LinearAttentionParams {
     int feature_dtype, value_dtype;        // of query, key, dq, dk; of value, out, grad_out, dv
     int64_t B, Hq, Hkv, Nq, Nk, D, F, Dv;  // F = D without a projection
     TensorView query, key, value, out;
-    void* normaliser;          // (B, Hq, Nq) contiguous, float32 or float64 like all that follows
-    void* key_shift;           // (B, Hkv, S) contiguous: exponents that were taken off kElu and kExponential; null: none
-    const uint8_t* key_mask;   // (B, Nk) contiguous; null: every key
-    const void* projection;    // (projection_heads, F, D) contiguous; null: none
+    void* normaliser;         // (B, Hq, Nq) contiguous, float32 or float64 like all that follows
+    void* key_shift;          // (B, Hkv, S) contiguous: exponents that were taken off kElu and kExponential; null: none
+    const uint8_t* key_mask;  // (B, Nk) contiguous; null: every key
+    const void* projection;   // (projection_heads, F, D) contiguous; null: none
     int64_t projection_heads;  // 1 or Hkv
     int64_t feature_map;
     double root, gain, floor, limit;   // limit: how far a key's exponent may exceed the shift

@@ -9,7 +9,8 @@
 //     keys     backwards in time   G = sum_i u_i a_i^T,    dB = V' G + tril(U V'^T)^T A,   dV = B G^T + tril(A B^T)^T U
 //
 // Under a shift (linear_attention_features.h) S is relative to it, as in the forward, and so is G, whose queries have a
-// shift of the same time or later: backwards in time it falls, and sums are rescaled again. Factors are 1 or less in both.
+// shift of the same time or later: backwards in time it falls, and sums are rescaled again. Factors are 1 or less in
+// both.
 //
 // Floating-point operations a row and head: 10 F Dv; causal adds 3 kChunk (F + Dv), a stored schedule 4 F Dv.
 #pragma once
@@ -103,8 +104,8 @@ inline void read_v(const Params& p, const Plan& s, const Chunk& c, int64_t b, in
 template <class A>
 inline void add_outer(const Params& p, const Plan& s, int64_t begin, int64_t end, const A* x, const A* y, A* record,
                       Ahead* ahead = nullptr) {
-    product<A>(kAll, p.Dv + 1, end - begin, s.Fp, x + begin * s.Dvr, Unit{}, s.Dvr, y + begin * s.Fp, s.Fp, record, s.Fp,
-               true, ahead);
+    product<A>(kAll, p.Dv + 1, end - begin, s.Fp, x + begin * s.Dvr, Unit{}, s.Dvr, y + begin * s.Fp, s.Fp, record,
+               s.Fp, true, ahead);
 }
 
 // W = tril(U V'^T)
@@ -126,7 +127,8 @@ inline const A* shift_before(const Params& p, const Plan& s, int64_t unit, int64
 }
 template <class A>
 inline const A* shift_after(const Params& p, const Plan& s, int64_t unit, int64_t chunk) {
-    return chunk + 1 < shift_rows(p) ? shifts_of<A>(p, s, unit) + (chunk + 1) * p.F : shift_before<A>(p, s, unit, chunk);
+    return chunk + 1 < shift_rows(p) ? shifts_of<A>(p, s, unit) + (chunk + 1) * p.F
+                                     : shift_before<A>(p, s, unit, chunk);
 }
 
 template <class A>
@@ -175,7 +177,8 @@ EA_NOINLINE void join_sums(const Params& p, const Plan& s, const A* x, const A* 
     if (calm && y) add(x, y, n, out);
     for (int64_t k = 0; !calm && k < s.Fp; k += kLanes<A>) {
         const Vec<A> target = load<A>(shift + k);
-        const Vec<A> keep = ratio<A>(load<A>(x + n + k), target), take = ratio<A>(y ? load<A>(y + n + k) : target, target);
+        const Vec<A> keep = ratio<A>(load<A>(x + n + k), target),
+                     take = ratio<A>(y ? load<A>(y + n + k) : target, target);
         for (int64_t d = k; d < n; d += s.Fp) {
             const Vec<A> kept = load<A>(x + d) * keep;
             store(out + d, y ? kept + load<A>(y + d) * take : kept);
@@ -184,8 +187,9 @@ EA_NOINLINE void join_sums(const Params& p, const Plan& s, const A* x, const A* 
     if (shift != out + n) copy(shift, s.Fp, out + n);
 }
 
-// f(rows, u, shift) for the pieces of a chunk, in time or backwards, as in the forward: `shift` is that of the segment's
-// own keys in the piece. u as the forward's; `keep` as there. The keys were read if they are there and the shift moves.
+// f(rows, u, shift) for the pieces of a chunk, in time or backwards, as in the forward: `shift` is that of the
+// segment's own keys in the piece. u as the forward's; `keep` as there. The keys were read if they are there and the
+// shift moves.
 template <class A, class F>
 inline void each_piece(const Params& p, const Plan& s, const Chunk& c, int64_t unit, const Features<A>& f, const A* b,
                        bool keep, bool backwards, BackwardTile<A>& t, F visit) {
@@ -390,8 +394,8 @@ inline void key_gradients(const Params& p, const Plan& s, int64_t b, int64_t kv,
                     product<A>(kLowerColumns, end, p.F, kChunk, t.a, s.Fp, Unit{}, t.bt, kChunk, t.T, kChunk, false);
                     clear_upper(end, t.T);
                     triangle_of_gradients(p, s, end, t);
-                    triangle_product<A>(kUpperTerms, rows.keys, end, s.Fp, t.W, t.a, s.Fp, poisoned_rows(t.a, end, s.Fp),
-                                        t.saved, t.gradient, s.Fp);
+                    triangle_product<A>(kUpperTerms, rows.keys, end, s.Fp, t.W, t.a, s.Fp,
+                                        poisoned_rows(t.a, end, s.Fp), t.saved, t.gradient, s.Fp);
                     triangle_product<A>(kUpperTerms, rows.keys, end, s.Dvp, t.T, t.u, s.Dvr,
                                         poisoned_rows(t.u, end, s.Dvr), t.saved, t.dv, s.Dvr);
                 }

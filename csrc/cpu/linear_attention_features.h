@@ -2,16 +2,17 @@
 //
 //     u = root W x with a projection W, else x;  params.h says what phi(u) is.  d/dx = root W^T d/du (+ the term below)
 //
-// Positive maps are exponentials, phi(u) = e^E(u) g(u): Performer's softmax features (Choromanski et al., ICLR 2021) have
-// E = u, for a key u - |x'|^2 / 2 with x' = root x, and g = 1; elu(u) + 1 has E = min(u, 0) and g = max(u, 0) + 1. Their
-// range is far beyond that of float, so they are kept relative to a shift, one number for each feature,
+// Positive maps are exponentials, phi(u) = e^E(u) g(u): Performer's softmax features (Choromanski et al., ICLR 2021)
+// have E = u, for a key u - |x'|^2 / 2 with x' = root x, and g = 1; elu(u) + 1 has E = min(u, 0) and g = max(u, 0) + 1.
+// Their range is far beyond that of float, so they are kept relative to a shift, one number for each feature,
 //
 //     b_f = e^(E_f - shift_f) g_f         a_f = e^(E_f + shift_f - c) g_f with the row's own constant c, the largest
 //                                         exponent of the row, which cancels in out
 //
-// shift_f is the exponent of a key that the query sees: then n >= 1 or so, whatever the exponents. It begins with that of
-// the first key there is, `base`. Where a key's exponent exceeds the shift by more than `limit`, the shift rises to the
-// largest exponent so far and sums are rescaled, as in online softmax. So no row depends on a key that it does not see.
+// shift_f is the exponent of a key that the query sees: then n >= 1 or so, whatever the exponents. It begins with that
+// of the first key there is, `base`. Where a key's exponent exceeds the shift by more than `limit`, the shift rises to
+// the largest exponent so far and sums are rescaled, as in online softmax. So no row depends on a key that it does not
+// see.
 #pragma once
 
 #include <limits>
@@ -25,10 +26,10 @@ namespace linear {
 // The projection as the products read it, and what a thread needs to map rows.
 template <class A>
 struct Features {
-    const A *columns, *rows;  // root W^T [D][Fp], and root W [F][Dp] (backward); null: no projection
-    A* x;                     // the rows read [kChunk][Dp] (projection only)
-    A *row_shift, *norm;      // what is taken off the exponents of a query, c, and of a key, |x'|^2 / 2
-    A *u;                     // the keys' u [kChunk][Fp], kept where the shift moves within a chunk
+    const A *columns, *rows;       // root W^T [D][Fp], and root W [F][Dp] (backward); null: no projection
+    A* x;                          // the rows read [kChunk][Dp] (projection only)
+    A *row_shift, *norm;           // what is taken off the exponents of a query, c, and of a key, |x'|^2 / 2
+    A* u;                          // the keys' u [kChunk][Fp], kept where the shift moves within a chunk
     A *key_offset, *query_offset;  // shift, or 0, in the F real features; the rest gives a feature of 0
 };
 
@@ -184,8 +185,8 @@ inline void take_norms(const Params& p, const Plan& s, const Chunk& c, const Fea
 
 // phi = u of the chunk's keys, and what their norms take off.
 template <class A>
-inline void read_keys(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t kv, const Features<A>& f, A* phi,
-                      int64_t rows = kChunk) {
+inline void read_keys(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t kv, const Features<A>& f,
+                      A* phi, int64_t rows = kChunk) {
     read_inputs(p, s, p.key, b, kv, c.key, c.key_bits, f, phi, rows);
     if (has_shift(p)) take_norms(p, s, c, f);
 }

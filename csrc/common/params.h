@@ -96,18 +96,18 @@ enum FeatureMap : int { kIdentity = 0, kElu = 1, kRelu = 2, kExponential = 3 };
 
 // a = phi(query), b = phi(key); u = root * projection x where there is a projection, else x, and phi(u) is
 //     kIdentity  u          kElu  elu(u) + 1          kRelu  max(u, 0) * gain + floor
-//     kExponential  Performer's softmax features, stabilised as backends/reference_linear.py defines
+//     kExponential  e^u, with a projection Performer's softmax features, for a key e^(u - |root x|^2 / 2)
 struct LinearAttentionParams {
     int feature_dtype, value_dtype;        // of query, key, dq, dk; of value, out, grad_out, dv
     int64_t B, Hq, Hkv, Nq, Nk, D, F, Dv;  // F = D without a projection
     TensorView query, key, value, out;
-    void* normaliser;          // (B, Hq, Nq) contiguous, float32 or float64 like all that follows
-    void* key_shift;           // (B, Hkv, F) contiguous: the exponent taken off each feature; null: none
-    const uint8_t* key_mask;   // (B, Nk) contiguous; null: every key
-    const void* projection;    // (projection_heads, F, D) contiguous; null: none
+    void* normaliser;         // (B, Hq, Nq) contiguous, float32 or float64 like all that follows
+    void* key_shift;          // (B, Hkv, S) contiguous: exponents that were taken off kElu and kExponential; null: none
+    const uint8_t* key_mask;  // (B, Nk) contiguous; null: every key
+    const void* projection;   // (projection_heads, F, D) contiguous; null: none
     int64_t projection_heads;  // 1 or Hkv
     int64_t feature_map;
-    double root, gain, floor, limit;   // limit: where the exponent of a causal key feature saturates
+    double root, gain, floor, limit;   // limit: how far a key's exponent may exceed the shift
     int64_t is_causal, causal_offset;  // causal: query i sees the keys j <= i + causal_offset
     int threads;                       // decides on the schedule, never on the bits
 

@@ -73,6 +73,7 @@ struct Chunk {
     int64_t key, query;
     int64_t keys, query_begin, query_end;  // rows [0, keys) and [query_begin, query_end)
     uint64_t key_bits, query_bits;
+    int64_t begin = 0;  // keys before this row belong to an earlier piece
     bool has_queries() const { return query_begin < query_end; }
     int64_t first_query() const { return query + query_begin; }
     int64_t last_query() const { return query + query_end; }
@@ -394,6 +395,11 @@ inline void sum_lanes(const A* partial, int64_t rows, A* sums) {
 template <class A>
 inline void fill(A* x, int64_t n, A value) {
     for (int64_t k = 0; k < n; ++k) x[k] = value;
+}
+
+template <class A>
+inline void copy(const A* x, int64_t n, A* out) {
+    for (int64_t k = 0; k < n; ++k) out[k] = x[k];
 }
 
 // out = x + y

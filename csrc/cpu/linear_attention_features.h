@@ -2,12 +2,20 @@
 //
 //     u = root W x with a projection W, else x;  params.h says what phi(u) is.  d/dx = root W^T d/du (+ the term below)
 //
-// Performer's softmax features (Choromanski et al., ICLR 2021), with x' = root x, for a key
-//     b_f = exp(u_f - |x'|^2 / 2 - shift_f),  causal: exp(min(u_f - |x'|^2 / 2, limit)),
-// and for a query, whose own constant cancels, a_f = exp(u_f + shift_f - max_f(u_f + shift_f)). shift_f is the largest
-// exponent among the visible keys. The forward finds it on the way: the state of a segment is kept relative to the
-// largest exponent so far and rescaled when that grows, as in online softmax.
+// Positive maps are exponentials, phi(u) = e^E(u) g(u): Performer's softmax features (Choromanski et al., ICLR 2021)
+// have E = u, for a key u - |x'|^2 / 2 with x' = root x, and g = 1; elu(u) + 1 has E = min(u, 0) and g = max(u, 0) + 1.
+// Their range is far beyond that of float, so they are kept relative to a shift, one number for each feature,
+//
+//     b_f = e^(E_f - shift_f) g_f         a_f = e^(E_f + shift_f - c) g_f with the row's own constant c, the largest
+//                                         exponent of the row, which cancels in out
+//
+// shift_f is the exponent of a key that the query sees: then n >= 1 or so, whatever the exponents. It begins with that
+// of the first key there is, `base`. Where a key's exponent exceeds the shift by more than `limit`, the shift rises to
+// the largest exponent so far and sums are rescaled, as in online softmax. So no row depends on a key that it does not
+// see.
 #pragma once
+
+#include <limits>
 
 #include "linear_attention.h"
 
@@ -18,12 +26,29 @@ namespace linear {
 // The projection as the products read it, and what a thread needs to map rows.
 template <class A>
 struct Features {
-    const A *columns, *rows;  // root W^T [D][Fp], and root W [F][Dp] (backward); null: no projection
-    A *x, *row_shift;         // the rows read [kChunk][Dp] (projection only), what is taken off the exponents of a row
+    const A *columns, *rows;       // root W^T [D][Fp], and root W [F][Dp] (backward); null: no projection
+    A* x;                          // the rows read [kChunk][Dp] (projection only)
+    A *row_shift, *norm;           // what is taken off the exponents of a query, c, and of a key, |x'|^2 / 2
+    A* u;                          // the keys' u [kChunk][Fp], kept where the shift moves within a chunk
     A *key_offset, *query_offset;  // shift, or 0, in the F real features; the rest gives a feature of 0
 };
 
-inline bool takes_exponent(const Params& p) { return p.feature_map == kExponential; }
+inline bool has_shift(const Params& p) { return p.feature_map == kExponential || p.feature_map == kElu; }
+inline bool takes_norm(const Params& p) { return p.feature_map == kExponential && p.projection; }
+
+// What key_shift holds for one (batch, key/value head): shifts [rows][F], first `base` and then what each chunk of keys
+// left behind (without causality one row, that of all keys), and c of the queries, [group][Nq].
+inline int64_t shift_rows(const Params& p) { return p.is_causal ? ceil_div(p.Nk, kChunk) + 1 : 1; }
+
+template <class A>
+inline A* shifts_of(const Params& p, const Plan& s, int64_t unit) {
+    return static_cast<A*>(p.key_shift) + unit * (shift_rows(p) * p.F + s.group * p.Nq);
+}
+
+template <class A>
+inline A* constants_of(const Params& p, const Plan& s, int64_t b, int64_t h) {
+    return shifts_of<A>(p, s, b * p.Hkv + h / s.group) + shift_rows(p) * p.F + h % s.group * p.Nq;
+}
 
 inline int64_t packed_size(const Params& p, const Plan& s, bool backward) {
     return p.projection ? p.projection_heads * (p.D * s.Fp + (backward ? p.F * s.Dp : 0)) : 0;
@@ -34,6 +59,8 @@ inline Features<A> carve_features(const Params& p, const Plan& s, Carver& carver
     Features<A> f{};
     f.x = carver.take<A>(p.projection ? kChunk * s.Dp : 0);
     f.row_shift = carver.take<A>(kChunk);
+    f.norm = carver.take<A>(kChunk);
+    f.u = carver.take<A>(has_shift(p) ? kChunk * s.Fp : 0);
     f.key_offset = carver.take<A>(s.Fp);
     f.query_offset = carver.take<A>(s.Fp);
     return f;
@@ -53,6 +80,15 @@ inline void pack_projection(const Params& p, const Plan& s, int64_t head, A* pac
         for (int64_t d = 0; d < s.Dp; ++d) rows[f * s.Dp + d] = d < p.D ? root * W[f * p.D + d] : 0;
 }
 
+// The shift of keys and queries (null: 0).
+template <class A>
+inline void set_shift(const Params& p, const Plan& s, const A* shift, Features<A>& f) {
+    for (int64_t k = 0; k < s.Fp; ++k) {
+        f.key_offset[k] = k >= p.F ? kInfinity<A> : shift ? shift[k] : 0;
+        f.query_offset[k] = k >= p.F ? -kInfinity<A> : shift ? shift[k] : 0;
+    }
+}
+
 // Aim at the projection of a key/value head and at its shift (null: none).
 template <class A>
 inline void select_head(const Params& p, const Plan& s, int64_t kv, const A* packed, const A* shift, Features<A>& f) {
@@ -61,21 +97,18 @@ inline void select_head(const Params& p, const Plan& s, int64_t kv, const A* pac
         f.columns = packed + head * p.D * s.Fp;
         f.rows = packed + p.projection_heads * p.D * s.Fp + head * p.F * s.Dp;
     }
-    for (int64_t k = 0; k < s.Fp; ++k) {
-        f.key_offset[k] = k >= p.F ? kInfinity<A> : shift ? shift[k] : 0;
-        f.query_offset[k] = k >= p.F ? -kInfinity<A> : shift ? shift[k] : 0;
-    }
+    set_shift(p, s, shift, f);
 }
 
-// phi[r] = f(u[r]) in the rows and columns that exist, 0 elsewhere; slope likewise, if it is wanted.
+// phi[r] = f(u[r]) in the rows and columns that exist, 0 elsewhere; slope likewise, if it is wanted. phi may be u.
 template <class A, class F>
-EA_INLINE void map_rows(const Params& p, const Plan& s, uint64_t bits, A* phi, A* slope, F f) {
+EA_INLINE void map_rows(const Params& p, const Plan& s, uint64_t bits, const A* u, A* phi, A* slope, F f) {
     for (int64_t r = 0; r < kChunk; ++r) {
         A *row = phi + r * s.Fp, *slopes = slope ? slope + r * s.Fp : nullptr;
         const int64_t width = bits >> r & 1 ? p.F : 0;
         for (int64_t k = 0; k < width; k += kLanes<A>) {
             Vec<A> d;
-            store(row + k, f(load<A>(row + k), r, k, d));
+            store(row + k, f(load<A>(u + r * s.Fp + k), r, k, d));
             if (slopes) store(slopes + k, d);
         }
         for (int64_t k = width; k < s.Fp; ++k) row[k] = 0;
@@ -84,33 +117,25 @@ EA_INLINE void map_rows(const Params& p, const Plan& s, uint64_t bits, A* phi, A
 }
 
 template <class A>
-inline void project(const Params& p, const Plan& s, const Features<A>& f, A* u) {
-    if (p.projection) product<A>(kAll, kChunk, p.D, s.Fp, f.x, s.Dp, Unit{}, f.columns, s.Fp, u, s.Fp, false);
+inline void project(const Params& p, const Plan& s, int64_t rows, const Features<A>& f, A* u) {
+    if (p.projection) product<A>(kAll, rows, p.D, s.Fp, f.x, s.Dp, Unit{}, f.columns, s.Fp, u, s.Fp, false);
 }
 
 template <class A>
-inline void map_plain(const Params& p, const Plan& s, uint64_t bits, A* phi, A* slope) {
-    if (p.feature_map == kElu) {
-        map_rows<A>(p, s, bits, phi, slope, [](Vec<A> u, int64_t, int64_t, Vec<A>& d) {
-            const Vec<A> low = exp(select<A>(u > 0, Vec<A>{}, u));
-            d = select<A>(u > 0, broadcast<A>(1), low);
-            return select<A>(u > 0, u + A{1}, low);
-        });
-    } else if (p.feature_map == kRelu) {
-        const A gain = static_cast<A>(p.gain), floor = static_cast<A>(p.floor);
-        map_rows<A>(p, s, bits, phi, slope, [=](Vec<A> u, int64_t, int64_t, Vec<A>& d) {
-            d = select<A>(u > 0, broadcast<A>(gain), Vec<A>{});
-            return select<A>(u <= 0, Vec<A>{}, u) * gain + floor;
-        });
-    }
+inline void map_relu(const Params& p, const Plan& s, uint64_t bits, A* phi, A* slope) {
+    const A gain = static_cast<A>(p.gain), floor = static_cast<A>(p.floor);
+    map_rows<A>(p, s, bits, phi, phi, slope, [=](Vec<A> u, int64_t, int64_t, Vec<A>& d) {
+        d = select<A>(u > 0, broadcast<A>(gain), Vec<A>{});
+        return select<A>(u <= 0, Vec<A>{}, u) * gain + floor;
+    });
 }
 
 template <class A>
 inline void read_inputs(const Params& p, const Plan& s, const TensorView& t, int64_t b, int64_t h, int64_t first,
-                        uint64_t bits, const Features<A>& f, A* phi) {
+                        uint64_t bits, const Features<A>& f, A* phi, int64_t rows = kChunk) {
     A* x = p.projection ? f.x : phi;
     read_rows<A>(static_cast<int>(p.feature_dtype), t, b, h, first, bits, p.D, p.projection ? s.Dp : s.Fp, x);
-    project(p, s, f, phi);
+    project(p, s, rows, f, phi);
 }
 
 // phi = a of the chunk's queries of head h, slope = da/du (null: not wanted).
@@ -118,21 +143,26 @@ template <class A>
 inline void read_queries(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t h, const Features<A>& f,
                          A* phi, A* slope) {
     read_inputs(p, s, p.query, b, h, c.query, c.query_bits, f, phi);
-    if (!takes_exponent(p)) return map_plain(p, s, c.query_bits, phi, slope);
+    if (p.feature_map == kRelu) return map_relu(p, s, c.query_bits, phi, slope);
+    if (!has_shift(p)) return;
+    const bool elu = p.feature_map == kElu;
     for (int64_t r = c.query_begin; r < c.query_end; ++r) {
         A* u = phi + r * s.Fp;
         Vec<A> best = broadcast(-kInfinity<A>);
         for (int64_t k = 0; k < s.Fp; k += kLanes<A>) {
-            const Vec<A> raised = load<A>(u + k) + load<A>(f.query_offset + k);
-            store(u + k, raised);
-            best = larger(raised, best);
+            const Vec<A> x = load<A>(u + k);
+            best = larger((elu ? select<A>(x > 0, Vec<A>{}, x) : x) + load<A>(f.query_offset + k), best);
         }
         A top = best[0];
         for (int lane = 1; lane < kLanes<A>; ++lane) top = best[lane] > top ? best[lane] : top;
-        f.row_shift[r] = top;  // the row's own constant
+        f.row_shift[r] = top == -kInfinity<A> ? 0 : top;  // the row's own constant
     }
-    map_rows<A>(p, s, c.query_bits, phi, slope,
-                [&](Vec<A> u, int64_t r, int64_t, Vec<A>& d) { return d = exp(u - f.row_shift[r]); });
+    map_rows<A>(p, s, c.query_bits, phi, phi, slope, [&](Vec<A> u, int64_t r, int64_t k, Vec<A>& d) {
+        const Vec<A> raise = load<A>(f.query_offset + k) - f.row_shift[r];
+        if (!elu) return d = exp(u + raise);
+        d = exp(select<A>(u > 0, Vec<A>{}, u) + raise);
+        return d * select<A>(u > 0, u + A{1}, broadcast<A>(1));
+    });
 }
 
 inline void queue_keys(const Params& p, const Chunk& next, int64_t b, int64_t kv, Ahead& ahead) {
@@ -145,56 +175,113 @@ inline void take_norms(const Params& p, const Plan& s, const Chunk& c, const Fea
     const A half = static_cast<A>(p.root * p.root / 2);
     for (int64_t r = 0; r < c.keys; ++r) {
         Vec<A> sum{};
-        for (int64_t d = 0; d < s.Dp; d += kLanes<A>) {
+        for (int64_t d = 0; takes_norm(p) && d < s.Dp; d += kLanes<A>) {
             const Vec<A> x = load<A>(f.x + r * s.Dp + d);
             sum += x * x;
         }
-        f.row_shift[r] = sum_of_lanes<A>(sum) * half;
+        f.norm[r] = sum_of_lanes<A>(sum) * half;
     }
 }
 
-// phi = b of the chunk's keys, slope = db/du (null: not wanted), under a shift that is known.
+// phi = u of the chunk's keys, and what their norms take off.
 template <class A>
 inline void read_keys(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t kv, const Features<A>& f,
-                      A* phi, A* slope) {
-    read_inputs(p, s, p.key, b, kv, c.key, c.key_bits, f, phi);
-    if (!takes_exponent(p)) return map_plain(p, s, c.key_bits, phi, slope);
-    take_norms(p, s, c, f);
-    const A limit = p.is_causal ? static_cast<A>(p.limit) : kInfinity<A>;
-    map_rows<A>(p, s, c.key_bits, phi, slope, [&](Vec<A> u, int64_t r, int64_t k, Vec<A>& d) {
-        const Vec<A> exponent = u - f.row_shift[r] - load<A>(f.key_offset + k);
-        const Vec<A> feature = exp(select<A>(exponent > limit, broadcast(limit), exponent));
-        d = select<A>(exponent > limit, Vec<A>{}, feature);
-        return feature;
-    });
+                      A* phi, int64_t rows = kChunk) {
+    read_inputs(p, s, p.key, b, kv, c.key, c.key_bits, f, phi, rows);
+    if (has_shift(p)) take_norms(p, s, c, f);
 }
 
-// Like read_keys while the shift is being found: `top` rises to the chunk's largest exponents, and what the state
-// [F][Dvp] and z [Fp] hold is rescaled to it.
+// phi = b of the chunk's keys under key_offset, slope = db/du (null: not wanted), from their u, which phi may be.
 template <class A>
-inline void read_keys_raising(const Params& p, const Plan& s, const Chunk& c, int64_t b, int64_t kv,
-                              const Features<A>& f, A* phi, A* state, A* z, A* top) {
-    read_inputs(p, s, p.key, b, kv, c.key, c.key_bits, f, phi);
-    take_norms(p, s, c, f);
-    for (int64_t k = 0; k < s.Fp; k += kLanes<A>) {
-        const Vec<A> before = load<A>(top + k);
-        Vec<A> best = before;
-        for (int64_t r = 0; r < c.keys; ++r)
-            if (c.key_bits >> r & 1) best = larger(load<A>(phi + r * s.Fp + k) - f.row_shift[r], best);
-        store(top + k, best);
-        const Vec<A> base = select<A>(best == -kInfinity<A>, Vec<A>{}, best);  // no visible key so far
-        store(f.key_offset + k, base);
-        const Vec<A> shrink = exp(before - base);
-        store(z + k, load<A>(z + k) * shrink);
-        for (int64_t lane = 0; lane < kLanes<A> && k + lane < p.F; ++lane) {
-            const A factor = shrink[lane];
-            A* row = state + (k + lane) * s.Dvp;
-            for (int64_t d = 0; factor != 1 && d < s.Dvp; d += kLanes<A>) store(row + d, load<A>(row + d) * factor);
+inline void map_keys(const Params& p, const Plan& s, const Chunk& c, const Features<A>& f, const A* u, A* phi,
+                     A* slope) {
+    if (p.feature_map == kRelu) return map_relu(p, s, c.key_bits, phi, slope);
+    if (p.feature_map == kElu)
+        return map_rows<A>(p, s, c.key_bits, u, phi, slope, [&](Vec<A> x, int64_t, int64_t k, Vec<A>& d) {
+            d = exp(select<A>(x > 0, Vec<A>{}, x) - load<A>(f.key_offset + k));
+            return d * select<A>(x > 0, x + A{1}, broadcast<A>(1));
+        });
+    if (p.feature_map == kExponential)
+        map_rows<A>(p, s, c.key_bits, u, phi, slope, [&](Vec<A> x, int64_t r, int64_t k, Vec<A>& d) {
+            return d = exp(x - f.norm[r] - load<A>(f.key_offset + k));
+        });
+}
+
+// --- the shift of the keys ---
+
+template <class A>
+EA_INLINE Vec<A> key_exponent(const Params& p, const Features<A>& f, const A* u, int64_t r, int64_t place) {
+    const Vec<A> x = load<A>(u + place);
+    return p.feature_map == kElu ? select<A>(x > 0, Vec<A>{}, x) : x - f.norm[r];
+}
+
+// The first row from `begin` on with an exponent that exceeds the shift [Fp] by more than the limit, or kChunk. What is
+// not finite moves no shift.
+template <class A>
+inline int64_t next_rise(const Params& p, const Plan& s, const Chunk& c, const Features<A>& f, const A* u,
+                         const A* shift, int64_t begin) {
+    const A limit = static_cast<A>(p.limit);
+    for (int64_t r = begin; r < c.keys; ++r) {
+        if (!(c.key_bits >> r & 1)) continue;
+        Mask<A> found{};
+        for (int64_t k = 0; k < s.Fp; k += kLanes<A>) {
+            const Vec<A> e = key_exponent<A>(p, f, u, r, r * s.Fp + k);
+            found |= (e - load<A>(shift + k) > limit) & (e < kInfinity<A>);
+        }
+        if (bits_from_lanes<A>(found)) return r;
+    }
+    return kChunk;
+}
+
+// The shift rises to the largest exponents of the rows up to `row`.
+template <class A>
+inline void raise_shift(const Params& p, const Plan& s, const Chunk& c, const Features<A>& f, const A* u, int64_t row,
+                        A* shift) {
+    for (int64_t r = 0; r <= row; ++r) {
+        if (!(c.key_bits >> r & 1)) continue;
+        for (int64_t k = 0; k < s.Fp; k += kLanes<A>) {
+            const Vec<A> e = key_exponent<A>(p, f, u, r, r * s.Fp + k), now = load<A>(shift + k);
+            store(shift + k, select<A>((e > now) & (e < kInfinity<A>), e, now));
         }
     }
-    map_rows<A>(p, s, c.key_bits, phi, static_cast<A*>(nullptr), [&](Vec<A> u, int64_t r, int64_t k, Vec<A>&) {
-        return exp(u - f.row_shift[r] - load<A>(f.key_offset + k));
-    });
+}
+
+// Rows [begin, end) of a chunk.
+inline Chunk rows_of(Chunk c, int64_t begin, int64_t end) {
+    const uint64_t rows = low_bits(end) & ~low_bits(begin);
+    c.key_bits &= rows;
+    c.query_bits &= rows;
+    c.keys = min_of(c.keys, end);
+    c.query_begin = min_of(max_of(c.query_begin, begin), end);
+    c.query_end = max_of(c.query_begin, min_of(c.query_end, end));
+    c.begin = min_of(begin, c.keys);
+    return c;
+}
+
+// The exponents of the first key that is there, finite; 0 where there is none. [Fp]
+template <class A>
+inline void first_exponents(const Params& p, const Plan& s, int64_t b, int64_t kv, const Features<A>& f, A* scratch,
+                            A* base) {
+    fill<A>(base, s.Fp, 0);
+    int64_t first = 0;
+    while (p.key_mask && first < p.Nk && !p.key_mask[b * p.Nk + first]) ++first;
+    if (first == p.Nk) return;
+    const Chunk c{first, 0, 1, 0, 0, 1, 0, 0};
+    read_keys(p, s, c, b, kv, f, scratch, 1);
+    for (int64_t k = 0; k < p.F; k += kLanes<A>) {
+        const Vec<A> e = key_exponent<A>(p, f, scratch, 0, k);
+        for (int64_t lane = 0; lane < kLanes<A> && k + lane < p.F; ++lane) {
+            const A x = e[lane];
+            base[k + lane] = x == -kInfinity<A> ? -std::numeric_limits<A>::max() : x - x == 0 ? x : 0;
+        }
+    }
+}
+
+template <class A>
+inline bool same_shift(const Plan& s, const A* x, const A* y) {
+    Mask<A> differ{};
+    for (int64_t k = 0; k < s.Fp; k += kLanes<A>) differ |= load<A>(x + k) != load<A>(y + k);
+    return !bits_from_lanes<A>(differ);
 }
 
 // From the gradient of the features to that of the inputs, [kChunk][Fp] -> [kChunk][D, rounded up]. `from_key`: the
@@ -207,7 +294,7 @@ inline const A* input_gradient(const Params& p, const Plan& s, int64_t rows, con
             store(gradient + k, load<A>(gradient + k) * load<A>(slope + k));
     if (!p.projection) return gradient;
     product<A>(kAll, rows, p.F, s.Dp, gradient, s.Fp, Unit{}, f.rows, s.Dp, dx, s.Dp, false);
-    if (!takes_exponent(p) || !from_key) return dx;
+    if (!takes_norm(p) || !from_key) return dx;
     for (int64_t r = 0; r < rows; ++r) {
         Vec<A> sum{};
         for (int64_t k = 0; k < s.Fp; k += kLanes<A>) sum += load<A>(gradient + r * s.Fp + k);

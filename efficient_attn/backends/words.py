@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..masks import MaskArrays
 from .call import dropout_origin, readable
-from .features import CAUSAL_EXPONENT_LIMIT, RELU_FLOOR
+from .features import RELU_FLOOR, RISE
 from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "performer_softmax": 3}  # params.h
+FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "exp": 3, "performer_softmax": 3}  # params.h
 _ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6q17q"), struct.Struct("16q6q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
@@ -157,7 +157,7 @@ def pack_linear_attention(
         root,
         gain,
         floor,
-        CAUSAL_EXPONENT_LIMIT,
+        RISE,
         *(word for t in views for word in view(t)),
         pointer(normaliser),
         pointer(key_shift if key_shift.numel() else None),

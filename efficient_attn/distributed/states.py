@@ -17,7 +17,15 @@ from torch import Tensor
 
 from .. import sharding
 from ..backends.call import accumulation_dtype
-from ..backends.features import map_features
+from ..backends.features import (
+    RISE,
+    SHIFTED,
+    exponents,
+    largest_shift,
+    map_features,
+    shifted_keys,
+    shifted_queries,
+)
 from ..backends.reference.attention import dropout_keep
 from ..defaults import default_scale
 from ..errors import InputError, UnsupportedError
@@ -125,9 +133,7 @@ def _by_state(call: Call, feature_map: str, projection: Tensor | None, scale: fl
     query, key, value, key_mask = call.query, call.key, _dropped(call), call.key_mask
     dtype = accumulation_dtype(query.dtype)
     with without_autocast(query):
-        a, b, _ = map_features(
-            query, key, key_mask, projection, call.is_causal, feature_map, scale, lambda shift: _largest(shift, call)
-        )
+        a, b = _features(call, feature_map, projection, scale)
         (b, v) = select_keys(key_mask, b, value.to(dtype))
         columns = torch.cat([v, v.new_ones(*v.shape[:3], 1)], 3)  # the last one sums to the normaliser
         runs = call.keys.runs[call.rank] if call.is_causal else ((0, b.shape[2]),)
@@ -156,6 +162,49 @@ def _by_state(call: Call, feature_map: str, projection: Tensor | None, scale: fl
         if not outs and states is not None:
             outs.append(_divided(_times(a, _earlier(states, [])), query.dtype))
         return torch.cat(outs, 2) if outs else query.new_zeros(*query.shape[:3], value.shape[3])
+
+
+def _features(call: Call, feature_map: str, projection: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The features of this rank's queries and keys, under one shift for every rank's."""
+    query, key, key_mask = call.query, call.key, call.key_mask
+    if feature_map not in SHIFTED:
+        found = map_features(query, key, key_mask, projection, call.is_causal, feature_map, scale)
+        return found.a, found.b
+    e = exponents(query, key, key_mask, projection, feature_map, scale)
+    shift = _first(e.key.detach(), call) if call.is_causal else _largest(largest_shift(e.key), call)
+    a, _, _ = shifted_queries(e, shift)
+    b, _ = shifted_keys(e, shift)
+    return a, b
+
+
+def _first(exponents: Tensor, call: Call) -> Tensor:
+    """The exponents of the first visible key of the whole sequence, (B, Hkv, F), which every causal query sees.
+
+    Raises:
+        UnsupportedError: a key on any rank exceeds them by so much that the shift would have to rise on the way.
+    """
+    B, Hkv, n, F = exponents.shape
+    places = call.keys.positions(call.rank, exponents.device).expand(B, n)
+    if call.key_mask is not None:
+        places = places.masked_fill(~call.key_mask, call.keys.length)
+    first = torch.full((B,), call.keys.length, device=exponents.device)
+    own = exponents.new_zeros(B, Hkv, F)
+    if n:
+        first, index = places.min(1)
+        own = exponents.take_along_dim(index[:, None, None, None], 2)[:, :, 0]
+    own = own.nan_to_num(nan=0.0, posinf=0.0, neginf=torch.finfo(own.dtype).min)
+    own = own.masked_fill((first == call.keys.length)[:, None, None], 0.0)
+    told = torch.cat([first[:, None].double(), own.flatten(1).double()], 1)
+    ranks = torch.stack(call.exchange.all_gather(told, what="states"))  # (ranks, B, 1 + Hkv F)
+    earliest = ranks[:, :, 0].argmin(0)
+    shift = ranks[earliest, torch.arange(B, device=earliest.device), 1:].view(B, Hkv, F).to(exponents.dtype)
+    exceeds = ((exponents - shift[:, :, None] > RISE) & exponents.isfinite()).any()
+    if bool(torch.stack(call.exchange.all_gather(exceeds.double().view(1), what="states")).any()):
+        raise UnsupportedError(
+            "causal linear attention over ranks knows one scale of its features for all time, and some keys lie more "
+            f"than e^{RISE:g} above the first one; normalise the keys, or leave context_parallel"
+        )
+    return shift
 
 
 def _largest(shift: Tensor, call: Call) -> Tensor:

@@ -8,17 +8,28 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import sharding
 from ..backends import select
 from ..backends.call import LinearCall, accumulation_dtype
-from ..backends.features import POINTWISE, map_features
+from ..backends.features import (
+    Exponents,
+    epochs,
+    exponents,
+    largest_shift,
+    query_constants,
+    shifted_keys,
+    shifted_queries,
+)
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, check_key_mask, prepare_inputs, select_keys
 from ..ops import linear_attention as ops
 from ..options import register
 from .lowrank import LowRankMethod, by_group, drop_columns, drop_keys
+
+MAPS = ("identity", "elu", "relu", "exp")  # those without a projection
 
 
 @overload
@@ -73,9 +84,11 @@ def linear_attention(
         key_features: b, (B, Hkv, Nk, F), like query_features.
         value: (B, Hkv, Nk, Dv), float32, float64, bfloat16 or float16; sums are float32 (float64 for float64).
         key_mask, is_causal, causal_alignment: as in `efficient_attn.methods.lowrank` and in `attention`.
-        feature_map: "identity", "elu" (elu(x) + 1) or "relu", applied by the kernel in the accumulation dtype: the
-            features are never in memory.
-        return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add.
+        feature_map: "identity", "elu" (elu(x) + 1), "relu" or "exp", applied by the kernel in the accumulation dtype:
+            the features are never in memory. The positive ones, "elu" and "exp", may span any range, far beyond that
+            of float32; given features and "relu" are numbers of the accumulation dtype, and so are their products.
+        return_normaliser: also return n (B, Hq, Nq), which joins branches: their n add, their n * out add. It is a
+            number of the accumulation dtype, 0 or infinite where that cannot hold it, however right out is.
         backend: "auto", or a name in `efficient_attn.backends.BACKENDS`; an explicit choice that cannot serve raises.
 
     Returns:
@@ -85,14 +98,16 @@ def linear_attention(
         InputError, InputTypeError: arguments that do not belong together.
         UnsupportedError: the backend asked for cannot serve this call.
     """
-    if feature_map not in POINTWISE:
-        raise InputError(f"feature_map must be one of {tuple(POINTWISE)}, got {feature_map!r}")
+    if feature_map not in MAPS:
+        raise InputError(f"feature_map must be one of {MAPS}, got {feature_map!r}")
     _check_features(query_features, key_features, value)
     check_key_mask(key_mask, value)
-    out, normaliser = run_operator(
+    out, normaliser, key_shift = run_operator(
         query_features, key_features, value, key_mask, is_causal, causal_alignment, backend, feature_map
     )
-    return (out, normaliser) if return_normaliser else out
+    if not return_normaliser:
+        return out
+    return out, normaliser * query_constants(key_shift, normaliser).exp() if key_shift.shape[2] else normaliser
 
 
 def run_operator(
@@ -106,18 +121,27 @@ def run_operator(
     feature_map: str,
     projection: Tensor | None = None,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """out and normaliser of checked inputs; the maps are those of backends/features.py."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, normaliser and key shift of checked inputs; the maps are those of backends/features.py."""
     sharding.refuse("linear attention on given features")
     q_len, kv_len = query.shape[2], value.shape[2]
     check_alignment(is_causal, causal_alignment, q_len, kv_len)
     offset = alignment_offset(causal_alignment, q_len, kv_len)
+    key, value, key_mask = drop_unseen(key, value, key_mask, q_len, is_causal, causal_alignment)
     features = key.shape[3] if projection is None else projection.shape[-2]
     chosen = select(backend, LinearCall(value.device, value.dtype, max(features, value.shape[3])))
-    out, normaliser, _ = ops.linear_attention_forward(
+    return ops.linear_attention_forward(
         query, key, value, key_mask, projection, is_causal, offset, feature_map, scale, chosen
     )
-    return out, normaliser
+
+
+def drop_unseen(
+    key: Tensor, value: Tensor, key_mask: Tensor | None, q_len: int, is_causal: bool, causal_alignment: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cut off the keys behind the last one that a query sees: whatever they hold, their gradients are 0."""
+    if not is_causal or causal_alignment != "top_left" or q_len >= key.shape[2]:
+        return key, value, key_mask
+    return key[:, :, :q_len], value[:, :, :q_len], None if key_mask is None else key_mask[:, :q_len]
 
 
 def linear_attention_weights(
@@ -170,7 +194,7 @@ def elu_attention(
     _refuse_scale(scale)
     check_key_mask(key_mask, key)
     value = drop_keys(value, dropout_p, dropout_seed)
-    out, _ = run_operator(query, key, value, key_mask, is_causal, causal_alignment, backend, "elu")
+    out, _, _ = run_operator(query, key, value, key_mask, is_causal, causal_alignment, backend, "elu")
     return out
 
 
@@ -189,11 +213,34 @@ def elu_weights(
     query, key, _ = prepare_inputs(query, key, key)
     _refuse_scale(scale)
     check_key_mask(key_mask, key)
-    a, b, _ = map_features(query, key, key_mask, None, is_causal, "elu", 1.0)
-    weights = linear_attention_weights(
-        a, b, key_mask=key_mask, is_causal=is_causal, causal_alignment=causal_alignment
-    ).to(query.dtype)
+    e = exponents(query, key, key_mask, None, "elu", 1.0)
+    weights = exponential_weights(e, key_mask, is_causal, causal_alignment).to(query.dtype)
     return drop_columns(weights, key.shape[1], dropout_p, dropout_seed)
+
+
+def exponential_weights(e: Exponents, key_mask: Tensor | None, is_causal: bool, causal_alignment: str | None) -> Tensor:
+    """The weights of positive features of any range: (B, Hq, Nq, Nk), each row under the shift of its epoch."""
+    q_len, kv_len = e.query.shape[2], e.key.shape[2]
+    check_alignment(is_causal, causal_alignment, q_len, kv_len)
+    offset = alignment_offset(causal_alignment, q_len, kv_len)
+    found = epochs(e.key, key_mask) if is_causal else [(0, largest_shift(e.key))]
+    ends = [min(max(start - offset, 0), q_len) for start, _ in found[1:]] + [q_len]
+    parts, first = [], 0
+    for (_, shift), last in zip(found, ends, strict=True):
+        factor = None if e.query_factor is None else e.query_factor[:, :, first:last]
+        a, _, _ = shifted_queries(e._replace(query=e.query[:, :, first:last], query_factor=factor), shift)
+        seen = min(max(last + offset, 0), kv_len) if is_causal else kv_len
+        factor = None if e.key_factor is None else e.key_factor[:, :, :seen]
+        b, _ = shifted_keys(e._replace(key=e.key[:, :, :seen], key_factor=factor), shift)
+        part = (by_group(a, b) @ b.mT.unsqueeze(2)).flatten(1, 2)
+        if is_causal:
+            i = torch.arange(first, last, device=part.device)[:, None] + offset
+            part = part.masked_fill(torch.arange(seen, device=part.device) > i, 0.0)
+        parts.append(pad(part, (0, kv_len - seen)))
+        first = last
+    weights = torch.cat(parts, 2)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
 
 
 def _refuse_scale(scale: float | None) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.features import map_features
+from ..backends.features import RISE, MovingShift, exponents, map_features
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import check_alignment, check_key_mask, prepare_inputs
 from ..options import check_choice, check_range, register
 from ..tracing import shapes_only, without_autocast
 from .base import MethodState, fill
-from .linear import linear_attention, linear_attention_weights, run_operator
+from .linear import drop_unseen, exponential_weights, linear_attention, linear_attention_weights, run_operator
 from .lowrank import LowRankMethod, drop_columns, drop_keys
 
 FEATURES = ("softmax", "relu")
@@ -63,10 +63,15 @@ def performer_attention(
     check_alignment(is_causal, causal_alignment, query.shape[2], key.shape[2])
     scale = _check_features(query, key, projection, feature, key_mask, scale)
     value = drop_keys(value, dropout_p, dropout_seed)
-    if projection.requires_grad:  # the operator does not differentiate it: the features go through autograd
-        a, b = performer_features(
-            query, key, projection, feature=feature, key_mask=key_mask, is_causal=is_causal, scale=scale
-        )
+    if projection.requires_grad:  # the operator does not differentiate it: what it maps goes through autograd
+        key, value, key_mask = drop_unseen(key, value, key_mask, query.shape[2], is_causal, causal_alignment)
+        with without_autocast(query):
+            if feature == "softmax":
+                e = exponents(query, key, key_mask, projection, "performer_softmax", scale)
+                a, b, name = e.query, e.key, "exp"
+            else:
+                a, b, *_ = map_features(query, key, key_mask, projection, is_causal, "performer_relu", scale)
+                name = "identity"
         return linear_attention(
             a,
             b,
@@ -74,9 +79,10 @@ def performer_attention(
             key_mask=key_mask,
             is_causal=is_causal,
             causal_alignment=causal_alignment,
+            feature_map=name,
             backend=backend,
         )
-    out, _ = run_operator(
+    out, _, _ = run_operator(
         query, key, value, key_mask, is_causal, causal_alignment, backend, f"performer_{feature}", projection, scale
     )
     return out
@@ -97,13 +103,17 @@ def performer_weights(
 ) -> Tensor:
     """The weights that `performer_attention` stands for, (B, Hq, Nq, Nk)."""
     query, key, _ = prepare_inputs(query, key, key)
-    features = performer_features(
-        query, key, projection, feature=feature, key_mask=key_mask, is_causal=is_causal, scale=scale
-    )
-    weights = linear_attention_weights(
-        *features, key_mask=key_mask, is_causal=is_causal, causal_alignment=causal_alignment
-    ).to(query.dtype)
-    return drop_columns(weights, key.shape[1], dropout_p, dropout_seed)
+    scale = _check_features(query, key, projection, feature, key_mask, scale)
+    with without_autocast(query):
+        if feature == "softmax":
+            e = exponents(query, key, key_mask, projection, "performer_softmax", scale)
+            weights = exponential_weights(e, key_mask, is_causal, causal_alignment)
+        else:
+            a, b, *_ = map_features(query, key, key_mask, projection, is_causal, "performer_relu", scale)
+            weights = linear_attention_weights(
+                a, b, key_mask=key_mask, is_causal=is_causal, causal_alignment=causal_alignment
+            )
+    return drop_columns(weights.to(query.dtype), key.shape[1], dropout_p, dropout_seed)
 
 
 def performer_features(
@@ -118,14 +128,21 @@ def performer_features(
 ) -> tuple[Tensor, Tensor]:
     """Features a (B, Hq, Nq, m) and b (B, Hkv, Nk, m), float32 (float64 for float64), for `linear_attention`.
 
-    How softmax features are scaled, so that nothing overflows, is said in `backends.features.map_features`.
+    How softmax features are scaled, so that nothing overflows, is said in `backends.features`.
 
     Raises:
         InputError, InputTypeError: an unknown feature, a projection or key_mask that does not fit, a scale <= 0.
+        UnsupportedError: causal features with a range that no single scale holds; `performer_attention` computes those.
     """
     scale = _check_features(query, key, projection, feature, key_mask, scale)
     with without_autocast(query):
-        a, b, _ = map_features(query, key, key_mask, projection, is_causal, f"performer_{feature}", scale)
+        try:
+            a, b, *_ = map_features(query, key, key_mask, projection, is_causal, f"performer_{feature}", scale)
+        except MovingShift:
+            raise UnsupportedError(
+                f"the causal features of these keys span more than e^{RISE:.0f} beside those of the first key: no one "
+                "scale holds them for every query. Call performer_attention, which rescales on the way, or scale keys"
+            ) from None
     return a, b
 
 

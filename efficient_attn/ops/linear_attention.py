@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..backends.call import accumulation_dtype
+from ..backends.features import MovingShift, key_shift_size
 from ..errors import UnsupportedError
 from ..tracing import without_autocast
 from .operator import in_one_batch, one_by_one, register
@@ -25,10 +26,12 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, projection: Tensor | None,
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    arguments = query, key, value, key_mask, projection, is_causal, causal_offset, feature_map, scale
     with without_autocast(value):  # the sums stay in the accumulation dtype
-        return BACKENDS[backend].linear_attention.linear_attention_forward(
-            query, key, value, key_mask, projection, is_causal, causal_offset, feature_map, scale
-        )
+        try:
+            return BACKENDS[backend].linear_attention.linear_attention_forward(*arguments)
+        except MovingShift:  # of keys whose exponents span more than a kernel with one shift can hold
+            return BACKENDS["reference"].linear_attention.linear_attention_forward(*arguments)
 
 
 def _backward(
@@ -36,11 +39,15 @@ def _backward(
     key_mask: Tensor | None, projection: Tensor | None, out: Tensor, normaliser: Tensor, key_shift: Tensor,
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    arguments = (
+        grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
+        is_causal, causal_offset, feature_map, scale,
+    )  # fmt: skip
     with without_autocast(value):
-        return BACKENDS[backend].linear_attention.linear_attention_backward(
-            grad_out, grad_normaliser, query, key, value, key_mask, projection, out, normaliser, key_shift,
-            is_causal, causal_offset, feature_map, scale,
-        )  # fmt: skip
+        try:
+            return BACKENDS[backend].linear_attention.linear_attention_backward(*arguments)
+        except MovingShift:
+            return BACKENDS["reference"].linear_attention.linear_attention_backward(*arguments)
 
 
 def _forward_fake(
@@ -48,10 +55,9 @@ def _forward_fake(
     is_causal: bool, causal_offset: int, feature_map: str, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, dtype = query.shape[:3], accumulation_dtype(value.dtype)
-    shifted = feature_map == "performer_softmax" and not is_causal and projection is not None
-    features = projection.shape[-2] if shifted and projection is not None else 0
+    size = key_shift_size(query, key, projection, is_causal, feature_map)
     out = value.new_empty(*rows, value.shape[-1])
-    return out, value.new_empty(rows, dtype=dtype), value.new_empty(*key.shape[:2], features, dtype=dtype)
+    return out, value.new_empty(rows, dtype=dtype), value.new_empty(*key.shape[:2], size, dtype=dtype)
 
 
 def _backward_fake(

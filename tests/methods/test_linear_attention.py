@@ -12,6 +12,7 @@ import torch
 from efficient_attn import backends
 from efficient_attn.backends.call import LinearCall
 from efficient_attn.backends.features import FEATURE_MAPS as MAPS
+from efficient_attn.backends.features import query_constants
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.methods import linear_attention, performer_attention, random_projection
 
@@ -83,10 +84,20 @@ def draw(case: Case, feature_map: str, dtype: torch.dtype):
 
 
 def results(backend: str, inputs, key_mask, projection, case: Case, feature_map: str):
-    """out, normaliser, dq, dk, dv for cotangents that depend on the shapes only."""
+    """out, normaliser, dq, dk, dv for cotangents that depend on the shapes only.
+
+    The normaliser is that of features without a shift, Performer's its logarithm: half gradients could not hold others.
+    """
     leaves = [t.detach().requires_grad_() for t in inputs]
     causal = case.offset is not None
-    out, normaliser, _ = FORWARD(*leaves, key_mask, projection, causal, case.offset or 0, feature_map, 0.4, backend)
+    out, normaliser, shift = FORWARD(*leaves, key_mask, projection, causal, case.offset or 0, feature_map, 0.4, backend)
+    if shift.shape[2]:
+        constants = query_constants(shift, normaliser)
+        if feature_map == "elu":
+            normaliser = normaliser * constants.exp()
+        else:
+            seen = normaliser > 0
+            normaliser = torch.where(seen, normaliser.masked_fill(~seen, 1.0).log() + constants, 0.0)
     g = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (out, normaliser)]
     return [t.detach() for t in (out, normaliser, *torch.autograd.grad((out, normaliser), leaves, cotangents))]

@@ -10,6 +10,8 @@ import torch
 
 from efficient_attn import UnsupportedError, linear_attention
 from efficient_attn.backends.reference import linear_attention as reference_linear
+from support.feature_range import CASES as RANGES
+from support.feature_range import check_range
 
 # B, Hq, Hkv, Nq, Nk, F, Dv, causal, offset, masked keys
 CASES = [
@@ -104,6 +106,12 @@ class LinearChecks:
         b, v = (torch.rand(1, 1, 40, 16).to(self.dtype) for _ in range(2))
         out, n, _ = self.module.linear_attention_forward(a, b, v, None, None, True, 0, "identity", 1.0)
         assert (out == 0).all() and (n == 0).all()
+
+    @pytest.mark.parametrize("feature_map", ["elu", "exp", "performer_softmax"])
+    def test_exponents_of_any_range(self, feature_map: str) -> None:
+        """With the kernels where one shift serves, and beyond."""
+        for case in (RANGES[0], RANGES[2], RANGES[11]):
+            check_range(self.backend, feature_map, case, self.dtype)
 
     def test_by_name_and_through_autograd(self) -> None:
         a, b, v = (torch.rand(1, 2, 50, 8).to(self.dtype).requires_grad_() for _ in range(3))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import LinearCall, accumulation_dtype, readable
+from ..features import key_shift_size
 from ..words import DTYPES, pack_linear_attention, pack_linear_attention_gradients
 from . import attention as cpu
 
@@ -33,9 +34,8 @@ def linear_attention_forward(
     dtype = accumulation_dtype(value.dtype)
     out = value.new_empty(*query.shape[:3], value.shape[3])
     normaliser = value.new_empty(query.shape[:3], dtype=dtype)
-    shifted = feature_map == "performer_softmax" and not is_causal and projection is not None
-    features = projection.shape[-2] if shifted and projection is not None else 0
-    key_shift = value.new_empty(*key.shape[:2], features, dtype=dtype)
+    size = key_shift_size(query, key, projection, is_causal, feature_map)
+    key_shift = value.new_empty(*key.shape[:2], size, dtype=dtype)
     if query.numel() == 0 or key.shape[2] == 0:
         return out.zero_(), normaliser.zero_(), key_shift.zero_()
     kept, words = pack_linear_attention(

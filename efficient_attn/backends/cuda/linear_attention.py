@@ -37,7 +37,8 @@ def linear_attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv), the normaliser (B, Hq, Nq) and the key shift, as `reference`."""
-    a, b, key_shift = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    mapped = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    a, b, key_shift = mapped.a, mapped.b, mapped.key_shift
     v = some_columns(value)
     out = value.new_empty(*a.shape[:3], v.shape[3])
     normaliser = value.new_empty(a.shape[:3], dtype=torch.float32)
@@ -61,14 +62,15 @@ def linear_attention_backward(
     projection: Tensor | None,
     out: Tensor,  # (B, Hq, Nq, Dv)
     normaliser: Tensor,  # (B, Hq, Nq)
-    key_shift: Tensor,  # (B, Hkv, F) or (B, Hkv, 0)
+    key_shift: Tensor,  # (B, Hkv, S) or (B, Hkv, 0)
     is_causal: bool,
     causal_offset: int,
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each shaped and typed like its input."""
-    a, b, _ = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    mapped = given_or_mapped(query, key, key_mask, projection, is_causal, feature_map, scale)
+    a, b = mapped.a, mapped.b
     v, out = some_columns(value), some_columns(out)
     da, db, dv = (t.new_empty(t.shape) for t in (a, b, v))
     if a.numel() == 0 or b.shape[2] == 0:
@@ -80,7 +82,9 @@ def linear_attention_backward(
         words += pack_linear_attention_gradients(grad_out, da, db, dv, grad_normaliser)
         _launch("backward", words, out)
         del kept
-    dq, dk = input_gradients(da, db, a, b, query, key, key_mask, projection, is_causal, feature_map, scale)
+    dq, dk = input_gradients(
+        da, db, mapped.a_slope, mapped.b_slope, query, key, key_mask, projection, feature_map, scale
+    )
     return dq.to(query.dtype), dk.to(key.dtype), (dv if value.shape[3] else torch.empty_like(value))
 
 

@@ -13,16 +13,30 @@ are sums of the same form, so one function, `visible_sums`, serves all four. Wit
 products; with it, a walk over chunks that carries the state sum_j b_j v'_j^T. O(N) time and memory. Half precision is
 summed in float32. Masked pairs are selected away, so that a NaN behind a mask stays behind it.
 
-The feature map phi is part of the operator, so that a kernel can apply it on the way: see backends/features.py.
+The feature map phi is part of the operator, so that a kernel can apply it on the way: see backends/features.py, also
+for the shift of positive maps. Where it rises, with causality, time falls into epochs: a state is carried from one to
+the next, rescaled to the shift there.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..call import LinearCall, accumulation_dtype
-from ..features import input_gradients, map_features
+from ..features import (
+    SHIFTED,
+    Features,
+    epochs,
+    exponents,
+    input_gradients,
+    map_features,
+    pack_shift,
+    shifted_keys,
+    shifted_queries,
+)
 
 CHUNK = 128  # rows of a causal step: a tile of CHUNK x CHUNK weights beside the state
 
@@ -44,16 +58,17 @@ def linear_attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the value's dtype, and in the accumulation dtype the normaliser (B, Hq, Nq) and
-    the key shift of `map_features` (B, Hkv, F), or (B, Hkv, 0) if there is none.
+    the key shift of `features.pack_shift` (B, Hkv, S), or (B, Hkv, 0) if the map has none. The normaliser is that of
+    the shifted features.
 
     Causal means that query i sees the keys j <= i + causal_offset.
     """
-    a, b, shift = map_features(query, key, key_mask, projection, is_causal, feature_map, scale)
-    a, b, v = _grouped(a, b, value, key_mask)
-    sums = visible_sums(a, b, v, is_causal, causal_offset).flatten(1, 2)
+    mapped, spans = _mapped(query, key, key_mask, projection, is_causal, causal_offset, feature_map, scale)
+    a, b, v = _grouped(mapped.a, mapped.b, value, key_mask)
+    sums = _sums_over_keys(a, b, v, is_causal, causal_offset, spans, -2).flatten(1, 2)
     normaliser = sums[..., -1]
     out = _divided(sums[..., :-1], normaliser)
-    return out.to(value.dtype), normaliser.contiguous(), shift
+    return out.to(value.dtype), normaliser.contiguous(), mapped.key_shift
 
 
 def linear_attention_backward(
@@ -66,15 +81,15 @@ def linear_attention_backward(
     projection: Tensor | None,
     out: Tensor,  # (B, Hq, Nq, Dv)
     normaliser: Tensor,  # (B, Hq, Nq)
-    key_shift: Tensor,  # (B, Hkv, F) or (B, Hkv, 0)
+    key_shift: Tensor,  # (B, Hkv, S) or (B, Hkv, 0)
     is_causal: bool,
     causal_offset: int,
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each shaped and typed like its input."""
-    query_features, key_features, _ = map_features(query, key, key_mask, projection, is_causal, feature_map, scale)
-    a, b, v = _grouped(query_features, key_features, value, key_mask)
+    mapped, spans = _mapped(query, key, key_mask, projection, is_causal, causal_offset, feature_map, scale)
+    a, b, v = _grouped(mapped.a, mapped.b, value, key_mask)
     dtype = a.dtype
     grad_sums = _divided(grad_out.to(dtype), normaliser)
     grad_n = -(grad_sums * out.to(dtype)).sum(-1)
@@ -82,16 +97,104 @@ def linear_attention_backward(
         grad_n = grad_n + grad_normaliser.to(dtype)
     u = torch.cat([grad_sums, grad_n[..., None]], dim=-1).unflatten(1, a.shape[1:3])  # (B, Hkv, G, Nq, Dv + 1)
 
-    da = visible_sums(u, v, b, is_causal, causal_offset).flatten(1, 2)
-    db = _sums_over_queries(v, u, a, is_causal, causal_offset)
-    dv = _sums_over_queries(b, a, u, is_causal, causal_offset)[..., :-1]
+    da = _sums_over_keys(u, v, b, is_causal, causal_offset, spans, -1).flatten(1, 2)
+    db = _sums_over_queries(v, u, a, is_causal, causal_offset, spans, -1)
+    dv = _sums_over_queries(b, a, u, is_causal, causal_offset, spans, -2)[..., :-1]
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None]
         db, dv = db.masked_fill(hidden, 0.0), dv.masked_fill(hidden, 0.0)
     dq, dk = input_gradients(
-        da, db, query_features, key_features, query, key, key_mask, projection, is_causal, feature_map, scale
+        da, db, mapped.a_slope, mapped.b_slope, query, key, key_mask, projection, feature_map, scale
     )
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+# --- epochs: between two rises of the shift ---
+
+
+class _Span(NamedTuple):
+    """The rows of one epoch and its shift (B, Hkv, F)."""
+
+    queries: slice
+    keys: slice
+    shift: Tensor
+
+
+def _mapped(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    projection: Tensor | None,
+    is_causal: bool,
+    offset: int,
+    feature_map: str,
+    scale: float,
+) -> tuple[Features, list[_Span]]:
+    """The features of all rows, each under the shift of its epoch, and the epochs; none without a moving shift."""
+    if not is_causal or feature_map not in SHIFTED:
+        return map_features(query, key, key_mask, projection, is_causal, feature_map, scale), []
+    e = exponents(query, key, key_mask, projection, feature_map, scale)
+    found = epochs(e.key, key_mask)
+    Nq, Nk = query.shape[2], key.shape[2]
+    spans, parts = [], []
+    for n, (start, shift) in enumerate(found):
+        stop = found[n + 1][0] if n + 1 < len(found) else Nk
+        first = 0 if n == 0 else min(max(start - offset, 0), Nq)
+        last = Nq if n + 1 == len(found) else min(max(stop - offset, 0), Nq)
+        spans.append(_Span(slice(first, last), slice(start, stop), shift))
+        part = e._replace(query=e.query[:, :, first:last], key=e.key[:, :, start:stop])
+        if e.query_factor is not None and e.key_factor is not None:
+            part = part._replace(
+                query_factor=e.query_factor[:, :, first:last], key_factor=e.key_factor[:, :, start:stop]
+            )
+        parts.append((*shifted_queries(part, shift), *shifted_keys(part, shift)))
+    a, a_slope, constants, b, b_slope = (torch.cat(rows, 2) for rows in zip(*parts, strict=True))
+    return Features(a, b, a_slope, b_slope, pack_shift(found[0][1], constants, Nk, True)), spans
+
+
+def _sums_over_keys(
+    queries: Tensor, keys: Tensor, terms: Tensor, is_causal: bool, offset: int, spans: list[_Span], dim: int
+) -> Tensor:
+    """`visible_sums`; over epochs, the features are dimension `dim` of the state keys^T terms."""
+    if not spans:
+        return visible_sums(queries, keys, terms, is_causal, offset)
+    parts, state = [], None
+    for n, span in enumerate(spans):
+        x, y, u = queries[..., span.queries, :], keys[..., span.keys, :], terms[..., span.keys, :]
+        sums = visible_sums(x, y, u, True, span.queries.start + offset - span.keys.start)
+        if state is not None:
+            sums = sums + x @ state
+        parts.append(sums)
+        added = y.mT @ u
+        state = added if state is None else state + added
+        if n + 1 < len(spans):
+            state = state * _factor(span, spans[n + 1], dim)
+    return torch.cat(parts, -2)
+
+
+def _sums_over_queries(
+    keys: Tensor, queries: Tensor, terms: Tensor, is_causal: bool, offset: int, spans: list[_Span], dim: int
+) -> Tensor:
+    """sum_i (keys_j . queries_i) terms_i over the queries i of the whole group that see key j: (B, Hkv, Nk, R)."""
+    if not spans:
+        return _backward_sums(keys, queries, terms, is_causal, offset)
+    parts, state = [], None
+    for n, span in reversed(list(enumerate(spans))):
+        x, y, u = keys[..., span.keys, :], queries[..., span.queries, :], terms[..., span.queries, :]
+        sums = _backward_sums(x, y, u, True, span.queries.start + offset - span.keys.start)
+        if state is not None:
+            sums = sums + x.squeeze(2) @ state
+        parts.append(sums)
+        added = (y.mT @ u).sum(2)
+        state = added if state is None else state + added
+        if n > 0:
+            state = state * _factor(spans[n - 1], span, dim).squeeze(2)
+    return torch.cat(parts[::-1], -2)
+
+
+def _factor(earlier: _Span, later: _Span, dim: int) -> Tensor:
+    """What a state is multiplied with from an epoch to the next or back, at most 1: (B, Hkv, 1, F, 1) or (.., 1, F)."""
+    return (earlier.shift - later.shift).exp().unsqueeze(2).unsqueeze(-1 if dim == -2 else -2)
 
 
 # --- steps ---
@@ -134,8 +237,8 @@ def _causal_sums(a: Tensor, b: Tensor, v: Tensor, offset: int) -> Tensor:
     return sums
 
 
-def _sums_over_queries(keys: Tensor, queries: Tensor, terms: Tensor, is_causal: bool, offset: int) -> Tensor:
-    """sum_i (keys_j . queries_i) terms_i over the queries i of the whole group that see key j: (B, Hkv, Nk, R).
+def _backward_sums(keys: Tensor, queries: Tensor, terms: Tensor, is_causal: bool, offset: int) -> Tensor:
+    """`_sums_over_queries` within one epoch.
 
     Read backwards, the queries that see key j (i >= j - offset) are a causal prefix again.
     """

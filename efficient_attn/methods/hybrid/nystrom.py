@@ -51,7 +51,7 @@ class NystromTail(FeatureTail):
         check_range(self, "pinv_iterations", 1, 100)
         self._check_block()
 
-    def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The pseudo-inverse of e^{Q~ K~^T} is that of its softmax, whose iteration converges, over the row sums.
 
         Every exponential is taken against the maximum of its row, so that none overflows.
@@ -65,7 +65,7 @@ class NystromTail(FeatureTail):
         if 0 in (m, *query.shape[:2]):
             rows = by_group(query, key)[..., :1].to(dtype)
             columns = rows.new_zeros(*rows.shape[:3], key.shape[2], 1)
-            return torch.zeros_like(rows), columns, rows.flatten(1, 2).squeeze(-1)
+            return torch.zeros_like(rows), columns, rows.flatten(1, 2).squeeze(-1), None
         with without_autocast(query):
             query, (key,) = query.to(dtype), select_keys(call.key_mask, key.to(dtype))
             near, near_used = segment_means(query, m, call.key_mask if query.shape[2] == key.shape[2] else None)
@@ -86,7 +86,7 @@ class NystromTail(FeatureTail):
             highest = largest(lift)
             a = torch.exp(far_scores - row) @ inverse * torch.exp(lift - highest).unsqueeze(-2)
             b = torch.exp(near_scores - top).mT
-            return a, b, (row.squeeze(-1) + highest).flatten(1, 2)
+            return a, b, (row.squeeze(-1) + highest).flatten(1, 2), None
 
 
 def _hide(scores: Tensor, used: Tensor | None, dim: int, fill: float = -torch.inf) -> Tensor:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backends.call import accumulation_dtype
-from ...backends.features import CAUSAL_EXPONENT_LIMIT
 from ...errors import InputError
 from ...functional import select_keys
 from ...options import register
@@ -58,9 +58,9 @@ class PerformerTail(FeatureTail):
     def build(self, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
         return PerformerState(self._performer(), head_dim, device=device, dtype=dtype)
 
-    def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Stabilised as in `performer_features`: each feature against its largest key, or with causality, where no
-        factor may depend on keys to come, saturated at e^60.
+    def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Stabilised: each feature against its largest key, or with causality, where no factor may depend on keys to
+        come, the keys of each block against the largest exponent of the block.
         """
         if not 0.0 < call.scale < math.inf:
             raise InputError(f"a performer tail needs a positive scale, for features take its root; got {call.scale}")
@@ -74,14 +74,20 @@ class PerformerTail(FeatureTail):
             query, key, projection = query.to(dtype) * root, key.to(dtype) * root, projection.to(dtype)
             a = by_group(query, key) @ projection.mT
             b = key @ projection.mT - key.square().sum(-1, keepdim=True) / 2
-            if call.is_causal or key.shape[2] == 0:
-                b = b.clamp(max=CAUSAL_EXPONENT_LIMIT)
-            else:
-                if call.key_mask is not None:
-                    b = b.masked_fill(~call.key_mask[:, None, :, None], -torch.inf)
-                # A key that is not finite is for those who see it, in its block; the others keep their scale.
-                highest = largest(b.masked_fill(~b.isfinite(), -torch.inf).mT).mT  # (B, Hkv, 1, m)
+            if call.key_mask is not None:
+                b = b.masked_fill(~call.key_mask[:, None, :, None], -torch.inf)
+            # A key that is not finite is for those who see it, in its block; the others keep their scale.
+            finite = b.detach().masked_fill(~b.isfinite(), -torch.inf)
+            shift = None
+            if call.is_causal and key.shape[2]:
+                missing = -key.shape[2] % self.block
+                blocks = F.pad(finite.amax(-1), (0, missing), value=-torch.inf).unflatten(-1, (-1, self.block))
+                shift = largest(blocks).squeeze(-1)  # (B, Hkv, C)
+                b = b - shift.repeat_interleave(self.block, -1)[..., : key.shape[2], None]
+                shift = shift.unsqueeze(2)
+            elif key.shape[2]:
+                highest = largest(finite.mT).mT  # (B, Hkv, 1, m)
                 a, b = a + highest.unsqueeze(2), b - highest
             top = a.detach().amax(-1, keepdim=True)
             log_scale = top.squeeze(-1).flatten(1, 2) - query.square().sum(-1) / 2 - math.log(projection.shape[0])
-            return (a - top).exp(), b.exp().unsqueeze(2), log_scale
+            return (a - top).exp(), b.exp().unsqueeze(2), log_scale, shift

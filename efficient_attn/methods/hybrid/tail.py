@@ -89,23 +89,25 @@ class FeatureTail(Tail):
 
     signed: ClassVar[bool] = False  # whether a . b may be negative
 
-    def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor]:
-        """a (B, Hkv, G, Nq, m), b (B, Hkv, 1 | G, Nk, m), log_scale (B, Hq, Nq).
+    def factors(self, query: Tensor, key: Tensor, call: TailCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """a (B, Hkv, G, Nq, m), b (B, Hkv, 1 | G, Nk, m), log_scale (B, Hq, Nq), shift (B, Hkv, 1, C) or None: 0.
 
-        e^{log_scale} a_i . b_j is the tail's estimate of e^{scale q_i . k_j}.
+        e^{log_scale + shift} a_i . b_j, with the shift of j's block, is the tail's estimate of e^{scale q_i . k_j}.
         """
         raise NotImplementedError
 
     def branch(self, query: Tensor, key: Tensor, value: Tensor, call: TailCall) -> Branch:
-        a, b, log_scale = self.factors(query, key, call)
+        a, b, log_scale, shift = self.factors(query, key, call)
         dropout = call.dropout_p, call.dropout_seed
-        out, lse = self._sums(a, b, drop_keys(value, *dropout), log_scale, call)
+        out, lse = self._sums(a, b, drop_keys(value, *dropout), log_scale, shift, call)
         weights = None
         if call.need_weights:
-            weights = drop_columns(_weights(a, b, call).to(query.dtype), key.shape[1], *dropout)
+            weights = drop_columns(_weights(a, b, shift, call).to(query.dtype), key.shape[1], *dropout)
         return Branch(out, lse, weights)
 
-    def _sums(self, a: Tensor, b: Tensor, value: Tensor, log_scale: Tensor, call: TailCall) -> tuple[Tensor, Tensor]:
+    def _sums(
+        self, a: Tensor, b: Tensor, value: Tensor, log_scale: Tensor, shift: Tensor | None, call: TailCall
+    ) -> tuple[Tensor, Tensor]:
         """out and lse: the sums of (a_i . b_j) [v_j, 1] over the tail.
 
         Keys of a block share their fate, so they are summed first: one state m x (Dv + 1) a block; the states that a
@@ -119,16 +121,19 @@ class FeatureTail(Tail):
             groups = b.shape[1] // max(v.shape[1], 1)
             b = in_blocks(b, self.block).unflatten(1, (-1, max(groups, 1)))  # (B, Hkv, 1 | G, C, block, m)
             states = (b.mT @ in_blocks(v, self.block).unsqueeze(2)).flatten(-2)  # (B, Hkv, 1 | G, C, m (Dv + 1))
-            seen = call.split.tail
-            seen = seen.unsqueeze(2) if seen.shape[1] == 1 else seen.unflatten(1, a.shape[1:3])
+            seen, top = _block_weights(_by_group(call.split.tail, a), shift, v.dtype)
             # What is not finite in a block must not reach the queries that do not see it, and 0 * NaN is NaN.
             broken = ~states.isfinite().all(-1, keepdim=True)
-            poisoned = (seen.to(v.dtype) @ broken.to(v.dtype)) > 0  # (B, Hkv, 1 | G, query blocks, 1)
-            states = seen.to(v.dtype) @ states.masked_fill(broken, 0.0)
+            met = _by_group(call.split.tail, a).to(v.dtype) @ broken.to(v.dtype)  # (B, Hkv, 1 | G, query blocks, 1)
+            poisoned = met > 0
+            states = seen @ states.masked_fill(broken, 0.0)
             states = states.masked_fill(poisoned, torch.nan).unflatten(-1, (a.shape[-1], v.shape[-1]))
             rows = in_blocks(a.flatten(1, 2), self.block).unflatten(1, a.shape[1:3])
             sums = (rows @ states).flatten(3, 4)[..., : a.shape[3], :].flatten(1, 2)
             mass = sums[..., -1]
+            if top is not None:
+                top = top.expand(*a.shape[:3], -1).repeat_interleave(self.block, 3)[..., : a.shape[3]]
+                log_scale = log_scale + top.flatten(1, 2)
             least = mass.new_full((), LEAST[mass.dtype])
             if self.signed:  # what cancels down to rounding is no mass
                 of_ones = states[..., -1:].detach()
@@ -140,11 +145,32 @@ class FeatureTail(Tail):
             return out.to(value.dtype), (mass.log() + log_scale).masked_fill(empty, -torch.inf)
 
 
-def _weights(a: Tensor, b: Tensor, call: TailCall) -> Tensor:
+def _by_group(tail: Tensor, a: Tensor) -> Tensor:
+    """(B, 1 | Hq, query blocks, C) beside a (B, Hkv, G, Nq, m)."""
+    return tail.unsqueeze(2) if tail.shape[1] == 1 else tail.unflatten(1, a.shape[1:3])
+
+
+def _block_weights(seen: Tensor, shift: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What the sums of each block of keys count for each block of queries (..., query blocks, C): 0 or 1, or, where
+    blocks have a shift (..., C), e^{shift - top} with the largest one that is seen, top (..., query blocks).
+    """
+    if shift is None:
+        return seen.to(dtype), None
+    shifts = shift.detach().to(dtype).unsqueeze(-2).masked_fill(~seen, -torch.inf)
+    top = largest(shifts)
+    return (shifts - top).exp(), top.squeeze(-1)
+
+
+def _weights(a: Tensor, b: Tensor, shift: Tensor | None, call: TailCall) -> Tensor:
     """The weights that `FeatureTail.branch` stands for."""
     weights = (a @ b.mT).flatten(1, 2)
     seen = call.split.tail.repeat_interleave(call.split.block, 2).repeat_interleave(call.split.block, 3)
     weights = weights.masked_fill(~seen[:, :, : weights.shape[2], : weights.shape[3]], 0.0)
+    if shift is not None:
+        factors, _ = _block_weights(_by_group(call.split.tail, a), shift, weights.dtype)
+        factors = factors.repeat_interleave(call.split.block, -2).repeat_interleave(call.split.block, -1)
+        factors = factors[..., : weights.shape[2], : weights.shape[3]]
+        weights = (weights.unflatten(1, a.shape[1:3]) * factors).flatten(1, 2)
     if call.key_mask is not None:
         weights = weights.masked_fill(~call.key_mask[:, None, None, :], 0.0)
     mass = weights.sum(-1, keepdim=True)

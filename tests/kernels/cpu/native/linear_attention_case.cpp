@@ -73,7 +73,7 @@ void draw_sizes(Random& random, LinearAttentionCase& c) {
 
 void draw_features(Random& random, LinearAttentionCase& c) {
     c.feature_map = random.choose<int64_t>({kIdentity, kElu, kRelu, kExponential, kExponential});
-    c.F = c.D, c.root = 1, c.gain = 1, c.floor = 0, c.limit = 60;
+    c.F = c.D, c.root = 1, c.gain = 1, c.floor = 0, c.limit = 30;
     if (c.feature_map == kExponential || random.chance(0.25)) {
         c.projection_heads = random.chance(0.5) ? 1 : c.Hkv;
         c.F = random.choose<int64_t>({1, 2, 16, 31, 64, random.integer(1, 40), random.integer(1, 130)});
@@ -81,11 +81,11 @@ void draw_features(Random& random, LinearAttentionCase& c) {
         const bool half_open = c.feature_map == kRelu && random.chance(0.7);
         c.gain = half_open ? 1 / std::sqrt(static_cast<double>(c.F)) : 1;
         c.floor = half_open ? 1e-3 : 0;
-        c.limit = random.choose<double>({60, 60, 1, 0, -2});
         c.projection = contiguous(c.accumulator(), c.projection_heads, c.F, c.D, 1);
         const double spread = random.choose<double>({1, 1, 1.7});
         fill(random, c.projection, -spread, spread);
     }
+    if (c.has_key_shift()) c.limit = random.choose<double>({30, 30, 2, 0.5});  // low: the shift rises often
 }
 
 void draw_masks(Random& random, LinearAttentionCase& c) {
@@ -165,8 +165,10 @@ LinearAttentionCase random_linear_attention_case(uint64_t seed) {
     if (random.chance(0.15)) poison(random, c);
     c.normaliser = contiguous(c.accumulator(), c.B, c.Hq, c.Nq, 1);
     c.grad_normaliser = c.normaliser;
-    if ((c.has_grad_normaliser = random.chance(0.3))) fill(random, c.grad_normaliser, -1, 1);
-    c.key_shift = contiguous(c.accumulator(), c.has_key_shift() ? c.B : 0, c.Hkv, c.F, 1);
+    c.has_grad_normaliser = random.chance(0.3) && !c.has_key_shift();  // there n is known up to a factor
+    if (c.has_grad_normaliser) fill(random, c.grad_normaliser, -1, 1);
+    const int64_t rows = c.is_causal ? (c.Nk + 63) / 64 + 1 : 1, constants = c.Hkv ? c.Hq / c.Hkv * c.Nq : 0;
+    c.key_shift = contiguous(c.accumulator(), c.has_key_shift() ? c.B : 0, c.Hkv, rows * c.F + constants, 1);
     c.out = random_layout(random, c.value_dtype, c.B, c.Hq, c.Nq, c.Dv);
     c.dq = random_layout(random, c.feature_dtype, c.B, c.Hq, c.Nq, c.D);
     c.dk = random_layout(random, c.feature_dtype, c.B, c.Hkv, c.Nk, c.D);

@@ -21,7 +21,9 @@ struct LinearAttentionCase {
     Image out, normaliser, key_shift, dq, dk, dv;  // layouts, every byte unwritten
 
     int accumulator() const { return value_dtype == kFloat64 ? kFloat64 : kFloat32; }
-    bool has_key_shift() const { return feature_map == efficient_attn::kExponential && !is_causal; }
+    bool has_key_shift() const {
+        return feature_map == efficient_attn::kExponential || feature_map == efficient_attn::kElu;
+    }
     bool key_is_there(int64_t b, int64_t j) const {
         return !has_key_mask || key_mask[static_cast<size_t>(b * Nk + j)] != 0;
     }

@@ -116,7 +116,7 @@ struct Definition {
                 }
             }
             for (int64_t f = 0; f < c.F; ++f)
-                if (!c.has_key_shift() || top[f] == -INFINITY) top[f] = top_off[f] = 0;
+                if (!softmax || top[f] == -INFINITY) top[f] = top_off[f] = 0;
             for (int64_t j = 0; j < c.Nk; ++j)
                 if (c.key_is_there(batch, j)) map_key((first + j) * c.F, top, top_off);
         }
@@ -131,11 +131,8 @@ struct Definition {
                 continue;
             }
             const double z = phi[f] - top[f], spread = off[f] + top_off[f] + kUnits * unit * (1 + std::fabs(z));
-            const bool saturated = c.is_causal && z > c.limit;
-            phi[f] = std::exp(saturated ? c.limit : z);
-            off[f] = phi[f] * spread + tiny;
-            slope[f] = saturated ? 0 : phi[f];
-            slope_off[f] = c.is_causal && std::fabs(z - c.limit) <= spread ? phi[f] + off[f] : saturated ? 0 : off[f];
+            phi[f] = slope[f] = std::exp(z);
+            off[f] = slope_off[f] = phi[f] * spread + tiny;
         }
     }
 
@@ -317,7 +314,10 @@ struct Definition {
         for (int64_t row = 0; row < c.B * c.Hkv * c.Nk; ++row)
             if (c.key_is_there(row / c.Nk / c.Hkv, row % c.Nk))
                 input_gradient(b, db, row, row / c.Nk % c.Hkv, key.data() + row * c.D, results.dk);
-        if (c.has_key_shift()) results.key_shift = shift;
+        // Which shift the kernels chose is theirs, and with it the scale of the normaliser.
+        if (c.has_key_shift())
+            for (Bounded* result : {&results.normaliser, &results.key_shift})
+                std::fill(result->error.begin(), result->error.end(), INFINITY);
         for (Bounded* result : {&results.dq, &results.dk}) round_to(c.feature_dtype, range(c.feature_dtype), *result);
         round_to(c.value_dtype, range(c.value_dtype), results.dv);
         for (Bounded* result : {&results.normaliser, &results.key_shift}) round_to(c.accumulator(), 0, *result);

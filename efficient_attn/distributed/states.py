@@ -130,7 +130,7 @@ def _performer(method: Performer, state: Any, call: Call) -> Tensor:
 
 
 def _by_state(call: Call, feature_map: str, projection: Tensor | None, scale: float) -> Tensor:
-    query, key, value, key_mask = call.query, call.key, _dropped(call), call.key_mask
+    query, value, key_mask = call.query, _dropped(call), call.key_mask
     dtype = accumulation_dtype(query.dtype)
     with without_autocast(query):
         a, b = _features(call, feature_map, projection, scale)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.call import accumulation_dtype
 from ..errors import UnsupportedError
-from ..functional import causal_mask, seen_keys
+from ..functional import causal_mask
 from ..methods import Method, Sparse
 from .statistics import WANT, AttentionStatistics, attention_statistics, sets_of_keys, weightings_of_rows
 
@@ -80,9 +80,7 @@ def pairs(
         return mask, bias
     counted = key_mask
     if method.by_content:
-        counted = seen_keys(
-            key_mask, query, key, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment
-        )
+        mask, counted = method.seen(query, key, key_mask, mask, bias, is_causal, causal_alignment, scale)
     causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
     return method.restricted(
         mask, bias, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment

@@ -92,19 +92,12 @@ class Sparse(Method):
         if key_mask is None and mask is None and not need_weights and not self.pattern.by_content:
             # `attention` makes the mask: it knows calls like this one.
             return attention(
-                query, key, value, mask=None if self.is_dense else self.pattern, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
-                scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+                query, key, value, mask=None if self.is_dense else self.pattern, bias=bias, is_causal=is_causal,
+                causal_alignment=causal_alignment, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
             ), None  # fmt: skip
         counted = key_mask
         if self.pattern.by_content:
-            if mask is not None and not isinstance(mask, Tensor):
-                mask = as_block_mask(mask, query, key, scale=scale, alignment=causal_alignment)
-            shown = None if bias is None else shown_by_bias(bias, query, key)
-            if shown is not None:  # what is hidden chooses nothing, by whatever route
-                mask = shown if mask is None else as_block_mask(mask, query, key) & shown
-            counted = seen_keys(
-                key_mask, query, key, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment
-            )
+            mask, counted = self.seen(query, key, key_mask, mask, bias, is_causal, causal_alignment, scale)
         if isinstance(self.pattern, BucketPattern):
             query, key, value = bucketed_inputs(self.pattern, query, key, value, counted)
             if mask is None and bias is None:
@@ -141,6 +134,26 @@ class Sparse(Method):
             return padded_attention(query, key, value, key_mask, **shared), None
         out, _, weights = padded_attention(query, key, value, key_mask, need_weights=need_weights, **shared)
         return out, weights
+
+    @staticmethod
+    def seen(
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | None,
+        mask: BlockMask | Tensor | None,
+        bias: Tensor | None,
+        is_causal: bool,
+        alignment: str | None,
+        scale: float | None,
+    ) -> tuple[BlockMask | Tensor | None, Tensor | None]:
+        """What may take part in a choice by content: the user's mask, and the keys (B, Nk) that any query sees."""
+        if mask is not None and not isinstance(mask, Tensor):
+            mask = as_block_mask(mask, query, key, scale=scale, alignment=alignment)
+        shown = None if bias is None else shown_by_bias(bias, query, key)
+        if shown is not None:  # what is hidden chooses nothing, by whatever route
+            mask = shown if mask is None else as_block_mask(mask, query, key) & shown
+        counted = seen_keys(key_mask, query, key, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=alignment)
+        return mask, counted
 
     @named(PLAN)
     def restricted(

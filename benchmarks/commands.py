@@ -101,7 +101,7 @@ def bench(
     if full and names:
         raise typer.BadParameter("--full stands alone: it is the suites " + ", ".join(FULL_SUITES))
     # Sizes, directions and backends are chosen of a grid; the overview has its own.
-    asked = names or full or seqlens or mode or chosen_peers or backend != "auto"
+    asked = names or full or seqlens or mode or chosen_peers or backend != "auto" or "," in dtype
     if asked:
         steps = [planning.Step((cell,)) for cell in grid(names or FULL_SUITES, options)]
         seconds = None

@@ -78,20 +78,24 @@ def overview(options: suites.Options) -> list[Step]:
     for suite, at, seconds in cases.QUICK_OVERVIEW_STEPS if options.quick else cases.OVERVIEW_STEPS:
         configs = _overview_configs(suite, at, options)
         cells = tuple(Cell(suite, config) for config in configs)
-        together = suites.get(suite).run_together is not None
+        together = suites.get(suite).run_together is not None and cells
         steps += [Step(cells, seconds)] if together else [Step((cell,), seconds) for cell in cells]
     return steps
 
 
 def _overview_configs(suite: str, at: tuple[object, ...], options: suites.Options) -> list[dict[str, object]]:
     common = {**options.common(), "budget_s": cases.OVERVIEW_BUDGET_S}
+    if options.methods and suite in ("fidelity", "million"):  # they have families and methods of their own
+        return []
     if suite == "ops":
         mode, seqlen = at
         shape = {"dtype": options.dtypes[0], **cases.OPERATOR_SHAPE, "causal": options.causal, "backend": "auto"}
         methods = options.specs(cases.OVERVIEW_METHODS)
         return suites.grid(seqlen=seqlen, mode=mode, method=methods, **shape, **common)
     if suite == "vit":
-        return suites.grid(method=cases.OVERVIEW_VIT_METHODS, steps=cases.OVERVIEW_VIT_STEPS, **common)
+        return suites.grid(
+            method=options.methods or cases.OVERVIEW_VIT_METHODS, steps=cases.OVERVIEW_VIT_STEPS, **common
+        )
     if suite == "fidelity":
         return [
             {"source": fidelity.best_source(), "family": family, "size": size, "steps": fidelity.QUICK_STEPS, **common}

@@ -92,7 +92,6 @@ def _exact(call: Bound, config: Mapping[str, Any]) -> dict[str, Call]:
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(config.get("seed", 0))
     shape = {name: config[name] for name in ("batch", "heads", "head_dim")}
     return inputs.photograph_qkv(config["seqlen"], **shape, dtype=getattr(torch, config["dtype"]))
 
@@ -100,6 +99,7 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 def bound(config: Mapping[str, Any], qkv: tuple[Tensor, Tensor, Tensor] | None = None) -> Bound:
     """The method of a cell on query, key and value (B, H, N, D) of photographs; to decode, on the last query alone."""
     query, key, value = qkv or _inputs(config)
+    torch.manual_seed(config.get("seed", 0))  # a method's parameters are those that it has alone
     if config["mode"] == "decode":
         layer = Layer(query[:, :, -1:].contiguous(), key, value, is_causal=True, causal_alignment="bottom_right")
     else:

@@ -91,6 +91,13 @@ def test_an_overview_has_eight_methods_at_every_length_and_no_cell_twice(quick):
     assert groups == {"exact", "windows", "global", "content", "low-rank", "hybrid"}
 
 
+def test_methods_that_are_asked_for_are_those_of_the_overview():
+    found = planning.overview(suites.Options(methods=("dense", "linear"), threads=2))
+    cells = [cell for step in found for cell in step.cells]
+    assert {cell.config["method"] for cell in cells} == {"dense", "linear"}
+    assert {cell.suite for cell in cells} == {"ops", "vit"}
+
+
 # --- together ---
 
 
@@ -104,6 +111,9 @@ def test_methods_are_measured_in_one_alternation_and_one_that_fails_is_its_own_r
     dense, linear, _, window = found
     assert dense["sdpa_ms"] == linear["sdpa_ms"] == window["sdpa_ms"] and linear["dense_ms"] == dense["ms"]
     assert dense["error"] < 1e-5 < window["error"]
+    again = suites.get("ops").run_together([{**CONFIG, "method": m} for m in ("linear", "linformer:rank=16")])
+    linformer = suites.get("ops").run_cell({**CONFIG, "method": "linformer:rank=16"})
+    assert again[1]["error"] == linformer["error"]  # its random parameters do not depend on who else is measured
     alone = suites.get("ops").run_cell({**CONFIG, "causal": True, "method": "linear"})
     assert set(alone) <= set(linear) and alone["error"] == linear["error"]
 

@@ -60,8 +60,16 @@ STEPS = {
 }
 
 
+@pytest.fixture(scope="module")
+def patience():
+    """Seconds that a step may keep silent: as long as a start takes, which on a busy machine is longer."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import efficient_attn.cli, matplotlib.pyplot"], check=True)
+    return max(SILENCE_S, 3 * (time.monotonic() - started))
+
+
 @pytest.mark.parametrize("name", STEPS)
-def test_step(name, tmp_path):
+def test_step(name, tmp_path, patience):
     if name == "bert":
         pytest.importorskip("transformers")
     started = last = time.monotonic()
@@ -97,7 +105,7 @@ def test_step(name, tmp_path):
     text = "".join(said)
     print(f"\n{name}: {time.monotonic() - started:.0f} s, the longest silence {longest:.0f} s\n{text}")
     assert code == 0 and "Traceback" not in text, text
-    assert longest < SILENCE_S, f"{name} kept silent for {longest:.0f} s"
+    assert longest < patience, f"{name} kept silent for {longest:.0f} s"
     written = {"bench": "bench/report.html", "profile": "profile/profile.png", "recommend": "recommend/recommend.png"}
     assert name not in written or (tmp_path / written[name]).exists()
     if name == "bench":

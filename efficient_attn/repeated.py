@@ -1,9 +1,9 @@
 """Calls like one that was made before: what takes longer than a short call itself is done once.
 
 A kernel of some microseconds is soon outlasted by the checks before it. So a call that was checked, and that nothing
-but sizes, strides, dtypes and options decided, leaves an entry here; the next one like it is one look into a table, two
-allocations and the kernel. Whatever else may change what a call means is asked at every call, before the table is:
-see `ops.is_plain` for what looks on, and `find` for gradients and autocast.
+but sizes, strides, dtypes and options decided, leaves an entry here; the third one like it is one look into a table,
+an allocation and the kernel. Whatever else may change what a call means is asked at every call, before the table is:
+see `ops.is_plain` for what looks on, and `key_of` for gradients and autocast.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     lse_dtype: torch.dtype
 
 
-_known: dict[Hashable, Entry] = {}
+_known: dict[Hashable, Entry | None] = {}  # None: seen once, which may be the only time, as while a cache grows
 
 
 def key_of(
@@ -106,7 +106,7 @@ def remember(
     scale: float,
     backend: str,
 ) -> None:
-    """Keep a checked call of this key, if its backend can run it from pointers alone."""
+    """Keep a checked call of this key when it comes the second time, if its backend can run it from pointers alone."""
     if (
         getattr(mask, "by_content", False)
         or backend != "cpu"
@@ -114,10 +114,13 @@ def remember(
         or arrays.kv_lengths is not None
     ):
         return  # lists and lengths are tensors, which an entry would keep alive, and whose content may change
+    if known not in _known:
+        if len(_known) >= LIMIT:
+            _known.clear()
+        _known[known] = None
+        return
     runs = backends.cpu.attention.forward_of_pointers(query, key, value, arrays, scale)
     if runs is None:
         return
-    if len(_known) >= LIMIT:
-        _known.clear()
     rows = tuple(query.shape[:3])
     _known[known] = Entry(runs, (*rows, value.shape[3]), rows, accumulation_dtype(query.dtype))

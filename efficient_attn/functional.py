@@ -262,7 +262,7 @@ def hide_padding(
         causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
         counted = seen_keys(key_mask, query, key, bias=bias)
         mask = as_block_mask(mask, query, key, scale=scale, key_mask=counted, within=causal, alignment=causal_alignment)
-    if key_mask is not None and _may_read(key_mask):
+    if key_mask is not None and may_read(key_mask):
         mask, key_mask = _absorb(mask, key_mask, query, key, bias)
     if key_mask is not None:
         key, value = select_keys(key_mask, key, value)
@@ -660,20 +660,20 @@ def seen_keys(
     if not parts:
         return None
     seen = functools.reduce(torch.logical_and, parts).expand(B, Nk)
-    return None if _may_read(seen) and bool(seen.all()) else seen
+    return None if may_read(seen) and bool(seen.all()) else seen
 
 
 def shown_by_bias(bias: Tensor, query: Tensor, key: Tensor) -> BlockMask | None:
     """The mask of the pairs that -inf in a bias leaves, for patterns that choose by content; None where it hides none,
     or the same keys from all queries and heads, or while tracing, where no list may depend on values."""
     bias = check_bias(bias, query, key).detach()
-    if (bias.shape[1] == 1 and bias.shape[2] == 1) or not _may_read(bias, streams=True):
+    if (bias.shape[1] == 1 and bias.shape[2] == 1) or not may_read(bias, streams=True):
         return None
     shown = bias != -torch.inf
     return None if bool(shown.all()) else as_block_mask(shown, query, key)
 
 
-def _may_read(key_mask: Tensor, *, streams: bool = False) -> bool:
+def may_read(key_mask: Tensor, *, streams: bool = False) -> bool:
     """Whether values may steer Python: not while tracing or mapping, and not where reading would stall a stream."""
     return (
         (streams or key_mask.device.type == "cpu")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..functional import may_read
 from ..masks import BlockMask
 from .base import Method
 
@@ -22,7 +23,7 @@ def left_padding(key_mask: Tensor | None) -> Tensor | None:
     if key_mask is None or key_mask.shape[-1] == 0:
         return None
     pads = key_mask.int().argmax(-1)
-    return None if not torch.compiler.is_compiling() and not bool(pads.any()) else pads
+    return None if may_read(pads, streams=True) and not bool(pads.any()) else pads
 
 
 class Turned(NamedTuple):
@@ -78,7 +79,7 @@ def attend_from_first(
         return method.attend(query, key, value, state=state, **call)
     # Tokens that are hidden here and there are no padding.
     pads = pads * ((key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1) == 1)
-    if not torch.compiler.is_compiling() and not bool(pads.any()):
+    if may_read(pads, streams=True) and not bool(pads.any()):
         return method.attend(query, key, value, state=state, **call)
     turned = Turned.by(pads, key.shape[2])
     query, key, value = (take(x, turned.there, 2) for x in (query, key, value))

@@ -26,7 +26,7 @@ def run_case(group: Any, name: str, dtype: torch.dtype, transport: str, layout: 
     case = next(case for case in CASES if case.name == name)
     drawn = draw(case, dtype)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    with context_parallel(group, shards=layout, transport=transport, timeout=15) as context:
+    with context_parallel(group, shards=layout, transport=transport, timeout=60) as context:
         queries, keys = context.shards(case.Nq), context.shards(case.Nk)
         part = {
             "query": queries.part(drawn["query"], rank, 2), "key": keys.part(drawn["key"], rank, 2),
@@ -83,7 +83,7 @@ def run_call(group: Any, call: Call) -> dict[str, Any]:
     from efficient_attn.functional import padded_attention
 
     rank = dist.get_rank(group)
-    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=15) as context:
+    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=60) as context:
         queries, keys = context.shards(call.query.shape[2]), context.shards(call.key.shape[2])
         q, k, v = (
             s.part(x, rank, 2).clone().requires_grad_()
@@ -179,7 +179,7 @@ def train_model(group: Any, attention: str, ids: Tensor, mask: Tensor | None, ho
         for layer in model.decoder.layers:
             plain = layer.forward
             layer.forward = lambda x, plain=plain, **k: checkpoint(lambda y: plain(y, **k), x, use_reentrant=False)
-    with context_parallel(group, timeout=15) if dist.get_world_size(group) > 1 else nullcontext():
+    with context_parallel(group, timeout=60) if dist.get_world_size(group) > 1 else nullcontext():
         loss = language_loss(model, ids, mask)
         loss.backward()
     found = {}
@@ -203,7 +203,7 @@ def train_on_mesh(group: Any, ids: Tensor) -> dict[str, Tensor]:
         fully_shard(layer, mesh=init_device_mesh("cpu", (4,)))
     fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
     half = ids.chunk(2)[mesh.get_local_rank("data")]
-    with context_parallel(mesh["context"], timeout=15):
+    with context_parallel(mesh["context"], timeout=60):
         loss = language_loss(model, half)
         loss.backward()
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
@@ -215,7 +215,7 @@ def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tup
 
     torch.manual_seed(0)
     module = MultiheadAttention(16, 4, batch_first=True, attention=attention).eval()
-    with context_parallel(group, timeout=15, shards="contiguous") as context:
+    with context_parallel(group, timeout=60, shards="contiguous") as context:
         part, pad = context.split(x, 1), context.split(padding, 1)
         out, _ = module(part, part, part, key_padding_mask=pad, need_weights=False)
         return out.detach(), context.shards(x.shape[1])
@@ -234,7 +234,7 @@ def refused(group: Any, name: str) -> str:
     rank = dist.get_rank(group)
     q = torch.randn(1, 2, 32, 4)
     try:
-        with context_parallel(group, timeout=15) as context:
+        with context_parallel(group, timeout=60) as context:
             if name == "lengths":
                 attention(q[:, :, : 32 - 3 * rank], q, q)
             elif name == "masks":
@@ -273,7 +273,7 @@ def repeated(group: Any, transport: str) -> list[bytes]:
     for _ in range(2):
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, 4, 100, 8).bfloat16() for _ in range(3))
-        with context_parallel(group, transport=transport, timeout=15) as context:
+        with context_parallel(group, transport=transport, timeout=60) as context:
             parts = [context.split(x, 2).clone().requires_grad_() for x in (q, k, v)]
             out = attention(*parts, is_causal=True, dropout_p=0.2, dropout_seed=3)
             grads = torch.autograd.grad(out.float().square().sum(), parts)

@@ -26,7 +26,7 @@ class RankError(AssertionError):
 def _serve(rank: int, world: int, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     groups = {world: dist.group.WORLD}
     while True:
@@ -35,7 +35,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Any) -> None:
             break
         function, ranks, arguments = job
         if ranks not in groups:  # every process takes part in making a group
-            groups[ranks] = dist.new_group(list(range(ranks)), timeout=timedelta(seconds=60))
+            groups[ranks] = dist.new_group(list(range(ranks)), timeout=timedelta(seconds=300))
         try:
             pipe.send((None, None) if rank >= ranks else (function(groups[ranks], *arguments), None))
         except Exception as error:
@@ -65,7 +65,7 @@ class Ranks:
         else:
             os.environ["OMP_NUM_THREADS"] = before
 
-    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int | None = None, limit: float = 120) -> list:
+    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int | None = None, limit: float = 300) -> list:
         """function(group, *arguments) of each rank; what any of them raises is raised here."""
         ranks = self.world if ranks is None else ranks
         for pipe in self.pipes:

@@ -201,7 +201,7 @@ def split_lists(
 def _split_lists_fake(
     pattern: str, q_len: int, kv_len: int, heads: int, block: int, alignment: str, device: str
 ) -> list[Tensor]:
-    return _shapes_of(_all_tensors(pattern, int(q_len), int(kv_len), heads, block, alignment, "cpu"), device)
+    return _shapes_of(_all_tensors(pattern, int(q_len), int(kv_len), int(heads), block, alignment, "cpu"), device)
 
 
 def _shapes_of(tensors: list[Tensor], device: str) -> list[Tensor]:

@@ -130,9 +130,10 @@ def run_operator(
     key, value, key_mask = drop_unseen(key, value, key_mask, q_len, is_causal, causal_alignment)
     features = key.shape[3] if projection is None else projection.shape[-2]
     chosen = select(backend, LinearCall(value.device, value.dtype, max(features, value.shape[3])))
-    return ops.linear_attention_forward(
+    out, normaliser, key_shift = ops.linear_attention_forward(
         query, key, value, key_mask, projection, is_causal, offset, feature_map, scale, chosen
     )
+    return out, normaliser, key_shift
 
 
 def drop_unseen(

@@ -165,10 +165,9 @@ def _sums_over_keys(
         if state is not None:
             sums = sums + x @ state
         parts.append(sums)
-        added = y.mT @ u
-        state = added if state is None else state + added
         if n + 1 < len(spans):
-            state = state * _factor(span, spans[n + 1], dim)
+            added = y.mT @ u
+            state = (added if state is None else state + added) * _factor(span, spans[n + 1], dim)
     return torch.cat(parts, -2)
 
 
@@ -185,10 +184,9 @@ def _sums_over_queries(
         if state is not None:
             sums = sums + x.squeeze(2) @ state
         parts.append(sums)
-        added = (y.mT @ u).sum(2)
-        state = added if state is None else state + added
         if n > 0:
-            state = state * _factor(spans[n - 1], span, dim).squeeze(2)
+            added = (y.mT @ u).sum(2)
+            state = (added if state is None else state + added) * _factor(spans[n - 1], span, dim).squeeze(2)
     return torch.cat(parts[::-1], -2)
 
 

@@ -169,20 +169,35 @@ def padded_attention(
     key, on keys and values that are set to zero there; or block lists, where that bias would have to grow to n x n.
     Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding becomes a bias.
     """
+    key, value, mask, bias = hide_padding(query, key, value, key_mask, mask=mask, bias=bias, **arguments)
+    return attention(query, key, value, mask=mask, bias=bias, **arguments)
+
+
+def hide_padding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    *,
+    mask: MaskLike = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, MaskLike, Tensor | None]:
+    """The key, value, mask and bias with which `attention` does what `padded_attention` says."""
     check_key_mask(key_mask, key)
     if key_mask is not None and _is_pattern(mask):  # which chooses among the keys that are there
-        alignment = arguments.get("causal_alignment")
-        causal = causal_mask(query.shape[2], key.shape[2], arguments.get("is_causal", False), alignment)
+        causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
         counted = seen_keys(key_mask, query, key, bias=bias)
-        mask = as_block_mask(
-            mask, query, key, scale=arguments.get("scale"), key_mask=counted, within=causal, alignment=alignment
-        )
+        mask = as_block_mask(mask, query, key, scale=scale, key_mask=counted, within=causal, alignment=causal_alignment)
     if key_mask is not None and _may_read(key_mask):
         mask, key_mask = _absorb(mask, key_mask, query, key, bias)
     if key_mask is not None:
         key, value = select_keys(key_mask, key, value)
         bias = add_to_bias(bias, key_mask, query)
-    return attention(query, key, value, mask=mask, bias=bias, **arguments)
+    return key, value, mask, bias
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

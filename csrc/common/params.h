@@ -62,6 +62,26 @@ struct AttentionParams {
     BiasGradient dbias;    // data null: not wanted
 };
 
+// One pass over the weights of a call for what is known of them; see cpu/attention_statistics.h. `out` and `value` of
+// the call are not read. All results are contiguous, of the accumulation type, a null pointer or a count of 0 where not
+// wanted.
+struct StatisticsParams {
+    AttentionParams attention;
+    void *entropy, *distance, *nearby;  // (B, Hq, Nq)
+    void* shares;                       // (B, Hq, Nq, set_count)
+    void* top_weights;                  // (B, Hq, Nq, top), descending
+    int32_t* top_keys;                  // likewise; -1: no such key
+    void* received;                     // (1 + row_weight_count, B, Hq, chunks, Nk), zeros at first
+    void* map;                          // (B, Hq, blocks of queries, blocks of keys), zeros at first
+    const void* row_weights;            // (row_weight_count, B, Hq, Nq)
+    const uint32_t* key_sets;           // (B, Nk): bit s of a key's word says whether it is in set s
+    int64_t key_sets_stride;            // from one batch element to the next; 0: one for all
+    int64_t set_count, top, row_weight_count, map_block;
+    int64_t chunk_rows;       // query rows of a task; a multiple of map_block
+    int64_t position_offset;  // query i stands at key i + position_offset
+    double nearby_window;
+};
+
 enum FeatureMap : int { kIdentity = 0, kElu = 1, kRelu = 2, kExponential = 3 };
 
 // a = phi(query), b = phi(key); u = root * projection x where there is a projection, else x, and phi(u) is
@@ -101,6 +121,7 @@ struct Operator {
 struct Kernels {
     const char* name;
     Operator<AttentionParams> forward, backward;
+    Operator<StatisticsParams> statistics;
     Operator<LinearAttentionParams> linear_forward, linear_backward;
     int64_t (*fma_loop)(int64_t steps);  // cpu/peak.h; returns the operations done
 };

@@ -46,8 +46,7 @@ class Reader {
     const char* end_;
 };
 
-inline AttentionParams read_params(const std::string& words, bool backward) {
-    Reader in(words);
+inline AttentionParams read_call(Reader& in) {
     AttentionParams p{};
     p.dtype = static_cast<int>(in.integer());
     for (int64_t* size : {&p.B, &p.Hq, &p.Hkv, &p.Nq, &p.Nk, &p.D, &p.Dv}) *size = in.integer();
@@ -74,6 +73,12 @@ inline AttentionParams read_params(const std::string& words, bool backward) {
     mask.t_indices = in.pointer<const int32_t>();
     mask.t_tile_ids = in.pointer<const int32_t>();
     mask.kv_lengths = in.pointer<const int32_t>();
+    return p;
+}
+
+inline AttentionParams read_params(const std::string& words, bool backward) {
+    Reader in(words);
+    AttentionParams p = read_call(in);
     if (backward) {
         p.grad_out = in.view();
         p.dq = in.view();
@@ -84,6 +89,24 @@ inline AttentionParams read_params(const std::string& words, bool backward) {
         p.dbias.dtype = p.bias.dtype;
         for (int64_t& size : p.dbias.size) size = in.integer();
     }
+    in.finish();
+    return p;
+}
+
+inline StatisticsParams read_statistics_params(const std::string& words) {
+    Reader in(words);
+    StatisticsParams p{};
+    p.attention = read_call(in);
+    for (void** result : {&p.entropy, &p.distance, &p.nearby, &p.shares, &p.top_weights}) *result = in.pointer();
+    p.top_keys = in.pointer<int32_t>();
+    p.received = in.pointer();
+    p.map = in.pointer();
+    p.row_weights = in.pointer<const void>();
+    p.key_sets = in.pointer<const uint32_t>();
+    for (int64_t* number : {&p.key_sets_stride, &p.set_count, &p.top, &p.row_weight_count, &p.map_block, &p.chunk_rows,
+                            &p.position_offset})
+        *number = in.integer();
+    p.nearby_window = in.take<double>();
     in.finish();
     return p;
 }

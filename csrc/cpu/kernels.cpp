@@ -4,6 +4,7 @@
 // function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
 #include "attention_backward.h"
 #include "attention_decode.h"
+#include "attention_statistics.h"
 #include "dispatch.h"
 #include "linear_attention_backward.h"
 #include "linear_attention_forward.h"
@@ -106,6 +107,19 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
     });
 }
 
+int64_t no_shared_bytes(const StatisticsParams&) { return 0; }
+int64_t statistics_bytes(const StatisticsParams& p) {
+    return with_accumulator(p.attention, [&](auto a) { return StatisticsTile<decltype(a)>::bytes(p); });
+}
+int64_t statistics_tasks(const StatisticsParams& p, int) {
+    return p.attention.B * p.attention.Hq * statistics_chunks(p);
+}
+void statistics_run(const StatisticsParams& p, int, int64_t task, char* memory, char*) {
+    with_types(p.attention, [&](auto types) {
+        statistics_task<typename decltype(types)::Storage, typename decltype(types)::Accumulator>(p, task, memory);
+    });
+}
+
 // Calls f with the operator, linear::Forward or linear::Backward, of the accumulation type.
 template <template <class> class Op, class F>
 inline auto with_accumulator(const LinearAttentionParams& p, F f) {
@@ -138,6 +152,7 @@ extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
     {2, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_run},
     {3, backward_shared, backward_bytes, backward_tasks, nullptr, backward_run},
+    {1, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, statistics_run},
     linear_operator<linear::Forward, linear::kForwardPhases>(),
     linear_operator<linear::Backward, linear::kBackwardPhases>(),
     fma_loop,

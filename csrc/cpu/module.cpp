@@ -45,6 +45,14 @@ void call(const Operator<AttentionParams>& op, const std::string& words, int thr
     if (!run(op, p, worth_threads(threads, p.B * p.Hq * p.Nq, p.Nk * (p.D + p.Dv)))) throw std::bad_alloc();
 }
 
+void call_statistics(const std::string& words, int threads) {
+    const StatisticsParams p = read_statistics_params(words);
+    const AttentionParams& a = p.attention;
+    py::gil_scoped_release release;
+    if (!run(kernels().statistics, p, worth_threads(threads, a.B * a.Hq * a.Nq, 2 * a.Nk * a.D)))
+        throw std::bad_alloc();
+}
+
 void call_linear(const Operator<LinearAttentionParams>& op, const std::string& words, int threads, bool backward) {
     const LinearAttentionParams p = read_linear_params(words, backward);
     py::gil_scoped_release release;
@@ -73,6 +81,7 @@ PYBIND11_MODULE(_cpu, module) {
                [](const std::string& w, int threads) { call(kernels().forward, w, threads, false); });
     module.def("attention_backward",
                [](const std::string& w, int threads) { call(kernels().backward, w, threads, true); });
+    module.def("attention_statistics", &call_statistics);
     module.def("linear_attention_forward",
                [](const std::string& w, int threads) { call_linear(kernels().linear_forward, w, threads, false); });
     module.def("linear_attention_backward",

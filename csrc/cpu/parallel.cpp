@@ -48,6 +48,12 @@ void run_on_plain_threads(int64_t tasks, int threads, const F& run_task) {
     for (std::thread& helper : helpers) helper.join();
 }
 
+template <class Params>
+void set_threads(Params& p, int threads) {
+    p.threads = threads;
+}
+void set_threads(StatisticsParams& p, int threads) { p.attention.threads = threads; }
+
 int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The tasks of a phase, the longest first where they differ, so that no thread is left with a long one at the end.
@@ -73,7 +79,7 @@ bool order_tasks(const Operator<Params>& op, const Params& p, int phase, int64_t
 template <class Params>
 bool run(const Operator<Params>& op, const Params& given, int threads) {
     Params p = given;
-    p.threads = threads;
+    set_threads(p, threads);
     int64_t most = 0;
     for (int phase = 0; phase < op.phases; ++phase)
         most = op.task_count(p, phase) > most ? op.task_count(p, phase) : most;
@@ -110,6 +116,7 @@ bool run(const Operator<Params>& op, const Params& given, int threads) {
 }
 
 template bool run(const Operator<AttentionParams>&, const AttentionParams&, int);
+template bool run(const Operator<StatisticsParams>&, const StatisticsParams&, int);
 template bool run(const Operator<LinearAttentionParams>&, const LinearAttentionParams&, int);
 
 }  // namespace efficient_attn

@@ -14,10 +14,12 @@ from torch import Tensor
 from ..masks import MaskArrays
 from .call import readable
 from .features import CAUSAL_EXPONENT_LIMIT, RELU_FLOOR
+from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "performer_softmax": 3}  # params.h
 _ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2dq16q7q17q"), struct.Struct("16q6q")
+_STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 _NO_LISTS: tuple[int, ...] = (0,) * 9
 _NO_BIAS: tuple[int, ...] = (0,) * 6
@@ -86,6 +88,25 @@ def pack_attention_gradients(
     sizes = (0, 0, 0, 0) if dbias is None else dbias.shape
     views = (*view(grad_out), *view(dq), *view(dk), *view(dv))
     return _ATTENTION_GRADIENTS.pack(*views, pointer(grad_lse), pointer(dbias), *sizes)
+
+
+def pack_statistics(found: Found, wanted: Wanted, chunk_rows: int) -> tuple[Kept, bytes]:
+    """What `read_statistics_params` reads behind the words of the call, and what it points to."""
+    row_weights = None if wanted.row_weights is None else wanted.row_weights.contiguous()
+    key_sets = None if wanted.key_sets is None else wanted.key_sets.contiguous()
+    results = (found.entropy, found.distance, found.nearby, found.shares, found.top_weights, found.top_keys)
+    words = _STATISTICS.pack(
+        *map(pointer, (*results, found.received, found.map, row_weights, key_sets)),
+        0 if key_sets is None or key_sets.shape[0] == 1 else key_sets.shape[1],
+        wanted.set_count,
+        wanted.top,
+        0 if row_weights is None else row_weights.shape[0],
+        wanted.map_block,
+        chunk_rows,
+        wanted.position_offset or 0,
+        float(wanted.nearby),
+    )
+    return (*results, found.received, found.map, row_weights, key_sets), words
 
 
 def pack_linear_attention(

@@ -14,7 +14,7 @@ from ..errors import UnsupportedError
 from ..masks import BlockMask
 from ..options import Named
 from ..patterns import PATTERNS, Pattern
-from ..tracing import has_tangent, is_jit_traced, no_forward_mode
+from ..tracing import OBSERVERS, has_tangent, is_jit_traced, no_forward_mode, unobserved
 
 METHODS: ChainMap[str, Any] = ChainMap({}, PATTERNS)  # what a spec names: the patterns, which attend as `Sparse`, first
 TAILS: dict[str, Any] = {}  # what may stand behind a +, see hybrid/
@@ -126,7 +126,13 @@ def _settled(attend: Attend) -> Attend:
             )
         if has_tangent(query, key, value):
             raise no_forward_mode(str(self))
-        out, weights = attend(self, query, key, value, **options)
+        if OBSERVERS and not torch.compiler.is_compiling():
+            with unobserved() as observers:
+                out, weights = attend(self, query, key, value, **options)
+                for observer in observers:
+                    observer(self, query, key, value, options, out)
+        else:
+            out, weights = attend(self, query, key, value, **options)
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             out = _through_weights(out, weights, value)
         return out, weights

@@ -116,7 +116,7 @@ class Sparse(Method):
                 )
         if not self.is_dense:
             causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
-            mask, bias = self._restricted(
+            mask, bias = self.restricted(
                 mask, bias, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
             )
         if dropout_p > 0.0:
@@ -138,7 +138,7 @@ class Sparse(Method):
         return out, attention_weights(query, key, bias=bias, **shared)
 
     @named(PLAN)
-    def _restricted(
+    def restricted(
         self,
         mask: BlockMask | Tensor | None,
         bias: Tensor | None,

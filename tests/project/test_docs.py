@@ -7,7 +7,7 @@ import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 HUGGING_FACE = ("integrations.md", "models.md")
-PAGES = (*HUGGING_FACE, "methods.md", "index.md", "choose.md", "long-sequences.md", "compat.md")
+PAGES = (*HUGGING_FACE, "methods.md", "index.md", "choose.md", "long-sequences.md", "compat.md", "insight.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

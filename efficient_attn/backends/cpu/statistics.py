@@ -1,0 +1,57 @@
+"""Statistics of attention weights by the C++ kernels: the same function as `reference.statistics`, tile by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...masks import MaskArrays
+from ..call import accumulation_dtype, readable
+from ..statistics import Found, Wanted
+from ..words import pack_attention, pack_statistics
+from .attention import _cpu
+
+CHUNKS = 16  # runs of query rows that sum up apart: a fixed number, so that the bits do not depend on the threads
+
+
+def attention_statistics(
+    query: Tensor,  # (B, Hq, Nq, D)
+    key: Tensor,  # (B, Hkv, Nk, D)
+    bias: Tensor | None,
+    mask: MaskArrays,
+    scale: float,
+    wanted: Wanted,
+) -> Found:
+    """Return what is `wanted` of the weights of this call, as `reference.statistics.attention_statistics`."""
+    query, key = readable(query), readable(key)
+    (B, Hq, Nq, _), Nk = query.shape, key.shape[2]
+    dtype = accumulation_dtype(query.dtype)
+    rows = max(64, -(-Nq // CHUNKS))
+    rows = -(-rows // max(wanted.map_block, 1)) * max(wanted.map_block, 1)
+    chunks = max(1, -(-Nq // rows))
+    weightings = 0 if wanted.row_weights is None else wanted.row_weights.shape[0]
+
+    def result(*shape: int, when: bool = True) -> Any:
+        return torch.zeros((B, Hq, *shape), dtype=dtype) if when else None
+
+    has_places = wanted.position_offset is not None
+    found = Found(
+        lse=torch.full((B, Hq, Nq), -torch.inf, dtype=dtype),
+        entropy=result(Nq),
+        top_weights=result(Nq, wanted.top, when=wanted.top > 0),
+        top_keys=torch.full((B, Hq, Nq, wanted.top), -1, dtype=torch.int32) if wanted.top else None,
+        received=torch.zeros((1 + weightings, B, Hq, chunks, Nk), dtype=dtype) if wanted.received else None,
+        distance=result(Nq, when=has_places),
+        nearby=result(Nq, when=has_places),
+        shares=result(Nq, wanted.set_count, when=wanted.key_sets is not None),
+        map=result(*(-(-n // wanted.map_block) for n in (Nq, Nk)), when=True) if wanted.map_block else None,
+    )
+    if found.lse.numel() and Nk:
+        # The kernel reads no values and writes no output: the key stands for both.
+        kept, words = pack_attention(query, key, key, bias, query, found.lse, mask, scale, 0.0, None)
+        also_kept, more = pack_statistics(found, wanted, rows)
+        _cpu.attention_statistics(words + more, torch.get_num_threads())
+        del kept, also_kept
+    return found if found.received is None else found._replace(received=found.received.sum(3))

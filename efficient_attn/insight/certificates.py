@@ -1,0 +1,187 @@
+"""What a sparse mask loses, for certain: `certificate` and `sampled_certificate`.
+
+With the weights P of the dense call, the pairs S that the mask shows and the others R, a row drops the mass
+tau = sum_R P, and its output is wrong by exactly
+
+    out - out_S = tau (out_R - out_S),          tau = 1 / (1 + exp(lse_S - lse_R))
+
+where out_S, lse_S and out_R, lse_R are attention over each part (Tzachristas et al., arXiv:2512.07647).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.reference.attention import visible_pairs
+from ..errors import InputError
+from ..functional import MaskLike, as_block_mask, attention, causal_mask, hide_padding, merge_attention
+
+
+class Certificate(NamedTuple):
+    """What a mask loses, row by row; float32 (float64 for float64 inputs)."""
+
+    tau: Tensor  # (B, Hq, Nq): the softmax mass of the pairs that the mask hides, from 0 to 1
+    error: Tensor  # (B, Hq, Nq): |out - out_S|, the Euclidean norm of what the output is wrong by
+    out: Tensor  # (B, Hq, Nq, Dv): what the mask gives, out_S
+    dense: Tensor  # (B, Hq, Nq, Dv): what the dense call gives
+
+    @property
+    def relative_error(self) -> float:
+        """|out - out_S| / |out| over all rows."""
+        norm = float(self.dense.double().norm())
+        return float(self.error.double().norm()) / norm if norm else 0.0
+
+
+class Interval(NamedTuple):
+    """An interval that holds the mean mass dropped, over all batch elements, heads and rows, with this confidence."""
+
+    low: float
+    mean: float
+    high: float
+    confidence: float
+    rows: int  # that were looked at, in each batch element and head
+
+
+def certificate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: MaskLike,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+) -> Certificate:
+    """What `mask` loses against dense attention on these inputs: exact, by attention over the pairs that it hides.
+
+    Args:
+        query, key, value: (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv).
+        mask: a `BlockMask`, a pattern or a sparse method, or a bool tensor.
+        key_mask, bias, is_causal, causal_alignment, scale: the dense call that it stands in for, as in `attention`.
+            Pairs that these hide are lost by neither.
+
+    Returns:
+        A `Certificate`, at the cost of dense attention and O(n) memory.
+
+    Raises:
+        InputError, InputTypeError: as `attention`; no mask.
+    """
+    parts = _parts(query, key, value, mask, key_mask, bias, is_causal, causal_alignment, scale)
+    with torch.no_grad():
+        out, lse = _attend(parts, parts.shown, value)
+        rest, rest_lse = _attend(parts, parts.hidden, value)
+        tau = _dropped(lse, rest_lse)
+        error = tau * torch.linalg.vector_norm(rest.to(tau.dtype) - out.to(tau.dtype), dim=-1)
+        dense, _ = merge_attention([out, rest], [lse, rest_lse])
+    return Certificate(tau, error, out, dense)
+
+
+def sampled_certificate(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: MaskLike,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+    samples: int = 64,
+    rows: int = 4,
+    confidence: float = 0.95,
+    generator: torch.Generator | None = None,
+) -> Interval:
+    """The mean mass that `mask` drops, from some of the query rows: an interval that holds it with a probability.
+
+    Runs of `rows` neighbouring queries are drawn `samples` times, each anew; the interval is the empirical Bernstein
+    bound (Maurer & Pontil, COLT 2009), which holds for any distribution of the masses.
+
+    Args:
+        query, key, mask, key_mask, bias, is_causal, causal_alignment, scale: as in `certificate`.
+        samples: how many runs are drawn, at least 2; the interval narrows with their square root.
+        rows: queries of a run, which count as one sample.
+        confidence: the probability that the interval holds the mean, over the drawing.
+        generator: of the drawing.
+
+    Raises:
+        InputError: no queries, fewer than 2 samples, a confidence outside (0, 1); as `certificate`.
+    """
+    if samples < 2 or rows < 1 or not 0.0 < confidence < 1.0:
+        raise InputError(
+            f"samples must be at least 2, rows at least 1 and confidence in (0, 1); got {samples}, {rows}, {confidence}"
+        )
+    parts = _parts(query, key, key, mask, key_mask, bias, is_causal, causal_alignment, scale)
+    Nq, Nk = query.shape[2], key.shape[2]
+    if Nq == 0 or query.shape[0] * query.shape[1] == 0:
+        raise InputError(f"there is no row to sample: query is {tuple(query.shape)}")
+    runs = -(-Nq // rows)
+    drawn = torch.randint(runs, (samples,), generator=generator)
+    if Nq % rows and bool((drawn == runs - 1).any()):  # the last run is shorter: it stands for fewer rows
+        shares = torch.full((runs,), float(rows))
+        shares[-1] = Nq % rows
+        drawn = torch.multinomial(shares, samples, replacement=True, generator=generator)
+    blocks = [slice(run * rows, min((run + 1) * rows, Nq)) for run in drawn.tolist()]
+    index = torch.cat([torch.arange(block.start, block.stop) for block in blocks]).to(query.device)
+    sliced = parts._replace(
+        query=parts.query[:, :, index],
+        bias=parts.bias if parts.bias is None or parts.bias.shape[-2] == 1 else parts.bias[..., index, :],
+    )
+    unit = query.new_zeros(key.shape[0], key.shape[1], Nk, 1)
+    lses = []
+    with torch.no_grad():
+        for part in (parts.shown, parts.hidden):
+            arrays = part.arrays()
+            runs_of = [visible_pairs(arrays, b.stop - b.start, Nk, query.device, b.start) for b in blocks]
+            lses.append(_attend(sliced, torch.cat(runs_of, 2), unit)[1])
+    dropped = _dropped(*lses).split([block.stop - block.start for block in blocks], dim=2)
+    found = torch.stack([run.double().mean() for run in dropped])
+    mean, spread = float(found.mean()), float(found.var())
+    doubt = math.log(4.0 / (1.0 - confidence))  # both sides, and the two terms of each
+    reach = math.sqrt(2.0 * spread * doubt / samples) + 7.0 * doubt / (3.0 * (samples - 1))
+    return Interval(max(0.0, mean - reach), mean, min(1.0, mean + reach), confidence, samples * rows)
+
+
+# --- the two parts of the pairs ---
+
+
+class _Parts(NamedTuple):
+    query: Tensor
+    key: Tensor
+    bias: Tensor | None
+    scale: float | None
+    shown: Any  # BlockMask
+    hidden: Any
+
+
+def _parts(
+    query: Tensor, key: Tensor, value: Tensor, mask: MaskLike, key_mask: Tensor | None, bias: Tensor | None,
+    is_causal: bool, alignment: str | None, scale: float | None,
+) -> _Parts:  # fmt: skip
+    if mask is None:
+        raise InputError("a certificate is about a mask: pass mask=, a BlockMask, a pattern or a bool tensor")
+    causal = causal_mask(query.shape[2], key.shape[2], is_causal, alignment)
+    within = causal if getattr(mask, "by_content", False) else None
+    given = as_block_mask(mask, query, key, scale=scale, key_mask=key_mask, within=within, alignment=alignment)
+    shown, hidden = (given, ~given) if causal is None else (given & causal, ~given & causal)
+    key, value, padding, bias = hide_padding(query, key, value, key_mask, bias=bias)
+    if padding is not None:
+        there = as_block_mask(padding, query, key)
+        shown, hidden = shown & there, hidden & there
+    return _Parts(query, key, bias, scale, shown, hidden)
+
+
+def _attend(parts: _Parts, mask: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = attention(parts.query, parts.key, value, mask=mask, bias=parts.bias, scale=parts.scale, return_lse=True)
+    return out, lse
+
+
+def _dropped(lse: Tensor, rest_lse: Tensor) -> Tensor:
+    """The share of the rest; a row without any visible pair drops nothing."""
+    share = torch.sigmoid(rest_lse - lse)
+    return torch.where(rest_lse == -torch.inf, torch.zeros_like(share), share)

@@ -48,6 +48,7 @@ NAV: list[Any] = [
     {"Models and training": ["models.md", "training.md", "works-with.md"]},
     {"Measuring": ["profiling.md", "benchmarks.md"]},
     {"GPU": "gpu.md"},
+    {"See attention": "insight.md"},
     {"How it is built": ["contract.md", "architecture.md", "contributing.md"]},
     {"Reference": []},
 ]  # fmt: skip

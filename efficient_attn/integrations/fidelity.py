@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -217,6 +216,8 @@ def cost(model: nn.Module, sample: Any, repeats: int) -> Cost:
         peak = torch.cuda.max_memory_allocated() - resident
     else:
         peak = _peak_on_cpu(model, sample)
+    import statistics  # brings fractions and decimals, which nothing else here needs
+
     return Cost(statistics.median(seconds), peak)
 
 

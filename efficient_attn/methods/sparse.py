@@ -93,7 +93,8 @@ class Sparse(Method):
             # `attention` makes the mask: it knows calls like this one.
             return attention(
                 query, key, value, mask=None if self.is_dense else self.pattern, bias=bias, is_causal=is_causal,
-                causal_alignment=causal_alignment, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+                causal_alignment=causal_alignment, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+                backend=backend,
             ), None  # fmt: skip
         counted = key_mask
         if self.pattern.by_content:

@@ -20,6 +20,10 @@ huggingface.register()
 # --- masks ---
 
 BLOCKS = torch.tensor([[-1] * 4 + [0] * 5 + [-1] * 3 + [1] * 8] * B)
+PACKED_CAUSAL = masking_utils.causal_mask_function
+if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # not before transformers 5.23
+    POSITIONS = torch.cat([torch.arange(7), torch.arange(13)])[None].expand(B, -1)
+    PACKED_CAUSAL = masking_utils.remap_positions_for_packed_sequence(PACKED_CAUSAL, POSITIONS)
 FUNCTIONS = {
     "causal": masking_utils.causal_mask_function,
     "bidirectional": masking_utils.bidirectional_mask_function,
@@ -27,10 +31,8 @@ FUNCTIONS = {
     "sliding both": masking_utils.sliding_window_bidirectional_mask_function(3),
     "chunked": masking_utils.chunked_causal_mask_function(8, torch.tensor([0, 3, 5])),
     "blocks": masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(BLOCKS)),
-    "packed": masking_utils.packed_sequence_compatibility_function(
-        masking_utils.causal_mask_function,
-        torch.cat([torch.arange(7), torch.arange(13)])[None].expand(B, -1),
-        torch.tensor([[0] * 7 + [1] * 13] * B),
+    "packed": masking_utils.and_masks(
+        masking_utils.packed_sequence_mask_function(torch.tensor([[0] * 7 + [1] * 13] * B)), PACKED_CAUSAL
     ),
     "unknown": lambda b, h, i, j: (i - j) % 3 == 0,
 }

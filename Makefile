@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=2
 NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-upstream lint format \
+.PHONY: help setup cuda test test-slow test-triton test-cuda-emulator test-timm fuzz sanitize test-arm64 test-upstream lint format \
 	bench bench-all bench-cpu gpu-check gpu-sanitize triton-table cuda-table readme works-with fields clean
 
 help: ## this list
@@ -69,6 +69,11 @@ RANDOM_CALLS ?= 10000
 sanitize: $(STAMP) ## random calls of the native kernels under AddressSanitizer and UBSan: RANDOM_CALLS=1000
 	$(BIN)/python tests/kernels/cpu/native/build_harness.py build/sanitize
 	OMP_WAIT_POLICY=passive build/sanitize/harness --count $(RANDOM_CALLS) $(ARGS)
+
+ARM_CALLS ?= 1000
+test-arm64: $(STAMP) ## random calls of the kernels for arm64 (NEON) under qemu; apt: g++-aarch64-linux-gnu qemu-user-static
+	CXX=aarch64-linux-gnu-g++ SANITIZE= $(BIN)/python tests/kernels/cpu/native/build_harness.py build/arm64
+	OMP_WAIT_POLICY=passive qemu-aarch64-static -L /usr/aarch64-linux-gnu build/arm64/harness --count $(ARM_CALLS) $(ARGS)
 
 test-upstream: $(STAMP) ## PyTorch's own tests of nn.MultiheadAttention on ours: PYTORCH=<a checkout>
 	$(BIN)/python tests/upstream/run.py $(PYTORCH) $(ARGS)

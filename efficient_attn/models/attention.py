@@ -81,6 +81,7 @@ class Attention(nn.Module):
                 self.num_heads * self.head_dim, self.num_kv_heads, self.head_dim, device=like.device, dtype=like.dtype
             )
         self.attention = method
+        self.counts_positions = method.counts_positions  # looked up here, since torch.compile cannot read it there
         self.method_state = None if method_state is None else method_state.train(self.training)
 
     def forward(

@@ -20,7 +20,7 @@ from .embeddings import Embeddings, as_padding, check_ids, count_positions
 from .generation import Plan, Sampling, beam_search, padded, stop_at
 from .outputs import LMOutput, answer, either
 from .positions import check_length
-from .transformer import Outputs, Transformer, TransformerConfig, each_layer
+from .transformer import Outputs, Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -278,8 +278,7 @@ class CausalLM(Model):
         ]
 
     def _counts_positions(self) -> bool:
-        methods = each_layer(self.decoder.config.attention, self.decoder.config.num_layers)
-        return any(method.counts_positions for method in methods)
+        return any(layer.attention.counts_positions for layer in self.decoder.layers)
 
     def _together(self, groups: list[tuple[Tensor, Tensor, Tensor | None]], plan: Plan) -> Iterator[Tensor]:
         """The next token of all groups at once; a group that has ended goes on with padding."""

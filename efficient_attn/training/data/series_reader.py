@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -206,7 +207,7 @@ class SeriesReader:
         joined = steps.sum(min_count=1) if self.aggregate == "sum" else getattr(steps, self.aggregate)()
         return torch.from_numpy(joined.to_numpy(copy=True)), list(joined.index.to_pydatetime())
 
-    def fitted(self, series: list[Series], ends: list[int]) -> SeriesReader:
+    def fitted(self, series: Sequence[Series], ends: Sequence[int]) -> SeriesReader:
         """With the covariates' centre and spread over the first rows (`ends`) of each series."""
         if not any((self.past, self.future, self.static, self.calendar)):
             return self

@@ -79,13 +79,15 @@ def flash_attn_func(
 def flash_attn_qkvpacked_func(qkv: Tensor, *arguments: Any, **named: Any) -> Any:
     """`flash_attn_func` of qkv (B, N, 3, H, D); the other arguments are its own, from dropout_p on."""
     _check_dims(5, qkv=qkv)
-    return flash_attn_func(*_split("qkv", qkv, 2, 3), *arguments, **named)
+    q, k, v = _split("qkv", qkv, 2, 3)
+    return flash_attn_func(q, k, v, *arguments, **named)
 
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *arguments: Any, **named: Any) -> Any:
     """`flash_attn_func` of q (B, Nq, H, D) and kv (B, Nk, 2, Hkv, D); the other arguments are its own."""
     _check_dims(5, kv=kv)
-    return flash_attn_func(q, *_split("kv", kv, 2, 2), *arguments, **named)
+    k, v = _split("kv", kv, 2, 2)
+    return flash_attn_func(q, k, v, *arguments, **named)
 
 
 def flash_attn_varlen_func(
@@ -163,7 +165,8 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` of q (total_q, H, D) and kv (total_k, 2, Hkv, D); the other arguments are its own."""
     _check_dims(4, kv=kv)
-    return flash_attn_varlen_func(q, *_split("kv", kv, 1, 2), cu_seqlens_q, cu_seqlens_k, *arguments, **named)
+    k, v = _split("kv", kv, 1, 2)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, *arguments, **named)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def attend(
     slopes = None if slopes is None else _check_slopes(slopes, query)
     scale = default_scale(scale, query.shape[3])
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
-    options = {"dropout_p": dropout_p, "seed": seed, "scale": scale, "backend": backend}
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "scale": scale, "backend": backend}
     if softcap > 0.0:
         some_rows: Any = functools.partial(_capped_rows, softcap=softcap, slopes=slopes, **options)
         size = _rows_of(query, key)
@@ -135,7 +135,7 @@ def _distances(query: Tensor, key: Tensor, slopes: Tensor, offset: int) -> Tenso
 
 def _biased_rows(
     query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int], offset: int, first: int, *,
-    slopes: Tensor, scale: float, dropout_p: float, seed: Tensor | None, backend: str,
+    slopes: Any, scale: float, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return attention(
         query, key, value, bias=_distances(query, key, slopes, offset), mask=_window_mask(query, key, window, offset),
@@ -159,7 +159,7 @@ def _rows_by_key_of(query: Tensor, slopes: Tensor) -> int:
 
 def _rows_by_key(
     query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int], offset: int, first: int, *,
-    slopes: Tensor, scale: float, dropout_p: float, seed: Tensor | None, backend: str,
+    slopes: Any, scale: float, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     Nq = query.shape[2]
     centre = offset + Nq - 1

@@ -199,7 +199,9 @@ def _capped_rows(
     weights = torch.exp(scores - lse[..., None]).masked_fill(hidden, 0.0)
     lse = lse.masked_fill(empty, -torch.inf)
     if dropout_p > 0.0:
-        kept = dropout_keep((B, Hq, Nq, Nk), dropout_p, seed, query.device, first)
+        places = [torch.arange(size, device=query.device) for size in (B, Hq, Nq, Nk)]
+        places[2] = places[2] + first
+        kept = dropout_keep((B, Hq, Nq, Nk), dropout_p, seed, query.device, places)
         weights = weights.masked_fill(~kept, 0.0) / (1.0 - dropout_p)
     out = weights.unflatten(1, (Hkv, Hq // max(Hkv, 1))) @ value[:, :, None]
     return out.flatten(1, 2).to(dtype), lse

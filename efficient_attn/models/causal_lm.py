@@ -278,8 +278,7 @@ class CausalLM(Model):
         ]
 
     def _counts_positions(self) -> bool:
-        layers: Any = self.decoder.layers
-        return any(layer.attention.counts_positions for layer in layers)
+        return any(attention.counts_positions for attention in self.decoder._attentions(cross=False))
 
     def _together(self, groups: list[tuple[Tensor, Tensor, Tensor | None]], plan: Plan) -> Iterator[Tensor]:
         """The next token of all groups at once; a group that has ended goes on with padding."""

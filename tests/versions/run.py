@@ -51,9 +51,9 @@ class Environment(NamedTuple):
 
 
 ENVIRONMENTS = {
-    # The interpreter of 3.5 takes arrays of one element for numbers, as NumPy did before 2.4.
+    # The interpreters of 3.5 and 3.6 take arrays of one element for numbers, as NumPy did before 2.4.
     "triton-3.5": Environment(["triton==3.5.0", "numpy==1.26.4"], TRITON),
-    "triton-3.6": Environment(["triton==3.6.0"], TRITON),
+    "triton-3.6": Environment(["triton==3.6.0", "numpy==1.26.4"], TRITON),
     "triton-3.7": Environment(["triton==3.7.1"], TRITON),
     "triton-3.9": Environment(["triton==3.9.0"], TRITON),
     "transformers-oldest": Environment(["transformers==5.20.2"], ("transformers",)),

@@ -16,7 +16,9 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=2
 NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp' 'tests/kernels/*.h'
 
 .DELETE_ON_ERROR:
-.PHONY: $(shell sed -n 's/^\([a-z][a-z0-9-]*\):.*/\1/p' Makefile)
+.PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
+	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu \
+	gpu-check gpu-sanitize triton-table cuda-table readme clean fields works-with
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'

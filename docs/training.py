@@ -62,7 +62,11 @@ def commands() -> str:
         usual = {key: task.defaults.get(key, default) for key, _, default, _ in command.COMMON}
         if task.defaults.keys() & {"steps", "epochs"} and any(options[key] is not None for key in ("steps", "epochs")):
             usual |= {key: None for key in ("steps", "epochs") if options[key] is None}
-        words += [_typed(key, options[key]) for key in usual if key not in UNTOLD and options[key] != usual[key]]
+        words += [
+            _typed(key, options[key])
+            for key in usual
+            if key not in UNTOLD and options.get(key, usual[key]) != usual[key]
+        ]
         if options["start"]:
             words.append(f"--from runs/{by_folder.get(options['start'], options['start'])}")
         words += [f"--freeze {pattern}" for pattern in options["freeze"]]

@@ -261,7 +261,7 @@ def tile_bits(
     p_words = mask.tiles.to(tl.pointer_type(tl.int32 if WORD == 32 else tl.int16))
     p_row = p_words + tl.cast(tile, tl.int64) * (LIST_Q * LIST_K // WORD) + o_row * (LIST_K // WORD) + first_key // WORD
     o_key = tl.expand_dims(tl.arange(0, N), 1 - AXIS)
-    m_row = only_if(tile >= 0, o_row >= 0)
+    m_row = o_row >= tl.where(tile >= 0, 0, LIST_Q)  # no row where there is no tile; as `only_if`, without a spill
     b_words = tl.expand_dims(tl.load(p_row, mask=m_row, other=-1).to(tl.int32), AXIS)
     for word in tl.static_range(1, N // WORD):
         b_next = tl.expand_dims(tl.load(p_row + word, mask=m_row, other=-1).to(tl.int32), AXIS)

@@ -10,16 +10,14 @@ import os
 
 import pytest
 import torch
+from support.cases import PLAIN_CALL
 
 from efficient_attn import backends
-from efficient_attn.backends.call import Call
 from efficient_attn.backends.cuda import attention as cuda
 
 # Tests that run side by side (make test) have one thread each, and so have the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-
-PLAIN_CALL = Call(torch.device("cpu"), torch.float32, None, 1, 1, 1, 8, 8, 8, 8, False, 0.0)
 
 
 @pytest.fixture(autouse=True)

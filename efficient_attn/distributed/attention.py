@@ -163,8 +163,8 @@ class _Rows:
         if backends.BACKENDS[backend].NEEDS_TRANSPOSED:
             arrays = piece.mask.arrays(transposed=True)
         dq, part_dk, part_dv, dbias = ops.attention_backward(
-            g, g_lse, q, k, v, part, out[:, :, a:b], part_lse.contiguous(), *ops.operands(arrays), self.call.scale,
-            self.call.dropout_p, self._seed(piece), self.dbias is not None, backend,
+            g, g_lse, None, q, k, v, part, out[:, :, a:b], part_lse.contiguous(), *ops.operands(arrays),
+            self.call.scale, self.call.dropout_p, self._seed(piece), self.dbias is not None, backend,
         )  # fmt: skip
         self.dq[:, :, a:b] += dq
         c, d = piece.columns

@@ -84,7 +84,11 @@ def attend_from_first(
     turned = Turned.by(pads, key.shape[2])
     query, key, value = (take(x, turned.there, 2) for x in (query, key, value))
     out, weights = method.attend(query, key, value, state=state, **turned.call(call))
-    return turned.undo(out), None if weights is None else take(turned.undo(weights), turned.back, 3)
+    if weights is None:
+        return turned.undo(out), None
+    averaged = weights.dim() == 3
+    weights = take(turned.undo(weights[:, None] if averaged else weights), turned.back, 3)
+    return turned.undo(out), weights.squeeze(1) if averaged else weights
 
 
 def take(x: Tensor, order: Tensor, dim: int) -> Tensor:

@@ -64,7 +64,8 @@ class _Capture(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.efficient_attn.attention_forward.default:
+        operators = torch.ops.efficient_attn
+        if func in (operators.attention_forward.default, operators.attention_with_weights.default):
             self.layers.append(_layer(args))
         return func(*args, **(kwargs or {}))
 

@@ -78,7 +78,9 @@ class Measurements:
 
     def _growth(self, label: str, mode: str, rows: Sequence[Record], series: Mapping[Any, list[Record]]) -> Growth:
         sure = [row for row in rows if not is_noisy(row)]
-        time = fit_tail([row["seqlen"] for row in sure], [row["ms"] for row in sure])
+        time = None
+        if len(sure) == len(rows) or len(sure) > 2:  # two points that noise has left are no line
+            time = fit_tail([row["seqlen"] for row in sure], [row["ms"] for row in sure])
         fixed = rows[-1].get("fixed_bytes", 0)
         lengths = [row["seqlen"] for row in rows]
         memory = fit_tail(lengths, [row["input_bytes"] + max(row["peak_bytes"], 0) - fixed for row in rows])

@@ -117,7 +117,7 @@ def test_a_part_of_a_problem_drops_what_the_whole_drops(backend: str, device: to
         return
     out, lse = module.attention_forward(*given, None, mask, 0.25, 0.4, seed)
     back = module.attention_backward(
-        _on(device, grad), None, *given, None, out, lse, mask, 0.25, 0.4, seed, False,
+        _on(device, grad), None, None, *given, None, out, lse, mask, 0.25, 0.4, seed, False,
     )[:3]  # fmt: skip
     everything = torch.ones(1, 1, 40, 50, dtype=torch.bool)
     problem = Problem(query, key, value, None, everything, 0.25, grad, None, kept, 0.4)

@@ -58,7 +58,9 @@ def test_primitive_gradcheck(backend, feature_map, is_causal, offset, masked):
     assert torch.autograd.gradcheck(lambda *t: FORWARD(*t, *operands)[:results], inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize(("feature_map", "is_causal"), [("identity", True), ("elu", True), ("performer_softmax", False)])
+@pytest.mark.parametrize(
+    ("feature_map", "is_causal"), [("identity", True), ("elu", True), ("performer_softmax", False)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_primitive_opcheck(backend, feature_map, is_causal):
     inputs = features(4, 2, 5, 7)

@@ -411,7 +411,7 @@ def test_methods_are_measured_in_workers_and_kept(tmp_path) -> None:
     assert row["flops"] == 4 * 2 * 128 * 128 * 16 and row["density"] < 0.2 and row["dense_ms"] > 0  # one block a head
     assert row["bytes"] == 4 * (4 * 2 * 128 * 16 + 2 * 128) and row["input_bytes"] == 3 * 4 * 2 * 128 * 16
     assert found.roofline(row).bound in ("compute", "memory")
-    assert seen == [(f"{spec} N=64 fwd", 0, 2), (f"{spec} N=128 fwd", 1, 2)]
+    assert seen == [("ceilings of this machine", 0, 0), (f"{spec} N=64 fwd", 0, 2), (f"{spec} N=128 fwd", 1, 2)]
     assert "efficient_attn::attention_forward" in (tmp_path / "t.json").read_text()
     assert from_records(runner_rows(tmp_path)).rows == found.rows  # the cell of the trace is none
     lines = len((tmp_path / "results.jsonl").read_text().splitlines())

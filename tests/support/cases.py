@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from efficient_attn import BlockMask, SlidingWindow
+from efficient_attn.backends.call import Call
+
+PLAIN_CALL = Call(torch.device("cpu"), torch.float32, None, 1, 1, 1, 8, 8, 8, 8, False, 0.0)
 
 
 @dataclass(frozen=True)

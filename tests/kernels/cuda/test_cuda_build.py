@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PLAIN_CALL
 from setuptools.errors import CompileError
+from support.cases import PLAIN_CALL
 
 from efficient_attn import BlockMask, CudaError, explain
 from efficient_attn.backends.cuda import attention as cuda

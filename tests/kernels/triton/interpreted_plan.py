@@ -113,7 +113,7 @@ def test_a_plan_is_made_once_and_goes_with_its_mask(monkeypatch: pytest.MonkeyPa
     def forward_and_backward(mask: BlockMask) -> None:
         how = (mask.arrays(True), 1.0, 0.0, None)  # as on a GPU; on CPUs the lists come without their transpose
         out, lse = backend.attention_forward(q, k, k, None, *how)
-        backend.attention_backward(out, None, q, k, k, None, out, lse, *how, False)
+        backend.attention_backward(out, None, None, q, k, k, None, out, lse, *how, False)
 
     mask = blocks_mask(seed=4)
     for _ in range(2):

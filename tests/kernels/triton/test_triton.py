@@ -40,20 +40,20 @@ def pytest_passes(*arguments: str, at_least: int) -> None:
 
 def test_conformance() -> None:
     selection = "-float32] and not returned"
-    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), "-k", selection, at_least=75)
+    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), f"-k={selection}", at_least=75)
 
 
 def test_conformance_of_returned_weights() -> None:
     cases = "one_query_grouped or bottom_right or lengths or multi_query or dropout_blocks or dropout_grouped or bias_f"
     selection = f"returned and -float32] and (heads or mean) and ({cases})"
-    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), "-k", selection, at_least=16)
+    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), f"-k={selection}", at_least=16)
 
 
 def test_conformance_of_half_precision() -> None:
     """Where types matter: what is loaded, rounded and stored. All cases: below."""
     cases = "head_dim_80 or value_dim_3- or causal_bottom or bits- or blocks_grouped or per_key or dropout- or large"
     selection = f"(-float16 or -bfloat16) and not returned and ({cases})"
-    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), "-k", selection, at_least=18)
+    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), f"-k={selection}", at_least=18)
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_a_launch_reads_no_tensor_and_allocates_what_is_linear(q_len: int, launc
                 launches.clear()
                 with Allocations() as seen:
                     out, lse = backend.attention_forward(q, k, v, bias, *how)
-                    backend.attention_backward(g, lse, q, k, v, bias, out, lse, *how, bias is not None)
+                    backend.attention_backward(g, lse, None, q, k, v, bias, out, lse, *how, bias is not None)
                 expected = {"attention_forward_kernel", "delta_kernel", "key_gradient_kernel", "query_gradient_kernel"}
                 expected |= {"bias_gradient_kernel"} if bias is not None else set()
                 expected |= {"merge_kernel"} if q_len == 1 and mask.indptr is None and seed is None else set()

@@ -372,8 +372,6 @@ def test_fine_tuning_starts_a_fresh_head_when_asked(tmp_path):
     assert torch.equal(dropped(IDS), model(IDS))
     longer = TextClassifier.from_pretrained(tmp_path, max_len=65)
     assert longer.config.max_len == 65 and torch.equal(longer(IDS), model(IDS))
-    with pytest.raises(CheckpointError, match=r"positions.weight is \(64, 32\) instead of \(63, 32\)"):
-        TextClassifier.from_pretrained(tmp_path, max_len=63)
     with pytest.raises(InputError, match="num_label"):
         TextClassifier.from_pretrained(tmp_path, num_label=5)
 

@@ -17,6 +17,7 @@ from support.cases import CASES, Case, draw, random_blocks
 import efficient_attn
 from efficient_attn import BlockMask, InputError, InputTypeError, SlidingWindow, UnsupportedError, attention, explain
 from efficient_attn.backends.reference.attention import dropout_keep, philox4x32
+from efficient_attn.functional import padded_attention
 
 CASE = {case.name: case for case in CASES}
 
@@ -583,3 +584,11 @@ def test_attention_weights_are_those_of_attention(backend: str) -> None:
     torch.testing.assert_close(
         attention(query, key, value, mask=visible, bias=arguments["bias"], backend=backend), expected
     )
+
+
+def test_padding_hides_as_nothing_else_does(backend: str, device: torch.device) -> None:
+    """Padding with holes becomes -inf and no large number: a row of nothing but padding has lse -inf."""
+    query, key = (torch.randn(2, 1, n, 8, device=device) for n in (3, 5))
+    key_mask = torch.tensor([[True, False, True, True, False], [False] * 5], device=device)
+    out, lse = padded_attention(query, key, key, key_mask, return_lse=True, backend=backend)
+    assert torch.isfinite(lse[0]).all() and (lse[1] == -torch.inf).all() and (out[1] == 0).all()

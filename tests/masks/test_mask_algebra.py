@@ -207,3 +207,8 @@ def test_moving_between_devices():
     moved = mask.to("meta")
     assert {t.device.type for t in moved.arrays(True) if isinstance(t, Tensor)} == {"meta"}
     assert "density" not in repr(moved)
+
+
+def test_of_two_lengths_the_shorter_counts() -> None:
+    short, long = (BlockMask.from_lengths(torch.tensor(n), q_len=4, kv_len=9) for n in ((3, 7, 0), (5, 2, 9)))
+    assert torch.equal((short & long).to_dense(), short.to_dense() & long.to_dense())

@@ -700,3 +700,10 @@ def test_wrong_arguments_raise_before_work():
     for error, text, call in cases:
         with pytest.raises(error, match=text):
             call()
+
+
+def test_linformer_starts_as_means_of_neighbours() -> None:
+    state = parse("linformer:rank=4,max_len=10").build(8, 2, 4)
+    projection = state.key_projection.detach()
+    torch.testing.assert_close(projection.sum(-1), torch.ones(4))
+    assert ((projection > 0).sum(0) == 1).all()

@@ -142,7 +142,8 @@ FAULTS = [
     Fault("buckets of unequal size", buckets, "place * n // count.clamp(min=1)", "place * n // (count + 1)", CONTENT),
     Fault("neighbouring heads share a pattern", combined, "self.parts[head % len(self.parts)].visible",
           "self.parts[head // len(self.parts) % len(self.parts)].visible", TOKENS),
-    Fault("one head's blocks for all", combined, "% num_heads % len(masks) == first", "% len(masks) == first", TOKENS),
+    Fault("one head's blocks for all", combined, "% num_heads % len(masks) == first",
+          "% num_heads % len(masks) == 0", TOKENS),
     # --- the operator and its definition ---
     Fault("the diagonal at the other corner", defaults, 'kv_len - q_len if alignment == "bottom_right" else 0',
           'kv_len - q_len if alignment == "top_left" else 0', f"{CONTRACT} {TOKENS}"),
@@ -151,7 +152,7 @@ FAULTS = [
           "t.masked_fill(~key_mask[:, None, :, None], 0.0) for t in tensors", "t for t in tensors",
           f"{HIDDEN} -k nobody_sees"),
     Fault("a masked pair is only unlikely", functional, "torch.where(visible, bias, -torch.inf)",
-          "torch.where(visible, bias, -1e4)", f"{HIDDEN} -k nobody_sees"),
+          "torch.where(visible, bias, -1e4)", f"{CONTRACT} -k padding"),
     Fault("padding of one row for all", functional, "if bool((lengths == key_mask.shape[1]).all()):",
           "if bool((lengths == key_mask.shape[1]).any()):", f"{HIDDEN} -k nobody_sees"),
     Fault("what a bias hides has a say in a choice", functional, "    return None if bool(shown.all()) else "

@@ -230,7 +230,7 @@ FAULTS = [
           "F.pad(~key_padding_mask, (0, extra), value=False)", MODULE),
     Fault("nested sequences see each other's padding", multihead,
           "padding = positions >= torch.tensor(k_lengths, device=query.device)[:, None]",
-          "padding = positions > torch.tensor(k_lengths, device=query.device)[:, None]", f"{HIDDEN} -k nested"),
+          "padding = positions > torch.tensor(k_lengths, device=query.device)[:, None]", f"{MODULE} -k nested"),
     Fault("weights of the first head", f"{methods}/base.py", "return out, weights.mean(1) if",
           "return out, weights[:, 0] if",
           "tests/methods/test_returned_weights.py"),
@@ -246,7 +246,7 @@ FAULTS = [
           "tests/integrations/test_huggingface.py tests/integrations/test_fidelity.py"),
     Fault("a relative position without the mask", f"{integrations}/huggingface.py",
           "(position_bias if bias is None else position_bias + bias)", "position_bias",
-          "tests/integrations/test_huggingface.py tests/integrations/test_fidelity.py"),
+          "tests/integrations/test_huggingface_layers.py -k t5"),
     Fault("a call of another shape is taken", f"{integrations}/torch_sdpa.py",
           "if Hq != Hkv and (not enable_gqa or Hq % Hkv):", "if Hq % Hkv:", "tests/integrations/test_torch_sdpa.py"),
     # --- models ---

@@ -61,9 +61,9 @@ def test_importing_is_quick():
     seconds = []
     for _ in range(8):
         seconds.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout))
-        if seconds[-1] <= 0.4:
+        if seconds[-1] <= 0.3:
             break
-    assert min(seconds) <= 0.4, seconds
+    assert min(seconds) <= 0.3, seconds
 
 
 @pytest.mark.parametrize("counter_first", [True, False])

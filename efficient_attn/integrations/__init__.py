@@ -1,13 +1,15 @@
 """This package inside other libraries, which are not imported here.
 
 convert.py, fidelity.py     any model: every attention layer, in place, measured and reversible
+budget/                     for convert: each layer its attention, the fastest within a measured error
 torch_sdpa.py               calls of PyTorch's scaled_dot_product_attention; torch_dispatcher.py: in the whole process
 routed.py                   layers of timm, open_clip and diffusers, which make such a call
 huggingface.py              transformers' attention and mask interfaces; huggingface_masks.py: the masks
 diffusers.py                attention processors
 """
 
+from .budget import Budget, Plan
 from .convert import Conversion, convert
 from .torch_sdpa import use_for_sdpa
 
-__all__ = ["Conversion", "convert", "use_for_sdpa"]
+__all__ = ["Budget", "Conversion", "Plan", "convert", "use_for_sdpa"]

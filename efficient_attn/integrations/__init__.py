@@ -8,8 +8,21 @@ huggingface.py              transformers' attention and mask interfaces; hugging
 diffusers.py                attention processors
 """
 
-from .budget import Budget, Plan
+from typing import TYPE_CHECKING, Any
+
 from .convert import Conversion, convert
 from .torch_sdpa import use_for_sdpa
 
+if TYPE_CHECKING:
+    from .budget import Budget, Plan
+
 __all__ = ["Budget", "Conversion", "Plan", "convert", "use_for_sdpa"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Budget` and `Plan`, which only those who search load."""
+    if name not in ("Budget", "Plan"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import budget
+
+    return getattr(budget, name)

@@ -27,14 +27,14 @@ from ..handover import hides_forward
 from ..methods import DENSE, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
-from . import budget as budgets
 from . import fidelity, routed
-from .budget import Budget, Found, Plan, layers
 from .fidelity import Cost, LayerFidelity, Trace
 from .layer_state import LAYER_METHOD, state_restorer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .budget import Budget, Found, Plan
 
 ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the name of a class
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -181,7 +181,7 @@ def convert(
         raise InputError(f"repeats must be a whole number of forwards, 0 or more; got {repeats!r}")
     if sum((not method.is_dense, budget is not None, plan is not None)) > 1:
         raise InputError("attention=, budget= and plan= each say what the layers get: give one of them")
-    report = Conversion(method, plan=None if plan is None else budgets.read(plan))
+    report = Conversion(method, plan=None if plan is None else _read_plan(plan))
     try:
         if budget is not None:
             _convert_within(model, report, predicate, sample, tolerance, repeats, budget)
@@ -239,6 +239,12 @@ def _convert_measured(
     report.after = fidelity.cost(model, sample, repeats) if repeats > 0 else None
 
 
+def _read_plan(given: Any) -> Plan:
+    from .budget import read
+
+    return read(given)
+
+
 def _convert_within(
     model: nn.Module,
     report: Conversion,
@@ -249,6 +255,8 @@ def _convert_within(
     budget: float | Budget,
 ) -> None:
     """Search on copies of the model, convert it by what was found, and measure that once more."""
+    from .budget import Budget, Search  # nothing else of this package needs it
+
     wanted = budget if isinstance(budget, Budget) else Budget(budget)
     if sample is None:
         raise InputError("a budget is measured: give convert a sample=, a batch of what the model is for")
@@ -264,7 +272,7 @@ def _convert_within(
             found = "; ".join(f"{name}: {why}" for name, why in made.skipped.items())
             raise InputError(f"the model has no attention that can be converted{': ' + found if found else ''}")
 
-    search = budgets.Search(model, sample, wanted, make_dense, tolerance)
+    search = Search(model, sample, wanted, make_dense, tolerance)
     found = search.run()
     shown = search.held_out[0]
     with fidelity.traced(search.dense) as original:
@@ -312,6 +320,8 @@ def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.
     _convert_torch(model, report, wanted)
     _explain_rest(model, report)
     if report.plan is not None:
+        from .budget import layers
+
         report.plan.check(model)
         report._undo.append(layers.set_methods(model, report.plan.methods.items()))
 

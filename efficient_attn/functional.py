@@ -479,7 +479,8 @@ def _planned_mask(
     bias: Tensor | None,
 ) -> BlockMask:
     counted, within = None, causal
-    if bias is not None and getattr(mask, "by_content", False):
+    if bias is not None and _is_pattern(mask) and mask.by_content:
+        mask.check_bias(bias)
         shown = shown_by_bias(bias, query, key)
         within = causal if shown is None else shown if causal is None else shown & causal
         counted = seen_keys(None, query, key, mask=shown, bias=bias)

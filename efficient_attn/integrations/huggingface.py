@@ -175,7 +175,7 @@ def _forward(
             cannot serve. InputError: what does not fit together.
     """
     _check_arguments(kwargs)
-    method = vars(module).get(LAYER_METHOD, method)
+    method = getattr(module, LAYER_METHOD, method)
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
     Nq, Nk = query.shape[2], key.shape[2]

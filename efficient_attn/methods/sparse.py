@@ -96,6 +96,7 @@ class Sparse(Method):
                 causal_alignment=causal_alignment, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
                 backend=backend,
             ), None  # fmt: skip
+        self.pattern.check_bias(bias)
         counted = key_mask
         if self.pattern.by_content:
             mask, counted = self.seen(query, key, key_mask, mask, bias, is_causal, causal_alignment, scale)

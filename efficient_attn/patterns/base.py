@@ -123,6 +123,19 @@ class Pattern(Named):
         """Whether the mask depends on what queries and keys hold."""
         return False
 
+    @property
+    def bounds_loss(self) -> bool:
+        """Whether it promises how much of the softmax is lost at most, which it can for scores without a bias."""
+        return False
+
+    def check_bias(self, bias: Tensor | None) -> None:
+        """Raise UnsupportedError for a bias that would break that promise."""
+        if bias is not None and self.bounds_loss:
+            raise UnsupportedError(
+                f"{self.name}: tau_max bounds what the scores of queries and keys say, and an additive bias changes "
+                "them; leave tau_max out, or pass what the bias hides as a mask"
+            )
+
     def _refusal(self) -> UnsupportedError:
         return UnsupportedError(
             f"{self.name} chooses by what queries and keys hold; lengths do not say enough. Use attention(mask=...) or "

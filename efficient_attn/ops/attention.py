@@ -87,10 +87,12 @@ def _backward(
     key, value, bias, out, lse, *mask, scale, dropout_p, dropout_seed, bias_requires_grad, backend = rest
     tensors = (grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse)
     call = (mask_arrays(*mask), scale, dropout_p, dropout_seed, bias_requires_grad)
+    found: Any
     if _too_coarse(backend, bias, lse):
-        dq, dk, dv, dbias = gradients(tensors, *call)
+        found = gradients(tensors, *call)
     else:
-        dq, dk, dv, dbias = BACKENDS[backend].attention.attention_backward(*tensors, *call)
+        found = BACKENDS[backend].attention.attention_backward(*tensors, *call)
+    dq, dk, dv, dbias = found
     return dq, dk, dv, query.new_empty(0) if dbias is None else dbias
 
 

@@ -89,15 +89,17 @@ def gradients(
     wanted = [*inputs[:3], inputs[3] if bias_requires_grad else None]
     totals = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in wanted]
     for place in _places(mask, query, key):
-        parts = [None if t is None else cut(t, place).to(dtype) for cut, t in zip(CUTS, tensors, strict=True)]
+        parts: list[Any] = [
+            None if t is None else cut(t, place).to(dtype) for cut, t in zip(CUTS, tensors, strict=True)
+        ]
         if grad_weights is not None and grad_weights.shape[1] < query.shape[1]:  # of the average over all heads
             parts[2] = parts[2] * ((place.heads.stop - place.heads.start) / query.shape[1])
-        rest: Any = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, _piece(place, query))
-        found = reference.attention_backward(*parts, *rest)
+        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, _piece(place, query))
+        found = reference.attention_backward(*(parts + list(rest)))
         for cut, total, gradient in zip(cuts, totals, found, strict=True):
-            if total is not None:
+            if total is not None and gradient is not None:
                 _add(cut, total, place, gradient)
-    return [None if t is None else total.to(t.dtype) for total, t in zip(totals, wanted, strict=True)]
+    return [None if t is None or total is None else total.to(t.dtype) for total, t in zip(totals, wanted, strict=True)]
 
 
 # --- the parts of a tensor that belong to a piece ---

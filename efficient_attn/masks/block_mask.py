@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ from .lists import (
 )
 from .rules import as_integers, broadcast_size, check_block_size, check_mask, check_sizes, narrow, positions_of
 
+if TYPE_CHECKING:
+    from .parts import Part
+
 BlockSize = int | tuple[int, int]
 Integers = Tensor | Sequence[int]
 Transposed = tuple[Tensor, Tensor, Tensor]  # indptr, indices and tile ids, of query blocks for each key block
@@ -65,7 +68,11 @@ class MaskArrays(NamedTuple):
     window_left: int = -1
     window_right: int = -1
     window_offset: int = 0
-    kv_lengths: Tensor | None = None  # int32 [B]
+    kv_lengths: Tensor | None = None  # int32 [B], of tokens
+    query_order: Tensor | None = (
+        None  # int32 [1 | H | B * H, rows]: the token of each row, see parts.py; None: row i is i
+    )
+    key_order: Tensor | None = None  # int32 [1 | H | B * H, columns]
 
 
 def trainable(arrays: MaskArrays) -> MaskArrays:
@@ -386,6 +393,11 @@ class BlockMask:
                 f"{what} counts what a mask's values show, and fake or meta tensors have none; make the mask on a real "
                 "device"
             )
+
+    @property
+    def union(self) -> tuple[Part, ...] | None:
+        """The disjoint parts that the mask is the union of, each in its own token order; None: it has one, itself."""
+        return None
 
     @property
     def grid(self) -> Grid:

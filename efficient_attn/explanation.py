@@ -39,11 +39,9 @@ class Explanation:
         lines = [f"backend: {_label(self.backend) if self.backend else 'none can serve this call'}"]
         lines += [f"  {_label(name)}: {'; '.join(why) if why else 'can serve'}" for name, why in self.reasons.items()]
         lines.append(f"density: {self.density:.2%} of all pairs are visible, {self.visited:.2%} are visited")
-        lines += (
-            [f"{len(self.parts)} part{'s' * (len(self.parts) > 1)}, each in an order of its own, joined by lse:"]
-            if self.parts
-            else []
-        )
+        if self.parts:
+            count = "1 part" if len(self.parts) == 1 else f"{len(self.parts)} parts"
+            lines.append(f"{count}, each in its own order of tokens, joined by lse:")
         lines += [f"  {part}" for part in self.parts]
         lines.append(f"forward: {self.flops / 1e9:.3f} GFLOP, {self.bytes / 1e6:.3f} MB")
         return "\n".join(lines)

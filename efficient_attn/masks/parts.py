@@ -26,8 +26,8 @@ from .block_mask import BlockMask, MaskArrays
 from .lists import CHUNK, Grid, assemble, entry_rows, expand, unpack_bits, with_trivial
 from .rules import check_sizes
 
-# What a visited block costs beside its pairs, and a row or a column of a part beside its blocks, in pairs: a start of the
-# inner loops; a load by index and a share in joining the parts. Measured on two cores of a server of 2024 (AVX-512).
+# What a visited block costs beside its pairs, and a row or a column of a part beside its blocks, in pairs: a start of
+# the inner loops; a load by index and a share in joining the parts. Measured on a core of a server of 2024 (AVX-512).
 BLOCK_COST = 128
 ROW_COST = 8
 CALL_COST = 1 << 15  # a pass over a part
@@ -148,11 +148,11 @@ class PartedMask(BlockMask):
         return self._whole._fields()
 
     @property
-    def _arrays(self) -> MaskArrays:  # type: ignore[override]
+    def _arrays(self) -> MaskArrays:
         return self._whole._arrays
 
     @property
-    def _kept(self) -> Any:  # type: ignore[override]
+    def _kept(self) -> Any:
         return self._whole._kept
 
     # --- what is known without it ---
@@ -162,23 +162,23 @@ class PartedMask(BlockMask):
         return self._union
 
     @property
-    def batch(self) -> int:  # type: ignore[override]
+    def batch(self) -> int:
         return self._sizes[0]
 
     @property
-    def heads(self) -> int:  # type: ignore[override]
+    def heads(self) -> int:
         return self._sizes[1]
 
     @property
-    def q_len(self) -> int:  # type: ignore[override]
+    def q_len(self) -> int:
         return self._sizes[2]
 
     @property
-    def kv_len(self) -> int:  # type: ignore[override]
+    def kv_len(self) -> int:
         return self._sizes[3]
 
     @property
-    def kv_lengths(self) -> Tensor | None:  # type: ignore[override]
+    def kv_lengths(self) -> Tensor | None:
         return self._lengths
 
     @property
@@ -279,8 +279,8 @@ def _check_part(part: Part, q_len: int, kv_len: int) -> None:
             )
         if heads == 0 or part.mask.heads % heads or (name == "query" and heads not in (1, part.mask.heads)):
             raise MaskError(
-                f"{name}_order has {order.shape[0]} lines for lists of {part.mask.batch} x {part.mask.heads} heads: one, "
-                "or one for each head, of each batch element where the lists have more than one"
+                f"{name}_order has {order.shape[0]} lines for lists of {part.mask.batch} x {part.mask.heads} heads: "
+                "one, or one for each head, of each batch element where the lists have more than one"
             )
         placed = order.sort(-1).values
         if rows and (bool((placed[:, 0] < 0).any()) or bool((placed[:, -1] >= tokens).any())):

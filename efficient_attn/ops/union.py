@@ -3,8 +3,8 @@
     out_i = sum_p exp(lse_p(i) - lse(i)) out_p(i)        lse(i) = log sum_p exp(lse_p(i))
 
 Backwards every part is a call with the joined out and lse, and gradients add up: with delta_i = dout_i . out_i - dlse_i
-of the joined rows, P_ij = exp(s_ij - lse_i) and all that follows from it are those of the whole softmax. Parts are joined
-in their order, so that the bits are the same each time.
+of the joined rows, P_ij = exp(s_ij - lse_i) and all that follows from it are those of the whole softmax. Parts are
+joined in their order, so that the bits are the same each time.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ class _Union(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         *tensors, dropout_seed = ctx.saved_tensors
-        query, key, value, bias, out, lse = tensors
         parts, scale, dropout_p, bias_requires_grad = ctx.numbers
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_out = torch.zeros_like(tensors[4]) if grad_out is None else grad_out
         last = (scale, dropout_p, dropout_seed, bias_requires_grad)
         totals: Any
         if torch.is_grad_enabled() or not is_plain(grad_out, grad_lse, *tensors):

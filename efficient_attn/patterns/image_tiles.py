@@ -28,7 +28,7 @@ class Axis(NamedTuple):
     window: Window
 
     def cells(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Runs of `size` places, by residue: (residue, first place, how many) of each, and the cell of each position."""
+        """Runs of `size` places, by residue: residue, first place and length of each, and the cell of each position."""
         counts = (self.length - torch.arange(self.dilation) + self.dilation - 1) // self.dilation
         residue, number = ragged_range(torch.zeros_like(counts), -(-counts // size))
         first = number * size
@@ -68,7 +68,7 @@ class Tiling(NamedTuple):
 
     token: Tensor  # int64, of each place in the order
     base: Tensor  # place of each tile's first token, in the shape of the cells
-    count: Tensor  # its tokens
+    sizes: Tensor  # how many
 
     @classmethod
     def of(cls, axes: list[Axis], sides: tuple[int, ...]) -> Tiling:
@@ -130,7 +130,7 @@ class Tiles(NamedTuple):
         for a, m in enumerate(met):
             alike = alike * (int(m[2].max()) + 1) + m[2][chosen[:, a]]
         rows, cols, tile = self._blocks(queries, of_query, keys, of_key, grid)
-        whole = (queries.count[of_query] == size[0]) & (keys.count[of_key] == size[1])
+        whole = (queries.sizes[of_query] == size[0]) & (keys.sizes[of_key] == size[1])
         # Each whole pair of tiles is a block of its own; what others share is asked one by one.
         blocks = rows * grid.n_k + cols
         found, inverse = blocks.unique(return_inverse=True)
@@ -152,7 +152,7 @@ class Tiles(NamedTuple):
         ends = []
         for tiling, cells, size in ((queries, of_query, grid.block_q), (keys, of_key, grid.block_k)):
             base = tiling.base[cells]
-            ends.append((base // size, (base + tiling.count[cells] - 1) // size))
+            ends.append((base // size, (base + tiling.sizes[cells] - 1) // size))
         (top, bottom), (left, right) = ends
         found = []
         for down, across in itertools.product((0, 1), (0, 1)):

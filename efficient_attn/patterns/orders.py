@@ -54,7 +54,7 @@ class Proposal(Protocol):
 
 
 class Band(NamedTuple):
-    """Pairs of one segment with low <= place of key - place of query <= high, those of `hole` (first, last) left out."""
+    """Pairs of one segment with low <= place of key - place of query <= high, without those of `hole` (first, last)."""
 
     queries: Line
     keys: Line
@@ -94,7 +94,7 @@ class Band(NamedTuple):
         by_window = self._is_window()
         if self._needs_no_lists():
             return BlockMask(grid.q_len, grid.kv_len, (grid.block_q, grid.block_k), **window)
-        top, start, stop = self._reach(grid)
+        _, start, stop = self._reach(grid)
         first = start // grid.block_k
         counts = torch.where(stop > start, -(-stop // grid.block_k) - first, 0)
         rows, cols = ragged_range(first, counts)

@@ -48,6 +48,8 @@ def check(pattern: Pattern, q_len: int, kv_len: int, sizes: tuple[tuple[int, int
     i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
     expected = pattern.visible(i, j, q_len, kv_len).expand(q_len, kv_len)
     proposals = pattern._proposals(q_len, kv_len)
+    if proposals is None and kv_len == 1:
+        return  # no key that a segment of `fixed` is summarised by
     assert proposals, f"{pattern} has no parts"
     for size in sizes:
         made = [each.part(size, q_len, kv_len) for each in proposals]
@@ -93,10 +95,11 @@ def test_a_plan_of_many_tokens_is_short_and_soon_made(spec: str, tokens: int) ->
 def test_patterns_in_orders_are_exact(spec: str) -> None:
     pattern, tokens = parse(spec).pattern, 1024
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(1, h, tokens, 16, generator=generator).requires_grad_() for h in (4, 2, 2)]
+    leaves = [torch.randn(1, h, tokens, 16, generator=generator).requires_grad_() for h in (2, 1, 1)]
+    assert pattern.block_mask(tokens, tokens).union is not None
     found = []
     for backend in ("cpu", "reference"):
-        out, lse = attention(*leaves, mask=pattern, dropout_p=0.1, dropout_seed=3, return_lse=True, backend=backend)
+        out, lse = attention(*leaves, mask=pattern, return_lse=True, backend=backend)
         found.append((out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -148,11 +148,11 @@ class PartedMask(BlockMask):
         return self._whole._fields()
 
     @property
-    def _arrays(self) -> MaskArrays:
+    def _arrays(self) -> MaskArrays:  # type: ignore[override]
         return self._whole._arrays
 
     @property
-    def _kept(self) -> Any:
+    def _kept(self) -> Any:  # type: ignore[override]
         return self._whole._kept
 
     # --- what is known without it ---

@@ -5,6 +5,9 @@
 Backwards every part is a call with the joined out and lse, and gradients add up: with delta_i = dout_i . out_i - dlse_i
 of the joined rows, P_ij = exp(s_ij - lse_i) and all that follows from it are those of the whole softmax. Parts are
 joined in their order, so that the bits are the same each time.
+
+An lse of 1e4 has no digit left for the shares of parts that differ by 1e-4: where a row's is beyond COARSE_LSE, as a
+bias of finfo.min makes it, the call is that of the mask without parts.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..masks import MaskArrays, PartedMask
 from .attention import attention_backward, is_plain, operands
+
+COARSE_LSE = 1024.0  # where kernels stop to trust it, too (csrc/cpu/attention_backward_rows.h)
 
 
 class Parts(NamedTuple):
@@ -57,7 +62,14 @@ def union_forward(
     out, lse = forward(query, key, value, bias, parts.arrays[0], scale, dropout_p, dropout_seed)
     for arrays in parts.arrays[1:]:
         join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
+    if len(parts.arrays) > 1 and _is_coarse(lse):
+        return forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
     return out, lse
+
+
+def _is_coarse(lse: Tensor) -> bool:
+    """Whether the lse of some row is too large to rebuild weights from; -inf is that of a row that sees nothing."""
+    return bool(((lse.abs() >= COARSE_LSE) & (lse != -torch.inf)).any())
 
 
 def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -93,7 +105,10 @@ class _Union(torch.autograd.Function):
             totals = attention_backward(*call)
         else:
             backward = BACKENDS[parts.backend].attention.attention_backward
-            calls = (backward(grad_out, grad_lse, None, *tensors, arrays, *last) for arrays in parts.arrays)
+            each = parts.arrays
+            if len(each) > 1 and _is_coarse(tensors[5]):
+                each = (parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED),)
+            calls = (backward(grad_out, grad_lse, None, *tensors, arrays, *last) for arrays in each)
             totals = next(calls)
             for gradients in calls:
                 for total, gradient in zip(totals, gradients, strict=True):

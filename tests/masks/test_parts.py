@@ -77,6 +77,19 @@ def test_a_call_reads_the_parts_and_not_the_whole() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("constant", [-1e4, 1e8, torch.finfo(torch.float32).min])
+def test_a_large_number_on_every_score_is_nothing(constant: float) -> None:
+    mask = parts(2)(CASE, torch.Generator().manual_seed(0))
+    found = []
+    for given in (mask, mask.to_dense()):
+        generator = torch.Generator().manual_seed(1)
+        leaves = [torch.randn(1, 1, n, 16, generator=generator).requires_grad_() for n in (75, 130, 130)]
+        out = attention(*leaves, mask=given, bias=torch.full((75, 130), constant), backend="cpu")
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_compiled_and_mapped_calls_read_the_whole() -> None:
     mask = band_and_columns(Case("", Nq=90, Nk=90), torch.Generator())
     query = torch.randn(2, 2, 90, 16)

@@ -87,7 +87,7 @@ def test_a_plan_of_many_tokens_is_short_and_soon_made(spec: str, tokens: int) ->
     started = time.process_time()
     made = [each.part(min(SIZES, key=each.cost), tokens, tokens) for each in pattern._proposals(tokens, tokens)]
     assert time.process_time() - started < 20  # about 1 s of two idle cores
-    assert visited(PartedMask.trusted(made, q_len=tokens, kv_len=tokens)) < 700 * tokens
+    assert visited(PartedMask.trusted(made, q_len=tokens, kv_len=tokens)) < 1000 * tokens
     assert sum(t.numel() * t.element_size() for part in made for t in part.tensors) < 400 * tokens
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +41,6 @@ from .lists import (
     transpose,
 )
 from .rules import as_integers, broadcast_size, check_block_size, check_mask, check_sizes, narrow, positions_of
-
-if TYPE_CHECKING:
-    from .parts import Part
 
 BlockSize = int | tuple[int, int]
 Integers = Tensor | Sequence[int]
@@ -394,8 +391,8 @@ class BlockMask:
             )
 
     @property
-    def union(self) -> tuple[Part, ...] | None:
-        """The disjoint parts that the mask is the union of, each in its own token order; None: it has one, itself."""
+    def union(self) -> tuple[Any, ...] | None:
+        """The disjoint parts that a `PartedMask` is the union of, each in its own order of tokens; None: no parts."""
         return None
 
     @property

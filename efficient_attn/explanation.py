@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import backends, functional
 from .backends.call import accumulation_dtype
+from .biases import BiasLike
 from .masks import BlockMask
 
 
@@ -48,10 +49,12 @@ def explain(
     value: Tensor,
     *,
     mask: functional.MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -64,10 +67,11 @@ def explain(
     backends.check_name(backend)
     prepared = functional.prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference",
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference",
     )  # fmt: skip
     query, key, value, bias, arrays = prepared[:5]
-    call = functional.describe(query, key, value, bias, arrays, dropout_p)
+    modifiers = functional.modifier_names(*prepared[10:])
+    call = functional.describe(query, key, value, bias, arrays, dropout_p, modifiers=modifiers)
     reasons = backends.not_supported_reasons(call)
     wanted = (n for n in reasons if n == backend or (backend == "auto" and backends.automatic(n, call.device)))
     serving = [name for name in wanted if not reasons[name]]

@@ -25,7 +25,8 @@ from .patterns import Pattern
 from .torchscript import check_traceable, traced_attention
 from .tracing import PLAN, is_jit_traced, named, shapes_only
 
-MAX_HEAD_DIM = 576  # of queries and keys in latent attention (DeepSeek-V2); a backend may say less
+MAX_HEAD_DIM = 256  # on every backend
+WIDEST = 576  # on a CPU: queries and keys of latent attention (DeepSeek-V2)
 TRACE_INSTEAD = "use torch.export or torch.compile"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE = MaskArrays()
@@ -472,9 +473,9 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if Hq != Hkv and (Hkv == 0 or Hq % Hkv):
         raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
-    if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM:
+    if not 1 <= D <= WIDEST or not 1 <= Dv <= WIDEST:
         raise InputError(
-            f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Take more heads, or leave "
+            f"head_dim must be from 1 to {WIDEST}; got D={D}, Dv={Dv}. Take more heads, or leave "
             "this layer to PyTorch (attn_implementation='sdpa' of a transformers model)"
         )
 
@@ -543,9 +544,9 @@ def settle_structured(
             assert isinstance(part, biases.RelativePosition)
             line = part.diagonals(query, key, alignment, accumulation_dtype(query.dtype))
             diagonals = line if diagonals is None else diagonals + line
-    if query.shape[3] > MAX_HEAD_DIM:
+    if query.shape[3] > WIDEST:
         raise InputError(
-            f"head_dim and the rank of LowRankBias must be at most {MAX_HEAD_DIM} together; got {query.shape[3]}"
+            f"head_dim and the rank of LowRankBias must be at most {WIDEST} together; got {query.shape[3]}"
         )
     return query, key, diagonals
 

@@ -23,8 +23,8 @@ struct BiasView {
     int dtype;
 };
 
-// A bias by relative position: what is added to pair (i, j) stands at i - j + Nk - 1 of a line of Nq + Nk - 1 numbers of
-// the accumulation type, 64 of which may be read beyond its end; a stride of 0 broadcasts over batch or heads.
+// A bias by relative position: what is added to pair (i, j) stands at i - j + Nk - 1 of a line of Nq + Nk - 1 numbers
+// of the accumulation type, 64 of which may be read beyond its end; a stride of 0 broadcasts over batch or heads.
 struct DiagonalView {
     const void* data;  // null: none
     int64_t batch_stride, head_stride;

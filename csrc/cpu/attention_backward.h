@@ -42,7 +42,8 @@ inline void wait_until(const int64_t* counter, int64_t least) {
 
 template <class A>
 struct BackwardTile {
-    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *slope, *folded, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
+    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *slope, *folded, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer,
+        *scratch, *dK, *dV;
     double* sum;
     uint64_t *bits, *keep;
     Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only

@@ -46,8 +46,8 @@ constexpr int64_t fold_elements(int64_t keys, int64_t w) {
 
 // sums[lane - k] += dS[k][lane], for `count` of the lanes; sums has its element 0 in the middle.
 //
-// Keys that are a whole number of vectors apart meet in the same lanes: they are summed up for themselves, in registers,
-// and what comes of each of the kLanes kinds is shifted and added up at the end.
+// Keys that are a whole number of vectors apart meet in the same lanes: they are summed up for themselves, in
+// registers, and what comes of each of the kLanes kinds is shifted and added up at the end.
 template <class A>
 EA_NOINLINE void fold_diagonals(const A* dS, int64_t keys, int64_t w, int64_t count, A* memory, A* sums) {
     constexpr int64_t L = kLanes<A>;

@@ -201,8 +201,7 @@ EA_INLINE Vec<double> exp2(Vec<double> t) {
     return power_of_two(shifted, t - (shifted - kMagicDouble));
 }
 
-// tanh(x) of t = 2 log2(e) x, as E / (E + 2) with E = 2^t - 1, which loses no digits near 0. The error is at most 3 units
-// in the last place (float; double 4); +-1 from |x| = 10 (22) on, NaN for NaN.
+// x / y for y >= 1, within a unit in the last place.
 EA_INLINE Vec<float> quotient(Vec<float> x, Vec<float> y) {
 #if defined(__AVX512F__)
     const Vec<float> r = _mm512_maskz_rcp14_ps(0xFFFF, y), q = x * r;
@@ -212,6 +211,8 @@ EA_INLINE Vec<float> quotient(Vec<float> x, Vec<float> y) {
 #endif
 }
 EA_INLINE Vec<double> quotient(Vec<double> x, Vec<double> y) { return x / y; }
+// tanh(x) of t = 2 log2(e) x, as E / (E + 2) with E = 2^t - 1, which loses no digits near 0. The error is at most 3
+// units in the last place (float; double 4); +-1 from |x| = 10 (22) on, NaN for NaN.
 template <class A>
 EA_INLINE Vec<A> tanh_of_log2(Vec<A> t) {
     constexpr A limit = sizeof(A) == 4 ? 30 : 64, magic = static_cast<A>(sizeof(A) == 4 ? kMagicFloat : kMagicDouble);

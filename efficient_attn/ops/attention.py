@@ -116,8 +116,9 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     tensors, (block_shape, *lists, window, kv_lengths) = inputs[:4], inputs[4 : 4 + MASK_OPERANDS]
     scale, dropout_p, dropout_seed, *_, softcap, sinks, diagonals, backend = inputs[4 + MASK_OPERANDS :]
     ctx.save_for_backward(*tensors, *output[:2], *lists, kv_lengths, dropout_seed, sinks, diagonals)
-    needs = ctx.needs_input_grad
+    needs = ctx.needs_input_grad[: len(inputs)]  # torch.library appends what is its own
     ctx.numbers = (block_shape, window, scale, dropout_p, needs[3], softcap, needs[-2], backend)
+    ctx.count = len(needs)
     ctx.set_materialize_grads(False)
 
 
@@ -146,7 +147,7 @@ def _forward_grad(
         dv = torch.zeros_like(wide) if ctx.needs_input_grad[2] else None
     dsinks = None if sinks is None else dsinks
     ddiagonals = ddiagonals if diagonals_require_grad else None
-    between = [None] * (len(ctx.needs_input_grad) - 7)
+    between = [None] * (ctx.count - 7)
     return dq, dk, dv, dbias if bias_requires_grad else None, *between, dsinks, ddiagonals, None
 
 

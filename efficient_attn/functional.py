@@ -18,9 +18,10 @@ from .backends.call import Call, accumulation_dtype
 from .biases import BiasLike
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError, UnsupportedError
-from .masks import BlockMask, MaskArrays, trainable
+from .masks import BlockMask, MaskArrays, PartedMask, trainable
 from .masks.algebra import seen_keys as seen_in_lists
 from .ops import attention as ops
+from .ops import union
 from .patterns import Pattern
 from .torchscript import check_traceable, traced_attention
 from .tracing import PLAN, is_jit_traced, named, shapes_only
@@ -145,11 +146,14 @@ def attention(
             return out if lse is None else (out, lse)
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend, parts=plain,
     )  # fmt: skip
-    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, *modifiers = call
+    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers = call
     options = (scale, dropout_p, seed, *modifiers)
-    if differentiable and plain:
+    if parts is not None:
+        function = union.union_attention if differentiable else union.union_forward
+        out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
+    elif differentiable and plain:
         out, lse = ops.direct_attention(query, key, value, bias, arrays, *options, chosen)
     elif not plain:
         out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), *options, chosen)
@@ -227,7 +231,7 @@ def attention_with_weights(
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
         backend="reference" if traced else backend, returns_weights=True,
     )  # fmt: skip
-    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, *modifiers = call
+    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _, *modifiers = call
     if traced or (plain and not differentiable):
         function = backends.BACKENDS[chosen].attention.attention_with_weights
         out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average, *modifiers)
@@ -377,6 +381,7 @@ class Prepared(NamedTuple):
     dropout_seed: Tensor | None
     backend: str
     differentiable: bool  # whether a backward may follow
+    parts: union.Parts | None = None  # what serves the call instead of `mask`, where that was asked for
     softcap: float = 0.0  # 0: none
     sinks: Tensor | None = None  # (Hq)
     diagonals: Tensor | None = None  # (1 | B, 1 | Hq, Nq + Nk - 1), of the accumulation dtype
@@ -398,8 +403,13 @@ def prepare(
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
     returns_weights: bool = False,
+    parts: bool = False,
 ) -> Prepared:
-    """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises."""
+    """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises.
+
+    Args:
+        parts: whether the caller can take a mask that is a union of parts as that.
+    """
     query, key, value = prepare_inputs(query, key, value)
     scale = default_scale(scale, query.shape[3])
     cap = check_softcap(softcap)
@@ -412,6 +422,8 @@ def prepare(
     if bias is not None:
         bias = check_bias(bias, query, key)
     check_dropout(dropout_p)
+    modifiers = modifier_names(cap, sinks, diagonals)
+    parts = parts and not modifiers  # a union joins its parts by lse, and scores in their own order
     arrays, block_mask = DENSE, None
     if mask is not None or is_causal or causal_alignment is not None:
         Nq, Nk = query.shape[2], key.shape[2]
@@ -419,23 +431,44 @@ def prepare(
         if mask is not None:
             causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
             block_mask = _planned_mask(mask, shown_query, shown_key, causal, scale, causal_alignment, bias)
-            arrays = block_mask.arrays()
+            if not parts or block_mask.union is None:
+                arrays = block_mask.arrays()
         elif is_causal:
             arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
-    modifiers = modifier_names(cap, sinks, diagonals)
-    chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p, returns_weights, modifiers))
+    call = describe(query, key, value, bias, arrays, dropout_p, returns_weights, modifiers)
+    if parts and block_mask is not None and block_mask.union is not None:
+        call = call._replace(has_lists=True)
+    chosen = select(backend, call)
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias, sinks, diagonals)
     )
+    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
+    if parts and isinstance(block_mask, PartedMask):
+        if backends.BACKENDS[chosen].TAKES_ORDERS and not _shares_bias(block_mask, bias, differentiable):
+            taken = _taken_parts(block_mask, chosen, differentiable)
+            return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, taken)
+        arrays = block_mask.arrays()
     if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
         arrays = block_mask.arrays(transposed=True)
     if differentiable:
         arrays = trainable(arrays)
-    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     return Prepared(
-        query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, cap, sinks, diagonals
+        query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, None, cap, sinks, diagonals
     )
+
+
+def _taken_parts(mask: PartedMask, backend: str, differentiable: bool) -> union.Parts:
+    arrays = mask.part_arrays(differentiable and backends.BACKENDS[backend].NEEDS_TRANSPOSED)
+    return union.Parts(mask, tuple(map(trainable, arrays)) if differentiable else arrays, backend)
+
+
+def _shares_bias(mask: PartedMask, bias: Tensor | None, differentiable: bool) -> bool:
+    """Whether the gradient of a bias sums up pairs that lie in different tiles, as heads have orders of their own."""
+    if bias is None or not (differentiable and bias.requires_grad):
+        return False
+    assert mask.union is not None
+    return any(order is not None and order.shape[0] > 1 for part in mask.union for order in part[1:])
 
 
 def prepare_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,8 +78,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *re
 
 def _with_weights(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *mask, scale, dropout_p, dropout_seed, average, softcap, sinks, diagonals, backend = rest
-    arguments = (query, key, value, bias, mask_arrays(*mask), scale, dropout_p, dropout_seed, average)
-    arguments = (*arguments, softcap, sinks, diagonals)
+    call = (mask_arrays(*mask), scale, dropout_p, dropout_seed, average, softcap, sinks, diagonals)
+    arguments = (query, key, value, bias, *call)
     found: tuple[Tensor, ...] = BACKENDS[backend].attention.attention_with_weights(*arguments)
     if _too_coarse(backend, bias, found[1]):
         return (*found[:2], BACKENDS["reference"].attention.attention_with_weights(*arguments)[2])

@@ -98,7 +98,7 @@ def gradients(
         if grad_weights is not None and grad_weights.shape[1] < query.shape[1]:  # of the average over all heads
             parts[2] = parts[2] * ((place.heads.stop - place.heads.start) / query.shape[1])
         rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, 0.0, None, None, False)
-        found = reference.attention_backward(*(parts + [*rest, _piece(place, query, key)]))[:4]
+        found = reference.attention_backward(*[*parts, *rest, _piece(place, query, key)])[:4]
         for cut, total, gradient in zip(cuts, totals, found, strict=True):
             if total is not None and gradient is not None:
                 _add(cut, total, place, gradient)

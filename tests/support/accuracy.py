@@ -15,6 +15,7 @@ from torch import Tensor
 OUTPUT_RATIO, GRADIENT_RATIO = 1.0, 1.5
 ORDERS = 4
 OUTPUTS = ("out", "lse")
+OF_ROWS = ("sinks", "slopes", "table")  # parameters in float32 beside halves
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,8 @@ def assert_conforms(problem: Problem, ours: dict[str, Tensor]) -> None:
     for name, mine in ours.items():
         ratio = OUTPUT_RATIO if name in OUTPUTS else GRADIENT_RATIO
         eager = max((_error(run[name], gold[name]) for run in runs), default=0.0)
+        if name in OF_ROWS:  # delta is made of the stored output, so that a sum of rows has its rounding
+            eager += torch.finfo(dtype).eps * sizes[name] / ratio
         _assert_within(name, mine, gold[name], ratio * eager, sizes[name])
 
 

@@ -119,7 +119,7 @@ def _gpu_reasons(device: torch.device) -> list[str]:
 
 
 def _shared_memory_reasons(call: Call) -> list[str]:
-    needed, offered = kernels().shared_bytes(max(call.D, call.Dv)), kernels().most_shared_bytes(call.device.index)
+    needed, offered = kernels().shared_bytes(max(call.D, call.Dv)), kernels().most_shared_bytes(number(call.device))
     if needed <= offered:
         return []
     return [
@@ -301,6 +301,11 @@ def _workspace(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else 0
 
 
+def number(device: torch.device) -> int:
+    """The number of a GPU: of the current one where the device names none, as torch.device("cuda") does."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def place(device: torch.device) -> tuple[int, int]:
     """The number of the GPU and its current stream."""
-    return (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)
+    return (number(device), torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)

@@ -10,10 +10,13 @@ namespace efficient_attn {
 
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// A (B, H, N, D) tensor whose last dimension has stride 1; strides count elements.
+// A (B, H, N, D) tensor whose last dimension has stride 1; strides count elements. With an order, row i of a call is
+// the tensor's row order[b * order_batch_stride + h * order_head_stride + i] (CPU only).
 struct TensorView {
     void* data;
     int64_t batch_stride, head_stride, row_stride;
+    const int32_t* order = nullptr;  // null: row i
+    int64_t order_batch_stride = 0, order_head_stride = 0;
 };
 
 // Additive bias, each dimension 1 or full of (B, Hq, Nq, Nk); a broadcast dimension has stride 0.
@@ -21,6 +24,14 @@ struct BiasView {
     const void* data;
     int64_t stride[4];
     int dtype;
+};
+
+// A bias by relative position: what is added to pair (i, j) stands at i - j + Nk - 1 of a line of Nq + Nk - 1 numbers
+// of the accumulation type, 64 of which may be read beyond its end; a stride of 0 broadcasts over batch or heads.
+struct DiagonalView {
+    const void* data;  // null: none
+    int64_t batch_stride, head_stride;
+    int64_t hides;  // whether one of them is -inf
 };
 
 // The gradient of the bias: contiguous, with the bias's own shape (size 1 where it broadcasts).
@@ -53,14 +64,21 @@ struct MaskView {
     int64_t window_left, window_right, window_offset;  // -1: unlimited
 };
 
+// Where the tensors have an order, Nq and Nk count the rows that it names: tiles, lists and windows are in its
+// coordinates, while lse, bias, dropout and lengths go by the tensors' own rows. Of results that name fewer rows than
+// there are, the others are left as they are.
 struct AttentionParams {
     int dtype;
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
+    int64_t query_rows, key_rows;  // of the tensors: Nq and Nk where there is no order
     TensorView query, key, value, out;
-    void* lse;  // (B, Hq, Nq) contiguous, float32 or float64; in a CPU forward null: not wanted
+    void* lse;  // (B, Hq, query_rows) contiguous, float32 or float64; in a CPU forward null: not wanted
     BiasView bias;
+    DiagonalView diagonals;
     MaskView mask;
     double scale, dropout_p;
+    double softcap;     // 0: none; c: scaled scores x become c tanh(x / c), before any bias
+    const void* sinks;  // (Hq), of the accumulation type: a score beside those of the keys, without a value; null: none
     uint64_t dropout_seed;
     int64_t dropout_head, dropout_query, dropout_key;  // the pair (0, 0) of head 0 as dropout counts: a part's origin
     WeightsView weights;  // of the forward a result, of the backward a gradient; in the call's dtype
@@ -70,6 +88,8 @@ struct AttentionParams {
     TensorView grad_out, dq, dk, dv;
     const void* grad_lse;  // like lse, or null
     BiasGradient dbias;    // data null: not wanted
+    void* delta;           // a result: delta of every row, (B, Hq, Nq), like lse; null: not wanted
+    void* ddiagonals;      // (B, Hq, Nq + Nk - 1) of the accumulation type, zeros at first; null: not wanted
 };
 
 // One pass over the weights of a call for what is known of them; see cpu/attention_statistics.h. `out` and `value` of

@@ -2,6 +2,10 @@
 //
 //     dV = (Z P)^T dO      dS = P (Z (dO V^T) - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
 //
+// With a soft cap dQ and dK take dS times its slope. A bias by relative position gets the sums of dS along diagonals: a
+// tile adds to those that it meets, each of them in the order of the tiles along it, for the pipeline below lets a tile
+// start after all tiles above it and to the left.
+//
 // Weights W = Z P that were returned may have a gradient of their own, dW: it adds to dO V^T, and sum_j dW_ij W_ij to
 // delta_i.
 //
@@ -38,7 +42,8 @@ inline void wait_until(const int64_t* counter, int64_t least) {
 
 template <class A>
 struct BackwardTile {
-    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
+    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *slope, *folded, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer,
+        *scratch, *dK, *dV;
     double* sum;
     uint64_t *bits, *keep;
     Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only
@@ -54,7 +59,9 @@ struct BackwardTile {
         dO = arena.take<A>(Dv * kQueries);
         S = arena.take<A>(kKeys * kQueries);
         dP = arena.take<A>(kKeys * kQueries);
-        pairs = arena.take<A>(has_bias(p) || p.weights.data ? kKeys * kQueries : 0);
+        pairs = arena.take<A>(has_bias(p) || p.weights.data || p.diagonals.hides ? kKeys * kQueries : 0);
+        slope = arena.take<A>(p.softcap > 0 ? kKeys * kQueries : 0);
+        folded = arena.take<A>(p.ddiagonals ? fold_elements<A>(kKeys, kQueries) : 0);
         top = arena.take<A>(kQueries);
         rest = arena.take<A>(kQueries);
         delta = arena.take<A>(kQueries);
@@ -161,8 +168,9 @@ inline bool score_pairs(const AttentionParams& p, const QueryTile& q, Range keys
     } else {
         score_tile(K, n, p.D, t.Qt, w, t.S);
     }
-    bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
-    if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
+    cap_scores<A>(p, n * w, t.S, t.slope);
+    bool masked = visible_bits(p, q.b, q.h, q.rows, q.block_row, keys, tile, tile_key, t.bits);
+    masked = add_biases<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
     if (p.dropout_p > 0) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
     return masked;
 }
@@ -196,7 +204,7 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
         for (int64_t i = 0; i < n * w; i += kLanes<A>) store(t.dP + i, load<A>(t.dP + i) + load(t.pairs + i));
     }
     const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    with_bool(has_bias(p), [&](auto natural) {
+    with_bool(is_natural(p), [&](auto natural) {
         with_bool(masked, [&](auto some_masked) {
             with_bool(dropped, [&](auto some_dropped) {
                 weight_gradients<A, natural.value, some_masked.value, some_dropped.value>(n, w, t, rescale);
@@ -239,7 +247,7 @@ inline void weight_gradients_task(const AttentionParams& p, int64_t task, char* 
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
         const bool masked = score_pairs<T>(p, q, keys, segment.tile, segment.tile_key, K, w, t);
         load_weight_gradients<T>(p, q, keys, w, t);
-        with_bool(has_bias(p), [&](auto natural) {
+        with_bool(is_natural(p), [&](auto natural) {
             add_weight_products<A, natural.value>(keys.end - keys.begin, w, masked, p.dropout_p > 0, rescale, t,
                                                   t.delta);
         });
@@ -260,9 +268,12 @@ inline QueryRows<T, A> load_query_rows(const AttentionParams& p, const QueryTile
     const int64_t first = q.rows.begin;
     if constexpr (kPairProducts<T>) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
-        const Rows<T> Q{row_pointer<T>(p.query, q.b, q.h, first), p.query.row_stride},
-            dO{row_pointer<T>(p.grad_out, q.b, q.h, first), p.grad_out.row_stride};
-        const bool may_hide = may_hide_pairs(p) || has_bias(p);
+        const bool may_hide = may_hide_pairs(p) || has_bias(p) || p.diagonals.hides;
+        Rows<T> Q{}, dO{};
+        if (may_hide) {
+            Q = gathered_rows<T>(p.query, q.b, q.h, first, q.count, p.D, t.Q);
+            dO = gathered_rows<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv, t.dO);
+        }
         const Poison Q_poison = may_hide ? find_poison(Q, q.count, p.D) : Poison{},
                      dO_poison = may_hide ? find_poison(dO, q.count, p.Dv) : Poison{};
         pack_paired_rows<T>(p.query, q.b, q.h, first, q.count, p.D, D, t.Q_pairs);
@@ -312,9 +323,29 @@ inline void store_key_gradients(const AttentionParams& p, int64_t b, int64_t kv,
     }
 }
 
+inline void store_bias(const AttentionParams& p, int64_t at, double value) {
+    if (p.dbias.dtype == kFloat64) {
+        static_cast<double*>(p.dbias.data)[at] = value;
+    } else if (p.dbias.dtype == kFloat32) {
+        static_cast<float*>(p.dbias.data)[at] = static_cast<float>(value);
+    } else if (p.dbias.dtype == kBFloat16) {
+        static_cast<BFloat16*>(p.dbias.data)[at] = narrow<BFloat16>(static_cast<float>(value));
+    } else {
+        static_cast<Float16*>(p.dbias.data)[at] = narrow<Float16>(static_cast<float>(value));
+    }
+}
+
 // dbias[i][j] = dS[j][i] for a bias that has every pair.
 template <class T, class A>
 inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range keys, int64_t w, BackwardTile<A>& t) {
+    if (has_order(p)) {
+        for (int64_t r = 0; r < q.count; ++r) {
+            const int64_t row = lse_row(p, q.b, q.h, q.rows.begin + r) * p.key_rows;
+            for (int64_t j = keys.begin; j < keys.end; ++j)
+                store_bias(p, row + key_of(p, q.b, q.h, j), static_cast<double>(t.dP[(j - keys.begin) * w + r]));
+        }
+        return;
+    }
     with_bias_type<T>(p, [&](auto element) {
         using E = decltype(element);
         E* data = static_cast<E*>(p.dbias.data) + keys.begin;
@@ -322,6 +353,14 @@ inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range 
         store_transposed<E, A>(t.dP, w, view, q.b, q.h, q.rows.begin, q.count, keys.end - keys.begin, t.scratch,
                                [](Vec<A> x, int64_t) { return x; });
     });
+}
+
+// The tile's sums of dS along its diagonals.
+template <class A>
+inline void add_diagonal_gradients(const AttentionParams& p, const QueryTile& q, Range keys, int64_t w,
+                                   const BackwardTile<A>& t) {
+    A* line = static_cast<A*>(p.ddiagonals) + (q.b * p.Hq + q.h) * (p.Nq + p.Nk - 1) + p.Nk - 1;
+    fold_diagonals(t.dP, keys.end - keys.begin, w, q.count, t.folded, line + q.rows.begin - keys.begin);
 }
 
 // dQt += keys * dS
@@ -344,7 +383,7 @@ inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, R
 }
 
 // Adds to dQt what the keys inside `limits` give a tile of queries. begin() is called before the first piece of keys,
-// visit(keys, masked) after each, while S and dP hold Z P and dS.
+// visit(keys, masked) after each, while S and dP hold Z P and dS (by the products, with a soft cap).
 template <class T, class A, class Begin, class Visit>
 inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Range limits, int64_t w,
                                 BackwardTile<A>& t, A* dQt, Begin begin, Visit visit) {
@@ -356,8 +395,12 @@ inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Ra
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
         const auto V = load_operand<T>(p.value, q.b, kv, keys, p.Dv, t.V_buffer);
         const bool masked = score_gradients<T>(p, q, keys, segment.tile, segment.tile_key, K, V, w, t);
-        add_keys<T>(p, q, kv, keys, masked, K, w, t, dQt);
         if (bias_is_full(p)) store_bias_tile<T>(p, q, keys, w, t);
+        if (p.ddiagonals) add_diagonal_gradients(p, q, keys, w, t);
+        const int64_t elements = (keys.end - keys.begin) * w;
+        for (int64_t i = 0; i < elements && p.softcap > 0; i += kLanes<A>)
+            store(t.dP + i, load<A>(t.dP + i) * load<A>(t.slope + i));
+        add_keys<T>(p, q, kv, keys, masked, K, w, t, dQt);
         visit(keys, masked);
     });
 }
@@ -433,19 +476,6 @@ inline void fold_tile(const A* dS, Range keys, int64_t first_key, int64_t w, int
     }
 }
 
-template <class T>
-inline void store_bias(const AttentionParams& p, int64_t at, double value) {
-    if (p.dbias.dtype == kFloat64) {
-        static_cast<double*>(p.dbias.data)[at] = value;
-    } else if (p.dbias.dtype == kFloat32) {
-        static_cast<float*>(p.dbias.data)[at] = static_cast<float>(value);
-    } else if (p.dbias.dtype == kBFloat16) {
-        static_cast<BFloat16*>(p.dbias.data)[at] = narrow<BFloat16>(static_cast<float>(value));
-    } else {
-        static_cast<Float16*>(p.dbias.data)[at] = narrow<Float16>(static_cast<float>(value));
-    }
-}
-
 // Phase 2.
 template <class T, class A>
 inline void bias_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
@@ -477,10 +507,13 @@ inline void bias_task(const AttentionParams& p, int64_t task, char* memory, cons
     }
     const Range rows = by_query ? tile_rows(p, tiling, it) : Range{0, 1};
     const Range columns = by_key ? keys : Range{0, 1};
-    for (int64_t i = rows.begin; i < rows.end; ++i)
+    const int64_t first = (bias_b * size[1] + bias_h) * size[2];  // an order is one for all (b, h) that were folded
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t row = first + (by_query ? query_of(p, bias_b, bias_h, i) : 0);
         for (int64_t j = columns.begin; j < columns.end; ++j)
-            store_bias<T>(p, ((bias_b * size[1] + bias_h) * size[2] + i) * size[3] + j,
-                          t.sum[(j - columns.begin) * kQueries + i - rows.begin]);
+            store_bias(p, row * size[3] + (by_key ? key_of(p, bias_b, bias_h, j) : 0),
+                       t.sum[(j - columns.begin) * kQueries + i - rows.begin]);
+    }
 }
 
 }  // namespace

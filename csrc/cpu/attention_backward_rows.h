@@ -58,7 +58,7 @@ struct BackwardShared {
         const bool bands = has_bands(p);
         steps = line.heads * (bands ? band_runs(p) : line.spans);
         Arena arena{memory};
-        delta = arena.take<A>(p.B * p.Hq * p.Nq);
+        delta = p.delta ? static_cast<A*>(p.delta) : arena.take<A>(p.B * p.Hq * p.Nq);
         top = arena.take<A>(p.B * p.Hq * p.Nq);
         rest = arena.take<A>(p.B * p.Hq * p.Nq);
         done = arena.take<int64_t>(steps);

@@ -81,7 +81,8 @@ inline void measure_bands(AttentionParams& p) {
     const MaskView& mask = p.mask;
     p.band_keys = p.band_overlap = 0;
     if (!mask.indptr && (mask.window_left < 0 || mask.window_right < 0)) return;
-    if (p.B * p.Hkv * p.Nq * p.Nk == 0) return;
+    // Sums along diagonals have runs in common; spans come to a diagonal one after another.
+    if (p.ddiagonals || p.B * p.Hkv * p.Nq * p.Nk == 0) return;
     const int64_t runs = band_runs(p), heads = mask.indptr && mask.heads > 1 ? p.Hkv : 1;
     int64_t widest = 0, overlap = 0, total = 0;
     for (int64_t b = 0; b < (mask.indptr ? mask.batch : 1); ++b)

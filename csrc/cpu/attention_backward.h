@@ -2,12 +2,17 @@
 //
 //     dV = (Z P)^T dO      dS = P (Z (dO V^T) - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
 //
+// With a soft cap dQ and dK take dS times its slope. A bias by relative position gets the sums of dS along diagonals: a
+// tile adds to those that it meets, each of them in the order of the tiles along it, for the pipeline below lets a tile
+// start after all tiles above it and to the left.
+//
 // Weights W = Z P that were returned may have a gradient of their own, dW: it adds to dO V^T, and sum_j dW_ij W_ij to
 // delta_i.
 //
 // Phases, each parallel over tasks:
 //     0  rows             a tile of queries: delta, and what its weights are taken from (see measure_rows)
-//     1  dQ, dK, dV       a span of keys of one (batch, key/value head): five products a tile
+//     1  dQ, dK, dV       a span of keys of one (batch, key/value head): five products a tile; under a mask that is a
+//                         band a run of queries instead (attention_backward_bands.h)
 //     2  dbias            a tile of the bias, over every dimension that it broadcasts, unless phase 1 stored it on its
 //     way
 //
@@ -38,7 +43,8 @@ inline void wait_until(const int64_t* counter, int64_t least) {
 
 template <class A>
 struct BackwardTile {
-    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
+    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *slope, *folded, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer,
+        *scratch, *dK, *dV, *dQt;
     double* sum;
     uint64_t *bits, *keep;
     Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only
@@ -54,7 +60,9 @@ struct BackwardTile {
         dO = arena.take<A>(Dv * kQueries);
         S = arena.take<A>(kKeys * kQueries);
         dP = arena.take<A>(kKeys * kQueries);
-        pairs = arena.take<A>(has_bias(p) || p.weights.data ? kKeys * kQueries : 0);
+        pairs = arena.take<A>(has_bias(p) || p.weights.data || p.diagonals.hides ? kKeys * kQueries : 0);
+        slope = arena.take<A>(p.softcap > 0 ? kKeys * kQueries : 0);
+        folded = arena.take<A>(p.ddiagonals ? fold_elements<A>(kKeys, kQueries) : 0);
         top = arena.take<A>(kQueries);
         rest = arena.take<A>(kQueries);
         delta = arena.take<A>(kQueries);
@@ -62,8 +70,9 @@ struct BackwardTile {
         V_buffer = arena.take<A>(kKeys * max_of(p.Dv, pair_depth(p.Dv)));
         buffer = arena.take<A>(kKeys * widest);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, widest)));
-        dK = arena.take<A>(key_span<A>(p) * D);
-        dV = arena.take<A>(key_span<A>(p) * Dv);
+        dK = arena.take<A>((has_bands(p) ? p.band_keys : key_span<A>(p)) * D);
+        dV = arena.take<A>((has_bands(p) ? p.band_keys : key_span<A>(p)) * Dv);
+        dQt = arena.take<A>(has_bands(p) ? p.D * kQueries : 0);
         sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
@@ -161,8 +170,9 @@ inline bool score_pairs(const AttentionParams& p, const QueryTile& q, Range keys
     } else {
         score_tile(K, n, p.D, t.Qt, w, t.S);
     }
+    cap_scores<A>(p, n * w, t.S, t.slope);
     bool masked = visible_bits(p, q.b, q.h, q.rows, q.block_row, keys, tile, tile_key, t.bits);
-    if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
+    masked = add_biases<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
     if (p.dropout_p > 0) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
     return masked;
 }
@@ -196,7 +206,7 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
         for (int64_t i = 0; i < n * w; i += kLanes<A>) store(t.dP + i, load<A>(t.dP + i) + load(t.pairs + i));
     }
     const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    with_bool(has_bias(p), [&](auto natural) {
+    with_bool(is_natural(p), [&](auto natural) {
         with_bool(masked, [&](auto some_masked) {
             with_bool(dropped, [&](auto some_dropped) {
                 weight_gradients<A, natural.value, some_masked.value, some_dropped.value>(n, w, t, rescale);
@@ -229,7 +239,7 @@ template <class T, class A>
 inline void weight_gradients_task(const AttentionParams& p, int64_t task, char* memory,
                                   const BackwardShared<A>& shared) {
     const int64_t tiles = row_tiles(p), head = task / tiles;
-    const QueryTile q = query_tile(p, query_tiling(p, kQueries), head / p.Hq, head % p.Hq, task % tiles);
+    const QueryTile q = query_tile(p, attention_tiling(p), head / p.Hq, head % p.Hq, task % tiles);
     if (q.count <= 0) return;
     const int64_t w = whole_lanes<T, A>(q.count), kv = q.h / (p.Hq / p.Hkv);
     BackwardTile<A> t(p, memory);
@@ -239,7 +249,7 @@ inline void weight_gradients_task(const AttentionParams& p, int64_t task, char* 
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
         const bool masked = score_pairs<T>(p, q, keys, segment.tile, segment.tile_key, K, w, t);
         load_weight_gradients<T>(p, q, keys, w, t);
-        with_bool(has_bias(p), [&](auto natural) {
+        with_bool(is_natural(p), [&](auto natural) {
             add_weight_products<A, natural.value>(keys.end - keys.begin, w, masked, p.dropout_p > 0, rescale, t,
                                                   t.delta);
         });
@@ -260,7 +270,7 @@ inline QueryRows<T, A> load_query_rows(const AttentionParams& p, const QueryTile
     const int64_t first = q.rows.begin;
     if constexpr (kPairProducts<T>) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
-        const bool may_hide = may_hide_pairs(p) || has_bias(p);
+        const bool may_hide = may_hide_pairs(p) || has_bias(p) || p.diagonals.hides;
         Rows<T> Q{}, dO{};
         if (may_hide) {
             Q = gathered_rows<T>(p.query, q.b, q.h, first, q.count, p.D, t.Q);
@@ -347,27 +357,35 @@ inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range 
     });
 }
 
+// The tile's sums of dS along its diagonals.
+template <class A>
+inline void add_diagonal_gradients(const AttentionParams& p, const QueryTile& q, Range keys, int64_t w,
+                                   const BackwardTile<A>& t) {
+    A* line = static_cast<A*>(p.ddiagonals) + (q.b * p.Hq + q.h) * (p.Nq + p.Nk - 1) + p.Nk - 1;
+    fold_diagonals(t.dP, keys.end - keys.begin, w, q.count, t.folded, line + q.rows.begin - keys.begin);
+}
+
 // dQt += keys * dS
 template <class T, class A>
 inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, Range keys, bool masked,
                      const Rows<Operand<T, A>>& K, int64_t w, BackwardTile<A>& t, A* dQt) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
-        const Poison poison = masked ? find_poison(K, n, p.D) : Poison{};
+        const Poison poison = masked ? find_poison(K, n, p.D, t.bits, low_bits(q.count)) : Poison{};
         const LeftFactor left = pack_left_factor<T>(p.key, q.b, kv, keys.begin, n, p.D, t.K_pairs);
         clear_poison(poison, p.D, left);
         round_to_pairs(t.dP, n, w, t.dS_pairs);
         accumulate_columns<A>(left, n, p.D, t.dS_pairs, w, nullptr, dQt);
         add_poison_to_columns(K, poison, p.D, t.dP, w, t.bits, dQt);
     } else if (masked) {
-        accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
+        accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, low_bits(q.count), t.buffer, dQt);
     } else {
         accumulate_columns<A>(K, n, p.D, t.dP, w, nullptr, dQt);
     }
 }
 
 // Adds to dQt what the keys inside `limits` give a tile of queries. begin() is called before the first piece of keys,
-// visit(keys, masked) after each, while S and dP hold Z P and dS.
+// visit(keys, masked) after each, while S and dP hold Z P and dS (by the products, with a soft cap).
 template <class T, class A, class Begin, class Visit>
 inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Range limits, int64_t w,
                                 BackwardTile<A>& t, A* dQt, Begin begin, Visit visit) {
@@ -379,8 +397,12 @@ inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Ra
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
         const auto V = load_operand<T>(p.value, q.b, kv, keys, p.Dv, t.V_buffer);
         const bool masked = score_gradients<T>(p, q, keys, segment.tile, segment.tile_key, K, V, w, t);
-        add_keys<T>(p, q, kv, keys, masked, K, w, t, dQt);
         if (bias_is_full(p)) store_bias_tile<T>(p, q, keys, w, t);
+        if (p.ddiagonals) add_diagonal_gradients(p, q, keys, w, t);
+        const int64_t elements = (keys.end - keys.begin) * w;
+        for (int64_t i = 0; i < elements && p.softcap > 0; i += kLanes<A>)
+            store(t.dP + i, load<A>(t.dP + i) * load<A>(t.slope + i));
+        add_keys<T>(p, q, kv, keys, masked, K, w, t, dQt);
         visit(keys, masked);
     });
 }
@@ -397,10 +419,10 @@ inline void store_query_gradients(const AttentionParams& p, const QueryTile& q, 
 template <class T, class A>
 inline void span_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
     const Pipeline line = Pipeline::of<A>(p);
-    const int64_t head = task / line.spans, span = task % line.spans, kv = head % p.Hkv, b = head / p.Hkv;
+    const int64_t head = line.head(task), span = line.span(task), kv = head % p.Hkv, b = head / p.Hkv;
     const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), size = key_span<A>(p);
     const Range keys{span * size, min_of((span + 1) * size, p.Nk)};
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     int64_t* done = shared.done + head * line.spans + span;
     BackwardTile<A> t(p, memory);
     fill_zero(t.dK, size * D);
@@ -441,8 +463,7 @@ struct BiasTiling {
 
 inline BiasTiling bias_tiling(const AttentionParams& p) {
     const int64_t* size = p.dbias.size;
-    const int64_t queries = size[2] > 1 ? query_tiling(p, kQueries).count : 1,
-                  keys = size[3] > 1 ? ceil_div(p.Nk, kKeys) : 1;
+    const int64_t queries = size[2] > 1 ? attention_tiling(p).count : 1, keys = size[3] > 1 ? ceil_div(p.Nk, kKeys) : 1;
     return {queries, keys, size[2] * size[3] > 0 ? size[0] * size[1] * queries * keys : 0};
 }
 
@@ -465,7 +486,7 @@ inline void bias_task(const AttentionParams& p, int64_t task, char* memory, cons
     const int64_t jt = task % cut.key_tiles, it = task / cut.key_tiles % cut.query_tiles;
     const int64_t bias_h = task / cut.key_tiles / cut.query_tiles % size[1],
                   bias_b = task / cut.key_tiles / cut.query_tiles / size[1];
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     const Range keys = by_key ? Range{jt * kKeys, min_of((jt + 1) * kKeys, p.Nk)} : Range{0, p.Nk};
     BackwardTile<A> t(p, memory);
     fill_zero(t.sum, kKeys * kQueries);

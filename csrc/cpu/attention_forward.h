@@ -1,4 +1,6 @@
-// Attention forward on a CPU:  out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j,  lse_i = log sum_j exp(...)
+// Attention forward on a CPU:  out_i = sum_j softmax_j(cap(scale q_i . k_j) + bias_ij) v_j,  lse_i = log sum_j exp(...)
+//
+// with a sink's score beside those of the keys, where there are sinks: the online softmax begins with it.
 //
 // Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over tiles of keys. A task is a tile of queries of one
 // (batch, head); it owns its rows of out and lse, so tasks run in any order and the bits do not depend on the threads.
@@ -22,7 +24,7 @@ struct ForwardTile {
         Qt = arena.take<A>(p.D * kQueries);
         S = arena.take<A>(kKeys * kQueries);
         strip = nullptr;
-        bias = arena.take<A>(has_bias(p) ? kKeys * kQueries : 0);
+        bias = arena.take<A>(has_bias(p) || p.diagonals.hides ? kKeys * kQueries : 0);
         Ot = arena.take<A>(p.Dv * kQueries);
         top = arena.take<A>(kQueries);
         total = arena.take<A>(kQueries);
@@ -95,8 +97,22 @@ EA_NOINLINE void online_softmax_update(int64_t keys, int64_t w, A* S, A* top, A*
 
 template <class A>
 inline void online_softmax_update(const AttentionParams& p, int64_t keys, int64_t w, A* S, A* top, A* total, A* fade) {
-    has_bias(p) ? online_softmax_update<A, true>(keys, w, S, top, total, fade)
-                : online_softmax_update<A, false>(keys, w, S, top, total, fade);
+    is_natural(p) ? online_softmax_update<A, true>(keys, w, S, top, total, fade)
+                  : online_softmax_update<A, false>(keys, w, S, top, total, fade);
+}
+
+// What a row of head h has met before any key: nothing, or the sink.
+template <class A>
+inline void begin_softmax(const AttentionParams& p, int64_t h, A& top, A& total) {
+    top = -kInfinity<A>;
+    if (p.sinks) top = static_cast<A>(static_cast<double>(static_cast<const A*>(p.sinks)[h]) / score_unit(p));
+    total = top == -kInfinity<A> ? 0 : 1;
+}
+
+// The soft cap, where there is one, of scores as `score_scale` makes them; `slope` may be null.
+template <class A>
+inline void cap_scores(const AttentionParams& p, int64_t count, A* S, A* slope) {
+    if (p.softcap > 0) cap_scores<A>(count, static_cast<A>(p.softcap / score_unit(p)), S, slope);
 }
 
 // Values as left factors, packed once for all tiles of queries in memory that tasks share, a piece of kKeys keys after
@@ -148,6 +164,7 @@ inline void score(const AttentionParams& p, int64_t b, int64_t kv, Range keys, i
     } else {
         score_tile(rows, keys.end - keys.begin, p.D, t.Qt, w, t.S);
     }
+    cap_scores<A>(p, (keys.end - keys.begin) * w, t.S, nullptr);
 }
 
 // The values of some keys without the rows of `poison`: shared (null: none are), or packed now.
@@ -165,21 +182,21 @@ inline LeftFactor load_values(const AttentionParams& p, int64_t b, int64_t kv, R
     return left;
 }
 
-// Ot = Ot * fade + values * S
+// Ot = Ot * fade + values * S, of `count` queries
 template <class T, class A>
-inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range keys, bool masked, int64_t w,
-                       char* shared, ForwardTile<A>& t) {
+inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, int64_t count, Range keys, bool masked,
+                       int64_t w, char* shared, ForwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
         const Rows<T> values = masked ? gathered_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer) : Rows<T>{};
-        const Poison poison = masked ? find_poison(values, n, p.Dv) : Poison{};
+        const Poison poison = masked ? find_poison(values, n, p.Dv, t.bits, low_bits(count)) : Poison{};
         round_to_pairs(t.S, n, w, t.P_pairs);
         accumulate_columns(load_values<T>(p, b, kv, keys, poison, shared, t), n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
         add_poison_to_columns(values, poison, p.Dv, t.S, w, t.bits, t.Ot);
     } else {
         const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
         if (masked) {
-            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, t.K_buffer, t.Ot);
+            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, low_bits(count), t.K_buffer, t.Ot);
         } else {
             accumulate_columns(values, n, p.Dv, t.S, w, t.fade, t.Ot);
         }
@@ -195,13 +212,13 @@ inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range r
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
     const int64_t kv = h / (p.Hq / p.Hkv);
     load_queries<T>(p, b, h, rows.begin, rows.end - rows.begin, w, t);
-    for (int64_t r = 0; r < w; ++r) t.top[r] = -kInfinity<A>, t.total[r] = 0;
+    for (int64_t r = 0; r < w; ++r) begin_softmax(p, h, t.top[r], t.total[r]);
     for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
         const int64_t n = keys.end - keys.begin;
         if (t.strip) t.S = t.strip + keys.begin * w;
         score<T>(p, b, kv, keys, w, t);
         bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
-        if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
+        masked = add_biases<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
         online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
         visit(keys, masked);
@@ -220,7 +237,7 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
             kept_bits(p, b, h, rows, keys, t.keep);
             fill_masked(t.keep, keys.end - keys.begin, w, A{0}, t.S);
         }
-        accumulate<T>(p, b, kv, keys, masked, w, shared, t);
+        accumulate<T>(p, b, kv, count, keys, masked, w, shared, t);
         visit(keys);
     });
 
@@ -235,7 +252,7 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
 
 template <class T, class A>
 inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     const int64_t tile = tiling.count - 1 - task % tiling.count;  // under a causal mask the last tiles are the longest
     const Range rows = tile_rows(p, tiling, tile);
     if (rows.begin >= rows.end) return;
@@ -246,15 +263,15 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory, c
 
 // How many blocks the list of a tile of queries names, for tasks numbered as in forward_task.
 inline double query_tile_cost(const AttentionParams& p, int64_t task) {
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     const int64_t tile = tiling.count - 1 - task % tiling.count;
     const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq;
-    const int64_t row = list_row(p.mask, b, h, ceil_div(p.Nq, p.mask.block_q), tile / tiling.tiles_per_block);
+    const int64_t row = list_row(p, b, h, tile / tiling.tiles_per_block);
     const Range entries = list_entries(p.mask, p.mask.indptr, row);
     return static_cast<double>(entries.end - entries.begin);
 }
 
-inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * query_tiling(p, kQueries).count; }
+inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * attention_tiling(p).count; }
 
 }  // namespace
 }  // namespace efficient_attn

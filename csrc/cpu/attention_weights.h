@@ -13,7 +13,7 @@
 namespace efficient_attn {
 namespace {
 
-inline bool averages_weights(const AttentionParams& p) { return p.weights.heads < p.Hq; }
+inline bool averages_weights(const AttentionParams& p) { return p.weights.heads != p.Hq; }
 
 // The queries of a tile: fewer where its strips would not stay in the second cache level, or threads without a tile.
 // Every query is worked on alike however many there are.
@@ -61,7 +61,7 @@ inline void weight_factors(const AttentionParams& p, const A* top, const Forward
     const A share = static_cast<A>(1.0 / static_cast<double>(averages_weights(p) ? p.Hq : 1));
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
         const Vec<A> difference = load(top + lane) - load(t.top + lane), total = load(t.total + lane);
-        const Vec<A> change = has_bias(p) ? exponential<true>(difference) : exponential<false>(difference);
+        const Vec<A> change = is_natural(p) ? exponential<true>(difference) : exponential<false>(difference);
         store(factor + lane, select<A>(total == 0, Vec<A>{}, change * share / total));
     }
 }

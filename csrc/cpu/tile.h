@@ -13,12 +13,24 @@
 #include "microkernels.h"
 #include "pack.h"
 #include "pairs.h"
+#include "score_modifiers.h"
 
 namespace efficient_attn {
 namespace {
 
 constexpr int64_t kQueries = 64;  // at most 64: a key's visible queries are the bits of one word
 constexpr int64_t kKeys = 128;
+
+constexpr int64_t kFewQueries = 32, kNarrowWindow = 512;
+
+// The tiles of queries of a call. Under a narrow window they are smaller: all keys that any of its queries sees are
+// multiplied with all of them.
+inline QueryTiling attention_tiling(const AttentionParams& p) {
+    const MaskView& mask = p.mask;
+    const bool narrow = !mask.indptr && mask.window_left >= 0 && mask.window_right >= 0 &&
+                        mask.window_left + mask.window_right < kNarrowWindow;
+    return query_tiling(p, narrow ? kFewQueries : kQueries);
+}
 
 // Terms summed in one go: fewer where a product is rounded before it is added.
 #if defined(__FMA__) || defined(__aarch64__)
@@ -142,9 +154,14 @@ inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; 
 
 // Scores are kept in units of the exponent of two, or of e where there is a bias, which as finite as it comes must stay
 // finite; this is what one of them is worth in natural units.
-inline double score_unit(const AttentionParams& p) { return has_bias(p) ? 1.0 : kLn2; }
+inline bool is_natural(const AttentionParams& p) { return has_bias(p) || p.diagonals.data; }
+inline double score_unit(const AttentionParams& p) { return is_natural(p) ? 1.0 : kLn2; }
 
-inline double score_scale(const AttentionParams& p) { return has_bias(p) ? p.scale : p.scale * kLog2e; }
+// What products of queries and keys are multiplied with: with a soft cap they become what `cap_scores` takes.
+inline double score_scale(const AttentionParams& p) {
+    if (p.softcap > 0) return p.scale * (2 * kLog2e / p.softcap);
+    return is_natural(p) ? p.scale : p.scale * kLog2e;
+}
 
 inline bool multiplies_pairs(const AttentionParams& p) { return kPairProducts<BFloat16> && p.dtype == kBFloat16; }
 
@@ -229,18 +246,9 @@ inline void gather_bias(const AttentionParams& p, int64_t b, int64_t h, Range ro
     }
 }
 
-// Adds the bias to S; a bias of -inf clears the pair's bit. Returns whether any pair of the tile is masked.
-template <class T, class A>
-inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* S,
-                     bool masked, uint64_t* bits, A* scratch, A* bias) {
-    with_bias_type<T>(p, [&](auto element) {
-        using E = decltype(element);
-        if (has_order(p)) {
-            gather_bias<E>(p, b, h, rows, keys, w, bias);
-        } else {
-            load_pairs<E>(p.bias.data, p.bias.stride, b, h, rows, keys, w, scratch, bias);
-        }
-    });
+// Adds a tile of a bias to S; one of -inf clears the pair's bit. Returns whether any pair of the tile is masked.
+template <class A>
+inline bool add_hiding(Range rows, Range keys, int64_t w, const A* bias, A* S, bool masked, uint64_t* bits) {
     const int64_t n = keys.end - keys.begin;
     for (int64_t k = 0; k < n; ++k) {
         uint64_t hidden = 0;
@@ -257,6 +265,31 @@ inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows,
         if (hidden) bits[k] &= ~hidden;
     }
     return masked;
+}
+
+// Adds what there is of biases to S, and clears the bits of pairs that they hide. Returns whether any pair is masked.
+template <class T, class A>
+inline bool add_biases(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* S,
+                       bool masked, uint64_t* bits, A* scratch, A* bias) {
+    if (has_bias(p)) {
+        with_bias_type<T>(p, [&](auto element) {
+            using E = decltype(element);
+            if (has_order(p)) {
+                gather_bias<E>(p, b, h, rows, keys, w, bias);
+            } else {
+                load_pairs<E>(p.bias.data, p.bias.stride, b, h, rows, keys, w, scratch, bias);
+            }
+        });
+        masked = add_hiding(rows, keys, w, bias, S, masked, bits);
+    }
+    if (!p.diagonals.data) return masked;
+    if (!p.diagonals.hides) {
+        add_diagonals(p, b, h, rows.begin, keys, w, S);
+        return masked;
+    }
+    fill_zero(bias, (keys.end - keys.begin) * w);
+    add_diagonals(p, b, h, rows.begin, keys, w, bias);
+    return add_hiding(rows, keys, w, bias, S, masked, bits);
 }
 
 // S[key][query] = value where the pair's bit is 0
@@ -287,11 +320,14 @@ struct Poison {
     uint8_t index[kKeys];
 };
 
+// `bits`, if given, says who sees each row: rows that all queries of `full` see may stay.
 template <class X>
-inline Poison find_poison(const Rows<X>& rows, int64_t count, int64_t width) {
+inline Poison find_poison(const Rows<X>& rows, int64_t count, int64_t width, const uint64_t* bits = nullptr,
+                          uint64_t full = 0) {
     Poison poison{0, {}};
     for (int64_t k = 0; k < count; ++k)
-        if (!row_is_finite(rows.data + k * rows.stride, width)) poison.index[poison.count++] = static_cast<uint8_t>(k);
+        if ((!bits || (bits[k] & full) != full) && !row_is_finite(rows.data + k * rows.stride, width))
+            poison.index[poison.count++] = static_cast<uint8_t>(k);
     return poison;
 }
 
@@ -342,8 +378,8 @@ inline void add_poison_to_rows(const Rows<X>& rows, const Poison& poison, int64_
 // accumulate_columns for a tile in which some pairs are masked.
 template <class A>
 inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w,
-                                      const A* fade, const uint64_t* bits, A* buffer, A* out) {
-    const Poison poison = find_poison(rows, keys, width);
+                                      const A* fade, const uint64_t* bits, uint64_t full, A* buffer, A* out) {
+    const Poison poison = find_poison(rows, keys, width, bits, full);
     if (!poison.count) return accumulate_columns(rows, keys, width, P, w, fade, out);
     accumulate_columns(without_poison(rows, poison, keys, width, buffer), keys, width, P, w, fade, out);
     add_poison_to_columns(rows, poison, width, P, w, bits, out);

@@ -168,8 +168,8 @@ def _image(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
     config = getattr(loaded.model, "config", None)
     config = getattr(config, "vision_config", config)
     backbone = getattr(config, "backbone", None) or getattr(config, "image", None) or config
-    size, channels = getattr(backbone, "image_size", None), getattr(backbone, "channels", None)
-    channels = getattr(backbone, "num_channels", 3) if channels is None else channels
+    size: Any = getattr(backbone, "image_size", None)
+    channels: int = getattr(backbone, "channels", getattr(backbone, "num_channels", 3))
     if not isinstance(size, int):
         raise InputError(f"{type(loaded.model).__name__} reads no images: its config has no image_size")
     files = visible_files(path) if path.is_dir() else [path]
@@ -177,7 +177,7 @@ def _image(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
         raise InputError(f"{path} has {len(files)} images, and --batch asks for {batch}")
     pixels = torch.stack([read_image(file, size, channels).float() for file in files[:batch]])
     shown = pixels[0].expand(-1, -1, 3) if channels == 1 else pixels[0]
-    images = pixels.permute(0, 3, 1, 2) / 255.0
+    images: Any = pixels.permute(0, 3, 1, 2) / 255.0
     if not loaded.is_ours:
         return Read({"pixel_values": (images - 0.5) / 0.5}, pixels=shown, kind="image")
     if isinstance(loaded.model, CLIP):

@@ -53,7 +53,7 @@ def inspect_command(
 
 def describe(model: torch.nn.Module, read: inputs.Read, attention: str | Path | None = None, title: str = "") -> Any:
     """What the page shows, as JSON values: the model's run, and one with another attention or a plan."""
-    runs = [{"name": "as it is", "layers": gather(model, read.sample), "error": None}]
+    runs: list[dict[str, Any]] = [{"name": "as it is", "layers": gather(model, read.sample), "error": None}]
     if attention is not None:
         other = skeleton(model)
         if isinstance(attention, Path):

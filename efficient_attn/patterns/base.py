@@ -129,11 +129,11 @@ class Pattern(Named):
         """Whether it promises how much of the softmax is lost at most, which it can for scores without a bias."""
         return False
 
-    def check_bias(self, bias: Tensor | None) -> None:
-        """Raise UnsupportedError for a bias that would break that promise."""
-        if bias is not None and self.bounds_loss:
+    def check_scores(self, *modifiers: object) -> None:
+        """Raise UnsupportedError for a bias or a soft cap, which are not None, that would break that promise."""
+        if self.bounds_loss and any(modifier is not None for modifier in modifiers):
             raise UnsupportedError(
-                f"{self.name}: tau_max bounds what the scores of queries and keys say, and an additive bias changes "
+                f"{self.name}: tau_max bounds what the scores of queries and keys say, and a bias or softcap changes "
                 "them; leave tau_max out, or pass what the bias hides as a mask"
             )
 

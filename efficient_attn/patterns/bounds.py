@@ -26,9 +26,9 @@ LARGEST = 600.0  # an exponent beyond which e^M stands for itself
 
 
 class Summary(NamedTuple):
-    """Blocks of keys, float64: (B, Hkv, C, D), and (B, Hkv, C) of one number each; `count` is (B | 1, 1, C)."""
+    """Blocks of keys, float64: (B, Hkv, C, D), and (B, Hkv, C) of one number each; `counts` is (B | 1, 1, C)."""
 
-    count: Tensor
+    counts: Tensor
     mean: Tensor
     low: Tensor
     high: Tensor
@@ -71,7 +71,8 @@ def limits(query: Tensor, keys: Summary, scale: float) -> tuple[Tensor, Tensor]:
         return x[:, :, None, None]  # [B, Hkv, 1, 1, C]
 
     def product(x: Tensor) -> Tensor:
-        return q @ x[:, :, None].mT  # [B, Hkv, G, N, C]
+        found: Tensor = q @ x[:, :, None].mT  # [B, Hkv, G, N, C]
+        return found
 
     length = q.norm(dim=-1, keepdim=True)
     box = q.clamp(min=0) @ keys.high[:, :, None].mT + q.clamp(max=0) @ keys.low[:, :, None].mT
@@ -83,7 +84,7 @@ def limits(query: Tensor, keys: Summary, scale: float) -> tuple[Tensor, Tensor]:
     bennett = torch.log1p(spread.square() * (torch.expm1(m) - m) / m.square())
     grown = torch.where(most > LARGEST, most, torch.minimum(most, bennett))
     doubt = ROUNDING * D**0.5 * length * of_blocks(keys.longest)
-    count = keys.count[:, :, None, None].expand(-1, -1, 1, 1, -1).log()
+    count = keys.counts[:, :, None, None].expand(-1, -1, 1, 1, -1).log()
     middle = product(keys.mean) + count
     return (middle - doubt).flatten(1, 2), (middle + grown + doubt).flatten(1, 2)
 

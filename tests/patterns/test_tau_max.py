@@ -114,8 +114,11 @@ def test_a_bias_and_wrong_values_are_refused_and_the_spec_holds_it():
     for mask in (pattern.pattern, pattern, pattern.pattern & SlidingWindow()):
         with pytest.raises(UnsupportedError, match="bias"):
             attention(query, query, query, mask=mask, bias=bias)
-    with pytest.raises(UnsupportedError, match="bias"):
-        pattern.attend(query, query, query, bias=bias)
+        with pytest.raises(UnsupportedError, match="softcap"):
+            attention(query, query, query, mask=mask, softcap=5.0)
+    for modifier in ({"bias": bias}, {"softcap": 5.0}):
+        with pytest.raises(UnsupportedError, match="tau_max"):
+            pattern.attend(query, query, query, **modifier)
     with pytest.raises(InputError, match="tau_max"):
         TopKBlocks(tau_max=0.0)
     with pytest.raises(InputError, match="tau_max"):

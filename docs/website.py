@@ -54,6 +54,7 @@ NAV: list[Any] = [
 ]  # fmt: skip
 REFERENCE = {
     "attention": ("efficient_attn.functional", ("attention", "attention_weights", "merge_attention")),
+    "packed sequences": ("efficient_attn.varlen", ("attention_varlen",)),
     "the module": ("efficient_attn.multihead", ("MultiheadAttention", "replace_attention")),
     "masks": ("efficient_attn.masks.block_mask", ("BlockMask",)),
     "explain": ("efficient_attn.explanation", ("explain", "Explanation")),

@@ -55,6 +55,7 @@ from .patterns import (
     TopPBlocks,
     per_head,
 )
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -100,6 +101,7 @@ __all__ = [
     "TopPBlocks",
     "UnsupportedError",
     "attention",
+    "attention_varlen",
     "attention_weights",
     "branch_share",
     "convert",

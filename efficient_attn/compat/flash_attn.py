@@ -21,8 +21,9 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..functional import attention
 from ..masks import BlockMask
+from ..masks.packed import offset_of, starts_of
+from ..varlen import attention_varlen
 from .kv_cache import append, read_cache, rotate, rows_of
-from .packed import offset_of, packed_mask, starts_of
 from .scores import attend
 
 __all__ = [
@@ -136,17 +137,17 @@ def flash_attn_varlen_func(
     _check_dims(3, k=k, v=v)
     cu_k = starts_of("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     window = _window(window_size, causal)
-    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     if softcap == 0.0 and alibi_slopes is None:
-        mask = packed_mask(cu_q, cu_k, q.shape[0], k.shape[0], window=window, device=q.device)
-        out, lse = attention(
-            query, key, value, mask=mask, scale=softmax_scale, dropout_p=dropout_p, return_lse=True, backend=backend
-        )
-    else:
-        out, lse = _one_by_one(
-            query, key, value, cu_q, cu_k, alibi_slopes, window=window, scale=softmax_scale, softcap=softcap,
-            dropout_p=dropout_p, backend=backend,
+        out, lse = attention_varlen(
+            q, k, v, cu_q, cu_k, window=window, scale=softmax_scale, dropout_p=dropout_p, return_lse=True,
+            backend=backend,
         )  # fmt: skip
+        return (out, lse, None) if return_attn_probs else out
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, lse = _one_by_one(
+        query, key, value, cu_q, cu_k, alibi_slopes, window=window, scale=softmax_scale, softcap=softcap,
+        dropout_p=dropout_p, backend=backend,
+    )  # fmt: skip
     out = out[0].transpose(0, 1).contiguous()
     return (out, lse[0], None) if return_attn_probs else out
 

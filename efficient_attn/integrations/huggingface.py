@@ -26,7 +26,7 @@ from ..methods.continuation import continuation, goes_by_positions
 from ..methods.left_padding import Turned, left_padding, take
 from ..patterns import Pattern
 from ..tracing import is_jit_traced
-from .huggingface_masks import PairMask, pair_mask
+from .huggingface_masks import PairMask, packed_documents, pair_mask
 from .layer_state import layer_state
 from .torch_sdpa import only_hides
 
@@ -61,9 +61,8 @@ HARMLESS = frozenset(
         "max_length_k",
     }
 )
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})  # what DataCollatorWithFlattening says of documents
 ADVICE = {
-    "cu_seq_lens_q": "pack sequences by position_ids that restart at 0 instead",
-    "cu_seq_lens_k": "pack sequences by position_ids that restart at 0 instead",
     "cache": "use generate() with a dynamic or static cache",
 }
 
@@ -175,6 +174,7 @@ def _forward(
             cannot serve. InputError: what does not fit together.
     """
     _check_arguments(kwargs)
+    documents = packed_documents(kwargs, query, key)
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
     Nq, Nk = query.shape[2], key.shape[2]
@@ -191,6 +191,8 @@ def _forward(
             place = (attention_mask.start + attention_mask.offset, attention_mask.offset)
     else:
         call = _from_tensor(attention_mask, method, query, Nk)
+    if documents is not None:
+        call["mask"] = _both(call.get("mask"), documents)
     if place is None and not method.is_dense:
         method = _without_place(method, module, Nq, Nk)
     if call.get("key_mask") is not None:
@@ -249,7 +251,7 @@ def _without_place(method: Method, module: nn.Module, Nq: int, Nk: int) -> Metho
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
-        if value is None or value is False or name in HARMLESS:
+        if value is None or value is False or name in HARMLESS or name in PACKED:
             continue
         advice = ADVICE.get(name, "use attn_implementation='eager' for this model")
         raise UnsupportedError(
@@ -287,6 +289,15 @@ def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, A
     if mask.causal and mask.start in (0, Nk - Nq):
         return call | {"is_causal": True, "causal_alignment": "bottom_right" if mask.start else "top_left"}
     return call if mask.pairs is None else call | {"mask": mask.pairs}
+
+
+def _both(mask: BlockMask | Tensor | None, documents: BlockMask | Tensor) -> BlockMask | Tensor:
+    """The pairs that both allow."""
+    if mask is None:
+        return documents
+    if isinstance(documents, Tensor):  # a graph is recorded
+        return documents & (mask if isinstance(mask, Tensor) else mask.to_dense().to(documents.device))
+    return documents & (BlockMask.from_dense(mask) if isinstance(mask, Tensor) else mask.to(documents.device))
 
 
 def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[str, Any]:

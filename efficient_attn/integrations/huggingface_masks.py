@@ -20,6 +20,7 @@ from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..methods.left_padding import left_padding
 from ..tracing import is_jit_traced, is_recorded
+from ..varlen import varlen_mask
 
 Interval = tuple[int | None, int | None]  # of key - query, both ends included; None: unlimited
 
@@ -167,6 +168,59 @@ def pair_mask(
     return made if left is None else dataclasses.replace(made, left=left.expand(batch_size))
 
 
+def packed_documents(arguments: dict[str, Any], query: Tensor, key: Tensor) -> BlockMask | Tensor | None:
+    """The documents that a layer's keyword arguments name, as DataCollatorWithFlattening passes them: cu_seq_lens_q and
+    cu_seq_lens_k, where packed sequences begin, or seq_idx, the document of each token; None for none.
+
+    Args:
+        query, key: (1, heads, tokens of all documents, D); with seq_idx any batch.
+
+    Returns:
+        What a query may see, as to documents; a bool tensor while a graph is recorded.
+
+    Raises:
+        InputError: places that are not those of this layer's queries and keys.
+    """
+    starts_q, starts_k, ids = (arguments.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    Nq, Nk = query.shape[2], key.shape[2]
+    if starts_q is None and starts_k is None:
+        if ids is None:
+            return None
+        if tuple(ids.shape) not in ((1, Nq), (query.shape[0], Nq)) or Nq != Nk:
+            raise InputError(
+                f"seq_idx {tuple(ids.shape)} must name the document of each of {Nq} tokens; this layer attends from "
+                f"{Nq} to {Nk}"
+            )
+        if is_recorded():
+            return (ids[:, :, None] == ids[:, None])[:, None]
+        return _document_mask(ids)
+    starts_q, starts_k = (a if b is None else b for a, b in ((starts_k, starts_q), (starts_q, starts_k)))
+    if query.shape[0] != 1:
+        raise InputError(f"cu_seq_lens speak of one row of packed tokens; the batch has {query.shape[0]}")
+    if is_recorded():
+        own_q, own_k = (
+            torch.bucketize(torch.arange(length, device=query.device), starts[1:].to(query.device), right=True)
+            for starts, length in ((starts_q, Nq), (starts_k, Nk))
+        )
+        return (own_q[:, None] == own_k)[None, None]
+    ends = int(starts_q[-1]), int(starts_k[-1])
+    if ends != (Nq, Nk):
+        raise InputError(
+            f"cu_seq_lens end at {ends[0]} queries and {ends[1]} keys; this layer attends from {Nq} to {Nk}. Leave "
+            "them out for a model whose layers see other tokens than the packed ones"
+        )
+    return varlen_mask(Nq, Nk, starts_q, starts_k, device=query.device)
+
+
+def _document_mask(ids: Tensor) -> BlockMask:
+    """The mask of documents (1 or B, N): in one row, each in one piece, that of packed sequences, which is kept."""
+    if ids.shape[0] == 1 and ids.shape[1]:
+        changes = (ids[0].diff() != 0).nonzero()[:, 0] + 1
+        if int(ids[0].unique().numel()) > changes.numel():
+            return varlen_mask(ids.shape[1], ids.shape[1], [0, *changes.tolist(), ids.shape[1]], device=ids.device)
+    return BlockMask.from_documents(ids)
+
+
 def _made(
     batch_size: int,
     q_length: int,
@@ -198,12 +252,15 @@ def _made(
         seen = _asked(mask_function, batch_size, 1, kv_length, q_offset, kv_offset, use_vmap, device)[:, 0, 0]
         return PairMask(shape, seen if key_mask is None else seen & key_mask, None, start, kv_offset)
     if interval is not None and start is not None:
-        window = tuple(-1 if end is None else abs(end) for end in interval)
-        pairs = BlockMask(q_length, kv_length, window=(window[0], window[1]), window_offset=start)
+        pairs = _window(interval, q_length, kv_length, start)
         return PairMask(shape, key_mask, pairs, start, kv_offset, causal=interval == (None, 0))
     if tracing:  # how many blocks a mask lists is not known while tracing: one bool a pair
         asked = _asked(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, use_vmap, device)
         return PairMask(shape, key_mask, asked, start, kv_offset)
+    packed = _packed(mask_function)
+    if packed is not None and start == 0 and q_length == kv_length == packed[0].shape[1]:
+        pairs = _document_mask(packed[0].to(device)) & _window(packed[1], q_length, kv_length)
+        return PairMask(shape, key_mask, pairs, start, kv_offset)
     ask = _one_by_one(mask_function) if use_vmap else mask_function
     pairs = BlockMask.from_predicate(
         lambda b, h, i, j: ask(b, h, i + q_offset, j + kv_offset),
@@ -245,20 +302,45 @@ def _interval(mask_function: Callable[..., Any]) -> Interval | None:
     name = getattr(mask_function, "__qualname__", "")
     if torch.compiler.is_compiling() or getattr(mask_function, "__module__", None) != "transformers.masking_utils":
         return None
-    variables = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__ or (), strict=True))
+    variables = _variables(mask_function)
     if name == "sliding_window_overlay.<locals>.inner_mask":
-        return (1 - int(variables["sliding_window"].cell_contents), None)
+        return (1 - int(variables["sliding_window"]), None)
     if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
-        size = int(variables["sliding_window"].cell_contents)
+        size = int(variables["sliding_window"])
         return (-size, size)
     if name != "and_masks.<locals>.and_mask":
         return None
-    parts = [_interval(part) for part in variables["mask_functions"].cell_contents]
+    parts = [_interval(part) for part in variables["mask_functions"]]
     if None in parts:
         return None
     lows = [part[0] for part in parts if part is not None and part[0] is not None]
     highs = [part[1] for part in parts if part is not None and part[1] is not None]
     return (max(lows) if lows else None, min(highs) if highs else None)
+
+
+def _packed(mask_function: Callable[..., Any]) -> tuple[Tensor, Interval] | None:
+    """The documents (B, N) of a mask function for packed sequences, and the interval within each; None for others."""
+    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+        return None
+    parts = {part.__qualname__: part for part in _variables(mask_function)["mask_functions"]}
+    names = ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
+    own, within = (parts.get(f"{name}.<locals>.inner_mask") for name in names)
+    interval = None if within is None else _interval(_variables(within)["mask_function"])
+    if len(parts) != 2 or own is None or interval is None:
+        return None
+    return _variables(own)["packed_sequence_mask"], interval
+
+
+def _variables(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a closure holds."""
+    names: tuple[str, ...] = function.__code__.co_freevars
+    return {name: cell.cell_contents for name, cell in zip(names, function.__closure__ or (), strict=True)}
+
+
+def _window(interval: Interval, q_length: int, kv_length: int, start: int = 0) -> BlockMask:
+    """The pairs with key - query in an interval around 0, for a query 0 that stands at key `start`."""
+    left, right = (-1 if end is None else abs(end) for end in interval)
+    return BlockMask(q_length, kv_length, window=(left, right), window_offset=start)
 
 
 def _reaches_all(interval: Interval, start: int, kv_length: int) -> bool:

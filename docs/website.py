@@ -56,6 +56,7 @@ REFERENCE = {
     "attention": ("efficient_attn.functional", ("attention", "attention_weights", "merge_attention")),
     "packed sequences": ("efficient_attn.varlen", ("attention_varlen",)),
     "the module": ("efficient_attn.multihead", ("MultiheadAttention", "replace_attention")),
+    "caches": ("efficient_attn.cache", ("KVCache", "PagedKVCache", "cached_attention", "paged_attention")),
     "masks": ("efficient_attn.masks.block_mask", ("BlockMask",)),
     "explain": ("efficient_attn.explanation", ("explain", "Explanation")),
     "flash-attn": ("efficient_attn.compat.flash_attn", None),

@@ -1,6 +1,7 @@
 """efficient-attn: exact, block-sparse and low-rank attention with one operator, one mask and one drop-in module."""
 
 from .backends import BACKENDS
+from .cache import KVCache, PagedKVCache, cached_attention, paged_attention
 from .errors import (
     CheckpointError,
     ConversionError,
@@ -81,6 +82,7 @@ __all__ = [
     "Hybrid",
     "InputError",
     "InputTypeError",
+    "KVCache",
     "Linear",
     "Linformer",
     "Longformer",
@@ -90,6 +92,7 @@ __all__ = [
     "Neighborhood",
     "Nystrom",
     "NystromTail",
+    "PagedKVCache",
     "Pattern",
     "Performer",
     "PerformerTail",
@@ -104,12 +107,14 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "branch_share",
+    "cached_attention",
     "convert",
     "explain",
     "linear_attention",
     "linformer_attention",
     "merge_attention",
     "nystrom_attention",
+    "paged_attention",
     "parse",
     "per_head",
     "performer_attention",

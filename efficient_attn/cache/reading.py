@@ -87,7 +87,8 @@ def _of_one_length(
         key, value = key[:, :, first:], value[:, :, first:]
     sees_all = (Nq == 1 and end > 0) or (left < 0 and right < 0)
     mask = None if sees_all else BlockMask(Nq, end, window=(left, right), window_offset=end - Nq)
-    return attention(query, key, value, mask=mask, **options)
+    found: tuple[Tensor, Tensor] = attention(query, key, value, mask=mask, **options)
+    return found
 
 
 def _padded(found: tuple[Tensor, Tensor], Nq: int) -> tuple[Tensor, Tensor]:

@@ -182,8 +182,10 @@ def packed_documents(arguments: dict[str, Any], query: Tensor, key: Tensor) -> B
         InputError: places that are not those of this layer's queries and keys.
     """
     starts_q, starts_k, ids = (arguments.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    starts_q = starts_k if starts_q is None else starts_q
+    starts_k = starts_q if starts_k is None else starts_k
     Nq, Nk = query.shape[2], key.shape[2]
-    if starts_q is None and starts_k is None:
+    if starts_q is None or starts_k is None:
         if ids is None:
             return None
         if tuple(ids.shape) not in ((1, Nq), (query.shape[0], Nq)) or Nq != Nk:
@@ -192,9 +194,9 @@ def packed_documents(arguments: dict[str, Any], query: Tensor, key: Tensor) -> B
                 f"{Nq} to {Nk}"
             )
         if is_recorded():
-            return (ids[:, :, None] == ids[:, None])[:, None]
+            same: Tensor = (ids[:, :, None] == ids[:, None])[:, None]
+            return same
         return _document_mask(ids)
-    starts_q, starts_k = (a if b is None else b for a, b in ((starts_k, starts_q), (starts_q, starts_k)))
     if query.shape[0] != 1:
         raise InputError(f"cu_seq_lens speak of one row of packed tokens; the batch has {query.shape[0]}")
     if is_recorded():

@@ -17,16 +17,20 @@ inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// How many of the tensor's keys are valid.
 inline int64_t key_count(const AttentionParams& p, int64_t b) {
-    return p.mask.kv_lengths ? max_of(0, min_of(p.mask.kv_lengths[b], p.Nk)) : p.Nk;
+    return p.mask.kv_lengths ? max_of(0, min_of(p.mask.kv_lengths[b], p.key_rows)) : p.key_rows;
 }
 
-// Keys that window and length let query i see.
+// Whether lengths hide keys one by one: an order may put the keys beyond a length anywhere.
+inline bool hides_single_keys(const AttentionParams& p) { return p.mask.kv_lengths && p.key.order; }
+
+// Keys that window and length let query i see, or may.
 inline Range visible_keys(const AttentionParams& p, int64_t b, int64_t i) {
     const MaskView& mask = p.mask;
     const int64_t centre = i + mask.window_offset;
     const int64_t begin = mask.window_left < 0 ? 0 : max_of(0, centre - mask.window_left);
-    int64_t end = key_count(p, b);
+    int64_t end = p.key.order ? p.Nk : key_count(p, b);
     if (mask.window_right >= 0) end = min_of(end, centre + mask.window_right + 1);
     return {begin, max_of(begin, end)};
 }
@@ -39,6 +43,7 @@ inline Range any_visible(const AttentionParams& p, int64_t b, int64_t i0, int64_
 
 // Keys that all of the queries [i0, i1) see.
 inline Range all_visible(const AttentionParams& p, int64_t b, int64_t i0, int64_t i1) {
+    if (hides_single_keys(p)) return {0, 0};
     const int64_t begin = visible_keys(p, b, i1 - 1).begin;
     return {begin, max_of(begin, visible_keys(p, b, i0).end)};
 }

@@ -10,10 +10,13 @@ namespace efficient_attn {
 
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// A (B, H, N, D) tensor whose last dimension has stride 1; strides count elements.
+// A (B, H, N, D) tensor whose last dimension has stride 1; strides count elements. With an order, row i of a call is
+// the tensor's row order[b * order_batch_stride + h * order_head_stride + i] (CPU only).
 struct TensorView {
     void* data;
     int64_t batch_stride, head_stride, row_stride;
+    const int32_t* order = nullptr;  // null: row i
+    int64_t order_batch_stride = 0, order_head_stride = 0;
 };
 
 // Additive bias, each dimension 1 or full of (B, Hq, Nq, Nk); a broadcast dimension has stride 0.
@@ -53,11 +56,15 @@ struct MaskView {
     int64_t window_left, window_right, window_offset;  // -1: unlimited
 };
 
+// Where the tensors have an order, Nq and Nk count the rows that it names: tiles, lists and windows are in its
+// coordinates, while lse, bias, dropout and lengths go by the tensors' own rows. Of results that name fewer rows than
+// there are, the others are left as they are.
 struct AttentionParams {
     int dtype;
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
+    int64_t query_rows, key_rows;  // of the tensors: Nq and Nk where there is no order
     TensorView query, key, value, out;
-    void* lse;  // (B, Hq, Nq) contiguous, float32 or float64; in a CPU forward null: not wanted
+    void* lse;  // (B, Hq, query_rows) contiguous, float32 or float64; in a CPU forward null: not wanted
     BiasView bias;
     MaskView mask;
     double scale, dropout_p;

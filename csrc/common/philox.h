@@ -16,12 +16,12 @@ struct PhiloxWords {
     uint32_t word[4][kPhiloxLanes];
 };
 
-// The words for the counters (c0, c1 + lane, c2, c3).
-inline PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+// The words for the counters (c0, c1[lane], c2, c3).
+inline PhiloxWords philox(uint64_t seed, uint32_t c0, const uint32_t (&c1)[kPhiloxLanes], uint32_t c2, uint32_t c3) {
     PhiloxWords x;
     for (int lane = 0; lane < kPhiloxLanes; ++lane) {
         x.word[0][lane] = c0;
-        x.word[1][lane] = c1 + static_cast<uint32_t>(lane);
+        x.word[1][lane] = c1[lane];
         x.word[2][lane] = c2;
         x.word[3][lane] = c3;
     }
@@ -49,8 +49,11 @@ inline void dropout_bits(uint64_t seed, double dropout_p, int64_t b, int64_t h, 
     for (int64_t j = k0; j < k1; ++j) keep[j - k0] = 0;
     for (int64_t pair = k0 >> 1; pair <= (k1 - 1) >> 1; ++pair) {
         for (int64_t group = i0 >> 4; group <= (i0 + rows - 1) >> 4; ++group) {
-            const PhiloxWords x = philox(seed, static_cast<uint32_t>(pair), static_cast<uint32_t>(group * 8),
-                                         static_cast<uint32_t>(h), static_cast<uint32_t>(b));
+            uint32_t rows_of_group[kPhiloxLanes];
+            for (int lane = 0; lane < kPhiloxLanes; ++lane)
+                rows_of_group[lane] = static_cast<uint32_t>(group * 8 + lane);
+            const PhiloxWords x = philox(seed, static_cast<uint32_t>(pair), rows_of_group, static_cast<uint32_t>(h),
+                                         static_cast<uint32_t>(b));
             uint64_t bits[2] = {0, 0};  // even and odd key, 16 queries
             for (int lane = 0; lane < kPhiloxLanes; ++lane) {
                 for (int odd = 0; odd < 2; ++odd) {
@@ -65,6 +68,28 @@ inline void dropout_bits(uint64_t seed, double dropout_p, int64_t b, int64_t h, 
             }
         }
     }
+}
+
+// Bit r says whether the pair (rows[r], j) is kept, r < count <= 64, wherever these rows lie.
+inline uint64_t dropout_bits_of_rows(uint64_t seed, double dropout_p, int64_t b, int64_t h, const int64_t* rows,
+                                     int64_t count, int64_t j) {
+    const uint64_t threshold = static_cast<uint64_t>(dropout_p * 4294967296.0);
+    uint64_t keep = 0;
+    for (int64_t first = 0; first < count; first += kPhiloxLanes) {
+        uint32_t counters[kPhiloxLanes] = {};
+        const int64_t lanes = count - first < kPhiloxLanes ? count - first : kPhiloxLanes;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            const int64_t i = rows[first + lane];
+            counters[lane] = static_cast<uint32_t>((i >> 4) * 8 + (i & 7));
+        }
+        const PhiloxWords x =
+            philox(seed, static_cast<uint32_t>(j >> 1), counters, static_cast<uint32_t>(h), static_cast<uint32_t>(b));
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            const int64_t word = (rows[first + lane] >> 3 & 1) * 2 + (j & 1);
+            keep |= static_cast<uint64_t>(x.word[word][lane] >= threshold) << (first + lane);
+        }
+    }
+    return keep;
 }
 
 }  // namespace

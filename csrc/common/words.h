@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -46,6 +47,25 @@ class Reader {
     const char* end_;
 };
 
+// How many rows the tensors have, and their order.
+inline void read_order(Reader& in, std::initializer_list<TensorView*> tensors, int64_t* rows) {
+    *rows = in.integer();
+    const int32_t* order = in.pointer<const int32_t>();
+    const int64_t batch_stride = in.integer(), head_stride = in.integer();
+    for (TensorView* t : tensors) {
+        t->order = order;
+        t->order_batch_stride = batch_stride;
+        t->order_head_stride = head_stride;
+    }
+}
+
+inline TensorView in_order_of(TensorView t, const TensorView& other) {
+    t.order = other.order;
+    t.order_batch_stride = other.order_batch_stride;
+    t.order_head_stride = other.order_head_stride;
+    return t;
+}
+
 inline AttentionParams read_call(Reader& in) {
     AttentionParams p{};
     p.dtype = static_cast<int>(in.integer());
@@ -77,6 +97,8 @@ inline AttentionParams read_call(Reader& in) {
     mask.t_indices = in.pointer<const int32_t>();
     mask.t_tile_ids = in.pointer<const int32_t>();
     mask.kv_lengths = in.pointer<const int32_t>();
+    read_order(in, {&p.query, &p.out}, &p.query_rows);
+    read_order(in, {&p.key, &p.value}, &p.key_rows);
     return p;
 }
 
@@ -84,10 +106,10 @@ inline AttentionParams read_params(const std::string& words, bool backward) {
     Reader in(words);
     AttentionParams p = read_call(in);
     if (backward) {
-        p.grad_out = in.view();
-        p.dq = in.view();
-        p.dk = in.view();
-        p.dv = in.view();
+        p.grad_out = in_order_of(in.view(), p.query);
+        p.dq = in_order_of(in.view(), p.query);
+        p.dk = in_order_of(in.view(), p.key);
+        p.dv = in_order_of(in.view(), p.key);
         p.grad_lse = in.pointer();
         p.dbias.data = in.pointer();
         p.dbias.dtype = p.bias.dtype;

@@ -161,7 +161,7 @@ inline bool score_pairs(const AttentionParams& p, const QueryTile& q, Range keys
     } else {
         score_tile(K, n, p.D, t.Qt, w, t.S);
     }
-    bool masked = visible_bits(p, q.b, q.rows, q.block_row, keys, tile, tile_key, t.bits);
+    bool masked = visible_bits(p, q.b, q.h, q.rows, q.block_row, keys, tile, tile_key, t.bits);
     if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
     if (p.dropout_p > 0) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
     return masked;
@@ -260,9 +260,12 @@ inline QueryRows<T, A> load_query_rows(const AttentionParams& p, const QueryTile
     const int64_t first = q.rows.begin;
     if constexpr (kPairProducts<T>) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
-        const Rows<T> Q{row_pointer<T>(p.query, q.b, q.h, first), p.query.row_stride},
-            dO{row_pointer<T>(p.grad_out, q.b, q.h, first), p.grad_out.row_stride};
         const bool may_hide = may_hide_pairs(p) || has_bias(p);
+        Rows<T> Q{}, dO{};
+        if (may_hide) {
+            Q = gathered_rows<T>(p.query, q.b, q.h, first, q.count, p.D, t.Q);
+            dO = gathered_rows<T>(p.grad_out, q.b, q.h, first, q.count, p.Dv, t.dO);
+        }
         const Poison Q_poison = may_hide ? find_poison(Q, q.count, p.D) : Poison{},
                      dO_poison = may_hide ? find_poison(dO, q.count, p.Dv) : Poison{};
         pack_paired_rows<T>(p.query, q.b, q.h, first, q.count, p.D, D, t.Q_pairs);
@@ -312,9 +315,29 @@ inline void store_key_gradients(const AttentionParams& p, int64_t b, int64_t kv,
     }
 }
 
+inline void store_bias(const AttentionParams& p, int64_t at, double value) {
+    if (p.dbias.dtype == kFloat64) {
+        static_cast<double*>(p.dbias.data)[at] = value;
+    } else if (p.dbias.dtype == kFloat32) {
+        static_cast<float*>(p.dbias.data)[at] = static_cast<float>(value);
+    } else if (p.dbias.dtype == kBFloat16) {
+        static_cast<BFloat16*>(p.dbias.data)[at] = narrow<BFloat16>(static_cast<float>(value));
+    } else {
+        static_cast<Float16*>(p.dbias.data)[at] = narrow<Float16>(static_cast<float>(value));
+    }
+}
+
 // dbias[i][j] = dS[j][i] for a bias that has every pair.
 template <class T, class A>
 inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range keys, int64_t w, BackwardTile<A>& t) {
+    if (has_order(p)) {
+        for (int64_t r = 0; r < q.count; ++r) {
+            const int64_t row = lse_row(p, q.b, q.h, q.rows.begin + r) * p.key_rows;
+            for (int64_t j = keys.begin; j < keys.end; ++j)
+                store_bias(p, row + key_of(p, q.b, q.h, j), static_cast<double>(t.dP[(j - keys.begin) * w + r]));
+        }
+        return;
+    }
     with_bias_type<T>(p, [&](auto element) {
         using E = decltype(element);
         E* data = static_cast<E*>(p.dbias.data) + keys.begin;
@@ -433,19 +456,6 @@ inline void fold_tile(const A* dS, Range keys, int64_t first_key, int64_t w, int
     }
 }
 
-template <class T>
-inline void store_bias(const AttentionParams& p, int64_t at, double value) {
-    if (p.dbias.dtype == kFloat64) {
-        static_cast<double*>(p.dbias.data)[at] = value;
-    } else if (p.dbias.dtype == kFloat32) {
-        static_cast<float*>(p.dbias.data)[at] = static_cast<float>(value);
-    } else if (p.dbias.dtype == kBFloat16) {
-        static_cast<BFloat16*>(p.dbias.data)[at] = narrow<BFloat16>(static_cast<float>(value));
-    } else {
-        static_cast<Float16*>(p.dbias.data)[at] = narrow<Float16>(static_cast<float>(value));
-    }
-}
-
 // Phase 2.
 template <class T, class A>
 inline void bias_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
@@ -477,10 +487,13 @@ inline void bias_task(const AttentionParams& p, int64_t task, char* memory, cons
     }
     const Range rows = by_query ? tile_rows(p, tiling, it) : Range{0, 1};
     const Range columns = by_key ? keys : Range{0, 1};
-    for (int64_t i = rows.begin; i < rows.end; ++i)
+    const int64_t first = (bias_b * size[1] + bias_h) * size[2];  // an order is one for all (b, h) that were folded
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t row = first + (by_query ? query_of(p, bias_b, bias_h, i) : 0);
         for (int64_t j = columns.begin; j < columns.end; ++j)
-            store_bias<T>(p, ((bias_b * size[1] + bias_h) * size[2] + i) * size[3] + j,
-                          t.sum[(j - columns.begin) * kQueries + i - rows.begin]);
+            store_bias(p, row * size[3] + (by_key ? key_of(p, bias_b, bias_h, j) : 0),
+                       t.sum[(j - columns.begin) * kQueries + i - rows.begin]);
+    }
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 // The bias has an element for every pair: its gradient is dS itself, stored on the way.
 inline bool bias_is_full(const AttentionParams& p) {
     const int64_t* size = p.dbias.size;
-    return p.dbias.data && size[0] == p.B && size[1] == p.Hq && size[2] == p.Nq && size[3] == p.Nk;
+    return p.dbias.data && size[0] == p.B && size[1] == p.Hq && size[2] == p.query_rows && size[3] == p.key_rows;
 }
 
 // Keys of one task: few enough that their K, V, dK and dV stay in the second cache level while every query comes by,
@@ -58,7 +58,7 @@ struct BackwardShared {
     char* end;
 };
 
-// The gradient of the bias is 0 for pairs that no pass comes to.
+// The gradient of the bias is 0 for pairs that no pass comes to; with an order it is 0 already.
 template <class T>
 inline void clear_bias_rows(const AttentionParams& p, int64_t row, int64_t rows) {
     with_bias_type<T>(p, [&](auto element) {
@@ -74,9 +74,21 @@ inline void clear_bias_rows(const AttentionParams& p, int64_t row, int64_t rows)
 constexpr double kCoarseLse = 1024;
 
 template <class A>
+constexpr double kLastPlace = sizeof(A) == sizeof(double) ? 0x1p-52 : 0x1p-23;
+
+template <class A>
 inline bool is_coarse(A lse) {
     const A size = lse < 0 ? -lse : lse;
     return size > static_cast<A>(kCoarseLse) && size < kInfinity<A>;
+}
+
+// Whether lse is that of these scores alone, but for its last places: what a call may see is sometimes one part of what
+// its rows see, and then lse is all that is known of the other ones.
+template <class A>
+inline bool is_log_sum(A lse, A top, A total, double unit) {
+    const double own = static_cast<double>(top) * unit + __builtin_log(static_cast<double>(total));
+    const double difference = own - static_cast<double>(lse), last = static_cast<double>(lse) * kLastPlace<A>;
+    return difference * difference <= 16 * last * last;
 }
 
 // top and rest of the rows of a tile: from lse where that is exact enough, else from the scores once more, maximum and
@@ -87,9 +99,10 @@ inline void measure_rows(const AttentionParams& p, int64_t b, int64_t h, Range r
     const int64_t first = (b * p.Hq + h) * p.Nq, count = rows.end - rows.begin;
     const double unit = score_unit(p);
     bool coarse = false;
-    for (int64_t row = first + rows.begin; row < first + rows.end; ++row) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
         // Rows without a visible key get weight 0 through an infinite top.
-        const A lse = static_cast<const A*>(p.lse)[row];
+        const A lse = static_cast<const A*>(p.lse)[lse_row(p, b, h, i)];
+        const int64_t row = first + i;
         const bool empty = lse == -kInfinity<A> || lse == kInfinity<A>;
         const double exponent = static_cast<double>(lse) / unit;
         shared.top[row] = empty ? kInfinity<A> : static_cast<A>(exponent);
@@ -101,8 +114,9 @@ inline void measure_rows(const AttentionParams& p, int64_t b, int64_t h, Range r
     ForwardTile<A> t(p, memory);
     softmax_pass<T>(p, b, h, rows, whole_lanes<T, A>(count), t, [](Range, bool) {});
     for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = first + rows.begin + r;
-        if (!is_coarse(static_cast<const A*>(p.lse)[row]) || !(t.total[r] > 0)) continue;
+        const int64_t i = rows.begin + r, row = first + i;
+        const A lse = static_cast<const A*>(p.lse)[lse_row(p, b, h, i)];
+        if (!is_coarse(lse) || !(t.total[r] > 0) || !is_log_sum(lse, t.top[r], t.total[r], unit)) continue;
         shared.top[row] = t.top[r];
         shared.rest[row] = static_cast<A>(__builtin_log(static_cast<double>(t.total[r])) / unit);
     }
@@ -122,11 +136,11 @@ inline void rows_task(const AttentionParams& p, int64_t task, char* memory, cons
     const int64_t h = head % p.Hq, b = head / p.Hq;
     const Range rows = tile_rows(p, query_tiling(p, kQueries), tile);
     if (rows.begin >= rows.end) return;
-    if (bias_is_full(p) && may_hide_pairs(p)) clear_bias_rows<T>(p, head * p.Nq + rows.begin, rows.end - rows.begin);
+    if (bias_is_full(p) && may_hide_pairs(p) && !has_order(p))
+        clear_bias_rows<T>(p, head * p.Nq + rows.begin, rows.end - rows.begin);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
         const A sum = row_product<A>(row_pointer<T>(p.out, b, h, i), row_pointer<T>(p.grad_out, b, h, i), p.Dv);
-        const int64_t row = head * p.Nq + i;
-        shared.delta[row] = p.grad_lse ? sum - static_cast<const A*>(p.grad_lse)[row] : sum;
+        shared.delta[head * p.Nq + i] = p.grad_lse ? sum - static_cast<const A*>(p.grad_lse)[lse_row(p, b, h, i)] : sum;
     }
     measure_rows<T>(p, b, h, rows, memory, shared);
 }

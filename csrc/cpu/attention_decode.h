@@ -19,9 +19,9 @@ namespace {
 constexpr int64_t kDecodeQueries = 16;
 constexpr int64_t kDecodeSpan = 1024;  // keys of one task
 
-// Without a query, a key or a head there is nothing to cut.
+// Without a query, a key or a head there is nothing to cut. Keys are read where they lie, one behind another.
 inline bool is_decode(const AttentionParams& p) {
-    return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0 && !p.weights.data;
+    return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0 && !p.weights.data && !p.key.order;
 }
 
 // How the work is cut: whole spans, from the first that the window lets any query see to the last. Heads with lists of
@@ -320,8 +320,8 @@ inline bool add_decode_bias(const AttentionParams& p, const DecodeTask& task, in
         using E = decltype(element);
         const int64_t* stride = p.bias.stride;
         for (int64_t i = 0; i < p.Nq; ++i) {
-            const E* row =
-                static_cast<const E*>(p.bias.data) + task.b * stride[0] + (task.h + g) * stride[1] + i * stride[2];
+            const E* row = static_cast<const E*>(p.bias.data) + task.b * stride[0] + (task.h + g) * stride[1] +
+                           query_of(p, task.b, task.h + g, i) * stride[2];
             for (int64_t j = keys.begin; j < keys.end; ++j) {
                 const A value = widen<A>(row[j * stride[3]]);
                 scores.at(j - keys.begin, g * p.Nq + i) += value;
@@ -341,12 +341,12 @@ inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, 
                               const DecodeScores<A>& scores, DecodeTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     const Range queries{0, p.Nq};
-    if (!has_bias(p) && !visible_bits(p, task.b, queries, 0, keys, segment.tile, segment.tile_key, t.part))
+    if (!has_bias(p) && !visible_bits(p, task.b, task.h, queries, 0, keys, segment.tile, segment.tile_key, t.part))
         return false;
     bool masked = false;
     for (int64_t k = 0; k < n; ++k) t.bits[k] = 0;
     for (int64_t g = 0; g < task.heads; ++g) {
-        const bool some = visible_bits(p, task.b, queries, 0, keys, segment.tile, segment.tile_key, t.part);
+        const bool some = visible_bits(p, task.b, task.h, queries, 0, keys, segment.tile, segment.tile_key, t.part);
         for (int64_t k = 0; k < n && !some; ++k) t.part[k] = low_bits(p.Nq);
         const bool hidden = has_bias(p) && add_decode_bias<T>(p, task, g, keys, scores, t.part);
         masked |= some || hidden;

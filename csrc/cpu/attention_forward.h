@@ -171,7 +171,7 @@ inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range ke
                        char* shared, ForwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
-        const Rows<T> values{row_pointer<T>(p.value, b, kv, keys.begin), p.value.row_stride};
+        const Rows<T> values = masked ? gathered_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer) : Rows<T>{};
         const Poison poison = masked ? find_poison(values, n, p.Dv) : Poison{};
         round_to_pairs(t.S, n, w, t.P_pairs);
         accumulate_columns(load_values<T>(p, b, kv, keys, poison, shared, t), n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
@@ -200,7 +200,7 @@ inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range r
         const int64_t n = keys.end - keys.begin;
         if (t.strip) t.S = t.strip + keys.begin * w;
         score<T>(p, b, kv, keys, w, t);
-        bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
+        bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
         if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
         online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);

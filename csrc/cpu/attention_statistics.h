@@ -185,7 +185,7 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
     for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
         const int64_t n = keys.end - keys.begin;
         score<T>(p, b, kv, keys, w, f);
-        bool masked = visible_bits(p, b, rows, block_row, keys, segment.tile, segment.tile_key, f.bits);
+        bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, f.bits);
         if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, f.S, masked, f.bits, f.scratch, f.bias);
         if (masked) fill_masked(f.bits, n, w, -kInfinity<A>, f.S);
         if (s.top) keep_largest(f.S, keys, w, count, s.top, t.largest, t.largest_key);

@@ -70,8 +70,26 @@ void call(const Operator<AttentionParams>& op, const AttentionParams& p, int thr
     py::gil_scoped_release release;
     if (!run(op, p, worth_threads(threads, p, backward))) throw std::bad_alloc();
 }
+// An order may name rows of its tensor only, whatever it holds.
+void check_order(const TensorView& t, int64_t B, int64_t H, int64_t count, int64_t rows) {
+    for (int64_t b = 0; t.order && b < (t.order_batch_stride ? B : 1); ++b) {
+        for (int64_t h = 0; h < (t.order_head_stride ? H : 1); ++h) {
+            const int32_t* order = t.order + b * t.order_batch_stride + h * t.order_head_stride;
+            int32_t least = 0, most = 0;
+            for (int64_t i = 0; i < count; ++i) least = std::min(least, order[i]), most = std::max(most, order[i]);
+            if (least < 0 || most >= rows)
+                throw std::invalid_argument("efficient_attn: an order names row " +
+                                            std::to_string(least < 0 ? least : most) + " of a tensor that has " +
+                                            std::to_string(rows) + " rows");
+        }
+    }
+}
+
 void call(const Operator<AttentionParams>& op, const std::string& words, int threads, bool backward) {
-    call(op, read_params(words, backward), threads, backward);
+    const AttentionParams p = read_params(words, backward);
+    check_order(p.query, p.B, p.Hq, p.Nq, p.query_rows);
+    check_order(p.key, p.B, p.Hkv, p.Nk, p.key_rows);
+    call(op, p, threads, backward);
 }
 
 // A forward that is called again and again: all of its arguments but where the tensors lie.

@@ -40,36 +40,40 @@ inline int64_t whole_vectors(int64_t width) {
     return round_up(width, kLanes<A>);
 }
 
-inline int64_t row_offset(const TensorView& t, int64_t b, int64_t h, int64_t row) {
-    return b * t.batch_stride + h * t.head_stride + row * t.row_stride;
+// The tensor's own row that `row` of a call is.
+inline int64_t ordered_row(const TensorView& t, int64_t b, int64_t h, int64_t row) {
+    return t.order ? t.order[b * t.order_batch_stride + h * t.order_head_stride + row] : row;
 }
 
-// A tensor's rows from (b, h, row) on.
+inline int64_t row_offset(const TensorView& t, int64_t b, int64_t h, int64_t row) {
+    return b * t.batch_stride + h * t.head_stride + ordered_row(t, b, h, row) * t.row_stride;
+}
+
+// A row of a tensor. Without an order the next ones lie behind it, row_stride apart.
 template <class T>
 inline T* row_pointer(const TensorView& t, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(t.data) + row_offset(t, b, h, row);
 }
 
-// Rows [first, first + count) of (b, h), in place or widened into `buffer`.
+// Rows [first, first + count) of (b, h), in place, or gathered or widened into `buffer`.
 template <class T, class A>
 inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                          A* buffer) {
-    const T* source = row_pointer<T>(t, b, h, first);
-    if constexpr (sizeof(T) == sizeof(A)) return {source, t.row_stride};
-    for (int64_t r = 0; r < count; ++r) widen_row(source + r * t.row_stride, width, buffer + r * width);
+    if constexpr (sizeof(T) == sizeof(A))
+        if (!t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
+    for (int64_t r = 0; r < count; ++r) widen_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * width);
     return {buffer, width};
 }
 
-// The same for use by whole vectors: in place only if `width` is one, else padded with zeros.
+// The same for use by whole vectors: in place only if `width` is some, else padded with zeros.
 template <class T, class A>
 inline Rows<A> load_padded_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                                 A* buffer) {
-    const T* source = row_pointer<T>(t, b, h, first);
     const int64_t padded = whole_vectors<A>(width);
     if constexpr (sizeof(T) == sizeof(A))
-        if (padded == width) return {source, t.row_stride};
+        if (padded == width && !t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
     for (int64_t r = 0; r < count; ++r) {
-        widen_row(source + r * t.row_stride, width, buffer + r * padded);
+        widen_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * padded);
         for (int64_t d = width; d < padded; ++d) buffer[r * padded + d] = 0;
     }
     return {buffer, padded};

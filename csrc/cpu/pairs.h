@@ -22,19 +22,30 @@ inline int64_t whole_lanes(int64_t count) {
     return kPairProducts<T> ? round_up(count, max_of(kLanes<A>, 2 * kTilePairs)) : whole_vectors<A>(count);
 }
 
-// Rows [first, first + count) of (b, h), whole pairs wide: in place, or with zeros at their ends in `buffer`.
+// Rows [first, first + count) of (b, h), whole pairs wide: in place, or gathered, with zeros at their ends, in
+// `buffer`.
 template <class T>
 inline Rows<T> load_paired_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                                 T* buffer) {
-    const T* source = row_pointer<T>(t, b, h, first);
     const int64_t padded = 2 * pair_depth(width);
-    if (padded == width) return {source, t.row_stride};
+    if (padded == width && !t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
     for (int64_t r = 0; r < count; ++r) {
         T* row = buffer + r * padded;
-        __builtin_memcpy(row, source + r * t.row_stride, static_cast<size_t>(width) * sizeof(T));
+        __builtin_memcpy(row, row_pointer<T>(t, b, h, first + r), static_cast<size_t>(width) * sizeof(T));
         for (int64_t d = width; d < padded; ++d) row[d] = T{};
     }
     return {buffer, padded};
+}
+
+// Rows in place, or gathered into `buffer`.
+template <class T, class A>
+inline Rows<T> gathered_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                             A* buffer) {
+    if (!t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
+    T* rows = reinterpret_cast<T*>(buffer);
+    for (int64_t r = 0; r < count; ++r)
+        __builtin_memcpy(rows + r * width, row_pointer<T>(t, b, h, first + r), static_cast<size_t>(width) * sizeof(T));
+    return {rows, width};
 }
 
 // out[d / 2][r] = elements d and d + 1 of row r, for r < w; lanes from `count` on are 0.
@@ -62,8 +73,8 @@ template <class T>
 inline void pack_paired_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                              int64_t padded, Pair* out) {
     for (int64_t r = 0; r < count; r += 2) {
-        const T *row = row_pointer<T>(t, b, h, first + r), *next = row + t.row_stride;
         const bool alone = r + 1 == count;
+        const T *row = row_pointer<T>(t, b, h, first + r), *next = alone ? row : row_pointer<T>(t, b, h, first + r + 1);
         Pair* place = out + r / 2 * padded;
         int64_t d = 0;
         for (; !alone && d + kLanes<float> <= width; d += kLanes<float>) store(place + d, join(row + d, next + d));
@@ -100,8 +111,8 @@ EA_NOINLINE LeftFactor pack_left_factor(const TensorView& t, int64_t b, int64_t 
 #pragma GCC unroll 16
             for (int64_t i = 0; i < L; ++i) {
                 const int64_t r = 2 * (k + i);
-                const T *row = row_pointer<T>(t, b, h, first + r) + d, *next = row + t.row_stride;
-                square[i] = (Vec<float>)(r + 1 < count    ? join(row, next, columns)
+                const T* row = r < count ? row_pointer<T>(t, b, h, first + r) + d : nullptr;
+                square[i] = (Vec<float>)(r + 1 < count ? join(row, row_pointer<T>(t, b, h, first + r + 1) + d, columns)
                                          : r + 1 == count ? join(row, row, columns) & 0xFFFFu
                                                           : PairVector{});
             }

@@ -27,8 +27,33 @@ constexpr int64_t kTerms = 64;
 constexpr int64_t kTerms = 8;
 #endif
 
+inline bool has_order(const AttentionParams& p) { return p.query.order || p.key.order; }
+
+// The tensors' own query and key that row i and key j of a call are.
+inline int64_t query_of(const AttentionParams& p, int64_t b, int64_t h, int64_t i) {
+    return ordered_row(p.query, b, h, i);
+}
+inline int64_t key_of(const AttentionParams& p, int64_t b, int64_t h, int64_t j) {
+    return p.key.order ? ordered_row(p.key, b, h / (p.Hq / p.Hkv), j) : j;
+}
+
+// Where lse and its gradient have row i.
+inline int64_t lse_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i) {
+    return (b * p.Hq + h) * p.query_rows + query_of(p, b, h, i);
+}
+
 // keep[j - keys.begin] bit (i - queries.begin): whether dropout keeps the pair (i, j); at most 64 queries.
 inline void kept_bits(const AttentionParams& p, int64_t b, int64_t h, Range queries, Range keys, uint64_t* keep) {
+    if (has_order(p)) {
+        int64_t rows[kQueries];
+        for (int64_t i = queries.begin; i < queries.end; ++i)
+            rows[i - queries.begin] = p.dropout_query + query_of(p, b, h, i);
+        for (int64_t j = keys.begin; j < keys.end; ++j)
+            keep[j - keys.begin] =
+                dropout_bits_of_rows(p.dropout_seed, p.dropout_p, b, p.dropout_head + h, rows,
+                                     queries.end - queries.begin, p.dropout_key + key_of(p, b, h, j));
+        return;
+    }
     dropout_bits(p.dropout_seed, p.dropout_p, b, p.dropout_head + h, p.dropout_query + queries.begin,
                  queries.end - queries.begin, p.dropout_key + keys.begin, p.dropout_key + keys.end, keep);
 }
@@ -133,7 +158,7 @@ EA_INLINE V exponential(V difference) {
 template <class A>
 inline void store_lse(const AttentionParams& p, int64_t b, int64_t h, int64_t i, A top, double total) {
     if (!p.lse) return;
-    static_cast<A*>(p.lse)[(b * p.Hq + h) * p.Nq + i] =
+    static_cast<A*>(p.lse)[lse_row(p, b, h, i)] =
         total == 0 ? -kInfinity<A> : static_cast<A>(static_cast<double>(top) * score_unit(p) + __builtin_log(total));
 }
 
@@ -145,7 +170,7 @@ inline bool may_hide_pairs(const AttentionParams& p) {
 }
 
 // Which queries of the tile see each key, a word a key. Returns false, and writes nothing, when every pair is visible.
-inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_t block_row, Range keys,
+inline bool visible_bits(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t block_row, Range keys,
                          const uint8_t* tile, int64_t tile_key, uint64_t* bits) {
     const Range all = all_visible(p, b, rows.begin, rows.end);
     if (!tile && keys.begin >= all.begin && keys.end <= all.end) return false;
@@ -158,8 +183,9 @@ inline bool visible_bits(const AttentionParams& p, int64_t b, Range rows, int64_
     }
     const MaskView& mask = p.mask;
     const int64_t length = key_count(p, b), centre = mask.window_offset + rows.begin;
+    const bool alone = hides_single_keys(p);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
-        uint64_t see = j < length ? full : 0;
+        uint64_t see = (alone ? key_of(p, b, h, j) : j) < length ? full : 0;
         const int64_t first = mask.window_right < 0 ? 0 : max_of(0, min_of(count, j - centre - mask.window_right));
         const int64_t last = mask.window_left < 0 ? count : max_of(0, min_of(count, j - centre + mask.window_left + 1));
         see &= low_bits(last) & ~low_bits(first);
@@ -190,12 +216,30 @@ inline void load_pairs(const void* array, const int64_t* stride, int64_t b, int6
         for (int64_t lane = 0; lane < w; ++lane) out[k * w + lane] = out[lane];
 }
 
+// The same of the bias where queries or keys have an order.
+template <class E, class A>
+inline void gather_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* out) {
+    const int64_t* stride = p.bias.stride;
+    const E* data = static_cast<const E*>(p.bias.data) + b * stride[0] + h * stride[1];
+    fill_zero(out, (keys.end - keys.begin) * w);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const E* row = data + query_of(p, b, h, i) * stride[2];
+        for (int64_t j = keys.begin; j < keys.end; ++j)
+            out[(j - keys.begin) * w + i - rows.begin] = widen<A>(row[key_of(p, b, h, j) * stride[3]]);
+    }
+}
+
 // Adds the bias to S; a bias of -inf clears the pair's bit. Returns whether any pair of the tile is masked.
 template <class T, class A>
 inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* S,
                      bool masked, uint64_t* bits, A* scratch, A* bias) {
     with_bias_type<T>(p, [&](auto element) {
-        load_pairs<decltype(element)>(p.bias.data, p.bias.stride, b, h, rows, keys, w, scratch, bias);
+        using E = decltype(element);
+        if (has_order(p)) {
+            gather_bias<E>(p, b, h, rows, keys, w, bias);
+        } else {
+            load_pairs<E>(p.bias.data, p.bias.stride, b, h, rows, keys, w, scratch, bias);
+        }
     });
     const int64_t n = keys.end - keys.begin;
     for (int64_t k = 0; k < n; ++k) {

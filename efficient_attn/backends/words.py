@@ -11,6 +11,7 @@ import struct
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..masks import MaskArrays
 from .call import dropout_origin, readable
 from .features import RELU_FLOOR, RISE
@@ -18,7 +19,7 @@ from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "exp": 3, "performer_softmax": 3}  # params.h
-_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6q17q"), struct.Struct("16q6q")
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6q17q8q"), struct.Struct("16q6q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 _NO_LISTS: tuple[int, ...] = (0,) * 9
@@ -60,8 +61,10 @@ def pack_attention(
         if weights.stride(3) not in (0, 1):
             weights = weights.contiguous()
         weight_words = (weights.data_ptr(), *weights.stride(), weights.shape[1])
-    B, Hq, Nq, D = query.shape
-    _, Hkv, Nk, Dv = value.shape
+    B, Hq, _, D = query.shape
+    Hkv, Dv = value.shape[1], value.shape[3]
+    Nq, query_order = _order_words(mask.query_order, "query_order", query)
+    Nk, key_order = _order_words(mask.key_order, "key_order", key)
     words = _ATTENTION.pack(
         DTYPES[query.dtype],
         B,
@@ -85,8 +88,28 @@ def pack_attention(
         *mask[11:14],
         *list_words,
         pointer(lengths),
+        *query_order,
+        *key_order,
     )
-    return (query, key, value, out, lse, bias, weights, *lists, lengths), words
+    kept = (query, key, value, out, lse, bias, weights, *lists, lengths, mask.query_order, mask.key_order)
+    return kept, words
+
+
+def _order_words(order: Tensor | None, name: str, tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """How many rows of a (B, H, N, D) tensor a call has, and the words of `read_order`."""
+    B, H, N, _ = tensor.shape
+    if order is None:
+        return N, (N, 0, 0, 0)
+    if order.dim() != 2 or order.shape[0] not in (1, H, B * H):
+        raise InputError(
+            f"{name} is {tuple(order.shape)}; it is (1, rows), (heads, rows) or (batch * heads, rows) of a tensor with "
+            f"batch {B} and {H} heads: give an order per key/value head, not per query head, or repeat the key's heads"
+        )
+    if order.dtype != torch.int32 or not order.is_contiguous() or order.device != tensor.device:
+        raise InputError(f"{name} is {order.dtype} on {order.device}; it is contiguous int32 on {tensor.device}")
+    of_head = 0 if order.shape[0] == 1 else order.shape[1]
+    of_batch = of_head * H if order.shape[0] == B * H else 0
+    return order.shape[1], (N, order.data_ptr(), of_batch, of_head)
 
 
 def pack_attention_gradients(

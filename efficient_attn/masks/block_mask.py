@@ -66,6 +66,9 @@ class MaskArrays(NamedTuple):
     window_right: int = -1
     window_offset: int = 0
     kv_lengths: Tensor | None = None  # int32 [B]
+    # Row i of the lists and the window is token order[..., i]; lengths are of the tokens. None: row i is token i.
+    query_order: Tensor | None = None  # int32 [1 or Hq or B * Hq, rows], distinct
+    key_order: Tensor | None = None  # int32 [1 or Hkv or B * Hkv, rows], distinct
 
 
 def trainable(arrays: MaskArrays) -> MaskArrays:

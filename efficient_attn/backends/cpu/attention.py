@@ -10,6 +10,7 @@ from typing import Any
 import torch  # before _cpu: the process then has one OpenMP runtime, PyTorch's
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...masks import MaskArrays
 from ..call import Call, accumulation_dtype, readable, zeroed
 from ..words import pack_attention, pack_attention_gradients
@@ -56,9 +57,9 @@ def attention_forward(
     dtype = query.dtype
     out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
     lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
-    if key.shape[2] == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    if out.numel() > 0:
+    if key.shape[2] == 0 or _leaves_rows(mask.query_order, query):
+        out.zero_(), lse.fill_(-torch.inf)
+    if out.numel() > 0 and key.shape[2] > 0:
         kept, words = pack_attention(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
@@ -77,6 +78,7 @@ def attention_with_weights(
     average: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and weights (B, Hq | 1, Nq, Nk), as `reference.attention_with_weights`."""
+    refuse_orders(mask, "returning weights")
     query, key, value = readable(query), readable(key), readable(value)
     B, Hq, Nq, _ = query.shape
     Nk, dtype = key.shape[2], query.dtype
@@ -126,7 +128,16 @@ def attention_backward(
     bias_requires_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
+    if grad_weights is not None:
+        refuse_orders(mask, "a gradient of the weights")
+    if bias is not None and bias_requires_grad:
+        _check_bias_order(mask.query_order, bias, 2, query)
+        _check_bias_order(mask.key_order, bias, 3, query)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (query, key, value))
+    if _leaves_rows(mask.query_order, query):
+        dq.zero_()
+    if _leaves_rows(mask.key_order, key):
+        dk.zero_(), dv.zero_()
     dbias = _empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         return zeroed((dq, dk, dv, dbias))
@@ -139,6 +150,29 @@ def attention_backward(
     _cpu.attention_backward(words, torch.get_num_threads())
     del kept
     return dq, dk, dv, dbias
+
+
+def refuse_orders(mask: MaskArrays, what: str) -> None:
+    """Raise for a call that no kernel serves where its tokens have an order."""
+    if mask.query_order is not None or mask.key_order is not None:
+        raise UnsupportedError(f"{what}: not of a mask with query_order or key_order; give the mask without an order")
+
+
+def _leaves_rows(order: Tensor | None, tensor: Tensor) -> bool:
+    """Whether a call leaves rows of a result untouched, since its order does not name them."""
+    return order is not None and order.shape[1] < tensor.shape[2]
+
+
+def _check_bias_order(order: Tensor | None, bias: Tensor, dim: int, query: Tensor) -> None:
+    """Raise where pairs that share an element of the bias lie in different tiles."""
+    if order is None or order.shape[0] == 1 or bias.shape[dim] == 1:
+        return
+    per_batch = order.shape[0] > query.shape[1]
+    if (bias.shape[1] == 1 and query.shape[1] > 1) or (bias.shape[0] == 1 and query.shape[0] > 1 and per_batch):
+        raise UnsupportedError(
+            f"the gradient of a bias {tuple(bias.shape)} that is one for all heads or batch elements, whose tokens "
+            f"have {order.shape[0]} orders of their own: expand the bias over them, or use one order for all"
+        )
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

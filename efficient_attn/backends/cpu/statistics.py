@@ -11,7 +11,7 @@ from ...masks import MaskArrays
 from ..call import accumulation_dtype, readable
 from ..statistics import Found, Wanted
 from ..words import pack_attention, pack_statistics
-from .attention import _cpu
+from .attention import _cpu, refuse_orders
 
 CHUNKS = 16  # runs of query rows that sum up apart: a fixed number, so that the bits do not depend on the threads
 
@@ -25,6 +25,7 @@ def attention_statistics(
     wanted: Wanted,
 ) -> Found:
     """Return what is `wanted` of the weights of this call, as `reference.statistics.attention_statistics`."""
+    refuse_orders(mask, "statistics of the weights")
     query, key = readable(query), readable(key)
     (B, Hq, Nq, _), Nk = query.shape, key.shape[2]
     dtype = accumulation_dtype(query.dtype)

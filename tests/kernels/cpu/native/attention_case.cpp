@@ -71,7 +71,7 @@ void draw_sizes(Random& random, AttentionCase& c) {
 }
 
 void draw_bias(Random& random, AttentionCase& c) {
-    const int64_t full[4] = {c.B, c.Hq, c.Nq, c.Nk};
+    const int64_t full[4] = {c.B, c.Hq, c.query_rows, c.key_rows};
     int64_t size[4];
     const double broadcast = random.chance(0.3) ? 0 : 0.4;
     for (int dim = 0; dim < 4; ++dim) size[dim] = random.chance(broadcast) ? 1 : full[dim];
@@ -169,18 +169,58 @@ void draw_mask(Random& random, AttentionCase& c) {
     }
     if (random.chance(0.3))
         for (int64_t b = 0; b < c.B; ++b)
-            mask.kv_lengths.push_back(
-                static_cast<int32_t>(random.chance(0.2) ? random.choose<int64_t>({0, c.Nk}) : random.integer(0, c.Nk)));
+            mask.kv_lengths.push_back(static_cast<int32_t>(random.chance(0.2) ? random.choose<int64_t>({0, c.key_rows})
+                                                                              : random.integer(0, c.key_rows)));
+}
+
+// A call of some rows of its tensors, which have more, in an order of their own.
+Order draw_order(Random& random, int64_t B, int64_t heads, int64_t count, int64_t* rows) {
+    *rows = count;
+    if (count == 0 || B * heads == 0 || !random.chance(0.7)) return {};
+    *rows += random.chance(0.5) ? 0 : random.integer(0, count + 9);
+    const int64_t kind = random.integer(0, 2), lines = kind == 0 ? 1 : kind == 1 ? heads : B * heads;
+    Order order;
+    order.head_stride = kind == 0 ? 0 : count;
+    order.batch_stride = kind == 2 ? heads * count : 0;
+    std::vector<int32_t> all(static_cast<size_t>(*rows));
+    for (size_t n = 0; n < all.size(); ++n) all[n] = static_cast<int32_t>(n);
+    for (int64_t line = 0; line < lines; ++line) {
+        for (size_t n = all.size(); n > 1; --n)
+            std::swap(all[n - 1], all[static_cast<size_t>(random.integer(0, static_cast<int64_t>(n) - 1))]);
+        order.rows.insert(order.rows.end(), all.begin(), all.begin() + count);
+    }
+    return order;
+}
+
+// What no kernel serves together with an order: backends/cpu refuses it by name.
+void drop_what_orders_exclude(AttentionCase& c) {
+    if (!c.has_order()) return;
+    c.weight_heads = 0;
+    const auto differs = [&](const Order& order, int dim) {
+        return c.bias.size[dim] > 1 && ((order.head_stride > 0 && c.bias.size[1] == 1 && c.Hq > 1) ||
+                                        (order.batch_stride > 0 && c.bias.size[0] == 1 && c.B > 1));
+    };
+    if (c.has_bias && (differs(c.query_order, 2) || differs(c.key_order, 3))) c.wants_bias_gradient = false;
+}
+
+// Results of a call that leaves rows of them alone hold what such rows mean: nothing was seen.
+void begin_results(AttentionCase& c) {
+    const auto all = [](Image& image, double x) {
+        image.for_each([&](int64_t a, int64_t b, int64_t n, int64_t d) { image.set(a, b, n, d, x); });
+    };
+    if (c.query_rows > c.Nq) all(c.out, 0), all(c.lse, -INFINITY), all(c.dq, 0);
+    if (c.key_rows > c.Nk) all(c.dk, 0), all(c.dv, 0);
+    if (c.has_order() && c.has_bias) all(c.dbias, 0);
 }
 
 // NaN and infinity in some rows: whoever does not see them must not notice.
 void poison(Random& random, AttentionCase& c) {
     if (random.chance(0.3))
         for (int64_t h = 0; h < (c.B > 0 && c.Nq > 0 ? c.Hq : 0); ++h)
-            (random.chance(0.5) ? c.query : c.grad_out).set(0, h, random.integer(0, c.Nq - 1), 0, NAN);
+            (random.chance(0.5) ? c.query : c.grad_out).set(0, h, random.integer(0, c.query_rows - 1), 0, NAN);
     for (int64_t b = 0; b < c.B; ++b) {
         for (int64_t h = 0; h < c.Hkv; ++h) {
-            for (int64_t j = 0; j < c.Nk; ++j) {
+            for (int64_t j = 0; j < c.key_rows; ++j) {
                 if (!random.chance(0.03)) continue;
                 const double x = random.choose<double>({NAN, INFINITY, -INFINITY});
                 if (random.chance(0.7)) c.key.set(b, h, j, random.integer(0, c.D - 1), x);
@@ -196,7 +236,7 @@ bool AttentionCase::visible(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const int64_t centre = i + mask.window_offset;
     if (mask.window_left >= 0 && j < centre - mask.window_left) return false;
     if (mask.window_right >= 0 && j > centre + mask.window_right) return false;
-    if (!mask.kv_lengths.empty() && j >= mask.kv_lengths[static_cast<size_t>(b)]) return false;
+    if (!mask.kv_lengths.empty() && key_of(b, h, j) >= mask.kv_lengths[static_cast<size_t>(b)]) return false;
     if (!mask.listed) return true;
     const int64_t head = (mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : h);
     return mask.pairs[static_cast<size_t>((head * Nq + i) * Nk + j)] != 0;
@@ -207,14 +247,15 @@ std::string AttentionCase::describe() const {
     char text[512];
     std::snprintf(text, sizeof text,
                   "%s B%ld Hq%ld Hkv%ld Nq%ld Nk%ld D%ld Dv%ld scale %g dropout %g, list %s %ldx%ld blocks %ldx%ld, "
-                  "window (%ld, %ld) offset %ld, lengths %s, bias %s, grad_lse %s",
+                  "window (%ld, %ld) offset %ld, lengths %s, bias %s, grad_lse %s, orders %s of %ld and %s of %ld rows",
                   names[dtype], B, Hq, Hkv, Nq, Nk, D, Dv, scale, dropout_p, mask.listed ? "yes" : "no", mask.batch,
                   mask.heads, mask.block_q, mask.block_k, mask.window_left, mask.window_right, mask.window_offset,
                   mask.kv_lengths.empty() ? "no" : "yes",
                   !has_bias             ? "no"
                   : wants_bias_gradient ? "with gradient"
                                         : "yes",
-                  has_grad_lse ? "yes" : "no");
+                  has_grad_lse ? "yes" : "no", query_order.rows.empty() ? "none" : "one", query_rows,
+                  key_order.rows.empty() ? "none" : "one", key_rows);
     return text;
 }
 
@@ -223,26 +264,33 @@ AttentionCase random_attention_case(uint64_t seed) {
     AttentionCase c{};
     c.dtype = static_cast<int>(random.integer(0, 3));
     draw_sizes(random, c);
+    c.query_rows = c.Nq, c.key_rows = c.Nk;
+    if (random.chance(0.3)) {
+        c.query_order = draw_order(random, c.B, c.Hq, c.Nq, &c.query_rows);
+        c.key_order = draw_order(random, c.B, c.Hkv, c.Nk, &c.key_rows);
+    }
     c.scale = random.chance(0.7) ? 1 / std::sqrt(static_cast<double>(c.D)) : random.choose<double>({-0.3, 0.0, 0.9});
     c.dropout_p = random.chance(0.75) ? 0 : random.choose<double>({0.1, 0.5, 0.9});
     c.dropout_seed = random.next();
     const double spread = random.choose<double>({1.0, 1.0, 2.0});
-    c.query = input(random, c.dtype, c.B, c.Hq, c.Nq, c.D, -spread, spread);
-    c.key = input(random, c.dtype, c.B, c.Hkv, c.Nk, c.D, -spread, spread);
-    c.value = input(random, c.dtype, c.B, c.Hkv, c.Nk, c.Dv, -1.0, 1.0);
-    c.grad_out = input(random, c.dtype, c.B, c.Hq, c.Nq, c.Dv, -1.0, 1.0);
+    c.query = input(random, c.dtype, c.B, c.Hq, c.query_rows, c.D, -spread, spread);
+    c.key = input(random, c.dtype, c.B, c.Hkv, c.key_rows, c.D, -spread, spread);
+    c.value = input(random, c.dtype, c.B, c.Hkv, c.key_rows, c.Dv, -1.0, 1.0);
+    c.grad_out = input(random, c.dtype, c.B, c.Hq, c.query_rows, c.Dv, -1.0, 1.0);
     if (random.chance(0.15)) poison(random, c);
     draw_mask(random, c);
     if ((c.has_bias = random.chance(0.4))) draw_bias(random, c);
     c.wants_bias_gradient = c.has_bias && random.chance(0.7);
-    c.grad_lse = contiguous(c.accumulator(), c.B, c.Hq, c.Nq, 1);
+    c.grad_lse = contiguous(c.accumulator(), c.B, c.Hq, c.query_rows, 1);
     if ((c.has_grad_lse = random.chance(0.3))) fill(random, c.grad_lse, -1.0, 1.0);
-    c.out = random_layout(random, c.dtype, c.B, c.Hq, c.Nq, c.Dv);
-    c.lse = contiguous(c.accumulator(), c.B, c.Hq, c.Nq, 1);
-    c.dq = random_layout(random, c.dtype, c.B, c.Hq, c.Nq, c.D);
-    c.dk = random_layout(random, c.dtype, c.B, c.Hkv, c.Nk, c.D);
-    c.dv = random_layout(random, c.dtype, c.B, c.Hkv, c.Nk, c.Dv);
+    c.out = random_layout(random, c.dtype, c.B, c.Hq, c.query_rows, c.Dv);
+    c.lse = contiguous(c.accumulator(), c.B, c.Hq, c.query_rows, 1);
+    c.dq = random_layout(random, c.dtype, c.B, c.Hq, c.query_rows, c.D);
+    c.dk = random_layout(random, c.dtype, c.B, c.Hkv, c.key_rows, c.D);
+    c.dv = random_layout(random, c.dtype, c.B, c.Hkv, c.key_rows, c.Dv);
     c.weight_heads = random.choose<int64_t>({0, 0, 1, c.Hq});
+    drop_what_orders_exclude(c);
+    begin_results(c);
     c.weights = random_layout(random, c.dtype, c.B, c.weight_heads, c.Nq, c.Nk);
     return c;
 }

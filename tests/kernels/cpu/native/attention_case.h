@@ -22,9 +22,21 @@ struct Mask {
     int64_t tile_count() const { return static_cast<int64_t>(tiles.size()) / (block_q * block_k / 8); }
 };
 
+// Which of a tensor's rows each row of a call is, one line for all, for each head, or for each batch element and head.
+struct Order {
+    std::vector<int32_t> rows;  // empty: row i is row i
+    int64_t batch_stride = 0, head_stride = 0;
+
+    int64_t of(int64_t b, int64_t h, int64_t i) const {
+        return rows.empty() ? i : rows[static_cast<size_t>(b * batch_stride + h * head_stride + i)];
+    }
+};
+
 struct AttentionCase {
     int dtype;
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
+    int64_t query_rows, key_rows;  // of the tensors; Nq and Nk where there is no order
+    Order query_order, key_order;
     double scale, dropout_p;
     uint64_t dropout_seed;
     Image query, key, value, grad_out;
@@ -36,6 +48,9 @@ struct AttentionCase {
 
     int accumulator() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }
     bool visible(int64_t b, int64_t h, int64_t i, int64_t j) const;
+    bool has_order() const { return !query_order.rows.empty() || !key_order.rows.empty(); }
+    int64_t query_of(int64_t b, int64_t h, int64_t i) const { return query_order.of(b, h, i); }
+    int64_t key_of(int64_t b, int64_t h, int64_t j) const { return key_order.of(b, h / (Hq / Hkv), j); }
     std::string describe() const;
 };
 

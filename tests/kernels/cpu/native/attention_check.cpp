@@ -30,6 +30,7 @@ struct Call {
           dbias(c.dbias, flush) {
         p.dtype = c.dtype;
         p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = c.D, p.Dv = c.Dv;
+        p.query_rows = c.query_rows, p.key_rows = c.key_rows;
         p.query = query.view(), p.key = key.view(), p.value = value.view(), p.out = out.view();
         p.lse = lse.data();
         p.scale = c.scale, p.dropout_p = c.dropout_p, p.dropout_seed = c.dropout_seed;
@@ -49,6 +50,17 @@ struct Call {
             for (int dim = 0; dim < 4; ++dim) asked.stride[dim] = c.weights.stride[dim];
         }
         set_mask(c.mask, flush);
+        set_order(c.query_order, flush, {&p.query, &p.out, &p.grad_out, &p.dq});
+        set_order(c.key_order, flush, {&p.key, &p.value, &p.dk, &p.dv});
+    }
+
+    void set_order(const Order& order, Flush flush, std::initializer_list<efficient_attn::TensorView*> tensors) {
+        const int32_t* rows = order.rows.empty() ? nullptr : list(order.rows, flush);
+        for (efficient_attn::TensorView* t : tensors) {
+            t->order = rows;
+            t->order_batch_stride = order.batch_stride;
+            t->order_head_stride = order.head_stride;
+        }
     }
 
     template <class X>

@@ -63,6 +63,7 @@ struct Definition {
           product_unit(element_bytes(c.dtype) == 2 ? epsilon(c.dtype) : 0) {
         results.out = Bounded(c.out.count());
         results.lse = Bounded(c.lse.count());
+        for (double& lse : results.lse.value) lse = -INFINITY;
         results.weights = Bounded(c.weights.count());
         results.dq = Bounded(c.dq.count());
         results.dk = Bounded(c.dk.count());
@@ -83,14 +84,16 @@ struct Definition {
     double walk(double n) const { return unit * (2 * std::sqrt(n) + n / (c.accumulator() == kFloat64 ? 2 : 32)); }
 
     void row(int64_t b, int64_t h, int64_t i) {
-        const int64_t kv = h / (c.Hq / c.Hkv), at = (b * c.Hq + h) * c.Nq + i, kv_row = (b * c.Hkv + kv) * c.Nk;
+        const int64_t kv = h / (c.Hq / c.Hkv), kv_row = (b * c.Hkv + kv) * c.key_rows;
+        const int64_t row = c.query_of(b, h, i), at = (b * c.Hq + h) * c.query_rows + row;
         const double* q = query.data() + at * c.D;
         const double* dO = grad_out.data() + at * c.Dv;
         seen.clear(), weight.clear();
         double top = -INFINITY, largest = 0;
-        for (int64_t j = 0; j < c.Nk; ++j) {
-            if (!c.visible(b, h, i, j)) continue;
-            const double extra = c.has_bias ? bias[static_cast<size_t>(bias_at(b, h, i, j))] : 0;
+        for (int64_t column = 0; column < c.Nk; ++column) {
+            if (!c.visible(b, h, i, column)) continue;
+            const int64_t j = c.key_of(b, h, column);
+            const double extra = c.has_bias ? bias[static_cast<size_t>(bias_at(b, h, row, j))] : 0;
             if (extra == -INFINITY) continue;
             const Dot score = dot(q, key.data() + (kv_row + j) * c.D, c.D);
             seen.push_back(j);
@@ -98,17 +101,15 @@ struct Definition {
             top = std::max(top, weight.back());
             largest = std::max(largest, std::fabs(c.scale) * score.size + std::fabs(extra));
         }
-        if (seen.empty()) {
-            results.lse.value[static_cast<size_t>(at)] = -INFINITY;
-            return;
-        }
+        if (seen.empty()) return;
+        results.lse.value[static_cast<size_t>(at)] = 0;
         double total = 0;
         for (double& w : weight) total += w = std::exp(w - top);
         for (double& w : weight) w /= total;
         const double relative = kUnits * unit * (2 + largest) + walk(static_cast<double>(seen.size()));
         results.lse.add(at, top + std::log(total), relative + 2 * unit * std::fabs(top));
-        forward(b, h, i, at, kv_row, relative);
-        backward(b, h, i, at, kv_row, q, dO, relative);
+        forward(b, h, row, at, kv_row, relative);
+        backward(b, h, row, at, kv_row, q, dO, relative);
     }
 
     void forward(int64_t b, int64_t h, int64_t i, int64_t at, int64_t kv_row, double relative) {
@@ -148,7 +149,7 @@ struct Definition {
         double stored = epsilon(c.dtype) * from_out.size + out_error.size;
         for (int64_t d = 0; d < c.Dv; ++d) stored += smallest(c.dtype) * std::fabs(dO[d]);
         const double loose = relative + 2 * product_unit;
-        const double pairs = static_cast<double>(c.B * c.Hq * c.Nq * c.Nk);
+        const double pairs = static_cast<double>(c.B * c.Hq * c.query_rows * c.key_rows);
         const double over_queries = walk(static_cast<double>(c.Hq / c.Hkv * c.Nq));
         const double over_bias = c.has_bias ? walk(pairs / static_cast<double>(c.bias.count())) : 0;
         for (size_t n = 0; n < seen.size(); ++n) {

@@ -7,6 +7,7 @@ live until the call is done; its backward appends the words of the gradients.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "exp": 3, "performer_softmax": 3}  # params.h
-_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6q17q8q"), struct.Struct("16q6q")
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6q17q8q5q"), struct.Struct("16q6q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 _NO_LISTS: tuple[int, ...] = (0,) * 9
@@ -27,6 +28,15 @@ _NO_BIAS: tuple[int, ...] = (0,) * 6
 _NO_WEIGHTS: tuple[int, ...] = (0,) * 6
 
 Kept = tuple[Tensor | None, ...]
+
+
+class Pages(NamedTuple):
+    """Where the keys and values of a call lie: row i of batch element b on page table[b, i // rows]."""
+
+    table: Tensor  # int32 (B, pages), on the CPU, each a page that there is
+    rows: int  # of a page
+    length: int  # Nk
+    strides: tuple[int, int]  # from a page to the next, of keys and of values
 
 
 def pack_attention(
@@ -41,8 +51,10 @@ def pack_attention(
     dropout_p: float,
     dropout_seed: Tensor | None,
     weights: Tensor | None = None,
+    pages: Pages | None = None,
 ) -> tuple[Kept, bytes]:
-    """The words of `read_params`, and what they point to; `weights` (B, Hq | 1, Nq, Nk), or their gradient."""
+    """The words of `read_params`, and what they point to; `weights` (B, Hq | 1, Nq, Nk), or their gradient. With pages,
+    keys and values are the first ones, (B, Hkv, rows of a page, .), for all batch elements."""
     lists: Kept = ()
     list_words = _NO_LISTS
     if mask.indptr is not None:
@@ -65,6 +77,10 @@ def pack_attention(
     Hkv, Dv = value.shape[1], value.shape[3]
     Nq, query_order = _order_words(mask.query_order, "query_order", query)
     Nk, key_order = _order_words(mask.key_order, "key_order", key)
+    page_words = (0, 0, 0, 0, 0)
+    if pages is not None:
+        Nk, key_order = pages.length, (pages.length, 0, 0, 0)
+        page_words = (pages.table.data_ptr(), pages.rows, pages.table.stride(0), *pages.strides)
     words = _ATTENTION.pack(
         DTYPES[query.dtype],
         B,
@@ -90,9 +106,10 @@ def pack_attention(
         pointer(lengths),
         *query_order,
         *key_order,
+        *page_words,
     )
     kept = (query, key, value, out, lse, bias, weights, *lists, lengths, mask.query_order, mask.key_order)
-    return kept, words
+    return (kept if pages is None else (*kept, pages.table)), words
 
 
 def _order_words(order: Tensor | None, name: str, tensor: Tensor) -> tuple[int, tuple[int, ...]]:

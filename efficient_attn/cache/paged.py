@@ -52,9 +52,9 @@ class PagedKVCache:
     ) -> None:
         if num_pages < 1 or page_size < 1:
             raise InputError(f"a pool has one page or more, of one row or more; got {num_pages} of {page_size}")
-        rows = (num_pages, page_size, num_kv_heads)
-        self.key_pages = torch.zeros(*rows, head_dim, dtype=dtype, device=device)
-        self.value_pages = torch.zeros(*rows, value_dim or head_dim, dtype=dtype, device=device)
+        rows = (num_pages, num_kv_heads, page_size)  # a head's rows lie together, which is how they are read
+        self.key_pages = torch.zeros(*rows, head_dim, dtype=dtype, device=device).transpose(1, 2)
+        self.value_pages = torch.zeros(*rows, value_dim or head_dim, dtype=dtype, device=device).transpose(1, 2)
         self.page_size, self.rotary, self.interleaved = page_size, rotary, interleaved
         self._free = list(range(num_pages - 1, -1, -1))
         self._users = [0] * num_pages  # sequences that have the page

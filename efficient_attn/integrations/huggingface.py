@@ -281,7 +281,9 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
 
 
 def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, Any]:
-    if mask.shape[2:] != (Nq, Nk):
+    if mask.shape[-2:] == (1, Nk) != (Nq, Nk) and len(mask.shape) == 4:  # one row for every query
+        mask = mask.expand(-1, -1, Nq, -1)
+    if len(mask.shape) != 4 or mask.shape[2:] != (Nq, Nk):
         raise InputError(
             f"the mask is for {mask.shape[2]} queries and {mask.shape[3]} keys; the layer has {Nq} and {Nk}"
         )

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
@@ -41,22 +42,36 @@ class PairMask:
         offset: the position of key 0 in the sequence; not 0 where a cache has dropped the oldest keys.
         causal: whether `pairs` is exactly j <= i + start.
         left: how many tokens of each sequence are padding before the first real one, int64 (B,), or None for none.
+        device: where the tensor in its place would be.
+
+    It is asked for its shape, dtype and device, sliced, repeated, joined with others, added to numbers, or a condition,
+    as a model does with its mask: then a tensor stands in for it, n x n, and so it does in the layers.
     """
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     key_mask: Tensor | None = None
     pairs: BlockMask | Tensor | None = None
     start: int | None = None
     offset: int = 0
     causal: bool = False
     left: Tensor | None = None
+    device: torch.device | str = "cpu"
 
     @property
     def ndim(self) -> int:
-        return 4
+        return len(self.shape)
 
     def dim(self) -> int:
-        return 4
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one of its numbers, as tensors have it."""
+        return torch.Size(self.shape) if dim is None else self.shape[dim]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a tensor in its place would have: True = attend."""
+        return torch.bool
 
     def contiguous(self) -> PairMask:
         return self
@@ -68,22 +83,67 @@ class PairMask:
             return self
         moved = {name: getattr(self, name) for name in ("key_mask", "pairs", "left")}
         moved = {name: value if value is None else value.to(device) for name, value in moved.items()}
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **moved, device=torch.device(device))
 
-    def __getitem__(self, index: Any) -> NoReturn:
-        self._refuse("slices")
+    def dense(self) -> Tensor:
+        """The bool tensor of this shape, True = attend: n x n memory, for models that calculate with their mask."""
+        pairs = self.pairs.to_dense() if isinstance(self.pairs, BlockMask) else self.pairs
+        found = torch.ones((), dtype=torch.bool, device=self.device) if pairs is None else pairs.to(self.device)
+        if self.key_mask is not None:
+            found = found & self.key_mask[:, None, None, :].to(self.device)
+        return found.expand(self.shape)
+
+    def added(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: 0 where a pair is visible, else the least number, as eager's masks have it."""
+        shown = self.dense()
+        zeros = torch.zeros(shown.shape, dtype=dtype, device=shown.device)
+        return zeros.masked_fill(~shown, torch.finfo(dtype).min)
+
+    def __getitem__(self, index: Any) -> PairMask:
+        return _as_pair_mask(self.dense()[index])
 
     def __bool__(self) -> bool:
         return True
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"PairMask has no attribute {name!r}")
+        if name in REARRANGING:
+            return lambda *args, **kwargs: _as_pair_mask(getattr(self.dense(), name)(*args, **kwargs))
         raise NotATensorError(self._refusal(f"asks for {name} of"))
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        cls._refuse(f"calls {getattr(func, '__name__', func)} on")
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What models do with masks, on the tensor that it stands for; what could mean two things is refused."""
+        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not isinstance(x, PairMask)]
+        floats = [x.dtype for x in given if x.is_floating_point()]
+        if name in JOINING and floats:  # a model that joins its mask with numbers adds them to scores
+            return func(*_without_masks(args, floats[0]), **_without_masks(kwargs, floats[0]))
+        if name in REARRANGING | JOINING:
+            return _as_pair_mask(func(*_without_masks(args), **_without_masks(kwargs)))
+        if name in CHOOSING:
+            return func(*_without_masks(args), **_without_masks(kwargs))
+        cls._refuse(f"calls {name} on")
+        return None
+
+    def __add__(self, other: Any) -> Tensor:
+        if not isinstance(other, Tensor) or not other.is_floating_point():
+            self._refuse("calculates with")
+        return self.added(other.dtype) + other
+
+    __radd__ = __add__
+
+    def __and__(self, other: Tensor | PairMask) -> PairMask:
+        return _as_pair_mask(self.dense() & (other.dense() if isinstance(other, PairMask) else other))
+
+    def __or__(self, other: Tensor | PairMask) -> PairMask:
+        return _as_pair_mask(self.dense() | (other.dense() if isinstance(other, PairMask) else other))
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __invert__(self) -> Tensor:
+        return ~self.dense()
 
     @classmethod
     def _refuse(cls, what: str) -> NoReturn:
@@ -92,37 +152,41 @@ class PairMask:
     @staticmethod
     def _refusal(what: str) -> str:
         return (
-            f"this model {what} its attention mask, which it expects to be a tensor; efficient_attn keeps masks "
-            "without n x n memory. Use attn_implementation='sdpa' for it, or pass it a 4-D bool mask of your own"
+            f"this model {what} its attention mask, which it expects to be a tensor of numbers; efficient_attn keeps "
+            "masks without n x n memory, True = attend. Use attn_implementation='sdpa' for it, or pass it a 4-D bool "
+            "mask of your own"
         )
+
+
+# Of a mask another mask; together with numbers, numbers; only where a bool is asked for.
+REARRANGING = frozenset(
+    {"expand", "expand_as", "repeat", "repeat_interleave", "broadcast_to", "unsqueeze", "squeeze", "view", "reshape",
+     "flatten", "unflatten", "transpose", "permute", "narrow", "index_select", "clone", "detach", "tile", "swapaxes",
+     "movedim", "select"}
+)  # fmt: skip
+JOINING = frozenset({"cat", "concat", "concatenate", "stack", "add"})
+CHOOSING = frozenset(
+    {"where", "masked_fill", "masked_fill_", "bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__"}
+)
+
+
+def _as_pair_mask(shown: Tensor) -> PairMask:
+    """The mask that a bool tensor is, of any shape."""
+    return PairMask(tuple(shown.shape), None, shown, device=shown.device)
+
+
+def _without_masks(arguments: Any, dtype: torch.dtype | None = None) -> Any:
+    """The arguments with tensors in the place of masks: what is added to scores in a dtype, else True = attend."""
+    return tree_map(
+        lambda x: (x.dense() if dtype is None else x.added(dtype)) if isinstance(x, PairMask) else x, arguments
+    )
 
 
 def _refuse_operator(self: PairMask, *operands: Any) -> NoReturn:
     self._refuse("calculates with")
 
 
-for _operator in [
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "and",
-    "rand",
-    "or",
-    "ror",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "invert",
-    "neg",
-    "setitem",
-    "len",
-    "iter",
-]:
+for _operator in ("sub", "rsub", "mul", "rmul", "truediv", "lt", "le", "gt", "ge", "neg", "setitem", "len", "iter"):
     setattr(PairMask, f"__{_operator}__", _refuse_operator)
 
 
@@ -162,6 +226,7 @@ def pair_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         allow_is_bidirectional_skip, use_vmap, device,
     )  # fmt: skip
+    made = None if made is None else dataclasses.replace(made, device=torch.device(device))
     if made is None or made.key_mask is None or attention_mask is None or is_jit_traced():
         return made  # traced attention is dense, which asks for no places
     left = left_padding(attention_mask.bool())

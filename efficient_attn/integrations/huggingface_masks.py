@@ -110,6 +110,8 @@ class PairMask:
             raise AttributeError(f"PairMask has no attribute {name!r}")
         if name in REARRANGING:
             return lambda *args, **kwargs: _as_pair_mask(getattr(self.dense(), name)(*args, **kwargs))
+        if name == "logical_not":
+            return self.__invert__
         raise NotATensorError(self._refusal(f"asks for {name} of"))
 
     @classmethod

@@ -111,6 +111,22 @@ def test_models_that_cannot_be_served_are_refused(model: Any) -> None:
     assert "eager" in str(refusal.value)
 
 
+def test_layers_that_no_name_reaches_are_refused_when_it_is_set() -> None:
+    register()
+    vision = {**VISION, "output_channels": 16, "image_size": 16, "patch_size": 4, "window_size": 2, "mlp_dim": 16}
+    model = build("SamVisionModel", "SamVisionConfig", "eager", **vision)
+    with pytest.raises(UnsupportedError, match="SamVisionAttention, when it was made"):
+        model.set_attn_implementation("efficient_attn")
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 1, "num_heads": 4, "vocab_size": 50}
+    for set_name in (
+        lambda name: build("LongT5Model", "LongT5Config", name, **sizes),
+        lambda name: build("LongT5Model", "LongT5Config", "eager", **sizes).set_attn_implementation(name),
+    ):
+        set_name("efficient_attn")
+        with pytest.raises(UnsupportedError, match="its encoder's local"):
+            set_name("efficient_attn:sliding_window")
+
+
 @pytest.mark.parametrize("model", [siglip2, doge, informer])
 def test_models_that_calculate_with_their_mask_are_served(model: Any) -> None:
     """A tensor stands in for the mask where they ask for one."""
@@ -156,6 +172,7 @@ NUMBERS = torch.randn(2, 1, 4, 6)
         (lambda m: m & (NUMBERS > 0), MASK & (NUMBERS > 0)),
         (lambda m: (NUMBERS > 0) | m, MASK | (NUMBERS > 0)),
         (lambda m: NUMBERS.masked_fill(~m, 0), NUMBERS.masked_fill(~MASK, 0)),
+        (lambda m: NUMBERS.masked_fill(m.logical_not(), 0), NUMBERS.masked_fill(~MASK, 0)),
         (lambda m: torch.where(m, NUMBERS, 0), torch.where(MASK, NUMBERS, 0)),
         (lambda m: m.to("cpu", torch.float32).contiguous(), MASK),
     ],
@@ -171,7 +188,7 @@ def test_a_pair_mask_refuses_what_means_two_things() -> None:
     mask = PairMask((1, 1, 4, 4))
     for use in (
         lambda: mask + 1, lambda: 1 - mask, lambda: mask * 2, lambda: torch.ones(1) * mask, lambda: list(mask),
-        lambda: mask < 0, lambda: mask.masked_fill(mask, 0), lambda: mask.float(), lambda: torch.logical_not(mask),
+        lambda: mask < 0, lambda: mask.masked_fill(mask, 0), lambda: mask.float(),
         lambda: torch.nn.functional.pad(mask, (1, 0)), lambda: mask.sum(),
     ):  # fmt: skip
         with pytest.raises(UnsupportedError, match="attention mask"):

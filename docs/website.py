@@ -45,7 +45,7 @@ NAV: list[Any] = [
     {"Long sequences": "long-sequences.md"},
     {"Other libraries' interfaces": "compat.md"},
     {"Methods": ["methods.md"]},
-    {"Models and training": ["models.md", "training.md", "works-with.md"]},
+    {"Models and training": ["models.md", "training.md", "works-with.md", "transformers-sweep.md"]},
     {"Measuring": ["profiling.md", "benchmarks.md"]},
     {"GPU": "gpu.md"},
     {"See attention": "insight.md"},

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from sweep.run import OUTCOMES, outcome, page  # noqa: E402
+from sweep.run import OUTCOMES, outcome, page
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,9 @@ def test_outcomes(kind: str, expected: str, why: str) -> None:
 
 def test_a_lost_mask_is_a_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the sweep is for: a layer that takes no notice of its mask."""
-    from efficient_attn.integrations import huggingface
     from transformers import AttentionInterface
+
+    from efficient_attn.integrations import huggingface
 
     huggingface.register()
     served = AttentionInterface._global_mapping["efficient_attn"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from . import backends, functional
 from .backends.call import accumulation_dtype
-from .masks import BlockMask
+from .masks import BlockMask, parts
+from .ops.attention import is_plain
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class Explanation:
     backend: the backend that serves the call, None if the one asked for cannot.
     reasons: for each backend, why it cannot serve; an empty list means that it can.
     density: visible pairs / (B * Hq * Nq * Nk).
+    visited: the same of the pairs in the blocks that the backend visits, hidden ones included.
+    parts: where the mask is taken as a union of parts, each in its own order of tokens, what they are; else empty.
     flops: floating-point operations of the forward on the visible pairs: 2 * pairs * (D + Dv).
     bytes: what the forward must at least read and write: query, key, value, bias, mask, out and lse.
     """
@@ -27,11 +32,17 @@ class Explanation:
     density: float
     flops: int
     bytes: int
+    visited: float = 1.0
+    parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"backend: {_label(self.backend) if self.backend else 'none can serve this call'}"]
         lines += [f"  {_label(name)}: {'; '.join(why) if why else 'can serve'}" for name, why in self.reasons.items()]
-        lines.append(f"density: {self.density:.2%} of all pairs are visible")
+        lines.append(f"density: {self.density:.2%} of all pairs are visible, {self.visited:.2%} are visited")
+        if self.parts:
+            count = "1 part" if len(self.parts) == 1 else f"{len(self.parts)} parts"
+            lines.append(f"{count}, each in its own order of tokens, joined by lse:")
+        lines += [f"  {part}" for part in self.parts]
         lines.append(f"forward: {self.flops / 1e9:.3f} GFLOP, {self.bytes / 1e6:.3f} MB")
         return "\n".join(lines)
 
@@ -62,10 +73,12 @@ def explain(
     Raises what `attention` raises for wrong input, but not for a backend that cannot serve: that is part of the answer.
     """
     backends.check_name(backend)
-    prepared = functional.prepare(
-        query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference",
-    )  # fmt: skip
+    arguments: dict[str, Any] = {
+        "mask": mask, "bias": bias, "is_causal": is_causal, "causal_alignment": causal_alignment, "scale": scale,
+        "dropout_p": dropout_p, "dropout_seed": dropout_seed,
+    }  # fmt: skip
+    given = (query, key, value)
+    prepared = functional.prepare(*given, **arguments, backend="reference")
     query, key, value, bias, arrays = prepared[:5]
     call = functional.describe(query, key, value, bias, arrays, dropout_p)
     reasons = backends.not_supported_reasons(call)
@@ -78,4 +91,19 @@ def explain(
     moved = (query.numel() + key.numel() + value.numel() + rows * call.Dv) * query.element_size()
     moved += rows * accumulation_dtype(call.dtype).itemsize + block_mask.nbytes
     moved += 0 if bias is None else bias.numel() * bias.element_size()
-    return Explanation(serving[0] if serving else None, reasons, density, 2 * pairs * (call.D + call.Dv), moved)
+    chosen, taken = serving[0] if serving else None, None
+    if chosen is not None and mask is not None and backends.BACKENDS[chosen].TAKES_ORDERS and is_plain(*given, bias):
+        taken = functional.prepare(*given, **arguments, backend=chosen, parts=True).parts
+    seen = block_mask if taken is None else taken.mask
+    visited = parts.visited(seen) / max(math.prod(seen.shape), 1)
+    said = () if taken is None or taken.mask.union is None else tuple(map(_said, taken.mask.union))
+    return Explanation(chosen, reasons, density, 2 * pairs * (call.D + call.Dv), moved, visited, said)
+
+
+def _said(part: parts.Part) -> str:
+    """One line about a part."""
+    mask, shares = part.mask, (part.mask.density, part.mask.block_density)
+    orders = [name for name, order in zip(("queries", "keys"), part[1:], strict=True) if order is not None]
+    text = f"{mask.q_len} x {mask.kv_len} tokens in blocks of {mask.block_size[0]} x {mask.block_size[1]}, "
+    text += f"{' and '.join(orders)} in another order" if orders else "in the order of the sequence"
+    return f"{text}: {shares[0]:.2%} of its pairs visible, {shares[1]:.2%} of its blocks visited"

@@ -17,9 +17,10 @@ from . import backends, repeated, sharding
 from .backends.call import Call, accumulation_dtype
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
 from .errors import InputError, InputTypeError
-from .masks import BlockMask, MaskArrays, trainable
+from .masks import BlockMask, MaskArrays, PartedMask, trainable
 from .masks.algebra import seen_keys as seen_in_lists
 from .ops import attention as ops
+from .ops import union
 from .patterns import Pattern
 from .torchscript import check_traceable, traced_attention
 from .tracing import PLAN, is_jit_traced, named, shapes_only
@@ -126,10 +127,13 @@ def attention(
             return out if lse is None else (out, lse)
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend, parts=plain,
     )  # fmt: skip
-    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable = call
-    if differentiable and plain:
+    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts = call
+    if parts is not None:
+        function = union.union_attention if differentiable else union.union_forward
+        out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
+    elif differentiable and plain:
         out, lse = ops.direct_attention(query, key, value, bias, arrays, scale, dropout_p, seed, chosen)
     elif not plain:
         out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, chosen)
@@ -200,7 +204,7 @@ def attention_with_weights(
         dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference" if traced else backend,
         returns_weights=True,
     )  # fmt: skip
-    q, k, v, given, arrays, factor, _, seed, chosen, differentiable = call
+    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _ = call
     if traced or (plain and not differentiable):
         function = backends.BACKENDS[chosen].attention.attention_with_weights
         out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average)
@@ -344,6 +348,7 @@ class Prepared(NamedTuple):
     dropout_seed: Tensor | None
     backend: str
     differentiable: bool  # whether a backward may follow
+    parts: union.Parts | None = None  # what serves the call instead of `mask`, where that was asked for
 
 
 def prepare(
@@ -360,8 +365,13 @@ def prepare(
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
     returns_weights: bool = False,
+    parts: bool = False,
 ) -> Prepared:
-    """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises."""
+    """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises.
+
+    Args:
+        parts: whether the caller can take a mask that is a union of parts as that.
+    """
     query, key, value = prepare_inputs(query, key, value)
     if bias is not None:
         bias = check_bias(bias, query, key)
@@ -374,20 +384,42 @@ def prepare(
         if mask is not None:
             causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
             block_mask = _planned_mask(mask, query, key, causal, scale, causal_alignment, bias)
-            arrays = block_mask.arrays()
+            if not parts or block_mask.union is None:
+                arrays = block_mask.arrays()
         elif is_causal:
             arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
-    chosen = select(backend, describe(query, key, value, bias, arrays, dropout_p, returns_weights))
+    call = describe(query, key, value, bias, arrays, dropout_p, returns_weights)
+    if parts and block_mask is not None and block_mask.union is not None:
+        call = call._replace(has_lists=True)
+    chosen = select(backend, call)
     differentiable = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     )
+    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
+    if parts and isinstance(block_mask, PartedMask):
+        if backends.BACKENDS[chosen].TAKES_ORDERS and not _shares_bias(block_mask, bias, differentiable):
+            taken = _taken_parts(block_mask, chosen, differentiable)
+            return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, taken)
+        arrays = block_mask.arrays()
     if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
         arrays = block_mask.arrays(transposed=True)
     if differentiable:
         arrays = trainable(arrays)
-    seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable)
+
+
+def _taken_parts(mask: PartedMask, backend: str, differentiable: bool) -> union.Parts:
+    arrays = mask.part_arrays(differentiable and backends.BACKENDS[backend].NEEDS_TRANSPOSED)
+    return union.Parts(mask, tuple(map(trainable, arrays)) if differentiable else arrays, backend)
+
+
+def _shares_bias(mask: PartedMask, bias: Tensor | None, differentiable: bool) -> bool:
+    """Whether the gradient of a bias sums up pairs that lie in different tiles, as heads have orders of their own."""
+    if bias is None or not (differentiable and bias.requires_grad):
+        return False
+    assert mask.union is not None
+    return any(order is not None and order.shape[0] > 1 for part in mask.union for order in part[1:])
 
 
 def prepare_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

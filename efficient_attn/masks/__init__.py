@@ -1,6 +1,7 @@
 """The one mask object, and what stands behind it.
 
 block_mask.py  `BlockMask`, what a user sees
+parts.py       `PartedMask`, a union of parts in orders of their own
 lists.py       block-compressed lists, and how they are built
 algebra.py     & | ~, windows written out, counts
 rules.py       what makes a mask valid
@@ -10,5 +11,6 @@ picture.py     drawings
 """
 
 from .block_mask import BlockMask, BlockSize, Integers, MaskArrays, trainable
+from .parts import Part, PartedMask
 
-__all__ = ["BlockMask", "BlockSize", "Integers", "MaskArrays", "trainable"]
+__all__ = ["BlockMask", "BlockSize", "Integers", "MaskArrays", "Part", "PartedMask", "trainable"]

@@ -391,6 +391,11 @@ class BlockMask:
             )
 
     @property
+    def union(self) -> tuple[Any, ...] | None:
+        """The disjoint parts that a `PartedMask` is the union of, each in its own order of tokens; None: no parts."""
+        return None
+
+    @property
     def grid(self) -> Grid:
         """The blocks of the score matrix."""
         return Grid(self.q_len, self.kv_len, *self.block_size)

@@ -5,8 +5,9 @@ to a diagonal; the pairs that an earlier round has put together are left out; th
 
     o_i = sum_r exp(lse_r(i) - lse(i)) o_r(i),   lse(i) = log sum_r exp(lse_r(i))
 
-which is one softmax over the union of the rounds, exactly. (With a mask of pairs or a bias `Sparse` leaves tokens in
-order instead, which takes n^2 / 8 bytes a head.)
+which is one softmax over the union of the rounds, exactly. On CPUs the rounds are the parts of a `PartedMask`, whose
+kernels follow an order as they load; elsewhere tokens are sorted before each round. (With a mask of pairs or a bias
+`Sparse` leaves tokens in order instead, which takes n^2 / 8 bytes a head.)
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from ..defaults import alignment_offset
 from ..functional import (
     attention,
     attention_weights,
+    attention_with_weights,
     merge_attention,
     prepare_inputs,
     resolve_seed,
     select_keys,
 )
+from ..masks import Part, PartedMask
 from ..patterns import BucketPattern
-from ..patterns.buckets import sorted_lists
+from ..patterns.buckets import Buckets, sorted_lists
 from ..tracing import PLAN, span
 
 SORTED_BLOCK = 64  # of the masks of sorted tokens
@@ -67,6 +70,16 @@ def bucketed_attention(
     with torch.no_grad(), span(PLAN):
         found = pattern.buckets(query.detach(), key.detach(), key_mask)
     key, value = select_keys(key_mask, key, value)
+    if query.device.type == "cpu":
+        with torch.no_grad(), span(PLAN):
+            options["mask"] = sorted_mask(found, rounds=pattern.rounds, offset=offset, others=pattern.shared_qk)
+        options |= {"dropout_seed": dropout_seed, "backend": backend}
+        P = None
+        if need_weights:
+            out, lse, P = attention_with_weights(query, key, value, **options)
+        else:
+            out, lse = attention(query, key, value, **options, return_lse=True)
+        return _with_oneself(_alone(pattern, lse, key_mask), out, value, P)
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     outs, lses, weights = [], [], []
     for r in range(pattern.rounds):
@@ -86,15 +99,29 @@ def bucketed_attention(
             part = _taken(attention_weights(*sorted_qkv[:2], **options), back)
             weights.append(part.gather(-1, columns[:, :, None].expand_as(part)))
     out, lse = merge_attention(outs, lses)
-    alone = _alone(pattern, lse, key_mask)
+    P = None
+    if need_weights:
+        shares = (torch.stack(lses) - lse.masked_fill(lse == -torch.inf, 0.0)).exp()[..., None]
+        P = (shares * torch.stack(weights)).sum(0).to(out.dtype)
+    return _with_oneself(_alone(pattern, lse, key_mask), out, value, P)
+
+
+def sorted_mask(found: Buckets, *, rounds: int, offset: int | None, others: bool) -> PartedMask:
+    """The mask of buckets, each round a part in the order of its buckets; arguments as `sorted_lists` has them."""
+    parts = []
+    for r in range(rounds):
+        by_query, by_key = (buckets[r].argsort(dim=-1, stable=True) for buckets in (found.query, found.key))
+        lists = sorted_lists(found, r, by_query, by_key, offset=offset, others=others, block=SORTED_BLOCK)
+        parts.append(Part(lists, *(order.flatten(0, 1).int() for order in (by_query, by_key))))
+    return PartedMask.trusted(parts, q_len=found.query.shape[-1], kv_len=found.key.shape[-1])
+
+
+def _with_oneself(alone: Tensor | None, out: Tensor, value: Tensor, P: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Out and weights, in which the tokens that are `alone` see themselves."""
     if alone is not None:
         out = torch.where(alone[..., None], value, out)
-    if not need_weights:
-        return out, None
-    shares = (torch.stack(lses) - lse.masked_fill(lse == -torch.inf, 0.0)).exp()[..., None]
-    P = (shares * torch.stack(weights)).sum(0).to(out.dtype)
-    if alone is not None:
-        P = torch.where(alone[..., None], torch.eye(Nk, dtype=P.dtype, device=P.device), P)
+        if P is not None:
+            P = torch.where(alone[..., None], torch.eye(P.shape[-1], dtype=P.dtype, device=P.device), P)
     return out, P
 
 

@@ -7,7 +7,7 @@ them share: the calls, the kept lists, what torch.compile sees of them, and the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from ..masks.lists import Grid, predicate_lists
 from ..masks.rules import check_block_size, check_sizes
 from ..options import Named, check_choice, check_range
 from ..tracing import shapes_only
+from .orders import Proposal, arranged, worth_an_order
 
 MANY_BLOCKS = 2**20  # to transpose more takes a while: done when a backward asks for it first
 
@@ -164,6 +165,13 @@ class Pattern(Named):
             block_size=(grid.block_q, grid.block_k),
         )
 
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        """Disjoint parts that have the pattern's pairs together, each in its own order of tokens; None: there are none.
+
+        Whether they pay is counted, see orders.py.
+        """
+        return None
+
     @property
     def _own_block(self) -> tuple[int, int]:
         return (128, 128)
@@ -273,7 +281,14 @@ def _cached(
 
 def _make(pattern: Pattern, grid: Grid, heads: int, device: str, explicit: bool) -> BlockMask:
     mask = pattern._build(grid, heads).reblock((grid.block_q, grid.block_k))
+    if not explicit and worth_an_order(grid.q_len, grid.kv_len):
+        mask = arranged(mask, pattern._proposals(grid.q_len, grid.kv_len))
     mask = (mask.explicit() if explicit else mask).to(device)
+    if mask.union is not None:
+        for part in mask.union:
+            if part.mask.indices is not None:
+                part.mask.keep_transposed()
+        return mask
     if mask.indices is not None and (explicit or mask.indices.numel() < MANY_BLOCKS):
         mask.keep_transposed()
     return mask

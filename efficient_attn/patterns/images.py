@@ -5,9 +5,10 @@ Prefix tokens, such as [CLS], stand before the grid, see everything and are seen
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from ..masks.lists import Grid, assemble
 from ..masks.rules import MAX_LENGTH
 from ..options import check_choice, register
 from .base import Pattern, by_classes, cross
+from .image_tiles import Axis, Tiles
+from .orders import Band, Line, Proposal, between
 
 
 class _OnGrid(Pattern):
@@ -66,6 +69,11 @@ class _OnGrid(Pattern):
             return mask
         tokens = torch.arange(mask.q_len) < self.prefix
         return mask | cross(tokens, tokens, mask.grid)
+
+    def _around_prefix(self, tokens: int, proposals: Sequence[Proposal]) -> Sequence[Proposal]:
+        """Parts of the grid, and those of the prefix tokens: all see them, and they see the others."""
+        everything, first = torch.arange(tokens), torch.arange(min(self.prefix, tokens))
+        return [*proposals, *between(everything, first), *between(first, everything[self.prefix :])]
 
     def _join_prefix(self, seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return seen | (i < self.prefix) | (j < self.prefix)
@@ -157,6 +165,15 @@ class Neighborhood(_OnGrid):
         tiles = tiles.view(-1, grid.block_q, grid.block_k // 8)
         lists = assemble(grid, 1, 1, rows, cols, torch.arange(rows.numel()), tiles)
         return self._with_prefix(BlockMask.from_lists(grid, lists))
+
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        axes = [
+            Axis(n, dilation, functools.partial(_window, n=n, kernel=kernel, dilation=dilation, causal=causal))
+            for n, kernel, dilation, causal in self._per_axis(q_len, kv_len)
+        ]
+        if any(axis.length == 0 for axis in axes):
+            return None
+        return self._around_prefix(q_len, [Tiles(axes, self.prefix, lambda i, j: self.visible(i, j, q_len, kv_len))])
 
     def _per_axis(self, q_len: int, kv_len: int) -> list[tuple[int, int, int, bool]]:
         """(length, kernel, dilation, causal) of each axis."""
@@ -279,3 +296,19 @@ class Axial(_OnGrid):
             grid, rows, cols, shift % width, side, near, cut,
         )  # fmt: skip
         return self._with_prefix(mask)
+
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        height, width = self._shape(q_len, kv_len)
+        if height * width == 0:
+            return None
+        tokens = torch.arange(self.prefix, q_len)
+        row, column = (tokens - self.prefix) // width, (tokens - self.prefix) % width
+        past = 0 if self.causal else None
+        along_row, along_column = Line.of(tokens, row, column), Line.of(tokens, column, row)
+        rows, columns = (Band(line, line, None, past) for line in (along_row, along_column))
+        if self.part == "rows":
+            return self._around_prefix(q_len, [rows])
+        if self.part == "both":  # what is in the row too is not in the column
+            columns = columns._replace(high=-1) if self.causal else columns._replace(hole=(0, 0))
+            return self._around_prefix(q_len, [rows, columns])
+        return self._around_prefix(q_len, [columns])

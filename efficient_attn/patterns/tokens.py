@@ -7,6 +7,7 @@ has no default: without one, other lengths are an error. A formula's i is the po
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,24 @@ from ..masks import BlockMask
 from ..masks.lists import Grid
 from ..options import check_choice, register
 from .base import Pattern, along_diagonals, by_classes, cross, empty_mask
+from .orders import Band, Line, Proposal, between
 
 PARTS = ("both", "local", "summary")
+
+# --- orders ---
+
+
+def _positions(pattern: Pattern, q_len: int, kv_len: int) -> tuple[Line, Line]:
+    """Queries and keys in one segment, where they stand."""
+    i, j = torch.arange(q_len), torch.arange(kv_len)
+    return Line.of(i, 0, i + pattern._offset(q_len, kv_len)), Line.of(j)
+
+
+def _residues(pattern: Pattern, q_len: int, kv_len: int, step: int, low: int | None, high: int | None) -> Band:
+    """Tokens by their position modulo a step; places are steps."""
+    (i, _, x), (j, _, y) = _positions(pattern, q_len, kv_len)
+    return Band(Line.of(i, x % step, x // step), Line.of(j, y % step, y // step), low, high)
+
 
 # --- windows: no lists, no memory ---
 
@@ -143,6 +160,9 @@ class Dilated(Pattern):
         left, right = (min(side * self.dilation, longest) for side in (self.left, self.right))
         return along_diagonals(self, SlidingWindow(left, right, self.alignment)._build(grid, num_heads))
 
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        return [_residues(self, q_len, kv_len, self.dilation, -self.left, self.right)] if self.dilation > 1 else None
+
 
 @register
 @dataclass(frozen=True)
@@ -187,6 +207,17 @@ class Strided(Pattern):
             right = 0 if self.causal else self.stride
             return SlidingWindow(self.stride, right, self.alignment)._build(grid, num_heads)
         return along_diagonals(self, (Causal(self.alignment) if self.causal else Dense())._build(grid, num_heads))
+
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        if self.part == "local" or self.stride == 1:
+            return None
+        if self.part == "summary":
+            return [_residues(self, q_len, kv_len, self.stride, None, 0 if self.causal else None)]
+        queries, keys = _positions(self, q_len, kv_len)
+        local = Band(queries, keys, -self.stride, 0 if self.causal else self.stride)
+        if self.causal:
+            return [local, _residues(self, q_len, kv_len, self.stride, None, -2)]
+        return [local, _residues(self, q_len, kv_len, self.stride, None, None)._replace(hole=(-1, 1))]
 
 
 @register
@@ -263,6 +294,22 @@ class Fixed(Pattern):
             grid, rows, cols, shift, near, left % self.stride,
         )  # fmt: skip
 
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        queries, keys = _positions(self, q_len, kv_len)
+        past = 0 if self.causal else None
+        (i, _, x), (j, _, y) = queries, keys
+        local = Band(Line.of(i, x // self.stride, x), Line.of(j, y // self.stride, y), None, past)
+        start, stop = self._run
+        run = j[(j % self.stride >= start) & (j % self.stride < stop)]
+        if self.part == "local":
+            return [local]
+        if run.numel() == 0:
+            return None
+        if self.part == "summary":
+            return [Band(queries, Line.of(run), None, past)]
+        far = Band(Line.of(i, 0, x // self.stride), Line.of(run, 0, run // self.stride), None, -1)
+        return [local, far if self.causal else far._replace(high=None, hole=(0, 0))]
+
 
 # --- some tokens are special ---
 
@@ -302,6 +349,13 @@ class Longformer(Pattern):
         near = SlidingWindow(self.window // 2, self.window // 2, self.alignment)._build(grid, num_heads)
         queries = torch.arange(grid.q_len) + self._offset(grid.q_len, grid.kv_len)
         return near | cross(self._is_global(queries), self._is_global(torch.arange(grid.kv_len)), grid)
+
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        (i, _, x), (j, _, y) = _positions(self, q_len, kv_len)
+        by_query, by_key = self._is_global(x), self._is_global(y)
+        side = self.window // 2
+        near = between(i[~by_query], j[~by_key], x[~by_query], y[~by_key], -side, side)
+        return [*near, *between(i, j[by_key]), *between(i[by_query], j[~by_key])]
 
     def _is_global(self, position: Tensor) -> Tensor:
         first = (position >= 0) & (position < self.global_tokens)

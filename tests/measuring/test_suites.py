@@ -279,6 +279,14 @@ def test_time_against_density(pattern):
     assert row["efficiency"] == pytest.approx(row["ideal_ms"] / row["ms"], rel=1e-2)
 
 
+@pytest.mark.parametrize("spec, parts", [("axial", 2), ("sliding_window:left=9,right=9", 1), ("lsh:n_buckets=4", 2)])
+def test_time_of_a_method_against_its_density(spec, parts):
+    config = {"pattern": spec, "percent": None, "seqlen": 1024, "mode": "fwd", "dtype": "float32", "seed": 0}
+    row = suites.get("sparsity").run_cell({**config, "batch": 1, "heads": 2, "head_dim": 16, "budget_s": 0.01})
+    assert row["parts"] == parts and row["density"] <= row["visited"] <= parts
+    assert row["efficiency"] == pytest.approx(row["density"] * row["dense_ms"] / row["ms"], rel=1e-2)
+
+
 def test_fidelity_reads_the_activations_that_it_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efficient_attn import BlockMask, SlidingWindow
 from efficient_attn.backends.call import Call
+from efficient_attn.masks import Part, PartedMask
 
 PLAIN_CALL = Call(torch.device("cpu"), torch.float32, None, 1, 1, 1, 8, 8, 8, 8, False, 0.0)
 
@@ -92,6 +93,51 @@ def blocks_window_lengths(case: Case, generator: torch.Generator) -> BlockMask:
     return blocks & near & lengths(case, generator)
 
 
+def parts(count: int, *, lines: str = "one", density: float = 0.3, block_size: tuple[int, int] = (32, 16)) -> Callable:
+    """A union of parts in random orders, in which each has some of the tokens: one order for all, or one for each of
+    the "heads", or of "batch" and heads. Some queries see nothing."""
+
+    def draw(case: Case, generator: torch.Generator) -> PartedMask:
+        batch = case.B if lines == "batch" else 1
+        heads, kv_heads = (1, 1) if lines == "one" else (case.Hq, case.Hkv)
+        owner = torch.randint(0, count, (batch, heads, case.Nq, case.Nk), generator=generator)
+        owner[torch.rand(owner.shape, generator=generator) > density] = -1
+        made = []
+        for part in range(count):
+            rows, columns = (n - n // 3 * (part % 2) for n in (case.Nq, case.Nk))
+            query, key = (
+                torch.rand(batch, h, n, generator=generator).argsort(-1)[..., :some]
+                for h, n, some in ((heads, case.Nq, rows), (kv_heads, case.Nk, columns))
+            )
+            wide = key.repeat_interleave(heads // kv_heads, 1)
+            seen = (owner == part).gather(2, query[..., None].expand(-1, -1, -1, case.Nk))
+            seen = seen.gather(3, wide[:, :, None].expand(-1, -1, rows, -1))
+            mask = BlockMask.from_dense(seen, block_size=block_size)
+            orders = (order.flatten(0, 1).int().contiguous() for order in (query, key))
+            made.append(Part(mask, *orders))
+        return PartedMask.of(made, q_len=case.Nq, kv_len=case.Nk)
+
+    return draw
+
+
+def band_and_columns(case: Case, generator: torch.Generator) -> PartedMask:
+    """A window in the order of the sequence, and classes modulo 5 beyond it: a part without an order, and a window in
+    an order."""
+    near = BlockMask(case.Nq, case.Nk, (16, 16), window=(6, 6))
+    by_class = [
+        torch.arange(n).view(1, -1)[0][torch.argsort(torch.arange(n) % 5, stable=True)] for n in (case.Nq, case.Nk)
+    ]
+    i, j = by_class[0][:, None], by_class[1]
+    classes = BlockMask.from_dense((i % 5 == j % 5) & (i - j > 6), block_size=(16, 32))
+    orders = (order.int()[None] for order in by_class)
+    return PartedMask.of([Part(near), Part(classes, *orders)], q_len=case.Nq, kv_len=case.Nk)
+
+
+def parts_with_lengths(case: Case, generator: torch.Generator) -> BlockMask:
+    """Parts, and a different number of keys for each batch element."""
+    return parts(2)(case, generator) & lengths(case, generator)
+
+
 HEAD_DIMS = (1, 3, 8, 40, 64, 80, 128, 200, 256)
 
 CASES = [
@@ -134,6 +180,13 @@ CASES = [
     Case("blocks_causal", Nq=100, Nk=100, mask=random_blocks((32, 16), 0.8), causal="top_left"),
     Case("blocks_window_lengths", B=3, Nq=100, Nk=150, mask=blocks_window_lengths),
     Case("blocks_grouped", Hq=6, Hkv=2, Nq=100, Nk=150, mask=random_blocks((32, 32))),
+    Case("parts", Nq=100, Nk=150, mask=parts(3)),
+    Case("parts_of_each_head", Hq=6, Hkv=2, Nq=100, Nk=70, mask=parts(2, lines="heads")),
+    Case("parts_of_each_batch", B=3, Hq=4, Hkv=2, Nq=45, Nk=80, mask=parts(2, lines="batch"), grad_lse=True),
+    Case("parts_lengths", B=3, Nq=100, Nk=150, mask=parts_with_lengths),
+    Case("parts_band", Nq=150, Nk=150, mask=band_and_columns),
+    Case("parts_bias_dropout", Nq=70, Nk=90, mask=parts(2), bias=(1, 0, 0, 0), dropout_p=0.3),
+    Case("parts_few_queries", Hq=4, Hkv=2, Nq=3, Nk=300, mask=parts(2, lines="heads")),
     Case("bias_full", bias=(0, 0, 0, 0)),
     Case("bias_per_batch", bias=(0, 1, 1, 1)),
     Case("bias_per_head", bias=(0, 1, 1)),

@@ -3,5 +3,6 @@
 from . import attention, linear_attention
 
 NEEDS_TRANSPOSED = False
+TAKES_ORDERS = False
 
-__all__ = ["NEEDS_TRANSPOSED", "attention", "linear_attention"]
+__all__ = ["NEEDS_TRANSPOSED", "TAKES_ORDERS", "attention", "linear_attention"]

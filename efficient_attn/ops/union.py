@@ -1,0 +1,117 @@
+"""Attention over a union of disjoint parts, each in its own order of tokens: one call of a backend for each part.
+
+    out_i = sum_p exp(lse_p(i) - lse(i)) out_p(i)        lse(i) = log sum_p exp(lse_p(i))
+
+Backwards every part is a call with the joined out and lse, and gradients add up: with delta_i = dout_i . out_i - dlse_i
+of the joined rows, P_ij = exp(s_ij - lse_i) and all that follows from it are those of the whole softmax. Parts are
+joined in their order, so that the bits are the same each time.
+
+An lse of 1e4 has no digit left for the shares of parts that differ by 1e-4: where a row's is beyond COARSE_LSE, as a
+bias of finfo.min makes it, the call is that of the mask without parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import BACKENDS
+from ..masks import MaskArrays, PartedMask
+from .attention import attention_backward, is_plain, operands
+
+COARSE_LSE = 1024.0  # where kernels stop to trust it, too (csrc/cpu/attention_backward_rows.h)
+
+
+class Parts(NamedTuple):
+    """A union as a call takes it."""
+
+    mask: PartedMask
+    arrays: tuple[MaskArrays, ...]  # of its parts, as the backend reads them
+    backend: str
+
+
+def union_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    parts: Parts,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a union, on plain tensors (see `is_plain`); differentiable twice."""
+    found: tuple[Tensor, Tensor] = _Union.apply(query, key, value, bias, parts, scale, dropout_p, dropout_seed)
+    return found
+
+
+def union_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    parts: Parts,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same without a gradient."""
+    forward = BACKENDS[parts.backend].attention.attention_forward
+    out, lse = forward(query, key, value, bias, parts.arrays[0], scale, dropout_p, dropout_seed)
+    for arrays in parts.arrays[1:]:
+        join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
+    if len(parts.arrays) > 1 and _is_coarse(lse):
+        return forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
+    return out, lse
+
+
+def _is_coarse(lse: Tensor) -> bool:
+    """Whether the lse of some row is too large to rebuild weights from; -inf is that of a row that sees nothing."""
+    return bool(((lse.abs() >= COARSE_LSE) & (lse != -torch.inf)).any())
+
+
+def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Join another part (B, H, N, Dv), (B, H, N) into out and lse, in place."""
+    share = torch.sigmoid(other_lse - lse)  # of the other part
+    share.masked_fill_((lse == -torch.inf) & (other_lse == -torch.inf), 0.0)
+    out.mul_((1.0 - share)[..., None]).addcmul_(other, share[..., None])
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
+class _Union(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, parts: Parts,
+        scale: float, dropout_p: float, dropout_seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = union_forward(query, key, value, bias, parts, scale, dropout_p, dropout_seed)
+        ctx.save_for_backward(query, key, value, bias, out, lse, dropout_seed)
+        ctx.numbers = (parts, scale, dropout_p, ctx.needs_input_grad[3])
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, dropout_seed = ctx.saved_tensors
+        parts, scale, dropout_p, bias_requires_grad = ctx.numbers
+        grad_out = torch.zeros_like(tensors[4]) if grad_out is None else grad_out
+        last = (scale, dropout_p, dropout_seed, bias_requires_grad)
+        totals: Any
+        if torch.is_grad_enabled() or not is_plain(grad_out, grad_lse, *tensors):
+            whole = operands(parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED))  # has a derivative again
+            call = (grad_out, grad_lse, None, *tensors, *whole, *last, parts.backend)
+            totals = attention_backward(*call)
+        else:
+            backward = BACKENDS[parts.backend].attention.attention_backward
+            each = parts.arrays
+            if len(each) > 1 and _is_coarse(tensors[5]):
+                each = (parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED),)
+            calls = (backward(grad_out, grad_lse, None, *tensors, arrays, *last) for arrays in each)
+            totals = next(calls)
+            for gradients in calls:
+                for total, gradient in zip(totals, gradients, strict=True):
+                    if total is not None:
+                        total.add_(gradient)
+        return *totals[:3], totals[3] if bias_requires_grad else None, None, None, None, None

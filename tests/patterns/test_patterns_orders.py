@@ -1,0 +1,118 @@
+"""The parts that patterns propose: their union is the pattern, in blocks of any size, and is taken where it pays."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from efficient_attn import attention, explain
+from efficient_attn.masks import PartedMask
+from efficient_attn.masks.parts import cost, visited
+from efficient_attn.methods.spec import parse
+from efficient_attn.patterns import Pattern
+from efficient_attn.patterns.orders import SIZES, Line
+
+LINES = (
+    "dilated:left=5,right=7,dilation=3",
+    "dilated:left=20,right=0,dilation=4",
+    "strided:stride=16",
+    "strided:stride=16,causal=false",
+    "strided:stride=7,part=summary",
+    "strided:stride=33,causal=false,part=summary",
+    "fixed:stride=16,summary=3",
+    "fixed:stride=16,summary=3,shift=1,causal=false",
+    "fixed:stride=20,summary=4,part=local",
+    "fixed:stride=20,summary=4,part=summary",
+    "fixed:stride=20,summary=4,part=summary,causal=false",
+    "longformer:window=20,global_tokens=3",
+    "longformer:window=20,global_tokens=2,global_indices=40x41x50",
+    "longformer:window=0",
+)
+IMAGES = (
+    ("axial:size=9x13", 117),
+    ("axial:size=16x16,causal=true", 256),
+    ("axial:size=8x20,part=columns,causal=true", 160),
+    ("axial:size=8x20,part=rows,prefix=3", 163),
+    ("axial:size=16x16,prefix=2", 258),
+    ("neighborhood:size=16x16,kernel=7", 256),
+    ("neighborhood:size=20x17,kernel=5x3,dilation=1x2,causal=falsextrue,prefix=3", 343),
+    ("neighborhood:size=100,kernel=7,dilation=3", 100),
+    ("neighborhood:size=6x7x9,kernel=3x3x5", 378),
+    ("neighborhood:size=6x8x9,kernel=3,dilation=2,causal=truexfalsexfalse,prefix=1", 433),
+)
+
+
+def check(pattern: Pattern, q_len: int, kv_len: int, sizes: tuple[tuple[int, int], ...]) -> None:
+    i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    expected = pattern.visible(i, j, q_len, kv_len).expand(q_len, kv_len)
+    proposals = pattern._proposals(q_len, kv_len)
+    if proposals is None and kv_len == 1:
+        return  # no key that a segment of `fixed` is summarised by
+    assert proposals, f"{pattern} has no parts"
+    for size in sizes:
+        made = [each.part(size, q_len, kv_len) for each in proposals]
+        mask = PartedMask.of(made, q_len=q_len, kv_len=kv_len)  # raises where a pair is in two parts
+        assert torch.equal(mask.to_dense()[0, 0], expected), f"{pattern} {q_len} x {kv_len} in {size}"
+
+
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("spec", LINES)
+def test_parts_of_patterns_of_a_line(spec: str, alignment: str) -> None:
+    pattern = parse(spec).pattern.aligned(alignment)
+    check(pattern, 130, 90, SIZES)
+    for n, (q_len, kv_len) in enumerate(((64, 64), (90, 130), (201, 201), (1, 70), (70, 1))):
+        check(pattern, q_len, kv_len, SIZES[n % len(SIZES) :][:2])
+
+
+@pytest.mark.parametrize("spec, tokens", IMAGES)
+def test_parts_of_patterns_of_images(spec: str, tokens: int) -> None:
+    check(parse(spec).pattern, tokens, tokens, SIZES)
+
+
+@pytest.mark.parametrize("spec", ["axial", "strided:stride=64", "fixed", "dilated:dilation=4", "neighborhood"])
+def test_an_order_is_taken_where_it_pays(spec: str) -> None:
+    pattern = parse(spec).pattern
+    mask = pattern.block_mask(4096, 4096)
+    assert mask.union is not None and pattern.block_mask(4096, 4096) is mask
+    assert cost(mask) < cost(mask._whole) and visited(mask) < visited(mask._whole) / 2
+    assert pattern.block_mask(256, 256).union is None
+    assert parse("documents:lengths=512").pattern.block_mask(4096, 4096).union is None
+
+
+@pytest.mark.parametrize("spec, tokens", [("axial", 362**2), ("strided", 2**17), ("neighborhood:kernel=7", 362**2)])
+def test_a_plan_of_many_tokens_is_short_and_soon_made(spec: str, tokens: int) -> None:
+    pattern = parse(spec).pattern
+    started = time.process_time()
+    made = [each.part(min(SIZES, key=each.cost), tokens, tokens) for each in pattern._proposals(tokens, tokens)]
+    assert time.process_time() - started < 20  # about 1 s of two idle cores
+    assert visited(PartedMask.trusted(made, q_len=tokens, kv_len=tokens)) < 1000 * tokens
+    assert sum(t.numel() * t.element_size() for part in made for t in part.tensors) < 400 * tokens
+
+
+@pytest.mark.parametrize("spec", ["axial", "strided:stride=32", "longformer:window=64,global_tokens=3", "neighborhood"])
+def test_patterns_in_orders_are_exact(spec: str) -> None:
+    pattern, tokens = parse(spec).pattern, 1024
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, h, tokens, 16, generator=generator).requires_grad_() for h in (2, 1, 1)]
+    assert pattern.block_mask(tokens, tokens).union is not None
+    found = []
+    for backend in ("cpu", "reference"):
+        out, lse = attention(*leaves, mask=pattern, return_lse=True, backend=backend)
+        found.append((out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_explain_shows_parts_and_orders() -> None:
+    query = torch.randn(1, 2, 4096, 16)
+    text = str(explain(query, query, query, mask=parse("axial").pattern))
+    assert "2 parts" in text and "visited" in text
+    found = explain(query, query, query, mask=parse("axial").pattern, backend="reference")
+    assert found.parts == () and found.visited > 10 * found.density
+
+
+def test_lines_are_ascending() -> None:
+    line = Line.of(torch.arange(10), torch.arange(10) % 3, torch.arange(10) // 3)
+    assert line.token.tolist() == [0, 3, 6, 9, 1, 4, 7, 2, 5, 8]

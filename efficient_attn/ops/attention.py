@@ -26,7 +26,7 @@ from ..errors import UnsupportedError
 from ..masks import MaskArrays
 from ..masks.lists import BlockLists, Grid, transpose
 from .operator import in_one_batch, one_by_one, register
-from .second_derivative import backward_gradients
+from .second_derivative import backward_gradients, gradients
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -51,6 +51,20 @@ def operands(arrays: MaskArrays) -> tuple[Any, ...]:
 
 # --- the kernels ---
 
+# Backends that make a row's weights anew from its lse alone, and from where on half an ulp of it is no longer small.
+FROM_LSE_ALONE = ("triton", "cuda")
+COARSE_LSE = 2.0**10
+
+
+def _too_coarse(backend: str, bias: Tensor | None, lse: Tensor) -> bool:
+    """Whether a bias that is one large number for all that a row sees has left its lse without digits.
+
+    Asks the device, once, where there is a bias; a CUDA graph that is being recorded cannot be asked.
+    """
+    if bias is None or backend not in FROM_LSE_ALONE or (lse.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return bool(((lse.abs() >= COARSE_LSE) & lse.isfinite()).any())
+
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *mask, scale, dropout_p, dropout_seed, backend = rest
@@ -60,9 +74,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *re
 
 def _with_weights(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *mask, scale, dropout_p, dropout_seed, average, backend = rest
-    found: tuple[Tensor, ...] = BACKENDS[backend].attention.attention_with_weights(
-        query, key, value, bias, mask_arrays(*mask), scale, dropout_p, dropout_seed, average
-    )
+    arguments = (query, key, value, bias, mask_arrays(*mask), scale, dropout_p, dropout_seed, average)
+    found: tuple[Tensor, ...] = BACKENDS[backend].attention.attention_with_weights(*arguments)
+    if _too_coarse(backend, bias, found[1]):
+        return (*found[:2], BACKENDS["reference"].attention.attention_with_weights(*arguments)[2])
     return found
 
 
@@ -70,10 +85,14 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, grad_weights: Tensor | None, query: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     key, value, bias, out, lse, *mask, scale, dropout_p, dropout_seed, bias_requires_grad, backend = rest
-    dq, dk, dv, dbias = BACKENDS[backend].attention.attention_backward(
-        grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse, mask_arrays(*mask),
-        scale, dropout_p, dropout_seed, bias_requires_grad,
-    )  # fmt: skip
+    tensors = (grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse)
+    call = (mask_arrays(*mask), scale, dropout_p, dropout_seed, bias_requires_grad)
+    found: Any
+    if _too_coarse(backend, bias, lse):
+        found = gradients(tensors, *call)
+    else:
+        found = BACKENDS[backend].attention.attention_backward(*tensors, *call)
+    dq, dk, dv, dbias = found
     return dq, dk, dv, query.new_empty(0) if dbias is None else dbias
 
 

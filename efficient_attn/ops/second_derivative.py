@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.call import accumulation_dtype
 from ..backends.reference import attention as reference
 from ..masks import MaskArrays
 from ..tracing import shapes_only
@@ -69,6 +70,36 @@ def backward_gradients(
             if gradient is not None:
                 _add(CUTS[k], totals[k], place, gradient)
     return totals
+
+
+def gradients(
+    tensors: Sequence[Tensor | None],
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    bias_requires_grad: bool,
+) -> list[Tensor | None]:
+    """dq, dk, dv and dbias, as `attention_backward` of the reference, but in O(n) memory: for rows whose weights their
+    lse cannot say. `tensors` as in `backward_gradients`."""
+    grad_weights, inputs = tensors[2], tensors[3:7]
+    query, key = tensors[3], tensors[4]
+    assert query is not None and key is not None
+    cuts, dtype = (_of_rows, _of_keys, _of_keys, _of_pairs), accumulation_dtype(query.dtype)
+    wanted = [*inputs[:3], inputs[3] if bias_requires_grad else None]
+    totals = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in wanted]
+    for place in _places(mask, query, key):
+        parts: list[Any] = [
+            None if t is None else cut(t, place).to(dtype) for cut, t in zip(CUTS, tensors, strict=True)
+        ]
+        if grad_weights is not None and grad_weights.shape[1] < query.shape[1]:  # of the average over all heads
+            parts[2] = parts[2] * ((place.heads.stop - place.heads.start) / query.shape[1])
+        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, _piece(place, query))
+        found = reference.attention_backward(*(parts + list(rest)))
+        for cut, total, gradient in zip(cuts, totals, found, strict=True):
+            if total is not None and gradient is not None:
+                _add(cut, total, place, gradient)
+    return [None if t is None or total is None else total.to(t.dtype) for total, t in zip(totals, wanted, strict=True)]
 
 
 # --- the parts of a tensor that belong to a piece ---

@@ -1,6 +1,7 @@
 """efficient-attn: exact, block-sparse and low-rank attention with one operator, one mask and one drop-in module."""
 
 from .backends import BACKENDS
+from .biases import ALiBi, LowRankBias, RelativeBias, T5Bias
 from .cache import KVCache, PagedKVCache, cached_attention, paged_attention
 from .errors import (
     CheckpointError,
@@ -64,6 +65,7 @@ __all__ = [
     "BACKENDS",
     "LSH",
     "METHODS",
+    "ALiBi",
     "Axial",
     "BigBird",
     "BlockMask",
@@ -86,6 +88,7 @@ __all__ = [
     "Linear",
     "Linformer",
     "Longformer",
+    "LowRankBias",
     "MaskError",
     "Method",
     "MultiheadAttention",
@@ -97,9 +100,11 @@ __all__ = [
     "Performer",
     "PerformerTail",
     "PrefixLM",
+    "RelativeBias",
     "SlidingWindow",
     "SortedBuckets",
     "Strided",
+    "T5Bias",
     "TopKBlocks",
     "TopPBlocks",
     "UnsupportedError",

@@ -17,10 +17,6 @@ struct TensorView {
     int64_t batch_stride, head_stride, row_stride;
     const int32_t* order = nullptr;  // null: row i
     int64_t order_batch_stride = 0, order_head_stride = 0;
-    // On pages, row i of batch element b is row i % page_rows of page pages[b * pages_batch_stride + i / page_rows],
-    // and pages are page_stride apart (CPU only: keys and values of a forward).
-    const int32_t* pages = nullptr;
-    int64_t page_rows = 0, page_stride = 0, pages_batch_stride = 0;
 };
 
 // Additive bias, each dimension 1 or full of (B, Hq, Nq, Nk); a broadcast dimension has stride 0.

@@ -297,32 +297,15 @@ inline void fill_hidden(const uint64_t* bits, int64_t keys, int64_t rows, int64_
             if (!(bits[k] >> r & 1)) scores.at(k, r) = value;
 }
 
-// Calls f(rows) for runs of rows of b that lie one behind another, in order: all of them, or those of neighbouring
-// pages.
-template <class F>
-inline void for_each_run(const TensorView& t, int64_t b, Range rows, F f) {
-    if (!t.pages) return f(rows);
-    const int32_t* pages = t.pages + b * t.pages_batch_stride;
-    const bool joined = t.page_stride == t.page_rows * t.row_stride;
-    for (int64_t begin = rows.begin; begin < rows.end;) {
-        int64_t page = begin / t.page_rows;
-        int64_t end = (page + 1) * t.page_rows;
-        for (; joined && end < rows.end && pages[page + 1] == pages[page] + 1; ++page) end += t.page_rows;
-        f(Range{begin, min_of(end, rows.end)});
-        begin = end;
-    }
-}
-
-// The values of a run of keys and the keys that come next, `keys` further on.
+// The values of these keys and the keys that come next.
 template <class T>
-inline Ahead rows_ahead(const AttentionParams& p, int64_t b, int64_t kv, Range run, int64_t keys) {
-    const int64_t size = static_cast<int64_t>(sizeof(T));
-    const bool more = run.end + keys <= p.Nk;
-    const T *K = row_pointer<T>(p.key, b, kv, more ? run.begin + keys : run.begin),
-            *V = row_pointer<T>(p.value, b, kv, run.begin);
-    return {reinterpret_cast<const char*>(K),
+inline Ahead rows_ahead(const AttentionParams& p, int64_t b, int64_t kv, Range keys) {
+    const T *K = row_pointer<T>(p.key, b, kv, keys.begin), *V = row_pointer<T>(p.value, b, kv, keys.begin);
+    const int64_t size = static_cast<int64_t>(sizeof(T)), step = p.key.row_stride * size;
+    const bool more = keys.end + (keys.end - keys.begin) <= p.Nk;
+    return {reinterpret_cast<const char*>(K) + (more ? (keys.end - keys.begin) * step : 0),
             reinterpret_cast<const char*>(V),
-            p.key.row_stride * size,
+            step,
             p.value.row_stride * size,
             more ? p.D * size : 0,
             p.Dv * size};
@@ -409,20 +392,13 @@ inline void add_decode_values(const AttentionParams& p, const DecodeTask& task, 
                               bool masked, const DecodeScores<A>& scores, DecodeTile<A>& t, A* O) {
     const int64_t n = keys.end - keys.begin, Dv = whole_vectors<A>(p.Dv);
     const bool few = scores.row_stride != 1;
-    if (few && !masked && Dv == p.Dv)
-        return for_each_run(p.value, task.b, keys, [&](Range run) {
-            const T* V = row_pointer<T>(p.value, task.b, task.kv, run.begin);
-            add_values_rows(t.S + (run.begin - keys.begin), rows, run.end - run.begin, V, p.value.row_stride, Dv,
-                            t.fade, O);
-            for (int64_t r = 0; r < rows; ++r) t.fade[r] = 1;  // what was there before has faded with the first run
-        });
     auto add = [&](auto values, int64_t stride) {
         if (few) return add_values_rows(t.S, rows, n, values, stride, Dv, t.fade, O);
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t d = 0; d < Dv; ++d) O[r * Dv + d] *= t.fade[r];
         product<A, Into::kAdd, 32>(rows, Dv / kLanes<A>, n, t.S, Unit{}, w, values, stride, O, Dv);
     };
-    if (!masked && Dv == p.Dv && !p.value.pages)
+    if (!masked && Dv == p.Dv)
         return add(static_cast<const T*>(row_pointer<T>(p.value, task.b, task.kv, keys.begin)), p.value.row_stride);
     Rows<A> V = load_padded_rows<T>(p.value, task.b, task.kv, keys.begin, n, p.Dv, t.V_buffer);
     const Poison poison = masked ? find_poison(V, n, p.Dv) : Poison{};
@@ -460,21 +436,17 @@ template <class T, class A>
 inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t rows, int64_t w,
                           bool few, DecodeTile<A>& t) {
     const int64_t n = keys.end - keys.begin, D = whole_vectors<A>(p.D);
+    const Ahead ahead = rows_ahead<T>(p, task.b, task.kv, keys);
     if (!few) {
-        for_each_run(p.key, task.b, keys,
-                     [&](Range run) { rows_ahead<T>(p, task.b, task.kv, run, n).fetch(0, run.end - run.begin); });
+        ahead.fetch(0, n);
         score_tile(load_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer), n, p.D, t.Q, w, t.S);
         cap_scores<A>(p, n * w, t.S, nullptr);
         return;
     }
     if (D == p.D) {
-        for_each_run(p.key, task.b, keys, [&](Range run) {
-            const T* K = row_pointer<T>(p.key, task.b, task.kv, run.begin);
-            dot_scores(K, p.key.row_stride, run.end - run.begin, t.Q, rows, D,
-                       rows_ahead<T>(p, task.b, task.kv, run, n), t.S + (run.begin - keys.begin));
-        });
+        const T* K = row_pointer<T>(p.key, task.b, task.kv, keys.begin);
+        dot_scores(K, p.key.row_stride, n, t.Q, rows, D, ahead, t.S);
     } else {
-        const Ahead ahead = rows_ahead<T>(p, task.b, task.kv, keys, n);
         const Rows<A> K = load_padded_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer);
         dot_scores(K.data, K.stride, n, t.Q, rows, D, ahead, t.S);
     }

@@ -40,22 +40,16 @@ inline int64_t whole_vectors(int64_t width) {
     return round_up(width, kLanes<A>);
 }
 
-// Whether the rows of a call are not simply one behind another.
-inline bool is_scattered(const TensorView& t) { return t.order || t.pages; }
-
 // The tensor's own row that `row` of a call is.
 inline int64_t ordered_row(const TensorView& t, int64_t b, int64_t h, int64_t row) {
     return t.order ? t.order[b * t.order_batch_stride + h * t.order_head_stride + row] : row;
 }
 
 inline int64_t row_offset(const TensorView& t, int64_t b, int64_t h, int64_t row) {
-    if (t.pages)
-        return t.pages[b * t.pages_batch_stride + row / t.page_rows] * t.page_stride + h * t.head_stride +
-               row % t.page_rows * t.row_stride;
     return b * t.batch_stride + h * t.head_stride + ordered_row(t, b, h, row) * t.row_stride;
 }
 
-// A row of a tensor. Without an order or pages the next ones lie behind it, row_stride apart.
+// A row of a tensor. Without an order the next ones lie behind it, row_stride apart.
 template <class T>
 inline T* row_pointer(const TensorView& t, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(t.data) + row_offset(t, b, h, row);
@@ -66,7 +60,7 @@ template <class T, class A>
 inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                          A* buffer) {
     if constexpr (sizeof(T) == sizeof(A))
-        if (!is_scattered(t)) return {row_pointer<T>(t, b, h, first), t.row_stride};
+        if (!t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
     for (int64_t r = 0; r < count; ++r) widen_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * width);
     return {buffer, width};
 }
@@ -77,7 +71,7 @@ inline Rows<A> load_padded_rows(const TensorView& t, int64_t b, int64_t h, int64
                                 A* buffer) {
     const int64_t padded = whole_vectors<A>(width);
     if constexpr (sizeof(T) == sizeof(A))
-        if (padded == width && !is_scattered(t)) return {row_pointer<T>(t, b, h, first), t.row_stride};
+        if (padded == width && !t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
     for (int64_t r = 0; r < count; ++r) {
         widen_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * padded);
         for (int64_t d = width; d < padded; ++d) buffer[r * padded + d] = 0;

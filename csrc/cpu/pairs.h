@@ -28,7 +28,7 @@ template <class T>
 inline Rows<T> load_paired_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                                 T* buffer) {
     const int64_t padded = 2 * pair_depth(width);
-    if (padded == width && !is_scattered(t)) return {row_pointer<T>(t, b, h, first), t.row_stride};
+    if (padded == width && !t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
     for (int64_t r = 0; r < count; ++r) {
         T* row = buffer + r * padded;
         __builtin_memcpy(row, row_pointer<T>(t, b, h, first + r), static_cast<size_t>(width) * sizeof(T));
@@ -41,7 +41,7 @@ inline Rows<T> load_paired_rows(const TensorView& t, int64_t b, int64_t h, int64
 template <class T, class A>
 inline Rows<T> gathered_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                              A* buffer) {
-    if (!is_scattered(t)) return {row_pointer<T>(t, b, h, first), t.row_stride};
+    if (!t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
     T* rows = reinterpret_cast<T*>(buffer);
     for (int64_t r = 0; r < count; ++r)
         __builtin_memcpy(rows + r * width, row_pointer<T>(t, b, h, first + r), static_cast<size_t>(width) * sizeof(T));

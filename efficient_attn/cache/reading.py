@@ -6,20 +6,15 @@ lengths[b] keys; its queries are those of its last tokens, so that query i stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import sharding
-from ..backends.cpu import attention as cpu
-from ..backends.words import Pages
-from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import attention, check_inputs
-from ..masks import BlockMask, MaskArrays
-from ..tracing import shapes_only
+from ..functional import attention
+from ..masks import BlockMask
 
 Lengths = Tensor | Sequence[int]
 
@@ -55,6 +50,9 @@ def cached_attention(
         InputError, InputTypeError: what `attention` raises, and lengths that are not there.
     """
     ends = checked_integers("lengths", lengths, query.shape[0], key.shape[2])
+    B, _, Nq, _ = query.shape
+    real = [Nq] * B if counts is None else checked_integers("counts", counts, B, Nq)
+    sides, longest, everything = (window[0], 0 if is_causal else window[1]), max(ends, default=0), slice(None)
 
     def run(queries: Tensor, rows: slice, end: int, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = attention(
@@ -62,35 +60,20 @@ def cached_attention(
         )
         return found
 
-    out, lse = _at_the_ends(query, ends, counts, (window[0], 0 if is_causal else window[1]), run)
-    return (out, lse) if return_lse else out
-
-
-def _at_the_ends(
-    query: Tensor,
-    ends: list[int],
-    counts: Lengths | None,
-    window: tuple[int, int],
-    run: Callable[[Tensor, slice, int, BlockMask | None], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """out and lse of queries at the end of sequences, by run(queries, which sequences, how many keys, mask): in one
-    call where a mask can say it, else in one a sequence."""
-    B, _, Nq, _ = query.shape
-    real = [Nq] * B if counts is None else checked_integers("counts", counts, B, Nq)
-    longest, everything = max(ends, default=0), slice(None)
     if len(set(ends)) <= 1 and len(set(real)) <= 1:
         n = max(real, default=0)
-        found = run(query[:, :, :n], everything, longest, _end_mask(n, longest, window))
-    elif Nq == 1 and window[0] < 0 and min(real) == 1:  # what the last token sees is up to the length alone
-        lengths = torch.tensor(ends, device=query.device)
-        found = run(query, everything, longest, BlockMask.from_lengths(lengths, q_len=Nq, kv_len=longest))
+        found = run(query[:, :, :n], everything, longest, _end_mask(n, longest, sides))
+    elif Nq == 1 and sides[0] < 0 and min(real) == 1:  # what the last token sees is up to the length alone
+        tensor = torch.tensor(ends, device=query.device)
+        found = run(query, everything, longest, BlockMask.from_lengths(tensor, q_len=Nq, kv_len=longest))
     else:
         parts = [
-            _padded(run(query[b : b + 1, :, :n], slice(b, b + 1), end, _end_mask(n, end, window)), Nq)
+            _padded(run(query[b : b + 1, :, :n], slice(b, b + 1), end, _end_mask(n, end, sides)), Nq)
             for b, (end, n) in enumerate(zip(ends, real, strict=True))
         ]
         found = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
-    return _padded(found, Nq)
+    out, lse = _padded(found, Nq)
+    return (out, lse) if return_lse else out
 
 
 def _end_mask(q_len: int, kv_len: int, window: tuple[int, int]) -> BlockMask | None:
@@ -133,8 +116,7 @@ def paged_attention(
     """`cached_attention` of keys and values on pages (Kwon et al. 2023): row r of sequence b is row r % page of page
     block_table[b, r // page].
 
-    The CPU backend reads pages where they lie. The others, and calls that take part in autograd, put those of a call
-    together first: O(B N) memory for the time of the call.
+    The pages that a call needs are put together first: O(B N) memory for the time of the call.
 
     Args:
         key_pages, value_pages: (pages, page, Hkv, D) and (pages, page, Hkv, Dv).
@@ -146,43 +128,11 @@ def paged_attention(
         InputError, InputTypeError: what `cached_attention` raises; pages that are not there.
     """
     ends = check_pages(key_pages, value_pages, block_table, lengths, query.shape[0])
-    if not _readable_in_place(query, key_pages, value_pages, backend):
-        key, value = (read_pages(pages, block_table, max(ends, default=0)) for pages in (key_pages, value_pages))
-        return cached_attention(
-            query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale,
-            return_lse=return_lse, backend=backend,
-        )  # fmt: skip
-    first = (x[:1].transpose(1, 2) for x in (key_pages, value_pages))  # (1, Hkv, page, .)
-    key, value = (x.expand(query.shape[0], -1, -1, -1) for x in first)
-    strides = key_pages.stride(0), value_pages.stride(0)
-    check_inputs(query, key, value)
-    factor = default_scale(scale, query.shape[3])
-    table = block_table.to(torch.int32).clamp(min=0, max=key_pages.shape[0] - 1).contiguous()
-
-    def run(queries: Tensor, rows: slice, end: int, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
-        arrays = MaskArrays() if mask is None else mask.arrays()
-        pages = Pages(table[rows], key_pages.shape[1], end, strides)
-        return cpu.paged_forward(queries, key[rows], value[rows], pages, arrays, factor)
-
-    out, lse = _at_the_ends(query, ends, counts, (window[0], 0 if is_causal else window[1]), run)
-    return (out, lse) if return_lse else out
-
-
-def _readable_in_place(query: Tensor, key_pages: Tensor, value_pages: Tensor, backend: str) -> bool:
-    """Whether the CPU's kernel serves the call on the pages themselves."""
-    tensors = (query, key_pages, value_pages)
-    return (
-        backend in ("auto", "cpu")
-        and not cpu.device_reasons(query.device)
-        and not any(x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
-        and not torch.compiler.is_compiling()
-        and not shapes_only(*tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.is_autocast_enabled("cpu")
-        and sharding.active is None
-        and all(x.stride(3) == 1 for x in (key_pages, value_pages))
-        and min(key_pages.shape) > 0
-    )
+    key, value = (read_pages(pages, block_table, max(ends, default=0)) for pages in (key_pages, value_pages))
+    return cached_attention(
+        query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale,
+        return_lse=return_lse, backend=backend,
+    )  # fmt: skip
 
 
 def check_pages(key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Lengths, B: int) -> list[int]:

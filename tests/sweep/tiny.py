@@ -69,8 +69,8 @@ BY_NAME = {name: size for size, names in SIZES for name in names.split()}
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 # What a configuration makes by itself from the numbers.
 DROPPED = (
-    "transformers_version", "id2label", "label2id", "torch_dtype", "dtype", "out_features", "out_indices",
-    "stage_names",
+    "transformers_version", "_name_or_path", "id2label", "label2id", "torch_dtype", "dtype", "out_features",
+    "out_indices", "stage_names", "qk_head_dim",
 )  # fmt: skip
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
@@ -90,19 +90,12 @@ def _shrunk(given: dict[str, Any]) -> dict[str, Any]:
     layers = max(2, len(kept))
     special = iter(range(VOCABULARY - 1, 2, -1))
     for name, value in given.items():
-        if not isinstance(name, str) or name in (
-            "transformers_version",
-            "model_type",
-            "id2label",
-            "label2id",
-            "torch_dtype",
-            "dtype",
-        ):
+        if name in DROPPED:
             continue
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            value = _rope(value, "qk_rope_head_dim" in given) if name.startswith("rope_") else _shrunk(value)
-        elif name == "per_layer_config":
+        if name == "per_layer_config":
             value = {}
+        elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            value = _rope(value, "qk_rope_head_dim" in given) if name.startswith("rope_") else _shrunk(value)
         elif name == "layer_types" and kept:
             value = (kept * layers)[:layers]
         elif isinstance(value, list) and before is not None and len(value) == before and before > 4:
@@ -116,6 +109,10 @@ def _shrunk(given: dict[str, Any]) -> dict[str, Any]:
             value = BY_NAME[name]
         elif name in BY_NAME and isinstance(value, list) and all(isinstance(x, int) for x in value):
             value = [min(x, BY_NAME[name]) for x in value]
+        elif value is None and name == "vocab_size":
+            value = VOCABULARY
+        elif name in ("mamba_n_heads", "mamba_num_heads", "mamba_d_head", "mamba_head_dim"):
+            value = 8
         elif name == "depths":
             value = [1 for _ in value]
         found[name] = value

@@ -21,7 +21,7 @@ from ..call import (
     sink_gradient,
     zeroed,
 )
-from ..words import Pages, pack_attention, pack_attention_gradients
+from ..words import pack_attention, pack_attention_gradients
 
 _cpu: Any
 try:
@@ -75,27 +75,6 @@ def attention_forward(
         kept, words = pack_attention(*call, softcap, sinks, diagonals)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
-    return out, lse
-
-
-def paged_forward(
-    query: Tensor,  # (B, Hq, Nq, D)
-    key: Tensor,  # (B, Hkv, rows of a page, D), the first page for every batch element
-    value: Tensor,  # (B, Hkv, rows of a page, Dv)
-    pages: Pages,
-    mask: MaskArrays,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of `attention_forward` for keys and values on pages, which are read where they lie."""
-    query = readable(query)
-    B, Hq, Nq, _ = query.shape
-    out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=query.dtype, device="cpu")
-    lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(query.dtype), device="cpu")
-    if out.numel() == 0 or pages.length == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    kept, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, pages=pages)
-    _cpu.attention_forward(words, torch.get_num_threads())
-    del kept
     return out, lse
 
 

@@ -196,7 +196,7 @@ SUITE = Suite(
     columns=(
         Column("error", "error", "error"),
         Column("vs dense", "speedup_dense", "times"),
-        Column("score before", "score_before"),
+        Column("score before", "score_before", "text"),
         Column("score", "score"),
         Column("score is", "score_is", "text"),
         Column("tokens", "tokens", "integer"),

@@ -273,19 +273,19 @@ def direct_attention(*operands: Any) -> tuple[Tensor, Tensor]:
     return results
 
 
-def is_plain(query: Tensor, *others: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors can pass the dispatcher by: no subclass, transformation, mode, tracer or profiler
     would see anything of it."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:  # a loop: a generator costs a short call as much as all that is asked here
+        if type(tensor) not in _PLAIN or (tensor is not None and (tensor.is_neg() or tensor.is_meta)):
+            return False  # is_neg: a view whose sign the dispatcher turns
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or not _PLAIN.issuperset(map(type, (query, *others)))
-        or query.is_meta
-        or query.is_neg()  # a view whose sign the dispatcher turns
-        or any(other is not None and other.is_neg() for other in others)
     )

@@ -35,7 +35,6 @@ METHODS = "tests/methods/test_methods.py"
 LINEAR = "tests/methods/test_linear_attention.py"
 MODULE = "tests/module/test_multihead.py"
 TRITON_EDGES = "tests/kernels/triton/test_triton.py -k promise and edges"
-TRITON_OWN = "tests/kernels/triton/test_triton.py -k promise and kernels"
 
 lists, algebra, block_mask, rules = (
     f"efficient_attn/masks/{name}.py" for name in ("lists", "algebra", "block_mask", "rules")
@@ -291,8 +290,9 @@ FAULTS = [
           "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling.py"),
     # --- Triton ---
     Fault("Triton: weights from an lse without digits", "efficient_attn/ops/attention.py", "COARSE_LSE = 2.0**10",
-          "COARSE_LSE = 2.0**127", TRITON_OWN),
-    Fault("Triton: the least number hides", "kernels/tiles.py", "(b_size > LARGEST_BIAS)", "(b_size < 0)", TRITON_OWN),
+          "COARSE_LSE = 2.0**127", TRITON_EDGES),
+    Fault("Triton: the least number hides", "kernels/tiles.py", "(b_size > LARGEST_BIAS)", "(b_size < 0)",
+          TRITON_EDGES),
     Fault("Triton: a key too many by the window", "kernels/walk.py",
           "any_end = tl.minimum(i_last + mask.high + 1, keys)",
           "any_end = tl.minimum(i_last + mask.high, keys)", TRITON_EDGES),

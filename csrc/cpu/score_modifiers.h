@@ -26,7 +26,7 @@ inline const A* diagonal_line(const AttentionParams& p, int64_t b, int64_t h) {
     return static_cast<const A*>(view.data) + b * view.batch_stride + h * view.head_stride + p.Nk - 1;
 }
 
-// S[key][lane] += what stands at (first + lane) - key; lanes beyond the queries read what is beyond the line's end.
+// S[key][lane] += what stands at (first + lane) - key
 template <class A>
 EA_NOINLINE void add_diagonals(const AttentionParams& p, int64_t b, int64_t h, int64_t first, Range keys, int64_t w,
                                A* S) {

@@ -88,7 +88,6 @@ def layer_call(name="efficient_attn", mask=None, length=N, **kwargs):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"cu_seq_lens_q": torch.tensor([0, 20])},
         {"indices": torch.zeros(1)},
         {"cache": object()},
         {"something_new": 1},

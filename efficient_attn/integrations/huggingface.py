@@ -214,7 +214,7 @@ def attend(
             cannot serve. InputError: what does not fit together.
     """
     _check_arguments(kwargs)
-    method = vars(module).get(LAYER_METHOD, method)
+    method = getattr(module, LAYER_METHOD, method)
     documents = packed_documents(kwargs, query, key)
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)

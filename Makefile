@@ -18,7 +18,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
 	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu \
-	gpu-check gpu-sanitize triton-table cuda-table readme clean fields works-with
+	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields works-with
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'
@@ -126,6 +126,10 @@ bench-all: $(STAMP) ## every suite within BUDGET minutes, and the report
 bench-cpu: $(STAMP) ## the CPU kernels against PyTorch and the peak of the machine
 	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
+# build/carry/_cuda.abi3.so, for any CPython from 3.11 on; gpu-check takes it where it loads.
+cuda-carry: $(STAMP) ## compile the CUDA kernels for sm_90a alone, for a machine with such a GPU (needs nvcc; minutes)
+	$(BIN)/python benchmarks/tools/cuda_carry.py $(ARGS)
+
 # Needs a GPU and a Python with PyTorch and Triton; no network, no .venv: make gpu-check PYTHON=python3 OUT=dir
 OUT ?= bench-results/gpu-check
 gpu-check: ## build, test and measure on a GPU, without a network: PYTHON=python3 OUT=<folder>
@@ -140,6 +144,9 @@ triton-table: $(STAMP) ## registers, spills and shared memory of every Triton ke
 
 cuda-table: $(STAMP) ## the same of every CUDA kernel (needs nvcc)
 	$(BIN)/python -m efficient_attn.benchmarks.tools.cuda_table $(ARGS)
+
+cuda-limits: $(STAMP) ## what bounds Hopper's CUDA kernels, counted from their machine code (needs nvcc)
+	$(BIN)/python -m efficient_attn.benchmarks.tools.cuda_limits $(ARGS)
 
 # Writes the generated parts of README.md anew: the table of methods, and with ARGS=<results.jsonl> the picture and figures.
 readme: $(STAMP) ## write the generated parts of README.md and docs/methods.md anew

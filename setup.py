@@ -151,13 +151,11 @@ def cuda_units() -> dict[str, tuple[str, str]]:
 
 def cuda_ninja_file(output: Path, nvcc: str, archs: list[str]) -> str:
     """The build plan of the CUDA module. The runtime is linked in, so that it needs nothing but the driver."""
-    import pybind11
-
     codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
     if archs[0].isdecimal():
         codes[0] = f"-gencode arch=compute_{archs[0]},code=[sm_{archs[0]},compute_{archs[0]}]"
     host = f" -ccbin {os.environ['CXX']}" if os.environ.get("CXX") else ""
-    includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    includes = f"-I{ROOT / 'csrc'} -isystem {sysconfig.get_path('include')}"
     macros = (
         f"-DEFFICIENT_ATTN_HOPPER={str('90a' in archs).lower()} -DEFFICIENT_ATTN_CUDA_ARCHS='\"{';'.join(archs)}\"'"
     )
@@ -222,7 +220,7 @@ def extensions() -> list[Extension]:
         found.append(Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=cpu != "1"))
     if cuda == "1":
         units = {source for source, _ in cuda_units().values()}
-        found.append(Extension(CUDA_MODULE, sources=[*sorted(units), *CUDA_PLAIN_SOURCES]))
+        found.append(Extension(CUDA_MODULE, sources=[*sorted(units), *CUDA_PLAIN_SOURCES], py_limited_api=True))
     elif "EFFICIENT_ATTN_CUDA" not in os.environ and find_nvcc() is not None:
         print(f"{CUDA_MODULE} is left out: {find_nvcc()} would take minutes. EFFICIENT_ATTN_CUDA=1 builds it")
     return found

@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=300.0, help="start no cell after this many")
     parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--cell", action="append", default=[], help="CASE/MODE: measure these alone")
+    parser.add_argument("--only", nargs="+", default=[], help="of the suite gpu: what to time, as in cuda cudnn")
+    parser.add_argument("--cell-seconds", type=float, default=CELL_S, help="the most that one cell may take")
     parser.add_argument("--note", action="append", default=[], help="a line to print above the summary")
     options = parser.parse_args(arguments)
     started, path, code = time.monotonic(), options.out / "results.jsonl", records.code_version()
@@ -43,10 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
         out.append(records.environment(**gpu_facts()))
 
         def measure(cell: runner.Cell) -> records.Record:
-            limits = runner.Limits(seconds=min(max(left(), SHORTEST_S), CELL_S))
+            limits = runner.Limits(seconds=min(max(left(), SHORTEST_S), options.cell_seconds))
             return runner.run_cell(cell, out, limits, code, suites.measurement)
 
         for config in suites.get(options.suite).configs(suites.Options(threads=options.threads)):
+            if options.cell and f"{config.get('case')}/{config.get('mode')}" not in options.cell:
+                continue
+            config = {**config, "only": options.only} if options.only else config
             cell = runner.Cell(options.suite, config)
             name = view.cell_name(vars(cell))
             if left() < SHORTEST_S:

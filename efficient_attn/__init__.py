@@ -1,6 +1,7 @@
 """efficient-attn: exact, block-sparse and low-rank attention with one operator, one mask and one drop-in module."""
 
 from .backends import BACKENDS
+from .biases import ALiBi, LowRankBias, RelativeBias, T5Bias
 from .errors import (
     CheckpointError,
     ConversionError,
@@ -62,6 +63,7 @@ __all__ = [
     "BACKENDS",
     "LSH",
     "METHODS",
+    "ALiBi",
     "Axial",
     "BigBird",
     "BlockMask",
@@ -83,6 +85,7 @@ __all__ = [
     "Linear",
     "Linformer",
     "Longformer",
+    "LowRankBias",
     "MaskError",
     "Method",
     "MultiheadAttention",
@@ -93,9 +96,11 @@ __all__ = [
     "Performer",
     "PerformerTail",
     "PrefixLM",
+    "RelativeBias",
     "SlidingWindow",
     "SortedBuckets",
     "Strided",
+    "T5Bias",
     "TopKBlocks",
     "TopPBlocks",
     "UnsupportedError",

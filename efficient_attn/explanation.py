@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends, functional
 from .backends.call import accumulation_dtype
+from .biases import BiasLike
 from .masks import BlockMask, parts
 from .ops.attention import is_plain
 
@@ -59,10 +60,12 @@ def explain(
     value: Tensor,
     *,
     mask: functional.MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -75,12 +78,13 @@ def explain(
     backends.check_name(backend)
     arguments: dict[str, Any] = {
         "mask": mask, "bias": bias, "is_causal": is_causal, "causal_alignment": causal_alignment, "scale": scale,
-        "dropout_p": dropout_p, "dropout_seed": dropout_seed,
+        "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
     }  # fmt: skip
     given = (query, key, value)
     prepared = functional.prepare(*given, **arguments, backend="reference")
     query, key, value, bias, arrays = prepared[:5]
-    call = functional.describe(query, key, value, bias, arrays, dropout_p)
+    modifiers = functional.modifier_names(*prepared[11:])
+    call = functional.describe(query, key, value, bias, arrays, dropout_p, modifiers=modifiers)
     reasons = backends.not_supported_reasons(call)
     wanted = (n for n in reasons if n == backend or (backend == "auto" and backends.automatic(n, call.device)))
     serving = [name for name in wanted if not reasons[name]]

@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple, TypeGuard, overload
 import torch
 from torch import Tensor
 
-from . import backends, repeated, sharding
+from . import backends, biases, repeated, sharding
 from .backends.call import Call, accumulation_dtype
+from .biases import BiasLike
 from .defaults import ALIGNMENTS, alignment_offset, default_scale
-from .errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError, UnsupportedError
 from .masks import BlockMask, MaskArrays, PartedMask, trainable
 from .masks.algebra import seen_keys as seen_in_lists
 from .ops import attention as ops
@@ -25,7 +26,9 @@ from .patterns import Pattern
 from .torchscript import check_traceable, traced_attention
 from .tracing import PLAN, is_jit_traced, named, shapes_only
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # on every backend
+WIDEST = 576  # on a CPU: queries and keys of latent attention (DeepSeek-V2)
+TRACE_INSTEAD = "use torch.export or torch.compile"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE = MaskArrays()
 
@@ -39,10 +42,12 @@ def attention(
     value: Tensor,
     *,
     mask: MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -55,10 +60,12 @@ def attention(
     value: Tensor,
     *,
     mask: MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: Literal[True],
@@ -72,30 +79,36 @@ def attention(
     value: Tensor,
     *,
     mask: MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact softmax attention over the visible pairs: softmax(scale * query @ key^T + bias) @ value.
+    """Exact softmax attention over the visible pairs: softmax(cap(scale * query @ key^T) + bias) @ value.
 
     Args:
-        query: (B, Hq, Nq, D), float32, float64, bfloat16 or float16; D and Dv from 1 to 256.
+        query: (B, Hq, Nq, D), float32, float64, bfloat16 or float16; D and Dv from 1 to 576 (256 on a GPU).
         key: (B, Hkv, Nk, D), Hq a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
         value: (B, Hkv, Nk, Dv).
         mask: a `BlockMask`, a pattern such as `SlidingWindow(left=200, right=0)`, or a bool tensor that broadcasts to
             (B, Hq, Nq, Nk) where True means "attend". A query that sees no key returns 0 (lse -inf, gradients 0).
             With Nq != Nk a pattern that goes by positions needs an alignment, its own or `causal_alignment`.
-        bias: added to the scaled scores; broadcasts to (B, Hq, Nq, Nk); in the query's dtype or float32 (float64 for
-            float64 inputs). Gets a gradient of its own shape. -inf masks a pair.
+        bias: added to the scaled and capped scores; broadcasts to (B, Hq, Nq, Nk); in the query's dtype or float32
+            (float64 for float64 inputs). Gets a gradient of its own shape. -inf masks a pair. Or, in O(n) memory, an
+            `ALiBi`, `RelativeBias`, `T5Bias` or `LowRankBias`; or a list of such, which add up.
         is_causal: query i sees keys up to i; with Nq != Nk, `causal_alignment` must say which corner the diagonal
             starts from: "top_left" (j <= i) or "bottom_right" (j <= i + Nk - Nq). It says the same, with or without
             is_causal, for a pattern that names no alignment itself.
         scale: default 1 / sqrt(D).
+        softcap: None or c > 0: scaled scores x become c tanh(x / c), before any bias is added (Gemma 2).
+        sinks: (Hq), one more score for each head, that of a key without a value (gpt-oss): in the query's dtype or
+            float32. lse includes it; a query that sees no key returns 0 and the sink as its lse. Gets a gradient.
         dropout_p: probability of dropping an attention weight; kept ones are scaled by 1 / (1 - dropout_p).
         dropout_seed: int or int64 tensor with one element. The dropped pairs are a pure function of
             (seed, batch, head, query, key); None draws a seed from PyTorch's generator.
@@ -110,16 +123,22 @@ def attention(
         InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
         UnsupportedError: the backend asked for cannot serve this call.
     """
+    modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
     if sharding.active is not None:
+        if modified:
+            sharding.refuse("attention with softcap, sinks or a structured bias")
         return sharding.active.attention(  # type: ignore[no-any-return]
             query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
             scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    plain = ops.is_plain(query, key, value, bias)
+    plain = ops.is_plain(query, key, value, *((sinks, *_tensors_of(bias)) if modified else (bias,)))
     if not plain and is_jit_traced():
-        return _traced(query, key, value, mask, bias, is_causal, causal_alignment, scale, dropout_p, return_lse)
+        if modified:
+            raise UnsupportedError(f"torch.jit.trace records no softcap, sinks or structured bias; {TRACE_INSTEAD}")
+        dense = biases.split(bias)[0]
+        return _traced(query, key, value, mask, dense, is_causal, causal_alignment, scale, dropout_p, return_lse)
     known = None
-    if plain and bias is None and type(dropout_p) is float and dropout_p == 0.0:
+    if plain and bias is None and not modified and type(dropout_p) is float and dropout_p == 0.0:
         known = repeated.key_of(query, key, value, mask, is_causal, causal_alignment, scale, backend)
         entry = None if known is None else repeated.find(known)
         if entry is not None:
@@ -127,19 +146,20 @@ def attention(
             return out if lse is None else (out, lse)
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend, parts=plain,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend, parts=plain,
     )  # fmt: skip
-    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts = call
+    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers = call
+    options = (scale, dropout_p, seed, *modifiers)
     if parts is not None:
         function = union.union_attention if differentiable else union.union_forward
         out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
     elif differentiable and plain:
-        out, lse = ops.direct_attention(query, key, value, bias, arrays, scale, dropout_p, seed, chosen)
+        out, lse = ops.direct_attention(query, key, value, bias, arrays, *options, chosen)
     elif not plain:
-        out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), scale, dropout_p, seed, chosen)
+        out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), *options, chosen)
     else:  # nothing records the call: the dispatcher would cost more than a short one takes
         forward = backends.BACKENDS[chosen].attention.attention_forward
-        out, lse = forward(query, key, value, bias, arrays, scale, dropout_p, seed)
+        out, lse = forward(query, key, value, bias, arrays, *options)
         if known is not None:
             repeated.remember(known, mask, query, key, value, arrays, scale, chosen)
     return (out, lse) if return_lse else out
@@ -150,10 +170,12 @@ def attention_weights(
     key: Tensor,
     *,
     mask: MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     average: bool = False,
@@ -172,7 +194,7 @@ def attention_weights(
     nothing = key[..., :1].detach() if isinstance(key, Tensor) else key  # values that cost next to nothing
     _, _, weights = attention_with_weights(
         query, key, nothing, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, average=average, backend=backend,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, average=average, backend=backend,
     )  # fmt: skip
     return weights
 
@@ -183,10 +205,12 @@ def attention_with_weights(
     value: Tensor,
     *,
     mask: MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     average: bool = False,
@@ -197,24 +221,29 @@ def attention_with_weights(
     Arguments are those of `attention` and `attention_weights`; returns out, lse and weights. A gradient of the weights
     goes to query, key and bias; they are no part of the output's own gradient.
     """
-    plain = ops.is_plain(query, key, value, bias)
+    modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
+    plain = ops.is_plain(query, key, value, sinks, *_tensors_of(bias))
     traced = not plain and is_jit_traced()
+    if traced and modified:
+        raise UnsupportedError(f"torch.jit.trace records no softcap, sinks or structured bias; {TRACE_INSTEAD}")
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, backend="reference" if traced else backend,
-        returns_weights=True,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        backend="reference" if traced else backend, returns_weights=True,
     )  # fmt: skip
-    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _ = call
+    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _, *modifiers = call
     if traced or (plain and not differentiable):
         function = backends.BACKENDS[chosen].attention.attention_with_weights
-        out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average)
+        out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average, *modifiers)
     else:
         mask_operands = ops.operands(arrays)
         out, lse, weights = ops.attention_with_weights(
-            q, k, v, given, *mask_operands, factor, dropout_p, seed, average, chosen
+            q, k, v, given, *mask_operands, factor, dropout_p, seed, average, *modifiers, chosen
         )
     if traced:  # torch.jit.trace records plain PyTorch operations, those of the output for other lengths too
-        out = _traced(query, key, value, mask, bias, is_causal, causal_alignment, scale, dropout_p, False)
+        out = _traced(
+            query, key, value, mask, biases.split(bias)[0], is_causal, causal_alignment, scale, dropout_p, False
+        )
     return out, lse, weights.squeeze(1) if average else weights
 
 
@@ -225,7 +254,7 @@ def padded_attention(
     key_mask: Tensor | None,
     *,
     mask: MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     need_weights: bool | Literal["mean"] = False,
     **arguments: Any,
 ) -> Any:
@@ -239,8 +268,12 @@ def padded_attention(
     Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding becomes a bias.
     """
     if sharding.active is not None:
+        refuse_modifiers("inside context_parallel", bias, **arguments)
+        arguments = {name: given for name, given in arguments.items() if name not in ("softcap", "sinks")}
         return sharding.active.attention(query, key, value, key_mask=key_mask, mask=mask, bias=bias, **arguments)
-    key, value, mask, bias = hide_padding(query, key, value, key_mask, mask=mask, bias=bias, **arguments)
+    dense, structured = biases.split(bias)
+    key, value, mask, dense = hide_padding(query, key, value, key_mask, mask=mask, bias=dense, **arguments)
+    bias = biases.join(dense, structured)
     if need_weights:
         average = need_weights == "mean"
         return attention_with_weights(query, key, value, mask=mask, bias=bias, average=average, **arguments)
@@ -349,6 +382,9 @@ class Prepared(NamedTuple):
     backend: str
     differentiable: bool  # whether a backward may follow
     parts: union.Parts | None = None  # what serves the call instead of `mask`, where that was asked for
+    softcap: float = 0.0  # 0: none
+    sinks: Tensor | None = None  # (Hq)
+    diagonals: Tensor | None = None  # (1 | B, 1 | Hq, Nq + Nk - 1), of the accumulation dtype
 
 
 def prepare(
@@ -357,10 +393,12 @@ def prepare(
     value: Tensor,
     *,
     mask: MaskLike = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
@@ -373,28 +411,37 @@ def prepare(
         parts: whether the caller can take a mask that is a union of parts as that.
     """
     query, key, value = prepare_inputs(query, key, value)
+    scale = default_scale(scale, query.shape[3])
+    cap = check_softcap(softcap)
+    sinks = None if sinks is None else check_sinks(sinks, query)
+    bias, structured = biases.split(bias)
+    shown_query, shown_key = query, key  # what patterns choose by
+    diagonals = None
+    if structured:
+        query, key, diagonals = settle_structured(structured, query, key, scale, cap, causal_alignment)
     if bias is not None:
         bias = check_bias(bias, query, key)
     check_dropout(dropout_p)
-    scale = default_scale(scale, query.shape[3])
+    modifiers = modifier_names(cap, sinks, diagonals)
+    parts = parts and not modifiers  # a union joins its parts by lse, and scores in their own order
     arrays, block_mask = DENSE, None
     if mask is not None or is_causal or causal_alignment is not None:
         Nq, Nk = query.shape[2], key.shape[2]
         check_alignment(is_causal, causal_alignment, Nq, Nk)
         if mask is not None:
             causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
-            block_mask = _planned_mask(mask, query, key, causal, scale, causal_alignment, bias)
+            block_mask = _planned_mask(mask, shown_query, shown_key, causal, scale, causal_alignment, bias)
             if not parts or block_mask.union is None:
                 arrays = block_mask.arrays()
         elif is_causal:
             arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
-    call = describe(query, key, value, bias, arrays, dropout_p, returns_weights)
+    call = describe(query, key, value, bias, arrays, dropout_p, returns_weights, modifiers)
     if parts and block_mask is not None and block_mask.union is not None:
         call = call._replace(has_lists=True)
     chosen = select(backend, call)
-    differentiable = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias, sinks, diagonals)
     )
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     if parts and isinstance(block_mask, PartedMask):
@@ -406,7 +453,9 @@ def prepare(
         arrays = block_mask.arrays(transposed=True)
     if differentiable:
         arrays = trainable(arrays)
-    return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable)
+    return Prepared(
+        query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, None, cap, sinks, diagonals
+    )
 
 
 def _taken_parts(mask: PartedMask, backend: str, differentiable: bool) -> union.Parts:
@@ -457,9 +506,9 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if Hq != Hkv and (Hkv == 0 or Hq % Hkv):
         raise InputError(f"the query heads must be a multiple of the key/value heads; got Hq={Hq}, Hkv={Hkv}")
-    if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM:
+    if not 1 <= D <= WIDEST or not 1 <= Dv <= WIDEST:
         raise InputError(
-            f"head_dim must be from 1 to {MAX_HEAD_DIM}; got D={D}, Dv={Dv}. Take more heads, or leave "
+            f"head_dim must be from 1 to {WIDEST}; got D={D}, Dv={Dv}. Take more heads, or leave "
             "this layer to PyTorch (attn_implementation='sdpa' of a transformers model)"
         )
 
@@ -481,6 +530,88 @@ def check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if any(given != size and given != 1 for given, size in zip(bias.shape, full, strict=True)):
         raise InputError(f"bias {tuple(bias.shape)} does not broadcast to (B, Hq, Nq, Nk) = {full}")
     return bias
+
+
+# --- what else is done to scores ---
+
+
+def check_softcap(softcap: float | None) -> float:
+    """The cap as a number, 0 for None; raises unless it is None or positive and finite."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, Tensor) or not 0.0 < softcap < float("inf"):
+        raise InputError(f"softcap must be None or a positive finite number, got {softcap!r}")
+    return float(softcap)
+
+
+def check_sinks(sinks: Tensor, query: Tensor) -> Tensor:
+    """Raise unless sinks are (Hq), in the query's dtype or that of its sums, on its device."""
+    allowed = (query.dtype, accumulation_dtype(query.dtype))
+    if not isinstance(sinks, Tensor) or sinks.dtype not in allowed:
+        kind = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        if not isinstance(sinks, Tensor) or not sinks.is_floating_point() or not autocasts(query.device):
+            names = " or ".join(map(str, dict.fromkeys(allowed)))
+            raise InputTypeError(f"sinks must be a tensor of {names}, got {kind}; cast it")
+        sinks = sinks.to(allowed[-1])
+    if tuple(sinks.shape) != (query.shape[1],):
+        raise InputError(f"sinks must be (Hq) = ({query.shape[1]},), got {tuple(sinks.shape)}")
+    if sinks.device != query.device:
+        raise InputError(f"sinks are on {sinks.device}, query on {query.device}; move them")
+    return sinks
+
+
+def settle_structured(
+    structured: list[biases.Bias], query: Tensor, key: Tensor, scale: float, cap: float, alignment: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Query and key with low-rank biases beside them, and the sum (1 | B, 1 | Hq, Nq + Nk - 1) of those by position."""
+    diagonals: Tensor | None = None
+    for part in structured:
+        if isinstance(part, biases.LowRankBias):
+            if cap > 0.0:
+                raise UnsupportedError(
+                    "LowRankBias is a part of the dot products, which softcap would bound too; pass u @ w.mT as a "
+                    "tensor, or leave softcap out"
+                )
+            query, key = part.appended(query, key, scale)
+        else:
+            assert isinstance(part, biases.RelativePosition)
+            line = part.diagonals(query, key, alignment, accumulation_dtype(query.dtype))
+            diagonals = line if diagonals is None else diagonals + line
+    if query.shape[3] > WIDEST:
+        raise InputError(
+            f"head_dim and the rank of LowRankBias must be at most {WIDEST} together; got {query.shape[3]}"
+        )
+    return query, key, diagonals
+
+
+def modifier_names(cap: float, sinks: Tensor | None, diagonals: Tensor | None) -> tuple[str, ...]:
+    """What of this a call has, in words."""
+    if not cap and sinks is None and diagonals is None:
+        return ()
+    has = {"softcap": cap > 0.0, "sinks": sinks is not None, "bias by relative position": diagonals is not None}
+    return tuple(name for name, present in has.items() if present)
+
+
+def refuse_modifiers(
+    where: str, bias: BiasLike = None, *, softcap: float | None = None, sinks: Tensor | None = None, **_: Any
+) -> None:
+    """Raise UnsupportedError if a call has a soft cap, sinks or a structured bias, which `where` nobody knows."""
+    structured = bias is not None and bool(biases.split(bias)[1])
+    has = {"softcap": softcap is not None, "sinks": sinks is not None, "a structured bias": structured}
+    found = [name for name, present in has.items() if present]
+    if found:
+        raise UnsupportedError(
+            f"{' and '.join(found)} cannot be served {where}; use attention() or a sparse method outside of it"
+        )
+
+
+def _tensors_of(bias: BiasLike) -> tuple[Any, ...]:
+    """The tensors in what is passed as a bias."""
+    if bias is None or isinstance(bias, Tensor):
+        return (bias,)
+    parts = bias if isinstance(bias, (list, tuple)) else [bias]
+    found = [vars(part).values() if isinstance(part, biases.Bias) else (part,) for part in parts]
+    return tuple(value for values in found for value in values if isinstance(value, Tensor))
 
 
 def check_dropout(dropout_p: float) -> None:
@@ -601,6 +732,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is on for this device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def describe(
     query: Tensor,
     key: Tensor,
@@ -609,6 +745,7 @@ def describe(
     arrays: MaskArrays,
     dropout_p: float,
     returns_weights: bool = False,
+    modifiers: tuple[str, ...] = (),
 ) -> Call:
     """The facts on which the backend is chosen."""
     B, Hq, Nq, D = query.shape
@@ -616,7 +753,7 @@ def describe(
     bias_dtype = None if bias is None else bias.dtype
     has_lists = arrays.indptr is not None
     sizes = (B, Hq, Hkv, Nq, Nk, D, Dv)
-    return Call(query.device, query.dtype, bias_dtype, *sizes, has_lists, dropout_p, returns_weights)
+    return Call(query.device, query.dtype, bias_dtype, *sizes, has_lists, dropout_p, returns_weights, modifiers)
 
 
 # --- padding: a mask over keys, (B, Nk) bool with True = attend, without n x n memory ---

@@ -83,7 +83,7 @@ def find(key: Hashable) -> Entry | None:
 
 def run(entry: Entry, query: Tensor, key: Tensor, value: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Make the call; lse only where it is wanted."""
-    out = torch.empty(entry.out, dtype=query.dtype)
+    out = query.new_empty(*entry.out)  # sizes as numbers: the quickest of the ways to allocate
     lse = torch.empty(entry.lse, dtype=entry.lse_dtype) if return_lse else None
     entry.run(
         query.data_ptr(),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST_BIAS = tl.constexpr(2.3e38)  # times LOG2E it is still a number
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
@@ -289,7 +290,12 @@ def load_bias(bias, i_b, i_h, o_i, o_j, m_ij, KEY_AXIS: tl.constexpr):
     o_row = tl.cast(i_b, tl.int64) * bias.b + tl.cast(i_h, tl.int64) * bias.h + tl.cast(o_i, tl.int64) * bias.q
     o_column = tl.cast(o_j, tl.int64) * bias.k
     p_pairs = bias.ptr + tl.expand_dims(o_row, KEY_AXIS) + tl.expand_dims(o_column, 1 - KEY_AXIS)
-    return tl.load(p_pairs, mask=m_ij, other=0.0).to(tl.float32) * LOG2E
+    b_bias = tl.load(p_pairs, mask=m_ij, other=0.0).to(tl.float32)
+    b_size = tl.abs(b_bias)  # a bias of finfo.min is a number: only -inf hides
+    b_bias = tl.where(
+        (b_size > LARGEST_BIAS) & (b_size != INF), tl.where(b_bias > 0, LARGEST_BIAS, -LARGEST_BIAS), b_bias
+    )
+    return b_bias * LOG2E
 
 
 @triton.jit

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda" / "compile.jsonl"
 ARCHS = ("sm_80", "sm_90a")
 DTYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
+SPELT = {"bfloat16": "13__nv_bfloat16", "float16": "6__half"}  # in a symbol
 HEAD_DIMS = (64, 128, 256)
 PARTS = ("forward", "backward", "decode", "linear")
 SOURCE = """
@@ -118,15 +119,21 @@ def compile_rows(
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0 or re.search(r"\(C75\d\d\)", result.stderr):
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    shared = {"arch": arch, "dtype": dtype, "nvcc": nvcc_version()}
+    rows = read_report(result.stderr)
+    return [
+        shared | row | {"dtype": dtype} for row in rows if arch == "sm_90a" or not row["kernel"].startswith("sm90::")
+    ]
+
+
+def nvcc_version() -> str:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     found = re.search(r"V(\d+\.\d+\.\d+)", version)
-    shared = {"arch": arch, "dtype": dtype, "nvcc": found[1] if found else "?"}
-    rows = read_report(result.stderr)
-    return [shared | row for row in rows if arch == "sm_90a" or not row["kernel"].startswith("sm90::")]
+    return found[1] if found else "?"
 
 
 def read_report(text: str) -> list[dict[str, Any]]:
-    """The rows in what ptxas -v printed."""
+    """The rows in what ptxas -v printed, with the dtype of a kernel that has one."""
     rows = []
     for part in text.split("Compiling entry function '")[1:]:
         symbol = part.split("'", 1)[0]
@@ -148,14 +155,32 @@ def read_report(text: str) -> list[dict[str, Any]]:
         extra = shape is not None and shape[2] == "1" and not kernel.startswith("sm90::")
         if decode:
             head_dim, kernel = int(decode[1]), f"{kernel}_{decode[2]}"
+        dtype = next((name for name, spelt in SPELT.items() if spelt in symbol), None)
         rows.append(
             {
+                "dtype": dtype,
                 "kernel": kernel, "safe": name[1].endswith("_safe"), "head_dim": head_dim, "extras": extra,
                 "registers": int(usage[4]), "stack": int(usage[1]), "spill_stores": int(usage[2]),
                 "spill_loads": int(usage[3]), "shared": shared_bytes(head_dim, kernel, extra),
             }
         )  # fmt: skip
     return sorted(rows, key=lambda row: (row["kernel"], row["head_dim"], row["extras"]))
+
+
+def complaint(row: dict[str, Any]) -> str:
+    """What is wrong with a row, or an empty string: more shared memory than an A100 has (Hopper's kernels: an H100),
+    or spilled registers, with two exceptions.
+
+    The `safe` kernels run only on tiles where a NaN was met; of linear attention over more than 128 columns, the state
+    that is summed fills the registers.
+    """
+    limit = (227 if row["kernel"].startswith("sm90::") else 163) * 1024
+    if row["shared"] > limit:
+        return f"{row['kernel']} of {row['head_dim']} asks for {row['shared']} bytes of shared memory, over {limit}"
+    wide = row["kernel"] == "linear_attention_sums" and row["head_dim"] == 256 and row["spill_stores"] <= 64
+    if row["safe"] or wide or row["spill_stores"] == row["spill_loads"] == 0:
+        return ""
+    return f"{row['kernel']} of {row['head_dim']} spills {row['spill_stores']} bytes, and reads {row['spill_loads']}"
 
 
 def text(rows: list[dict[str, Any]]) -> str:
@@ -173,22 +198,29 @@ def text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def replace_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put rows in the place of those of the same architecture and dtype; returns all."""
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    fresh = {(row["arch"], row["dtype"]) for row in rows}
+    kept = [row for row in kept if (row["arch"], row["dtype"]) not in fresh] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(partial, path)
+    return kept
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSONL file; rows of the same cases are replaced")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
     options = parser.parse_args(arguments)
-    kept = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     for arch in options.arch or ARCHS:
         for dtype in options.dtype or DTYPES:
             rows = compile_rows(arch, dtype)
             print(text(rows), flush=True)
-            kept = [row for row in kept if (row["arch"], row["dtype"]) != (arch, dtype)] + rows
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            partial = options.out.with_suffix(f".{os.getpid()}.tmp")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(partial, options.out)
+            kept = replace_rows(options.out, rows)
     spilling = sum(row["spill_stores"] > 0 for row in kept)
     print(f"{len(kept)} kernels, {spilling} of them spill")
 

@@ -1,215 +1,412 @@
-"""`make gpu-check`: build, conformance and benchmarks on a machine with a GPU and no network. Installs nothing.
+"""`make gpu-check`: the kernels on a machine with a GPU and no network, in two calls of about four minutes each.
 
-Run from a checkout with the Python that has PyTorch and Triton. Python files are used where they lie, through a folder
-of links, for kernels/ and benchmarks/ belong below the package; the C++ module, and with nvcc the CUDA module for this
-GPU, are compiled beside them where that is possible. Only the standard library is needed to start. On a machine without
-a GPU it says so, shows its plan and ends. `make gpu-sanitize` (gpu_sanitize.py) runs compute-sanitizer, on its own.
+    make gpu-check PYTHON=python3 OUT=dir                    # the first: CUDA kernels
+    make gpu-check PYTHON=python3 OUT=dir ARGS="--call 2 --previous results.jsonl"    # Triton, and what failed
+
+Stages, each of which can fail alone: the imports; the CUDA module (the one of `make cuda-carry` where it loads and is
+of these sources, else built here); smoke, a process with a limit for each family of kernels (gpu_smoke.py), of which
+what fails is left out below; speed against cuDNN and flash; conformance in four shards. A skipped test and a module
+that does not load are failures. results.jsonl, summary.txt and logs.tgz lie in the folder after every stage, and the
+rows of the stage under way too. Only the standard library is needed to start; nothing is installed. On a machine
+without a GPU it says so and shows its plan; --dry-run shows it everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
-import importlib.util
+import hashlib
+import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-TOTAL_S = 470  # the whole of it stays below eight minutes
-BUILD_S, CONFORMANCE_S = 60, 200
-CUDA_BUILD_S = 120  # of sixteen processors, a part
-NEEDED = {"torch": "the tensors", "triton": "the kernels"}
-HELPFUL = {
-    "pytest": "without it conformance is not run",
-    "pybind11": "without it the CPU backend is not built",
-    "ninja": "without it the CPU backend is not built",
-    "matplotlib": "without it there is no picture",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_stages as stages  # a script's neighbour: the package is not linked yet
+from gpu_stages import Ended, run_limited
+
+ROOT, TOOLS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
+SMOKE = TOOLS / "gpu_smoke.py"
+CALL_S = 240.0  # of a call; what is left when a stage begins bounds it
+IMPORT_S, LOAD_S, BUILD_S = 40.0, 20.0, 150.0
+START_S, FAMILY_S = 40.0, 20.0  # of a family of kernels: to its first answer, and from there
+SPEED_S, CELL_S = 110.0, 25.0
+SANITIZE_S = 60.0
+SHARDS, TEST_S = 4, 30
+SIDE_BY_SIDE = 4
+LOG_BYTES = 2 * 2**20  # of one log, its end
+IMPORTS = """
+import importlib.util, json, sys, torch, triton
+found = {n: importlib.util.find_spec(n) is not None for n in ("pytest", "ninja", "setuptools")}
+gpu = torch.cuda.is_available()
+found |= {"gpu": torch.cuda.get_device_name() if gpu else ""}
+found |= {"capability": torch.cuda.get_device_capability() if gpu else ()}
+print(json.dumps({"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0], **found}))
+"""
+CELLS = """
+import json
+from efficient_attn.benchmarks import suites
+keys = ("case", "mode", "head_dim", "visible", "q_len")
+print(json.dumps([{k: c[k] for k in keys} for c in suites.get("gpu").configs(suites.Options())]))
+"""
+LOADED = """
+from efficient_attn.backends.cuda import attention as cuda
+assert not cuda.missing(), cuda.missing()
+import torch
+where = cuda.kernels().__file__, cuda.kernels().architectures
+if torch.cuda.is_available():
+    assert cuda.has_code(where[1], torch.cuda.get_device_capability()), f"it was built for {where[1]}"
+    assert cuda.kernels().most_shared_bytes(torch.cuda.current_device()) > 0
+print(*where)
+"""
 
 
-def without_gpu() -> str:
-    """Why there is nothing to check here, or ''."""
-    for name, what in NEEDED.items():
-        if importlib.util.find_spec(name) is None:
-            return f"{sys.executable} has no {name} ({what}); name a Python that has it: make gpu-check PYTHON=..."
-    probe = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 3)"
-    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode != 0:
-        return "PyTorch sees no CUDA GPU on this machine"
-    return ""
+class Check:
+    """What the stages of one call share: places, time, what they found."""
+
+    def __init__(self, out: Path, work: Path, seconds: float = CALL_S) -> None:
+        self.out, self.work, self.until = out, work, time.monotonic() + seconds
+        self.site, self.logs = work / "site", work / "logs"
+        for folder in (out, work, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.failed: list[str] = []  # stages and families
+        self.summary: list[str] = []
+        path = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH", "")]))
+        self.environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.environment.pop("TRITON_INTERPRET", None)
+        self._published = 0.0
+
+    def left(self, most: float) -> float:
+        return max(1.0, min(most, self.until - time.monotonic()))
+
+    def row(self, **row: Any) -> None:
+        with (self.work / "stages.jsonl").open("a") as file:
+            file.write(json.dumps({"type": "gpu_check", **row}) + "\n")
+
+    def say(self, text: str, failure: str = "") -> None:
+        """A line of the summary; `failure`: what of this call failed by it."""
+        self.summary.append(text)
+        print(f"gpu-check: {text}", flush=True)
+        if failure:
+            self.failed.append(failure)
+
+    def python(self, *arguments: str, log: str, seconds: float, **more: Any) -> Ended:
+        """This Python with the linked package, under a limit; rows are published while it runs."""
+        command, environment = [sys.executable, *arguments], self.environment | more.pop("environment", {})
+        where = self.logs / f"{log}.log"
+        return run_limited(command, where, environment, seconds, cwd=self.work, tick=self.tick, **more)
+
+    def tick(self) -> None:
+        if time.monotonic() - self._published > 5.0:
+            self.publish(with_logs=False)
+
+    def publish(self, with_logs: bool = True) -> None:
+        """Copy what there is to the folder that comes back."""
+        self._published = time.monotonic()
+        parts = [*sorted(self.work.glob("*.jsonl")), *sorted(self.work.glob("*/results.jsonl"))]
+        rows = "".join(line + "\n" for part in parts for line in stages.whole_lines(part))
+        tables = [path.read_text() for path in sorted(self.work.glob("*/summary.txt"))]
+        verdict = f"FAILED: {', '.join(self.failed)}" if self.failed else "nothing failed so far"
+        for name, text in (("results.jsonl", rows), ("summary.txt", "\n".join([verdict, *self.summary, *tables]))):
+            partial = self.work / f"{name}.partial"
+            partial.write_text(text)
+            shutil.copy(partial, self.out / name)
+        if with_logs:
+            with tarfile.open(self.work / "logs.tgz", "w:gz") as archive:
+                for path in sorted(self.logs.glob("*")):
+                    _add_end(archive, path)
+            shutil.copy(self.work / "logs.tgz", self.out / "logs.tgz")
 
 
-def plan(out: Path) -> list[str]:
-    """What a run does, in order."""
-    return [
-        f"link the package together in {out / 'site'}",
-        f"compile the C++ module there, at most {BUILD_S} s (skipped without a compiler, pybind11 or ninja)",
-        f"compile the CUDA module there for this GPU, at most {CUDA_BUILD_S} s (skipped without nvcc)",
-        f"pytest -m gpu in {shards()} processes, those of the CUDA kernels apart, at most {CONFORMANCE_S} s",
-        "benchmarks against SDPA (flash, cuDNN, efficient) and compiled FlexAttention in the time that is left",
-        f"{out / 'results.jsonl'}, results.png, summary.txt there, and the summary on the screen",
-    ]
+def _add_end(archive: tarfile.TarFile, path: Path) -> None:
+    import io
 
-
-def shards() -> int:
-    return max(1, min(12, (os.cpu_count() or 1) - 2))
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_BYTES))
+        data = file.read()
+    entry = tarfile.TarInfo(path.name)
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))
 
 
 def link(site: Path) -> None:
-    """efficient_attn below `site`, made of links to the checkout."""
+    """efficient_attn below `site`, made of links to the checkout, without modules that lie there."""
     package = site / "efficient_attn"
     if package.exists():
         shutil.rmtree(package)
     package.mkdir(parents=True)
     for source in (ROOT / "efficient_attn").iterdir():
-        if source.name != "__pycache__":
+        if source.name != "__pycache__" and not source.name.startswith("_cuda."):
             (package / source.name).symlink_to(source)
     for name in ("kernels", "benchmarks"):
         (package / name).symlink_to(ROOT / name)
 
 
-def build(site: Path, log: Path, name: str, seconds: int) -> str:
-    """Compile efficient_attn._cpu or _cuda into `site`; returns what to say about it."""
-    said, others = f"module _{name}", {"cpu": "CUDA", "cuda": "CPU"}
-    if any(
-        (site / "efficient_attn" / f"_{name}{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES
-    ):
-        return f"{said}: the one that lies in the checkout"
-    missing = [tool for tool in ("pybind11", "ninja", "setuptools") if importlib.util.find_spec(tool) is None]
-    if missing:
-        return f"{said}: not built, {', '.join(missing)} missing; backend {name!r} is not part of this check"
-    work = site.parent / "build"
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(work / "lib"), "--build-temp", str(work)]
-    environment = {**os.environ, f"EFFICIENT_ATTN_{name.upper()}": "1", f"EFFICIENT_ATTN_{others[name]}": "0"}
-    started = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:  # with ninja and all the compilers that it started
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"{said}: not built in {seconds} s; see {log}"
-    if code != 0:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1].removeprefix("error: ")
-        return f"{said}: not built: {last}; see {log}"
-    for module in work.glob(f"lib/efficient_attn/_{name}*.so"):
-        shutil.copy(module, site / "efficient_attn")
-    return f"{said}: built in {time.monotonic() - started:.0f} s"
+def sources_digest() -> str:
+    """What a carried module must have been built from."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.is_file() and "cpu" not in path.parts:
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
-def build_cuda(site: Path, log: Path) -> str:
-    """The CUDA module for the GPU that is here."""
-    if os.environ.get("EFFICIENT_ATTN_CUDA") == "0":
-        return "module _cuda: not built, EFFICIENT_ATTN_CUDA=0; backend 'cuda' is not part of this check"
-    probe = "import torch; print(*torch.cuda.get_device_capability())"
-    asked = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
-    if asked.returncode == 0:
-        arch = "".join(asked.stdout.split())
-        os.environ.setdefault("EFFICIENT_ATTN_CUDA_ARCHS", "90a" if arch == "90" else arch)
-    return build(site, log, "cuda", CUDA_BUILD_S)
+# --- the stages ---
 
 
-def conformance(environment: dict[str, str], out: Path) -> str:
-    """The tests marked gpu, in processes that each take a share of them; returns what to say about it.
-
-    Those of the experimental backend run in processes of their own: a kernel that faults takes its process with it.
-    """
-    if importlib.util.find_spec("pytest") is None:
-        return f"conformance: NOT RUN, {sys.executable} has no pytest"
-    count = shards()
-    apart = max(1, count // 3)
-    groups = {"not cuda": max(1, count - apart), "cuda": apart}
-    running: dict[str, list[tuple[subprocess.Popen[bytes], Path]]] = {group: [] for group in groups}
-    for group, shares in groups.items():
-        for k in range(shares):
-            log = out / f"conformance-{group.replace(' ', '-')}-{k}.log"
-            command = [
-                *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", group, "-p", "no:cacheprovider"),
-                str(ROOT / "tests"),
-            ]
-            shard = environment | {"EFFICIENT_ATTN_SHARD": f"{k}/{shares}", "OMP_NUM_THREADS": "1"}
-            with log.open("w") as file:
-                process = subprocess.Popen(command, cwd=out, env=shard, stdout=file, stderr=subprocess.STDOUT)
-            running[group].append((process, log))
-    until = time.monotonic() + CONFORMANCE_S
-    titles = {"not cuda": "conformance", "cuda": "conformance of the CUDA kernels (experimental)"}
-    return "\n".join(_wait(titles[group], shares, until) for group, shares in running.items())
+def imports(check: Check) -> dict[str, Any] | None:
+    """What Python there is, or None where nothing can be done."""
+    ended = check.python("-c", IMPORTS, log="imports", seconds=check.left(IMPORT_S))
+    if ended.status != "ok":
+        check.say(f"imports: FAILED ({ended.said()})", "imports")
+        return None
+    found: dict[str, Any] = json.loads(ended.output.strip().splitlines()[-1])
+    check.row(stage="imports", seconds=ended.seconds, **found)
+    check.say(f"imports: {', '.join(f'{k} {v}' for k, v in found.items())}")
+    if not found["gpu"]:
+        check.say("imports: FAILED (PyTorch sees no CUDA GPU on this machine)", "imports")
+        return None
+    return found
 
 
-def _wait(title: str, running: list[tuple[subprocess.Popen[bytes], Path]], until: float) -> str:
-    """How the shares of a group ended, those under way at `until` by being stopped."""
-    said, failed = [], 0
-    for k, (process, log) in enumerate(running):
-        try:
-            code = process.wait(max(1.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            code = -1
-        last = log.read_text().strip().splitlines()[-1:] or ["no output"]
-        if code not in (0, 5):
-            failed += 1
-            said.append(f"  share {k}: {'out of time' if code == -1 else 'FAILED'}: {last[0]}")
-        else:
-            said.append(f"  share {k}: {last[0]}")
-    return "\n".join([f"{title}: {'passed' if failed == 0 else f'{failed} of {len(running)} shares FAILED'}", *said])
+def module(check: Check, carried: Path, capability: Sequence[int]) -> bool:
+    """The CUDA module in the linked package: the carried one, else one that is built here."""
+    link(check.site)
+    place, why = check.site / "efficient_attn" / "_cuda.abi3.so", f"{carried / '_cuda.abi3.so'} is not there"
+    if (carried / place.name).exists():
+        of = (carried / "sources.txt").read_text().strip() if (carried / "sources.txt").exists() else "unknown sources"
+        why = "" if of == sources_digest() else "it was built from other sources"
+        if not why:
+            shutil.copy(carried / place.name, place)
+            ended = check.python("-c", LOADED, log="load-carried", seconds=check.left(LOAD_S))
+            why = "" if ended.status == "ok" else ended.said()
+    if why:
+        check.say(f"module: not the carried one ({why}); building")
+        why = _build(check, capability)
+    check.row(stage="module", ok=not why, why=why)
+    check.say(f"module: {f'FAILED: {why}' if why else 'loads'}", "module" if why else "")
+    return not why
 
 
-def main() -> int:
+def _build(check: Check, capability: Sequence[int]) -> str:
+    """Why the module could not be built, or an empty string."""
+    arch = "".join(map(str, capability))
+    environment = {"EFFICIENT_ATTN_CUDA": "1", "EFFICIENT_ATTN_CPU": "0"}
+    environment["EFFICIENT_ATTN_CUDA_ARCHS"] = "90a" if arch == "90" else arch
+    places = ["--build-lib", str(check.work / "lib"), "--build-temp", str(check.work / "objects")]
+    command = [str(ROOT / "setup.py"), "build_ext", *places]
+    ended = check.python(*command, log="build", seconds=check.left(BUILD_S), environment=environment, cwd_of=ROOT)
+    if ended.status != "ok":
+        return f"not built: {ended.said()}"
+    for built in check.work.glob("lib/efficient_attn/_cuda*.so"):
+        shutil.copy(built, check.site / "efficient_attn")
+    ended = check.python("-c", LOADED, log="load-built", seconds=check.left(LOAD_S))
+    return "" if ended.status == "ok" else f"built, but does not load: {ended.said()}"
+
+
+def smoke(check: Check, families: Sequence[str]) -> list[str]:
+    """The families that fail, each with what it ended with in the summary."""
+
+    def one(name: str) -> str:
+        rows = check.work / f"smoke-{name}.rows"
+        command = [str(SMOKE), name, "--out", str(rows)]
+        limit = {"ready": rows, "start": check.left(START_S)}
+        ended = check.python(*command, log=f"smoke-{name}", seconds=check.left(FAMILY_S), **limit)
+        return stages.smoke_verdict(ended, stages.json_lines(rows))
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        found = list(pool.map(one, families))
+    wrong = []
+    for name, why in zip(families, found, strict=True):
+        for row in stages.json_lines(check.work / f"smoke-{name}.rows"):
+            check.row(stage="smoke", family=name, **row)
+        check.row(stage="smoke", family=name, verdict=why or "passed")
+        check.say(f"smoke {name}: {why or 'passed'}", f"smoke {name}" if why else "")
+        wrong += [name] if why else []
+    return wrong
+
+
+def speed(check: Check, kernels: Sequence[str], without: Sequence[str]) -> None:
+    """Cells of the suite `gpu` whose kernels passed, a row as soon as it is measured."""
+    listed = check.python("-c", CELLS, log="cells", seconds=check.left(IMPORT_S))
+    if listed.status != "ok":
+        check.say(f"speed: FAILED ({listed.said()})", "speed")
+        return
+    cells = json.loads(listed.output.strip().splitlines()[-1])
+    chosen = [c for c in cells if "cuda" not in kernels or not set(stages.families_of(c)) & set(without)]
+    for cell in cells:
+        if cell not in chosen:
+            check.say(f"speed: {cell['case']} {cell['mode']} is left out: its kernels failed")
+    if "one-pass-128" in without:
+        kernels = [name for name in kernels if name != "cuda any order"]
+    seconds = check.left(SPEED_S)
+    command = ["-m", "efficient_attn.benchmarks", "gpu", "--out", str(check.work / "speed"), "--only", *kernels]
+    command += ["--cell-seconds", str(CELL_S), "--seconds", f"{seconds - 5:.0f}"]
+    for cell in chosen:
+        command += ["--cell", f"{cell['case']}/{cell['mode']}"]
+    ended = check.python(*command, log="speed", seconds=seconds) if chosen else None
+    rows = [row for row in stages.json_lines(check.work / "speed" / "results.jsonl") if row.get("type") == "cell"]
+    bad = [row for row in rows if row["status"] != "ok" or ("cuda" in kernels and "cuda" not in row["times_ms"])]
+    for row in bad:
+        why = str(row.get("message") or row.get("absent", {}).get("cuda", row["status"]))
+        check.say(f"speed {row['config']['case']} {row['config']['mode']}: FAILED: {why[:200]}")
+    if ended is None or ended.status not in ("ok", "hang") or bad or not rows:
+        check.failed.append("speed")
+    check.say(
+        f"speed: {len(rows)} of {len(cells)} cells, {len(bad)} failed ({ended.said() if ended else 'nothing to run'})"
+    )
+
+
+def conformance(check: Check, choice: str, name: str) -> None:
+    """The tests of one backend that need a GPU, in shards; whatever is not passed is a failure."""
+    seconds, folder = check.left(600.0), check.work / f"tests-{name}"
+    folder.mkdir(exist_ok=True)
+    until = time.monotonic() + seconds - 3
+
+    def shard(k: int) -> str:
+        """Until every test ran, in as many processes as it takes; how the last one ended."""
+        seen, said, tries = folder / f"{k}.rows", "not run", 0
+        environment = {"EFFICIENT_ATTN_SHARD": f"{k}/{SHARDS}", "EFFICIENT_ATTN_OUTCOMES": str(seen)}
+        environment["EFFICIENT_ATTN_TEST_SECONDS"] = str(TEST_S)
+        environment["PYTHONPATH"] = os.pathsep.join([check.environment["PYTHONPATH"], str(TOOLS)])
+        before = -1
+        while time.monotonic() < until and len(stages.json_lines(seen)) > before:
+            before, command = len(stages.json_lines(seen)), stages.pytest_command(ROOT, choice)
+            log, limit = f"tests-{name}-{k}-{tries}", max(1.0, until - time.monotonic())
+            said = check.python(*command, log=log, seconds=limit, environment=environment).said()
+            tries += 1
+            if stages.finished(stages.json_lines(seen)):
+                return ""
+        return said
+
+    with ThreadPoolExecutor(SHARDS) as pool:
+        ends = list(pool.map(shard, range(SHARDS)))
+    counts, bad = stages.outcomes([row for k in range(SHARDS) for row in stages.json_lines(folder / f"{k}.rows")])
+    for test, outcome in bad:
+        check.row(stage="conformance", backend=name, test=test, outcome=outcome)
+    for test, outcome in bad[:20]:
+        check.say(f"conformance {name}: {outcome}: {test}")
+    complete = not any(ends)
+    good = complete and not bad and counts["passed"] > 0
+    said = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())) or "no test ran"
+    shards = "".join(f"; shard {k}: {said}" for k, said in enumerate(ends) if said)
+    check.row(stage="conformance", backend=name, complete=complete, **counts)
+    check.say(f"conformance {name}: {'passed' if good else 'FAILED'}: {said}{shards}", "" if good else f"tests {name}")
+
+
+def sanitize(check: Check, families: Sequence[str]) -> None:
+    """compute-sanitizer over the families that fail, to say where."""
+    import gpu_sanitize
+
+    sanitizer = gpu_sanitize.find_sanitizer()
+    if families and sanitizer is None:
+        check.say(
+            "sanitizer: NOT RUN: no compute-sanitizer on PATH, in CUDA_HOME or in /usr/local/cuda/bin", "sanitizer"
+        )
+        return
+    for name in families:
+        for tool in ("memcheck", "racecheck"):
+            rows = str(check.work / f"sanitize-{name}.rows")
+            command = gpu_sanitize.command(str(sanitizer), tool, [str(SMOKE), name, "--out", rows, "--length", "300"])
+            log = check.logs / f"sanitize-{name}-{tool}.log"
+            ended = run_limited(
+                command, log, check.environment, check.left(SANITIZE_S), cwd=check.work, tick=check.tick
+            )
+            code = None if ended.status == "hang" else ended.code
+            check.say(f"sanitizer {name}: {gpu_sanitize.verdict(tool, code, ended.output, ended.seconds)}")
+            check.row(stage="sanitizer", family=name, tool=tool, code=code)
+
+
+# --- the calls ---
+
+
+def plan(call: int, out: Path, carried: Path) -> list[str]:
+    """What a call does, in order, with its limits."""
+    families = stages.FAMILIES
+    common = [
+        f"imports: torch, triton, the GPU, at most {IMPORT_S:.0f} s",
+        f"module: {carried}/_cuda.abi3.so where it loads and is of these sources, else built, at most {BUILD_S:.0f} s",
+    ]
+    first = [
+        f"smoke: {len(families)} families, {SIDE_BY_SIDE} at once, each {START_S:.0f} s to begin and {FAMILY_S:.0f} s "
+        f"from there, against float64 on the GPU: {', '.join(families)}",
+        f"speed of what passed against cuDNN and flash, {CELL_S:.0f} s a cell, at most {SPEED_S:.0f} s",
+        f"conformance of the CUDA kernels in {SHARDS} shards, {TEST_S} s a test, in the time that is left",
+    ]
+    second = [
+        f"compute-sanitizer over the families that failed in the first call (--previous), {SANITIZE_S:.0f} s each tool",
+        f"speed of Triton, compiled FlexAttention and the rest of the peers, at most {SPEED_S:.0f} s",
+        f"conformance of the Triton kernels in {SHARDS} shards, {TEST_S} s a test, in the time that is left",
+    ]
+    last = f"after every stage results.jsonl, summary.txt and logs.tgz in {out}; at most {CALL_S:.0f} s in all"
+    return [*common, *(first if call == 1 else second), last]
+
+
+def run_call(check: Check, call: int, carried: Path, failed: Sequence[str]) -> None:
+    found = imports(check)
+    check.publish()
+    if found is None:
+        return
+    if not (tested := found["pytest"]):
+        check.say("pytest is missing: no conformance", "conformance")
+    there = module(check, carried, found["capability"])
+    check.publish()
+    steps: list[Callable[[], object]] = []
+    if call == 1 and there:
+        wrong: list[str] = []
+        steps.append(lambda: wrong.extend(smoke(check, stages.FAMILIES)))
+        steps.append(lambda: speed(check, ["cuda", "cuda any order", "flash", "cudnn"], wrong))
+        steps += [lambda: conformance(check, "cuda and (bfloat16 or float16 or kernels)", "cuda")] if tested else []
+    if call == 2:
+        if there:
+            steps.append(lambda: sanitize(check, failed))
+        steps.append(lambda: speed(check, ["ours", "flex", "cudnn", "flash", "efficient", "tma", "dense"], []))
+        steps += [lambda: conformance(check, "triton and not float64", "triton")] if tested else []
+    for step in steps:
+        step()
+        check.publish()
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results" / "gpu-check")
-    parser.add_argument("--dry-run", action="store_true", help="link and compile, then show the plan")
-    options = parser.parse_args()
-    started, out = time.monotonic(), options.out.resolve()
-    steps = "\n".join(f"  {k}. {step}" for k, step in enumerate(plan(out), 1))
-    reason = without_gpu()
-    if reason and not options.dry_run:
-        print(f"gpu-check: skipped: {reason}.\nOn a machine with one it would:\n{steps}")
+    parser.add_argument("--call", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--carried", type=Path, default=ROOT / "build" / "carry", help="the folder of make cuda-carry")
+    parser.add_argument("--previous", type=Path, help="results.jsonl of the first call, for the second")
+    parser.add_argument("--seconds", type=float, default=CALL_S)
+    parser.add_argument("--dry-run", action="store_true", help="show the plan")
+    options = parser.parse_args(arguments)
+    out, steps = options.out.resolve(), plan(options.call, options.out.resolve(), options.carried.resolve())
+    reason = "" if options.dry_run else without_gpu()
+    if options.dry_run or reason:
+        said = f"skipped: {reason}.\nOn a machine with one it would" if reason else "dry run; it would"
+        print(f"gpu-check: {said}:\n" + "\n".join(f"  {k}. {step}" for k, step in enumerate(steps, 1)))
         return 0
-    for name, effect in HELPFUL.items():
-        if importlib.util.find_spec(name) is None:
-            print(f"gpu-check: {name} is missing: {effect}")
-    out.mkdir(parents=True, exist_ok=True)
-    site = out / "site"
-    link(site)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("TRITON_INTERPRET", None)
-    built = [build(site, out / "build-cpu.log", "cpu", BUILD_S)]
-    if not (options.dry_run and "EFFICIENT_ATTN_CUDA" not in os.environ):  # minutes, for nothing to run on
-        built.append(build_cuda(site, out / "build-cuda.log"))
-    print("".join(f"gpu-check: {line}\n" for line in built), end="", flush=True)
-    probe = (
-        "import efficient_attn as e, efficient_attn.benchmarks.__main__ as m; "
-        "s = m.suites; print(e.__file__, len(list(s.get('gpu').configs(s.Options()))))"
-    )
-    imported = subprocess.run([sys.executable, "-c", probe], cwd=out, env=environment, capture_output=True, text=True)
-    if imported.returncode != 0:
-        print(f"gpu-check: the package cannot be imported:\n{imported.stderr[-2000:]}")
-        return 1
-    print(f"gpu-check: {imported.stdout.split()[1]} benchmark cells with {Path(imported.stdout.split()[0]).parent}")
-    if options.dry_run:
-        print(f"gpu-check: dry run{f' ({reason})' if reason else ''}; a run would:\n{steps}")
-        return 0
-    tested = conformance(environment, out)
-    print(f"gpu-check: {tested}", flush=True)
-    left = TOTAL_S - (time.monotonic() - started)
-    notes = [*built, *(line for line in tested.splitlines() if not line.startswith(" ")), f"results in {out}"]
-    command = [
-        *(sys.executable, "-m", "efficient_attn.benchmarks", "gpu", "--out", str(out)),
-        *("--seconds", f"{left - 30:.0f}"),
-        *(f"--note={note}" for note in notes),
-    ]
-    try:  # it prints the summary, and nothing comes after that
-        measured = subprocess.run(command, cwd=out, env=environment, timeout=max(left, 30)).returncode
-    except subprocess.TimeoutExpired:
-        print(f"gpu-check: the benchmarks did not end in time; what they measured is in {out / 'results.jsonl'}")
-        measured = 1
-    return 1 if measured or "FAILED" in tested or "NOT RUN" in tested else 0
+    failed = stages.failed_before(options.previous)  # now: it may lie where this call writes
+    work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    check = Check(out, work, options.seconds)
+    try:
+        run_call(check, options.call, options.carried.resolve(), failed)
+    finally:  # whatever happens to this program: what was found comes back
+        check.publish()
+    print(f"gpu-check: {f'FAILED: {chr(44).join(check.failed)}' if check.failed else 'passed'}; {out}", flush=True)
+    return 1 if check.failed else 0
+
+
+def without_gpu() -> str:
+    """Why there is nothing to check here, or ''. Where there is a driver, whatever goes wrong is for the stages."""
+    if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists():
+        return ""
+    probe = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 3)"
+    code = subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode
+    return "" if code == 0 else "PyTorch sees no CUDA GPU on this machine, and there is no driver"
 
 
 if __name__ == "__main__":

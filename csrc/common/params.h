@@ -26,6 +26,14 @@ struct BiasView {
     int dtype;
 };
 
+// A bias by relative position: what is added to pair (i, j) stands at i - j + Nk - 1 of a line of Nq + Nk - 1 numbers
+// of the accumulation type, 64 of which may be read beyond its end; a stride of 0 broadcasts over batch or heads.
+struct DiagonalView {
+    const void* data;  // null: none
+    int64_t batch_stride, head_stride;
+    int64_t hides;  // whether one of them is -inf
+};
+
 // The gradient of the bias: contiguous, with the bias's own shape (size 1 where it broadcasts).
 struct BiasGradient {
     void* data;
@@ -66,8 +74,11 @@ struct AttentionParams {
     TensorView query, key, value, out;
     void* lse;  // (B, Hq, query_rows) contiguous, float32 or float64; in a CPU forward null: not wanted
     BiasView bias;
+    DiagonalView diagonals;
     MaskView mask;
     double scale, dropout_p;
+    double softcap;     // 0: none; c: scaled scores x become c tanh(x / c), before any bias
+    const void* sinks;  // (Hq), of the accumulation type: a score beside those of the keys, without a value; null: none
     uint64_t dropout_seed;
     int64_t dropout_head, dropout_query, dropout_key;  // the pair (0, 0) of head 0 as dropout counts: a part's origin
     WeightsView weights;  // of the forward a result, of the backward a gradient; in the call's dtype
@@ -77,6 +88,8 @@ struct AttentionParams {
     TensorView grad_out, dq, dk, dv;
     const void* grad_lse;  // like lse, or null
     BiasGradient dbias;    // data null: not wanted
+    void* delta;           // a result: delta of every row, (B, Hq, Nq), like lse; null: not wanted
+    void* ddiagonals;      // (B, Hq, Nq + Nk - 1) of the accumulation type, zeros at first; null: not wanted
 };
 
 // One pass over the weights of a call for what is known of them; see cpu/attention_statistics.h. `out` and `value` of

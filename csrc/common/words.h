@@ -85,6 +85,11 @@ inline AttentionParams read_call(Reader& in) {
     p.weights.data = in.pointer();
     for (int64_t& stride : p.weights.stride) stride = in.integer();
     p.weights.heads = in.integer();
+    p.softcap = in.take<double>();
+    p.sinks = in.pointer<const void>();
+    p.diagonals.data = in.pointer<const void>();
+    for (int64_t* number : {&p.diagonals.batch_stride, &p.diagonals.head_stride, &p.diagonals.hides})
+        *number = in.integer();
     MaskView& mask = p.mask;
     for (int64_t* number : {&mask.batch, &mask.heads, &mask.block_q, &mask.block_k, &mask.window_left,
                             &mask.window_right, &mask.window_offset, &mask.entries, &mask.tile_count})
@@ -114,6 +119,8 @@ inline AttentionParams read_params(const std::string& words, bool backward) {
         p.dbias.data = in.pointer();
         p.dbias.dtype = p.bias.dtype;
         for (int64_t& size : p.dbias.size) size = in.integer();
+        p.delta = in.pointer();
+        p.ddiagonals = in.pointer();
     }
     in.finish();
     return p;

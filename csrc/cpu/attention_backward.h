@@ -2,6 +2,10 @@
 //
 //     dV = (Z P)^T dO      dS = P (Z (dO V^T) - delta)      dQ = scale dS K      dK = scale dS^T Q      dbias = dS
 //
+// With a soft cap dQ and dK take dS times its slope. A bias by relative position gets the sums of dS along diagonals: a
+// tile adds to those that it meets, each of them in the order of the tiles along it, for the pipeline below lets a tile
+// start after all tiles above it and to the left.
+//
 // Weights W = Z P that were returned may have a gradient of their own, dW: it adds to dO V^T, and sum_j dW_ij W_ij to
 // delta_i.
 //
@@ -38,7 +42,8 @@ inline void wait_until(const int64_t* counter, int64_t least) {
 
 template <class A>
 struct BackwardTile {
-    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer, *scratch, *dK, *dV;
+    A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *slope, *folded, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer,
+        *scratch, *dK, *dV;
     double* sum;
     uint64_t *bits, *keep;
     Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only
@@ -54,7 +59,9 @@ struct BackwardTile {
         dO = arena.take<A>(Dv * kQueries);
         S = arena.take<A>(kKeys * kQueries);
         dP = arena.take<A>(kKeys * kQueries);
-        pairs = arena.take<A>(has_bias(p) || p.weights.data ? kKeys * kQueries : 0);
+        pairs = arena.take<A>(has_bias(p) || p.weights.data || p.diagonals.hides ? kKeys * kQueries : 0);
+        slope = arena.take<A>(p.softcap > 0 ? kKeys * kQueries : 0);
+        folded = arena.take<A>(p.ddiagonals ? fold_elements<A>(kKeys, kQueries) : 0);
         top = arena.take<A>(kQueries);
         rest = arena.take<A>(kQueries);
         delta = arena.take<A>(kQueries);
@@ -161,8 +168,9 @@ inline bool score_pairs(const AttentionParams& p, const QueryTile& q, Range keys
     } else {
         score_tile(K, n, p.D, t.Qt, w, t.S);
     }
+    cap_scores<A>(p, n * w, t.S, t.slope);
     bool masked = visible_bits(p, q.b, q.h, q.rows, q.block_row, keys, tile, tile_key, t.bits);
-    if (has_bias(p)) masked = add_bias<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
+    masked = add_biases<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
     if (p.dropout_p > 0) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
     return masked;
 }
@@ -196,7 +204,7 @@ inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range 
         for (int64_t i = 0; i < n * w; i += kLanes<A>) store(t.dP + i, load<A>(t.dP + i) + load(t.pairs + i));
     }
     const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    with_bool(has_bias(p), [&](auto natural) {
+    with_bool(is_natural(p), [&](auto natural) {
         with_bool(masked, [&](auto some_masked) {
             with_bool(dropped, [&](auto some_dropped) {
                 weight_gradients<A, natural.value, some_masked.value, some_dropped.value>(n, w, t, rescale);
@@ -239,7 +247,7 @@ inline void weight_gradients_task(const AttentionParams& p, int64_t task, char* 
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
         const bool masked = score_pairs<T>(p, q, keys, segment.tile, segment.tile_key, K, w, t);
         load_weight_gradients<T>(p, q, keys, w, t);
-        with_bool(has_bias(p), [&](auto natural) {
+        with_bool(is_natural(p), [&](auto natural) {
             add_weight_products<A, natural.value>(keys.end - keys.begin, w, masked, p.dropout_p > 0, rescale, t,
                                                   t.delta);
         });
@@ -260,7 +268,7 @@ inline QueryRows<T, A> load_query_rows(const AttentionParams& p, const QueryTile
     const int64_t first = q.rows.begin;
     if constexpr (kPairProducts<T>) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
-        const bool may_hide = may_hide_pairs(p) || has_bias(p);
+        const bool may_hide = may_hide_pairs(p) || has_bias(p) || p.diagonals.hides;
         Rows<T> Q{}, dO{};
         if (may_hide) {
             Q = gathered_rows<T>(p.query, q.b, q.h, first, q.count, p.D, t.Q);
@@ -347,6 +355,14 @@ inline void store_bias_tile(const AttentionParams& p, const QueryTile& q, Range 
     });
 }
 
+// The tile's sums of dS along its diagonals.
+template <class A>
+inline void add_diagonal_gradients(const AttentionParams& p, const QueryTile& q, Range keys, int64_t w,
+                                   const BackwardTile<A>& t) {
+    A* line = static_cast<A*>(p.ddiagonals) + (q.b * p.Hq + q.h) * (p.Nq + p.Nk - 1) + p.Nk - 1;
+    fold_diagonals(t.dP, keys.end - keys.begin, w, q.count, t.folded, line + q.rows.begin - keys.begin);
+}
+
 // dQt += keys * dS
 template <class T, class A>
 inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, Range keys, bool masked,
@@ -367,7 +383,7 @@ inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, R
 }
 
 // Adds to dQt what the keys inside `limits` give a tile of queries. begin() is called before the first piece of keys,
-// visit(keys, masked) after each, while S and dP hold Z P and dS.
+// visit(keys, masked) after each, while S and dP hold Z P and dS (by the products, with a soft cap).
 template <class T, class A, class Begin, class Visit>
 inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Range limits, int64_t w,
                                 BackwardTile<A>& t, A* dQt, Begin begin, Visit visit) {
@@ -379,8 +395,12 @@ inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Ra
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
         const auto V = load_operand<T>(p.value, q.b, kv, keys, p.Dv, t.V_buffer);
         const bool masked = score_gradients<T>(p, q, keys, segment.tile, segment.tile_key, K, V, w, t);
-        add_keys<T>(p, q, kv, keys, masked, K, w, t, dQt);
         if (bias_is_full(p)) store_bias_tile<T>(p, q, keys, w, t);
+        if (p.ddiagonals) add_diagonal_gradients(p, q, keys, w, t);
+        const int64_t elements = (keys.end - keys.begin) * w;
+        for (int64_t i = 0; i < elements && p.softcap > 0; i += kLanes<A>)
+            store(t.dP + i, load<A>(t.dP + i) * load<A>(t.slope + i));
+        add_keys<T>(p, q, kv, keys, masked, K, w, t, dQt);
         visit(keys, masked);
     });
 }

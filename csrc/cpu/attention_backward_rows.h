@@ -45,7 +45,7 @@ struct BackwardShared {
     BackwardShared(const AttentionParams& p, char* memory) {
         const Pipeline line = Pipeline::of<A>(p);
         Arena arena{memory};
-        delta = arena.take<A>(p.B * p.Hq * p.Nq);
+        delta = p.delta ? static_cast<A*>(p.delta) : arena.take<A>(p.B * p.Hq * p.Nq);
         top = arena.take<A>(p.B * p.Hq * p.Nq);
         rest = arena.take<A>(p.B * p.Hq * p.Nq);
         done = arena.take<int64_t>(line.heads * line.spans);

@@ -335,20 +335,39 @@ inline bool add_decode_bias(const AttentionParams& p, const DecodeTask& task, in
     return hidden;
 }
 
+// The same of a bias by relative position.
+template <class A>
+inline bool add_decode_diagonals(const AttentionParams& p, const DecodeTask& task, int64_t g, Range keys,
+                                 const DecodeScores<A>& scores, uint64_t* part) {
+    const A* line = diagonal_line<A>(p, task.b, task.h + g);
+    bool hidden = false;
+    for (int64_t i = 0; i < p.Nq; ++i)
+        for (int64_t j = keys.begin; j < keys.end; ++j) {
+            const A value = line[i - j];
+            scores.at(j - keys.begin, g * p.Nq + i) += value;
+            if (value == -kInfinity<A>) {
+                part[j - keys.begin] &= ~(uint64_t{1} << i);
+                hidden = true;
+            }
+        }
+    return hidden;
+}
+
 // Bits of every row of the task, a word a key. Returns false when every pair is visible; `bits` then is not meant.
 template <class T, class A>
 inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, Range keys, const Segment& segment,
                               const DecodeScores<A>& scores, DecodeTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     const Range queries{0, p.Nq};
-    if (!has_bias(p) && !visible_bits(p, task.b, task.h, queries, 0, keys, segment.tile, segment.tile_key, t.part))
+    if (!is_natural(p) && !visible_bits(p, task.b, task.h, queries, 0, keys, segment.tile, segment.tile_key, t.part))
         return false;
     bool masked = false;
     for (int64_t k = 0; k < n; ++k) t.bits[k] = 0;
     for (int64_t g = 0; g < task.heads; ++g) {
         const bool some = visible_bits(p, task.b, task.h, queries, 0, keys, segment.tile, segment.tile_key, t.part);
         for (int64_t k = 0; k < n && !some; ++k) t.part[k] = low_bits(p.Nq);
-        const bool hidden = has_bias(p) && add_decode_bias<T>(p, task, g, keys, scores, t.part);
+        bool hidden = has_bias(p) && add_decode_bias<T>(p, task, g, keys, scores, t.part);
+        if (p.diagonals.data) hidden |= add_decode_diagonals(p, task, g, keys, scores, t.part);
         masked |= some || hidden;
         for (int64_t k = 0; k < n; ++k) t.bits[k] |= t.part[k] << (g * p.Nq);
     }
@@ -421,13 +440,17 @@ inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Rang
     if (!few) {
         ahead.fetch(0, n);
         score_tile(load_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer), n, p.D, t.Q, w, t.S);
-    } else if (D == p.D) {
+        cap_scores<A>(p, n * w, t.S, nullptr);
+        return;
+    }
+    if (D == p.D) {
         const T* K = row_pointer<T>(p.key, task.b, task.kv, keys.begin);
         dot_scores(K, p.key.row_stride, n, t.Q, rows, D, ahead, t.S);
     } else {
         const Rows<A> K = load_padded_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer);
         dot_scores(K.data, K.stride, n, t.Q, rows, D, ahead, t.S);
     }
+    for (int64_t r = 0; r < rows; ++r) cap_scores<A>(p, n, t.S + r * kKeys, nullptr);
 }
 
 // Row r of a task, summed up over its keys, as it is returned.
@@ -452,6 +475,8 @@ inline void decode_span(const AttentionParams& p, int64_t index, char* memory, A
     DecodeTile<A> t(p, memory);
     const DecodeScores<A> scores{t.S, few ? 1 : w, few ? kKeys : 1};
     for (int64_t r = 0; r < w; ++r) result.top[r] = -kInfinity<A>, result.total[r] = 0;
+    for (int64_t r = 0; r < rows && task.span == cut.first_span; ++r)
+        begin_softmax(p, task.h + r / p.Nq, result.top[r], result.total[r]);
     fill_zero(result.O, rows * Dv);
 
     bool started = false;
@@ -464,7 +489,7 @@ inline void decode_span(const AttentionParams& p, int64_t index, char* memory, A
         if (masked) fill_hidden(t.bits, n, rows, w, -kInfinity<A>, scores);
         if (!few) {
             online_softmax_update(p, n, w, t.S, result.top, result.total, t.fade);
-        } else if (has_bias(p)) {
+        } else if (is_natural(p)) {
             online_softmax_rows<A, true>(rows, n, t.S, result.top, result.total, t.fade);
         } else {
             online_softmax_rows<A, false>(rows, n, t.S, result.top, result.total, t.fade);
@@ -494,7 +519,7 @@ inline void decode_merge(const AttentionParams& p, int64_t index, char* memory, 
         for (int64_t s = 0; s < cut.spans; ++s) {
             const DecodePartial<A> part(p, cut, shared, index * cut.spans + s);
             if (part.total[r] == 0) continue;
-            const Vec<A> below = broadcast(part.top[r] - top), weight = has_bias(p) ? exp(below) : exp2(below);
+            const Vec<A> below = broadcast(part.top[r] - top), weight = is_natural(p) ? exp(below) : exp2(below);
             total += static_cast<double>(part.total[r]) * static_cast<double>(weight[0]);
             for (int64_t d = 0; d < Dv; d += kLanes<A>)
                 store(sum + d, load(sum + d) + load(part.O + r * Dv + d) * weight);

@@ -1,4 +1,6 @@
-// Attention forward on a CPU:  out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j,  lse_i = log sum_j exp(...)
+// Attention forward on a CPU:  out_i = sum_j softmax_j(cap(scale q_i . k_j) + bias_ij) v_j,  lse_i = log sum_j exp(...)
+//
+// with a sink's score beside those of the keys, where there are sinks: the online softmax begins with it.
 //
 // Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over tiles of keys. A task is a tile of queries of one
 // (batch, head); it owns its rows of out and lse, so tasks run in any order and the bits do not depend on the threads.
@@ -22,7 +24,7 @@ struct ForwardTile {
         Qt = arena.take<A>(p.D * kQueries);
         S = arena.take<A>(kKeys * kQueries);
         strip = nullptr;
-        bias = arena.take<A>(has_bias(p) ? kKeys * kQueries : 0);
+        bias = arena.take<A>(has_bias(p) || p.diagonals.hides ? kKeys * kQueries : 0);
         Ot = arena.take<A>(p.Dv * kQueries);
         top = arena.take<A>(kQueries);
         total = arena.take<A>(kQueries);
@@ -95,8 +97,22 @@ EA_NOINLINE void online_softmax_update(int64_t keys, int64_t w, A* S, A* top, A*
 
 template <class A>
 inline void online_softmax_update(const AttentionParams& p, int64_t keys, int64_t w, A* S, A* top, A* total, A* fade) {
-    has_bias(p) ? online_softmax_update<A, true>(keys, w, S, top, total, fade)
-                : online_softmax_update<A, false>(keys, w, S, top, total, fade);
+    is_natural(p) ? online_softmax_update<A, true>(keys, w, S, top, total, fade)
+                  : online_softmax_update<A, false>(keys, w, S, top, total, fade);
+}
+
+// What a row of head h has met before any key: nothing, or the sink.
+template <class A>
+inline void begin_softmax(const AttentionParams& p, int64_t h, A& top, A& total) {
+    top = -kInfinity<A>;
+    if (p.sinks) top = static_cast<A>(static_cast<double>(static_cast<const A*>(p.sinks)[h]) / score_unit(p));
+    total = top == -kInfinity<A> ? 0 : 1;
+}
+
+// The soft cap, where there is one, of scores as `score_scale` makes them; `slope` may be null.
+template <class A>
+inline void cap_scores(const AttentionParams& p, int64_t count, A* S, A* slope) {
+    if (p.softcap > 0) cap_scores<A>(count, static_cast<A>(p.softcap / score_unit(p)), S, slope);
 }
 
 // Values as left factors, packed once for all tiles of queries in memory that tasks share, a piece of kKeys keys after
@@ -148,6 +164,7 @@ inline void score(const AttentionParams& p, int64_t b, int64_t kv, Range keys, i
     } else {
         score_tile(rows, keys.end - keys.begin, p.D, t.Qt, w, t.S);
     }
+    cap_scores<A>(p, (keys.end - keys.begin) * w, t.S, nullptr);
 }
 
 // The values of some keys without the rows of `poison`: shared (null: none are), or packed now.
@@ -195,13 +212,13 @@ inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range r
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
     const int64_t kv = h / (p.Hq / p.Hkv);
     load_queries<T>(p, b, h, rows.begin, rows.end - rows.begin, w, t);
-    for (int64_t r = 0; r < w; ++r) t.top[r] = -kInfinity<A>, t.total[r] = 0;
+    for (int64_t r = 0; r < w; ++r) begin_softmax(p, h, t.top[r], t.total[r]);
     for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
         const int64_t n = keys.end - keys.begin;
         if (t.strip) t.S = t.strip + keys.begin * w;
         score<T>(p, b, kv, keys, w, t);
         bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
-        if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
+        masked = add_biases<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
         online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
         visit(keys, masked);

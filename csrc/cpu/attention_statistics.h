@@ -186,11 +186,11 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
         const int64_t n = keys.end - keys.begin;
         score<T>(p, b, kv, keys, w, f);
         bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, f.bits);
-        if (has_bias(p)) masked = add_bias<T>(p, b, h, rows, keys, w, f.S, masked, f.bits, f.scratch, f.bias);
+        masked = add_biases<T>(p, b, h, rows, keys, w, f.S, masked, f.bits, f.scratch, f.bias);
         if (masked) fill_masked(f.bits, n, w, -kInfinity<A>, f.S);
         if (s.top) keep_largest(f.S, keys, w, count, s.top, t.largest, t.largest_key);
-        has_bias(p) ? weigh<A, true>(n, w, f.top, t.inverse, f.S, t.entropy)
-                    : weigh<A, false>(n, w, f.top, t.inverse, f.S, t.entropy);
+        is_natural(p) ? weigh<A, true>(n, w, f.top, t.inverse, f.S, t.entropy)
+                      : weigh<A, false>(n, w, f.top, t.inverse, f.S, t.entropy);
         if (s.received) receive<A>(f.S, n, w, nullptr, received + keys.begin);
         for (int64_t weighting = 0; weighting < s.row_weight_count; ++weighting)
             receive(f.S, n, w, t.weight + weighting * w, received + (weighting + 1) * received_step + keys.begin);

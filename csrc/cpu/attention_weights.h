@@ -61,7 +61,7 @@ inline void weight_factors(const AttentionParams& p, const A* top, const Forward
     const A share = static_cast<A>(1.0 / static_cast<double>(averages_weights(p) ? p.Hq : 1));
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
         const Vec<A> difference = load(top + lane) - load(t.top + lane), total = load(t.total + lane);
-        const Vec<A> change = has_bias(p) ? exponential<true>(difference) : exponential<false>(difference);
+        const Vec<A> change = is_natural(p) ? exponential<true>(difference) : exponential<false>(difference);
         store(factor + lane, select<A>(total == 0, Vec<A>{}, change * share / total));
     }
 }

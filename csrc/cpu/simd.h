@@ -160,18 +160,17 @@ constexpr A kInfinity = static_cast<A>(__builtin_inf());
 constexpr float kMagicFloat = 12582912.0f + 127.0f;
 constexpr double kMagicDouble = 6755399441055744.0 + 1023.0;
 
-// 2^(n + f), |f| <= 1/2, where `shifted` is n + magic. The polynomial's relative error is 5e-9 (float), 1e-19 (double).
-EA_INLINE Vec<float> power_of_two(Vec<float> shifted, Vec<float> f) {
+// (2^f - 1) / f and 2^n, |f| <= 1/2, where `shifted` is n + magic. The polynomial's relative error is 5e-9 (float),
+// 1e-19 (double).
+EA_INLINE Vec<float> power_slope(Vec<float> f) {
     Vec<float> p = broadcast(1.5453162950e-4f);
     p = p * f + 1.3390863665e-3f;
     p = p * f + 9.6180825773e-3f;
     p = p * f + 5.5503571142e-2f;
     p = p * f + 2.4022650761e-1f;
-    p = p * f + 6.9314718803e-1f;
-    p = p * f + 1.0f;
-    return p * (Vec<float>)((Mask<float>)shifted << 23);
+    return p * f + 6.9314718803e-1f;
 }
-EA_INLINE Vec<double> power_of_two(Vec<double> shifted, Vec<double> f) {
+EA_INLINE Vec<double> power_slope(Vec<double> f) {
     constexpr double c[] = {0.69314718055994530925,     0.24022650695910071233,   0.055504108664821627039,
                             0.0096181291076284794928,   0.0013333558146406470697, 0.00015403530393370733411,
                             0.000015252733841556772589, 1.321548680870556279e-6,  1.0178057087733941105e-7,
@@ -179,8 +178,15 @@ EA_INLINE Vec<double> power_of_two(Vec<double> shifted, Vec<double> f) {
     Vec<double> p = broadcast(c[11]);
 #pragma GCC unroll 16
     for (int k = 10; k >= 0; --k) p = p * f + c[k];
-    p = p * f + 1.0;
-    return p * (Vec<double>)((Mask<double>)shifted << 52);
+    return p;
+}
+EA_INLINE Vec<float> power_of_integer(Vec<float> shifted) { return (Vec<float>)((Mask<float>)shifted << 23); }
+EA_INLINE Vec<double> power_of_integer(Vec<double> shifted) { return (Vec<double>)((Mask<double>)shifted << 52); }
+
+// 2^(n + f)
+template <class V>
+EA_INLINE V power_of_two(V shifted, V f) {
+    return (power_slope(f) * f + 1) * power_of_integer(shifted);
 }
 
 // 2^t for t <= 0 or a little above; 0 below -126.5 (double: -1022.5), NaN for NaN.
@@ -193,6 +199,29 @@ EA_INLINE Vec<double> exp2(Vec<double> t) {
     t = larger(broadcast(-1023.0), t);
     const Vec<double> shifted = t + kMagicDouble;
     return power_of_two(shifted, t - (shifted - kMagicDouble));
+}
+
+// x / y for y >= 1, within a unit in the last place.
+EA_INLINE Vec<float> quotient(Vec<float> x, Vec<float> y) {
+#if defined(__AVX512F__)
+    const Vec<float> r = _mm512_maskz_rcp14_ps(0xFFFF, y), q = x * r;
+    return q + r * (x - q * y);
+#else
+    return x / y;
+#endif
+}
+EA_INLINE Vec<double> quotient(Vec<double> x, Vec<double> y) { return x / y; }
+// tanh(x) of t = 2 log2(e) x, as E / (E + 2) with E = 2^t - 1, which loses no digits near 0. The error is at most 3
+// units in the last place (float; double 4); +-1 from |x| = 10 (22) on, NaN for NaN.
+template <class A>
+EA_INLINE Vec<A> tanh_of_log2(Vec<A> t) {
+    constexpr A limit = sizeof(A) == 4 ? 30 : 64, magic = static_cast<A>(sizeof(A) == 4 ? kMagicFloat : kMagicDouble);
+    t = larger(broadcast<A>(-limit), t);
+    t = t > limit ? broadcast<A>(limit) : t;
+    const Vec<A> shifted = t + magic;
+    const Vec<A> power = power_of_integer(shifted), f = t - (shifted - magic);
+    const Vec<A> less_one = power * (power_slope(f) * f) + (power - A{1});
+    return quotient(less_one, less_one + A{2});
 }
 
 // e^x likewise. n ln2 is taken off in two parts, of which the first is exact, so that large |x| cost no accuracy.

@@ -13,6 +13,7 @@
 #include "microkernels.h"
 #include "pack.h"
 #include "pairs.h"
+#include "score_modifiers.h"
 
 namespace efficient_attn {
 namespace {
@@ -142,9 +143,14 @@ inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; 
 
 // Scores are kept in units of the exponent of two, or of e where there is a bias, which as finite as it comes must stay
 // finite; this is what one of them is worth in natural units.
-inline double score_unit(const AttentionParams& p) { return has_bias(p) ? 1.0 : kLn2; }
+inline bool is_natural(const AttentionParams& p) { return has_bias(p) || p.diagonals.data; }
+inline double score_unit(const AttentionParams& p) { return is_natural(p) ? 1.0 : kLn2; }
 
-inline double score_scale(const AttentionParams& p) { return has_bias(p) ? p.scale : p.scale * kLog2e; }
+// What products of queries and keys are multiplied with: with a soft cap they become what `cap_scores` takes.
+inline double score_scale(const AttentionParams& p) {
+    if (p.softcap > 0) return p.scale * (2 * kLog2e / p.softcap);
+    return is_natural(p) ? p.scale : p.scale * kLog2e;
+}
 
 inline bool multiplies_pairs(const AttentionParams& p) { return kPairProducts<BFloat16> && p.dtype == kBFloat16; }
 
@@ -229,18 +235,9 @@ inline void gather_bias(const AttentionParams& p, int64_t b, int64_t h, Range ro
     }
 }
 
-// Adds the bias to S; a bias of -inf clears the pair's bit. Returns whether any pair of the tile is masked.
-template <class T, class A>
-inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* S,
-                     bool masked, uint64_t* bits, A* scratch, A* bias) {
-    with_bias_type<T>(p, [&](auto element) {
-        using E = decltype(element);
-        if (has_order(p)) {
-            gather_bias<E>(p, b, h, rows, keys, w, bias);
-        } else {
-            load_pairs<E>(p.bias.data, p.bias.stride, b, h, rows, keys, w, scratch, bias);
-        }
-    });
+// Adds a tile of a bias to S; one of -inf clears the pair's bit. Returns whether any pair of the tile is masked.
+template <class A>
+inline bool add_hiding(Range rows, Range keys, int64_t w, const A* bias, A* S, bool masked, uint64_t* bits) {
     const int64_t n = keys.end - keys.begin;
     for (int64_t k = 0; k < n; ++k) {
         uint64_t hidden = 0;
@@ -257,6 +254,31 @@ inline bool add_bias(const AttentionParams& p, int64_t b, int64_t h, Range rows,
         if (hidden) bits[k] &= ~hidden;
     }
     return masked;
+}
+
+// Adds what there is of biases to S, and clears the bits of pairs that they hide. Returns whether any pair is masked.
+template <class T, class A>
+inline bool add_biases(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, int64_t w, A* S,
+                       bool masked, uint64_t* bits, A* scratch, A* bias) {
+    if (has_bias(p)) {
+        with_bias_type<T>(p, [&](auto element) {
+            using E = decltype(element);
+            if (has_order(p)) {
+                gather_bias<E>(p, b, h, rows, keys, w, bias);
+            } else {
+                load_pairs<E>(p.bias.data, p.bias.stride, b, h, rows, keys, w, scratch, bias);
+            }
+        });
+        masked = add_hiding(rows, keys, w, bias, S, masked, bits);
+    }
+    if (!p.diagonals.data) return masked;
+    if (!p.diagonals.hides) {
+        add_diagonals(p, b, h, rows.begin, keys, w, S);
+        return masked;
+    }
+    fill_zero(bias, (keys.end - keys.begin) * w);
+    add_diagonals(p, b, h, rows.begin, keys, w, bias);
+    return add_hiding(rows, keys, w, bias, S, masked, bits);
 }
 
 // S[key][query] = value where the pair's bit is 0

@@ -24,6 +24,7 @@ class Call(NamedTuple):
     has_lists: bool
     dropout_p: float
     returns_weights: bool = False
+    modifiers: tuple[str, ...] = ()  # of "softcap", "sinks" and "a bias by relative position": those it has
 
 
 class LinearCall(NamedTuple):
@@ -51,6 +52,30 @@ def dropout_origin(seed: Tensor) -> tuple[int, int, int, int]:
 def readable(tensor: Tensor) -> Tensor:
     """(B, H, N, D) itself if its last dimension has stride 1, else a contiguous copy."""
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+def lse_without_keys(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """lse (B, Hq, Nq), filled with what it is where there are no keys: -inf, or the sink of the head."""
+    return lse.fill_(-torch.inf) if sinks is None else lse.copy_(sinks[:, None].expand(lse.shape))
+
+
+def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """dsinks (Hq) = -sum exp(sink - lse) delta over batch and queries, of lse and delta (B, Hq, Nq)."""
+    if sinks is None:
+        return None
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    return -(share * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def modifier_gradients_without_keys(
+    grad_lse: Tensor | None, sinks: Tensor | None, diagonals: Tensor | None, diagonals_require_grad: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dsinks and ddiagonals of a call without a pair: lse is the sink itself."""
+    dsinks = None
+    if sinks is not None:
+        dsinks = torch.zeros_like(sinks) if grad_lse is None else grad_lse.sum((0, 2)).to(sinks.dtype)
+    wanted = diagonals is not None and diagonals_require_grad
+    return dsinks, torch.zeros_like(diagonals) if wanted and diagonals is not None else None
 
 
 Gradients = TypeVar("Gradients", bound="tuple[Tensor | None, ...]")

@@ -9,19 +9,21 @@ from __future__ import annotations
 import struct
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..masks import MaskArrays
-from .call import dropout_origin, readable
+from .call import accumulation_dtype, dropout_origin, readable
 from .features import RELU_FLOOR, RISE
 from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "exp": 3, "performer_softmax": 3}  # params.h
-_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6q17q8q"), struct.Struct("16q6q")
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6qd5q17q8q"), struct.Struct("16q8q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
+READ_BEYOND = 64  # numbers that a kernel may read beyond the end of a line by relative position
 _NO_LISTS: tuple[int, ...] = (0,) * 9
 _NO_BIAS: tuple[int, ...] = (0,) * 6
 _NO_WEIGHTS: tuple[int, ...] = (0,) * 6
@@ -41,6 +43,9 @@ def pack_attention(
     dropout_p: float,
     dropout_seed: Tensor | None,
     weights: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Kept, bytes]:
     """The words of `read_params`, and what they point to; `weights` (B, Hq | 1, Nq, Nk), or their gradient."""
     lists: Kept = ()
@@ -61,6 +66,16 @@ def pack_attention(
         if weights.stride(3) not in (0, 1):
             weights = weights.contiguous()
         weight_words = (weights.data_ptr(), *weights.stride(), weights.shape[1])
+    sinks = None if sinks is None else sinks.to(accumulation_dtype(query.dtype)).contiguous()
+    diagonal_words: tuple[int, ...] = (0, 0, 0, 0)
+    if diagonals is not None:
+        if mask.query_order is not None or mask.key_order is not None:
+            raise UnsupportedError("a bias by relative position: not of a mask with query_order or key_order")
+        hides = bool((diagonals == -torch.inf).any())
+        diagonals = F.pad(diagonals, (0, READ_BEYOND))
+        lines = zip(diagonals.shape[:2], diagonals.stride()[:2], strict=True)
+        strides = (0 if size == 1 else step for size, step in lines)
+        diagonal_words = (diagonals.data_ptr(), *strides, hides)
     B, Hq, _, D = query.shape
     Hkv, Dv = value.shape[1], value.shape[3]
     Nq, query_order = _order_words(mask.query_order, "query_order", query)
@@ -84,6 +99,9 @@ def pack_attention(
         lse.data_ptr(),
         *bias_words,
         *weight_words,
+        softcap,
+        pointer(sinks),
+        *diagonal_words,
         *mask[:4],
         *mask[11:14],
         *list_words,
@@ -91,8 +109,8 @@ def pack_attention(
         *query_order,
         *key_order,
     )
-    kept = (query, key, value, out, lse, bias, weights, *lists, lengths, mask.query_order, mask.key_order)
-    return kept, words
+    kept = (query, key, value, out, lse, bias, weights, sinks, diagonals, *lists, lengths)
+    return (*kept, mask.query_order, mask.key_order), words
 
 
 def _order_words(order: Tensor | None, name: str, tensor: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -113,12 +131,20 @@ def _order_words(order: Tensor | None, name: str, tensor: Tensor) -> tuple[int, 
 
 
 def pack_attention_gradients(
-    grad_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, grad_lse: Tensor | None, dbias: Tensor | None
+    grad_out: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    grad_lse: Tensor | None,
+    dbias: Tensor | None,
+    delta: Tensor | None = None,
+    ddiagonals: Tensor | None = None,
 ) -> bytes:
     """What a backward appends to `pack_attention`; grad_lse is contiguous, in the dtype of lse."""
     sizes = (0, 0, 0, 0) if dbias is None else dbias.shape
     views = (*view(grad_out), *view(dq), *view(dk), *view(dv))
-    return _ATTENTION_GRADIENTS.pack(*views, pointer(grad_lse), pointer(dbias), *sizes)
+    results = pointer(delta), pointer(ddiagonals)
+    return _ATTENTION_GRADIENTS.pack(*views, pointer(grad_lse), pointer(dbias), *sizes, *results)
 
 
 def pack_statistics(found: Found, wanted: Wanted, chunk_rows: int) -> tuple[Kept, bytes]:

@@ -117,8 +117,9 @@ class _Rows:
         arrays = piece.mask.arrays()
         backend = backends.cached_select(self.call.backend, describe(q, k, v, part, arrays, self.call.dropout_p))
         out, lse = ops.attention_forward(
-            q, k, v, part, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece), backend
-        )
+            q, k, v, part, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece),
+            0.0, None, None, backend,
+        )  # fmt: skip
         if not any(rows == piece.rows for rows, _ in self.kept):
             self.exact = out if (a, b) == (0, query.shape[2]) else None
             self.out[:, :, a:b], self.lse[:, :, a:b] = out, lse
@@ -162,9 +163,10 @@ class _Rows:
         backend = backends.cached_select(self.call.backend, describe(q, k, v, part, arrays, self.call.dropout_p))
         if backends.BACKENDS[backend].NEEDS_TRANSPOSED:
             arrays = piece.mask.arrays(transposed=True)
-        dq, part_dk, part_dv, dbias = ops.attention_backward(
+        dq, part_dk, part_dv, dbias, *_ = ops.attention_backward(
             g, g_lse, None, q, k, v, part, out[:, :, a:b], part_lse.contiguous(), *ops.operands(arrays),
-            self.call.scale, self.call.dropout_p, self._seed(piece), self.dbias is not None, backend,
+            self.call.scale, self.call.dropout_p, self._seed(piece), self.dbias is not None, 0.0, None, None,
+            False, backend,
         )  # fmt: skip
         self.dq[:, :, a:b] += dq
         c, d = piece.columns

@@ -32,7 +32,7 @@ from ..errors import InputError, UnsupportedError
 from ..functional import attention, merge_attention, padded_attention, prepare, prepare_inputs, select_keys
 from ..methods import Linear, Linformer, Method, Nystrom, Performer
 from ..methods.linear import linear_attention
-from ..methods.linformer import sequence_projection
+from ..methods.linformer import length_factors, sequence_projection
 from ..methods.lowrank import by_group
 from ..methods.nystrom import compared, iterative_pinv
 from ..ops import attention as ops
@@ -251,7 +251,10 @@ def _linformer(method: Linformer, state: Any, call: Call) -> Tensor:
         mixed = torch.cat([E.to(dtype) @ key.to(dtype), F_.to(dtype) @ value.to(dtype)], 3)
         mixed = summed(mixed, call.exchange, "projections")
     k, v = mixed.to(key.dtype).split((key.shape[3], value.shape[3]), 3)
-    return _few_keys(call, k.contiguous(), v.contiguous())
+    grow_key, grow_value = length_factors(
+        getattr(state, "length_powers", None), state.key_projection, whole, call.whole_key_mask
+    )
+    return _few_keys(call, (k * grow_key).contiguous(), (v * grow_value).contiguous())
 
 
 def _few_keys(call: Call, key: Tensor, value: Tensor) -> Tensor:
@@ -268,7 +271,7 @@ def _few_keys(call: Call, key: Tensor, value: Tensor) -> Tensor:
         seed = torch.tensor((call.seed, 0, start, 0)) if call.dropout_p > 0.0 else None
         outs.append(
             ops.attention_forward(
-                *ready[:4], *ops.operands(ready.mask), ready.scale, call.dropout_p, seed, ready.backend
+                *ready[:4], *ops.operands(ready.mask), ready.scale, call.dropout_p, seed, *ready[11:], ready.backend
             )[0]
         )
     return torch.cat(outs, 2)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
-from ..functional import MAX_HEAD_DIM
+from ..functional import MAX_HEAD_DIM, refuse_modifiers
 from ..integrations.torch_sdpa import bound
 from ..methods import Method, Sparse
 from ..methods.sparse import DENSE
@@ -154,6 +154,7 @@ class observe:
         self, method: Method, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], out: Tensor
     ) -> None:
         """Take note of a call of `method.attend` and what it returned."""
+        refuse_modifiers("by observe", options.get("bias"), softcap=options.get("softcap"), sinks=options.get("sinks"))
         inputs: dict[str, Any] = {name: options.get(name) for name in _ARGUMENTS} | {
             "query": query,
             "key": key,

@@ -19,7 +19,7 @@ from ..backends.reference import statistics as reference
 from ..backends.statistics import Found, Wanted
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import MaskLike, Prepared, hide_padding, prepare
+from ..functional import MaskLike, Prepared, hide_padding, prepare, refuse_modifiers
 
 WANT = ("entropy", "top", "received", "distance", "map", "shares")
 MAX_TOP = 32
@@ -92,6 +92,7 @@ def attention_statistics(
         UnsupportedError: the backend asked for cannot serve.
     """
     _check(want, top_k, nearby, map_block)
+    refuse_modifiers("by attention_statistics", bias)
     value = key if value is None else value
     hidden_key, value, hidden_mask, bias = hide_padding(
         query, key, value, key_mask, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,

@@ -3,6 +3,8 @@
 report = convert(model, attention="bigbird:block=64", sample=batch)
 print(report)       # what was converted, what was not and why, and what the change costs on the sample
 report.undo()
+
+With `budget=` the measured error decides which layer gets what, see `budget/`; `plan=` does that again.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +29,12 @@ from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
 from . import fidelity, routed
 from .fidelity import Cost, LayerFidelity, Trace
-from .layer_state import state_restorer
+from .layer_state import LAYER_METHOD, state_restorer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .budget import Budget, Found, Plan
 
 ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the name of a class
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -40,7 +45,9 @@ class Conversion:
     """What `convert` did.
 
     Attributes:
-        attention: the method that the model has now.
+        attention: the method that the model has now; with a plan, that of the layers it does not name.
+        plan: with `budget` or `plan`, which layer has which method; plan.save("plan.json").
+        found: with `budget`, what the search found: figures of calibration, trials, speed-up, shares of hybrids.
         converted: name of a module ("" is the model) -> what it is and how it was converted.
         skipped: name of a module that looks like attention and was left alone -> why.
         dense_error: with a sample, the largest difference between the original's outputs and those of the converted
@@ -61,7 +68,14 @@ class Conversion:
     unreached: dict[str, str] = field(default_factory=dict)
     before: Cost | None = None
     after: Cost | None = None
+    plan: Plan | None = None
+    found: Found | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model attends densely now."""
+        return self.attention.is_dense and (self.plan is None or self.plan.is_dense)
 
     def undo(self) -> None:
         """Give the model its old attention back; parameters that were trained meanwhile stay as they are."""
@@ -69,7 +83,8 @@ class Conversion:
             self._undo.pop()()
 
     def __str__(self) -> str:
-        lines = [f"attention: {self.attention}", f"converted: {len(self.converted)}"]
+        named = "by a plan" if self.plan is not None else str(self.attention)
+        lines = [f"attention: {named}", f"converted: {len(self.converted)}"]
         lines += [f"  {name or '(the model)'}: {how}" for name, how in self.converted.items()]
         lines += [f"left alone: {len(self.skipped)}"] if self.skipped else []
         lines += [f"  {name}: {why}" for name, why in self.skipped.items()]
@@ -78,8 +93,23 @@ class Conversion:
         if self.dense_error is not None:
             lines.append(f"with dense attention: equal to the original within {self.dense_error:.1e}")
         if self.error is not None:
-            lines.append(f"with {self.attention}: differs from the original by {self.error:.1e}")
+            lines.append(f"with attention {named}: differs from the original by {self.error:.1e}")
+        if self.plan is not None:
+            lines += [f"  {name}: {spec}" for name, spec in self.plan.layers.items()]
+        lines += [str(self.found)] if self.found is not None else []
         return "\n".join(lines + fidelity.table(self.layers, self.before, self.after))
+
+    def save_page(self, path: str | PathLike[str]) -> None:
+        """Write what the search found as one HTML page that needs no network.
+
+        Raises:
+            InputError: there was no search, which `budget=` starts.
+        """
+        if self.found is None:
+            raise InputError("there was no search; give convert a budget=")
+        from .budget.page import page
+
+        Path(path).write_text(page(self.found, self.layers, self.before, self.after), encoding="utf-8")
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """Draw the errors of the layers, time and memory; also written to `path` (its ending says as what) if given.
@@ -102,6 +132,8 @@ def convert(
     tolerance: float | None = None,
     predicate: Callable[[str, nn.Module], bool] | None = None,
     repeats: int = 3,
+    budget: float | Budget | None = None,
+    plan: Plan | Mapping[str, Any] | str | PathLike[str] | None = None,
 ) -> Conversion:
     """Give every attention layer of a model that this package knows another attention, in place.
 
@@ -121,6 +153,10 @@ def convert(
         predicate: called with (name, module) for each of the above; False leaves it alone.
         repeats: forwards of the sample that are timed, of the original and of the converted model; with 0 neither time
             nor memory is measured.
+        budget: instead of an attention, the largest error of the outputs, 0.02 for 2 % of their norm, or a `Budget`.
+            Each layer gets the fastest attention with which the error, measured on samples that are held out, stays
+            within; all are dense if there is nothing to gain. The search runs on a copy that shares the parameters.
+        plan: instead of an attention, what a search found: `Conversion.plan`, its JSON, or the path of its file.
 
     Returns:
         A `Conversion`: what was converted, what was not and why; on the sample errors of outputs and of each layer,
@@ -129,7 +165,8 @@ def convert(
     Raises:
         ConversionError: with dense attention the outputs differ, or the sample has no output to compare. The model is
             as before, as it is after every error.
-        InputError: nothing to convert, the model is an attention module itself, or repeats that are no number.
+        InputError: nothing to convert, the model is an attention module itself, or repeats that are no number; an
+            attention, a budget and a plan together, a budget without a sample, or a plan for another model.
             UnsupportedError: what the method cannot do in this model.
     """
     method = parse(attention)
@@ -142,9 +179,13 @@ def convert(
         )
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
         raise InputError(f"repeats must be a whole number of forwards, 0 or more; got {repeats!r}")
-    report = Conversion(method)
+    if sum((not method.is_dense, budget is not None, plan is not None)) > 1:
+        raise InputError("attention=, budget= and plan= each say what the layers get: give one of them")
+    report = Conversion(method, plan=None if plan is None else _read_plan(plan))
     try:
-        if sample is None:
+        if budget is not None:
+            _convert_within(model, report, predicate, sample, tolerance, repeats, budget)
+        elif sample is None:
             _convert(model, report, predicate)
         else:
             _convert_measured(model, report, predicate, sample, tolerance, repeats)
@@ -172,7 +213,7 @@ def _convert_measured(
     report.before = fidelity.cost(model, sample, repeats) if repeats > 0 else None
     if comparable:
         # It must equal the original, so its layers stand for those of the original, which may be of any kind.
-        dense = report if report.attention.is_dense else Conversion(DENSE)
+        dense = report if report.is_dense else Conversion(DENSE)
         try:
             _convert(model, dense, predicate)
             with fidelity.traced(model) as original:
@@ -181,7 +222,7 @@ def _convert_measured(
         finally:
             if dense is not report:
                 dense.undo()
-    if not comparable or not report.attention.is_dense:
+    if not comparable or not report.is_dense:
         _convert(model, report, predicate)
         with fidelity.traced(model) as converted:
             report.error = fidelity.difference(before, fidelity.outputs(model, sample))
@@ -198,12 +239,67 @@ def _convert_measured(
     report.after = fidelity.cost(model, sample, repeats) if repeats > 0 else None
 
 
+def _read_plan(given: Any) -> Plan:
+    from .budget import read
+
+    return read(given)
+
+
+def _convert_within(
+    model: nn.Module,
+    report: Conversion,
+    predicate: Callable[[str, nn.Module], bool] | None,
+    sample: Any,
+    tolerance: float | None,
+    repeats: int,
+    budget: float | Budget,
+) -> None:
+    """Search on copies of the model, convert it by what was found, and measure that once more."""
+    from .budget import Budget, Search  # nothing else of this package needs it
+
+    wanted = budget if isinstance(budget, Budget) else Budget(budget)
+    if sample is None:
+        raise InputError("a budget is measured: give convert a sample=, a batch of what the model is for")
+    if not _is_dense(model):
+        raise InputError(
+            "the model has a method other than dense already, and a budget counts from dense; undo it first"
+        )
+
+    def make_dense(copy: nn.Module) -> None:
+        made = Conversion(DENSE)
+        _convert(copy, made, predicate)
+        if not made.converted:
+            found = "; ".join(f"{name}: {why}" for name, why in made.skipped.items())
+            raise InputError(f"the model has no attention that can be converted{': ' + found if found else ''}")
+
+    search = Search(model, sample, wanted, make_dense, tolerance)
+    found = search.run()
+    shown = search.held_out[0]
+    with fidelity.traced(search.dense) as original:
+        fidelity.run(search.dense, shown)
+    report.before = fidelity.cost(model, shown, repeats) if repeats > 0 else None
+    report.plan, report.found, report.dense_error = found.plan, found, found.dense_error
+    _convert(model, report, predicate)
+    with fidelity.traced(model) as converted:
+        report.error = search.error_of(model)
+    if not report.error <= wanted.limit:
+        raise ConversionError(
+            f"the search measured an error of {found.error:.2e} and the converted model {report.error:.2e}, more than "
+            f"the budget of {wanted.limit:g}: what the model returns is not the same from run to run"
+        )
+    report.layers = fidelity.compared(original, converted)
+    report.unreached = _unreached(model, report, converted)
+    report.after = fidelity.cost(model, shown, repeats) if repeats > 0 else None
+
+
 def _is_dense(model: nn.Module) -> bool:
     """Whether no module of the model has a method of this package other than dense."""
     for module in model.modules():
         config = getattr(module, "config", None)
         name, colon, spec = str(getattr(config, "_attn_implementation", "")).partition(":")
         if name == "efficient_attn" and colon and not parse(spec).is_dense:
+            return False
+        if not parse(vars(module).get(LAYER_METHOD, DENSE)).is_dense:
             return False
         known = isinstance(module, MultiheadAttention) or _has_setter(module)
         own: Any = module.attention if known else getattr(module, "efficient_attn_method", None)
@@ -223,6 +319,11 @@ def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.
     _convert_routed(model, report, wanted)
     _convert_torch(model, report, wanted)
     _explain_rest(model, report)
+    if report.plan is not None:
+        from .budget import layers
+
+        report.plan.check(model)
+        report._undo.append(layers.set_methods(model, report.plan.methods.items()))
 
 
 def _convert_torch(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:

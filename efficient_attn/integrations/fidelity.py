@@ -73,12 +73,12 @@ def compared(before: Trace, after: Trace) -> dict[str, LayerFidelity]:
 # --- running a sample ---
 
 
-def run(model: nn.Module, sample: Any) -> Any:
+def run(model: nn.Module, sample: Any, *, grad: bool = False) -> Any:
     """What the model returns for a sample, in eval mode without gradients; the mode of each module is kept."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             if isinstance(sample, Mapping):
                 return model(**sample)
             return model(*sample) if isinstance(sample, tuple) else model(sample)
@@ -89,7 +89,11 @@ def run(model: nn.Module, sample: Any) -> Any:
 
 def outputs(model: nn.Module, sample: Any) -> list[Tensor]:
     """The floating-point tensors that the model returns for a sample; raises ConversionError if there are none."""
-    returned = run(model, sample)
+    return comparable(run(model, sample))
+
+
+def comparable(returned: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned; raises ConversionError if there are none."""
     found = list(_tensors(returned))
     if not found:
         raise ConversionError(
@@ -110,7 +114,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _padded(tensor: Tensor) -> Tensor:
+def padded(tensor: Tensor) -> Tensor:
     return torch.nested.to_padded_tensor(tensor, 0.0) if tensor.is_nested else tensor
 
 
@@ -137,7 +141,6 @@ def traced(model: nn.Module) -> Iterator[Trace]:
     """
     trace = Trace()
     running: list[list[Any]] = []  # [name, whether it has attended]
-    attending: list[str] = []  # methods that are made of others attend through them
     names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -147,20 +150,15 @@ def traced(model: nn.Module) -> Iterator[Trace]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         name, attended = running.pop()
         if attended:
-            trace.outputs.setdefault(name, []).extend(_padded(t).detach().clone() for t in list(_tensors(output))[:1])
+            trace.outputs.setdefault(name, []).extend(padded(t).detach().clone() for t in list(_tensors(output))[:1])
 
     def watch(attend: Callable[..., Any], method: Method, *args: Any, **kwargs: Any) -> Any:
-        if attending or not running:
-            return attend(method, *args, **kwargs)
-        running[-1][1] = True
-        attending.append(running[-1][0])
-        try:
-            result = attend(method, *args, **kwargs)
+        result = attend(method, *args, **kwargs)
+        if running:
+            running[-1][1] = True
             if not method.is_dense:
                 exact, _ = DENSE.attend(*args, **{**kwargs, "state": None, "need_weights": False})
-                trace.errors.setdefault(attending[0], []).append(difference([exact], [result[0]]))
-        finally:
-            attending.clear()
+                trace.errors.setdefault(running[-1][0], []).append(difference([exact], [result[0]]))
         return result
 
     handles: list[Any] = []
@@ -168,7 +166,7 @@ def traced(model: nn.Module) -> Iterator[Trace]:
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with _wrapped(watch):
+        with attends_watched(watch):
             yield trace
     finally:
         for handle in handles:
@@ -176,11 +174,24 @@ def traced(model: nn.Module) -> Iterator[Trace]:
 
 
 @contextlib.contextmanager
-def _wrapped(watch: Callable[..., Any]) -> Iterator[None]:
-    """Let `watch(attend, method, ...)` be called for every `method.attend(...)` in the block."""
+def attends_watched(watch: Callable[..., Any]) -> Iterator[None]:
+    """Let `watch(attend, method, ...)` be called for every `method.attend(...)` in the block.
+
+    Not for those inside another, through which methods that are made of others attend, nor for those of `watch` itself.
+    """
+    watching: list[bool] = []
 
     def wrapper(attend: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda method, *args, **kwargs: watch(attend, method, *args, **kwargs)
+        def call(method: Method, *args: Any, **kwargs: Any) -> Any:
+            if watching:
+                return attend(method, *args, **kwargs)
+            watching.append(True)
+            try:
+                return watch(attend, method, *args, **kwargs)
+            finally:
+                watching.clear()
+
+        return call
 
     classes, own = [Method], []
     for cls in classes:

@@ -27,7 +27,7 @@ from ..methods.left_padding import Turned, left_padding, take
 from ..patterns import Pattern
 from ..tracing import is_jit_traced
 from .huggingface_masks import PairMask, pair_mask
-from .layer_state import layer_state
+from .layer_state import LAYER_METHOD, layer_state
 from .torch_sdpa import only_hides
 
 NAME = "efficient_attn"
@@ -175,6 +175,7 @@ def _forward(
             cannot serve. InputError: what does not fit together.
     """
     _check_arguments(kwargs)
+    method = vars(module).get(LAYER_METHOD, method)
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
     Nq, Nk = query.shape[2], key.shape[2]

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..methods import Method
 
+LAYER_METHOD = (
+    "efficient_attn_layer_method"  # attribute of a layer that has a method of its own, whatever its model has
+)
+
 
 def layer_state(method: Method, module: nn.Module, query: Tensor, key: Tensor) -> nn.Module | None:
     """The method's state for a layer, which holds it as `method_state` from its first call with queries on.

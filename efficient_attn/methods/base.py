@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import sharding
 from ..errors import UnsupportedError
+from ..functional import refuse_modifiers
 from ..masks import BlockMask
 from ..options import Named
 from ..patterns import PATTERNS, Pattern
@@ -26,7 +27,7 @@ class Method(Named):
 
     Class attributes say, beside what `Named` has, whether it is `exact` (softmax attention over the pairs it looks at,
     none of them approximated) and `is_dense` (over all pairs), and what calls may ask of it: `accepts_causal`,
-    `accepts_mask` (any mask of pairs), `accepts_bias`.
+    `accepts_mask` (any mask of pairs), `accepts_bias`, `accepts_modifiers` (softcap, sinks, structured biases).
     """
 
     family = "method"
@@ -37,6 +38,7 @@ class Method(Named):
     accepts_causal: ClassVar[bool] = False
     accepts_mask: ClassVar[bool] = False
     accepts_bias: ClassVar[bool] = False
+    accepts_modifiers: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Every `attend`, a user's own too, keeps the promises that are the same for all methods: see `_settled`."""
@@ -97,7 +99,8 @@ class Method(Named):
             query, key, value: (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv), as in `attention`.
             state: what `build` returned.
             key_mask: bool (B, Nk), True = attend: padding. What a masked key holds, NaN included, has no influence.
-            mask, bias, is_causal, causal_alignment, scale, dropout_p, dropout_seed, backend: as in `attention`.
+            mask, bias, is_causal, causal_alignment, scale, dropout_p, dropout_seed, backend: as in `attention`; where
+                `accepts_modifiers` says so, softcap and sinks too.
             need_weights: also return what this method multiplies the values with, dropout included: n x n memory;
                 "mean": their average over the heads.
 
@@ -122,6 +125,10 @@ def _settled(attend: Attend) -> Attend:
 
     @functools.wraps(attend)
     def call(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        if not self.accepts_modifiers or sharding.active is not None:
+            where = f"by {self}" if not self.accepts_modifiers else "inside context_parallel"
+            asked = {name: options.pop(name, None) for name in ("softcap", "sinks")}
+            refuse_modifiers(where, options.get("bias"), **asked)
         if sharding.active is not None:
             if OBSERVERS:
                 sharding.refuse("observing attention")

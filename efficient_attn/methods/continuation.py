@@ -39,8 +39,19 @@ def continuation(
         left: int (B,), how many positions of each row are padding before its first token, from which a pattern counts.
 
     Raises:
-        UnsupportedError: a hybrid, whose blocks would be cut elsewhere; a pattern under torch.compile.
+        UnsupportedError: a hybrid, whose blocks would be cut elsewhere; blocks of queries that choose by content, of
+            which the call has only a part; a pattern under torch.compile.
     """
+    if isinstance(method, Sparse) and method.pattern.by_content:
+        # What is padding, or no longer kept, shifts the blocks too.
+        begun = offset != 0 or (left is not None and (torch.compiler.is_compiling() or bool(left.any())))
+        if not method.pattern._alike_in_part(first) or (begun and not method.pattern._alike_in_part(1)):
+            raise UnsupportedError(
+                f"{method} chooses keys for whole blocks of queries, of which these {q_len} queries from position "
+                f"{first} of a cached sequence ({kv_len} keys) are a part, so that they would choose others; generate "
+                "with use_cache=False"
+            )
+        return method, None
     if isinstance(method, Hybrid):
         raise UnsupportedError(
             f"{method} cannot continue a cached sequence ({q_len} queries, {kv_len} keys); call "

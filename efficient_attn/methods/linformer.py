@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.call import accumulation_dtype
 from ..errors import InputError, InputTypeError
 from ..functional import attention, attention_weights, check_key_mask, prepare_inputs, select_keys
 from ..options import check_choice, check_range, register
@@ -23,6 +24,7 @@ def linformer_attention(
     key_projection: Tensor,
     value_projection: Tensor,
     *,
+    length_powers: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -40,6 +42,8 @@ def linformer_attention(
         key_projection: E, (r, max_len), or (Hkv, r, max_len) with own mixtures for each head; Nk <= max_len. Shorter
             sequences use the first Nk columns.
         value_projection: F, like E.
+        length_powers: (2,), a and b: of n keys that are not masked, mixed keys are multiplied by (max_len / n)^a and
+            mixed values by (max_len / n)^b. None: by nothing, as in the paper, where n is max_len.
         key_mask: see `efficient_attn.methods.lowrank`.
 
     Returns:
@@ -56,11 +60,12 @@ def linformer_attention(
     F_ = sequence_projection("value_projection", value_projection, value)
     if E.shape[-2] != F_.shape[-2]:
         raise InputError(f"key_projection has rank {E.shape[-2]}, value_projection {F_.shape[-2]}; they must be equal")
+    grow_key, grow_value = length_factors(length_powers, key_projection, key, key_mask)
     key, value = select_keys(key_mask, key, value)
     return attention(
         query,
-        _mixed(E, key),
-        _mixed(F_, value),
+        _mixed(E, key) * grow_key,
+        _mixed(F_, value) * grow_value,
         scale=scale,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
@@ -74,6 +79,7 @@ def linformer_weights(
     key_projection: Tensor,
     value_projection: Tensor,
     *,
+    length_powers: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -87,8 +93,10 @@ def linformer_weights(
         refuse_causal("Linformer", "each of its r keys mixes all positions")
     E = sequence_projection("key_projection", key_projection, key)
     F_ = sequence_projection("value_projection", value_projection, key)
+    grow_key, grow_value = length_factors(length_powers, key_projection, key, key_mask)
     (key,) = select_keys(key_mask, key)
-    weights = attention_weights(query, E @ key, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed)
+    mixed = E @ key * grow_key
+    weights = attention_weights(query, mixed, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed) * grow_value
     weights = weights @ (F_ if F_.dim() == 2 else F_.repeat_interleave(query.shape[1] // max(key.shape[1], 1), 0))
     return weights if key_mask is None else weights.masked_fill(~key_mask[:, None, None, :], 0.0)
 
@@ -101,6 +109,22 @@ def _mixed(projection: Tensor, x: Tensor) -> Tensor:
     B, H, N, D = x.shape
     mixed = projection @ x.permute(2, 0, 1, 3).reshape(N, B * H * D)
     return mixed.view(projection.shape[0], B, H, D).permute(1, 2, 0, 3).contiguous()
+
+
+def length_factors(
+    powers: Tensor | None, projection: Tensor, key: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor | float, Tensor | float]:
+    """What keeps the size of mixed keys and values where fewer than max_len are mixed, to broadcast to (B, H, r, D).
+
+    key: (B, Hkv, Nk, D), of which only shape, dtype and device count.
+    """
+    if powers is None:
+        return 1.0, 1.0
+    dtype = accumulation_dtype(key.dtype)
+    there = torch.full((1,), key.shape[2], device=key.device) if key_mask is None else key_mask.sum(1)
+    ratio = projection.shape[-1] / there.clamp(min=1).to(dtype)[:, None, None, None]
+    of_key, of_value = powers.to(device=key.device, dtype=dtype)
+    return (ratio**of_key).to(key.dtype), (ratio**of_value).to(key.dtype)
 
 
 def sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:
@@ -121,8 +145,12 @@ def sequence_projection(name: str, projection: Any, tensor: Tensor) -> Tensor:
 
 
 class LinformerState(MethodState):
-    """E and F of a Linformer: (rank, max_len), or (Hkv, rank, max_len) with share="none"."""
+    """E and F of a Linformer: (rank, max_len), or (Hkv, rank, max_len) with share="none".
 
+    `length_powers` is saved beside them: a checkpoint from before it existed loads with (0, 0), and computes as then.
+    """
+
+    length_powers: Tensor
     key_projection: nn.Parameter
     value_projection: nn.Parameter | None
 
@@ -138,6 +166,7 @@ class LinformerState(MethodState):
             self.register_parameter("value_projection", None)
         else:
             self.value_projection = nn.Parameter(torch.empty_like(empty))
+        self.register_buffer("length_powers", torch.zeros(2, device=device, dtype=dtype))
         self.reset_parameters()
 
     def value(self) -> Tensor:
@@ -156,6 +185,16 @@ class LinformerState(MethodState):
             else:
                 initial = torch.randn(parameter.shape, generator=generator, device=cpu) * max_len**-0.5
             fill(parameter, initial)
+        # Means become sums of fewer terms, of which the other mixtures, empty ones, take a share of the softmax; of
+        # random mixtures the variance falls, of keys and values alike.
+        fill(self.length_powers, torch.tensor((0.0, 1.0) if self.method.init == "pool" else (0.5, 0.5), device=cpu))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if f"{prefix}key_projection" in state_dict:
+            state_dict.setdefault(f"{prefix}length_powers", torch.zeros_like(self.length_powers, device="cpu"))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 @register
@@ -165,9 +204,10 @@ class Linformer(LowRankMethod):
 
     Fields:
         rank: r, the number of mixtures.
-        max_len: the longest sequence of keys. Choose it near the lengths that you have: N keys use N of its columns, so
-            that an untrained layer keeps about N / max_len of the norm of its output (init=pool: the other mixtures are
-            empty, and have their share of the softmax).
+        max_len: the longest sequence of keys; E and F have rank x max_len numbers each, and N keys use the first N of
+            their columns. What is mixed of fewer keys is scaled up (`length_powers` of the state), so that an untrained
+            layer keeps the size of its output. Still choose it near the lengths that you have: with init=pool, N keys
+            begin with about rank N / max_len of the mixtures, the others empty.
         share: "headwise": E and F for all heads; "kv": one matrix for keys, values and all heads; "layerwise": that one
             for all layers too (`replace_attention` shares it); "none": own E and F for each head of
             the keys.
@@ -220,4 +260,5 @@ class Linformer(LowRankMethod):
         return LinformerState(self, num_heads, device=device, dtype=dtype)
 
     def _options(self, state: Any, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Mapping[str, Any]:
-        return {"key_projection": state.key_projection, "value_projection": state.value()}
+        powers = getattr(state, "length_powers", None)  # not in what was pickled before there was any
+        return {"key_projection": state.key_projection, "value_projection": state.value(), "length_powers": powers}

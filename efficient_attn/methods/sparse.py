@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import biases
+from ..biases import BiasLike
 from ..errors import InputTypeError, UnsupportedError
 from ..functional import (
     as_block_mask,
@@ -39,6 +41,7 @@ class Sparse(Method):
     accepts_causal = True
     accepts_mask = True
     accepts_bias = True
+    accepts_modifiers = True
 
     pattern: Pattern
 
@@ -73,10 +76,12 @@ class Sparse(Method):
         state: nn.Module | None = None,
         key_mask: Tensor | None = None,
         mask: BlockMask | Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: BiasLike = None,
         is_causal: bool = False,
         causal_alignment: str | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         dropout_p: float = 0.0,
         dropout_seed: int | Tensor | None = None,
         backend: str = "auto",
@@ -93,15 +98,16 @@ class Sparse(Method):
             # `attention` makes the mask: it knows calls like this one.
             return attention(
                 query, key, value, mask=None if self.is_dense else self.pattern, bias=bias, is_causal=is_causal,
-                causal_alignment=causal_alignment, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
-                backend=backend,
+                causal_alignment=causal_alignment, scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+                dropout_seed=dropout_seed, backend=backend,
             ), None  # fmt: skip
         counted = key_mask
+        dense, structured = biases.split(bias)
         if self.pattern.by_content:
-            mask, counted = self.seen(query, key, key_mask, mask, bias, is_causal, causal_alignment, scale)
+            mask, counted = self.seen(query, key, key_mask, mask, dense, is_causal, causal_alignment, scale)
         if isinstance(self.pattern, BucketPattern):
             query, key, value = bucketed_inputs(self.pattern, query, key, value, counted)
-            if mask is None and bias is None:
+            if mask is None and bias is None and softcap is None and sinks is None:
                 return bucketed_attention(
                     self.pattern,
                     query,
@@ -118,15 +124,17 @@ class Sparse(Method):
                 )
         if not self.is_dense:
             causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
-            mask, bias = self.restricted(
-                mask, bias, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
+            mask, dense = self.restricted(
+                mask, dense, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
             )
         shared: dict[str, Any] = {
             "mask": mask,
-            "bias": bias,
+            "bias": biases.join(dense, structured),
             "is_causal": is_causal,
             "causal_alignment": causal_alignment,
             "scale": scale,
+            "softcap": softcap,
+            "sinks": sinks,
             "dropout_p": dropout_p,
             "dropout_seed": dropout_seed,
             "backend": backend,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.call import accumulation_dtype
 from ..backends.reference import attention as reference
 from ..masks import MaskArrays
 from ..tracing import shapes_only
@@ -36,39 +37,73 @@ def backward_gradients(
     tensors: Sequence[Tensor | None],
     gradients: Sequence[Tensor],
     mask: MaskArrays,
+    dropout_seed: Tensor | None,
     scale: float,
     dropout_p: float,
-    dropout_seed: Tensor | None,
     bias_requires_grad: bool,
+    softcap: float,
+    diagonals_require_grad: bool,
 ) -> list[Tensor | None]:
     """The vector-Jacobian product of `attention_backward` for the tensors that it takes, None for None.
 
     Args:
-        tensors: grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse.
-        gradients: of dq, dk, dv and, if the bias requires one, dbias.
+        tensors: grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse, sinks, diagonals.
+        gradients: of dq, dk, dv, dbias, dsinks, ddiagonals; only the first three count where the others are not wanted.
     """
     query, key = tensors[3], tensors[4]
     assert query is not None and key is not None
-    cuts = (_of_rows, _of_keys, _of_keys, _of_pairs)[: 4 if bias_requires_grad else 3]
+    wanted_too = (bias_requires_grad, tensors[9] is not None, diagonals_require_grad)
+    returned = [0, 1, 2, *(3 + k for k, also in enumerate(wanted_too) if also)]
     totals = [None if t is None else torch.zeros_like(t) for t in tensors]
     for place in _places(mask, query, key):
         leaves: list[Any] = [
             None if t is None else cut(t, place).detach().requires_grad_() for cut, t in zip(CUTS, tensors, strict=True)
         ]
-        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, _piece(place, query))
-        arguments: list[Any] = [*leaves, *rest]
+        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, softcap, *leaves[9:], diagonals_require_grad)
+        arguments: list[Any] = [*leaves[:9], *rest, _piece(place, query, key)]
         with torch.enable_grad():
             if leaves[2] is not None and leaves[2].shape[1] < query.shape[1]:  # of the average over all heads
                 arguments[2] = leaves[2] * ((place.heads.stop - place.heads.start) / query.shape[1])
             results: Any = reference.attention_backward(*arguments)
-        cotangents = [cut(gradient, place) for cut, gradient in zip(cuts, gradients, strict=False)]
+        cotangents = [RESULT_CUTS[k](gradients[k], place) for k in returned]
         wanted = [k for k, leaf in enumerate(leaves) if leaf is not None]
         inputs = [leaf for leaf in leaves if leaf is not None]
-        found = torch.autograd.grad(results[: len(cuts)], inputs, cotangents, allow_unused=True)
+        found = torch.autograd.grad([results[k] for k in returned], inputs, cotangents, allow_unused=True)
         for k, gradient in zip(wanted, found, strict=True):
             if gradient is not None:
                 _add(CUTS[k], totals[k], place, gradient)
     return totals
+
+
+def gradients(
+    tensors: Sequence[Tensor | None],
+    mask: MaskArrays,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    bias_requires_grad: bool,
+) -> list[Tensor | None]:
+    """What `attention_backward` of the reference gives without soft cap, sinks and diagonals, but in O(n) memory: for
+    rows whose weights their lse cannot say. `tensors`: the first nine of `backward_gradients`."""
+    grad_weights, inputs = tensors[2], tensors[3:7]
+    query, key = tensors[3], tensors[4]
+    assert query is not None and key is not None
+    cuts, dtype = (_of_rows, _of_keys, _of_keys, _of_pairs), accumulation_dtype(query.dtype)
+    wanted = [*inputs[:3], inputs[3] if bias_requires_grad else None]
+    totals = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in wanted]
+    for place in _places(mask, query, key):
+        parts: list[Any] = [
+            None if t is None else cut(t, place).to(dtype) for cut, t in zip(CUTS, tensors, strict=False)
+        ]
+        if grad_weights is not None and grad_weights.shape[1] < query.shape[1]:  # of the average over all heads
+            parts[2] = parts[2] * ((place.heads.stop - place.heads.start) / query.shape[1])
+        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, 0.0, None, None, False)
+        found = reference.attention_backward(*[*parts, *rest, _piece(place, query, key)])[:4]
+        for cut, total, gradient in zip(cuts, totals, found, strict=True):
+            if total is not None and gradient is not None:
+                _add(cut, total, place, gradient)
+    made = [None if t is None or total is None else total.to(t.dtype) for total, t in zip(totals, wanted, strict=True)]
+    return [*made, None, None]
 
 
 # --- the parts of a tensor that belong to a piece ---
@@ -96,7 +131,21 @@ def _lines(tensor: Tensor, place: Place) -> Tensor:
     return tensor[tuple(slice(None) if n == 1 else part for n, part in zip(tensor.shape, parts, strict=False))]
 
 
-CUTS = (_of_rows, _of_rows, _of_pairs, _of_rows, _of_keys, _of_keys, _of_pairs, _of_rows, _of_rows)
+def _of_heads(tensor: Tensor, place: Place) -> Tensor:
+    """Of (Hq)."""
+    return tensor[place.heads]
+
+
+def _of_diagonals(tensor: Tensor, place: Place) -> Tensor:
+    """Of (1 | B, 1 | Hq, Nq + Nk - 1), of which every piece takes whole lines; a view."""
+    parts = (place.batch, place.heads)
+    return tensor[tuple(slice(None) if n == 1 else part for n, part in zip(tensor.shape, parts, strict=False))]
+
+
+CUTS = (
+    _of_rows, _of_rows, _of_pairs, _of_rows, _of_keys, _of_keys, _of_pairs, _of_rows, _of_rows, _of_heads, _of_diagonals
+)  # fmt: skip
+RESULT_CUTS = (_of_rows, _of_keys, _of_keys, _of_pairs, _of_heads, _of_diagonals)
 
 
 def _add(cut: Any, total: Tensor | None, place: Place, gradient: Tensor) -> None:
@@ -108,17 +157,19 @@ def _add(cut: Any, total: Tensor | None, place: Place, gradient: Tensor) -> None
         _lines(total, place).index_add_(3, place.columns, gradient)
     elif cut is _of_pairs:
         _lines(total, place).add_(gradient)
+    elif cut in (_of_heads, _of_diagonals):
+        cut(total, place).add_(gradient)
     else:
         total[place.batch, place.heads, place.rows] += gradient
 
 
-def _piece(place: Place, query: Tensor) -> reference.Piece:
+def _piece(place: Place, query: Tensor, key: Tensor) -> reference.Piece:
     device = query.device
     B, H, Nq, _ = query.shape
     b = torch.arange(B, device=device)[place.batch]
     h = torch.arange(H, device=device)[place.heads]
     i = torch.arange(Nq, device=device)[place.rows]
-    return reference.Piece(place.visible, (b, h, i, place.columns))
+    return reference.Piece(place.visible, (b, h, i, place.columns), key.shape[2])
 
 
 # --- the pieces ---

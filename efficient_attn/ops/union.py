@@ -106,7 +106,7 @@ class _Union(torch.autograd.Function):
         totals: Any
         if torch.is_grad_enabled() or not is_plain(grad_out, grad_lse, *tensors):
             whole = operands(parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED))  # has a derivative again
-            call = (grad_out, grad_lse, None, *tensors, *whole, *last, parts.backend)
+            call = (grad_out, grad_lse, None, *tensors, *whole, *last, 0.0, None, None, False, parts.backend)
             totals = attention_backward(*call)
         else:
             backward = BACKENDS[parts.backend].attention.attention_backward

@@ -130,6 +130,10 @@ class Pattern(Named):
             "for_inputs(query, key)"
         )
 
+    def _alike_in_part(self, first: int) -> bool:
+        """Whether queries from position `first` on, alone and with every key, see what they see in the whole."""
+        return True
+
     @property
     def _may_begin_later(self) -> bool:
         """Whether tokens before the sequence's first one can be padding: not those of an image."""

@@ -40,6 +40,9 @@ class _OfParts(Pattern):
     def _may_begin_later(self) -> bool:
         return all(part._may_begin_later for part in self.parts)
 
+    def _alike_in_part(self, first: int) -> bool:
+        return all(part._alike_in_part(first) for part in self.parts)
+
     @property
     def by_content(self) -> bool:
         return any(part.by_content for part in self.parts)

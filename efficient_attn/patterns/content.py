@@ -67,6 +67,9 @@ class _Blocks(ContentPattern):
         check_choice(self, "queries", QUERIES)
         self._check_alignment()
 
+    def _alike_in_part(self, first: int) -> bool:
+        return first == 0 or (self.queries == "first" and first % self.block == 0)
+
     @property
     def _own_block(self) -> tuple[int, int]:
         return (self.block, self.block)
@@ -95,7 +98,7 @@ class _Blocks(ContentPattern):
         shown = None if within is None else shown_by(within, self.block, query.device, key_mask)
         if shown is not None:  # a key that no query sees counts as little as padding
             key_mask = shown.keys.expand(B, Nk)
-        scores, counts = self._scores(query, key, default_scale(scale, D), key_mask)
+        scores, counts, blank = self._scores(query, key, default_scale(scale, D), key_mask)
         seen = whole = (counts > 0).expand(B, 1, n_q, n_k)
         if shown is not None:
             seen, whole = seen & shown.blocks, seen & shown.whole
@@ -108,7 +111,10 @@ class _Blocks(ContentPattern):
         column = torch.arange(n_k, device=scores.device)
         late = (column / max(n_k, 1) + 1.5).to(scores.dtype) * most
         last = torch.where(whole, column, -1).amax(-1, keepdim=True)
-        turn = torch.where(whole, scores.clamp(-most, most), torch.where(column > last, late, late - 4 * most))
+        ranked = scores.clamp(-most, most)
+        if blank is not None:  # no query decides: in turn, where equal scores would leave it to the device
+            ranked = torch.where(blank, -column.to(scores.dtype), ranked)
+        turn = torch.where(whole, ranked, torch.where(column > last, late, late - 4 * most))
         turn = turn.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
         order, chosen = self._choose(scores, turn, forced, seen, torch.where(whole, counts, 0))
         return self._mask_of(order, chosen, query, Nk)
@@ -123,8 +129,11 @@ class _Blocks(ContentPattern):
         """
         raise NotImplementedError
 
-    def _scores(self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Estimated scores (B, Hq, n_q, n_k), and how many keys count in each block, (B | 1, 1, 1, n_k)."""
+    def _scores(
+        self, query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Estimated scores (B, Hq, n_q, n_k), how many keys count in each block, (B | 1, 1, 1, n_k), and in which
+        blocks no query counts, (B, 1, n_q, 1), None where all count."""
         Hq, Nq = query.shape[1:3]
         Hkv, Nk = key.shape[1:3]
         own = key_mask if Nq == Nk else None  # self-attention: the padding is that of the queries too
@@ -141,7 +150,7 @@ class _Blocks(ContentPattern):
             high, _ = self._reduced(key, key_mask, torch.amax, -torch.inf)
             low, high = (torch.where(counts > 0, side, 0.0)[:, :, None].mT for side in (low, high))
             scores = mean.clamp(min=0) @ high + mean.clamp(max=0) @ low
-        return scores.flatten(1, 2) * scale, counts[..., 0][:, :, None]
+        return scores.flatten(1, 2) * scale, counts[..., 0][:, :, None], None if own is None else of_query == 0
 
     def _first(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The first row of each block that counts, (B, H, n, D); zeros where none does."""
@@ -273,9 +282,10 @@ class TopKBlocks(_Blocks):
 class TopPBlocks(_Blocks):
     """For each block of queries the fewest blocks of keys that are estimated to hold the share `mass` of its softmax.
 
-    The estimate is softmax over blocks of score + log(number of keys), in the order of which blocks are taken until
-    their mass reaches `mass`; sink and local blocks come first. Twilight, Lin et al. 2025, arXiv:2502.02770, at blocks.
-    A block that causality or a mask cuts has no share in the mass: it holds what some of its queries must not know.
+    The estimate is softmax over the scores of blocks, in the order of which blocks are taken until their mass reaches
+    `mass`; sink and local blocks come first. Twilight, Lin et al. 2025, arXiv:2502.02770, at blocks. A block that
+    causality or a mask cuts has no share in the mass: it holds what some of its queries must not know. Nor has one that
+    padding or the end of the keys leaves short: with causality it is the queries' own, and would grow as tokens come.
 
     Other fields: as in `TopKBlocks`.
     """
@@ -300,8 +310,8 @@ class TopPBlocks(_Blocks):
     def _choose(
         self, scores: Tensor, turn: Tensor, forced: Tensor, seen: Tensor, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mass = torch.where(seen & (counts > 0), scores + counts.clamp(min=1).log(), -torch.inf).softmax(-1)
-        mass = mass.nan_to_num(0.0)  # where no block is wholly visible
+        mass = torch.where(seen & (counts == self.block), scores, -torch.inf).softmax(-1)
+        mass = mass.nan_to_num(0.0)  # where no block is whole
         order = turn.argsort(dim=-1, descending=True, stable=True)
         mass = mass.gather(-1, order)
         before = mass.cumsum(-1) - mass

@@ -97,6 +97,9 @@ def captured(model: nn.Module, sample: Any, layers: int = MAX_LAYERS) -> list[La
 
 def _layer(args: tuple[Any, ...]) -> Layer:
     query, key, value, bias, *mask = args[: 4 + MASK_OPERANDS]
+    softcap, sinks, diagonals = args[-4:-1]
+    if softcap or sinks is not None or diagonals is not None:
+        raise UnsupportedError("a layer has a softcap, sinks or a structured bias, which only exact attention knows")
     padding = None if bias is None else _as_padding(bias)
     arrays = mask_arrays(*mask)
     q_len, kv_len = query.shape[2], key.shape[2]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import Problem, assert_conforms, gradients
-from support.cases import CASES, Case, draw
+from support.cases import CASES, MODIFIED, Case, draw
 
-from efficient_attn import BlockMask, attention, backends
+from efficient_attn import ALiBi, BlockMask, RelativeBias, attention, backends
 from efficient_attn.backends.reference.attention import dropout_keep
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.functional import attention_with_weights
@@ -21,8 +21,10 @@ WEIGHTED = (
     "dense one_query_grouped four_queries_causal few_queries_blocks_of_each_head one_key no_keys no_queries no_heads "
     "head_dim_3 value_dim_3 causal_bottom_right_empty_rows window lengths bits_sparse blocks_128 blocks_window_lengths "
     "blocks_grouped bias_full bias_per_key bias_float32 multi_query dropout dropout_blocks dropout_grouped_causal_bias "
-    "strided_head_dim expanded_grad_out grad_lse negative_scale"
+    "strided_head_dim expanded_grad_out grad_lse negative_scale softcap sinks_window_dropout table_grouped_blocks "
+    "softcap_sinks_table"
 )
+UNMODIFIED = ("triton", "cuda")  # know no softcap, sinks, bias by relative position or wide heads
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -32,6 +34,10 @@ def test_forward_and_backward(case: Case, dtype: torch.dtype, backend: str, devi
         pytest.skip("Triton computes in float32")
     if backend == "cuda" and dtype in (torch.float32, torch.float64):
         pytest.skip("tensor cores multiply halves")
+    if backend in UNMODIFIED and (case in MODIFIED or max(case.D, case.Dv) > 256):
+        with pytest.raises(UnsupportedError, match=r"it knows no|head dimensions up to 256"):
+            check(case, dtype, backend, device)
+        return
     check(case, dtype, backend, device)
 
 
@@ -43,6 +49,8 @@ def test_returned_weights(weights: str, case: Case, dtype: torch.dtype, backend:
         pytest.skip("Triton computes in float32")
     if backend == "cuda":
         pytest.skip("it returns no weights")
+    if backend in UNMODIFIED and case in MODIFIED:
+        pytest.skip("it refuses the call, see above")
     if weights == "mean" and case.Hq == 0:
         pytest.skip("there is nothing to average")
     check(case, dtype, backend, device, weights)
@@ -52,25 +60,33 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device, we
     """Forward and backward of one case, with the `weights` of the "heads" or their "mean" as an output too;
     benchmarks/gpu_sanitize.py calls it as well."""
     drawn = draw(case, dtype)
-    names = [n for n in ("query", "key", "value", "bias") if drawn[n] is not None]
+    named = ("query", "key", "value", "bias", "sinks", "slopes", "table")
+    names = [n for n in named if drawn[n] is not None]
     leaves = {n: _on(device, drawn[n].detach()).requires_grad_() for n in names}
+    given = {n: leaves[n] for n in names if n not in ("bias", "slopes", "table")}
+    alignment = None if case.causal else "top_left"
+    parts = [RelativeBias(leaves["table"], alignment)] if "table" in leaves else []
+    parts += [ALiBi(leaves["slopes"], alignment)] if "slopes" in leaves else []
+    parts += [leaves["bias"]] if "bias" in leaves else []
+    given["bias"] = (parts[0] if len(parts) == 1 else parts) if parts else None
     mask = drawn["mask"]
     arguments: dict[str, Any] = {
         "mask": mask.to(device) if isinstance(mask, BlockMask | torch.Tensor) else mask,
         "is_causal": case.causal is not None,
         "causal_alignment": case.causal,
         "scale": case.scale,
+        "softcap": case.softcap,
         "dropout_p": case.dropout_p,
         "dropout_seed": SEED,
         "backend": backend,
     }
     grad_weights = None
     if weights:
-        out, lse, returned = attention_with_weights(**leaves, **arguments, average=weights == "mean")
+        out, lse, returned = attention_with_weights(**given, **arguments, average=weights == "mean")
         returned = returned.unsqueeze(1) if weights == "mean" else returned
         grad_weights = torch.randn(returned.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     else:
-        out, lse = attention(**leaves, **arguments, return_lse=True)
+        out, lse = attention(**given, **arguments, return_lse=True)
     outputs, cotangents = (out,), (_on(device, drawn["grad_out"]),)
     if case.grad_lse:
         outputs, cotangents = (out, lse), (*cotangents, drawn["grad_lse"].to(device))
@@ -86,7 +102,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device, we
     scale = case.D**-0.5 if case.scale is None else case.scale
     problem = Problem(
         *(drawn[n] for n in ("query", "key", "value", "bias", "visible")),
-        scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p, grad_weights,
+        scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p, grad_weights, case.softcap or 0.0,
+        *(drawn[n] for n in ("sinks", "slopes", "table")), case.Nk - case.Nq if case.causal == "bottom_right" else 0,
     )  # fmt: skip
     ours = {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, found, strict=True))}
     if weights:

@@ -60,7 +60,7 @@ def check(
 
 def skip_gpu_kernels(backend: str) -> None:
     if backend in ("triton", "cuda"):
-        pytest.skip("the GPU kernels rebuild weights from lse alone; see docs/contract.md, rule 8")
+        pytest.skip("scores are rounded in units of log2; see interpreted_kernels.py, and docs/contract.md, rule 8")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

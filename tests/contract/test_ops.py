@@ -19,7 +19,16 @@ CHECKED = [
     "bias_float32",
     "dropout",
     "value_dim_3",
+    "softcap_sinks_table",
 ]
+
+
+def modifiers(case: Case) -> tuple:
+    """softcap, sinks and diagonals, as operators take them."""
+    generator = torch.Generator().manual_seed(7)
+    sinks = torch.randn(case.Hq, generator=generator) if case.sinks else None
+    table = torch.randn(1, case.Hq, case.Nq + case.Nk - 1, generator=generator) if case.structured else None
+    return case.softcap or 0.0, sinks, table
 
 
 def operands(case: Case, requires_grad: bool) -> tuple[dict, list]:
@@ -44,7 +53,18 @@ def test_opcheck_forward(name: str, requires_grad: bool, backend: str) -> None:
     case = next(c for c in CASES if c.name == name)
     t, mask = operands(case, requires_grad)
     seed = torch.tensor(5) if case.dropout_p else None
-    arguments = (t["query"], t["key"], t["value"], t["bias"], *mask, 0.25, case.dropout_p, seed, backend)
+    arguments = (
+        t["query"],
+        t["key"],
+        t["value"],
+        t["bias"],
+        *mask,
+        0.25,
+        case.dropout_p,
+        seed,
+        *modifiers(case),
+        backend,
+    )
     torch.library.opcheck(torch.ops.efficient_attn.attention_forward, arguments)
 
 
@@ -54,7 +74,8 @@ def test_opcheck_with_weights(name: str, average: bool, backend: str) -> None:
     case = next(c for c in CASES if c.name == name)
     t, mask = operands(case, True)
     seed = torch.tensor(5) if case.dropout_p else None
-    arguments = (t["query"], t["key"], t["value"], t["bias"], *mask, 0.25, case.dropout_p, seed, average, backend)
+    arguments = (t["query"], t["key"], t["value"], t["bias"], *mask, 0.25, case.dropout_p, seed, average)
+    arguments = (*arguments, *modifiers(case), backend)
     torch.library.opcheck(torch.ops.efficient_attn.attention_with_weights, arguments)
 
 
@@ -66,8 +87,10 @@ def test_opcheck_backward(name: str, weights: str | None, backend: str) -> None:
     seed = torch.tensor(5) if case.dropout_p else None
     tail = (*mask, 0.25, case.dropout_p, seed)
     inputs = (t["query"], t["key"], t["value"], t["bias"])
-    out, lse = torch.ops.efficient_attn.attention_forward(*inputs, *tail, backend)
+    softcap, sinks, diagonals = modifiers(case)
+    out, lse = torch.ops.efficient_attn.attention_forward(*inputs, *tail, softcap, sinks, diagonals, backend)
     heads = 1 if weights == "mean" else case.Hq
     grad_weights = None if weights is None else torch.randn(case.B, heads, case.Nq, case.Nk)
-    arguments = (t["grad_out"], None, grad_weights, *inputs, out, lse, *tail, t["bias"] is not None, backend)
+    more = (t["bias"] is not None, softcap, sinks, diagonals, diagonals is not None, backend)
+    arguments = (t["grad_out"], None, grad_weights, *inputs, out, lse, *tail, *more)
     torch.library.opcheck(torch.ops.efficient_attn.attention_backward, arguments)

@@ -279,7 +279,16 @@ def test_the_short_way_of_the_gradient_is_the_operators(retain: bool) -> None:
 
     short = attention(*inputs, bias=bias, dropout_p=0.3, dropout_seed=5)
     long, _ = ops.attention_forward(
-        *inputs, bias[None, None], *ops.operands(repeated.MaskArrays()), D**-0.5, 0.3, torch.tensor(5), "cpu"
+        *inputs,
+        bias[None, None],
+        *ops.operands(repeated.MaskArrays()),
+        D**-0.5,
+        0.3,
+        torch.tensor(5),
+        0.0,
+        None,
+        None,
+        "cpu",
     )
     assert torch.equal(short, long)
     assert all(torch.equal(a, b) for a, b in zip(grads(short), grads(long), strict=True))

@@ -707,3 +707,47 @@ def test_linformer_starts_as_means_of_neighbours() -> None:
     projection = state.key_projection.detach()
     torch.testing.assert_close(projection.sum(-1), torch.ones(4))
     assert ((projection > 0).sum(0) == 1).all()
+
+
+@pytest.mark.parametrize("init", ["pool", "normal"])
+@pytest.mark.parametrize("share", ["headwise", "kv", "none"])
+def test_linformer_keeps_its_size_at_every_length(init: str, share: str) -> None:
+    """What is built for 512 keys and gets few of them is as large as what is built for these few."""
+    torch.manual_seed(0)
+    size = {}
+    for max_len, length in itertools.product((512, 0), (32, 100, 512)):
+        method = parse(f"linformer:rank=32,max_len={max_len or length},init={init},share={share}")
+        q, k, v = torch.randn(3, 2, 2, length, 16)
+        size[max_len, length] = float(method.attend(q, k, v, state=method.build(32, 2, 16))[0].norm())
+    for length in (32, 100, 512):
+        assert 0.6 < size[512, length] / size[0, length] < 1.4, size
+
+
+def test_linformer_of_an_older_checkpoint_is_as_it_was() -> None:
+    """A checkpoint without the powers of the length computes what it was trained for, strictly loaded."""
+    method = parse("linformer:rank=4,max_len=64")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 16, 4)
+    kept, state, assigned = method.build(8, 2, 4), method.build(8, 2, 4), method.build(8, 2, 4)
+    old = {name: tensor for name, tensor in kept.state_dict().items() if name != "length_powers"}
+    state.load_state_dict(old, strict=True)
+    assigned.load_state_dict(old, strict=True, assign=True)
+    expected = linformer_attention(q, k, v, kept.key_projection, kept.value())
+    for loaded in (state, assigned):
+        torch.testing.assert_close(method.attend(q, k, v, state=loaded)[0], expected)
+        again = method.build(8, 2, 4)
+        again.load_state_dict(loaded.state_dict())
+        torch.testing.assert_close(method.attend(q, k, v, state=again)[0], expected)
+    torch.testing.assert_close(method.attend(q, k, v, state=kept)[0], 4 * expected)
+
+
+def test_linformer_weights_are_those_of_the_scaled_output() -> None:
+    method = parse("linformer:rank=4,max_len=64,init=normal")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 16, 4)
+    key_mask = torch.arange(16) < torch.tensor([[16], [5]])
+    state = method.build(8, 2, 4)
+    out, weights = method.attend(q, k, v, state=state, key_mask=key_mask, need_weights=True)
+    torch.testing.assert_close(weights @ v, out)
+    alone = method.attend(q[1:], k[1:, :, :5], v[1:, :, :5], state=state)[0]
+    torch.testing.assert_close(out[1:], alone)

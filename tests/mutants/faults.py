@@ -34,7 +34,8 @@ HYBRID = "tests/methods/test_hybrid.py"
 METHODS = "tests/methods/test_methods.py"
 LINEAR = "tests/methods/test_linear_attention.py"
 MODULE = "tests/module/test_multihead.py"
-TRITON_CASES = "tests/kernels/triton/test_triton.py -k test_conformance"
+TRITON_EDGES = "tests/kernels/triton/test_triton.py -k promise and edges"
+TRITON_OWN = "tests/kernels/triton/test_triton.py -k promise and kernels"
 
 lists, algebra, block_mask, rules = (
     f"efficient_attn/masks/{name}.py" for name in ("lists", "algebra", "block_mask", "rules")
@@ -117,7 +118,8 @@ FAULTS = [
     Fault("blocks above the diagonal stay", deepspeed, "(seen.tril() if self._lower else seen)", "seen", DEEPSPEED),
     Fault("every head has the first one's blocks", deepspeed, "head = head if self._heads_differ else 0", "head = 0",
           DEEPSPEED),
-    Fault("the mass counts a block, not its keys", content, "scores + counts.clamp(min=1).log()", "scores", CONTENT),
+    Fault("a block that is not full yet has a share", content, "seen & (counts == self.block)", "seen & (counts > 0)",
+          f"{CONTENT} -k how_many_tokens"),
     Fault("one block fewer around the diagonal", content, "column > top // self.block - self.local",
           "column >= top // self.block", CONTENT),
     Fault("the wrong corner of the box", content, "mean.clamp(min=0) @ high + mean.clamp(max=0) @ low",
@@ -185,6 +187,13 @@ FAULTS = [
           LOWRANK),
     Fault("the last columns of a projection", f"{methods}/linformer.py", "return projection[..., :length]",
           "return projection[..., -length:]", LOWRANK),
+    Fault("few keys are small", f"{methods}/linformer.py", '(0.0, 1.0) if self.method.init == "pool"',
+          '(0.0, 0.0) if self.method.init == "pool"', f"{LOWRANK} -k linformer"),
+    Fault("padding counts as keys", f"{methods}/linformer.py", " if key_mask is None else key_mask.sum(1)", "",
+          f"{LOWRANK} -k linformer"),
+    Fault("an older checkpoint is scaled too", f"{methods}/linformer.py",
+          'torch.zeros_like(self.length_powers, device="cpu")', "self.length_powers.detach().clone()",
+          f"{LOWRANK} -k linformer"),
     Fault("sums for means", f"{methods}/linformer.py", "initial = segment / segment.sum(-1, keepdim=True)",
           "initial = segment.double()", LOWRANK),
     Fault("another pseudo-inverse", f"{methods}/nystrom.py", "beta=3.25, alpha=-0.25", "beta=3.0, alpha=-0.25",
@@ -219,6 +228,8 @@ FAULTS = [
           "finite = b.detach()", f"{HIDDEN} -k does_not_see"),
     Fault("a continued sequence begins anew", f"{methods}/continuation.py", "(i + first - pad)", "(i - pad)",
           "tests/integrations/test_huggingface.py tests/models/test_models_text.py"),
+    Fault("a step inside a block chooses for itself", content, 'self.queries == "first" and first % self.block == 0',
+          'self.queries == "first"', "tests/models/test_models_generation.py -k by_content"),
     # --- the module ---
     Fault("keys projected as queries", multihead, "k = F.linear(key, weight[E : 2 * E], None if bias is None else "
           "bias[E : 2 * E])\n        return q, k, F.linear", "k = F.linear(key, weight[:E], None if bias is None else "
@@ -279,18 +290,21 @@ FAULTS = [
     Fault("growth from the wrong length", "efficient_attn/measuring/fit.py", "(length / self.longest) ** self.exponent",
           "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling.py"),
     # --- Triton ---
+    Fault("Triton: weights from an lse without digits", "efficient_attn/ops/attention.py", "COARSE_LSE = 2.0**10",
+          "COARSE_LSE = 2.0**127", TRITON_OWN),
+    Fault("Triton: the least number hides", "kernels/tiles.py", "(b_size > LARGEST_BIAS)", "(b_size < 0)", TRITON_OWN),
     Fault("Triton: a key too many by the window", "kernels/walk.py",
           "any_end = tl.minimum(i_last + mask.high + 1, keys)",
-          "any_end = tl.minimum(i_last + mask.high, keys)", TRITON_CASES),
+          "any_end = tl.minimum(i_last + mask.high, keys)", TRITON_EDGES),
     Fault("Triton: a tile full that a length cuts", "kernels/walk.py",
-          "tl.where(j_first + C.BLOCK_K <= keys, clean, 0)", "tl.where(j_first < keys, clean, 0)", TRITON_CASES),
+          "tl.where(j_first + C.BLOCK_K <= keys, clean, 0)", "tl.where(j_first < keys, clean, 0)", TRITON_EDGES),
     Fault("Triton: lists of the first head", "kernels/walk.py", "mask.heads == 1, 0, i_h)) * mask.blocks + i_block",
-          "mask.heads == 1, 0, 0 * i_h)) * mask.blocks + i_block", TRITON_CASES),
+          "mask.heads == 1, 0, 0 * i_h)) * mask.blocks + i_block", TRITON_EDGES),
     Fault("Triton: the sum is not faded", "kernels/attention.py", "select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, "
-          "None], C)", "select_dot(b_p, m_visible, b_v, b_acc, C)", TRITON_CASES),
+          "None], C)", "select_dot(b_p, m_visible, b_v, b_acc, C)", TRITON_EDGES),
     Fault("Triton: dropped weights are not made up for", "kernels/attention.py",
           "b_out = state.acc * (x.dropout.keep_scale / b_sum)[:, None]", "b_out = state.acc * (1.0 / b_sum)[:, None]",
-          TRITON_CASES),
+          TRITON_EDGES),
     Fault("Triton: keys of another head", "kernels/attention.py", "i_hk = own.i_h // C.GROUP\n    p_k, p_v",
-          "i_hk = own.i_h % 1\n    p_k, p_v", TRITON_CASES),
+          "i_hk = own.i_h % 1\n    p_k, p_v", TRITON_EDGES),
 ]  # fmt: skip

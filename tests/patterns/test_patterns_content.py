@@ -110,7 +110,8 @@ def chosen_blocks(pattern, q: Tensor, k: Tensor, allowed: Tensor, key_mask: Tens
                 count = pattern.blocks if pattern.fraction is None else math.ceil(pattern.fraction * len(seen) - 1e-9)
                 keep = forced + free[: max(count - len(forced), 0)]
             else:
-                mass = {c: math.exp(estimate[c]) * there[cols[c]].sum().item() if c in whole else 0.0 for c in seen}
+                full = [c for c in whole if there[cols[c]].sum() == b]
+                mass = {c: math.exp(estimate[c]) if c in full else 0.0 for c in seen}
                 keep, total = list(forced), sum(mass.values())
                 for c in free:
                     if total and sum(mass[x] for x in keep) / total >= pattern.mass:
@@ -531,3 +532,18 @@ def test_the_error_falls_as_more_blocks_are_kept():
     ):
         errors = [float((attention(q, k, v, mask=make_pattern(s)) - exact).norm() / exact.norm()) for s in shares]
         assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-5 and errors[0] > 0.01, errors
+
+
+@pytest.mark.parametrize("summary", ["mean", "minmax"])
+@pytest.mark.parametrize(
+    "spec", ["topk_blocks:block=16,blocks=2", "topk_blocks:block=16,fraction=0.4", "topp_blocks:block=16,mass=0.5"]
+)
+def test_the_past_does_not_know_how_many_tokens_come(spec: str, summary: str) -> None:
+    """Rows of a beginning are those of the whole, at every length: a block that is not full yet has no say."""
+    method = parse(f"{spec},queries=first,summary={summary}")
+    torch.manual_seed(0)
+    q, k, v = (2 * torch.randn(1, 2, 70, 8) for _ in range(3))
+    whole = method.attend(q, k, v, is_causal=True)[0]
+    for n in range(1, 70):
+        part = method.attend(*(t[:, :, :n] for t in (q, k, v)), is_causal=True)[0]
+        torch.testing.assert_close(part, whole[:, :, :n], rtol=1e-4, atol=1e-4)

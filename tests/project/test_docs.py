@@ -11,7 +11,8 @@ PAGES = (*HUGGING_FACE, "methods.md", "insight.md", "index.md", "choose.md", "lo
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_runs_from_top_to_bottom(page):
+def test_python_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     if page in HUGGING_FACE:
         pytest.importorskip("transformers")
         pytest.importorskip("diffusers")

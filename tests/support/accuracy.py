@@ -15,6 +15,7 @@ from torch import Tensor
 OUTPUT_RATIO, GRADIENT_RATIO = 1.0, 1.5
 ORDERS = 4
 OUTPUTS = ("out", "lse")
+OF_ROWS = ("sinks", "slopes", "table")  # parameters in float32 beside halves
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,33 @@ class Problem:
     kept: Tensor | None = None
     dropout_p: float = 0.0
     grad_weights: Tensor | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None  # (Hq)
+    slopes: Tensor | None = None  # (Hq), of a bias -slope |d|
+    table: Tensor | None = None  # (Hq, 2 reach + 1), of a bias by the distance d
+    offset: int = 0  # d = j - i - offset
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The tensors that get a gradient, by name."""
         named = {"query": self.query, "key": self.key, "value": self.value, "bias": self.bias}
+        named |= {"sinks": self.sinks, "slopes": self.slopes, "table": self.table}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def distances(self) -> Tensor:
+        """d of every pair, (Nq, Nk)."""
+        return torch.arange(self.key.shape[2]) - torch.arange(self.query.shape[2])[:, None] - self.offset
+
+    def full_bias(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """Everything that is added to scores, of the `inputs` that there are, as one tensor."""
+        parts = [inputs[name] for name in ("bias",) if name in inputs]
+        if "slopes" in inputs:
+            parts.append(-inputs["slopes"][:, None, None] * self.distances.abs().to(inputs["slopes"].dtype))
+        if "table" in inputs:
+            reach = inputs["table"].shape[1] // 2
+            parts.append(inputs["table"][:, self.distances.clamp(-reach, reach) + reach])
+        return sum(parts[1:], parts[0]) if parts else None
 
 
 def eager_attention(
@@ -50,14 +72,29 @@ def eager_attention(
     scale: float,
     kept: Tensor | None = None,
     dropout_p: float = 0.0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and weights as a PyTorch user writes them, in the inputs' dtype; a fully masked row gives 0 and -inf."""
     repeats = query.shape[1] // max(key.shape[1], 1)
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query @ key.transpose(-1, -2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     visible = visible.expand(scores.shape)
+    if sinks is not None:  # keys that everybody sees, whose value is 0
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores, visible = torch.cat([scores, column], -1), torch.cat([visible, torch.ones_like(visible[..., :1])], -1)
+        if scores.shape[-1] == 1:
+            visible = torch.ones_like(scores, dtype=torch.bool)
+        value = (
+            torch.cat([value, torch.zeros_like(value[:, :, :1])], 2)
+            if value.shape[2]
+            else value.new_zeros(*value.shape[:2], 1, value.shape[3])
+        )
+        kept = None if kept is None else torch.cat([kept, torch.ones_like(kept[..., :1])], -1)
     empty = ~visible.any(-1, keepdim=True)
     lse = (
         torch.logsumexp(scores.masked_fill(~visible, -torch.inf), -1)
@@ -67,7 +104,7 @@ def eager_attention(
     weights = torch.softmax(scores.masked_fill(~visible & ~empty, -torch.inf), -1).masked_fill(~visible, 0.0)
     if kept is not None:
         weights = weights.masked_fill(~kept, 0.0) / (1.0 - dropout_p)
-    return weights @ value, lse, weights
+    return weights @ value, lse, weights if sinks is None else weights[..., :-1]
 
 
 def run_eager(problem: Problem, dtype: torch.dtype, order: int = 0) -> dict[str, Tensor]:
@@ -82,10 +119,12 @@ def run_eager(problem: Problem, dtype: torch.dtype, order: int = 0) -> dict[str,
         leaves["key"][:, :, keys][..., dims],
         leaves["value"][:, :, keys],
         along_keys(problem.visible),
-        along_keys(leaves.get("bias")),
+        along_keys(problem.full_bias(leaves)),
         problem.scale,
         along_keys(problem.kept),
         problem.dropout_p,
+        problem.softcap,
+        leaves.get("sinks"),
     )
     outputs, cotangents = (out,), (problem.grad_out.to(dtype),)
     if problem.grad_lse is not None:
@@ -113,7 +152,10 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     grad_out = problem.grad_out.double().abs()
     gold = run_eager(problem, torch.float64)
     scores = problem.query.double() @ problem.key.double().repeat_interleave(repeats, 1).mT * problem.scale
-    scores = scores if problem.bias is None else scores + problem.bias.detach().double()
+    if problem.softcap:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    added = problem.full_bias({name: tensor.detach().double() for name, tensor in problem.inputs.items()})
+    scores = scores if added is None else scores + added
     lse = gold["lse"][..., None].masked_fill(gold["lse"][..., None] == -torch.inf, 0.0)
     weights = torch.exp(scores - lse).masked_fill(~problem.visible.expand(scores.shape), 0.0)
     terms = absolute["query"] @ key.mT * abs(problem.scale)
@@ -135,6 +177,16 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     result["value"] = (weights.mT @ grad_out).unflatten(1, (-1, max(repeats, 1))).sum(2) / (1.0 - problem.dropout_p)
     if problem.bias is not None:
         result["bias"] = grad_scores.sum_to_size(problem.bias.shape)
+    if problem.sinks is not None:
+        share = torch.exp(problem.sinks.detach().double()[:, None] - gold["lse"])
+        result["sinks"] = (share * delta.squeeze(-1)).sum((0, 2))
+    if problem.slopes is not None:
+        result["slopes"] = (grad_scores * problem.distances.abs()).sum((0, 2, 3))
+    if problem.table is not None:
+        reach = problem.table.shape[1] // 2
+        index = (problem.distances.clamp(-reach, reach) + reach).flatten()
+        sums = torch.zeros(problem.table.shape, dtype=torch.float64)
+        result["table"] = sums.index_add(1, index, grad_scores.sum(0).flatten(1))
     sizes = {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in result.items()}
     stored = 1.0 + float(lse.abs().max()) / 2 if lse.numel() else 1.0
     return {name: size if name in OUTPUTS else size * stored for name, size in sizes.items()}
@@ -157,6 +209,8 @@ def assert_conforms(problem: Problem, ours: dict[str, Tensor]) -> None:
     for name, mine in ours.items():
         ratio = OUTPUT_RATIO if name in OUTPUTS else GRADIENT_RATIO
         eager = max((_error(run[name], gold[name]) for run in runs), default=0.0)
+        if name in OF_ROWS:  # delta is made of the stored output, so that a sum of rows has its rounding
+            eager += torch.finfo(dtype).eps * sizes[name] / ratio
         _assert_within(name, mine, gold[name], ratio * eager, sizes[name])
 
 

@@ -37,6 +37,9 @@ class Case:
     grad_out: str = "random"
     grad_lse: bool = False
     spread: float = 1.0  # standard deviation of query and key
+    softcap: float | None = None
+    sinks: bool = False
+    structured: str = ""  # "slopes" or "table": a bias by relative position
 
     def __str__(self) -> str:
         return self.name
@@ -214,7 +217,32 @@ CASES = [
     Case("negative_scale", scale=-0.3),
     Case("zero_scale", scale=0.0),
     Case("large_scores", spread=2.0),
+    Case("softcap", softcap=1.5, spread=1.5),
+    Case("softcap_saturated", softcap=0.7, spread=4.0, causal="top_left"),
+    Case("softcap_loose", B=1, Nq=130, Nk=200, softcap=50.0, D=64, Dv=64),
+    Case("softcap_few_queries_bias", Hq=4, Hkv=2, Nq=3, Nk=300, softcap=2.0, bias=(1, 0, 0, 0)),
+    Case("softcap_grouped_lists", Hq=4, Hkv=2, Nq=100, Nk=150, mask=random_blocks((32, 32)), softcap=2.0),
+    Case("sinks", sinks=True),
+    Case("sinks_empty_rows", Nq=80, Nk=45, causal="bottom_right", sinks=True, grad_lse=True),
+    Case("sinks_no_keys", Nk=0, sinks=True, grad_lse=True),
+    Case("sinks_decode", Hq=8, Hkv=2, Nq=1, Nk=2300, sinks=True),
+    Case("sinks_window_dropout", Nq=130, Nk=130, mask=window(20, 0), sinks=True, dropout_p=0.3),
+    Case("alibi", structured="slopes", causal="top_left"),
+    Case("alibi_long", B=1, Nq=300, Nk=530, D=64, Dv=64, structured="slopes", causal="bottom_right"),
+    Case("alibi_decode", Hq=8, Hkv=2, Nq=1, Nk=1300, structured="slopes", causal="bottom_right"),
+    Case("alibi_lengths", B=3, Nq=150, Nk=200, mask=lengths, structured="slopes"),
+    Case("table", structured="table", Nq=201, Nk=333),
+    Case("table_grouped_blocks", Hq=4, Hkv=2, Nq=100, Nk=150, mask=random_blocks((32, 16)), structured="table"),
+    Case("table_and_bias", structured="table", bias=(1, 0, 0, 0), Nq=70, Nk=150),
+    Case("table_bits_few_queries", Hq=4, Hkv=1, Nq=5, Nk=700, mask=random_bits(0.3, heads=False), structured="table"),
+    Case("table_dropout", structured="table", dropout_p=0.2, grad_lse=True),
+    Case("softcap_sinks_table", softcap=2.0, sinks=True, structured="table", causal="top_left", Hq=4, Hkv=2),
+    Case("softcap_sinks_alibi_one_by_one", B=1, Hq=1, Hkv=1, Nq=1, Nk=1, softcap=1.0, sinks=True, structured="slopes"),
+    Case("softcap_sinks_table_wide", B=1, Nq=70, Nk=150, D=320, Dv=272, softcap=3.0, sinks=True, structured="table"),
+    Case("head_dim_512", B=1, Hq=2, Hkv=1, Nq=70, Nk=150, D=512, Dv=512),
+    Case("latent_decode", B=1, Hq=4, Hkv=1, Nq=1, Nk=150, D=576, Dv=512),
 ]
+MODIFIED = [case for case in CASES if case.softcap or case.sinks or case.structured]
 
 
 def bias_shape(case: Case) -> tuple[int, ...]:
@@ -238,6 +266,10 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     if case.bias is not None:
         wide = torch.float32 if case.bias_in_float32 and dtype != torch.float64 else dtype
         tensors["bias"] = normal(*bias_shape(case)).to(wide)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors["sinks"] = normal(case.Hq).to(wide) if case.sinks else None
+    tensors["slopes"] = (normal(case.Hq).abs() / 8).to(wide) if case.structured == "slopes" else None
+    tensors["table"] = normal(case.Hq, 2 * 40 + 1).to(wide) if case.structured == "table" else None
     out_shape = (case.B, case.Hq, case.Nq, case.Dv)
     tensors["grad_out"] = (
         torch.ones((), dtype=dtype).expand(out_shape)

@@ -59,7 +59,9 @@ def definition(method: Method, query: Tensor, key: Tensor, value: Tensor, state:
     if isinstance(method, Linformer):
         E, F = (p.double()[..., : k.shape[2]] for p in (state.key_projection, state.value()))
         E, F = (p.repeat_interleave(groups, 0) if p.dim() == 3 else p for p in (E, F))
-        return torch.softmax(query @ (E @ k).mT * pairs.scale, -1) @ (F @ v)
+        size = state.key_projection.shape[-1] / pairs.keys.sum(1).clamp(min=1).double()[:, None, None, None]
+        of_key, of_value = state.length_powers.double()
+        return torch.softmax(query @ (E @ k * size**of_key).mT * pairs.scale, -1) @ (F @ v * size**of_value)
     if isinstance(method, Nystrom):
         return nystrom(method, query, k, v, state, pairs, groups)
     if isinstance(method, Hybrid):
@@ -140,7 +142,7 @@ def chosen_blocks(pattern: Any, q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
                         wanted = math.ceil(pattern.fraction * len(seen) - 1e-9)
                     keep = forced + free[: max(wanted - len(forced), 0)]
                 else:
-                    mass = {c: math.exp(estimate[c]) * counts[c] if c in estimate else 0.0 for c in seen}
+                    mass = {c: math.exp(estimate[c]) if c in estimate and counts[c] == b else 0.0 for c in seen}
                     total, keep = sum(mass.values()), list(forced)
                     for c in free:
                         if total and sum(mass[x] for x in keep) / total >= pattern.mass:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...masks import MaskArrays
-from ..call import Call, accumulation_dtype, readable, zeroed
+from ..call import (
+    Call,
+    accumulation_dtype,
+    lse_without_keys,
+    modifier_gradients_without_keys,
+    readable,
+    sink_gradient,
+    zeroed,
+)
 from ..words import pack_attention, pack_attention_gradients
 
 _cpu: Any
@@ -50,6 +58,9 @@ def attention_forward(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`."""
     query, key, value = readable(query), readable(key), readable(value)
@@ -58,9 +69,10 @@ def attention_forward(
     out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
     lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
     if key.shape[2] == 0 or _leaves_rows(mask.query_order, query):
-        out.zero_(), lse.fill_(-torch.inf)
+        out.zero_(), lse_without_keys(lse, sinks)
     if out.numel() > 0 and key.shape[2] > 0:
-        kept, words = pack_attention(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
+        call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, None)
+        kept, words = pack_attention(*call, softcap, sinks, diagonals)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
     return out, lse
@@ -76,6 +88,9 @@ def attention_with_weights(
     dropout_p: float,
     dropout_seed: Tensor | None,
     average: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and weights (B, Hq | 1, Nq, Nk), as `reference.attention_with_weights`."""
     refuse_orders(mask, "returning weights")
@@ -86,8 +101,9 @@ def attention_with_weights(
     lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
     weights = _empty((B, 1 if average else Hq, Nq, Nk), dtype)
     if out.numel() == 0 or Nk == 0:
-        return out.zero_(), lse.fill_(-torch.inf), weights.zero_()
-    kept, words = pack_attention(query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, weights)
+        return out.zero_(), lse_without_keys(lse, sinks), weights.zero_()
+    call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, weights)
+    kept, words = pack_attention(*call, softcap, sinks, diagonals)
     _cpu.attention_forward(words, torch.get_num_threads())
     del kept
     return out, lse, weights
@@ -126,10 +142,16 @@ def attention_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    diagonals_require_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv, dbias, dsinks and ddiagonals, as `reference.attention_backward`."""
     if grad_weights is not None:
         refuse_orders(mask, "a gradient of the weights")
+    if sinks is not None:
+        refuse_orders(mask, "a gradient of sinks")
     if bias is not None and bias_requires_grad:
         _check_bias_order(mask.query_order, bias, 2, query)
         _check_bias_order(mask.key_order, bias, 3, query)
@@ -140,16 +162,22 @@ def attention_backward(
         dk.zero_(), dv.zero_()
     dbias = _empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
-        return zeroed((dq, dk, dv, dbias))
+        dsinks, ddiagonals = modifier_gradients_without_keys(grad_lse, sinks, diagonals, diagonals_require_grad)
+        return *zeroed((dq, dk, dv, dbias)), dsinks, ddiagonals
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     lse = lse.contiguous()
     call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
-    kept, words = pack_attention(*call, grad_weights)
-    words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, dbias)
+    kept, words = pack_attention(*call, grad_weights, softcap, sinks, diagonals)
+    delta = None if sinks is None else torch.empty_like(lse)
+    sums = None
+    if diagonals is not None and diagonals_require_grad:
+        sums = diagonals.new_zeros(*lse.shape[:2], diagonals.shape[2])
+    words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, dbias, delta, sums)
     _cpu.attention_backward(words, torch.get_num_threads())
     del kept
-    return dq, dk, dv, dbias
+    ddiagonals = None if sums is None or diagonals is None else sums.sum_to_size(diagonals.shape)
+    return dq, dk, dv, dbias, None if delta is None else sink_gradient(sinks, lse, delta), ddiagonals
 
 
 def refuse_orders(mask: MaskArrays, what: str) -> None:

@@ -29,6 +29,7 @@ from ..words import pack_attention, pack_attention_gradients, pointer
 
 MODULE = "efficient_attn._cuda"
 NO_WEIGHTS = "it returns no attention weights, and takes no gradient of them"
+WIDEST = 256  # head dimension
 LONGEST = 2**30 - 256  # positions, in whole tiles, and their sums fit in 32 bits
 
 
@@ -94,6 +95,10 @@ def not_supported_reasons(call: Call) -> list[str]:
     reasons = device_reasons(call.device, call.dtype)
     if call.returns_weights:
         reasons.append(NO_WEIGHTS)
+    if call.modifiers:
+        reasons.append(f"it knows no {' and no '.join(call.modifiers)}")
+    if max(call.D, call.Dv) > WIDEST:
+        reasons.append(f"it serves head dimensions up to {WIDEST}; these are {call.D} and {call.Dv}")
     if not reasons and call.device.type == "cuda":
         reasons += _shared_memory_reasons(call)
     if max(call.Nq, call.Nk) > LONGEST:
@@ -114,7 +119,7 @@ def _gpu_reasons(device: torch.device) -> list[str]:
 
 
 def _shared_memory_reasons(call: Call) -> list[str]:
-    needed, offered = kernels().shared_bytes(max(call.D, call.Dv)), kernels().most_shared_bytes(call.device.index)
+    needed, offered = kernels().shared_bytes(max(call.D, call.Dv)), kernels().most_shared_bytes(number(call.device))
     if needed <= offered:
         return []
     return [
@@ -145,8 +150,12 @@ def attention_forward(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
+    _refuse_modifiers(softcap, sinks, diagonals)
     query, key, value = map(readable, (query, key, value))
     out = query.new_empty(*query.shape[:3], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -177,6 +186,9 @@ def attention_with_weights(
     dropout_p: float,
     dropout_seed: Tensor | None,
     average: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raise UnsupportedError, as `not_supported_reasons` says before."""
     raise UnsupportedError(f"backend='cuda' cannot serve this call: {NO_WEIGHTS}. Use backend='triton' or 'reference'")
@@ -197,12 +209,18 @@ def attention_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`; without `grad_weights`."""
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    diagonals_require_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`; without `grad_weights`, and
+    None twice, for it takes no sinks and no diagonals."""
+    _refuse_modifiers(softcap, sinks, diagonals)
     dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
-        return zeroed((dq, dk, dv, dbias))
+        return *zeroed((dq, dk, dv, dbias)), None, None
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     kept, words, seed = _pack(query, key, value, bias, out, lse.contiguous(), mask, scale, dropout_p, dropout_seed)
@@ -217,7 +235,15 @@ def attention_backward(
     if dbias is not None and target is not None and target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
     del kept
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, None, None
+
+
+def _refuse_modifiers(softcap: float, sinks: Tensor | None, diagonals: Tensor | None) -> None:
+    if softcap > 0.0 or sinks is not None or diagonals is not None:
+        raise UnsupportedError(
+            "backend='cuda' knows no softcap, no sinks and no bias by relative position; use backend='triton' or "
+            "'reference'"
+        )
 
 
 def _pack(
@@ -275,6 +301,11 @@ def _workspace(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else 0
 
 
+def number(device: torch.device) -> int:
+    """The number of a GPU: of the current one where the device names none, as torch.device("cuda") does."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def place(device: torch.device) -> tuple[int, int]:
     """The number of the GPU and its current stream."""
-    return (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)
+    return (number(device), torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)

@@ -1,12 +1,16 @@
 """The definition of every operator, in plain PyTorch. Read this file first; it is slow, clear and runs anywhere.
 
-    s_ij = scale * q_i . k_j + bias_ij              for visible pairs, -inf otherwise
-    lse_i = log sum_j exp(s_ij)                     P_ij = exp(s_ij - lse_i)
+    s_ij = cap(scale * q_i . k_j) + bias_ij + diagonals[i - j + Nk - 1]      for visible pairs, -inf otherwise
+    lse_i = log (exp(sink) + sum_j exp(s_ij))       P_ij = exp(s_ij - lse_i)
     out_i = sum_j Z_ij P_ij v_j                     Z_ij = keep_ij / (1 - dropout_p)
 
 and its gradient, with delta_i = dout_i . out_i - dlse_i:
 
     dV = (Z P)^T dO     dP = Z (dO V^T)     dS = P (dP - delta)     dQ = scale dS K     dK = scale dS^T Q     dbias = dS
+
+The cap is cap(x) = softcap tanh(x / softcap), or nothing where softcap is 0; dQ and dK take dS times its derivative. A
+sink is a number of each head that stands in the sum beside the keys and has no value: dsink = -sum exp(sink - lse)
+delta. `diagonals` is a bias by relative position, whose gradient are the sums of dS along diagonals.
 
 The weights Z P may be returned too, of each head or averaged over the heads. Their gradient dW, for an average an equal
 share for every head, adds to dO V^T, and sum_j dW_ij Z_ij P_ij to delta_i.
@@ -33,6 +37,7 @@ class Piece(NamedTuple):
 
     visible: Tensor  # bool, broadcasts to (B, Hq, Nq, Nk)
     places: tuple[Tensor, Tensor, Tensor, Tensor]  # b, h, i and j, int64 vectors
+    kv_len: int  # keys of the larger call
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -49,14 +54,17 @@ def attention_forward(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,  # (Hq)
+    diagonals: Tensor | None = None,  # (1 | B, 1 | Hq, Nq + Nk - 1) in the accumulation dtype
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) in the accumulation dtype."""
-    scores, visible = masked_scores(query, key, bias, mask, scale)
-    weights = softmax(scores)
+    scores, visible = masked_scores(query, key, bias, mask, scale, softcap=softcap, diagonals=diagonals)
+    weights = softmax(scores, sinks)
     if dropout_p > 0.0:
         weights = apply_dropout(weights, dropout_p, dropout_seed)
     out = select_matmul(weights, visible, group(value.to(weights.dtype), query.shape[1]))
-    return out.to(query.dtype), logsumexp(scores)
+    return out.to(query.dtype), logsumexp(scores, sinks)
 
 
 def attention_with_weights(
@@ -69,10 +77,13 @@ def attention_with_weights(
     dropout_p: float,
     dropout_seed: Tensor | None,
     average: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out and lse, and what multiplies the values: (B, Hq, Nq, Nk), or (B, 1, Nq, Nk) their average over the
     heads, in the query's dtype."""
-    call = (bias, mask, scale, dropout_p, dropout_seed)
+    call = (bias, mask, scale, dropout_p, dropout_seed, softcap, sinks, diagonals)
     out, lse = attention_forward(query, key, value, *call)
     weights = attention_weights(query.to(lse.dtype), key.to(lse.dtype), *call)
     mean = weights.sum(1, keepdim=True) / max(weights.shape[1], 1)
@@ -94,16 +105,21 @@ def attention_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    diagonals_require_grad: bool = False,
     piece: Piece | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq, dk, dv and dbias (None unless wanted), each shaped and typed like its input.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv, dbias, dsinks and ddiagonals, each shaped and typed like its input; dbias and ddiagonals are
+    None unless wanted, dsinks without sinks.
 
     The weights are made from the scores again, not as exp(s - lse): an lse of 1e9 has no digit left for the log of the
     number of keys. `piece` says what the tensors are a part of; then it, not `mask`, says which pairs are visible.
     """
     heads = query.shape[1]
-    scores, visible = masked_scores(query, key, bias, mask, scale, piece=piece)
-    weights = softmax(scores).masked_fill(~visible, 0.0)  # where the row is NaN, too
+    scores, visible = masked_scores(query, key, bias, mask, scale, 0, piece, softcap, diagonals)
+    weights = softmax(scores, sinks).masked_fill(~visible, 0.0)  # where the row is NaN, too
     dtype = weights.dtype
     grad_out = grad_out.to(dtype)
 
@@ -122,16 +138,30 @@ def attention_backward(
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
     grad_scores = (weights * (grad_kept - delta[..., None])).masked_fill(~visible, 0.0)
+    grad_products = grad_scores
+    if softcap > 0.0:
+        slope = 1.0 - torch.tanh(products(query, key, scale) / softcap).square()
+        grad_products = torch.where(visible, grad_scores * slope, 0.0)
 
-    dq = select_matmul(grad_scores, visible, group(key.to(dtype), heads)) * scale
-    dk = select_matmul(grad_scores.mT, visible.mT, query.to(dtype)) * scale
+    dq = select_matmul(grad_products, visible, group(key.to(dtype), heads)) * scale
+    dk = select_matmul(grad_products.mT, visible.mT, query.to(dtype)) * scale
     dv = select_matmul(dropped.mT, visible.mT, grad_out)
     dbias = grad_scores.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and bias_requires_grad else None
+    dsinks = ddiagonals = None
+    if sinks is not None:
+        of_sinks = torch.exp(sinks.to(dtype)[:, None] - logsumexp(scores, sinks))
+        dsinks = -(of_sinks * delta).sum((0, 2)).to(sinks.dtype)
+    if diagonals is not None and diagonals_require_grad:
+        index = diagonal_index(query.shape[2], key.shape[2], query.device, piece=piece).flatten()
+        sums = diagonals.new_zeros(*grad_scores.shape[:2], diagonals.shape[2])
+        ddiagonals = sums.index_add(2, index, grad_scores.flatten(2)).sum_to_size(diagonals.shape)
     return (
         dq.to(query.dtype),
         ungroup(dk, key.shape[1]).to(key.dtype),
         ungroup(dv, value.shape[1]).to(value.dtype),
         dbias,
+        dsinks,
+        ddiagonals,
     )
 
 
@@ -143,17 +173,20 @@ def attention_weights(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> Tensor:
     """Return what multiplies the values, (B, Hq, Nq, Nk) in the query's dtype; differentiable.
 
     The gradient of a product meets what a mask hides with weight 0, which a NaN there would survive.
     """
-    scores, visible = masked_scores(query, key, bias, mask, scale)
+    scores, visible = masked_scores(query, key, bias, mask, scale, softcap=softcap, diagonals=diagonals)
     if torch.is_grad_enabled() and scores.requires_grad:
         query, key = (t.masked_fill(~t.isfinite(), 0.0) for t in (query, key))
-        clean, _ = masked_scores(query, key, bias, mask, scale)
+        clean, _ = masked_scores(query, key, bias, mask, scale, softcap=softcap, diagonals=diagonals)
         scores = torch.where(scores.isfinite() | ~visible, clean, scores.detach())
-    weights = softmax(scores)
+    weights = softmax(scores, sinks)
     if dropout_p > 0.0:
         weights = apply_dropout(weights, dropout_p, dropout_seed)
     return weights.to(query.dtype)
@@ -170,13 +203,17 @@ def masked_scores(
     scale: float,
     first_row: int = 0,
     piece: Piece | None = None,
+    softcap: float = 0.0,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return scores (B, Hq, Nq, Nk) with -inf at masked pairs, and which pairs are visible, in the same shape.
 
     `first_row` says which row of the mask the first query is; a `piece` knows its pairs without the mask.
     """
     dtype = accumulation_dtype(query.dtype)
-    scores = (query.to(dtype) @ group(key.to(dtype), query.shape[1]).mT) * scale
+    scores = products(query, key, scale)
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
     if piece is None:
         visible = visible_pairs(mask, query.shape[2], key.shape[2], query.device, first_row).expand(scores.shape)
     else:
@@ -184,18 +221,50 @@ def masked_scores(
     if bias is not None:
         visible = visible & (bias != -torch.inf)
         scores = scores + bias.to(dtype)
+    if diagonals is not None:
+        index = diagonal_index(query.shape[2], key.shape[2], query.device, first_row, piece)
+        by_position = diagonals[..., index]
+        visible = visible & (by_position != -torch.inf)
+        scores = scores + by_position
     return scores.masked_fill(~visible, -torch.inf), visible
 
 
-def logsumexp(scores: Tensor) -> Tensor:
-    """Row-wise log-sum-exp (B, Hq, Nq) of scores (B, Hq, Nq, Nk); -inf for rows without a visible key."""
+def products(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """scale q_i . k_j, (B, Hq, Nq, Nk), in the accumulation dtype."""
+    dtype = accumulation_dtype(query.dtype)
+    return (query.to(dtype) @ group(key.to(dtype), query.shape[1]).mT) * scale
+
+
+def diagonal_index(
+    q_len: int, kv_len: int, device: torch.device, first_row: int = 0, piece: Piece | None = None
+) -> Tensor:
+    """Where pair (i, j) stands in `diagonals`: i - j + Nk - 1, int64 (q_len, kv_len)."""
+    if piece is not None:
+        return piece.places[2][:, None] - piece.places[3] + piece.kv_len - 1
+    i = torch.arange(first_row, first_row + q_len, device=device)
+    return i[:, None] - torch.arange(kv_len, device=device) + kv_len - 1
+
+
+def beside_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Scores (B, Hq, Nq, Nk) with the sink of each head as one more key."""
+    if sinks is None:
+        return scores
+    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], -1)
+
+
+def logsumexp(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Row-wise log-sum-exp (B, Hq, Nq) of scores (B, Hq, Nq, Nk) and sinks; -inf for rows without either."""
+    scores = beside_sinks(scores, sinks)
     if scores.shape[-1] == 0:
         return scores.new_full(scores.shape[:-1], -torch.inf)
     return torch.logsumexp(scores, dim=-1)
 
 
-def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the keys, zero for fully masked rows."""
+def softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the keys, and the sink that the result leaves out; zero for fully masked rows."""
+    if sinks is not None:
+        return softmax(beside_sinks(scores, sinks))[..., :-1]
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from ...masks import MaskArrays
 from ..call import Call, readable, zeroed
 from . import autotune
@@ -26,6 +27,7 @@ from . import plan as triton_plan
 LOG2E = math.log2(math.e)
 L2_BYTES = 32 * 2**20  # keys and values that are worked off together
 INTERPRETER_PROCESSORS = 8
+WIDEST = 256  # head dimension
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -98,6 +100,10 @@ def not_supported_reasons(call: Call) -> list[str]:
     reasons = device_reasons(call.device)
     if call.dtype == torch.float64:
         reasons.append("it computes in float32, which float64 inputs do not allow")
+    if call.modifiers:
+        reasons.append(f"it knows no {' and no '.join(call.modifiers)}")
+    if max(call.D, call.Dv) > WIDEST:
+        reasons.append(f"it serves head dimensions up to {WIDEST}; these are {call.D} and {call.Dv}")
     return reasons
 
 
@@ -122,8 +128,12 @@ def attention_forward(
     scale: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
+    _refuse_modifiers(softcap, sinks, diagonals)
     query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
     B, Hq, Nq, _ = query.shape
     Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
@@ -176,8 +186,12 @@ def attention_with_weights(
     dropout_p: float,
     dropout_seed: Tensor | None,
     average: bool,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and weights (B, Hq | 1, Nq, Nk), as `reference.attention_with_weights`."""
+    _refuse_modifiers(softcap, sinks, diagonals)
     out, lse = attention_forward(query, key, value, bias, mask, scale, dropout_p, dropout_seed)
     query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
     B, Hq, Nq, _ = query.shape
@@ -213,14 +227,19 @@ def attention_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`."""
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    diagonals_require_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`, and None twice."""
+    _refuse_modifiers(softcap, sinks, diagonals)
     dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
     B, Hq, Nq, Dv = out.shape
     Hkv, Nk = key.shape[1:3]
     if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
-        return zeroed((dq, dk, dv, dbias))
+        return *zeroed((dq, dk, dv, dbias)), None, None
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     mask = _contiguous(mask)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
@@ -270,7 +289,14 @@ def attention_backward(
             config = _config("bias_gradient", query, Dv, mask, problem, True)
             inputs = inputs._replace(mask=_mask(mask, B, False, problem))
             _bias_gradient(k, config, inputs, given, bias, dbias, mask, problem)
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, None, None
+
+
+def _refuse_modifiers(softcap: float, sinks: Tensor | None, diagonals: Tensor | None) -> None:
+    if softcap > 0.0 or sinks is not None or diagonals is not None:
+        raise UnsupportedError(
+            "backend='triton' knows no softcap, no sinks and no bias by relative position; use backend='reference'"
+        )
 
 
 def _launch(

@@ -97,7 +97,7 @@ def run(module: Any, part: MaskArrays, given: list[Tensor], bias: Tensor | None,
     gradients = module.attention_backward(
         grad_out, grad_lse, None, query, key, value, bias, out, lse, part, 0.2, dropout_p, seed, bias is not None
     )
-    return [out, lse, *gradients]
+    return [out, lse, *gradients[:4]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -154,7 +154,7 @@ def test_parts_joined_by_lse_have_the_gradients_of_the_whole(size: float) -> Non
     last = (query, key, value, bias, out, lse)
     each = [cpu.attention_backward(grad_out, None, None, *last, part, 0.2, 0.0, None, True) for part in parts]
     want = cpu.attention_backward(grad_out, None, None, *last, MaskArrays(), 0.2, 0.0, None, True)
-    for first, second, exact in zip(*each, want, strict=True):
+    for first, second, exact in zip(*(gradients[:4] for gradients in (*each, want)), strict=True):
         torch.testing.assert_close(first + second, exact)  # type: ignore[operator]
 
 

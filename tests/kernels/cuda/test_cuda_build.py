@@ -205,7 +205,7 @@ def test_without_a_gpu_it_says_so() -> None:
         for call in (
             lambda q=q, mask=mask: cuda.attention_forward(q, q, q, None, mask, 1.0, 0.0, None),
             lambda q=q, mask=mask, lse=lse: cuda.attention_backward(
-                q, None, q, q, q, None, q, lse, mask, 1.0, 0.0, None, False
+                q, None, None, q, q, q, None, q, lse, mask, 1.0, 0.0, None, False
             ),
             lambda q=q: cuda_linear.linear_attention_forward(q, q, q, *how),
             lambda q=q, lse=lse: cuda_linear.linear_attention_backward(
@@ -255,6 +255,19 @@ def test_reasons_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch, (8, 0), "90a")
     (why,) = reasons()
     assert why.startswith("it was built for 90a and Some GPU has 8.0") and "EFFICIENT_ATTN_CUDA_ARCHS" in why
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.device("cuda") is, which a tensor never has but a call that is only asked about may."""
+    gpu(monkeypatch, (9, 0))
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(cuda.kernels(), "most_shared_bytes", lambda index: asked.append(index) or 2**18)
+    call = PLAIN_CALL._replace(device=torch.device("cuda"), dtype=torch.float16)
+    assert cuda.not_supported_reasons(call) == []
+    assert cuda.not_supported_reasons(call._replace(device=torch.device("cuda", 1))) == []
+    assert asked == [3, 1] and cuda.place(torch.device("cuda")) == (3, 77)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,8 @@
-"""What Triton compiles the kernels to for sm_80 and sm_90, read without a GPU; and `make gpu-check` without one."""
+"""What Triton compiles the kernels to for sm_80 and sm_90, read without a GPU."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ pytest.importorskip("triton")
 from efficient_attn.benchmarks.tools import triton_table as table
 from efficient_attn.kernels.configs import SHARED_MEMORY
 
-ROOT = Path(__file__).resolve().parents[3]
 ROWS = [json.loads(line) for line in table.RESULTS.read_text().splitlines()]
 MATRIX = ("attention_forward_kernel", "key_gradient_kernel", "query_gradient_kernel", "bias_gradient_kernel")
 
@@ -68,33 +63,3 @@ def test_compiled_now(sm: int, head_dim: int, feature: str) -> None:
 def test_every_configuration_compiles(case: tuple) -> None:
     for row in table.compile_case(*case):
         check(row)
-
-
-def gpu_check(*arguments: str) -> str:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "benchmarks" / "tools" / "gpu_check.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def test_gpu_check_says_why_it_is_skipped(tmp_path: Path) -> None:
-    said = gpu_check("--out", str(tmp_path / "out"))
-    assert "skipped: PyTorch sees no CUDA GPU" in said and "6. " in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_gpu_check_links_a_package_that_works(tmp_path: Path) -> None:
-    """All that runs before the GPU is needed: the links, the module's build, the import of what will be measured."""
-    said = gpu_check("--out", str(tmp_path), "--dry-run")
-    assert "benchmark cells with" in said and "dry run" in said
-    program = (
-        "import efficient_attn as ea, torch, efficient_attn.kernels.attention as k; q = torch.randn(1, 1, 8, 8); "
-        "print(ea.__file__, k.__file__, ea.attention(q, q, q).shape)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count(str(tmp_path / "site")) == 2

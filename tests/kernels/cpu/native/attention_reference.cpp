@@ -4,8 +4,8 @@
 //     dV = (Z P)^T dO   dQ = scale dS K                dK = scale dS^T Q                 dbias = dS
 //
 // Bounds: a score of size a is off by a few units of a's last place, hence a weight P by a relative r_i; every sum is
-// off by its terms' absolute values times that, and times what their roundings may add up to, also
-// in this definition. Half precision may also round P and dS before they enter a product.
+// off by its terms' absolute values times that, and times what their roundings may add up to. Half precision may also
+// round P and dS before they enter a product.
 #include "attention_reference.h"
 
 #include <algorithm>
@@ -80,8 +80,8 @@ struct Definition {
     }
 
     // How far a sum of n terms may be off, relative to their absolute values. Where they are all alike, so is their
-    // rounding: a kernel adds up tiles of 64, this definition, no better than a kernel in double, one by one.
-    double walk(double n) const { return unit * (2 * std::sqrt(n) + n / (c.accumulator() == kFloat64 ? 2 : 32)); }
+    // rounding: a kernel adds up tiles of 64.
+    double walk(double n) const { return unit * (2 * std::sqrt(n) + n / 32); }
 
     void row(int64_t b, int64_t h, int64_t i) {
         const int64_t kv = h / (c.Hq / c.Hkv), kv_row = (b * c.Hkv + kv) * c.key_rows;
@@ -103,8 +103,9 @@ struct Definition {
         }
         if (seen.empty()) return;
         results.lse.value[static_cast<size_t>(at)] = 0;
-        double total = 0;
-        for (double& w : weight) total += w = std::exp(w - top);
+        Bounded sum(1);
+        for (double& w : weight) sum.add(0, w = std::exp(w - top), 0);
+        const double total = sum.settle(0);
         for (double& w : weight) w /= total;
         const double relative = kUnits * unit * (2 + largest) + walk(static_cast<double>(seen.size()));
         results.lse.add(at, top + std::log(total), relative + 2 * unit * std::fabs(top));
@@ -122,6 +123,7 @@ struct Definition {
             for (int64_t d = 0; d < c.Dv; ++d)
                 results.out.add(at * c.Dv + d, w * v[d], w * std::fabs(v[d]) * (relative + 2 * product_unit));
         }
+        for (int64_t d = 0; d < c.Dv; ++d) results.out.settle(at * c.Dv + d);
         if (c.weight_heads > 0) weights(b, h, i, relative);
     }
 
@@ -182,6 +184,7 @@ AttentionResults attention_reference(AttentionCase& c) {
         for (int64_t h = 0; h < c.Hq; ++h)
             for (int64_t i = 0; i < c.Nq; ++i) definition.row(b, h, i);
     AttentionResults results = std::move(definition.results);
+    for (Bounded* result : {&results.weights, &results.dq, &results.dk, &results.dv, &results.dbias}) result->settle();
     const double terms = static_cast<double>(c.Nq + c.Nk);  // each may have been flushed on its own
     for (Bounded* result : {&results.out, &results.weights, &results.dq, &results.dk, &results.dv})
         round_to(c.dtype, c.dtype == kFloat16 ? 1 : 64 * terms, *result);

@@ -24,7 +24,7 @@ struct Features {
 struct Definition {
     LinearAttentionCase& c;
     const std::vector<double> query, key, value, projection, grad_out, grad_normaliser;
-    const double unit, tiny;  // of the accumulator; long sums of this definition are off themselves, in double
+    const double unit, tiny;  // of the accumulator
     Features a, b;
     Bounded shift, da, db;
     LinearAttentionResults results;
@@ -40,7 +40,7 @@ struct Definition {
           projection(c.projection_heads ? c.projection.values() : std::vector<double>()),
           grad_out(c.grad_out.values()),
           grad_normaliser(c.has_grad_normaliser ? c.grad_normaliser.values() : std::vector<double>()),
-          unit(epsilon(c.accumulator()) + 0x1p-56 * std::sqrt(static_cast<double>(c.Nq + c.Nk))),
+          unit(epsilon(c.accumulator())),
           tiny(smallest(c.accumulator())),
           a(c.B * c.Hq * c.Nq * c.F),
           b(c.B * c.Hkv * c.Nk * c.F),
@@ -180,10 +180,12 @@ struct Definition {
             off += kUnits * unit * size;
             weights.value[static_cast<size_t>(i * c.Nk + j)] = w;
             weights.error[static_cast<size_t>(i * c.Nk + j)] = off;
-            *n += w, *n_off += off;
+            results.normaliser.add(at, w, off);
             const double* v = value.data() + (keys + j) * c.Dv;
-            for (int64_t d = 0; d < c.Dv; ++d) out[d] += w * v[d], out_off[d] += off * std::fabs(v[d]);
+            for (int64_t d = 0; d < c.Dv; ++d) results.out.add(at * c.Dv + d, w * v[d], off * std::fabs(v[d]));
         }
+        results.normaliser.settle(at);
+        for (int64_t d = 0; d < c.Dv; ++d) results.out.settle(at * c.Dv + d);
         // A row that is not finite itself is NaN even where it sees nothing.
         const bool finite = std::all_of(x, x + c.F, [](double y) { return std::isfinite(y); });
         if (*n == 0 && *n_off == 0 && finite) return;
@@ -222,7 +224,7 @@ struct Definition {
         const int64_t kv = h / (c.Hq / c.Hkv), at = (batch * c.Hq + h) * c.Nq + i, keys = (batch * c.Hkv + kv) * c.Nk;
         make_u(at);
         const double *x = a.phi.values(at * c.F), *x_off = a.phi.errors(at * c.F);
-        double *dx = da.values(at * c.F), *dx_off = da.errors(at * c.F);
+        double* dx_off = da.errors(at * c.F);
         if (!known[static_cast<size_t>(at)]) std::fill(dx_off, dx_off + c.F, INFINITY);
         for (int64_t j = 0; j < c.Nk; ++j) {
             if (!c.visible(batch, i, j)) continue;
@@ -235,18 +237,16 @@ struct Definition {
             }
             off += kUnits * unit * size;
             const double *y = b.phi.values((keys + j) * c.F), *y_off = b.phi.errors((keys + j) * c.F);
-            double *dy = db.values((keys + j) * c.F), *dy_off = db.errors((keys + j) * c.F);
             for (int64_t f = 0; f < c.F; ++f) {
-                dx[f] += g * y[f], dx_off[f] += off * (std::fabs(y[f]) + y_off[f]) + size * y_off[f];
-                dy[f] += g * x[f], dy_off[f] += off * (std::fabs(x[f]) + x_off[f]) + size * x_off[f];
+                da.add(at * c.F + f, g * y[f], off * (std::fabs(y[f]) + y_off[f]) + size * y_off[f]);
+                db.add((keys + j) * c.F + f, g * x[f], off * (std::fabs(x[f]) + x_off[f]) + size * x_off[f]);
             }
             const double w = weights.value[static_cast<size_t>(i * c.Nk + j)];
             const double w_off = weights.error[static_cast<size_t>(i * c.Nk + j)];
-            double *dv = results.dv.values((keys + j) * c.Dv), *dv_off = results.dv.errors((keys + j) * c.Dv);
             for (int64_t d = 0; d < c.Dv; ++d) {
                 const double from = u.value[static_cast<size_t>(d)], from_off = u.error[static_cast<size_t>(d)];
-                dv[d] += w * from;
-                dv_off[d] += w_off * (std::fabs(from) + from_off) + std::fabs(w) * from_off;
+                results.dv.add((keys + j) * c.Dv + d, w * from,
+                               w_off * (std::fabs(from) + from_off) + std::fabs(w) * from_off);
             }
         }
     }
@@ -308,6 +308,7 @@ struct Definition {
                 round_to(c.value_dtype, range(c.value_dtype), results.out, n);
             for (int64_t i = 0; i < c.Nq; ++i) backward(batch, h, i);
         }
+        for (Bounded* sums : {&da, &db, &results.dv}) sums->settle();
         for (int64_t row = 0; row < c.B * c.Hq * c.Nq; ++row)
             input_gradient(a, da, row, row / c.Nq % c.Hq / (c.Hq / c.Hkv), nullptr, results.dq);
         doubt_poisoned_keys();

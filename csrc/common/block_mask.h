@@ -53,8 +53,11 @@ inline Range intersect(Range a, Range b) {
     return {begin, max_of(begin, min_of(a.end, b.end))};
 }
 
-inline int64_t list_row(const MaskView& mask, int64_t b, int64_t h, int64_t blocks, int64_t block) {
-    return ((mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : h)) * blocks + block;
+// The row of the list of a block of queries.
+inline int64_t list_row(const AttentionParams& p, int64_t b, int64_t h, int64_t block) {
+    const MaskView& mask = p.mask;
+    const int64_t alike = max_of(1, mask.rows_alike), rows = ceil_div(p.Nq, mask.block_q / alike);
+    return ((mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : h)) * rows + block * alike;
 }
 
 // The entries of a row, kept inside the arrays whatever they hold.
@@ -123,7 +126,7 @@ inline void for_each_segment(const AttentionParams& p, int64_t b, int64_t h, int
         return;
     }
     Segment pending{{0, 0}, nullptr, 0};
-    const Range entries = list_entries(mask, mask.indptr, list_row(mask, b, h, ceil_div(p.Nq, mask.block_q), block));
+    const Range entries = list_entries(mask, mask.indptr, list_row(p, b, h, block));
     for (int64_t e = first_entry(mask.indices, entries, limits.begin / mask.block_k); e < entries.end; ++e) {
         const int64_t key = mask.indices[e] * mask.block_k;
         if (key >= limits.end) break;

@@ -61,6 +61,7 @@ struct MaskView {
     const int32_t* kv_lengths;  // null: every key
     int64_t entries, tile_count;
     int64_t batch, heads, block_q, block_k;
+    int64_t rows_alike;  // so many rows of the list in turn say the same and are one, of block_q queries; 0: none are
     int64_t window_left, window_right, window_offset;  // -1: unlimited
 };
 
@@ -86,10 +87,11 @@ struct AttentionParams {
 
     // Backward only.
     TensorView grad_out, dq, dk, dv;
-    const void* grad_lse;  // like lse, or null
-    BiasGradient dbias;    // data null: not wanted
-    void* delta;           // a result: delta of every row, (B, Hq, Nq), like lse; null: not wanted
-    void* ddiagonals;      // (B, Hq, Nq + Nk - 1) of the accumulation type, zeros at first; null: not wanted
+    const void* grad_lse;             // like lse, or null
+    BiasGradient dbias;               // data null: not wanted
+    void* delta;                      // a result: delta of every row, (B, Hq, Nq), like lse; null: not wanted
+    void* ddiagonals;                 // (B, Hq, Nq + Nk - 1) of the accumulation type, zeros at first; null: not wanted
+    int64_t band_keys, band_overlap;  // of the CPU, which sets them itself: see cpu/attention_backward_bands.h
 };
 
 // One pass over the weights of a call for what is known of them; see cpu/attention_statistics.h. `out` and `value` of
@@ -141,6 +143,7 @@ struct LinearAttentionParams {
 template <class Params>
 struct Operator {
     int phases;
+    void (*prepare)(Params&);  // null: nothing is to be known of a call beforehand
     int64_t (*shared_bytes)(const Params&);
     int64_t (*thread_bytes)(const Params&);
     int64_t (*task_count)(const Params&, int phase);

@@ -11,7 +11,8 @@
 //
 // Phases, each parallel over tasks:
 //     0  rows             a tile of queries: delta, and what its weights are taken from (see measure_rows)
-//     1  dQ, dK, dV       a span of keys of one (batch, key/value head): five products a tile
+//     1  dQ, dK, dV       a span of keys of one (batch, key/value head): five products a tile; under a mask that is a
+//                         band a run of queries instead (attention_backward_bands.h)
 //     2  dbias            a tile of the bias, over every dimension that it broadcasts, unless phase 1 stored it on its
 //     way
 //
@@ -43,7 +44,7 @@ inline void wait_until(const int64_t* counter, int64_t least) {
 template <class A>
 struct BackwardTile {
     A *Qt, *dOt, *Q, *dO, *S, *dP, *pairs, *slope, *folded, *top, *rest, *delta, *K_buffer, *V_buffer, *buffer,
-        *scratch, *dK, *dV;
+        *scratch, *dK, *dV, *dQt;
     double* sum;
     uint64_t *bits, *keep;
     Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only
@@ -69,8 +70,9 @@ struct BackwardTile {
         V_buffer = arena.take<A>(kKeys * max_of(p.Dv, pair_depth(p.Dv)));
         buffer = arena.take<A>(kKeys * widest);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, widest)));
-        dK = arena.take<A>(key_span<A>(p) * D);
-        dV = arena.take<A>(key_span<A>(p) * Dv);
+        dK = arena.take<A>((has_bands(p) ? p.band_keys : key_span<A>(p)) * D);
+        dV = arena.take<A>((has_bands(p) ? p.band_keys : key_span<A>(p)) * Dv);
+        dQt = arena.take<A>(has_bands(p) ? p.D * kQueries : 0);
         sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
@@ -237,7 +239,7 @@ template <class T, class A>
 inline void weight_gradients_task(const AttentionParams& p, int64_t task, char* memory,
                                   const BackwardShared<A>& shared) {
     const int64_t tiles = row_tiles(p), head = task / tiles;
-    const QueryTile q = query_tile(p, query_tiling(p, kQueries), head / p.Hq, head % p.Hq, task % tiles);
+    const QueryTile q = query_tile(p, attention_tiling(p), head / p.Hq, head % p.Hq, task % tiles);
     if (q.count <= 0) return;
     const int64_t w = whole_lanes<T, A>(q.count), kv = q.h / (p.Hq / p.Hkv);
     BackwardTile<A> t(p, memory);
@@ -369,14 +371,14 @@ inline void add_keys(const AttentionParams& p, const QueryTile& q, int64_t kv, R
                      const Rows<Operand<T, A>>& K, int64_t w, BackwardTile<A>& t, A* dQt) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
-        const Poison poison = masked ? find_poison(K, n, p.D) : Poison{};
+        const Poison poison = masked ? find_poison(K, n, p.D, t.bits, low_bits(q.count)) : Poison{};
         const LeftFactor left = pack_left_factor<T>(p.key, q.b, kv, keys.begin, n, p.D, t.K_pairs);
         clear_poison(poison, p.D, left);
         round_to_pairs(t.dP, n, w, t.dS_pairs);
         accumulate_columns<A>(left, n, p.D, t.dS_pairs, w, nullptr, dQt);
         add_poison_to_columns(K, poison, p.D, t.dP, w, t.bits, dQt);
     } else if (masked) {
-        accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, t.buffer, dQt);
+        accumulate_columns_masked<A>(K, n, p.D, t.dP, w, nullptr, t.bits, low_bits(q.count), t.buffer, dQt);
     } else {
         accumulate_columns<A>(K, n, p.D, t.dP, w, nullptr, dQt);
     }
@@ -417,10 +419,10 @@ inline void store_query_gradients(const AttentionParams& p, const QueryTile& q, 
 template <class T, class A>
 inline void span_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
     const Pipeline line = Pipeline::of<A>(p);
-    const int64_t head = task / line.spans, span = task % line.spans, kv = head % p.Hkv, b = head / p.Hkv;
+    const int64_t head = line.head(task), span = line.span(task), kv = head % p.Hkv, b = head / p.Hkv;
     const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), size = key_span<A>(p);
     const Range keys{span * size, min_of((span + 1) * size, p.Nk)};
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     int64_t* done = shared.done + head * line.spans + span;
     BackwardTile<A> t(p, memory);
     fill_zero(t.dK, size * D);
@@ -461,8 +463,7 @@ struct BiasTiling {
 
 inline BiasTiling bias_tiling(const AttentionParams& p) {
     const int64_t* size = p.dbias.size;
-    const int64_t queries = size[2] > 1 ? query_tiling(p, kQueries).count : 1,
-                  keys = size[3] > 1 ? ceil_div(p.Nk, kKeys) : 1;
+    const int64_t queries = size[2] > 1 ? attention_tiling(p).count : 1, keys = size[3] > 1 ? ceil_div(p.Nk, kKeys) : 1;
     return {queries, keys, size[2] * size[3] > 0 ? size[0] * size[1] * queries * keys : 0};
 }
 
@@ -485,7 +486,7 @@ inline void bias_task(const AttentionParams& p, int64_t task, char* memory, cons
     const int64_t jt = task % cut.key_tiles, it = task / cut.key_tiles % cut.query_tiles;
     const int64_t bias_h = task / cut.key_tiles / cut.query_tiles % size[1],
                   bias_b = task / cut.key_tiles / cut.query_tiles / size[1];
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     const Range keys = by_key ? Range{jt * kKeys, min_of((jt + 1) * kKeys, p.Nk)} : Range{0, p.Nk};
     BackwardTile<A> t(p, memory);
     fill_zero(t.sum, kKeys * kQueries);

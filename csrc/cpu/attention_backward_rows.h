@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_forward.h"
+#include "bands.h"
 
 namespace efficient_attn {
 namespace {
@@ -23,36 +24,53 @@ inline int64_t key_span(const AttentionParams& p) {
     return max_of(span / kKeys, 1) * kKeys;
 }
 
-// Of all heads, only so many are under way that the accumulators of dQ stay few.
+// Of all heads, only so many are under way that the accumulators of dQ stay few. Spans of one head run behind one
+// another well where all tiles of queries meet each of them. Under lists they wait, and as many heads as there are
+// threads take turns, span by span.
 struct Pipeline {
-    int64_t spans, heads, slots, tiles;
+    int64_t spans, heads, slots, tiles, turns;
 
     template <class A>
     static Pipeline of(const AttentionParams& p) {
         const int64_t heads = p.B * p.Hkv;
-        return {max_of(1, ceil_div(p.Nk, key_span<A>(p))), heads, min_of(heads, max_of(1, p.threads) + 1),
-                p.Hq / max_of(1, p.Hkv) * query_tiling(p, kQueries).count};
+        const int64_t threads = max_of(1, p.threads), turns = p.mask.indptr ? min_of(threads, max_of(1, heads)) : 1;
+        return {max_of(1, ceil_div(p.Nk, key_span<A>(p))), heads, min_of(heads, max_of(threads + 1, 2 * turns)),
+                p.Hq / max_of(1, p.Hkv) * attention_tiling(p).count, turns};
     }
+    int64_t head(int64_t task) const { return task / (turns * spans) * turns + task % (turns * spans) % now(task); }
+    int64_t span(int64_t task) const { return task % (turns * spans) / now(task); }
+
+  private:
+    // How many heads take turns around a task: the last ones may be fewer.
+    int64_t now(int64_t task) const { return min_of(turns, heads - task / (turns * spans) * turns); }
 };
 
 // What the tasks share: of each row delta, and top and rest, which make its weights exp((s - top) - rest) in the unit
-// of the scores; how many tiles of queries each span is done with; and dQt of the heads under way.
+// of the scores; how many tiles of queries each span is done with, or whether a run is done; and of the heads under way
+// dQt, or what each run leaves to the next.
 template <class A>
 struct BackwardShared {
-    A *delta, *top, *rest, *dQt;
-    int64_t* done;
+    A *delta, *top, *rest, *dQt, *left;
+    int64_t *done, steps;
 
     BackwardShared(const AttentionParams& p, char* memory) {
         const Pipeline line = Pipeline::of<A>(p);
+        const bool bands = has_bands(p);
+        steps = line.heads * (bands ? band_runs(p) : line.spans);
         Arena arena{memory};
         delta = p.delta ? static_cast<A*>(p.delta) : arena.take<A>(p.B * p.Hq * p.Nq);
         top = arena.take<A>(p.B * p.Hq * p.Nq);
         rest = arena.take<A>(p.B * p.Hq * p.Nq);
-        done = arena.take<int64_t>(line.heads * line.spans);
-        dQt = arena.take<A>(line.slots * line.tiles * p.D * kQueries);
+        done = arena.take<int64_t>(steps);
+        dQt = arena.take<A>(bands ? 0 : line.slots * line.tiles * p.D * kQueries);
+        left = arena.take<A>(bands ? line.slots * band_runs(p) * left_by_run(p) : 0);
         end = arena.next;
     }
     static int64_t bytes(const AttentionParams& p) { return BackwardShared(p, kNoMemory).end - kNoMemory; }
+    // Elements of dK and dV that a run leaves to the next.
+    static int64_t left_by_run(const AttentionParams& p) {
+        return p.band_overlap * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
+    }
 
   private:
     char* end;
@@ -123,18 +141,17 @@ inline void measure_rows(const AttentionParams& p, int64_t b, int64_t h, Range r
 }
 
 // Of one head; without queries there is still a task, to start the counters.
-inline int64_t row_tiles(const AttentionParams& p) { return max_of(1, query_tiling(p, kQueries).count); }
+inline int64_t row_tiles(const AttentionParams& p) { return max_of(1, attention_tiling(p).count); }
 
 // Phase 0.
 template <class T, class A>
 inline void rows_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
     if (task == 0) {
-        const Pipeline line = Pipeline::of<A>(p);
-        for (int64_t k = 0; k < line.heads * line.spans; ++k) shared.done[k] = 0;
+        for (int64_t k = 0; k < shared.steps; ++k) shared.done[k] = 0;
     }
     const int64_t tiles = row_tiles(p), tile = task % tiles, head = task / tiles;
     const int64_t h = head % p.Hq, b = head / p.Hq;
-    const Range rows = tile_rows(p, query_tiling(p, kQueries), tile);
+    const Range rows = tile_rows(p, attention_tiling(p), tile);
     if (rows.begin >= rows.end) return;
     if (bias_is_full(p) && may_hide_pairs(p) && !has_order(p))
         clear_bias_rows<T>(p, head * p.Nq + rows.begin, rows.end - rows.begin);

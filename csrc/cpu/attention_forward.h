@@ -182,21 +182,21 @@ inline LeftFactor load_values(const AttentionParams& p, int64_t b, int64_t kv, R
     return left;
 }
 
-// Ot = Ot * fade + values * S
+// Ot = Ot * fade + values * S, of `count` queries
 template <class T, class A>
-inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, Range keys, bool masked, int64_t w,
-                       char* shared, ForwardTile<A>& t) {
+inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, int64_t count, Range keys, bool masked,
+                       int64_t w, char* shared, ForwardTile<A>& t) {
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
         const Rows<T> values = masked ? gathered_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer) : Rows<T>{};
-        const Poison poison = masked ? find_poison(values, n, p.Dv) : Poison{};
+        const Poison poison = masked ? find_poison(values, n, p.Dv, t.bits, low_bits(count)) : Poison{};
         round_to_pairs(t.S, n, w, t.P_pairs);
         accumulate_columns(load_values<T>(p, b, kv, keys, poison, shared, t), n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
         add_poison_to_columns(values, poison, p.Dv, t.S, w, t.bits, t.Ot);
     } else {
         const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
         if (masked) {
-            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, t.K_buffer, t.Ot);
+            accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, low_bits(count), t.K_buffer, t.Ot);
         } else {
             accumulate_columns(values, n, p.Dv, t.S, w, t.fade, t.Ot);
         }
@@ -237,7 +237,7 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
             kept_bits(p, b, h, rows, keys, t.keep);
             fill_masked(t.keep, keys.end - keys.begin, w, A{0}, t.S);
         }
-        accumulate<T>(p, b, kv, keys, masked, w, shared, t);
+        accumulate<T>(p, b, kv, count, keys, masked, w, shared, t);
         visit(keys);
     });
 
@@ -252,7 +252,7 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
 
 template <class T, class A>
 inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     const int64_t tile = tiling.count - 1 - task % tiling.count;  // under a causal mask the last tiles are the longest
     const Range rows = tile_rows(p, tiling, tile);
     if (rows.begin >= rows.end) return;
@@ -263,15 +263,15 @@ inline void forward_task(const AttentionParams& p, int64_t task, char* memory, c
 
 // How many blocks the list of a tile of queries names, for tasks numbered as in forward_task.
 inline double query_tile_cost(const AttentionParams& p, int64_t task) {
-    const QueryTiling tiling = query_tiling(p, kQueries);
+    const QueryTiling tiling = attention_tiling(p);
     const int64_t tile = tiling.count - 1 - task % tiling.count;
     const int64_t h = task / tiling.count % p.Hq, b = task / tiling.count / p.Hq;
-    const int64_t row = list_row(p.mask, b, h, ceil_div(p.Nq, p.mask.block_q), tile / tiling.tiles_per_block);
+    const int64_t row = list_row(p, b, h, tile / tiling.tiles_per_block);
     const Range entries = list_entries(p.mask, p.mask.indptr, row);
     return static_cast<double>(entries.end - entries.begin);
 }
 
-inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * query_tiling(p, kQueries).count; }
+inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * attention_tiling(p).count; }
 
 }  // namespace
 }  // namespace efficient_attn

@@ -13,7 +13,7 @@
 namespace efficient_attn {
 namespace {
 
-inline bool averages_weights(const AttentionParams& p) { return p.weights.heads < p.Hq; }
+inline bool averages_weights(const AttentionParams& p) { return p.weights.heads != p.Hq; }
 
 // The queries of a tile: fewer where its strips would not stay in the second cache level, or threads without a tile.
 // Every query is worked on alike however many there are.

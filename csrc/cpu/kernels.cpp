@@ -2,7 +2,7 @@
 //
 // Everything but the table has internal linkage, and nothing of the standard library is instantiated here: an inline
 // function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
-#include "attention_backward.h"
+#include "attention_backward_bands.h"
 #include "attention_decode.h"
 #include "attention_statistics.h"
 #include "attention_weights.h"
@@ -89,6 +89,14 @@ void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory
     });
 }
 
+void forward_prepare(AttentionParams& p) { join_rows(p); }
+void backward_prepare(AttentionParams& p) {
+    join_rows(p);
+    with_accumulator(p, [&](auto a) {
+        measure_bands<decltype(a)>(p);
+        return int64_t{0};
+    });
+}
 int64_t backward_shared(const AttentionParams& p) {
     return with_accumulator(p, [&](auto a) { return BackwardShared<decltype(a)>::bytes(p); });
 }
@@ -103,7 +111,7 @@ int64_t backward_tasks(const AttentionParams& p, int phase) {
     if (phase == 2) return p.dbias.data && !bias_is_full(p) ? bias_tiling(p).count : 0;
     return with_accumulator(p, [&](auto a) {
         const Pipeline line = Pipeline::of<decltype(a)>(p);
-        return line.heads * line.spans;
+        return line.heads * (has_bands(p) ? band_runs(p) : line.spans);
     });
 }
 void backward_run(const AttentionParams& p, int phase, int64_t task, char* memory, char* shared_memory) {
@@ -115,6 +123,7 @@ void backward_run(const AttentionParams& p, int phase, int64_t task, char* memor
         if (phase == 0 && !p.weights.data) return;
         const TileRegisters tiles(kPairProducts<T>);
         if (phase == 0) return weight_gradients_task<T, A>(p, task, memory, shared);
+        if (phase == 1 && has_bands(p)) return run_task<T, A>(p, task, memory, shared);
         if (phase == 1) return span_task<T, A>(p, task, memory, shared);
         bias_task<T, A>(p, task, memory, shared);
     });
@@ -144,6 +153,7 @@ constexpr Operator<LinearAttentionParams> linear_operator() {
     using P = LinearAttentionParams;
     return {
         phases,
+        nullptr,
         [](const P& p) { return with_accumulator<Op>(p, [&](auto op) { return op.shared_bytes(p); }); },
         [](const P& p) { return with_accumulator<Op>(p, [&](auto op) { return op.thread_bytes(p); }); },
         [](const P& p, int phase) { return with_accumulator<Op>(p, [&](auto op) { return op.task_count(p, phase); }); },
@@ -164,9 +174,9 @@ constexpr Operator<LinearAttentionParams> linear_operator() {
 
 extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     EA_TEXT(EFFICIENT_ATTN_ISA),
-    {2, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_is_short, forward_run},
-    {3, backward_shared, backward_bytes, backward_tasks, nullptr, nullptr, backward_run},
-    {1, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, nullptr, statistics_run},
+    {2, forward_prepare, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_is_short, forward_run},
+    {3, backward_prepare, backward_shared, backward_bytes, backward_tasks, nullptr, nullptr, backward_run},
+    {1, nullptr, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, nullptr, statistics_run},
     linear_operator<linear::Forward, linear::kForwardPhases>(),
     linear_operator<linear::Backward, linear::kBackwardPhases>(),
     fma_loop,

@@ -106,6 +106,7 @@ template <class Params>
 bool run(const Operator<Params>& op, const Params& given, int threads) {
     Params p = given;
     set_threads(p, threads);
+    if (op.prepare) op.prepare(p);
     int64_t most = 0;
     for (int phase = 0; phase < op.phases; ++phase)
         most = op.task_count(p, phase) > most ? op.task_count(p, phase) : most;

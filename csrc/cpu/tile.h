@@ -21,6 +21,17 @@ namespace {
 constexpr int64_t kQueries = 64;  // at most 64: a key's visible queries are the bits of one word
 constexpr int64_t kKeys = 128;
 
+constexpr int64_t kFewQueries = 32, kNarrowWindow = 512;
+
+// The tiles of queries of a call. Under a narrow window they are smaller: all keys that any of its queries sees are
+// multiplied with all of them.
+inline QueryTiling attention_tiling(const AttentionParams& p) {
+    const MaskView& mask = p.mask;
+    const bool narrow = !mask.indptr && mask.window_left >= 0 && mask.window_right >= 0 &&
+                        mask.window_left + mask.window_right < kNarrowWindow;
+    return query_tiling(p, narrow ? kFewQueries : kQueries);
+}
+
 // Terms summed in one go: fewer where a product is rounded before it is added.
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr int64_t kTerms = 64;
@@ -309,11 +320,14 @@ struct Poison {
     uint8_t index[kKeys];
 };
 
+// `bits`, if given, says who sees each row: rows that all queries of `full` see may stay.
 template <class X>
-inline Poison find_poison(const Rows<X>& rows, int64_t count, int64_t width) {
+inline Poison find_poison(const Rows<X>& rows, int64_t count, int64_t width, const uint64_t* bits = nullptr,
+                          uint64_t full = 0) {
     Poison poison{0, {}};
     for (int64_t k = 0; k < count; ++k)
-        if (!row_is_finite(rows.data + k * rows.stride, width)) poison.index[poison.count++] = static_cast<uint8_t>(k);
+        if ((!bits || (bits[k] & full) != full) && !row_is_finite(rows.data + k * rows.stride, width))
+            poison.index[poison.count++] = static_cast<uint8_t>(k);
     return poison;
 }
 
@@ -364,8 +378,8 @@ inline void add_poison_to_rows(const Rows<X>& rows, const Poison& poison, int64_
 // accumulate_columns for a tile in which some pairs are masked.
 template <class A>
 inline void accumulate_columns_masked(const Rows<A>& rows, int64_t keys, int64_t width, const A* P, int64_t w,
-                                      const A* fade, const uint64_t* bits, A* buffer, A* out) {
-    const Poison poison = find_poison(rows, keys, width);
+                                      const A* fade, const uint64_t* bits, uint64_t full, A* buffer, A* out) {
+    const Poison poison = find_poison(rows, keys, width, bits, full);
     if (!poison.count) return accumulate_columns(rows, keys, width, P, w, fade, out);
     accumulate_columns(without_poison(rows, poison, keys, width, buffer), keys, width, P, w, fade, out);
     add_poison_to_columns(rows, poison, width, P, w, bits, out);

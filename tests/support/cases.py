@@ -89,6 +89,12 @@ def lengths(case: Case, generator: torch.Generator) -> BlockMask:
     return BlockMask.from_lengths(per_batch, q_len=case.Nq, kv_len=case.Nk)
 
 
+def groups(case: Case, generator: torch.Generator) -> BlockMask:
+    """Full blocks of 16 that four rows of blocks in turn see alike: a band of diagonal groups."""
+    row, column = (torch.arange(n)[:, None] // 64 for n in (case.Nq, case.Nk))
+    return BlockMask.from_dense((row == column.T) | (row + 1 == column.T), block_size=16)
+
+
 def blocks_window_lengths(case: Case, generator: torch.Generator) -> BlockMask:
     """All three parts of a mask at once."""
     blocks = random_blocks((16, 32), 0.7)(case, generator)
@@ -171,12 +177,14 @@ CASES = [
     Case("causal_bottom_right_empty_rows", Nq=80, Nk=45, causal="bottom_right"),
     Case("window", mask=window(9, 5)),
     Case("window_causal", B=1, Nq=333, Nk=333, mask=window(40, 0)),
+    Case("window_narrow_grouped", B=1, Hq=4, Hkv=2, Nq=390, Nk=520, mask=window(30, 12)),
     Case("window_one_sided", Nq=130, Nk=90, mask=window(-1, 7)),
     Case("lengths", B=4, mask=lengths),
     Case("bits", mask=random_bits(0.5)),
     Case("bits_sparse", Nq=150, Nk=200, mask=random_bits(0.02)),
     Case("bits_shared", mask=random_bits(0.5, batch=False, heads=False)),
     Case("blocks_16", Nq=100, Nk=150, mask=random_blocks((16, 16))),
+    Case("blocks_16_alike_grouped", B=1, Hq=4, Hkv=2, Nq=530, Nk=500, mask=groups),
     Case("blocks_64_32", Nq=201, Nk=150, mask=random_blocks((64, 32))),
     Case("blocks_128", B=1, Nq=390, Nk=517, mask=random_blocks((128, 128), 0.7)),
     Case("blocks_256", B=1, Nq=300, Nk=700, mask=random_blocks((256, 256), 0.8)),

@@ -142,13 +142,21 @@ void draw_lists(Random& random, const AttentionCase& c, Mask& mask) {
     mask.heads = random.chance(0.5) ? 1 : c.Hq;
     mask.pairs.assign(static_cast<size_t>(mask.batch * mask.heads * c.Nq * c.Nk), 0);
     const double density = random.choose<double>({0.1, 0.5, 0.9, 1.0}), full = random.choose<double>({0.0, 0.5, 1.0});
+    // Sometimes only blocks near the diagonal, and sometimes rows that say what the row before says.
+    const int64_t reach = random.chance(0.4) ? random.integer(0, 100) : INT64_MAX / 4;
+    const int64_t alike = random.chance(0.2) ? random.choose<int64_t>({2, 4}) : 1;
     mask.indptr.push_back(0);
     for (int64_t head = 0; head < mask.batch * mask.heads; ++head) {
+        uint8_t* pairs = mask.pairs.data() + head * c.Nq * c.Nk;
         for (int64_t i = 0; i < ceil_div(c.Nq, mask.block_q); ++i) {
-            for (int64_t j = 0; j < ceil_div(c.Nk, mask.block_k); ++j)
-                if (random.chance(density))
-                    append_block(random, c, mask, mask.pairs.data() + head * c.Nq * c.Nk, i, j,
-                                 random.chance(full) ? 1 : 2);
+            if (i % alike != 0) {
+                const size_t rows = mask.indptr.size();
+                for (int64_t e = mask.indptr[rows - 2]; e < mask.indptr[rows - 1]; ++e)
+                    append_block(random, c, mask, pairs, i, mask.indices[static_cast<size_t>(e)], 1);
+            }
+            for (int64_t j = 0; i % alike == 0 && j < ceil_div(c.Nk, mask.block_k); ++j)
+                if (random.chance(density) && std::abs(i * mask.block_q - j * mask.block_k) <= reach)
+                    append_block(random, c, mask, pairs, i, j, alike > 1 || random.chance(full) ? 1 : 2);
             mask.indptr.push_back(static_cast<int64_t>(mask.indices.size()));
         }
     }

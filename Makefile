@@ -18,7 +18,8 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
 	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu \
-	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields works-with
+	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields works-with \
+	sweep-transformers
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-28s%s\n", $$1, $$2 }'
@@ -159,6 +160,9 @@ clean: ## remove what was built
 fields: OUT = benchmarks/results/cpu/fields-$(shell date +%Y%m%d)
 fields: $(STAMP) ## text, images, series and CLIP x methods x seeds, and the table of docs/fields.md: ARGS=--quick
 	@out="$(OUT)" && $(BIN)/efficient-attn bench fields --out "$$out" $(ARGS) && $(BIN)/python docs/fields.py "$$out/results.jsonl"
+
+sweep-transformers: $(STAMP) ## write docs/transformers-sweep.md: every model type of transformers against eager (20 minutes)
+	cd tests && ../$(BIN)/python -m sweep.run $(ARGS)
 
 works-with: $(STAMP) ## write docs/works-with.md: what people do around a model x methods x models (10 minutes)
 	cd tests && ../$(BIN)/python -c "from support.works_with import main; main()" > ../docs/works-with.md

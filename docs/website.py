@@ -45,7 +45,7 @@ NAV: list[Any] = [
     {"Long sequences": "long-sequences.md"},
     {"Other libraries' interfaces": "compat.md"},
     {"Methods": ["methods.md"]},
-    {"Models and training": ["models.md", "training.md", "works-with.md"]},
+    {"Models and training": ["models.md", "training.md", "works-with.md", "transformers-sweep.md"]},
     {"Measuring": ["profiling.md", "benchmarks.md"]},
     {"GPU": "gpu.md"},
     {"See attention": "insight.md"},
@@ -54,7 +54,9 @@ NAV: list[Any] = [
 ]  # fmt: skip
 REFERENCE = {
     "attention": ("efficient_attn.functional", ("attention", "attention_weights", "merge_attention")),
+    "packed sequences": ("efficient_attn.varlen", ("attention_varlen",)),
     "the module": ("efficient_attn.multihead", ("MultiheadAttention", "replace_attention")),
+    "caches": ("efficient_attn.cache", ("KVCache", "PagedKVCache", "cached_attention", "paged_attention")),
     "masks": ("efficient_attn.masks.block_mask", ("BlockMask",)),
     "explain": ("efficient_attn.explanation", ("explain", "Explanation")),
     "flash-attn": ("efficient_attn.compat.flash_attn", None),

@@ -2,6 +2,7 @@
 
 from .backends import BACKENDS
 from .biases import ALiBi, LowRankBias, RelativeBias, T5Bias
+from .cache import KVCache, PagedKVCache, cached_attention, paged_attention
 from .errors import (
     CheckpointError,
     ConversionError,
@@ -56,6 +57,7 @@ from .patterns import (
     TopPBlocks,
     per_head,
 )
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -82,6 +84,7 @@ __all__ = [
     "Hybrid",
     "InputError",
     "InputTypeError",
+    "KVCache",
     "Linear",
     "Linformer",
     "Longformer",
@@ -92,6 +95,7 @@ __all__ = [
     "Neighborhood",
     "Nystrom",
     "NystromTail",
+    "PagedKVCache",
     "Pattern",
     "Performer",
     "PerformerTail",
@@ -105,14 +109,17 @@ __all__ = [
     "TopPBlocks",
     "UnsupportedError",
     "attention",
+    "attention_varlen",
     "attention_weights",
     "branch_share",
+    "cached_attention",
     "convert",
     "explain",
     "linear_attention",
     "linformer_attention",
     "merge_attention",
     "nystrom_attention",
+    "paged_attention",
     "parse",
     "per_head",
     "performer_attention",

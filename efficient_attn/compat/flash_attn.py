@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import cached_attention, paged_attention
+from ..cache.rotary import rotate
 from ..errors import InputError, UnsupportedError
 from ..functional import attention
-from ..masks import BlockMask
-from .kv_cache import append, read_cache, rotate, rows_of
-from .packed import offset_of, packed_mask, starts_of
+from ..masks.packed import offset_of, starts_of
+from ..varlen import attention_varlen
+from .kv_cache import append, read_cache, rows_of
 from .scores import attend
 
 __all__ = [
@@ -136,17 +138,17 @@ def flash_attn_varlen_func(
     _check_dims(3, k=k, v=v)
     cu_k = starts_of("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     window = _window(window_size, causal)
-    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     if softcap == 0.0 and alibi_slopes is None:
-        mask = packed_mask(cu_q, cu_k, q.shape[0], k.shape[0], window=window, device=q.device)
-        out, lse = attention(
-            query, key, value, mask=mask, scale=softmax_scale, dropout_p=dropout_p, return_lse=True, backend=backend
-        )
-    else:
-        out, lse = _one_by_one(
-            query, key, value, cu_q, cu_k, alibi_slopes, window=window, scale=softmax_scale, softcap=softcap,
-            dropout_p=dropout_p, backend=backend,
+        out, lse = attention_varlen(
+            q, k, v, cu_q, cu_k, window=window, scale=softmax_scale, dropout_p=dropout_p, return_lse=True,
+            backend=backend,
         )  # fmt: skip
+        return (out, lse, None) if return_attn_probs else out
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, lse = _one_by_one(
+        query, key, value, cu_q, cu_k, alibi_slopes, window=window, scale=softmax_scale, softcap=softcap,
+        dropout_p=dropout_p, backend=backend,
+    )  # fmt: skip
     out = out[0].transpose(0, 1).contiguous()
     return (out, lse[0], None) if return_attn_probs else out
 
@@ -237,24 +239,26 @@ def flash_attn_with_kvcache(
     begins = [0] * B if cache_leftpad is None else cache_leftpad.tolist()
     options: dict[str, Any] = {"scale": softmax_scale, "backend": backend}
     query, longest = q.transpose(1, 2), max(ends, default=0)
-    key, value = (_cached(x, rows.where, block_table, longest) for x in (k_cache, v_cache))
-    alone = softcap == 0.0 and alibi_slopes is None and (window == (-1, -1) or (Nq == 1 and window[0] < 0))
-    if len(set(ends)) <= 1 and not any(begins):
-        out, lse = attend(
-            query, key, value, window=window, offset=longest - Nq, softcap=softcap, slopes=alibi_slopes, **options
+    plain = softcap == 0.0 and alibi_slopes is None and not any(begins)
+    if plain and block_table is not None:
+        out, lse = paged_attention(
+            query, k_cache, v_cache, block_table, ends, is_causal=False, window=window, return_lse=True, **options
         )
-    elif alone and not any(begins):  # what a query sees is up to the lengths
-        mask = BlockMask.from_lengths(rows.lengths, q_len=Nq, kv_len=longest)
-        out, lse = attention(query, key, value, mask=mask, return_lse=True, **options)
     else:
-        parts = [
-            attend(
-                query[b : b + 1], key[b : b + 1, :, begin:end], value[b : b + 1, :, begin:end], window=window,
-                offset=end - begin - Nq, softcap=softcap, slopes=_slopes_of(alibi_slopes, b), **options,
+        key, value = (_cached(x, rows.where, block_table, longest) for x in (k_cache, v_cache))
+        if plain:
+            out, lse = cached_attention(
+                query, key, value, ends, is_causal=False, window=window, return_lse=True, **options
             )
-            for b, (begin, end) in enumerate(zip(begins, ends, strict=True))
-        ]  # fmt: skip
-        out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+        else:
+            parts = [
+                attend(
+                    query[b : b + 1], key[b : b + 1, :, begin:end], value[b : b + 1, :, begin:end], window=window,
+                    offset=end - begin - Nq, softcap=softcap, slopes=_slopes_of(alibi_slopes, b), **options,
+                )
+                for b, (begin, end) in enumerate(zip(begins, ends, strict=True))
+            ]  # fmt: skip
+            out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     out = out.transpose(1, 2).contiguous()
     return (out, lse) if return_softmax_lse else out
 

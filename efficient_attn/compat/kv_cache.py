@@ -69,26 +69,3 @@ def append(cache: Tensor, new: Tensor, rows: Rows) -> None:
         cache[elements[:, None], at] = new.to(cache.dtype)
     else:
         cache[rows.table.gather(1, at // cache.shape[1]), at % cache.shape[1]] = new.to(cache.dtype)
-
-
-def rotate(x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """x (B, N, H, D) with its first features turned by rotary positions (Su et al. 2021).
-
-    Args:
-        places: int64 (B, N), rows of cos and sin (positions, rotary_dim / 2).
-        interleaved: features 2i and 2i + 1 are a pair, else i and i + rotary_dim / 2.
-    """
-    half = cos.shape[-1]
-    if sin.shape != cos.shape or 2 * half > x.shape[-1]:
-        raise InputError(
-            f"rotary_cos and rotary_sin must be (positions, at most {x.shape[-1] // 2}); got {tuple(cos.shape)} and "
-            f"{tuple(sin.shape)}"
-        )
-    if places.numel() and int(places.max()) >= cos.shape[0]:
-        raise InputError(f"position {int(places.max())} is asked for, and rotary_cos has {cos.shape[0]}")
-    c, s = (t.float()[places][:, :, None] for t in (cos, sin))  # [B, N, 1, half]
-    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
-    pair = (a * c - b * s, a * s + b * c)
-    found = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat([found.to(x.dtype), rest], -1)

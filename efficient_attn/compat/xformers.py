@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..functional import attention
 from ..masks import BlockMask
-from .packed import packed_mask
+from ..masks.packed import packed_mask
 
 __all__ = [
     "BlockDiagonalCausalFromBottomRightMask",

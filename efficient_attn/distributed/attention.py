@@ -168,7 +168,10 @@ class _Rows:
             self.call.scale, self.call.dropout_p, self._seed(piece), self.dbias is not None, 0.0, None, None,
             False, backend,
         )  # fmt: skip
-        self.dq[:, :, a:b] += dq
+        if b - a == self.dq.shape[2] and self.counts[piece.rows] == 1:
+            self.dq = dq.to(self.dq.dtype)
+        else:
+            self.dq[:, :, a:b] += dq
         c, d = piece.columns
         dk[:, :, c:d] += part_dk
         dv[:, :, c:d] += part_dv
@@ -276,7 +279,6 @@ class _Ring(_Rows):
         self._begin_backward(met, bias, wants_bias, query)
         tensors = (grad_out, grad_lse, query, bias, out, lse)
         passing: Passing | None = None
-        travelling = key
         B, H, _, D = key.shape
         width, what = D + value.shape[3], "gradients of keys and values"
         for owner, k, v in self._passing(key, value):
@@ -285,15 +287,15 @@ class _Ring(_Rows):
                 self._give_back(piece, tensors, k, v, found[..., :D], found[..., D:])
             if passing is not None:
                 found += self.exchange.arrived(passing, what=what)
+                passing = None  # what was sent is freed before the next one comes
             after = plan.keys.counts[(owner - 1) % R]  # the shard that is worked on next, here
             if R > 1:
                 passing = self.exchange.pass_on(
                     found, (B, H, after, width), self._neighbour(1), self._neighbour(-1), what=what
                 )
-            travelling = found
         if passing is not None:
-            travelling = self.exchange.arrived(passing, what=what)
-        return self._gradients(query, travelling[..., :D], travelling[..., D:], key, bias)
+            found = self.exchange.arrived(passing, what=what)
+        return self._gradients(query, found[..., :D], found[..., D:], key, bias)
 
     def _passing(self, key: Tensor, value: Tensor) -> Any:
         """Yield (owner, its keys, its values), this rank's first, then those of the rank before it, and so on."""
@@ -310,6 +312,7 @@ class _Ring(_Rows):
             yield (owner, key, value) if step == 0 else (owner, both[..., :D], both[..., D:])
             if step < R - 1:
                 both = self.exchange.arrived(passing, what="keys and values")
+                del passing  # and with it what was sent
 
     def _neighbour(self, step: int) -> int:
         return self.call.ranks[(self.call.place + step) % self.plan.ranks]

@@ -27,7 +27,7 @@ from ..handover import hides_forward
 from ..methods import DENSE, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
-from . import fidelity, routed
+from . import fidelity, huggingface, routed, score_methods
 from .fidelity import Cost, LayerFidelity, Trace
 from .layer_state import LAYER_METHOD, state_restorer
 
@@ -139,6 +139,8 @@ def convert(
 
     * torch.nn.MultiheadAttention, also inside torch.nn's Transformers, and this package's: by `replace_attention`.
     * models of transformers, anywhere in the model: by `set_attn_implementation`, see `integrations.huggingface`.
+    * layers of transformers past its interface whose scores are one method (GPT-J, CodeGen, GPT-Neo, ...): that method,
+      see `integrations.score_methods`.
     * modules with a method `set_attention(spec)` beside an `attention` of this package, as its models have: by that.
     * attention of timm, open_clip and diffusers: its call of scaled_dot_product_attention, see `integrations.routed`.
 
@@ -314,6 +316,7 @@ def _is_dense(model: nn.Module) -> bool:
 def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.Module], bool] | None) -> None:
     """Do it, writing into the report what was done, how to undo it, and what was left."""
     wanted = predicate or (lambda name, module: True)
+    _convert_score_methods(model, report, wanted)
     _convert_transformers(model, report, wanted)
     _convert_own(model, report, wanted)
     _convert_routed(model, report, wanted)
@@ -356,12 +359,12 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
     transformers = sys.modules.get("transformers")  # if it was never imported, the model has none of its modules
     if transformers is None:
         return
-    from . import huggingface
-
     for name, module in _topmost(model, lambda m: isinstance(m, transformers.PreTrainedModel)):
         if not wanted(name, module):
             report.skipped[name] = "left out by predicate"
             continue
+        if any(score_methods.kind_of(m) is not None for m in module.modules()):
+            continue  # its layers are served one by one
         huggingface.register()
         parts = [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
         configs = list({id(part.config): part.config for part in parts}.values())
@@ -369,7 +372,8 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
         report._undo.append(_restorer(old, state_restorer(module)))
         wished = huggingface.implementation_name(report.attention)
         pretrained: Any = module
-        pretrained.set_attn_implementation(wished)
+        with huggingface.in_part():
+            pretrained.set_attn_implementation(wished)
         deaf = sorted({type(part).__name__ for part in parts if part.config._attn_implementation != wished})
         if not deaf:
             report.converted[name] = f"{type(module).__name__} of transformers, {wished!r}"
@@ -378,6 +382,16 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
             report.skipped[f"{name} ({', '.join(deaf)})"] = "does not go through transformers' attention interface"
         else:
             report.skipped[name] = f"{type(module).__name__} does not go through transformers' attention interface"
+
+
+def _convert_score_methods(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
+    for name, module in _topmost(model, lambda m: score_methods.kind_of(m) is not None):
+        if not wanted(name, module):
+            report.skipped[name] = "left out by predicate"
+            continue
+        report._undo.append(state_restorer(module))
+        report._undo.append(score_methods.serve(module, report.attention))
+        report.converted[name] = f"{type(module).__qualname__} of transformers, its method _attn"
 
 
 def _restorer(old: list[tuple[Any, str]], restore_states: Callable[[], None]) -> Callable[[], None]:

@@ -4,16 +4,18 @@
     model = AutoModel.from_pretrained(path, attn_implementation="efficient_attn:bigbird:block=64")
     model.set_attn_implementation("efficient_attn")         # dense
 
-Whatever stands behind the first colon is a spec of this package. A model's layers call `_forward` below, its mask code
+Whatever stands behind the first colon is a spec of this package. A model's layers call `attend` below, its mask code
 `huggingface_masks.pair_mask`; nothing n x n is made on the way. What a layer asks for and we do not have raises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +28,7 @@ from ..methods.continuation import continuation, goes_by_positions
 from ..methods.left_padding import Turned, left_padding, take
 from ..patterns import Pattern
 from ..tracing import is_jit_traced
-from .huggingface_masks import PairMask, pair_mask
+from .huggingface_masks import PairMask, packed_documents, pair_mask
 from .layer_state import LAYER_METHOD, layer_state
 from .torch_sdpa import only_hides
 
@@ -61,9 +63,15 @@ HARMLESS = frozenset(
         "max_length_k",
     }
 )
+_in_part = False
+# Beginning of a model's name -> layers in it that never look up an implementation, and whether they are all it has.
+OWN_LAYERS = {
+    "PegasusX": ("its encoder's global-local attention", False),
+    "LongT5": ("its encoder's local or transient-global attention", False),
+    "PPFormulaNetVision": ("its attention with decomposed positions", True),
+}
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})  # what DataCollatorWithFlattening says of documents
 ADVICE = {
-    "cu_seq_lens_q": "pack sequences by position_ids that restart at 0 instead",
-    "cu_seq_lens_k": "pack sequences by position_ids that restart at 0 instead",
     "cache": "use generate() with a dynamic or static cache",
 }
 
@@ -92,6 +100,8 @@ def register() -> None:
             _add(requested_attention)
             vars(self)["_efficient_attn_name"] = _Registered(requested_attention)
             _refuse_in_class_tables(type(self), requested_attention)
+            if not _in_part:
+                _refuse_layers_of_their_own(self, requested_attention)
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
@@ -115,6 +125,35 @@ def _refuse_in_class_tables(model: type, name: str) -> None:
     for variable, table in vars(sys.modules[model.__module__]).items():
         if variable.endswith("ATTENTION_CLASSES") and isinstance(table, dict):
             table.setdefault(name, refuse)
+
+
+def _refuse_layers_of_their_own(model: Any, name: str) -> None:
+    """Raise for a model that has layers which would go on as they are, as far as that is known before they run."""
+    for prefix, (layers, always) in OWN_LAYERS.items():
+        if type(model).__name__.startswith(prefix) and (always or ":" in name):
+            raise UnsupportedError(
+                f"{type(model).__name__}: {layers} looks up no attention implementation, so that {name!r} would not "
+                f"reach it; use 'eager'{'' if always else f' or {NAME!r}'}, or convert(), which says what it leaves"
+            )
+    tables = [t for v, t in vars(sys.modules[type(model).__module__]).items() if v.endswith("ATTENTION_CLASSES")]
+    classes = {c for table in tables if isinstance(table, dict) for c in table.values()}
+    for layer in model.modules() if "_modules" in vars(model) else ():
+        if type(layer) in classes:
+            raise UnsupportedError(
+                f"{type(model).__name__} has chosen the class of its layers, {type(layer).__name__}, when it was made, "
+                f"by name in a table of its own, so that {name!r} would not reach them; use 'eager'"
+            )
+
+
+@contextlib.contextmanager
+def in_part() -> Iterator[None]:
+    """A range in which models keep layers that a name does not reach, for callers that report them."""
+    global _in_part
+    before, _in_part = _in_part, True
+    try:
+        yield
+    finally:
+        _in_part = before
 
 
 class _Registered:
@@ -142,11 +181,11 @@ def _add(name: str) -> None:
     if name not in AttentionInterface._global_mapping:
         spec = name.partition(":")[2]
         method = parse(spec) if spec else DENSE
-        AttentionInterface.register(name, functools.partial(_forward, method))
+        AttentionInterface.register(name, functools.partial(attend, method))
         AttentionMaskInterface.register(name, pair_mask)
 
 
-def _forward(
+def attend(
     method: Method,
     module: nn.Module,
     query: Tensor,
@@ -176,6 +215,7 @@ def _forward(
     """
     _check_arguments(kwargs)
     method = vars(module).get(LAYER_METHOD, method)
+    documents = packed_documents(kwargs, query, key)
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)
     Nq, Nk = query.shape[2], key.shape[2]
@@ -192,6 +232,8 @@ def _forward(
             place = (attention_mask.start + attention_mask.offset, attention_mask.offset)
     else:
         call = _from_tensor(attention_mask, method, query, Nk)
+    if documents is not None:
+        call["mask"] = _both(call.get("mask"), documents)
     if place is None and not method.is_dense:
         method = _without_place(method, module, Nq, Nk)
     if call.get("key_mask") is not None:
@@ -250,7 +292,7 @@ def _without_place(method: Method, module: nn.Module, Nq: int, Nk: int) -> Metho
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
-        if value is None or value is False or name in HARMLESS:
+        if value is None or value is False or name in HARMLESS or name in PACKED:
             continue
         advice = ADVICE.get(name, "use attn_implementation='eager' for this model")
         raise UnsupportedError(
@@ -280,7 +322,9 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
 
 
 def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, Any]:
-    if mask.shape[2:] != (Nq, Nk):
+    if mask.shape[-2:] == (1, Nk) != (Nq, Nk) and len(mask.shape) == 4:  # one row for every query
+        mask = mask.expand(-1, -1, Nq, -1)
+    if len(mask.shape) != 4 or mask.shape[2:] != (Nq, Nk):
         raise InputError(
             f"the mask is for {mask.shape[2]} queries and {mask.shape[3]} keys; the layer has {Nq} and {Nk}"
         )
@@ -288,6 +332,15 @@ def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, A
     if mask.causal and mask.start in (0, Nk - Nq):
         return call | {"is_causal": True, "causal_alignment": "bottom_right" if mask.start else "top_left"}
     return call if mask.pairs is None else call | {"mask": mask.pairs}
+
+
+def _both(mask: BlockMask | Tensor | None, documents: BlockMask | Tensor) -> BlockMask | Tensor:
+    """The pairs that both allow."""
+    if mask is None:
+        return documents
+    if isinstance(documents, Tensor):  # a graph is recorded
+        return documents & (mask if isinstance(mask, Tensor) else mask.to_dense().to(documents.device))
+    return documents & (BlockMask.from_dense(mask) if isinstance(mask, Tensor) else mask.to(documents.device))
 
 
 def _from_tensor(mask: Tensor, method: Method, query: Tensor, Nk: int) -> dict[str, Any]:

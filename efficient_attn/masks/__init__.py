@@ -6,6 +6,7 @@ lists.py       block-compressed lists, and how they are built
 algebra.py     & | ~, windows written out, counts
 rules.py       what makes a mask valid
 flex.py        FlexAttention's BlockMask, from and to
+packed.py      sequences one behind the other, of different lengths
 picture.py     drawings
 """
 

@@ -139,7 +139,7 @@ def test_packed_sequences(seed: int, backend: str) -> None:
 
 def test_long_packed_sequences_share_their_tiles() -> None:
     """Full blocks are no tiles, and those along the diagonal are alike within a sequence: memory is that of a list."""
-    from efficient_attn.compat.packed import packed_mask
+    from efficient_attn.masks.packed import packed_mask
 
     starts = (0, 5000, 5000, 5001, 20000)
     mask = packed_mask(starts, starts, 20000, 20000, window=(-1, 0))

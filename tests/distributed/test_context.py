@@ -146,7 +146,7 @@ def test_memory_falls_with_the_number_of_ranks():
             found[count] = max(ranks.run(jobs.peak_memory, length))
     print({count: f"{size / 2**20:.0f} MiB" for count, size in found.items()})
     # One rank has no keys on their way; from there on it falls, but for what does not depend on the length.
-    assert found[2] < found[1] and found[4] < 0.75 * found[2]
+    assert found[2] < 0.9 * found[1] and found[4] < 0.7 * found[2]
 
 
 # --- faults ---

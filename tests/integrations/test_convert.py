@@ -296,9 +296,9 @@ def test_layers_of_transformers_that_are_never_reached_are_named(transformers):
 
 
 def test_transformers_without_the_interface_are_left(transformers):
-    config = transformers.GPTJConfig(vocab_size=50, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
-    model = nn.ModuleDict({"gptj": transformers.GPTJModel(config), "bert": bert(transformers)})
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4)
+    model = nn.ModuleDict({"bloom": transformers.BloomModel(config), "bert": bert(transformers)})
     report = convert(model, WINDOW)
-    assert list(report.converted) == ["bert"] and "attention interface" in report.skipped["gptj"]
+    assert list(report.converted) == ["bert"] and "attention interface" in report.skipped["bloom"]
     with pytest.raises(InputError, match="attention interface"):
-        convert(model["gptj"], WINDOW)
+        convert(model["bloom"], WINDOW)

@@ -90,7 +90,6 @@ def layer_call(name="efficient_attn", mask=None, length=N, **kwargs):
     [
         {"softcap": 30.0},
         {"s_aux": torch.zeros(4)},
-        {"cu_seq_lens_q": torch.tensor([0, 20])},
         {"indices": torch.zeros(1)},
         {"cache": object()},
         {"something_new": 1},

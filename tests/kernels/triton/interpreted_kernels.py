@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.kernel_checks import KernelChecks, draw, masked, results
 
-from efficient_attn import BlockMask, UnsupportedError, attention, parse
+from efficient_attn import BlockMask, UnsupportedError, attention
 from efficient_attn.backends.triton import attention as backend
 
 pytestmark = pytest.mark.interpreter
@@ -78,28 +78,3 @@ def test_float64_is_refused_with_a_reason() -> None:
     q = draw(1, 1, 8, 8).double()
     with pytest.raises(UnsupportedError, match="float64"):
         attention(q, q, q, backend="triton")
-
-
-@pytest.mark.parametrize("shape", ["rows", "keys"])
-@pytest.mark.parametrize("mean", [None, "heads", "mean"])
-def test_rows_whose_bias_is_one_large_number(shape: str, mean: str | None) -> None:
-    """finfo.min over all that a row sees, as over padding, is an average; beside such a row an ordinary one."""
-    size = torch.tensor([torch.finfo(torch.float32).min, 0.0, -1e9, 3e38, 1e20])
-    q, k, v = draw(1, 4, 40, 16), draw(1, 2, 40, 16, seed=1), draw(1, 2, 40, 16, seed=2)
-    bias = size[torch.arange(40) % 5][None, None, :, None].repeat(1, 1, 1, 40)
-    options: dict = {"dropout_p": 0.2, "dropout_seed": 3}
-    if shape == "keys":  # padding on the left: its rows see nothing else, by causality
-        bias = torch.where(torch.arange(40) < 9, torch.finfo(torch.float32).min, 0.0)[None, None, None]
-        options = {"is_causal": True, "causal_alignment": "top_left"}
-    found = []
-    for name in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (q, k, v, bias)]
-        if mean is None:
-            out = attention(*leaves[:3], bias=leaves[3], backend=name, **options)
-        else:
-            call = {"backend": name, "need_weights": True if mean == "heads" else "mean", **options}
-            out = torch.cat([t.flatten() for t in parse("dense").attend(*leaves[:3], bias=leaves[3], **call)])
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-        found.append((out.detach(), *torch.autograd.grad(out, leaves, cotangent)))
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

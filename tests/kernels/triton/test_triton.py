@@ -62,7 +62,7 @@ def test_conformance_in_whole(dtype: str) -> None:
     pytest_passes(str(TESTS / "contract" / "test_conformance.py"), f"-k-{dtype}]", at_least=75)
 
 
-@pytest.mark.parametrize(("file", "tests"), [("kernels", 25), ("edges", 21), ("plan", 10), ("linear", 23)])
+@pytest.mark.parametrize(("file", "tests"), [("kernels", 19), ("edges", 27), ("plan", 10), ("linear", 23)])
 def test_what_only_the_kernels_promise(file: str, tests: int) -> None:
     pytest_passes(str(HERE / f"interpreted_{file}.py"), at_least=tests)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from ..masks import BlockMask
-from ..masks.lists import Grid, predicate_lists
+from .block_mask import BlockMask
+from .lists import Grid, predicate_lists
 
 BLOCK = 128
 
@@ -63,7 +63,41 @@ def packed_mask(
     """
     if len(cu_q) != len(cu_k):
         raise InputError(f"there are {len(cu_q) - 1} sequences of queries and {len(cu_k) - 1} of keys")
-    return _kept(cu_q, cu_k, total_q, total_k, tuple(window), bottom_right, str(torch.device(device)))
+    left, right = window
+    place = str(torch.device(device))
+    if torch.compiler.is_compiling():
+        *lists, t_indptr, t_indices, t_tile_ids = packed_lists(
+            list(cu_q), list(cu_k), total_q, total_k, left, right, bottom_right, place
+        )
+        fields = dict(zip(("indptr", "indices", "tile_ids", "tiles"), lists, strict=True))
+        return BlockMask.unchecked((t_indptr, t_indices, t_tile_ids), q_len=total_q, kv_len=total_k, **fields)
+    return _kept(cu_q, cu_k, total_q, total_k, left, right, bottom_right, place)
+
+
+# What torch.compile sees: one operator that looks the lists up, whose sizes are constants of the graph.
+@torch.library.custom_op("efficient_attn::packed_lists", mutates_args=())
+def packed_lists(
+    cu_q: list[int], cu_k: list[int], total_q: int, total_k: int, left: int, right: int, bottom_right: bool, device: str
+) -> list[Tensor]:
+    """indptr, indices, tile_ids, tiles and the three transposed lists of `packed_mask`."""
+    return [x.clone() for x in _lists(cu_q, cu_k, total_q, total_k, left, right, bottom_right, device)]
+
+
+@packed_lists.register_fake
+def _packed_lists_fake(
+    cu_q: list[int], cu_k: list[int], total_q: int, total_k: int, left: int, right: int, bottom_right: bool, device: str
+) -> list[Tensor]:
+    lists = _lists(cu_q, cu_k, total_q, total_k, left, right, bottom_right, "cpu")
+    return [torch.empty(x.shape, dtype=x.dtype, device=device) for x in lists]
+
+
+def _lists(
+    cu_q: Sequence[int], cu_k: Sequence[int], total_q: int, total_k: int, left: int, right: int, bottom_right: bool,
+    device: str,
+) -> list[Tensor]:  # fmt: skip
+    starts = tuple(map(int, cu_q)), tuple(map(int, cu_k))
+    mask = _kept(*starts, int(total_q), int(total_k), int(left), int(right), bottom_right, device)
+    return [x for x in mask.arrays(True) if isinstance(x, Tensor)]
 
 
 @functools.lru_cache(maxsize=32)
@@ -74,7 +108,7 @@ def _kept(*arguments: object) -> BlockMask:
 
 
 def _make(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], total_q: int, total_k: int, window: tuple[int, int],
+    cu_q: tuple[int, ...], cu_k: tuple[int, ...], total_q: int, total_k: int, left: int, right: int,
     bottom_right: bool, device: str,
 ) -> BlockMask:  # fmt: skip
     grid = Grid(total_q, total_k, BLOCK, BLOCK)
@@ -91,10 +125,7 @@ def _make(
     # Blocks within one sequence are alike where they stand alike to the diagonal; far from it, all are full or empty.
     at = cols * BLOCK - rows * BLOCK - shifts[first_q[rows]]  # j - i - offset of a block's first query and key
     one = (first_q[rows] == last_q[rows]) & (first_k[cols] == last_k[cols]) & (first_q[rows] == first_k[cols])
-    left, right = (
-        (window[0] if window[0] >= 0 else total_q + total_k),
-        (window[1] if window[1] >= 0 else total_q + total_k),
-    )
+    left, right = (side if side >= 0 else total_q + total_k for side in (left, right))
     outside = one & ((at + BLOCK - 1 < -left) | (at - (BLOCK - 1) > right))
     full = one & (at - (BLOCK - 1) >= -left) & (at + BLOCK - 1 <= right)
     rows, cols, at, one, full = (x[~outside] for x in (rows, cols, at, one, full))

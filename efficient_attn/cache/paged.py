@@ -1,0 +1,239 @@
+"""`PagedKVCache`: sequences of any length on pages of one pool (Kwon et al. 2023), which may share a beginning."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from .reading import Lengths, checked_integers, paged_attention
+from .rotary import turned
+
+
+class PagedKVCache:
+    """One layer's keys and values on pages; sequences come and go, and each takes the pages that it fills.
+
+        cache = PagedKVCache(256, 64, num_kv_heads=8, head_dim=64)
+        first = cache.add()
+        out = cache.attend([first], query, key, value)   # (1, Hq, N, D): a prompt, then token by token
+        other = cache.fork(first)                        # shares every page until one of them writes
+        cache.free(first)
+
+    Args:
+        num_pages: of the pool.
+        page_size: rows of a page.
+        num_kv_heads, head_dim: of the keys; value_dim: of the values, default head_dim.
+        rotary, interleaved: as in `KVCache`.
+        dtype, device: of the pages.
+
+    Attributes:
+        key_pages, value_pages: (num_pages, page_size, Hkv, D) and (num_pages, page_size, Hkv, Dv), for
+            `paged_attention` and `compat.flash_attn`.
+
+    Without gradients.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        interleaved: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise InputError(f"a pool has one page or more, of one row or more; got {num_pages} of {page_size}")
+        rows = (num_pages, num_kv_heads, page_size)  # a head's rows lie together, which is how they are read
+        self.key_pages = torch.zeros(*rows, head_dim, dtype=dtype, device=device).transpose(1, 2)
+        self.value_pages = torch.zeros(*rows, value_dim or head_dim, dtype=dtype, device=device).transpose(1, 2)
+        self.page_size, self.rotary, self.interleaved = page_size, rotary, interleaved
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._users = [0] * num_pages  # sequences that have the page
+        self._pages: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+
+    # --- sequences ---
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages no sequence has."""
+        return len(self._free)
+
+    def add(self) -> int:
+        """A new sequence without tokens; returns its name."""
+        name, self._next = self._next, self._next + 1
+        self._pages[name], self._lengths[name] = [], 0
+        return name
+
+    def fork(self, sequence: int, length: int | None = None) -> int:
+        """A new sequence that begins as another does, on the same pages; the page on which it goes on is copied when
+        one of them writes.
+
+        Args:
+            length: how many tokens of it; default all.
+        """
+        had = self._length(sequence)
+        length = had if length is None else checked_integers("length", [length], 1, had)[0]
+        name = self.add()
+        self._pages[name] = self._pages[sequence][: -(-length // self.page_size)]
+        self._lengths[name] = length
+        for page in self._pages[name]:
+            self._users[page] += 1
+        return name
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence; its pages that no other has are free again."""
+        self.rewind(sequence, 0)
+        del self._pages[sequence], self._lengths[sequence]
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget a sequence's tokens from `length` on."""
+        checked_integers("length", [length], 1, self._length(sequence))
+        pages = self._pages[sequence]
+        while len(pages) * self.page_size >= length + self.page_size:
+            page = pages.pop()
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)
+        self._lengths[sequence] = length
+
+    def lengths(self, sequences: Sequence[int]) -> list[int]:
+        """How many tokens sequences have."""
+        return [self._length(sequence) for sequence in sequences]
+
+    def block_table(self, sequences: Sequence[int]) -> Tensor:
+        """int32 (sequences, pages of the longest), -1 behind the last page of each."""
+        pages = [self._pages[sequence] for sequence in sequences if self._length(sequence) >= 0]
+        longest = max(map(len, pages), default=0)
+        rows = [[*own, *([-1] * (longest - len(own)))] for own in pages]
+        return torch.tensor(rows, dtype=torch.int32, device=self.key_pages.device).view(len(rows), longest)
+
+    # --- writing and reading ---
+
+    def append(self, sequences: Sequence[int], key: Tensor, value: Tensor, *, counts: Lengths | None = None) -> None:
+        """Add keys (S, Hkv, n, D) and values (S, Hkv, n, Dv), row s behind the tokens of sequences[s].
+
+        Args:
+            counts: integers (S), how many of the n are real, the first ones; default all.
+
+        Raises:
+            InputError: tensors that do not fit, a sequence twice, or too few free pages; nothing is written then.
+            UnsupportedError: keys that take part in autograd.
+        """
+        if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
+            raise UnsupportedError("a cache is for generation; call the model under torch.no_grad(), or without cache=")
+        (_, page, Hkv, D), Dv = self.key_pages.shape, self.value_pages.shape[3]
+        S, n = len(sequences), key.shape[2] if key.dim() == 4 else 0
+        if key.shape != (S, Hkv, n, D) or value.shape != (S, Hkv, n, Dv) or len(set(sequences)) != S:
+            raise InputError(
+                f"{S} different sequences take keys ({S}, {Hkv}, n, {D}) and values ({S}, {Hkv}, n, {Dv}); got "
+                f"{tuple(key.shape)}, {tuple(value.shape)} for {list(sequences)}"
+            )
+        before = self.lengths(sequences)
+        real = [n] * S if counts is None else checked_integers("counts", counts, S, n)
+        self._take_pages(sequences, before, real)
+        if self.rotary is not None:
+            key = turned(key, before, real, *self.rotary, interleaved=self.interleaved)
+        for s, (sequence, start, count) in enumerate(zip(sequences, before, real, strict=True)):
+            if count:
+                at = torch.arange(start, start + count, device=key.device)
+                own = torch.tensor(self._pages[sequence], device=key.device)[at // page]
+                self.key_pages[own, at % page] = key[s, :, :count].transpose(0, 1).to(self.key_pages.dtype)
+                self.value_pages[own, at % page] = value[s, :, :count].transpose(0, 1).to(self.value_pages.dtype)
+            self._lengths[sequence] = start + count
+
+    def attend(
+        self,
+        sequences: Sequence[int],
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        counts: Lengths | None = None,
+        is_causal: bool = True,
+        window: tuple[int, int] = (-1, -1),
+        scale: float | None = None,
+        return_lse: bool = False,
+        backend: str = "auto",
+    ) -> Any:
+        """Append key and value, if given, and attend from the last tokens of each sequence.
+
+        Args:
+            query: (S, Hq, Nq, D), row s of sequences[s].
+            key, value: (S, Hkv, Nq, D) and (S, Hkv, Nq, Dv), or None.
+            counts: integers (S), how many of the Nq tokens are real; the rows behind give 0.
+            is_causal, window, scale, return_lse, backend: as in `paged_attention`.
+
+        Returns:
+            out (S, Hq, Nq, Dv), or (out, lse (S, Hq, Nq)).
+        """
+        if (key is None) != (value is None):
+            raise InputError("key and value are appended together; give both or none")
+        if key is not None and value is not None:
+            self.append(sequences, key, value, counts=counts)
+        S, Nq = len(sequences), query.shape[2]
+        if query.shape[0] != S:
+            raise InputError(f"{S} sequences, and queries of {query.shape[0]}")
+        lengths = self.lengths(sequences)
+        real = [Nq] * S if counts is None else checked_integers("counts", counts, S, Nq)
+        if any(n > length for n, length in zip(real, lengths, strict=True)):
+            raise InputError(f"{real} queries at the end of sequences of {lengths} tokens")
+        if self.rotary is not None:
+            firsts = [length - n for length, n in zip(lengths, real, strict=True)]
+            query = turned(query, firsts, real, *self.rotary, interleaved=self.interleaved)
+        return paged_attention(
+            query, self.key_pages, self.value_pages, self.block_table(sequences), lengths, counts=real,
+            is_causal=is_causal, window=window, scale=scale, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+
+    # --- inside ---
+
+    def _length(self, sequence: int) -> int:
+        if sequence not in self._lengths:
+            raise InputError(f"there is no sequence {sequence}; there are {sorted(self._lengths)}")
+        return self._lengths[sequence]
+
+    def _take_pages(self, sequences: Sequence[int], before: list[int], counts: list[int]) -> None:
+        """Pages for `counts` more tokens; one that others have, too, is copied before it is written."""
+        size = self.page_size
+        shared = [
+            sequence
+            for sequence, start, count in zip(sequences, before, counts, strict=True)
+            if count and start % size and self._users[self._pages[sequence][-1]] > 1
+        ]
+        writers = Counter(self._pages[sequence][-1] for sequence in shared)
+        copies = sum(min(count, self._users[page] - 1) for page, count in writers.items())
+        needed = copies + sum(
+            -(-(start + count) // size) - len(self._pages[sequence])
+            for sequence, start, count in zip(sequences, before, counts, strict=True)
+        )
+        if needed > len(self._free):
+            raise InputError(
+                f"{needed} more pages of {size} tokens are needed, and {len(self._free)} are free; free a sequence, or "
+                "make the pool larger"
+            )
+        for sequence in shared:
+            old = self._pages[sequence][-1]
+            if self._users[old] == 1:  # who shared it has just got a copy
+                continue
+            new = self._free.pop()
+            for pages in (self.key_pages, self.value_pages):
+                pages[new] = pages[old]
+            self._users[old] -= 1
+            self._users[new] = 1
+            self._pages[sequence][-1] = new
+        for sequence, start, count in zip(sequences, before, counts, strict=True):
+            while len(self._pages[sequence]) * size < start + count:
+                new = self._free.pop()
+                self._users[new] = 1
+                self._pages[sequence].append(new)

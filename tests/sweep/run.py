@@ -1,0 +1,260 @@
+"""Every model type of the installed transformers, tiny, eager against efficient_attn: docs/transformers-sweep.md.
+
+    make sweep-transformers            # all types, some 40 minutes on two cores
+    make sweep-transformers ARGS="--types llama bert --print"
+
+Padded batch, forward, backward, and for decoders what they generate, each type in a process that may die.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OUTCOMES = {
+    "agree": "forward, backward and generated tokens are eager's",
+    "refused": "a named error says what is missing",
+    "not on the interface": "layers of their own, past transformers' attention interface: a named error when set",
+    "ignored": "the name is accepted and no attention of ours is called",
+    "disagree": "other numbers than eager's",
+    "crash": "an error without a name of ours",
+    "no attention": "nothing to serve",
+    "not run": "the sweep has no tiny configuration, or no inputs, with which eager runs",
+}
+TOLERANCE, SECONDS = 1e-4, 60
+
+
+def types() -> list[str]:
+    """All types with a base model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    return sorted(CONFIG_MAPPING_NAMES.keys() & MODEL_MAPPING_NAMES.keys())
+
+
+def outcome(kind: str) -> tuple[str, str]:
+    """What becomes of a type, and why."""
+    from transformers import AutoConfig, AutoModel
+
+    from efficient_attn import tracing
+    from efficient_attn.errors import EfficientAttnError
+    from efficient_attn.integrations import huggingface
+
+    from .tiny import inputs, shrunk
+
+    huggingface.register()
+    try:
+        config = shrunk(AutoConfig.for_model(kind))
+        eager = _made(AutoModel, config, "eager")
+    except Exception as error:
+        return "not run", _first_line(error)
+    why = ""
+    for given in inputs(eager, config):
+        try:
+            expected = _run(eager, given)
+            break
+        except Exception as error:
+            why = why or _first_line(error)
+    else:
+        return "not run", why or "no inputs fit"
+    try:
+        ours = _made(AutoModel, config, huggingface.NAME)
+    except EfficientAttnError as error:
+        return "not on the interface", _first_line(error)
+    except Exception as error:
+        return "crash", f"when it is made: {_first_line(error)}"
+    ours.load_state_dict(eager.state_dict())
+    calls: list[int] = []
+    tracing.OBSERVERS.append(lambda *_: calls.append(1))
+    try:
+        with _counted_softmax() as softmax:
+            found = _run(ours, given)
+        if not calls:
+            return ("ignored", "eager layers ran") if softmax else ("no attention", "")
+        worst = _difference(found, expected, given)
+        if worst > TOLERANCE:
+            return "disagree", f"by {worst:.1e} of the largest"
+        generated = _generates(kind, config, huggingface.NAME)
+        return ("disagree", generated) if generated else ("agree", "")
+    except EfficientAttnError as error:
+        return "refused", _first_line(error)
+    except Exception as error:
+        return "crash", _first_line(error)
+    finally:
+        tracing.OBSERVERS.clear()
+
+
+def _made(factory: Any, config: Any, implementation: str) -> Any:
+    torch.manual_seed(0)
+    return factory.from_config(config, attn_implementation=implementation).eval()
+
+
+def _run(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first output, and the gradients of all parameters that have one."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    out = model(**given)
+    out = next(x for x in (out.values() if isinstance(out, dict) else out) if isinstance(x, Tensor) and x.requires_grad)
+    mask = given.get("attention_mask")
+    if mask is not None and out.dim() == 3 and out.shape[:2] == mask.shape:
+        out = out * mask[..., None]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    (out * weights).sum().backward()  # squares would be the same for whatever comes out of a norm
+    return {"out": out.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], given: dict[str, Tensor]) -> float:
+    """The largest error of the output, and of gradients, each against the largest number of its kind."""
+    if found.keys() != expected.keys() or not all(x.isfinite().all() for x in expected.values()):
+        return float("nan") if found.keys() == expected.keys() else float("inf")
+    out = (found["out"] - expected["out"]).abs().max() / expected["out"].abs().max()
+    gradients = [n for n in expected if n != "out"]
+    largest = max((float(expected[n].abs().max()) for n in gradients), default=1.0)
+    errors = [float((found[n] - expected[n]).abs().max()) / largest for n in gradients]
+    return max([float(out), *errors])
+
+
+def _generates(kind: str, config: Any, name: str) -> str:
+    """What differs in generated tokens, "" for nothing; only for types with a causal model."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return ""
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    written = []
+    for implementation in ("eager", name):
+        model = _made(AutoModelForCausalLM, config, implementation)
+        try:
+            with torch.no_grad():
+                options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+                written.append(model.generate(ids, attention_mask=mask, **options))
+        except Exception:
+            if implementation == "eager":
+                return ""  # it does not generate from text alone
+            raise
+    return "" if torch.equal(*written) else "generated tokens differ"
+
+
+@contextlib.contextmanager
+def _counted_softmax() -> Any:
+    """How often PyTorch's own softmax is taken."""
+    counted: list[int] = []
+    functional = torch.nn.functional
+    before = functional.softmax, functional.scaled_dot_product_attention
+
+    def counting(function: Any) -> Any:
+        return lambda *a, **k: (counted.append(1), function(*a, **k))[1]
+
+    functional.softmax, functional.scaled_dot_product_attention = map(counting, before)
+    try:
+        yield counted
+    finally:
+        functional.softmax, functional.scaled_dot_product_attention = before
+
+
+def _first_line(error: BaseException) -> str:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text[:180]}"
+
+
+# --- one process after another ---
+
+
+def work(kinds: list[str]) -> None:
+    """Types in this process, one line of JSON each."""
+    warnings.simplefilter("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+    def too_late(*_: Any) -> None:
+        raise TimeoutError(f"longer than {SECONDS} s of a core")
+
+    signal.signal(signal.SIGPROF, too_late)
+    for kind in kinds:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            found, why = outcome(kind)
+        except BaseException as error:  # a timeout may come anywhere
+            found, why = "not run", _first_line(error)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps([kind, found, why]), flush=True)
+
+
+def sweep(kinds: list[str]) -> dict[str, tuple[str, str]]:
+    """Every type's outcome; a process that dies takes one type with it."""
+    results: dict[str, tuple[str, str]] = {}
+    while len(results) < len(kinds):
+        rest = kinds[len(results) :]
+        command = [sys.executable, "-m", "sweep.run", "--work", *rest]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in process.stdout or ():
+            if line.startswith('["'):
+                kind, found, why = json.loads(line)
+                results[kind] = found, why
+                print(f"{len(results)}/{len(kinds)} {kind}: {found} {why}", file=sys.stderr)
+        if process.wait() != 0 and len(results) < len(kinds):
+            results[kinds[len(results)]] = "crash", f"the process died ({process.returncode})"
+    return results
+
+
+def page(results: dict[str, tuple[str, str]]) -> str:
+    """docs/transformers-sweep.md."""
+    import transformers
+
+    lines = [
+        "# Every model type of transformers",
+        "",
+        f"transformers {transformers.__version__}, tiny models with random weights: eager attention against",
+        '`attn_implementation="efficient_attn"` in float32 on a CPU, a padded batch, forward, backward, and generated',
+        f"tokens of decoders. Agreement is {TOLERANCE:g} of the largest number. Written by `make sweep-transformers`.",
+        "",
+        "| outcome | types | |",
+        "| --- | --- | --- |",
+    ]
+    by = {name: sorted(kind for kind, (found, _) in results.items() if found == name) for name in OUTCOMES}
+    lines += [f"| {name} | {len(by[name])} | {text} |" for name, text in OUTCOMES.items()]
+    for name in OUTCOMES:
+        if by[name]:
+            lines += ["", f"## {name}", ""]
+            if name in ("agree", "no attention", "not run", "not on the interface"):
+                lines += [", ".join(f"`{kind}`" for kind in by[name])]
+            else:
+                lines += ["| type | |", "| --- | --- |"]
+                lines += [f"| `{kind}` | {results[kind][1].replace('|', chr(92) + '|')} |" for kind in by[name]]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="*", help="some types; default all")
+    parser.add_argument("--print", action="store_true", help="print the page instead of writing it")
+    parser.add_argument("--work", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work is not None:
+        return work(arguments.work)
+    text = page(sweep(arguments.types or types()))
+    if arguments.print:
+        print(text)
+    else:
+        (Path(__file__).parents[2] / "docs" / "transformers-sweep.md").write_text(text, encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The sweep over transformers' model types tells outcomes apart; `make sweep-transformers` runs it on all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from sweep.run import OUTCOMES, outcome, page
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "why"),
+    [
+        ("llama", "agree", ""),
+        ("mistral", "agree", ""),
+        ("bert", "agree", ""),
+        ("vit", "agree", ""),
+        ("t5", "agree", ""),
+        ("whisper", "agree", ""),
+        ("doge", "agree", ""),
+        ("bloom", "not on the interface", "does not go through transformers' attention interface"),
+        ("sam_vision_model", "not on the interface", "by name in a table"),
+        ("resnet", "no attention", ""),
+    ],
+)
+def test_outcomes(kind: str, expected: str, why: str) -> None:
+    found, reason = outcome(kind)
+    assert found == expected and why in reason, reason
+
+
+def test_a_lost_mask_is_a_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the sweep is for: a layer that takes no notice of its mask."""
+    from transformers import AttentionInterface
+
+    from efficient_attn.integrations import huggingface
+
+    huggingface.register()
+    served = AttentionInterface._global_mapping["efficient_attn"]
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, "efficient_attn",
+        lambda module, q, k, v, mask, **named: served(module, q, k, v, None, **{**named, "is_causal": False}),
+    )  # fmt: skip
+    assert outcome("bert")[0] == outcome("llama")[0] == "disagree"
+
+
+def test_the_page_counts_and_names_every_type() -> None:
+    text = page({"a": ("agree", ""), "b": ("crash", "IndexError: x | y"), "c": ("agree", "")})
+    assert "| agree | 2 |" in text and "`a`, `c`" in text and "| `b` | IndexError: x \\| y |" in text
+    assert all(f"| {name} |" in text for name in OUTCOMES)

@@ -246,7 +246,7 @@ if __name__ == "__main__":
     setup(
         packages=names,
         package_dir=places,
-        package_data={"efficient_attn": ["py.typed"], "efficient_attn.benchmarks": ["page/*"]},
+        package_data={"efficient_attn": ["py.typed", "inspecting/page.html"], "efficient_attn.benchmarks": ["page/*"]},
         ext_modules=extensions(),
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -1,5 +1,5 @@
-"""The command line: `efficient-attn info | bench | report | compare | profile | recommend | train | forecast |
-backtest`."""
+"""The command line: `efficient-attn info | bench | report | compare | profile | recommend | convert | inspect |
+train | forecast | backtest`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from . import explain
 from .backends.cpu import attention as cpu
 from .benchmarks import commands as benchmarks
 from .benchmarks import compare
+from .inspecting.convert import convert_command
+from .inspecting.inspect import inspect_command
 from .measuring import records, terminal
 from .profiling import commands as profiling
 from .training import command as training
@@ -68,6 +70,8 @@ app.command("report")(benchmarks.report)
 app.command("compare")(compare.command)
 app.command("profile")(profiling.profile)
 app.command("recommend")(profiling.recommend_command)
+app.command("convert")(convert_command)
+app.command("inspect")(inspect_command)
 app.add_typer(training.app)
 app.command("forecast")(forecasting.forecast_command)
 app.command("backtest")(forecasting.backtest_command)

@@ -429,6 +429,8 @@ def prepare(
         Nq, Nk = query.shape[2], key.shape[2]
         check_alignment(is_causal, causal_alignment, Nq, Nk)
         if mask is not None:
+            if _is_pattern(mask):
+                mask.check_scores(bias, softcap, structured or None)
             causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
             block_mask = _planned_mask(mask, shown_query, shown_key, causal, scale, causal_alignment, bias)
             if not parts or block_mask.union is None:
@@ -642,7 +644,7 @@ def _planned_mask(
     bias: Tensor | None,
 ) -> BlockMask:
     counted, within = None, causal
-    if bias is not None and getattr(mask, "by_content", False):
+    if bias is not None and _is_pattern(mask) and mask.by_content:
         shown = shown_by_bias(bias, query, key)
         within = causal if shown is None else shown if causal is None else shown & causal
         counted = seen_keys(None, query, key, mask=shown, bias=bias)

@@ -8,7 +8,7 @@ certificates.py  `certificate`: what a sparse mask loses, exactly or from a samp
 """
 
 from .attribution import attention_times_gradient, relevance, rollout
-from .certificates import Certificate, Interval, certificate, sampled_certificate
+from .certificates import Certificate, Growth, Interval, certificate, growth, sampled_certificate
 from .methods import method_statistics
 from .observe import Observation, observe
 from .statistics import AttentionStatistics, attention_statistics
@@ -16,11 +16,13 @@ from .statistics import AttentionStatistics, attention_statistics
 __all__ = [
     "AttentionStatistics",
     "Certificate",
+    "Growth",
     "Interval",
     "Observation",
     "attention_statistics",
     "attention_times_gradient",
     "certificate",
+    "growth",
     "method_statistics",
     "observe",
     "relevance",

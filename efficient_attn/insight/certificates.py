@@ -10,6 +10,7 @@ where out_S, lse_S and out_R, lse_R are attention over each part (Tzachristas et
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -145,6 +146,49 @@ def sampled_certificate(
     doubt = math.log(4.0 / (1.0 - confidence))  # both sides, and the two terms of each
     reach = math.sqrt(2.0 * spread * doubt / samples) + 7.0 * doubt / (3.0 * (samples - 1))
     return Interval(max(0.0, mean - reach), mean, min(1.0, mean + reach), confidence, samples * rows)
+
+
+class Growth(NamedTuple):
+    """How often a pattern's `tau_max` had to add blocks, as shares of all blocks of queries that see any key."""
+
+    grown: float  # at least one block was added
+    dense: float  # all that they see is kept, so that nothing is gained
+    density: float  # blocks that are kept, of those that are seen
+
+
+def growth(
+    pattern: Any,
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str | None = None,
+    scale: float | None = None,
+) -> Growth:
+    """What the `tau_max` of a `TopKBlocks` or `TopPBlocks` does to its selection on these inputs.
+
+    Args:
+        pattern: with tau_max. query, key, key_mask, is_causal, causal_alignment, scale: as in `attention`.
+
+    Raises:
+        InputError: a pattern without tau_max.
+    """
+    if getattr(pattern, "tau_max", None) is None:
+        raise InputError(f"growth is about a TopKBlocks or TopPBlocks with tau_max=; got {pattern}")
+    causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
+
+    def kept(tau_max: float | None) -> Tensor:
+        chosen = dataclasses.replace(pattern, tau_max=tau_max)
+        options: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "within": causal}
+        mask = as_block_mask(chosen, query, key, alignment=causal_alignment, **options)
+        assert mask.indptr is not None
+        return mask.indptr.diff()
+
+    least, own, most = kept(None), kept(pattern.tau_max), kept(torch.finfo(torch.float64).tiny)
+    rows = (most > 0).sum().clamp(min=1)
+    grown, dense = (own > least).sum() / rows, ((own == most) & (most > 0)).sum() / rows
+    return Growth(float(grown), float(dense), float(own.sum() / most.sum().clamp(min=1)))
 
 
 # --- the two parts of the pairs ---

@@ -101,6 +101,7 @@ class Sparse(Method):
                 causal_alignment=causal_alignment, scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
                 dropout_seed=dropout_seed, backend=backend,
             ), None  # fmt: skip
+        self.pattern.check_scores(bias, softcap)
         counted = key_mask
         dense, structured = biases.split(bias)
         if self.pattern.by_content:

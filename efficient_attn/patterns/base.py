@@ -124,6 +124,19 @@ class Pattern(Named):
         """Whether the mask depends on what queries and keys hold."""
         return False
 
+    @property
+    def bounds_loss(self) -> bool:
+        """Whether it promises how much of the softmax is lost at most, which it can for scores without a bias."""
+        return False
+
+    def check_scores(self, *modifiers: object) -> None:
+        """Raise UnsupportedError for a bias or a soft cap, which are not None, that would break that promise."""
+        if self.bounds_loss and any(modifier is not None for modifier in modifiers):
+            raise UnsupportedError(
+                f"{self.name}: tau_max bounds what the scores of queries and keys say, and a bias or softcap changes "
+                "them; leave tau_max out, or pass what the bias hides as a mask"
+            )
+
     def _refusal(self) -> UnsupportedError:
         return UnsupportedError(
             f"{self.name} chooses by what queries and keys hold; lengths do not say enough. Use attention(mask=...) or "

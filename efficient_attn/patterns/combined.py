@@ -48,6 +48,10 @@ class _OfParts(Pattern):
         return any(part.by_content for part in self.parts)
 
     @property
+    def bounds_loss(self) -> bool:
+        return any(part.bounds_loss for part in self.parts)
+
+    @property
     def _own_block(self) -> tuple[int, int]:
         sizes = [part._own_block for part in self.parts if not part._analytic] or [(128, 128)]
         return (min(q for q, _ in sizes), min(k for _, k in sizes))

@@ -23,6 +23,7 @@ from ..masks.lists import FULL, Grid, entry_rows, pointers
 from ..options import check_choice, register
 from ..tracing import shapes_only
 from .base import Pattern
+from .bounds import grow
 
 SUMMARIES = ("mean", "minmax")
 QUERIES = ("mean", "first")
@@ -59,9 +60,11 @@ class _Blocks(ContentPattern):
     summary: str
     queries: str
     alignment: str | None
+    tau_max: float | None
 
     def _check_blocks(self) -> None:
         self._check_block()
+        _check_share(self, "tau_max")
         self._at_least(sink=0, local=1)
         check_choice(self, "summary", SUMMARIES)
         check_choice(self, "queries", QUERIES)
@@ -73,6 +76,10 @@ class _Blocks(ContentPattern):
     @property
     def _own_block(self) -> tuple[int, int]:
         return (self.block, self.block)
+
+    @property
+    def bounds_loss(self) -> bool:
+        return self.tau_max is not None
 
     def for_inputs(
         self,
@@ -117,6 +124,11 @@ class _Blocks(ContentPattern):
         turn = torch.where(whole, ranked, torch.where(column > last, late, late - 4 * most))
         turn = turn.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
         order, chosen = self._choose(scores, turn, forced, seen, torch.where(whole, counts, 0))
+        if self.tau_max is not None:
+            columns = torch.zeros_like(seen).scatter(-1, order, chosen)
+            scale = default_scale(scale, D)
+            chosen = grow(columns, seen & whole, seen & ~whole, query, key, scale, key_mask, self.block, self.tau_max)
+            order = column.expand_as(chosen)
         return self._mask_of(order, chosen, query, Nk)
 
     def _choose(
@@ -238,6 +250,9 @@ class TopKBlocks(_Blocks):
     queries: what stands for a block of queries: its "mean", or its "first" row. Only "first" is strictly causal: a mean
         lets the later rows of a block influence which past blocks the earlier ones see.
     alignment: as in `SlidingWindow`.
+    tau_max: blocks are added until no query drops more than this share of its softmax mass, for certain: a bound from
+        means, boxes and variances of the blocks, see `bounds`. On keys without structure that keeps all of them, at
+        more than dense attention's cost: `insight.growth` tells. Not with an additive bias.
 
     Where causality or lengths are known (is_causal=True, `& Causal()`, padding), the choice is among what they show. In
     self-attention (Nq = Nk) a key mask also says which queries count.
@@ -256,6 +271,7 @@ class TopKBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
     alignment: str | None = None
+    tau_max: float | None = None
 
     def check(self) -> None:
         self._check_blocks()
@@ -302,6 +318,7 @@ class TopPBlocks(_Blocks):
     summary: str = "mean"
     queries: str = "mean"
     alignment: str | None = None
+    tau_max: float | None = None
 
     def check(self) -> None:
         self._check_blocks()

@@ -1,0 +1,90 @@
+"""The figures of the page of `inspect`: small enough for 32,768 tokens, from one observed run each.
+
+Of a head: its map of blocks (at most 64 x 64), what each token receives (a byte each), its entropy, its share of sinks,
+its mean distance, and the tokens that get most. Of some queries spread over the input: the keys they look at.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..insight import observe
+from ..integrations.fidelity import run
+
+CELLS = 64  # of a map, at most, along each side
+QUERIES = 192  # whose keys are kept
+TOP, MOST = 4, 12  # keys of a query, and tokens of a head
+WANT = ("entropy", "top", "received", "distance", "map", "shares")
+
+
+def gather(model: nn.Module, sample: Any) -> list[dict[str, Any]]:
+    """By call of attention, JSON values of what its heads do in the first element of the batch.
+
+    Raises:
+        InputError: no call of attention was seen.
+    """
+    length = _longest(model, sample)
+    block = max(math.ceil(length / CELLS), 1)
+    with observe(model, options={"top_k": TOP, "map_block": block}) as seen:
+        run(model, sample)
+    if not seen.layers:
+        why = ", ".join(seen.left) or "the model makes no call that is known"
+        raise InputError(f"no attention was seen in the model: {why}")
+    return [_layer(call) for call in seen.layers]
+
+
+def _longest(model: nn.Module, sample: Any) -> int:
+    """The most keys of a call."""
+    with observe(model, want=()) as seen:
+        run(model, sample)
+    return max((call.keys for call in seen.layers), default=1)
+
+
+def _layer(call: Any) -> dict[str, Any]:
+    found, keys = call.statistics, call.keys
+    received = found.received[0].float()  # [H, Nk]
+    heads = []
+    for head in range(received.shape[0]):
+        one: dict[str, Any] = {"received": _bytes(received[head]), "most": _most(received[head])}
+        if found.entropy is not None:
+            one["entropy"] = round(float(found.entropy[0, head].mean()) / math.log(max(keys, 2)), 4)
+        if found.distance is not None:
+            one["distance"] = round(float(found.distance[0, head].mean()), 1)
+        if found.shares is not None:
+            one["sinks"] = round(float(found.shares["sinks"][0, head].mean()), 4)
+        if found.map is not None:
+            cells = found.map[0, head].float()
+            one["map"] = _bytes((cells / cells.sum(1, keepdim=True).clamp(min=1e-30)).flatten())
+            one["rows"], one["columns"] = cells.shape
+        if found.top_keys is not None:
+            one["top"] = _top(found.top_keys[0, head], found.top_weights[0, head])
+        heads.append(one)
+    return {"name": call.name, "method": call.method, "queries": call.queries, "keys": keys, "heads": heads}
+
+
+def _bytes(values: Tensor) -> dict[str, Any]:
+    """Numbers of 0 or more, by their square roots as a byte each: small ones stay visible."""
+    values = values.clamp(min=0)
+    largest = float(values.max()) if values.numel() else 0.0
+    scaled = (values / max(largest, 1e-30)).sqrt().mul(255).round().to(torch.uint8).cpu()
+    return {"of": largest, "bytes": base64.b64encode(bytes(scaled.tolist())).decode()}
+
+
+def _most(received: Tensor) -> list[list[float]]:
+    values, places = received.topk(min(MOST, received.numel()))
+    return [[int(place), round(float(value), 3)] for place, value in zip(places, values, strict=True)]
+
+
+def _top(keys: Tensor, weights: Tensor) -> list[Any]:
+    """[query, [[key, weight], ...]] of queries spread over all."""
+    rows = torch.linspace(0, keys.shape[0] - 1, min(QUERIES, keys.shape[0])).round().long().unique()
+    return [
+        [row, [[int(k), round(float(w), 4)] for k, w in zip(keys[row], weights[row], strict=True) if int(k) >= 0]]
+        for row in rows.tolist()
+    ]

@@ -22,7 +22,9 @@ inline QueryTiling weights_tiling(const AttentionParams& p) {
     constexpr int64_t cache = 1280 * 1024;
     const int64_t lines = p.B * p.weights.heads, row = 2 * p.Nk * static_cast<int64_t>(sizeof(A));
     int64_t largest = kQueries * row <= cache ? kQueries : kQueries / 2;
-    while (largest > 16 && lines * ceil_div(p.Nq, largest) < p.threads) largest /= 2;
+    // Not under a window: which keys a tile comes to, and how they group, depends there on its queries.
+    const bool alike = p.mask.window_left < 0 && p.mask.window_right < 0;
+    while (alike && largest > 16 && lines * ceil_div(p.Nq, largest) < p.threads) largest /= 2;
     return query_tiling(p, min_of(largest, round_up(max_of(1, p.Nq), 16)));
 }
 

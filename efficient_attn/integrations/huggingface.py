@@ -196,6 +196,8 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend for a transformers layer.
@@ -205,13 +207,15 @@ def attend(
         attention_mask: what `pair_mask` made; or 4-D, bool with True = attend, or float to add to the scores.
         is_causal: counts only without a mask; None: what the module says.
         position_bias: (B | 1, Hq, Nq, Nk), added to the scores.
+        softcap: bounds the scaled scores before (Gemma 2). s_aux: (Hq), the logits of sinks (gpt-oss). Dense and sparse
+            methods know both.
 
     Returns:
         out (B, Nq, Hq, Dv), and weights (B, Hq, Nq, Nk) if the call asked for them (output_attentions).
 
     Raises:
-        UnsupportedError: arguments with a meaning that this package does not have, such as softcap, or that the method
-            cannot serve. InputError: what does not fit together.
+        UnsupportedError: arguments with a meaning that this package does not have, or that the method cannot serve,
+            such as a softcap by a low-rank one. InputError: what does not fit together.
     """
     _check_arguments(kwargs)
     method = getattr(module, LAYER_METHOD, method)
@@ -241,6 +245,10 @@ def attend(
     if position_bias is not None:
         bias = call.get("bias")
         call["bias"] = (position_bias if bias is None else position_bias + bias).to(query.dtype)
+    if softcap is not None:
+        call["softcap"] = float(softcap)
+    if s_aux is not None:
+        call["sinks"] = s_aux.to(query.dtype)
     left = _left_padding(method, attention_mask, call)
     turned = None
     if place is not None and (place[0] != place[1] or Nq != Nk):

@@ -323,7 +323,7 @@ def _pairs(parts: Sequence[Part], batch: int, heads: int, grid: Grid) -> Iterato
         for order, tokens in ((part.query_order, mask.q_len), (part.key_order, mask.kv_len)):
             order = torch.arange(tokens, device=rows.device)[None] if order is None else order.long()
             own_batch = mask.batch if order.shape[0] > 1 else 1
-            order = order.view(own_batch, -1, tokens)
+            order = order.view(own_batch, order.shape[0] // own_batch, tokens)
             orders.append(order.repeat_interleave(heads // order.shape[1], 1).expand(batch, heads, tokens))
         flat = [order.reshape(batch * heads, -1) for order in orders]
         for some in torch.arange(cols.numel(), device=rows.device).split(max(1, CHUNK // (own.block_q * own.block_k))):

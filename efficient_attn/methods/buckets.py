@@ -70,7 +70,7 @@ def bucketed_attention(
     with torch.no_grad(), span(PLAN):
         found = pattern.buckets(query.detach(), key.detach(), key_mask)
     key, value = select_keys(key_mask, key, value)
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and query.numel() > 0 and key.numel() > 0:
         with torch.no_grad(), span(PLAN):
             options["mask"] = sorted_mask(found, rounds=pattern.rounds, offset=offset, others=pattern.shared_qk)
         options |= {"dropout_seed": dropout_seed, "backend": backend}

@@ -6,8 +6,8 @@ Backwards every part is a call with the joined out and lse, and gradients add up
 of the joined rows, P_ij = exp(s_ij - lse_i) and all that follows from it are those of the whole softmax. Parts are
 joined in their order, so that the bits are the same each time.
 
-An lse of 1e4 has no digit left for the shares of parts that differ by 1e-4: where a row's is beyond COARSE_LSE, as a
-bias of finfo.min makes it, the call is that of the mask without parts.
+An lse of 1e4 has no digit left for the shares of parts that differ by 1e-4: a row whose lse is beyond COARSE_LSE,
+as a bias of finfo.min makes it, is computed by the mask without parts; the others keep their bits.
 """
 
 from __future__ import annotations
@@ -62,14 +62,19 @@ def union_forward(
     out, lse = forward(query, key, value, bias, parts.arrays[0], scale, dropout_p, dropout_seed)
     for arrays in parts.arrays[1:]:
         join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
-    if len(parts.arrays) > 1 and _is_coarse(lse):
-        return forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
+    coarse = _coarse_rows(lse, parts)
+    if coarse is not None:
+        whole = forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
+        out, lse = torch.where(coarse[..., None], whole[0], out), torch.where(coarse, whole[1], lse)
     return out, lse
 
 
-def _is_coarse(lse: Tensor) -> bool:
-    """Whether the lse of some row is too large to rebuild weights from; -inf is that of a row that sees nothing."""
-    return bool(((lse.abs() >= COARSE_LSE) & (lse != -torch.inf)).any())
+def _coarse_rows(lse: Tensor, parts: Parts) -> Tensor | None:
+    """The rows (B, H, N) whose lse is too large to join parts by; -inf is that of a row that sees nothing."""
+    if len(parts.arrays) == 1:
+        return None
+    coarse = (lse.abs() >= COARSE_LSE) & (lse != -torch.inf)
+    return coarse if bool(coarse.any()) else None
 
 
 def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -105,13 +110,21 @@ class _Union(torch.autograd.Function):
             totals = attention_backward(*call)
         else:
             backward = BACKENDS[parts.backend].attention.attention_backward
-            each = parts.arrays
-            if len(each) > 1 and _is_coarse(tensors[5]):
-                each = (parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED),)
-            calls = (backward(grad_out, grad_lse, None, *tensors, arrays, *last) for arrays in each)
+            coarse = _coarse_rows(tensors[5], parts)
+            of_rows = [(grad_out, grad_lse, arrays) for arrays in parts.arrays]
+            if coarse is not None:  # each row has its gradient from one of the two
+                whole = parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED)
+                rest, own = (_only(rows, grad_out, grad_lse) for rows in (~coarse, coarse))
+                of_rows = [*((*rest, arrays) for arrays in parts.arrays), (*own, whole)]
+            calls = (backward(do, dlse, None, *tensors, arrays, *last) for do, dlse, arrays in of_rows)
             totals = next(calls)
             for gradients in calls:
                 for total, gradient in zip(totals, gradients, strict=True):
                     if total is not None:
                         total.add_(gradient)
         return *totals[:3], totals[3] if bias_requires_grad else None, None, None, None, None
+
+
+def _only(rows: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of some rows (B, H, N) alone."""
+    return grad_out.masked_fill(~rows[..., None], 0.0), None if grad_lse is None else grad_lse.masked_fill(~rows, 0.0)

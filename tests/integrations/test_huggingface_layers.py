@@ -88,8 +88,6 @@ def layer_call(name="efficient_attn", mask=None, length=N, **kwargs):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(4)},
         {"indices": torch.zeros(1)},
         {"cache": object()},
         {"something_new": 1},
@@ -100,6 +98,48 @@ def test_arguments_with_a_meaning_raise(arguments):
     with pytest.raises(UnsupportedError, match=next(iter(arguments))):
         layer_call(**arguments)
     layer_call(**dict.fromkeys(arguments))  # not given
+
+
+def test_softcap_and_sinks():
+    named = {"softcap": 0.5, "s_aux": torch.linspace(-1, 1, 4)}
+    (out, _), (query, key, value) = layer_call(**named, is_causal=False)
+    expected = attention(query, key, value, softcap=0.5, sinks=named["s_aux"])
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    huggingface._add("efficient_attn:nystrom")
+    for name, value in named.items():
+        with pytest.raises(UnsupportedError, match=r"(softcap|sinks) cannot be served by nystrom"):
+            layer_call("efficient_attn:nystrom", is_causal=False, **{name: value})
+
+
+SCORED = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "head_dim": 8, "sliding_window": 4},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_models_with_a_softcap_or_sinks_are_equal_to_eager(name):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 1}
+    config = transformers.AutoConfig.for_model(name, **sizes, **heads, **SCORED[name])
+    ids = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    found = {}
+    for implementation in ("eager", "efficient_attn"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        if name == "gpt_oss":
+            for layer in model.model.layers:
+                torch.nn.init.normal_(layer.self_attn.sinks)
+        logits = model(ids, attention_mask=padding).logits[padding.bool()]
+        grads = torch.autograd.grad(logits.square().mean(), [p for p in model.parameters() if p.requires_grad])
+        with torch.no_grad():
+            tokens = model.generate(ids, attention_mask=padding, max_new_tokens=6, do_sample=False)
+        found[implementation] = (logits.detach(), grads, tokens)
+    ours, theirs = found["efficient_attn"], found["eager"]
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-3, atol=2e-5)
+    assert torch.equal(ours[2], theirs[2])
 
 
 def test_a_window_without_a_mask_raises():

@@ -168,7 +168,7 @@ def test_many_tiles_within_the_error_of_the_formula(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["dense_long", "head_dim_80", "blocks_128", "bits_sparse", "lengths"])
+@pytest.mark.parametrize("name", ["long_head_dim_128", "head_dim_80", "blocks_128", "bits_sparse", "lengths"])
 def test_cuda_backward_in_one_pass(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conformance cases on the backward that adds up in any order, with heads that it serves."""
     if cuda.missing():

@@ -169,6 +169,7 @@ CASES = [
     Case("no_batch", B=0),
     Case("no_heads", Hq=0, Hkv=0),
     *(Case(f"head_dim_{d}", B=1, Nq=50, Nk=70, D=d, Dv=d) for d in HEAD_DIMS),
+    *(Case(f"long_head_dim_{d}", B=1, Hkv=1, Nq=210, Nk=270, D=d, Dv=d, causal="bottom_right") for d in (128, 256)),
     *(Case(f"value_dim_{d}", B=1, Nq=33, Nk=49, D=24, Dv=d) for d in HEAD_DIMS),
     Case("causal", causal="top_left"),
     Case("causal_long", B=1, Nq=401, Nk=401, causal="top_left"),

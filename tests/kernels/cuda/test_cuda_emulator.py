@@ -33,7 +33,8 @@ SAMPLES = {
     80: ["head_dim_3", "value_dim_200", "causal_bottom_right_empty_rows", "window", "bits", "blocks_window_lengths",
          "bias_heads_pairs", "bias_per_key", "grouped", "dropout", "unaligned", "negative_scale", "one_query_grouped",
          "few_queries_window", "few_queries_lengths_bias", "few_queries_blocks", "few_queries_of_many_heads"],
-    90: ["dense_long", "head_dim_80", "causal_bottom_right_empty_rows", "bits", "lengths"],
+    90: ["dense_long", "long_head_dim_128", "long_head_dim_256", "head_dim_80", "causal_bottom_right_empty_rows",
+         "bits", "lengths"],
 }  # fmt: skip
 LINEAR_SAMPLE = ["vectors-elu", "masked-identity", "causal-masked-performer_softmax", "causal-early-identity"]
 compiled = pytest.mark.skipif(

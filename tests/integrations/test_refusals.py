@@ -138,7 +138,7 @@ def test_models_that_calculate_with_their_mask_are_served(model: Any) -> None:
 
 
 def test_wide_heads_say_what_a_user_of_transformers_can_do() -> None:
-    wide = build("BertModel", "BertConfig", "efficient_attn", **{**TEXT, "hidden_size": 600, "num_attention_heads": 2})
+    wide = build("BertModel", "BertConfig", "efficient_attn", **{**TEXT, "hidden_size": 1200, "num_attention_heads": 2})
     with pytest.raises(InputError, match="attn_implementation"):
         wide(IDS)
 

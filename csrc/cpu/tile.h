@@ -165,9 +165,24 @@ inline double score_scale(const AttentionParams& p) {
 
 inline bool multiplies_pairs(const AttentionParams& p) { return kPairProducts<BFloat16> && p.dtype == kBFloat16; }
 
+// A weight below 2^-100, where the largest of its row is 1, counts as 0: next to the smallest normal number its
+// products with values are no normal ones, each of which costs a processor some hundred cycles (as ALiBi's do, far from
+// a query).
+constexpr float kLeastWeight = -100.0f;
+template <bool kNatural>
+EA_INLINE Vec<float> drop_tiny(Vec<float> difference) {
+    constexpr float least = kNatural ? kLeastWeight * static_cast<float>(kLn2) : kLeastWeight;
+    return select<float>(difference < least, broadcast(-kInfinity<float>), difference);
+}
+template <bool kNatural>
+EA_INLINE Vec<double> drop_tiny(Vec<double> difference) {
+    return difference;
+}
+
 // What a difference of scores means as a factor.
 template <bool kNatural, class V>
 EA_INLINE V exponential(V difference) {
+    difference = drop_tiny<kNatural>(difference);
     return kNatural ? exp(difference) : exp2(difference);
 }
 

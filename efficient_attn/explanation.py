@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backends, functional
+from . import backends, functional, inputs
 from .backends.call import accumulation_dtype
 from .biases import BiasLike
 from .masks import BlockMask, parts
@@ -59,7 +59,7 @@ def explain(
     key: Tensor,
     value: Tensor,
     *,
-    mask: functional.MaskLike = None,
+    mask: inputs.MaskLike = None,
     bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
@@ -83,7 +83,7 @@ def explain(
     given = (query, key, value)
     prepared = functional.prepare(*given, **arguments, backend="reference")
     query, key, value, bias, arrays = prepared[:5]
-    modifiers = functional.modifier_names(*prepared[11:])
+    modifiers = inputs.modifier_names(*prepared[11:])
     call = functional.describe(query, key, value, bias, arrays, dropout_p, modifiers=modifiers)
     reasons = backends.not_supported_reasons(call)
     wanted = (n for n in reasons if n == backend or (backend == "auto" and backends.automatic(n, call.device)))

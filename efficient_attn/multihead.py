@@ -27,8 +27,8 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import pad_sequence
 
 from .errors import InputError, UnsupportedError
-from .functional import MAX_HEAD_DIM, resolve_seed
 from .handover import clone, hand_over_hooks, hides_forward, put
+from .inputs import MAX_HEAD_DIM, resolve_seed
 from .methods import DENSE, Method, parse
 from .methods.base import keep_state
 from .methods.continuation import goes_by_positions

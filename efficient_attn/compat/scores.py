@@ -21,7 +21,8 @@ from ..backends.call import accumulation_dtype
 from ..backends.reference.attention import dropout_keep
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import attention, check_dropout, prepare_inputs, resolve_seed
+from ..functional import attention
+from ..inputs import check_dropout, prepare_inputs, resolve_seed
 from ..masks import BlockMask
 
 PAIRS = 2**24  # scores, or numbers of a bias, that are made at a time

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CommunicationError, EfficientAttnError, InputError, MaskError
-from ..functional import resolve_seed
+from ..inputs import resolve_seed
 from ..masks import BlockMask
 from .exchange import Exchange
 from .needs import digest

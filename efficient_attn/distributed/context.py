@@ -20,7 +20,7 @@ from .. import sharding
 from ..backends import check_name
 from ..defaults import default_scale
 from ..errors import InputError, UnsupportedError
-from ..functional import (
+from ..inputs import (
     add_to_bias,
     as_block_mask,
     causal_mask,

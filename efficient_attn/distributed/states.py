@@ -29,7 +29,8 @@ from ..backends.features import (
 from ..backends.reference.attention import dropout_keep
 from ..defaults import default_scale
 from ..errors import InputError, UnsupportedError
-from ..functional import attention, merge_attention, padded_attention, prepare, prepare_inputs, select_keys
+from ..functional import attention, merge_attention, padded_attention, prepare
+from ..inputs import prepare_inputs, select_keys
 from ..methods import Linear, Linformer, Method, Nystrom, Performer
 from ..methods.linear import linear_attention
 from ..methods.linformer import length_factors, sequence_projection

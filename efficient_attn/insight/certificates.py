@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..backends.reference.attention import visible_pairs
 from ..errors import InputError
-from ..functional import MaskLike, as_block_mask, attention, causal_mask, hide_padding, merge_attention
+from ..functional import attention, hide_padding, merge_attention
+from ..inputs import MaskLike, as_block_mask, causal_mask
 
 
 class Certificate(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.call import accumulation_dtype
 from ..errors import UnsupportedError
-from ..functional import causal_mask
+from ..inputs import causal_mask
 from ..methods import Method, Sparse
 from .statistics import WANT, AttentionStatistics, attention_statistics, sets_of_keys, weightings_of_rows
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
-from ..functional import MAX_HEAD_DIM, refuse_modifiers
+from ..inputs import MAX_HEAD_DIM, refuse_modifiers
 from ..integrations.torch_sdpa import bound
 from ..methods import Method, Sparse
 from ..methods.sparse import DENSE

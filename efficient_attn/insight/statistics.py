@@ -19,7 +19,8 @@ from ..backends.reference import statistics as reference
 from ..backends.statistics import Found, Wanted
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import MaskLike, Prepared, hide_padding, prepare, refuse_modifiers
+from ..functional import Prepared, hide_padding, prepare
+from ..inputs import MaskLike, refuse_modifiers
 
 WANT = ("entropy", "top", "received", "distance", "map", "shares")
 MAX_TOP = 32

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, functional
+from .. import backends, functional, inputs
 from ..defaults import default_scale
 from ..errors import EfficientAttnError, UnsupportedError
 from ..masks import MaskArrays
@@ -252,8 +252,8 @@ def _chosen(
     if dropout_p > 0.0 or query.numel() == 0 or key.numel() == 0:
         return None, None
     try:
-        functional.check_inputs(query, key, value)
-        bias = None if attn_mask is None else functional.check_bias(attn_mask, query, key)
+        inputs.check_inputs(query, key, value)
+        bias = None if attn_mask is None else inputs.check_bias(attn_mask, query, key)
     except EfficientAttnError:
         return None, None
     call = functional.describe(query, key, value, bias, MaskArrays(), 0.0)

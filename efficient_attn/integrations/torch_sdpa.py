@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from .. import backends, functional
+from .. import backends, functional, inputs
 from ..errors import UnsupportedError
 from ..masks import MaskArrays
 from ..methods import Method, parse
@@ -176,10 +176,10 @@ def why_left(
         return reason
     if query.device.type not in ("cpu", "cuda"):
         return f"tensors on {query.device.type}"
-    query, key, value = functional.autocast(query, key, value)
+    query, key, value = inputs.autocast(query, key, value)
     for found, why in (
         (min(t.dim() for t in tensors[:3]) < 3, "query, key and value need 3 dimensions"),
-        (query.dtype not in functional.DTYPES, f"{query.dtype}"),
+        (query.dtype not in inputs.DTYPES, f"{query.dtype}"),
         (len({t.dtype for t in (query, key, value)}) > 1, "query, key and value differ in dtype"),
         (len({t.device for t in tensors}) > 1, "tensors on different devices"),
         (any(size == 0 for t in tensors for size in t.shape), "an empty tensor"),
@@ -188,8 +188,8 @@ def why_left(
     ):
         if found:
             return why
-    if max(query.shape[-1], value.shape[-1]) > functional.MAX_HEAD_DIM:
-        return f"a head_dim above {functional.MAX_HEAD_DIM}"
+    if max(query.shape[-1], value.shape[-1]) > inputs.MAX_HEAD_DIM:
+        return f"a head_dim above {inputs.MAX_HEAD_DIM}"
     same = query.shape[:-3] == key.shape[:-3] == value.shape[:-3] and key.shape[-2] == value.shape[-2]
     if not same or query.shape[-1] != key.shape[-1] or key.shape[-3] != value.shape[-3]:
         return "shapes that broadcast"
@@ -260,7 +260,7 @@ def attend(
         UnsupportedError: what the method cannot do.
     """
     lead = query.shape[:-3]
-    query, key, value = functional.autocast(query, key, value)
+    query, key, value = inputs.autocast(query, key, value)
     query, key, value = _four_dims(query, key, value)
     masks: dict[str, Any] = {"is_causal": is_causal, "causal_alignment": "top_left" if is_causal else None}
     if attn_mask is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, methods
+from .. import inputs, methods
 from ..defaults import alignment_offset, default_scale
 from ..masks import BlockMask
 from ..methods.continuation import continuation
@@ -201,7 +201,7 @@ def planned(method: methods.Method, layer: Layer) -> list[BlockMask]:
     if not isinstance(method, methods.Sparse) or method.name in UNPLANNED:
         return []
     pattern = method.pattern.aligned(options["causal_alignment"])
-    causal = functional.causal_mask(
+    causal = inputs.causal_mask(
         layer.query.shape[2], layer.key.shape[2], options["is_causal"], options["causal_alignment"]
     )
     within = causal if pattern.by_content else None

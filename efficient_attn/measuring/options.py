@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import InputError
-from ..functional import MAX_HEAD_DIM
+from ..inputs import MAX_HEAD_DIM
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MODES = ("fwd", "fwd_bwd")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import sharding
 from ..errors import UnsupportedError
-from ..functional import refuse_modifiers
+from ..inputs import refuse_modifiers
 from ..masks import BlockMask
 from ..options import Named
 from ..patterns import PATTERNS, Pattern

@@ -19,15 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..defaults import alignment_offset
-from ..functional import (
-    attention,
-    attention_weights,
-    attention_with_weights,
-    merge_attention,
-    prepare_inputs,
-    resolve_seed,
-    select_keys,
-)
+from ..functional import attention, attention_weights, attention_with_weights, merge_attention
+from ..inputs import prepare_inputs, resolve_seed, select_keys
 from ..masks import Part, PartedMask
 from ..patterns import BucketPattern
 from ..patterns.buckets import Buckets, sorted_lists

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..functional import may_read
+from ..inputs import may_read
 from ..masks import BlockMask
 from .base import Method
 

@@ -24,7 +24,7 @@ from ..backends.features import (
 )
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import check_alignment, check_key_mask, prepare_inputs, select_keys
+from ..inputs import check_alignment, check_key_mask, prepare_inputs, select_keys
 from ..ops import linear_attention as ops
 from ..options import register
 from .lowrank import LowRankMethod, by_group, drop_columns, drop_keys

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..backends.call import accumulation_dtype
 from ..errors import InputError, InputTypeError
-from ..functional import attention, attention_weights, check_key_mask, prepare_inputs, select_keys
+from ..functional import attention, attention_weights
+from ..inputs import check_key_mask, prepare_inputs, select_keys
 from ..options import check_choice, check_range, register
 from .base import MethodState, fill
 from .lowrank import LowRankMethod, refuse_causal

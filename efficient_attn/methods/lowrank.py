@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..backends.reference.attention import dropout_keep
 from ..errors import InputError, UnsupportedError
-from ..functional import check_dropout, resolve_seed, seen_keys
+from ..inputs import check_dropout, resolve_seed, seen_keys
 from ..masks import BlockMask
 from .base import Method
 

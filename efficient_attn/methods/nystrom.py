@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from ..backends.call import accumulation_dtype
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
-from ..functional import (
-    add_to_bias,
-    attention,
-    attention_weights,
-    check_key_mask,
-    padded_attention,
-    prepare_inputs,
-    select_keys,
-)
+from ..functional import attention, attention_weights, padded_attention
+from ..inputs import add_to_bias, check_key_mask, prepare_inputs, select_keys
 from ..options import check_range, register
 from ..tracing import without_autocast
 from .base import MethodState

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backends.call import accumulation_dtype
 from ..errors import InputError, InputTypeError
-from ..functional import MaskLike, add_to_bias, attention_weights, check_key_mask, prepare_inputs, select_keys
+from ..functional import attention_weights
+from ..inputs import MaskLike, add_to_bias, check_key_mask, prepare_inputs, select_keys
 
 
 class LowRankOracle(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backends.features import RISE, MovingShift, exponents, map_features
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import check_alignment, check_key_mask, prepare_inputs
+from ..inputs import check_alignment, check_key_mask, prepare_inputs
 from ..options import check_choice, check_range, register
 from ..tracing import shapes_only, without_autocast
 from .base import MethodState, fill

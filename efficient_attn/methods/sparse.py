@@ -11,17 +11,8 @@ from torch import Tensor, nn
 from .. import biases
 from ..biases import BiasLike
 from ..errors import InputTypeError, UnsupportedError
-from ..functional import (
-    as_block_mask,
-    attention,
-    causal_mask,
-    check_alignment,
-    check_bias,
-    check_key_mask,
-    padded_attention,
-    seen_keys,
-    shown_by_bias,
-)
+from ..functional import attention, padded_attention
+from ..inputs import as_block_mask, causal_mask, check_alignment, check_bias, check_key_mask, seen_keys, shown_by_bias
 from ..masks import BlockMask
 from ..patterns import BucketPattern, Dense, Pattern
 from ..tracing import PLAN, named, shapes_only

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import sharding
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import MAX_HEAD_DIM
+from ..inputs import MAX_HEAD_DIM
 from ..methods import Method, parse
 from ..patterns import Pattern
 from .attention import Attention, check_causal

@@ -43,7 +43,9 @@ tokens, bigbird, images, deepspeed, content, buckets, combined = (
     f"efficient_attn/patterns/{name}.py"
     for name in ("tokens", "bigbird", "images", "deepspeed", "content", "buckets", "combined")
 )
-functional, multihead, defaults = (f"efficient_attn/{name}.py" for name in ("functional", "multihead", "defaults"))
+functional, inputs, multihead, defaults = (
+    f"efficient_attn/{name}.py" for name in ("functional", "inputs", "multihead", "defaults")
+)
 methods = "efficient_attn/methods"
 reference = "efficient_attn/backends/reference"
 models = "efficient_attn/models"
@@ -149,14 +151,14 @@ FAULTS = [
     Fault("the diagonal at the other corner", defaults, 'kv_len - q_len if alignment == "bottom_right" else 0',
           'kv_len - q_len if alignment == "top_left" else 0', f"{CONTRACT} {TOKENS}"),
     Fault("no scale", defaults, "return float(head_dim**-0.5)", "return 1.0", CONTRACT),
-    Fault("masked keys keep their numbers", functional,
+    Fault("masked keys keep their numbers", inputs,
           "t.masked_fill(~key_mask[:, None, :, None], 0.0) for t in tensors", "t for t in tensors",
           f"{HIDDEN} -k nobody_sees"),
-    Fault("a masked pair is only unlikely", functional, "torch.where(visible, bias, -torch.inf)",
+    Fault("a masked pair is only unlikely", inputs, "torch.where(visible, bias, -torch.inf)",
           "torch.where(visible, bias, -1e4)", f"{CONTRACT} -k padding"),
     Fault("padding of one row for all", functional, "if bool((lengths == key_mask.shape[1]).all()):",
           "if bool((lengths == key_mask.shape[1]).any()):", f"{HIDDEN} -k nobody_sees"),
-    Fault("what a bias hides has a say in a choice", functional, "    return None if bool(shown.all()) else "
+    Fault("what a bias hides has a say in a choice", inputs, "    return None if bool(shown.all()) else "
           "as_block_mask(shown, query, key)", "    return None", f"{HIDDEN} -k does_not_see"),
     Fault("parts are joined without their weights", functional, "shares = torch.exp(stacked - top)",
           "shares = torch.ones_like(stacked)", CONTRACT),

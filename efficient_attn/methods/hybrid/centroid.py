@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
-from ...functional import MAX_HEAD_DIM, attention, attention_weights, select_keys
+from ...functional import attention, attention_weights
+from ...inputs import MAX_HEAD_DIM, select_keys
 from ...options import check_choice, register
 from ...tracing import without_autocast
 from ..lowrank import by_group

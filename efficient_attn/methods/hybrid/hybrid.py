@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from ...defaults import default_scale
 from ...errors import InputError, InputTypeError, UnsupportedError
-from ...functional import (
+from ...functional import attention_weights, merge_attention, padded_attention
+from ...inputs import (
     MaskLike,
     add_to_bias,
     as_block_mask,
-    attention_weights,
     check_dropout,
     check_key_mask,
-    merge_attention,
-    padded_attention,
     prepare_inputs,
     resolve_seed,
     seen_keys,

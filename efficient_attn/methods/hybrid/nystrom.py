@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...backends.call import accumulation_dtype
 from ...errors import UnsupportedError
-from ...functional import select_keys
+from ...inputs import select_keys
 from ...options import check_range, register
 from ...tracing import without_autocast
 from ..lowrank import by_group

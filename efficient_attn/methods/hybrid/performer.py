@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...backends.call import accumulation_dtype
 from ...errors import InputError
-from ...functional import select_keys
+from ...inputs import select_keys
 from ...options import register
 from ...tracing import without_autocast
 from ..lowrank import by_group

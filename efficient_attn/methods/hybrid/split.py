@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...defaults import alignment_offset
 from ...errors import UnsupportedError
-from ...functional import MaskLike, as_block_mask, check_alignment
+from ...inputs import MaskLike, as_block_mask, check_alignment
 from ...masks import BlockMask
 from ...masks.lists import FULL, entry_rows, pointers
 from ...patterns import Pattern

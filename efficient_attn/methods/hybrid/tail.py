@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...functional import select_keys
+from ...inputs import select_keys
 from ...options import Named, check_range
 from ...tracing import without_autocast
 from ..base import TAILS
@@ -42,7 +42,7 @@ class TailCall:
 
     split: which pairs are exact, and which blocks are the tail's.
     state: what `Tail.build` returned.
-    key_mask: the keys that any query sees, by `functional.seen_keys`; None: all.
+    key_mask: the keys that any query sees, by `inputs.seen_keys`; None: all.
     is_causal, scale, dropout_p, dropout_seed, backend, need_weights: as in `Method.attend`.
     counted: whether this is a forward, which training counts; an analysis is none.
     """

@@ -61,7 +61,7 @@ def flash_attn_func(
         softmax_scale: default 1 / sqrt(D).
         causal: query i sees keys up to i + Nk - Nq.
         window_size: (left, right): query i sees keys from i + Nk - Nq - left to i + Nk - Nq + right; -1: no limit.
-        softcap: 0, or c: scores become c tanh(score / c). Plain PyTorch computes it: exact, in O(n) memory, slow.
+        softcap: 0, or c: scores become c tanh(score / c). On a GPU plain PyTorch does: exact, O(n) memory, slow.
         alibi_slopes: (H) or (B, H); -slope |i + Nk - Nq - j| is added to scores. Without gradient.
         return_attn_probs: return (out, softmax_lse (B, H, Nq), None).
 

@@ -2,10 +2,10 @@
 
     s_ij = cap(scale q_i k_j) - slope |i + offset - j|,   cap(x) = softcap tanh(x / softcap)
 
-(Bello et al. 2016 for the cap, Press et al. 2022 for ALiBi.) No kernel knows either, so that this file is where both
-map to what there is: ALiBi to a bias, one number a key where keys to the right are hidden and otherwise made for some
-rows at a time; a cap to plain PyTorch, for some rows at a time. Rows that were done are computed again in the backward,
-so that memory stays O(n). Letters as in `functional`.
+(Bello et al. 2016 for the cap, Press et al. 2022 for ALiBi.) The kernels for CPUs know both, no kernel for GPUs does.
+There they map to what there is: ALiBi to a bias, one number a key where keys to the right are hidden and otherwise made
+for some rows at a time; a cap to plain PyTorch, for some rows at a time. Rows that were done are computed again in the
+backward, so that memory stays O(n). Letters as in `functional`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backends.call import accumulation_dtype
 from ..backends.reference.attention import dropout_keep
+from ..biases import ALiBi
 from ..defaults import default_scale
 from ..errors import InputError, InputTypeError
 from ..functional import attention
 from ..inputs import check_dropout, prepare_inputs, resolve_seed
 from ..masks import BlockMask
 
+BY_KERNELS = ("cpu",)  # devices whose kernels know both
 PAIRS = 2**24  # scores, or numbers of a bias, that are made at a time
 UNLIMITED = (-1, -1)
 HALVES = (torch.bfloat16, torch.float16)
@@ -65,6 +67,12 @@ def attend(
     if not softcap >= 0.0:
         raise InputError(f"softcap must be 0 (none) or positive, got {softcap}")
     slopes = None if slopes is None else _check_slopes(slopes, query)
+    if query.device.type in BY_KERNELS and offset == key.shape[2] - query.shape[2]:
+        return attention(
+            query, key, value, mask=_window_mask(query, key, window, offset), scale=scale, softcap=softcap or None,
+            bias=None if slopes is None else ALiBi(slopes.flatten(1), "bottom_right"), dropout_p=dropout_p,
+            dropout_seed=dropout_seed, return_lse=True, backend=backend,
+        )  # fmt: skip
     scale = default_scale(scale, query.shape[3])
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "scale": scale, "backend": backend}

@@ -66,8 +66,15 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 
 def backend_for(backend: str, named: dict[str, Any]) -> str:
-    """A cap is the reference's alone."""
-    return "auto" if named.get("softcap") else backend
+    """Where no kernel knows a cap, it is the reference's alone."""
+    return "auto" if named.get("softcap") and not scores.BY_KERNELS else backend
+
+
+@pytest.fixture(params=["kernels", "rows"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap and ALiBi by kernels, as on a CPU, or some rows at a time, as on a GPU."""
+    if request.param == "rows":
+        monkeypatch.setattr(scores, "BY_KERNELS", ())
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -75,6 +82,7 @@ def test_dense(seed: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None
     """Forward, lse, and the gradients of both; with a cap or ALiBi some rows at a time, or all at once."""
     dice = random.Random(seed)
     monkeypatch.setattr(scores, "PAIRS", dice.choice([1, 2**24]))
+    monkeypatch.setattr(scores, "BY_KERNELS", dice.choice([("cpu",), ()]))
     B, Nq, Nk = dice.choice([1, 2]), dice.choice([1, 5, 70]), dice.choice([1, 5, 90])
     H, Hkv = dice.choice([(1, 1), (4, 4), (4, 2)])
     named = options(dice, H, B, seed)
@@ -240,6 +248,7 @@ def test_with_a_cache(seed: int, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [(-1, 0), (100, 0), (-1, -1)])
+@pytest.mark.usefixtures("by")
 def test_alibi_of_halves_is_as_exact_as_a_bias(dtype: torch.dtype, window: tuple[int, int]) -> None:
     """One number a key stands for the distances; next to a query it must not be rounded away."""
     n, slopes = 1200, torch.tensor([2.0, 0.004])
@@ -257,6 +266,7 @@ def test_alibi_of_halves_is_as_exact_as_a_bias(dtype: torch.dtype, window: tuple
 
 
 def test_alibi_in_memory_of_one_number_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "BY_KERNELS", ())
     seen = []
     real = scores.attention
     monkeypatch.setattr(scores, "attention", lambda *a, **b: (seen.append(b["bias"].numel()), real(*a, **b))[1])
@@ -266,6 +276,7 @@ def test_alibi_in_memory_of_one_number_a_key(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("named", [{}, {"softcap": 2.0}, {"alibi_slopes": torch.tensor([0.1, 0.2])}])
+@pytest.mark.usefixtures("by")
 def test_dropout_is_honoured(named: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """About that many weights are dropped, others in every part of the rows; the mean stays."""
     monkeypatch.setattr(scores, "PAIRS", 64 * 128)
@@ -305,13 +316,14 @@ def test_compiled() -> None:
     torch.testing.assert_close(call(q), fa.flash_attn_func(q, q, q, causal=True, window_size=(7, 7)))
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     q, cache = draw(0, 2, 3, 4, 8), draw(1, 2, 10, 4, 8)
     packed_q = q.flatten(0, 1)
     with pytest.raises(InputError, match="alibi_slopes must be"):
         fa.flash_attn_func(q, q, q, alibi_slopes=torch.ones(3))
     with pytest.raises(InputError, match="softcap must be"):
         fa.flash_attn_func(q, q, q, softcap=-1.0)
+    monkeypatch.setattr(scores, "BY_KERNELS", ())
     with pytest.raises(InputError, match="reference alone"):
         fa.flash_attn_func(q, q, q, softcap=1.0, backend="cpu")
     with pytest.raises(InputError, match="4 dimensions, lengths before heads"):

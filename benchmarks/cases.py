@@ -97,8 +97,7 @@ QUICK_SEQLENS = (128, 2048)
 DECODES = tuple(
     spec
     for spec in OPERATOR_METHODS
-    if spec.partition(":")[0]
-    in ("dense", "sliding_window", "strided", "longformer", "bigbird", "topk_blocks", "performer", "linear")
+    if spec.partition(":")[0] in ("dense", "sliding_window", "strided", "longformer", "bigbird", "performer", "linear")
     and "+" not in spec
 )
 

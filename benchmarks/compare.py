@@ -36,7 +36,7 @@ HIGHER = r"accuracy|exact|.*speedup.*|.*_per_s|efficiency|.*(_share|flops|_?gbs)
 LOWER = (
     r"(.*_)?ms|.*_bytes|bytes_per_token|error|loss|mase|difference|scores|share|(.*_)?(spread|unsure|seconds)|trained_s"
 )
-NEUTRAL = r"density|parameters|tokens|samples|tolerance|baseline|load"
+NEUTRAL = r"density|parts|visited|parameters|tokens|samples|tolerance|baseline|load"
 LOW_SCORES = ("loss", "mase", "naive_mase", "mae", "mse", "bits_per_character", "to_naive")
 
 

@@ -104,7 +104,7 @@ inline void pair_product(int64_t rows, int64_t lanes, int64_t depth, const BFloa
     (void)pair_stride;
     tile_product<kInto>(rows, lanes, depth, a, row_stride, b, out, factor);
 #else
-    constexpr int64_t terms = 128;  // pairs: every head, and every tile, in one go
+    constexpr int64_t terms = 512;  // pairs: the widest head, and every tile, in one go, as a scale goes with one only
     product<A, kInto, terms>(rows, lanes / kLanes<A>, depth, a, row_stride, pair_stride, b, lanes, out, lanes, factor);
 #endif
 }

@@ -251,6 +251,8 @@ def _chosen(
     """The backend that serves a call, None if none is faster than PyTorch's own, and the bias."""
     if dropout_p > 0.0 or query.numel() == 0 or key.numel() == 0:
         return None, None
+    if max(query.shape[-1], value.shape[-1]) > inputs.MAX_HEAD_DIM:
+        return None, None
     try:
         inputs.check_inputs(query, key, value)
         bias = None if attn_mask is None else inputs.check_bias(attn_mask, query, key)

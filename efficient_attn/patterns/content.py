@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..defaults import default_scale
@@ -123,13 +124,24 @@ class _Blocks(ContentPattern):
             ranked = torch.where(blank, -column.to(scores.dtype), ranked)
         turn = torch.where(whole, ranked, torch.where(column > last, late, late - 4 * most))
         turn = turn.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
-        order, chosen = self._choose(scores, turn, forced, seen, torch.where(whole, counts, 0))
+        order, chosen = self._choose(
+            scores, turn, forced, seen, torch.where(whole & self._ended(key_mask, Nk, key.device), counts, 0)
+        )
         if self.tau_max is not None:
             columns = torch.zeros_like(seen).scatter(-1, order, chosen)
             scale = default_scale(scale, D)
             chosen = grow(columns, seen & whole, seen & ~whole, query, key, scale, key_mask, self.block, self.tau_max)
             order = column.expand_as(chosen)
         return self._mask_of(order, chosen, query, Nk)
+
+    def _ended(self, key_mask: Tensor | None, n: int, device: torch.device) -> Tensor | bool:
+        """Whether the last key of a block is there, (B, 1, 1, blocks); else more of it may come."""
+        if key_mask is None:
+            key_mask = torch.ones(1, n, dtype=torch.bool, device=device) if n % self.block else None
+        if key_mask is None:
+            return True
+        key_mask = F.pad(key_mask, (0, -n % self.block))
+        return key_mask[:, None, None, self.block - 1 :: self.block]
 
     def _choose(
         self, scores: Tensor, turn: Tensor, forced: Tensor, seen: Tensor, counts: Tensor
@@ -298,10 +310,10 @@ class TopKBlocks(_Blocks):
 class TopPBlocks(_Blocks):
     """For each block of queries the fewest blocks of keys that are estimated to hold the share `mass` of its softmax.
 
-    The estimate is softmax over the scores of blocks, in the order of which blocks are taken until their mass reaches
-    `mass`; sink and local blocks come first. Twilight, Lin et al. 2025, arXiv:2502.02770, at blocks. A block that
-    causality or a mask cuts has no share in the mass: it holds what some of its queries must not know. Nor has one that
-    padding or the end of the keys leaves short: with causality it is the queries' own, and would grow as tokens come.
+    The estimate is softmax over blocks of score + log(number of keys), in the order of which blocks are taken until
+    their mass reaches `mass`; sink and local blocks come first. Twilight, Lin et al. 2025, arXiv:2502.02770, at blocks.
+    A block that causality or a mask cuts has no share in the mass: it holds what some of its queries must not know. Nor
+    has one whose last key is padding or still to come: with causality it is the queries' own, and grows with tokens.
 
     Other fields: as in `TopKBlocks`.
     """
@@ -327,7 +339,7 @@ class TopPBlocks(_Blocks):
     def _choose(
         self, scores: Tensor, turn: Tensor, forced: Tensor, seen: Tensor, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mass = torch.where(seen & (counts == self.block), scores, -torch.inf).softmax(-1)
+        mass = torch.where(seen & (counts > 0), scores + counts.clamp(min=1).log(), -torch.inf).softmax(-1)
         mass = mass.nan_to_num(0.0)  # where no block is whole
         order = turn.argsort(dim=-1, descending=True, stable=True)
         mass = mass.gather(-1, order)

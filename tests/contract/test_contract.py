@@ -319,7 +319,7 @@ Q = torch.randn(2, 4, 6, 8)
         ({"value": Q[:, :, :5]}, InputError, "expected query"),
         ({"key": Q[:, :3], "value": Q[:, :3]}, InputError, "multiple of the key/value heads"),
         ({"query": Q[..., :0], "key": Q[..., :0]}, InputError, "head_dim"),
-        ({"value": torch.randn(2, 4, 6, 257)}, InputError, "head_dim"),
+        ({"value": torch.randn(2, 4, 6, 577)}, InputError, "head_dim"),
         ({"bias": torch.ones(6, 6, dtype=torch.bool)}, InputTypeError, "mask="),
         ({"bias": torch.ones(6, 6, dtype=torch.float16)}, InputTypeError, "bias must be"),
         ({"bias": torch.ones(5, 6)}, InputError, "does not broadcast"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import rank_jobs as jobs
 from support.accuracy import Problem, assert_conforms
-from support.cases import CASES, Case, draw
+from support.cases import CASES, MODIFIED, Case, draw
 from support.random_calls import random_call
 from support.ranks import RankError, Ranks, started
 
@@ -16,7 +16,8 @@ from efficient_attn.distributed import Shape, Shards, context_parallel, make_pla
 from efficient_attn.errors import InputError
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 4e-2}
-SAMPLE = [case for number, case in enumerate(CASES) if case.layout == "contiguous" and number % 2 == 0]
+PLAIN = [case for case in CASES if case not in MODIFIED]  # what ranks serve
+SAMPLE = [case for number, case in enumerate(PLAIN) if case.layout == "contiguous" and number % 2 == 0]
 
 
 def conforms(ranks: Ranks, count: int, case: Case, dtype: torch.dtype, transport: str, layout: object) -> None:
@@ -62,7 +63,7 @@ def test_half_precision_conforms(pair):
 @pytest.mark.parametrize("transport", ["gather", "ring", "all_to_all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_conformance_cases_through_four_ranks(four, dtype, transport):
-    for case in CASES:
+    for case in PLAIN:
         if case.layout == "contiguous":
             for count, layout in ((2, "contiguous"), (3, "zigzag"), (4, "zigzag")):
                 conforms(four, count, case, dtype, transport, layout)

@@ -54,16 +54,19 @@ def test_importing_asks_for_no_extra():
 
 
 def test_importing_is_quick():
-    """Time of the processor beyond PyTorch's own, in the best of a few processes: a busy machine takes longer."""
+    """Time of the processor beyond PyTorch's own, in the best of a few processes: a busy machine takes longer. With
+    bytecode, which pip writes as it installs, and Python at the first import of a checkout."""
     code = (
         "import torch, time; before = time.process_time(); import efficient_attn; print(time.process_time() - before)"
     )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds = []
     for _ in range(8):
-        seconds.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout))
-        if seconds[-1] <= 0.3:
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout
+        seconds.append(float(said))
+        if seconds[-1] <= 0.25:
             break
-    assert min(seconds) <= 0.3, seconds
+    assert min(seconds) <= 0.25, seconds
 
 
 @pytest.mark.parametrize("counter_first", [True, False])

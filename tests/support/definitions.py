@@ -113,6 +113,7 @@ def chosen_blocks(pattern: Any, q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
         there = pairs.keys[batch]
         cols = [slice(c, min(c + b, M)) for c in range(0, M, b)]
         counts = [int(there[col].sum()) for col in cols]
+        ended = [c for c, col in enumerate(cols) if col.start + b <= M and there[col.start + b - 1]]
         for head in range(H):
             allowed = pairs.allowed[batch, head]
             for r in range(0, N, b):
@@ -142,7 +143,7 @@ def chosen_blocks(pattern: Any, q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
                         wanted = math.ceil(pattern.fraction * len(seen) - 1e-9)
                     keep = forced + free[: max(wanted - len(forced), 0)]
                 else:
-                    mass = {c: math.exp(estimate[c]) if c in estimate and counts[c] == b else 0.0 for c in seen}
+                    mass = {c: math.exp(estimate[c]) * counts[c] if c in estimate and c in ended else 0.0 for c in seen}
                     total, keep = sum(mass.values()), list(forced)
                     for c in free:
                         if total and sum(mass[x] for x in keep) / total >= pattern.mass:

@@ -264,7 +264,7 @@ def logsumexp(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
 def softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Softmax over the keys, and the sink that the result leaves out; zero for fully masked rows."""
     if sinks is not None:
-        return softmax(beside_sinks(scores, sinks))[..., :-1]
+        return softmax(beside_sinks(scores, sinks))[..., :-1].contiguous()
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 

@@ -86,7 +86,7 @@ def with_figures(text: str, results: Path) -> str:
         raise ValueError(f"{results} has no clean cell of the suite ops; make one with efficient-attn bench")
     figures.story(rows, PICTURE, environment)
     printed = io.StringIO()
-    console = Console(file=printed, width=118, color_system=None)
+    console = Console(file=printed, width=128, color_system=None)
     console.print(records.describe(environment))
     report.print_table(table, console)
     lines = [line.rstrip() for line in printed.getvalue().splitlines()]

@@ -30,7 +30,7 @@ setup: $(STAMP) ## .venv with pinned tools and the package, installed for editin
 # editable install holds what they compile to. Build isolation keeps PyTorch out of the build.
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	EFFICIENT_ATTN_CPU=1 EFFICIENT_ATTN_CUDA=$(EFFICIENT_ATTN_CUDA) $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	EFFICIENT_ATTN_OBJECTS=$(CURDIR)/build/native EFFICIENT_ATTN_CPU=1 EFFICIENT_ATTN_CUDA=$(EFFICIENT_ATTN_CUDA) $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
 	touch $@
 
 # efficient_attn._cuda in place, with nvcc: EFFICIENT_ATTN_CUDA_ARCHS=90a make cuda for one GPU. Only what changed is compiled again.

@@ -2,6 +2,7 @@
 
 efficient_attn._cpu: one object per instruction set, chosen at run time. EFFICIENT_ATTN_CPU=0 skips it, 1 insists on it;
 CXX names the compiler. Without a compiler the package still installs, with a warning, and the reference backend serves.
+EFFICIENT_ATTN_OBJECTS names a folder that keeps what was compiled for the next build.
 
 efficient_attn._cuda: the CUDA kernels in many units, each for every architecture, which takes nvcc minutes: only
 EFFICIENT_ATTN_CUDA=1 builds it, and insists, with the nvcc of CUDA_HOME, on PATH or in /usr/local/cuda.
@@ -90,12 +91,12 @@ def ninja_file(
         if accepts(compiler, flag, build_dir)
     )
     openmp = "-fopenmp" if accepts(compiler, "-fopenmp", build_dir) else ""
-    includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"  # kernels know nothing of it
     sets = instruction_sets(build_dir) if sets is None else sets
     known = " ".join(f"-DEFFICIENT_ATTN_HAVE_{name.upper()}=1" for name in sets)
     lines = [
         f"cxx = {compiler}",
-        f"flags = {COMMON_FLAGS}{tuning} {includes} {known} {flags}",
+        f"flags = {COMMON_FLAGS}{tuning} -I{ROOT / 'csrc'} {known} {flags}",
         "rule compile",
         "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -110,7 +111,7 @@ def ninja_file(
         lines += [f"  extra = {isa} {ISA_FLAGS} -DEFFICIENT_ATTN_ISA={name}"]
     for source in PLAIN_SOURCES if plain_sources is None else plain_sources:
         objects.append(Path(source).stem + ".o")
-        lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {openmp} -pthread"]
+        lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {openmp} -pthread {python}"]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
@@ -187,7 +188,8 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / ext.name.rpartition("._")[2]
+        kept = os.environ.get("EFFICIENT_ATTN_OBJECTS") or self.build_temp
+        build_dir = Path(kept).resolve() / ext.name.rpartition("._")[2]
         build_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:

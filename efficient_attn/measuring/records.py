@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import InputError
 
 SCHEMA = 1
@@ -50,13 +52,15 @@ def cell_id(suite: str, config: Mapping[str, Any], code: str) -> str:
 
 def environment(**extra: Any) -> Record:
     """The environment line: machine, versions, clocks and whatever else decides a figure."""
+    versions = {name: version(name) for name in ("efficient-attn", "torch", "numpy", "triton", "scikit-learn")}
+    versions["torch"] = torch.__version__  # with the build, +cpu or +cu130, that a wheel's metadata may leave out
     return {
         "type": "environment",
         "schema": SCHEMA,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "code": code_version(),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("efficient-attn", "torch", "numpy", "triton", "scikit-learn")},
+        "versions": versions,
         "python": platform.python_version(),
         "argv": sys.argv[1:],
         "load": round(os.getloadavg()[0], 2),

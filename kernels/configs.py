@@ -161,6 +161,12 @@ def short(config: Config, rows: int) -> Config:
     return config if rows > 32 else config._replace(block_k=min(config.block_k, 64), warps=4)
 
 
+def square(config: Config, head_dim: int) -> Config:
+    """The configuration with square tiles, for sums along diagonals; wide heads leave registers for 16."""
+    side = min(config.block_q, config.block_k, 64 if head_dim <= 128 else 16)
+    return config._replace(block_q=side, block_k=side)
+
+
 def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -> Config:
     """The configuration for the second launch of a masked call: the same results a program, in smaller steps."""
     block_q = config.block_q if walk_q is None else min(walk_q, config.block_q)

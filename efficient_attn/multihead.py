@@ -35,10 +35,12 @@ from .methods.continuation import goes_by_positions
 from .methods.left_padding import attend_from_first
 from .patterns import Pattern
 from .self_attention import self_attention
-from .tracing import shapes_only, unwrapped
+from .tracing import is_onnx_export, shapes_only, unwrapped
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
+_modules: Any = nn.modules.module
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _PLAIN = (Tensor, nn.Parameter, type(None))
 _TorchMultiheadAttention = nn.MultiheadAttention  # bound once: a patched torch.nn must not change our parent
 
@@ -207,6 +209,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"attention={str(self.attention)!r} cannot run with {foreign}; only dense attention can be left to "
                     "PyTorch. Use attention='dense', or to_torch() for a dense module on the same parameters"
                 )
+            if is_onnx_export():
+                value = value[:]  # keeps the parent off its fast path, which no exporter knows
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -244,7 +248,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             or self.add_zero_attn
             or (self.training and self.dropout > 0.0)
             or self.head_dim > MAX_HEAD_DIM
-            or torch.onnx.is_in_onnx_export()
+            or is_onnx_export()
+            or _is_more_than_linear(self.out_proj)
         ):
             return None
         weights: Any = None if not need_weights else "mean" if average else "each"
@@ -298,7 +303,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,
             need_weights="mean" if need_weights and average_attn_weights else need_weights,
         )
-        out = F.linear(self._merge_heads(out, query.dim() == 3), self.out_proj.weight, self.out_proj.bias)
+        # Called, not only read as the parent does: adapters, hooks and offloading on it are reached.
+        out = self.out_proj(self._merge_heads(out, query.dim() == 3))
         if weights is None:
             return out, None
         return out, weights if query.dim() == 3 else weights.squeeze(0)
@@ -473,7 +479,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return f"head_dim={self.head_dim} (at most {MAX_HEAD_DIM})"
         if self.training and self.dropout == 1.0:
             return "dropout=1.0"
-        if torch.onnx.is_in_onnx_export():
+        if is_onnx_export():
             return "an export to ONNX, which has no operator for it"
         if torch.compiler.is_compiling():
             return None
@@ -589,6 +595,17 @@ def replace_attention(
     for module in {id(m): m for m in found.values()}.values():
         hand_over_hooks(module, replacements[id(module)])
     return dict(put(model, name, replacements[id(module)]) for name, module in found.items())
+
+
+def _is_more_than_linear(module: nn.Module) -> bool:
+    """Whether a call of it may do something else than to multiply by its weight and add its bias: an adapter, hooks."""
+    known: Any = module
+    return (
+        type(module) not in _LINEAR
+        or "forward" in module.__dict__
+        or bool(known._forward_hooks or known._forward_pre_hooks or known._backward_hooks or known._backward_pre_hooks)
+        or _modules._has_any_global_hook()
+    )
 
 
 def _attends_to_memory(model: nn.Module, name: str) -> bool:

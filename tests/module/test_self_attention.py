@@ -193,7 +193,19 @@ def test_whatever_looks_on(state: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["dropout", "kdim", "bias_kv", "zero", "padding", "mask", "cross", "unbatched", "sliding_window:left=1,right=1"],
+    [
+        "hook",
+        "adapter",
+        "dropout",
+        "kdim",
+        "bias_kv",
+        "zero",
+        "padding",
+        "mask",
+        "cross",
+        "unbatched",
+        "sliding_window:left=1,right=1",
+    ],
 )
 def test_what_is_more_goes_step_by_step(case: str, taken: list[Kind]) -> None:
     options: dict[str, dict[str, Any]] = {
@@ -201,6 +213,10 @@ def test_what_is_more_goes_step_by_step(case: str, taken: list[Kind]) -> None:
         "zero": {"add_zero_attn": True}, "sliding_window:left=1,right=1": {"attention": case},
     }  # fmt: skip
     m, x = module(**options.get(case, {})), drawn()
+    if case == "hook":
+        m.out_proj.register_forward_hook(lambda module, inputs, out: 2 * out)
+    if case == "adapter":
+        m.out_proj = type("Adapter", (torch.nn.Linear,), {})(E, E)
     if case == "kdim":
         m(x, x, drawn(N, L, E + 1))
     elif case == "padding":

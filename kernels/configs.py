@@ -76,7 +76,7 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
 # list, with bias or dropout, None where the row above serves.
 VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] = {
     ("forward", 90, True, 64): (None, Config(128, 64, 8, 3)),
-    ("forward", 90, True, 128): (None, Config(64, 64, 4, 2)),
+    ("forward", 90, True, 128): (None, Config(64, 64, 8, 2)),
     ("forward", 90, True, 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 80, True, 64): (None, Config(64, 64, 4, 2)),
     ("forward", 80, True, 128): (None, Config(64, 64, 8, 2)),

@@ -103,7 +103,8 @@ def gradients(
         if grad_weights is not None and grad_weights.shape[1] < query.shape[1]:  # of the average over all heads
             parts[2] = parts[2] * ((place.heads.stop - place.heads.start) / query.shape[1])
         rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, softcap, *parts[9:], diagonals_require_grad)
-        found = reference.attention_backward(*parts[:9], *rest, _piece(place, query, key))
+        arguments: list[Any] = [*parts[:9], *rest, _piece(place, query, key)]
+        found = reference.attention_backward(*arguments)
         for cut, total, gradient in zip(RESULT_CUTS, totals, found, strict=True):
             if total is not None and gradient is not None:
                 _add(cut, total, place, gradient)

@@ -1,4 +1,4 @@
-"""Writes the table of fields.md from rows of the suites fields and fields_cost: python docs/fields.py RESULTS.jsonl..."""
+"""Writes the table of fields.md from rows of the suites fields and fields_cost: python docs/fields.py RESULTS..."""
 
 from __future__ import annotations
 

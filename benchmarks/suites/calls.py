@@ -1,6 +1,8 @@
 """Suite `calls`: every call that users make, with its default arguments, beside each other way to make it.
 
-The operator, decoding, the module with and without weights, encoders of torch.nn, and whole models of transformers.
+The operator, decoding, the module with and without weights, encoders of torch.nn, and whole models of transformers. On
+an instruction set below the machine's best (see tools/call_table.py) fewer of them, and without engines, which nothing
+holds to it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from efficient_attn.backends.cpu import attention as cpu
 from efficient_attn.measuring import clock
 
 from .. import users
@@ -18,8 +21,16 @@ from . import Claim, Column, Options, Row, Suite
 # batch, sequence length, heads, head_dim
 DENSE = ((1, 4096, 8, 64), (1, 4096, 8, 128), (16, 128, 12, 64), (8, 512, 12, 64), (1, 16, 4, 64))
 MODULES = ((4, 512, 12, 64), (1, 2048, 12, 64), (1, 16, 4, 16))
+BRIEFLY = {(16, 128, 12, 64), (8, 512, 12, 64), (1, 16, 4, 64), (4, 512, 12, 64), (1, 16, 4, 16), (16, 64, 8, 64)}
 ENCODERS = ((16, 64, 8, 64), (4, 512, 12, 64))
 MODELS = {"bert": (4, 256, 8, 64), "vit": (4, 256, 8, 64), "gpt2": (2, 512, 8, 64), "llama": (2, 512, 8, 64)}
+
+
+def instruction_sets() -> tuple[str, str]:
+    """The one that the CPU kernels use here, and the best that this machine runs."""
+    if cpu.MISSING:
+        return "none", "none"
+    return cpu._cpu.instruction_set(), cpu._cpu.instruction_sets()[-1]
 
 
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,30 +50,35 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configs(options: Options) -> Iterable[dict[str, Any]]:
-    common = options.common()
+    used, best = instruction_sets()
+    brief = used != best
+    common = {**options.common(), "set": used, "engines": not brief}
     dtypes = options.dtypes if options.quick else tuple(dict.fromkeys((*options.dtypes, "bfloat16")))
 
     def cell(work: str, call: str, sizes: tuple[int, ...], mode: str, **more: Any) -> dict[str, Any]:
         shape = dict(zip(("batch", "seqlen", "heads", "head_dim"), sizes, strict=True))
         return {"work": work, "call": call, "mode": mode, **shape, **more, **common}
 
+    def chosen(every: Iterable[tuple[int, ...]]) -> Iterable[tuple[int, ...]]:
+        return (sizes for sizes in every if not brief or sizes in BRIEFLY)
+
     for dtype in dtypes:
-        for sizes in MODULES:
+        for sizes in chosen(MODULES):
             for mode in ("fwd", "fwd_bwd"):
                 for weights in (True, False):
                     call = "m(x, x, x)" if weights else "m(x, x, x, need_weights=False)"
                     yield cell("module", call, sizes, mode, weights=weights, dtype=dtype)
-        for sizes in ENCODERS:
+        for sizes in chosen(ENCODERS):
             for mode, padded in (("fwd", False), ("fwd", True), ("fwd_bwd", False)):
                 call = f"TransformerEncoder{', padded' if padded else ''}"
                 yield cell("encoder", call, sizes, mode, padded=padded, dtype=dtype)
-        for sizes in DENSE:
+        for sizes in chosen(DENSE):
             for mode in ("fwd", "fwd_bwd"):
                 for causal in (False, True):
                     call = f"attention(q, k, v{', is_causal=True' if causal else ''})"
                     yield cell("operator", call, sizes, mode, causal=causal, dtype=dtype)
         for kv_len in (128, 1024, 8192, 65536):
-            for heads, kv_heads in ((4, 4), (12, 12), (32, 8)):
+            for heads, kv_heads in ((12, 12), (32, 8)) if brief else ((4, 4), (12, 12), (32, 8)):
                 for q_len in (1, 4):
                     call, more = f"attention of {q_len} on a cache", {"kv_heads": kv_heads, "q_len": q_len, "window": 0}
                     if not (options.quick and (q_len > 1 or kv_len > 8192)):
@@ -70,7 +86,7 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
             more = {"kv_heads": 8, "q_len": 1, "window": 512}
             if kv_len >= 1024:
                 yield cell("decode", "attention of 1, window 512", (1, kv_len, 8, 64), "decode", **more, dtype=dtype)
-        for model, sizes in MODELS.items():
+        for model, sizes in () if brief else MODELS.items():
             for mode in ("fwd", "fwd_bwd", *(("decode",) if model == "llama" else ())):
                 more = {"model": model, "layers": 2, "compiled": not options.quick and mode == "fwd"}
                 yield cell("transformers", f"{model} of transformers", sizes, mode, **more, dtype=dtype)
@@ -83,7 +99,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     )
     found = [Claim(text, tuple(row["id"] for row in rows))] if rows else []
     for row in sorted(slower, key=lambda row: row["figure"]):
-        where = f"{row['call']}, {row['mode']}, {row['dtype']}, batch {row['batch']}, N = {row['seqlen']}"
+        kind = ", ".join(row[key] for key in ("call", "mode", "dtype", "set") if key in row)
+        where = f"{kind}, batch {row['batch']}, N = {row['seqlen']}"
         text = f"{row['figure']:.2f}x of {row['peer']}: {where}, {row['heads']} heads of {row['head_dim']}."
         found.append(Claim(text, (row["id"],)))
     return found
@@ -99,6 +116,7 @@ SUITE = Suite(
         Column("call", "call", "text"),
         Column("mode", "mode", "text"),
         Column("dtype", "dtype", "text"),
+        Column("set", "set", "text"),
         Column("B", "batch", "integer"),
         Column("N", "seqlen", "integer"),
         Column("heads", "heads", "integer"),

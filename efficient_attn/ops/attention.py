@@ -157,7 +157,7 @@ def _forward_grad(
         grid = Grid(query.shape[2], key.shape[2], block_q, block_k)
         lists[4:] = transpose(BlockLists(batch, heads, *lists[:4]), grid)
     others = (grad_lse, grad_weights, *saved)
-    backward = _backward if not torch.is_grad_enabled() and is_plain(grad_out, *others) else attention_backward
+    backward = _backward if goes_back_plainly(grad_out, *others) else attention_backward
     dq, dk, dv, dbias, dsinks, ddiagonals = backward(
         grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse, block_shape, *lists, window, kv_lengths,
         scale, dropout_p, dropout_seed, bias_requires_grad, softcap, sinks, diagonals, diagonals_require_grad, backend,
@@ -271,6 +271,15 @@ def direct_attention(*operands: Any) -> tuple[Tensor, Tensor]:
     """`attention_forward` with a gradient, on tensors that are plain; the mask comes as its arrays."""
     results: tuple[Tensor, Tensor] = _Direct.apply(*operands)
     return results
+
+
+def goes_back_plainly(grad: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether a backward can pass the dispatcher by: nobody differentiates it, and it is of one gradient.
+
+    With is_grads_batched=True autograd gives it many, in a tensor that looks plain.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not batched and not torch.is_grad_enabled() and is_plain(grad, *tensors)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

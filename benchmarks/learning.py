@@ -96,7 +96,8 @@ def _seeded(task: Callable[[str], Task], splits: Splits, config: Mapping[str, An
 def _tokens(task: Task, about: Mapping[str, Any]) -> int:
     """At most: of a text, of an image with a token a pixel and one for its class, of a series."""
     pixels = about["image_size"] ** 2 + 1 if "image_size" in about else 0
-    return max(about.get("max_length", 0), pixels, getattr(task, "tokens", 0))
+    tokens: int = max(about.get("max_length", 0), pixels, getattr(task, "tokens", 0))
+    return tokens
 
 
 def _batches(data: Dataset, size: int, seed: int) -> Any:

@@ -63,7 +63,7 @@ class Larger:
 
 def changed(splits: Splits, how: Callable[[Dataset], Dataset], **about: Any) -> Splits:
     """The splits with other batches, and what is then to be said about them."""
-    return Splits(*(how(part) for part in (splits.train, splits.valid, splits.test)), {**splits.about, **about})
+    return Splits(how(splits.train), how(splits.valid), how(splits.test), {**splits.about, **about})
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,8 @@ def test_lora_merges_into_the_weights_we_read() -> None:
     assert not torch.allclose(tuned.base_model.model[1](x, x, x)[0], before)
 
 
-def test_what_stands_in_the_place_of_out_proj_is_called() -> None:
+@pytest.mark.parametrize("attention", ["dense", "sliding_window:left=2,right=2"])
+def test_what_stands_in_the_place_of_out_proj_is_called(attention: str) -> None:
     """An adapter or a hook there does something, which plain PyTorch passes by."""
 
     class Adapter(nn.Module):
@@ -206,7 +207,7 @@ def test_what_stands_in_the_place_of_out_proj_is_called() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.base(x) + x
 
-    module = MultiheadAttention(E, H, attention="sliding_window:left=2,right=2").eval()
+    module = MultiheadAttention(E, H, attention=attention).eval()
     x = torch.randn(7, 2, E)
     plain = module(x, x, x)[0]
     handle = module.out_proj.register_forward_hook(lambda module, inputs, out: 2 * out)

@@ -445,8 +445,8 @@ def outcome(kind: str, spec: str, name: str) -> str:
 
 def _ours(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, EfficientAttnError):
-        named = [x for x in EfficientAttnError.__subclasses__() if f"{x.__name__}: " in str(error)]
-        if named:
+        # As a traceback or dynamo writes it; PyTorch has errors of the same names, which these do not match.
+        if any(f"{x.__name__}{end}" in str(error) for x in EfficientAttnError.__subclasses__() for end in (": ", "('")):
             return error
         error = error.__cause__ or error.__context__
     return error

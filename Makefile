@@ -161,10 +161,11 @@ readme: $(STAMP) ## write the generated parts of README.md and docs/methods.md a
 clean: ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(STAMP)
 
-# Five seeds take hours on two cores; ARGS=--quick takes two seeds and few steps.
+# Within an hour on two idle cores. With ARGS=--resume what is measured already is not measured again; ARGS=--quick takes two seeds
+# and few steps.
 fields: OUT = benchmarks/results/cpu/fields-$(shell date +%Y%m%d)
 fields: $(STAMP) ## text, images, series and CLIP x methods x seeds, and the table of docs/fields.md: ARGS=--quick
-	@out="$(OUT)" && $(BIN)/efficient-attn bench fields --out "$$out" $(ARGS) && $(BIN)/python docs/fields.py "$$out/results.jsonl"
+	@out="$(OUT)" && $(BIN)/efficient-attn bench fields_cost fields --timeout 900 --out "$$out" $(ARGS) && $(BIN)/python docs/fields.py "$$out/results.jsonl"
 
 sweep-transformers: $(STAMP) ## write docs/transformers-sweep.md: every model type of transformers against eager (20 minutes)
 	cd tests && ../$(BIN)/python -m sweep.run $(ARGS)

@@ -72,7 +72,7 @@ def environment(name: str, own: str) -> dict[str, str]:
 def measure(out: Path, name: str, own: str, arguments: Sequence[str]) -> int:
     """Measure what is not done yet on one set; the exit code of the run."""
     resume = ["--resume"] if (out / "results.jsonl").exists() else []
-    command = [sys.executable, "-m", "efficient_attn.cli", "bench", "calls", "--quick", "--out", str(out)]
+    command = [str(Path(sys.executable).with_name("efficient-attn")), "bench", "calls", "--quick", "--out", str(out)]
     return subprocess.run([*command, *resume, *arguments], env=environment(name, own)).returncode
 
 

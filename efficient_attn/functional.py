@@ -250,7 +250,8 @@ def attention_with_weights(
         backend="reference" if traced else backend, returns_weights=True,
     )  # fmt: skip
     q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _, *modifiers = call
-    if traced or (plain and not differentiable):
+    # The operator looks whether lse is fine enough to make weights of, where a backend does that.
+    if traced or (plain and not differentiable and chosen not in ops.FROM_LSE_ALONE):
         function = backends.BACKENDS[chosen].attention.attention_with_weights
         out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average, *modifiers)
     else:

@@ -66,8 +66,8 @@ HARMLESS = frozenset(
     }
 )
 # Parts of multimodal models that have such layers alone, and masks of eager's form for them: they stay eager.
-EAGER_PARTS = ("Gemma3nAudio", "Gemma4Audio")
-STAYS_EAGER = "has attention in chunks of its own, which looks up no implementation, and stays eager"
+EAGER_PARTS = ("BridgeTowerVisionModel", "Gemma3nAudio", "Gemma4Audio")
+STAYS_EAGER = "has attention layers of its own, which look up no implementation, and stays eager"
 _in_part = False
 # Beginning of a model's name -> layers in it that never look up an implementation, and whether they are all it has.
 OWN_LAYERS = {
@@ -76,7 +76,14 @@ OWN_LAYERS = {
     "PPFormulaNetVision": ("its attention with decomposed positions", True),
 }
 # Layers that say is_causal and attend to everything without a mask, in eager.
-FULL_WITHOUT_MASK = frozenset({"BridgeTowerSelfAttention"})
+FULL_WITHOUT_MASK = frozenset(
+    {
+        "BltSelfAttention",
+        "BridgeTowerSelfAttention",
+        "Phi4MultimodalAudioAttention",
+        "Phi4MultimodalVisionAttention",
+    }
+)
 PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})  # what DataCollatorWithFlattening says of documents
 ADVICE = {
     "cache": "use generate() with a dynamic or static cache",

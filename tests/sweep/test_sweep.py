@@ -24,6 +24,8 @@ from sweep.run import OUTCOMES, outcome, page
         ("lightglue", "agree", ""),
         ("musicgen", "agree", ""),
         ("time_series_transformer", "agree", ""),
+        ("phi4_multimodal_vision", "agree", ""),
+        ("bridgetower_vision_model", "not on the interface", "stays eager"),
         ("gemma3n_audio", "not on the interface", "stays eager"),
         ("bloom", "not on the interface", "does not go through transformers' attention interface"),
         ("sam_vision_model", "not on the interface", "by name in a table"),

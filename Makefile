@@ -17,7 +17,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
-	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu \
+	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu bench-calls \
 	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields works-with \
 	sweep-transformers
 
@@ -126,6 +126,11 @@ bench-all: $(STAMP) ## every suite within BUDGET minutes, and the report
 
 bench-cpu: $(STAMP) ## the CPU kernels against PyTorch and the peak of the machine
 	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
+
+# Twenty minutes; ARGS="--budget 1" takes a minute a set, and once more with OUT=<folder> goes on.
+bench-calls: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)-calls
+bench-calls: $(STAMP) ## every call beside its best peer on every instruction set, and the table of docs/benchmarks.md
+	$(BIN)/python -m efficient_attn.benchmarks.tools.call_table --out "$(OUT)" --page docs/benchmarks.md $(ARGS)
 
 # build/carry/_cuda.abi3.so, for any CPython from 3.11 on; gpu-check takes it where it loads.
 cuda-carry: $(STAMP) ## compile the CUDA kernels for sm_90a alone, for a machine with such a GPU (needs nvcc; minutes)

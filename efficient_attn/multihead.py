@@ -630,16 +630,6 @@ def check_replaceable(name: str, module: nn.Module) -> None:
         )
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether a call of the module is nothing but F.linear of its parameters: no adapter, and no hooks."""
-    return (
-        type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and not module._backward_pre_hooks
-    )
-
-
 def _check_state(method: Method, given: nn.Module, own: nn.Module | None, device: torch.device) -> None:
     """Raise InputError unless `given` is a state like `own`, on the device."""
     found = {name: tensor.shape for name, tensor in given.state_dict().items()}

@@ -86,6 +86,7 @@ def self_attention(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         packed = F.linear(x, in_weight, in_bias)
         merged, _, found = plan.forward(packed, with_lse=False)
+        del packed
         return F.linear(merged, out_weight, out_bias), found
     if weights == "each":  # the gradient of the output goes through them: see Method.attend
         return None

@@ -1,6 +1,6 @@
 """Every model type of the installed transformers, tiny, eager against efficient_attn: docs/transformers-sweep.md.
 
-    make sweep-transformers            # all types, some 40 minutes on two cores
+    make sweep-transformers            # all types, some 15 minutes of one core
     make sweep-transformers ARGS="--types llama bert --print"
 
 A padded batch and one without a mask, forward, backward, and for decoders what they generate, each type in a process

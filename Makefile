@@ -168,5 +168,9 @@ budget: $(STAMP) ## convert(budget=) on trained models of five fields, and the t
 sweep-transformers: $(STAMP) ## write docs/transformers-sweep.md: every model type of transformers against eager (20 minutes)
 	cd tests && ../$(BIN)/python -m sweep.run $(ARGS)
 
+# Into a folder of their own, for transformers does other things where accelerate and peft are installed.
+AROUND = onnx onnxruntime onnxscript onnx_ir ml_dtypes protobuf flatbuffers accelerate peft
 works-with: $(STAMP) ## write docs/works-with.md: what people do around a model x methods x models (10 minutes)
-	cd tests && ../$(BIN)/python -c "from support.works_with import main; main()" > ../docs/works-with.md
+	$(BIN)/python -m pip install -q --upgrade --no-deps --target build/around $(AROUND)
+	cd tests && PYTHONPATH=../build/around ../$(BIN)/python -c "from support.works_with import main; main()" > ../build/works-with.md
+	mv build/works-with.md docs/works-with.md

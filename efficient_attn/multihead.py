@@ -34,7 +34,7 @@ from .methods.base import keep_state
 from .methods.continuation import goes_by_positions
 from .methods.left_padding import attend_from_first
 from .patterns import Pattern
-from .tracing import shapes_only, unwrapped
+from .tracing import is_onnx_export, shapes_only, unwrapped
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
@@ -202,6 +202,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"attention={str(self.attention)!r} cannot run with {foreign}; only dense attention can be left to "
                     "PyTorch. Use attention='dense', or to_torch() for a dense module on the same parameters"
                 )
+            if is_onnx_export():
+                value = value[:]  # keeps the parent off its fast path, which no exporter knows
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -268,7 +270,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,
             need_weights="mean" if need_weights and average_attn_weights else need_weights,
         )
-        out = F.linear(self._merge_heads(out, query.dim() == 3), self.out_proj.weight, self.out_proj.bias)
+        # Called, not only read as the parent does: adapters, hooks and offloading on it are reached.
+        out = self.out_proj(self._merge_heads(out, query.dim() == 3))
         if weights is None:
             return out, None
         return out, weights if query.dim() == 3 else weights.squeeze(0)
@@ -443,7 +446,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return f"head_dim={self.head_dim} (at most {MAX_HEAD_DIM})"
         if self.training and self.dropout == 1.0:
             return "dropout=1.0"
-        if torch.onnx.is_in_onnx_export():
+        if is_onnx_export():
             return "an export to ONNX, which has no operator for it"
         if torch.compiler.is_compiling():
             return None

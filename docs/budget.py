@@ -54,7 +54,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(path: Path) -> None:
     found = [record for record in records.read(path) if record.get("suite") == "budget" and record["status"] == "ok"]
-    rows = [{**record["config"], **record["metrics"]} for record in found]
+    rows = [{**record["config"], **record} for record in found]
     text = PAGE.read_text(encoding="utf-8")
     begin, end = (text.index(mark) for mark in MARKS)
     PAGE.write_text(f"{text[:begin]}{MARKS[0]}\n{table(rows)}\n{text[end:]}", encoding="utf-8")

@@ -18,7 +18,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
 	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu bench-calls \
-	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields works-with \
+	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields budget works-with \
 	sweep-transformers
 
 help: ## this list
@@ -166,6 +166,10 @@ clean: ## remove what was built
 fields: OUT = benchmarks/results/cpu/fields-$(shell date +%Y%m%d)
 fields: $(STAMP) ## text, images, series and CLIP x methods x seeds, and the table of docs/fields.md: ARGS=--quick
 	@out="$(OUT)" && $(BIN)/efficient-attn bench fields_cost fields --timeout 900 --out "$$out" $(ARGS) && $(BIN)/python docs/fields.py "$$out/results.jsonl"
+
+budget: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)-budget
+budget: $(STAMP) ## convert(budget=) on trained models of five fields, and the table of docs/insight.md (half an hour)
+	@out="$(OUT)" && $(BIN)/efficient-attn bench budget --out "$$out" $(ARGS) && $(BIN)/python docs/budget.py "$$out/results.jsonl"
 
 sweep-transformers: $(STAMP) ## write docs/transformers-sweep.md: every model type of transformers against eager (20 minutes)
 	cd tests && ../$(BIN)/python -m sweep.run $(ARGS)

@@ -33,6 +33,10 @@ def convert_command(
     per: Annotated[str, typer.Option(help="layer or head: what chooses.")] = "layer",
     probes: Annotated[int, typer.Option(min=0, help="Gradients that estimate sensitivities.")] = 4,
     seed: Annotated[int, typer.Option(help="Of these.")] = 0,
+    distill: Annotated[
+        int,
+        typer.Option(min=0, help="Steps that fit what methods learn (Linformer) to dense attention, layer by layer."),
+    ] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
     out: Annotated[Path, typer.Option(help="The plan; a page with the same name in .html lies beside it.")] = Path(
         "plan.json"
@@ -54,7 +58,13 @@ def convert_command(
         err = console(stderr=True)
         with sigterm_raises(), Progress(err, "steps", transient=True) as bar:
             wanted = Budget(
-                budget, candidates=candidate or None, per=per, probes=probes, seed=seed, progress=bar.update
+                budget,
+                candidates=candidate or None,
+                per=per,
+                probes=probes,
+                seed=seed,
+                distill=distill,
+                progress=bar.update,
             )
             try:
                 report = convert(loaded.model, budget=wanted, sample=sample)

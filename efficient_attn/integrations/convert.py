@@ -326,7 +326,7 @@ def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.
         from .budget import layers
 
         report.plan.check(model)
-        report._undo.append(layers.set_methods(model, report.plan.methods.items()))
+        report._undo.append(layers.set_methods(model, report.plan.methods.items(), report.plan.fitted))
 
 
 def _convert_torch(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:

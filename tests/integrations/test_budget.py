@@ -18,6 +18,7 @@ from efficient_attn.integrations.budget.calibration import calibrate
 from efficient_attn.integrations.budget.candidates import default_candidates
 from efficient_attn.integrations.budget.choice import Option, choose
 from efficient_attn.integrations.budget.comparing import Compared
+from efficient_attn.integrations.budget.distillation import distilled
 
 N = 64
 CANDIDATES = (
@@ -264,6 +265,69 @@ def test_shares_of_a_hybrid_and_the_page(tmp_path):
         convert(torch_encoder()[0]).save_page(tmp_path / "none.html")
 
 
+def alike(name):
+    """A model, and sequences of which each place holds nearly the same in all: what a Linformer can learn."""
+    torch.manual_seed(1)
+    if name == "transformers":
+        model, _ = bert()
+        with torch.no_grad():  # as it starts it attends to all keys alike, which means of keys do exactly
+            for layer in model.encoder.layer:
+                for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+                    linear.weight *= 8
+        ids = torch.randint(0, 50, (1, N)).expand(8, N)
+        there = torch.ones(8, N, dtype=torch.long)
+        there[3, 50:] = there[7, 40:] = 0
+        changed = torch.where(torch.rand(8, N) < 0.1, torch.randint(0, 50, (8, N)), ids)
+        return model, {"input_ids": changed, "attention_mask": there}
+    tower = models.TransformerConfig(hidden_dim=32, num_layers=2, num_heads=4)
+    model = torch_encoder()[0] if name == "torch" else models.Transformer(tower)
+    return model, torch.randn(1, N, 32) + 0.3 * torch.randn(8, N, 32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_distilled_parameters_lower_the_error_and_come_with_the_plan(name, tmp_path):
+    model, sample = alike(name)
+    fresh, spec = copy.deepcopy(model), "linformer:rank=8,max_len=64"
+    errors = []
+    for distill in (0, 200):
+        budget = within(10.0, candidates=[spec], distill=distill, cost=lambda method, call: 1.0 + method.is_dense)
+        report = convert(model, budget=budget, sample=sample, repeats=0)
+        errors.append(report.error)
+        assert set(report.plan.fitted) == (set(report.plan.layers) if distill else set())
+        assert ("distilled" in report.plan.to_json()) == ("distilled parameters" in str(report)) == bool(distill)
+        after = output(model, sample)
+        report.undo()
+    assert errors[1] < 0.9 * errors[0], errors
+    report.plan.save(tmp_path / "plan.json")
+    for plan in (report.plan, tmp_path / "plan.json"):
+        again = copy.deepcopy(fresh)
+        undo = convert(again, plan=plan).undo
+        torch.testing.assert_close(output(again, sample), after, rtol=1e-5, atol=1e-6)
+        undo()
+        assert not any("method_state" in key for key in again.state_dict())
+    with pytest.raises(InputError, match="path of the plan's file"):
+        convert(copy.deepcopy(fresh), plan=json.loads(report.plan.to_json()))
+    (tmp_path / "plan.pt").unlink()
+    with pytest.raises(InputError, match="there is no"):
+        convert(copy.deepcopy(fresh), plan=tmp_path / "plan.json")
+
+
+def test_distillation_never_leaves_the_checked_half_worse():
+    torch.manual_seed(0)
+    model, method = Linear().eval(), parse("linformer:rank=8,max_len=64")
+    convert(model)
+    _, found = layers.record(model, torch.cat([torch.randn(2, N, 32).cumsum(1), torch.randn(2, N, 32)]))
+    (call,) = found["attend"].calls
+    fitted = distilled([call], method, 30)
+    checked = []
+    for state in (call.build(method), fitted.build(method, "cpu", torch.float32)):
+        with torch.no_grad():
+            wrong = (call.attend(method, state) - call.out)[2:].transpose(1, 2).flatten(2) @ call.project.T
+        checked.append(float(wrong.square().sum()))
+    assert checked[1] <= checked[0] * (1 + 1e-6)
+    assert distilled([call], parse("sliding_window:left=4,right=4"), 3) is None
+
+
 def test_nothing_gained_is_an_answer():
     model, sample = torch_encoder()
     report = convert(model, budget=within(0.5, cost=lambda method, call: 1.0), sample=sample, repeats=0)
@@ -295,6 +359,7 @@ def test_default_candidates_are_cheaper_than_all_pairs(length):
         ({"budget": 0.1, "attention": "causal"}, InputError, "one of them"),
         ({"budget": 0.1, "plan": {}}, InputError, "one of them"),
         ({"plan": {"format": "x"}}, InputError, "no plan"),
+        ({"budget": within(0.5, distill=2), "sample": torch.randn(2, N, 32)}, InputError, "batch of 1"),
         ({"plan": {"format": "efficient-attn plan", "version": 9, "layers": {}}}, InputError, "version 9"),
         ({"plan": "nowhere.json"}, InputError, "cannot be read"),
         ({"plan": 3}, InputTypeError, "path"),

@@ -18,7 +18,7 @@ pytest.importorskip("sklearn")
 
 from efficient_attn import attention
 from efficient_attn.benchmarks import commands, peers, suites, view
-from efficient_attn.benchmarks.suites import fidelity
+from efficient_attn.benchmarks.suites import budget, fidelity
 from efficient_attn.measuring import records
 
 TOYS = 8
@@ -305,6 +305,23 @@ def test_fidelity_reads_the_activations_that_it_kept(tmp_path, monkeypatch):
     assert fidelity.run_cell({**config, "family": "best rank (SVD)", "size": 8})["error"] > 0
     with pytest.raises(NotImplementedError, match="not below"):
         fidelity.run_cell({**config, "family": "window", "size": 95})
+
+
+@pytest.mark.parametrize("name", [name for name in budget.SOURCES if name != "minilm"])
+def test_every_source_of_budgets_makes_its_model_and_samples(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made, other = budget.source(name, 0, 0), budget.source(name, 0, 1)
+    samples = [one[0] if name == "clip" else one for one in (made.sample, *made.held_out, made.fresh, other.sample)]
+    assert len(samples) == budget.HELD_OUT + 3
+    assert not any(torch.equal(a, b) for n, a in enumerate(samples) for b in samples[:n])
+
+
+def test_a_budget_is_kept_and_its_row_says_what_it_cost(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    row = budget.run_cell({"source": "series", "limit": 0.05, "steps": 1, "seed": 0})
+    assert row["error"] <= 0.05 and row["tokens"] == 1018 and row["score_is"] == "-mase"
+    assert len(row["plan"]) == row["changed"] <= row["layers"] == 2
+    assert bool(row["plan"]) != bool(row["nothing"]) and (row["speedup_dense"] > 1.0) == bool(row["plan"])
 
 
 @pytest.mark.slow

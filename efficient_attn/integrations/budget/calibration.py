@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConversionError, EfficientAttnError
+from ...errors import ConversionError, EfficientAttnError, InputError
 from ...methods import DENSE, Method
 from . import layers
 from .comparing import Compared
-from .layers import Call, Layer
+from .distillation import distilled
+from .layers import Call, Layer, State
 
 Cost = Callable[[Method, Call], float]
 Note = Callable[[str, int, int], None]
@@ -42,6 +43,7 @@ class Figures:
     head_errors: list[float] = field(default_factory=list)
     head_sensitivities: list[float] = field(default_factory=list)
     refused: str = ""  # why it is none for this layer
+    fitted: State | None = None  # its parameters, where they were distilled
 
     @property
     def weight(self) -> float:
@@ -65,6 +67,11 @@ class Table:
     layers: dict[str, Layer] = field(default_factory=dict)
     differentiable: bool = True
 
+    def fitted(self, methods: Mapping[str, Method]) -> dict[str, State]:
+        """Name of a layer -> the distilled parameters of the method that it gets, where there are some."""
+        found = ((name, f) for name, method in methods.items() for f in self.figures[name] if f.method == method)
+        return {name: f.fitted for name, f in found if f.fitted is not None}
+
 
 def calibrate(
     model: nn.Module,
@@ -76,11 +83,12 @@ def calibrate(
     seed: int,
     cost: Cost | None,
     note: Note,
+    distill: int = 0,
 ) -> Table:
     """One pass over a sample, of a model that attends densely by this package.
 
     Raises:
-        ConversionError: no layer attends by this package on the sample.
+        ConversionError: no layer attends by this package on the sample. InputError: a batch of one to distill on.
     """
     note("forward with gradients", 0, 1)
     returned, found = layers.record(model, sample)
@@ -95,6 +103,11 @@ def calibrate(
         note("layers measured", number, len(free))
         length = layer.calls[0].query.shape[2]
         candidates = candidates_for(length)
+        if distill and min(call.out.shape[0] for call in layer.calls) < 2:
+            raise InputError(
+                f"distillation trains on one half of the batch that calibrates and checks on the other, and {name!r} "
+                "attends with a batch of 1; give a sample of 4 or more, half of which is held out, or 2 and held_out="
+            )
         for call in layer.calls:
             if call.shape not in costs:
                 costs[call.shape] = _costs(call, [DENSE, *candidates], cost)
@@ -103,7 +116,7 @@ def calibrate(
         table.heads[name], table.lengths[name] = layer.heads, length
         own = None if gradients is None else gradients.pop(name)
         figures = [
-            _figures(model, layer, method, [found.get(method, math.nan) for found in by_call], table.dense[name], own)
+            _figures(model, layer, method, [f.get(method, math.nan) for f in by_call], table.dense[name], own, distill)
             for method in candidates
         ]
         table.figures[name] = figures
@@ -138,7 +151,7 @@ def _gradients(
 
 def _figures(
     model: nn.Module, layer: Layer, method: Method, costs: Sequence[float | str], dense: float,
-    gradients: Sequence[Tensor] | None,
+    gradients: Sequence[Tensor] | None, distill: int,
 ) -> Figures:  # fmt: skip
     refusals = [cost for cost in costs if isinstance(cost, str)]
     if refusals:
@@ -151,9 +164,10 @@ def _figures(
     moved, moved_heads = 0.0, torch.zeros(layer.heads, dtype=torch.float64)
     try:
         layers.set_method(model.get_submodule(layer.name), method)()
+        fitted = distilled(layer.calls, method, distill) if distill else None
         with torch.no_grad():
             for call, gradient in zip(layer.calls, own, strict=True):
-                error = call.attend(method, call.build(method)) - call.out
+                error = call.attend(method, call.build(method, fitted)) - call.out
                 if not bool(error.isfinite().all()):
                     return Figures(method, total, refused="gives numbers that are not finite here")
                 for column, part in enumerate((error, call.out)):
@@ -174,6 +188,7 @@ def _figures(
         sensitivity=math.nan if gradients is None else math.sqrt(moved),
         head_errors=(whole[:, 0] / output).sqrt().tolist(),
         head_sensitivities=[] if gradients is None else moved_heads.sqrt().tolist(),
+        fitted=fitted,
     )
 
 

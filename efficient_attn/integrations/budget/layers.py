@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConversionError
+from ...errors import ConversionError, InputError
 from ...methods import Method
 from ...methods.base import MethodState
 from ...multihead import MultiheadAttention
 from .. import fidelity, routed
 from ..layer_state import LAYER_METHOD, state_restorer
+
+
+@dataclass(frozen=True)
+class State:
+    """Fitted parameters of a layer's method: what `Method.build` takes, and the tensors that it then holds."""
+
+    sizes: tuple[int, int, int]  # embed_dim, heads of keys, head_dim
+    tensors: Mapping[str, Tensor]
+
+    def build(self, method: Method, device: Any, dtype: torch.dtype) -> nn.Module:
+        """A module of the method with these parameters.
+
+        Raises:
+            InputError: parameters of another method.
+        """
+        state = method.build(*self.sizes, device=device, dtype=dtype)
+        try:
+            if state is None:
+                raise RuntimeError("it has no parameters")
+            state.load_state_dict(dict(self.tensors))
+        except RuntimeError as error:
+            raise InputError(f"the distilled parameters are not those of {method}: {error}") from None
+        return state.eval()
 
 
 @dataclass
@@ -40,8 +63,10 @@ class Call:
         out: Tensor = method.attend(self.query, self.key, self.value, **{**self.options, "state": state})[0]
         return out
 
-    def build(self, method: Method) -> nn.Module | None:
-        """The method's parameters as the layer would make them."""
+    def build(self, method: Method, fitted: State | None = None) -> nn.Module | None:
+        """The method's parameters as the layer would make them, or those that were fitted."""
+        if fitted is not None:
+            return fitted.build(method, self.query.device, self.query.dtype)
         (Hq, D), Hkv = (self.query.shape[1], self.query.shape[3]), self.key.shape[1]
         like = self.query
         state = method.build(Hq * D, Hkv, D, device=like.device, dtype=like.dtype)
@@ -153,25 +178,29 @@ def _takes_method(model: nn.Module, name: str) -> bool:
     return any(str(getattr(c, "_attn_implementation", "")).startswith("efficient_attn") for c in configs)
 
 
-def set_method(module: Any, method: Method) -> Callable[[], None]:
-    """Give one layer of a converted model a method. Returns what undoes it.
+def set_method(module: Any, method: Method, fitted: State | None = None) -> Callable[[], None]:
+    """Give one layer of a converted model a method, and the parameters that were fitted. Returns what undoes it.
 
     Raises:
         UnsupportedError: what the method cannot do in this layer, which is left as it was.
     """
+    made = None if fitted is None else _made(module, method, fitted)
     if isinstance(module, MultiheadAttention):
         old = (module.attention, module.method_state)
-        module._set_method(method)
+        module._set_method(method, made)
         return functools.partial(module._set_method, *old)
     if routed.is_routed(module):
-        return _both(state_restorer(module), routed.route(module, method))
+        both = _both(state_restorer(module), routed.route(module, method))
+        _hold(module, method, made)
+        return both
     if hasattr(module, "set_attention"):
         attention, state = module.attention, module._modules.get("method_state")
-        module.set_attention(method)
+        module.set_attention(method, method_state=made)
         return functools.partial(module.set_attention, attention, method_state=state)
     restore, held = state_restorer(module), vars(module)
     before = held.get(LAYER_METHOD)
     held[LAYER_METHOD] = method
+    _hold(module, method, made)
 
     def undo() -> None:
         held.pop(LAYER_METHOD, None)
@@ -179,6 +208,19 @@ def set_method(module: Any, method: Method) -> Callable[[], None]:
             held[LAYER_METHOD] = before
 
     return _both(restore, undo)
+
+
+def _made(module: nn.Module, method: Method, fitted: State) -> nn.Module:
+    """The fitted parameters as a module in the layer's dtype, on its device and in its mode."""
+    floating = (p for p in module.parameters() if p.is_floating_point())
+    like: Tensor = next(floating, next(iter(fitted.tensors.values())))
+    return fitted.build(method, like.device, like.dtype).train(module.training)
+
+
+def _hold(module: Any, method: Method, made: nn.Module | None) -> None:
+    """A layer of another library holds its method's parameters as `layer_state` would have made them."""
+    if made is not None:
+        module.method_state, module.method_state_of = made, method
 
 
 def _both(first: Callable[[], None], last: Callable[[], None]) -> Callable[[], None]:
@@ -189,8 +231,12 @@ def _both(first: Callable[[], None], last: Callable[[], None]) -> Callable[[], N
     return undo
 
 
-def set_methods(model: nn.Module, methods: Iterable[tuple[str, Method]]) -> Callable[[], None]:
-    """Give layers of a converted model methods; all or none. Returns what undoes it."""
+def set_methods(
+    model: nn.Module, methods: Iterable[tuple[str, Method]], fitted: Mapping[str, State] | None = None
+) -> Callable[[], None]:
+    """Give layers of a converted model methods, and those named in `fitted` these parameters; all or none. Returns
+    what undoes it."""
+    states = fitted or {}
     undone: list[Callable[[], None]] = []
 
     def undo() -> None:
@@ -199,7 +245,7 @@ def set_methods(model: nn.Module, methods: Iterable[tuple[str, Method]]) -> Call
 
     try:
         for name, method in methods:
-            undone.append(set_method(model.get_submodule(name), method))
+            undone.append(set_method(model.get_submodule(name), method, states.get(name)))
     except BaseException:
         undo()
         raise

@@ -1,4 +1,7 @@
-"""The plan: which layer has which attention, as JSON that is applied again with `convert(model, plan=...)`."""
+"""The plan: which layer has which attention, as JSON that is applied again with `convert(model, plan=...)`.
+
+Parameters that were distilled lie in a file beside it: plan.json and plan.pt.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...errors import InputError, InputTypeError
 from ...methods import Method, parse
+from .layers import State
 
 FORMAT = "efficient-attn plan"
 VERSION = 1
@@ -26,10 +31,12 @@ class Plan:
     Fields:
         layers: name -> spec, those that stay dense too, so that another model is told from this one.
         about: what is known of it: budget, error, speed-up, length, machine. Says nothing about what is applied.
+        fitted: name -> distilled parameters of its method.
     """
 
     layers: Mapping[str, str]
     about: Mapping[str, Any] = field(default_factory=dict)
+    fitted: Mapping[str, State] = field(default_factory=dict)
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -54,23 +61,35 @@ class Plan:
             )
 
     def to_json(self) -> str:
-        """As text."""
+        """As text, without distilled parameters, whose layers it names."""
         content = {"format": FORMAT, "version": VERSION, "layers": dict(self.layers), "about": dict(self.about)}
+        content |= {"distilled": list(self.fitted)} if self.fitted else {}
         return json.dumps(content, indent=2) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json` into a file, whole or not at all."""
+        """Write `to_json` into a file, whole or not at all; distilled parameters into one that ends in .pt, first."""
+        if self.fitted:
+            file = _beside(path)
+            part = Path(f"{file}.part")
+            torch.save({name: [list(s.sizes), dict(s.tensors)] for name, s in self.fitted.items()}, part)
+            part.replace(file)
         part = Path(f"{os.fspath(path)}.part")
         part.write_text(self.to_json(), encoding="utf-8")
         part.replace(path)
+
+
+def _beside(path: str | os.PathLike[str]) -> Path:
+    return Path(path).with_suffix(".pt")
 
 
 def read(given: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
     """A plan: as it is, its JSON as a mapping, or the path of a file.
 
     Raises:
-        InputError: no such file, no plan, or specs that are none. InputTypeError: something else.
+        InputError: no such file, no plan, specs that are none, or distilled parameters that are not beside the file.
+        InputTypeError: something else.
     """
+    file = _beside(given) if isinstance(given, (str, os.PathLike)) else None
     if isinstance(given, Plan):
         return _checked(given)
     if isinstance(given, (str, os.PathLike)):
@@ -87,7 +106,19 @@ def read(given: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
     if given.get("version") != VERSION:
         raise InputError(f"the plan has version {given.get('version')!r}; this package reads version {VERSION}")
     about = given.get("about", {})
-    return _checked(Plan(dict(given["layers"]), dict(about) if isinstance(about, Mapping) else {}))
+    fitted = _fitted(given["distilled"], file) if given.get("distilled") else {}
+    return _checked(Plan(dict(given["layers"]), dict(about) if isinstance(about, Mapping) else {}, fitted))
+
+
+def _fitted(names: Any, file: Path | None) -> dict[str, State]:
+    """The distilled parameters that lie beside a plan."""
+    if file is None or not file.is_file():
+        where = "give convert the path of the plan's file" if file is None else f"there is no {file}"
+        raise InputError(f"the plan has distilled parameters, which save() writes into a .pt beside it: {where}")
+    found = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(names, list) or set(names) != set(found):
+        raise InputError(f"{file} holds parameters of other layers than the plan names; save() writes both")
+    return {name: State(tuple(sizes), tensors) for name, (sizes, tensors) in found.items()}
 
 
 def _checked(plan: Plan) -> Plan:

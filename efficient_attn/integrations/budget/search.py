@@ -49,6 +49,8 @@ class Budget:
         per: "layer", or "head": each head its own pattern, joined by per_head.
         probes: how many gradients estimate the sensitivities; 0: errors of the layers themselves count.
         seed: of the gradients' random signs.
+        distill: steps in which what a candidate learns (Linformer's projections) is fitted to dense attention, layer by
+            layer with all else frozen, on one half of the calibrating batch; the other half says when to stop.
         cost: (method, call) -> a number that takes the place of measured seconds, as for another machine's; then no
             time decides.
         progress: called with (what, done, of how many).
@@ -62,6 +64,7 @@ class Budget:
     per: str = "layer"
     probes: int = 4
     seed: int = 0
+    distill: int = 0
     cost: Cost | None = None
     progress: Note | None = None
 
@@ -74,8 +77,9 @@ class Budget:
             raise InputError(f"per must be one of {', '.join(PER)}; got {self.per!r}")
         if self.candidates is not None:
             candidates.read(self.candidates, 0)
-        if isinstance(self.probes, bool) or not isinstance(self.probes, int) or self.probes < 0:
-            raise InputError(f"probes must be a whole number of 0 or more; got {self.probes!r}")
+        for name, value in (("probes", self.probes), ("distill", self.distill)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(f"{name} must be a whole number of 0 or more; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class Found:
             f"budget {self.limit:g}: measured error {self.error:.2e} on held-out samples, {len(self.trials)} trials"
         ]
         lines.append(f"  {changed} of {len(self.plan.layers)} layers changed")
+        if self.plan.fitted:
+            lines.append(f"  {len(self.plan.fitted)} with distilled parameters")
         if self.speedup is not None and self.seconds is not None:
             lines.append(
                 f"  {self.seconds[0] * 1e3:.2f} ms dense -> {self.seconds[1] * 1e3:.2f} ms ({self.speedup:.2f}x)"
@@ -187,6 +193,7 @@ class Search:
         self.table = calibrate(
             self.dense, self.sample, lambda length: candidates.read(budget.candidates, length),
             compared=self.compared, probes=budget.probes, seed=budget.seed, cost=budget.cost, note=self.note,
+            distill=budget.distill,
         )  # fmt: skip
         best, nothing = self._best()
         seconds = self._seconds(best)
@@ -200,7 +207,8 @@ class Search:
         if self.metric_before is not None:
             metric = (self.metric_before, self.metrics[_key(best)])
         shares = {name: self._shares(name, m) for name, m in best.items() if isinstance(m, Hybrid)}
-        plan = Plan({name: str(best.get(name, DENSE)) for name in self.table.figures}, self._about(error, seconds))
+        named = {name: str(best.get(name, DENSE)) for name in self.table.figures}
+        plan = Plan(named, self._about(error, seconds), self.table.fitted(best))
         return Found(
             budget.limit,
             budget.per,
@@ -319,13 +327,17 @@ class Search:
         if methods and key in self.measured:
             return self.measured[key]
         self.note(f"trials on held-out samples ({why})", len(self.trials), 0)
-        undo = layers.set_methods(self.changed, methods.items())
+        undo = self._changed_to(methods)
         try:
             error = self.error_of(self.changed, key)
         finally:
             undo()
         self.measured[key] = error
         return error
+
+    def _changed_to(self, methods: Methods) -> Callable[[], None]:
+        fitted = self.table.fitted(methods) if methods else {}
+        return layers.set_methods(self.changed, methods.items(), fitted)
 
     def error_of(self, model: nn.Module, key: tuple[str, ...] = ()) -> float:
         """What a model loses on the held-out samples: of the sample where it is largest, or by the metric."""
@@ -353,7 +365,7 @@ class Search:
             found = interleaved({"dense": lambda: forward(self.dense)}, 0.3)
             return (found["dense"]["ms"] / 1e3,) * 2
         self.note("forwards timed", 0, 1)
-        undo = layers.set_methods(self.changed, methods.items())
+        undo = self._changed_to(methods)
         try:
             calls = {"dense": lambda: forward(self.dense), "plan": lambda: forward(self.changed)}
             found = interleaved(calls, 1.0, min_rounds=5)
@@ -363,10 +375,10 @@ class Search:
 
     def _shares(self, name: str, method: Hybrid) -> tuple[float, float]:
         taken = ("key_mask", "mask", "is_causal", "causal_alignment", "scale")
-        call = self.table.layers[name].calls[0]
+        call, fitted = self.table.layers[name].calls[0], self.table.fitted({name: method}).get(name)
         options = {option: call.options[option] for option in taken if call.options.get(option) is not None}
         with torch.no_grad():
-            mass = method.branch_share(call.query, call.key, state=call.build(method), **options).double()
+            mass = method.branch_share(call.query, call.key, state=call.build(method, fitted), **options).double()
         total = mass.sum().clamp(min=1e-300)
         return float(mass[..., 0].sum() / total), float(mass[..., 1].sum() / total)
 
@@ -381,6 +393,7 @@ class Search:
             "held_out": len(self.held_out),
             "threads": torch.get_num_threads(),
             "seed": self.budget.seed,
+            **({"distill": self.budget.distill} if self.budget.distill else {}),
         }
 
 

@@ -17,7 +17,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
-	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu \
+	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu bench-calls \
 	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields works-with \
 	sweep-transformers
 
@@ -127,6 +127,11 @@ bench-all: $(STAMP) ## every suite within BUDGET minutes, and the report
 bench-cpu: $(STAMP) ## the CPU kernels against PyTorch and the peak of the machine
 	$(BIN)/efficient-attn bench cpu --out benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
+# Twenty minutes; ARGS="--budget 1" takes a minute a set, and once more with OUT=<folder> goes on.
+bench-calls: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)-calls
+bench-calls: $(STAMP) ## every call beside its best peer on every instruction set, and the table of docs/benchmarks.md
+	$(BIN)/python -m efficient_attn.benchmarks.tools.call_table --out "$(OUT)" --page docs/benchmarks.md $(ARGS)
+
 # build/carry/_cuda.abi3.so, for any CPython from 3.11 on; gpu-check takes it where it loads.
 cuda-carry: $(STAMP) ## compile the CUDA kernels for sm_90a alone, for a machine with such a GPU (needs nvcc; minutes)
 	$(BIN)/python benchmarks/tools/cuda_carry.py $(ARGS)
@@ -156,13 +161,18 @@ readme: $(STAMP) ## write the generated parts of README.md and docs/methods.md a
 clean: ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(STAMP)
 
-# Five seeds take hours on two cores; ARGS=--quick takes two seeds and few steps.
+# Within an hour on two idle cores. With ARGS=--resume what is measured already is not measured again; ARGS=--quick takes two seeds
+# and few steps.
 fields: OUT = benchmarks/results/cpu/fields-$(shell date +%Y%m%d)
 fields: $(STAMP) ## text, images, series and CLIP x methods x seeds, and the table of docs/fields.md: ARGS=--quick
-	@out="$(OUT)" && $(BIN)/efficient-attn bench fields --out "$$out" $(ARGS) && $(BIN)/python docs/fields.py "$$out/results.jsonl"
+	@out="$(OUT)" && $(BIN)/efficient-attn bench fields_cost fields --timeout 900 --out "$$out" $(ARGS) && $(BIN)/python docs/fields.py "$$out/results.jsonl"
 
 sweep-transformers: $(STAMP) ## write docs/transformers-sweep.md: every model type of transformers against eager (20 minutes)
 	cd tests && ../$(BIN)/python -m sweep.run $(ARGS)
 
+# Into a folder of their own, for transformers does other things where accelerate and peft are installed.
+AROUND = onnx onnxruntime onnxscript onnx_ir ml_dtypes protobuf flatbuffers accelerate peft
 works-with: $(STAMP) ## write docs/works-with.md: what people do around a model x methods x models (10 minutes)
-	cd tests && ../$(BIN)/python -c "from support.works_with import main; main()" > ../docs/works-with.md
+	$(BIN)/python -m pip install -q --upgrade --no-deps --target build/around $(AROUND)
+	cd tests && PYTHONPATH=../build/around ../$(BIN)/python -c "from support.works_with import main; main()" > ../build/works-with.md
+	mv build/works-with.md docs/works-with.md

@@ -120,6 +120,15 @@ MEMORY_METHODS = ("sliding_window:left=128,right=128", "bigbird:block=64,window=
 MEMORY_LENGTHS = (16384, 32768, 65536)
 QUICK_MEMORY_LENGTHS = (4096, 16384)
 MEMORY_SHAPE = {"batch": 1, "heads": 2, "head_dim": 16, "dtype": "float32", "mode": "fwd_bwd"}
+SECOND_SHAPE = {
+    "batch": 1, "heads": 4, "head_dim": 64, "dtype": "float32", "mode": "second",
+    "method": "sliding_window:left=64,right=64",
+}  # fmt: skip
+SECOND_LENGTHS = (1024, 2048, 4096)
+WEIGHTS_SHAPE = {
+    "batch": 1, "heads": 12, "head_dim": 64, "dtype": "float32", "method": "dense", "seqlen": 8192,
+    "mode": ("weights", "module"),
+}  # fmt: skip
 
 # What no exact attention can do here: a call on so many tokens, with one head.
 MILLION_METHODS = ("sliding_window:left=64,right=64", "linear")

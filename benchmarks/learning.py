@@ -22,63 +22,82 @@ WARMUP, FINAL, DECAY, CLIP = 0.1, 0.05, 0.01, 1.0
 
 
 def learn(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains on seeded batches, then measures on test examples.
+    """What `reached` and `cost` return, of one model.
 
     Args:
         task: makes the task with an attention of this spec.
         splits: its data.
         config: method (spec), steps, batch, lr, held_out (test examples that are looked at), budget_s, seed,
             and optionally metric, another of the task's.
+    """
+    return {**cost(task, splits, config), **reached(task, splits, config)}
+
+
+def reached(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains on seeded batches, then measures on test examples.
 
     Returns:
         score: the task's metric on the test examples, and `baseline` where the data has one; loss of the last steps;
-        the time of a step (forward, backward; `ms`) and of a forward alone in one alternation with the same model
+        the seconds of training.
+    """
+    chosen, model = _seeded(task, splits, config)
+    metric = config.get("metric", chosen.metric)
+    started = time.perf_counter()
+    losses = _train(chosen, model, _batches(splits.train, config["batch"], config["seed"]), config)
+    trained_s = time.perf_counter() - started
+    metrics = _evaluate(chosen, model, splits.test, splits.about, config)
+    return {
+        "score": round(metrics[metric], 4),
+        "score_is": metric,
+        "baseline": _baseline(splits.about, metric),
+        "loss": round(sum(losses[-10:]) / len(losses[-10:]), 4),
+        "trained_s": round(trained_s, 2),
+    }
+
+
+def cost(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step takes.
+
+    Returns:
+        The time of a step (forward, backward; `ms`) and of a forward alone in one alternation with the same model
         under exact attention; examples_per_s in training and inference; peak_bytes of a step; parameters; tokens.
     """
-    about = splits.about
-    tokens = _tokens(task("dense"), about)
-    chosen = task(str(sized(config["method"], tokens)))
-    metric = config.get("metric", chosen.metric)
-    torch.manual_seed(config["seed"])
-    model = chosen.model(about)
-    batches = _batches(splits.train, config["batch"], config["seed"])
-    first = next(batches)
+    chosen, model = _seeded(task, splits, config)
+    first = next(_batches(splits.train, config["batch"], config["seed"]))
     step, forward = _calls(chosen, model, first)
     step()  # libraries wake up
     with clock.PeakMemory() as peak:
         step()
-    started = time.perf_counter()
-    losses = _train(chosen, model, batches, config)
-    trained_s = time.perf_counter() - started
-    metrics = _evaluate(chosen, model, splits.test, about, config)
-
     calls = {"method": step, "forward": forward}
     if config["method"] != "dense":
         exact = task("dense")
-        calls["dense"], calls["dense_forward"] = _calls(exact, exact.model(about), first)
+        calls["dense"], calls["dense_forward"] = _calls(exact, exact.model(splits.about), first)
     times = clock.interleaved(calls, config["budget_s"])
     ms, forward_ms = times["method"]["ms"], times["forward"]["ms"]
     return {
         **beside(times, "method", ("dense",)),
-        "score": round(metrics[metric], 4),
-        "score_is": metric,
-        "baseline": _baseline(about, metric),
-        "loss": round(sum(losses[-10:]) / len(losses[-10:]), 4),
         "forward_ms": forward_ms,
         "forward_speedup": round(times.get("dense_forward", times["forward"])["ms"] / forward_ms, 4),
         "examples_per_s": round(config["batch"] / ms * 1e3, 2),
         "inference_per_s": round(config["batch"] / forward_ms * 1e3, 2),
         "peak_bytes": peak.bytes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": tokens,
-        "trained_s": round(trained_s, 2),
+        "tokens": _tokens(task("dense"), splits.about),
     }
 
 
+def _seeded(task: Callable[[str], Task], splits: Splits, config: Mapping[str, Any]) -> tuple[Task, nn.Module]:
+    """The task with its method made to its length, and its model."""
+    chosen = task(str(sized(config["method"], _tokens(task("dense"), splits.about))))
+    torch.manual_seed(config["seed"])
+    return chosen, chosen.model(splits.about)
+
+
 def _tokens(task: Task, about: Mapping[str, Any]) -> int:
-    """At most: of a text, of an image with a token a pixel and one for its class, of a series with a token a step."""
+    """At most: of a text, of an image with a token a pixel and one for its class, of a series."""
     pixels = about["image_size"] ** 2 + 1 if "image_size" in about else 0
-    return max(about.get("max_length", 0), pixels, getattr(task, "context", 0))
+    tokens: int = max(about.get("max_length", 0), pixels, getattr(task, "tokens", 0))
+    return tokens
 
 
 def _batches(data: Dataset, size: int, seed: int) -> Any:

@@ -35,7 +35,7 @@ def operator(config: Config) -> dict[str, Call]:
         "ours": bound(lambda q, k, v: attention(q, k, v, is_causal=causal)),
         "sdpa": bound(lambda q, k, v: peers.sdpa(q, k, v, is_causal=causal)),
     }
-    for name in ENGINES[causal] if config["mode"] == "fwd" else ():
+    for name in ENGINES[causal] if config["mode"] == "fwd" and config["engines"] else ():
         peer = peers.get(name)
         if peer.absent() is None and not (name.startswith("onnx") and dtype != torch.float32):
             pair = peer.build(shape)

@@ -171,13 +171,15 @@ def attention(
         out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
     elif differentiable and plain:
         out, lse = ops.direct_attention(query, key, value, bias, arrays, *options, chosen)
+        if known is not None:
+            repeated.remember(known, mask, query, key, value, arrays, scale, chosen, True)
     elif not plain:
         out, lse = ops.attention_forward(query, key, value, bias, *ops.operands(arrays), *options, chosen)
     else:  # nothing records the call: the dispatcher would cost more than a short one takes
         forward = backends.BACKENDS[chosen].attention.attention_forward
         out, lse = forward(query, key, value, bias, arrays, *options)
         if known is not None:
-            repeated.remember(known, mask, query, key, value, arrays, scale, chosen)
+            repeated.remember(known, mask, query, key, value, arrays, scale, chosen, False)
     return (out, lse) if return_lse else out
 
 
@@ -248,7 +250,8 @@ def attention_with_weights(
         backend="reference" if traced else backend, returns_weights=True,
     )  # fmt: skip
     q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _, *modifiers = call
-    if traced or (plain and not differentiable):
+    # The operator looks whether lse is fine enough to make weights of, where a backend does that.
+    if traced or (plain and not differentiable and chosen not in ops.FROM_LSE_ALONE):
         function = backends.BACKENDS[chosen].attention.attention_with_weights
         out, lse, weights = function(q, k, v, given, arrays, factor, dropout_p, seed, average, *modifiers)
     else:

@@ -34,10 +34,13 @@ from .methods.base import keep_state
 from .methods.continuation import goes_by_positions
 from .methods.left_padding import attend_from_first
 from .patterns import Pattern
-from .tracing import shapes_only, unwrapped
+from .self_attention import self_attention
+from .tracing import is_onnx_export, shapes_only, unwrapped
 
 _functional: Any = F  # the parent's own checks, private there, so that errors are the parent's too
 _plain_torch_function: Any = Tensor.__torch_function__
+_modules: Any = nn.modules.module
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _PLAIN = (Tensor, nn.Parameter, type(None))
 _TorchMultiheadAttention = nn.MultiheadAttention  # bound once: a patched torch.nn must not change our parent
 
@@ -187,6 +190,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             return self._record_as_leaf(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if query is key and key is value and key_padding_mask is None and attn_mask is None and not is_causal:
+            found = self._in_one_step(query, need_weights, average_attn_weights)
+            if found is not None:
+                return found
         if query.is_nested or key.is_nested or value.is_nested:
             if key_padding_mask is not None or attn_mask is not None or is_causal:
                 raise UnsupportedError(
@@ -202,6 +209,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"attention={str(self.attention)!r} cannot run with {foreign}; only dense attention can be left to "
                     "PyTorch. Use attention='dense', or to_torch() for a dense module on the same parameters"
                 )
+            if is_onnx_export():
+                value = value[:]  # keeps the parent off its fast path, which no exporter knows
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -227,6 +236,28 @@ class MultiheadAttention(nn.MultiheadAttention):
             method, query, key, value, key_padding_mask, need_weights, read_mask, average_attn_weights, causal
         )
 
+    def _in_one_step(
+        self, x: Tensor, need_weights: bool, average: bool, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Dense self-attention without masks and dropout, where `self_attention` can make it in one step, else None."""
+        if (
+            not self.attention.is_dense
+            or not self._qkv_same_embed_dim
+            or self.bias_k is not None
+            or self.bias_v is not None
+            or self.add_zero_attn
+            or (self.training and self.dropout > 0.0)
+            or self.head_dim > MAX_HEAD_DIM
+            or is_onnx_export()
+            or _is_more_than_linear(self.out_proj)
+        ):
+            return None
+        weights: Any = None if not need_weights else "mean" if average else "each"
+        return self_attention(
+            x, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias, self.num_heads,
+            batch_first=self.batch_first, weights=weights, is_causal=is_causal,
+        )  # fmt: skip
+
     def _method_for(self, query: Tensor, key: Tensor) -> Method:
         """The method of a call: dense for queries of another length than the keys, with `dense_across`."""
         if not self.dense_across:
@@ -247,6 +278,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The computation, for dense tensors that passed every check."""
+        if is_causal and query is key and key is value and key_padding_mask is None and attn_mask is None:
+            found = self._in_one_step(query, need_weights, average_attn_weights, is_causal)
+            if found is not None:
+                return found
         q, k, v = self._project_to_heads(query, key, value)
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
@@ -268,7 +303,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             dropout_seed=resolve_seed(None) if dropout_p > 0.0 else None,
             need_weights="mean" if need_weights and average_attn_weights else need_weights,
         )
-        out = F.linear(self._merge_heads(out, query.dim() == 3), self.out_proj.weight, self.out_proj.bias)
+        # Called, not only read as the parent does: adapters, hooks and offloading on it are reached.
+        out = self.out_proj(self._merge_heads(out, query.dim() == 3))
         if weights is None:
             return out, None
         return out, weights if query.dim() == 3 else weights.squeeze(0)
@@ -443,7 +479,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return f"head_dim={self.head_dim} (at most {MAX_HEAD_DIM})"
         if self.training and self.dropout == 1.0:
             return "dropout=1.0"
-        if torch.onnx.is_in_onnx_export():
+        if is_onnx_export():
             return "an export to ONNX, which has no operator for it"
         if torch.compiler.is_compiling():
             return None
@@ -559,6 +595,17 @@ def replace_attention(
     for module in {id(m): m for m in found.values()}.values():
         hand_over_hooks(module, replacements[id(module)])
     return dict(put(model, name, replacements[id(module)]) for name, module in found.items())
+
+
+def _is_more_than_linear(module: nn.Module) -> bool:
+    """Whether a call of it may do something else than to multiply by its weight and add its bias: an adapter, hooks."""
+    known: Any = module
+    return (
+        type(module) not in _LINEAR
+        or "forward" in module.__dict__
+        or bool(known._forward_hooks or known._forward_pre_hooks or known._backward_hooks or known._backward_pre_hooks)
+        or _modules._has_any_global_hook()
+    )
 
 
 def _attends_to_memory(model: nn.Module, name: str) -> bool:

@@ -28,9 +28,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def is_onnx_export() -> bool:
+    """Whether an exporter to ONNX records the calls: only PyTorch's own operators have a translation."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing torch._dynamo takes: one of ONNX's
+# exporters stands on dynamo, which otherwise takes PyTorch's function for False.
+is_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_jit_traced() -> bool:
-    """Whether torch.jit.trace, or the ONNX exporter that stands on it, records the calls: sizes are tensors then, and
-    what Python decides by a value or a size stays as the sample had it."""
+    """Whether torch.jit.trace or an exporter to ONNX records the calls, which know PyTorch's own operators only; where
+    sizes are tensors, what Python decides by a value or a size stays as the sample had it."""
+    if is_onnx_export():
+        return True
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 

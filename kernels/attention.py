@@ -1,6 +1,6 @@
 """Exact attention, forward.
 
-    s_ij = scale * q_i . k_j + bias_ij        over visible pairs
+    s_ij = cap(scale * q_i . k_j) + bias_ij   over visible pairs
     lse_i = log sum_j exp(s_ij)               out_i = sum_j Z_ij exp(s_ij - lse_i) v_j
 
 Dao et al., "FlashAttention-2", ICLR 2024: one program owns BLOCK_Q queries of one head and walks the keys in tiles of
@@ -35,6 +35,7 @@ from .tiles import (
     Inputs,
     Tile,
     any_not_finite,
+    cap_scores,
     dot,
     head_pointer,
     kept_pairs,
@@ -80,7 +81,7 @@ class Output(NamedTuple):
 def attend(state, b_q, x, tiles, own, walk, C: tl.constexpr, MODE: tl.constexpr):
     """Take the key tiles of a walk into the softmax of the program's queries."""
     GAP: tl.constexpr = x.mask.lengths is not None
-    BIASED: tl.constexpr = x.bias.ptr is not None
+    BIASED: tl.constexpr = x.bias.ptr is not None or x.modifiers.cap is not None or x.modifiers.diagonals is not None
     i_hk = own.i_h // C.GROUP
     p_k, p_v = head_pointer(x.k, own.i_b, i_hk), head_pointer(x.v, own.i_b, i_hk)
     b_acc, b_m, b_l = state.acc, state.largest, state.sums
@@ -90,7 +91,7 @@ def attend(state, b_q, x, tiles, own, walk, C: tl.constexpr, MODE: tl.constexpr)
         b_k = load_walked(tiles.k, p_k, x.k.n, own.i_b, i_hk, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE)
         b_s = dot(b_q, tl.trans(b_k), C)
         if BIASED:
-            b_s *= x.sizes.scale
+            b_s, _slope = cap_scores(b_s * x.sizes.scale, x)
         b_s, m_visible = mask_scores(b_s, x, own.i_b, own.o_h, own.o, j_first, own.keys, tile, C, MODE, 1)
         b_p, b_alpha, b_m, b_l = online_softmax_update(b_s, b_m, b_l, 1.0 if BIASED else x.sizes.scale)
         if x.dropout.seed is not None:
@@ -98,6 +99,18 @@ def attend(state, b_q, x, tiles, own, walk, C: tl.constexpr, MODE: tl.constexpr)
         b_v = load_walked(tiles.v, p_v, x.v.n, own.i_b, i_hk, j_first, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE)
         b_acc = select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, None], C)
     return Softmax(b_acc, b_m, b_l)
+
+
+@triton.jit
+def begin_softmax(x, o_h, i_split, C: tl.constexpr):
+    """Maximum and sums of the rows before any key: nothing, or the sink of the head, which the first split counts."""
+    b_m = tl.full([C.BLOCK_Q], -INF, tl.float32)
+    b_l = tl.full([C.BLOCK_Q, PARTIAL_SUMS], 0.0, tl.float32)
+    if x.modifiers.sinks is not None:
+        b_m = tl.where(i_split == 0, tl.load(x.modifiers.sinks + o_h) * LOG2E, b_m)
+        o_part = tl.arange(0, PARTIAL_SUMS)[None, :]
+        b_l = tl.where((b_m[:, None] > -INF) & (o_part == 0), 1.0, b_l)
+    return b_m, b_l
 
 
 @triton.jit
@@ -122,8 +135,8 @@ def forward_tile(i_program, x, tiles, out, grid, C: tl.constexpr):
 
     b_q = signed(load_tile(x.q, i_b, o_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
     b_acc = tl.full([C.BLOCK_Q, C.BLOCK_DV], 0.0, tl.float32)
-    b_m = tl.full([C.BLOCK_Q], -INF, tl.float32)
-    state = Softmax(b_acc, b_m, tl.full([C.BLOCK_Q, PARTIAL_SUMS], 0.0, tl.float32))
+    b_m, b_l = begin_softmax(x, o_h, i_split, C)
+    state = Softmax(b_acc, b_m, b_l)
     if not C.SAFE:
         state = attend(state, b_q, x, tiles, own, full_tiles(span), C, FULL)
     state = attend(state, b_q, x, tiles, own, other_tiles(span, C.SAFE), C, PARTIAL)
@@ -139,13 +152,15 @@ def forward_tile(i_program, x, tiles, out, grid, C: tl.constexpr):
 
 
 @triton.jit
-def attention_forward_kernel(q, k, v, bias, mask, dropout, sizes, k_tiles, v_tiles, out, flags, grid, C: tl.constexpr):
+def attention_forward_kernel(
+    q, k, v, bias, mask, dropout, sizes, modifiers, k_tiles, v_tiles, out, flags, grid, C: tl.constexpr
+):
     """The inputs are those of tiles.Inputs. Grid: grid.programs; SAFE: fewer, each with its share of them.
 
     SPLIT: out and lse hold a partial result for each of the splits. flags [programs], None without a mask: which tiles
     are not finite.
     """
-    x = Inputs(q, k, v, bias, mask, dropout, sizes)
+    x = Inputs(q, k, v, bias, mask, dropout, sizes, modifiers)
     tiles = Described(k_tiles, v_tiles)  # no tuple with a descriptor can be given at a launch
     run_tiles(forward_tile, (x, tiles, out, grid), flags, grid.programs, C)
 

@@ -30,6 +30,7 @@ from .tiles import (
     Inputs,
     Tile,
     any_not_finite,
+    cap_scores,
     dot,
     head_pointer,
     kept_pairs,
@@ -40,6 +41,7 @@ from .tiles import (
     select_dot,
     signed,
     store_tile,
+    through_cap,
 )
 from .walk import (
     entry_at,
@@ -150,7 +152,7 @@ def gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_h, walk, C: tl.co
         o_i = i_first + tl.arange(0, C.BLOCK_Q)
         b_q = load_block(p_q, x.q.n, i_first, x.sizes.Nq, C.D, C.BLOCK_Q, C.BLOCK_D, MODE != FULL)
         b_lse, b_delta = load_rows(x, given, own.i_b, i_h, o_i, o_i < x.sizes.Nq)
-        b_s = dot(b_k, tl.trans(b_q), C) * x.sizes.scale  # [BLOCK_K, BLOCK_Q]
+        b_s, b_slope = cap_scores(dot(b_k, tl.trans(b_q), C) * x.sizes.scale, x)  # [BLOCK_K, BLOCK_Q]
         b_s, m_visible = mask_scores(b_s, x, own.i_b, i_h, o_i, own.first, own.keys, tile, C, MODE, 0)
         b_p = tl.exp2(b_s - b_lse[None, :])
         m_kept = kept_pairs(x.dropout, own.i_b, i_h, i_first, own.first, C, 0)
@@ -159,6 +161,7 @@ def gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_h, walk, C: tl.co
         b_dp = dot(b_v, tl.trans(b_do), C)
         b_dp = add_weight_gradient(b_dp, x, given, own.i_b, i_h, i_first, own.first, C, 0)
         b_zp, b_ds = pair_gradient(b_p, b_dp, b_delta[None, :], m_kept, x.dropout)
+        b_ds = through_cap(b_ds, b_slope, x)
         b_dv = select_dot(b_zp, m_visible, b_do, b_dv, C)
         b_dk = select_dot(b_ds, m_visible, b_q, b_dk, C)
     return b_dk, b_dv
@@ -192,10 +195,10 @@ def key_gradient_tile(i_program, x, given, dk, dv, grid, C: tl.constexpr):
 
 
 @triton.jit
-def key_gradient_kernel(q, k, v, bias, mask, dropout, sizes, given, dk, dv, flags, grid, C: tl.constexpr):
+def key_gradient_kernel(q, k, v, bias, mask, dropout, sizes, modifiers, given, dk, dv, flags, grid, C: tl.constexpr):
     """dK and dV of BLOCK_K keys a program. Grid and flags as in attention.py; the lines are those of key heads, and the
     mask is the transposed list."""
-    x = Inputs(q, k, v, bias, mask, dropout, sizes)
+    x = Inputs(q, k, v, bias, mask, dropout, sizes, modifiers)
     run_tiles(key_gradient_tile, (x, given, dk, dv, grid), flags, grid.programs, C)
 
 
@@ -212,7 +215,7 @@ def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, walk, 
     for t in range(walk.first, walk.end):
         j_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_K, C.BLOCK_K, GAP)
         b_k = load_block(p_k, x.k.n, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
-        b_s = dot(b_q, tl.trans(b_k), C) * x.sizes.scale
+        b_s, b_slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
         b_s, m_visible = mask_scores(b_s, x, own.i_b, own.i_h, own.o, j_first, own.keys, tile, C, MODE, 1)
         b_p = tl.exp2(b_s - b_lse[:, None])
 
@@ -221,6 +224,7 @@ def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, walk, 
         b_dp = add_weight_gradient(b_dp, x, given, own.i_b, own.i_h, own.first, j_first, C, 1)
         m_kept = kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1)
         _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, x.dropout)
+        b_ds = through_cap(b_ds, b_slope, x)
         b_dq = select_dot(b_ds, m_visible, b_k, b_dq, C)
     return b_dq
 
@@ -249,9 +253,9 @@ def query_gradient_tile(i_program, x, given, dq, grid, C: tl.constexpr):
 
 
 @triton.jit
-def query_gradient_kernel(q, k, v, bias, mask, dropout, sizes, given, dq, flags, grid, C: tl.constexpr):
+def query_gradient_kernel(q, k, v, bias, mask, dropout, sizes, modifiers, given, dq, flags, grid, C: tl.constexpr):
     """dQ of BLOCK_Q queries a program. Grid and flags as in attention.py."""
-    x = Inputs(q, k, v, bias, mask, dropout, sizes)
+    x = Inputs(q, k, v, bias, mask, dropout, sizes, modifiers)
     run_tiles(query_gradient_tile, (x, given, dq, grid), flags, grid.programs, C)
 
 
@@ -260,12 +264,14 @@ def query_gradient_kernel(q, k, v, bias, mask, dropout, sizes, given, dq, flags,
 
 @triton.jit
 def bias_gradient_kernel(
-    q, k, v, bias, mask, dropout, sizes, given, dbias, tiles,
-    C: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
+    q, k, v, bias, mask, dropout, sizes, modifiers, given, dbias, tiles,
+    C: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """dbias of one tile of dbias (a Bias of float32 or the bias's dtype). Grid: batch elements of dbias * tiles.heads *
-    tiles.q_tiles * tiles.k_tiles. SUM_Q, SUM_K: the rows, the columns of the tile are added up too."""
-    x = Inputs(q, k, v, bias, mask, dropout, sizes)
+    tiles.q_tiles * tiles.k_tiles. SUM_Q, SUM_K: the rows, the columns of the tile are added up too. DIAGONAL: tiles are
+    square, and dbias has one for each diagonal of them, the sum of those on it; that of row q and column k of tiles is
+    at q - k + tiles.over_k - 1."""
+    x = Inputs(q, k, v, bias, mask, dropout, sizes, modifiers)
     i_program = tl.program_id(0)
     out_k = i_program % tiles.k_tiles
     out_q = i_program // tiles.k_tiles % tiles.q_tiles
@@ -277,11 +283,15 @@ def bias_gradient_kernel(
         i_q = out_q + t // tiles.over_k % tiles.over_q
         i_h = out_h + t // tiles.over_k // tiles.over_q % tiles.over_h
         i_b = out_b + t // tiles.over_k // tiles.over_q // tiles.over_h
+        if DIAGONAL:
+            i_k = t % tiles.over_k
+            i_q = i_k + out_q - (tiles.over_k - 1)
         i_first, j_first = i_q * C.BLOCK_Q, i_k * C.BLOCK_K
         keys = key_count(x.mask, i_b, x.sizes.Nk)
         any_first, any_end, _first, _end = visible_keys(x.mask, i_first, i_first + C.BLOCK_Q - 1, keys)
-        in_range = (i_first < x.sizes.Nq) & (j_first < any_end) & (j_first + C.BLOCK_K > any_first)
-        listed, tile = listed_tile(x.mask, i_b, i_h, i_first, j_first, C.LIST_Q, C.LIST_K)
+        in_range = (i_first >= 0) & (i_first < x.sizes.Nq) & (j_first < any_end) & (j_first + C.BLOCK_K > any_first)
+        i_listed = tl.maximum(tl.minimum(i_first, x.sizes.Nq - 1), 0)  # a diagonal leaves the lists at both ends
+        listed, tile = listed_tile(x.mask, i_b, i_h, i_listed, j_first, C.LIST_Q, C.LIST_K)
         if in_range & listed:
             o_i, o_j = i_first + tl.arange(0, C.BLOCK_Q), j_first + tl.arange(0, C.BLOCK_K)
             m_i, m_j = o_i < x.sizes.Nq, o_j < keys
@@ -290,7 +300,7 @@ def bias_gradient_kernel(
             b_k = load_tile(x.k, i_b, i_h // C.GROUP, o_j, m_j, C.D, C.BLOCK_D)
             b_v = load_tile(x.v, i_b, i_h // C.GROUP, o_j, m_j, C.DV, C.BLOCK_DV)
             b_lse, b_delta = load_rows(x, given, i_b, i_h, o_i, m_i)
-            b_s = dot(b_q, tl.trans(b_k), C) * x.sizes.scale
+            b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
             o_row = tl.minimum(o_i, x.sizes.Nq - 1)
             b_s, m_visible = mask_scores(b_s, x, i_b, i_h, o_row, j_first, keys, tile, C, PARTIAL, 1)
             b_p = tl.exp2(b_s - b_lse[:, None])
@@ -303,7 +313,10 @@ def bias_gradient_kernel(
     o_q = tl.where(SUM_Q, 0, out_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q))
     o_k = tl.where(SUM_K, 0, out_k * C.BLOCK_K + tl.arange(0, C.BLOCK_K))
     p_line = dbias.ptr + tl.cast(out_b, tl.int64) * dbias.b + tl.cast(out_h, tl.int64) * dbias.h
-    if SUM_K:
+    if DIAGONAL:  # (.., diagonals, BLOCK_Q, BLOCK_K)
+        p_pairs = p_line + (tl.cast(o_q, tl.int64) * dbias.q)[:, None] + tl.arange(0, C.BLOCK_K)[None, :]
+        tl.store(p_pairs, b_sum)
+    elif SUM_K:
         b_row = tl.sum(b_sum, 1)
         tl.store(p_line + tl.cast(o_q, tl.int64) * dbias.q, b_row.to(dbias.ptr.dtype.element_ty), mask=o_q < x.sizes.Nq)
     elif SUM_Q:

@@ -22,6 +22,7 @@ from .tiles import (
     PARTIAL,
     Inputs,
     Tile,
+    cap_scores,
     dot,
     head_pointer,
     kept_pairs,
@@ -55,9 +56,9 @@ class Weights(NamedTuple):
 
 
 @triton.jit
-def attention_weights_kernel(q, k, v, bias, mask, dropout, sizes, given, weights, C: tl.constexpr):
+def attention_weights_kernel(q, k, v, bias, mask, dropout, sizes, modifiers, given, weights, C: tl.constexpr):
     """One tile of the weights. Grid: B * weights.heads * weights.q_tiles * weights.k_tiles."""
-    x = Inputs(q, k, v, bias, mask, dropout, sizes)
+    x = Inputs(q, k, v, bias, mask, dropout, sizes, modifiers)
     i_program = tl.program_id(0)
     i_k = i_program % weights.k_tiles
     i_q = i_program // weights.k_tiles % weights.q_tiles
@@ -78,7 +79,7 @@ def attention_weights_kernel(q, k, v, bias, mask, dropout, sizes, given, weights
             b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
             b_k = load_tile(x.k, i_b, i_h // C.GROUP, o_j, m_j, C.D, C.BLOCK_D)
             b_lse, _delta = load_rows(x, given, i_b, i_h, o_i, m_i)
-            b_s = dot(b_q, tl.trans(b_k), C) * x.sizes.scale
+            b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
             b_s, _visible = mask_scores(b_s, x, i_b, i_h, o_row, j_first, keys, tile, C, PARTIAL, 1)
             b_p = tl.exp2(b_s - b_lse[:, None])
             m_kept = kept_pairs(x.dropout, i_b, i_h, i_first, j_first, C, 1)
@@ -98,7 +99,7 @@ def gather_weight_products(b_sum, b_q, b_lse, x, given, own, walk, C: tl.constex
     for t in range(walk.first, walk.end):
         j_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_K, C.BLOCK_K, GAP)
         b_k = load_block(p_k, x.k.n, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
-        b_s = dot(b_q, tl.trans(b_k), C) * x.sizes.scale
+        b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
         b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, own.o, j_first, own.keys, tile, C, MODE, 1)
         b_p = tl.exp2(b_s - b_lse[:, None])
         m_kept = kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1)
@@ -128,6 +129,6 @@ def weight_products_tile(i_program, x, given, grid, C: tl.constexpr):
 
 
 @triton.jit
-def weight_products_kernel(q, k, v, bias, mask, dropout, sizes, given, grid, C: tl.constexpr):
+def weight_products_kernel(q, k, v, bias, mask, dropout, sizes, modifiers, given, grid, C: tl.constexpr):
     """delta of BLOCK_Q queries a program. Grid: grid.programs. Nothing here is a product with what a mask hides."""
-    weight_products_tile(tl.program_id(0), Inputs(q, k, v, bias, mask, dropout, sizes), given, grid, C)
+    weight_products_tile(tl.program_id(0), Inputs(q, k, v, bias, mask, dropout, sizes, modifiers), given, grid, C)

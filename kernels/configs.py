@@ -76,7 +76,7 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
 # list, with bias or dropout, None where the row above serves.
 VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] = {
     ("forward", 90, True, 64): (None, Config(128, 64, 8, 3)),
-    ("forward", 90, True, 128): (None, Config(64, 64, 4, 2)),
+    ("forward", 90, True, 128): (None, Config(64, 64, 8, 2)),
     ("forward", 90, True, 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 80, True, 64): (None, Config(64, 64, 4, 2)),
     ("forward", 80, True, 128): (None, Config(64, 64, 8, 2)),
@@ -159,6 +159,12 @@ def short(config: Config, rows: int) -> Config:
     those have registers for 64 keys."""
     config = config._replace(block_q=min(config.block_q, rows))
     return config if rows > 32 else config._replace(block_k=min(config.block_k, 64), warps=4)
+
+
+def square(config: Config, head_dim: int) -> Config:
+    """The configuration with square tiles, for sums along diagonals; wide heads leave registers for 16."""
+    side = min(config.block_q, config.block_k, 64 if head_dim <= 128 else 16)
+    return config._replace(block_q=side, block_k=side)
 
 
 def safe(config: Config, walk_q: int | None = None, walk_k: int | None = None) -> Config:

@@ -82,6 +82,17 @@ class Dropout(NamedTuple):
     keep_scale: Any
 
 
+class Modifiers(NamedTuple):
+    """What else is done to scores; None: not in this call."""
+
+    cap: Any  # of the soft cap, in units of log2, and its inverse
+    inverse: Any
+    sinks: Any  # pointer to float32 (Hq)
+    diagonals: Any  # pointer to float32: at i - j + Nk - 1 stands what is added to pair (i, j)
+    b: Any  # strides of that from a batch element, from a head to the next, 0 where it broadcasts
+    h: Any
+
+
 class Sizes(NamedTuple):
     """Numbers of query heads, queries and keys, and the scale."""
 
@@ -102,6 +113,7 @@ class Inputs(NamedTuple):
     mask: Any
     dropout: Any
     sizes: Any
+    modifiers: Any
 
 
 class Constants(NamedTuple):
@@ -285,17 +297,63 @@ def window_pairs(mask, o_i, o_j, keys):
 
 
 @triton.jit
+def in_log2(b_bias):
+    """A bias in units of log2, of which finfo.min is still a number: only -inf hides."""
+    b_size = tl.abs(b_bias)
+    b_bias = tl.where(
+        (b_size > LARGEST_BIAS) & (b_size != INF), tl.where(b_bias > 0, LARGEST_BIAS, -LARGEST_BIAS), b_bias
+    )
+    return b_bias * LOG2E
+
+
+@triton.jit
 def load_bias(bias, i_b, i_h, o_i, o_j, m_ij, KEY_AXIS: tl.constexpr):
     """The bias of queries o_i and keys o_j in units of log2, 0 where m_ij is false; keys run along KEY_AXIS."""
     o_row = tl.cast(i_b, tl.int64) * bias.b + tl.cast(i_h, tl.int64) * bias.h + tl.cast(o_i, tl.int64) * bias.q
     o_column = tl.cast(o_j, tl.int64) * bias.k
     p_pairs = bias.ptr + tl.expand_dims(o_row, KEY_AXIS) + tl.expand_dims(o_column, 1 - KEY_AXIS)
-    b_bias = tl.load(p_pairs, mask=m_ij, other=0.0).to(tl.float32)
-    b_size = tl.abs(b_bias)  # a bias of finfo.min is a number: only -inf hides
-    b_bias = tl.where(
-        (b_size > LARGEST_BIAS) & (b_size != INF), tl.where(b_bias > 0, LARGEST_BIAS, -LARGEST_BIAS), b_bias
-    )
-    return b_bias * LOG2E
+    return in_log2(tl.load(p_pairs, mask=m_ij, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def tanh(b_x):
+    """tanh, within four units in the last place: a series below 1/4, from where on 1 - 2^-x loses few digits."""
+    b_power = tl.exp2(tl.abs(b_x) * (-2.0 * LOG2E))
+    b_large = (1.0 - b_power) / (1.0 + b_power)
+    b_large = tl.where(b_x < 0.0, -b_large, b_large)
+    b_2 = b_x * b_x
+    b_series = -0.05396825396825397 + b_2 * (0.021869488536155203 + b_2 * -0.008863235529902197)
+    b_series = -0.3333333333333333 + b_2 * (0.13333333333333333 + b_2 * b_series)
+    return tl.where(tl.abs(b_x) < 0.25, b_x + b_x * b_2 * b_series, b_large)
+
+
+@triton.jit
+def cap_scores(b_s, x):
+    """Scores in log2 under the soft cap, and the derivative of that; without a cap the scores, twice."""
+    if x.modifiers.cap is None:
+        return b_s, b_s
+    else:
+        b_bounded = tanh(b_s * x.modifiers.inverse)
+        return b_bounded * x.modifiers.cap, 1.0 - b_bounded * b_bounded
+
+
+@triton.jit
+def through_cap(b_ds, b_slope, x):
+    """The gradient of scores as that of what was capped: 0 where it is 0, whatever NaN is behind the mask."""
+    if x.modifiers.cap is None:
+        return b_ds
+    else:
+        return tl.where(b_ds == 0.0, 0.0, b_ds * b_slope)
+
+
+@triton.jit
+def load_diagonals(x, i_b, i_h, o_i, o_j, m_ij, KEY_AXIS: tl.constexpr):
+    """What is added by relative position to queries o_i and keys o_j in units of log2, 0 where m_ij is false."""
+    o_line = tl.cast(i_b, tl.int64) * x.modifiers.b + tl.cast(i_h, tl.int64) * x.modifiers.h
+    o_apart = tl.expand_dims(o_i + (x.sizes.Nk - 1), KEY_AXIS) - tl.expand_dims(o_j, 1 - KEY_AXIS)
+    if len(o_line.shape) == 1:  # a head for each row
+        o_line = tl.expand_dims(o_line, KEY_AXIS)
+    return in_log2(tl.load(x.modifiers.diagonals + o_line + o_apart, mask=m_ij, other=0.0))
 
 
 @triton.jit
@@ -318,6 +376,11 @@ def mask_scores(
         b_bias = load_bias(x.bias, i_b, i_h, o_i, o_j, m_inside, KEY_AXIS)
         m_visible = m_visible & (b_bias != -INF)
         b_s = tl.where(m_visible, b_s + b_bias, -INF)
+    if x.modifiers.diagonals is not None:
+        m_inside = (o_q >= 0) & (o_q < x.sizes.Nq) & (o_k < keys)
+        b_diagonal = load_diagonals(x, i_b, i_h, o_i, o_j, m_inside, KEY_AXIS)
+        m_visible = m_visible & (b_diagonal != -INF)
+        b_s = tl.where(m_visible, b_s + b_diagonal, -INF)
     if MODE == PARTIAL:
         m_visible = m_visible & window_pairs(x.mask, o_q, o_k, keys)
         if x.mask.indptr is not None:

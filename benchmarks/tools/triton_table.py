@@ -33,8 +33,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "triton" / "compile.
 CAPABILITIES = (80, 90)
 # float16 takes the configurations of bfloat16. A call without a mask compiles less than one with a window.
 FEATURES = {
-    torch.bfloat16: ("window", "lists", "extras", "decode", "linear", "tma"),
-    torch.float32: ("window", "linear"),
+    torch.bfloat16: ("window", "lists", "extras", "modifiers", "decode", "linear", "tma"),
+    torch.float32: ("window", "modifiers", "linear"),
 }
 LENGTH = 256
 
@@ -134,8 +134,9 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
             triton_linear.linear_attention_backward(out, None, q, q, q, None, None, out, n, shift, *how)
         else:
             bias, dropout_p, seed = None, 0.0, None
+            softcap, sinks, diagonals = 0.0, None, None
             arrays = MaskArrays()
-            if feature in ("window", "extras", "tma"):
+            if feature in ("window", "extras", "modifiers", "tma"):
                 arrays = MaskArrays(window_left=100, window_right=0, window_offset=3 * LENGTH)
             if "lists" in feature:
                 visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -144,11 +145,15 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
             if "extras" in feature:
                 bias = torch.zeros(1, 4, q_len, 4 * LENGTH, dtype=dtype)
                 dropout_p, seed = 0.1, torch.zeros((), dtype=torch.int64)
+            if "modifiers" in feature:
+                softcap, sinks, diagonals = 20.0, torch.zeros(4), torch.zeros(1, 4, q_len + 4 * LENGTH - 1)
             call = (arrays, head_dim**-0.5, dropout_p, seed)
+            modifiers = (softcap, sinks, diagonals)
             with mock.patch.object(configs, "DESCRIPTORS", feature == "tma"):
-                out, lse = backend.attention_forward(q, k, v, bias, *call)
+                out, lse = backend.attention_forward(q, k, v, bias, *call, *modifiers)
             if feature not in ("decode", "tma"):
-                backend.attention_backward(out, None, None, q, k, v, bias, out, lse, *call, bias is not None)
+                wanted = (bias is not None, *modifiers, diagonals is not None)
+                backend.attention_backward(out, None, None, q, k, v, bias, out, lse, *call, *wanted)
     shared = {"sm": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim, "feature": feature}
     return [shared | row | {"triton": triton.__version__} for row in rows]
 

@@ -93,19 +93,45 @@ void call(const std::string& words, int threads, bool backward) {
     call(p, threads, backward);
 }
 
-// A forward that is called again and again: all of its arguments but where the tensors lie.
+// Calls that are made again and again: all of their arguments but where the tensors lie. None has an order.
 class AttentionForward {
   public:
     explicit AttentionForward(const std::string& words) : params_(read_params(words, false)) {}
 
-    void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t lse, int threads) const {
+    void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t lse, uintptr_t weights,
+             int threads) const {
         AttentionParams p = params_;
         p.query.data = reinterpret_cast<void*>(query);
         p.key.data = reinterpret_cast<void*>(key);
         p.value.data = reinterpret_cast<void*>(value);
         p.out.data = reinterpret_cast<void*>(out);
         p.lse = reinterpret_cast<void*>(lse);
+        p.weights.data = reinterpret_cast<void*>(weights);
         call(p, threads, false);
+    }
+
+  private:
+    AttentionParams params_;
+};
+
+class AttentionBackward {
+  public:
+    explicit AttentionBackward(const std::string& words) : params_(read_params(words, true)) {}
+
+    void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t lse, uintptr_t grad_out,
+             uintptr_t grad_weights, uintptr_t dq, uintptr_t dk, uintptr_t dv, int threads) const {
+        AttentionParams p = params_;
+        p.query.data = reinterpret_cast<void*>(query);
+        p.key.data = reinterpret_cast<void*>(key);
+        p.value.data = reinterpret_cast<void*>(value);
+        p.out.data = reinterpret_cast<void*>(out);
+        p.lse = reinterpret_cast<void*>(lse);
+        p.grad_out.data = reinterpret_cast<void*>(grad_out);
+        p.weights.data = reinterpret_cast<void*>(grad_weights);
+        p.dq.data = reinterpret_cast<void*>(dq);
+        p.dk.data = reinterpret_cast<void*>(dk);
+        p.dv.data = reinterpret_cast<void*>(dv);
+        call(p, threads, true);
     }
 
   private:
@@ -154,6 +180,9 @@ PYBIND11_MODULE(_cpu, module) {
     py::class_<AttentionForward>(module, "AttentionForward", "A forward of which only the pointers are still to come.")
         .def(py::init<const std::string&>())
         .def("run", &AttentionForward::run);
+    py::class_<AttentionBackward>(module, "AttentionBackward", "The same of a backward.")
+        .def(py::init<const std::string&>())
+        .def("run", &AttentionBackward::run);
     module.def("prefer_huge_pages", &prefer_huge_pages,
                "Asks the system to back the whole pages of so many bytes from an address on by huge pages.");
     module.def(

@@ -100,6 +100,8 @@ class KVCache:
         counts: Lengths | None = None,
         is_causal: bool = True,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         return_lse: bool = False,
         backend: str = "auto",
     ) -> Any:
@@ -111,7 +113,7 @@ class KVCache:
             key, value: (B, Hkv, Nq, D) and (B, Hkv, Nq, Dv), or None.
             counts: integers (B), how many of the Nq tokens are real; the rows behind give 0.
             is_causal: a token sees no later one.
-            scale, return_lse, backend: as in `attention`.
+            scale, softcap, sinks, return_lse, backend: as in `attention`.
 
         Returns:
             out (B, Hq, Nq, Dv), or (out, lse (B, Hq, Nq)).
@@ -140,8 +142,8 @@ class KVCache:
             query = turned(query, firsts, real, *self.rotary, interleaved=self.interleaved)
         found = cached_attention(
             query, keys, values, rows, counts=real, is_causal=is_causal,
-            window=(-1 if self.window is None else self.window - 1, -1), scale=scale, return_lse=return_lse,
-            backend=backend,
+            window=(-1 if self.window is None else self.window - 1, -1), scale=scale, softcap=softcap,
+            sinks=sinks, return_lse=return_lse, backend=backend,
         )  # fmt: skip
         self._trim()
         return found

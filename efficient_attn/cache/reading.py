@@ -29,6 +29,8 @@ def cached_attention(
     is_causal: bool = True,
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -41,10 +43,11 @@ def cached_attention(
         counts: integers (B), how many of the Nq queries are real; rows of `query` behind them give 0. Default: all.
         is_causal: a query sees no key behind itself.
         window: (left, right) keys before and behind a query's own that it sees; -1 is without limit.
-        scale, return_lse, backend: as in `attention`.
+        scale, softcap, sinks, return_lse, backend: as in `attention`.
 
     Returns:
-        out (B, Hq, Nq, Dv), or (out, lse (B, Hq, Nq)); a query that sees no key gives 0 (lse -inf).
+        out (B, Hq, Nq, Dv), or (out, lse (B, Hq, Nq)); a query that sees no key gives 0 (lse -inf, or its sink; rows
+        behind the counts -inf).
 
     Raises:
         InputError, InputTypeError: what `attention` raises, and lengths that are not there.
@@ -56,8 +59,9 @@ def cached_attention(
 
     def run(queries: Tensor, rows: slice, end: int, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = attention(
-            queries, key[rows, :, :end], value[rows, :, :end], mask=mask, scale=scale, return_lse=True, backend=backend
-        )
+            queries, key[rows, :, :end], value[rows, :, :end], mask=mask, scale=scale, softcap=softcap, sinks=sinks,
+            return_lse=True, backend=backend,
+        )  # fmt: skip
         return found
 
     if len(set(ends)) <= 1 and len(set(real)) <= 1:
@@ -110,6 +114,8 @@ def paged_attention(
     is_causal: bool = True,
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -130,8 +136,8 @@ def paged_attention(
     ends = check_pages(key_pages, value_pages, block_table, lengths, query.shape[0])
     key, value = (read_pages(pages, block_table, max(ends, default=0)) for pages in (key_pages, value_pages))
     return cached_attention(
-        query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale,
-        return_lse=return_lse, backend=backend,
+        query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale, softcap=softcap,
+        sinks=sinks, return_lse=return_lse, backend=backend,
     )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
     s_ij = cap(scale q_i k_j) - slope |i + offset - j|,   cap(x) = softcap tanh(x / softcap)
 
-(Bello et al. 2016 for the cap, Press et al. 2022 for ALiBi.) The kernels for CPUs know both, no kernel for GPUs does.
-There they map to what there is: ALiBi to a bias, one number a key where keys to the right are hidden and otherwise made
-for some rows at a time; a cap to plain PyTorch, for some rows at a time. Rows that were done are computed again in the
+(Bello et al. 2016 for the cap, Press et al. 2022 for ALiBi.) On a CPU the kernels of `attention` do both. Elsewhere
+they map to what is older: ALiBi to a bias, one number a key where keys to the right are hidden and otherwise made for
+some rows at a time; a cap to plain PyTorch, for some rows at a time. Rows that were done are computed again in the
 backward, so that memory stays O(n). Letters as in `functional`.
 """
 

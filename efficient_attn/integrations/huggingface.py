@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ from ..methods import DENSE, Method, parse
 from ..methods.continuation import continuation, goes_by_positions
 from ..methods.left_padding import Turned, left_padding, take
 from ..patterns import Pattern
-from ..tracing import is_jit_traced
+from ..tracing import is_jit_traced, is_recorded
 from .huggingface_masks import PairMask, packed_documents, pair_mask
 from .layer_state import LAYER_METHOD, layer_state
 from .torch_sdpa import only_hides
@@ -56,6 +57,7 @@ HARMLESS = frozenset(
         "inputs_embeds",
         "decoder_input_ids",
         "interpolate_pos_encoding",
+        "grid_thw",
         "deterministic",
         "layer_idx",
         "sliding_window",
@@ -63,6 +65,9 @@ HARMLESS = frozenset(
         "max_length_k",
     }
 )
+# Parts of multimodal models that have such layers alone, and masks of eager's form for them: they stay eager.
+EAGER_PARTS = ("BridgeTowerVisionModel", "Gemma3nAudio", "Gemma4Audio")
+STAYS_EAGER = "has attention layers of its own, which look up no implementation, and stays eager"
 _in_part = False
 # Beginning of a model's name -> layers in it that never look up an implementation, and whether they are all it has.
 OWN_LAYERS = {
@@ -70,6 +75,15 @@ OWN_LAYERS = {
     "LongT5": ("its encoder's local or transient-global attention", False),
     "PPFormulaNetVision": ("its attention with decomposed positions", True),
 }
+# Layers that say is_causal and attend to everything without a mask, in eager.
+FULL_WITHOUT_MASK = frozenset(
+    {
+        "BltSelfAttention",
+        "BridgeTowerSelfAttention",
+        "Phi4MultimodalAudioAttention",
+        "Phi4MultimodalVisionAttention",
+    }
+)
 PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})  # what DataCollatorWithFlattening says of documents
 ADVICE = {
     "cache": "use generate() with a dynamic or static cache",
@@ -100,6 +114,9 @@ def register() -> None:
             _add(requested_attention)
             vars(self)["_efficient_attn_name"] = _Registered(requested_attention)
             _refuse_in_class_tables(type(self), requested_attention)
+            if type(self).__name__.startswith(EAGER_PARTS):
+                warnings.warn(f"{type(self).__name__} {STAYS_EAGER}", stacklevel=3)
+                return original(self, "eager", is_init_check)
             if not _in_part:
                 _refuse_layers_of_their_own(self, requested_attention)
             if not self._can_set_attn_implementation():
@@ -198,6 +215,7 @@ def attend(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend for a transformers layer.
@@ -205,10 +223,12 @@ def attend(
     Args:
         query, key, value: (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv); query may have batch 1.
         attention_mask: what `pair_mask` made; or 4-D, bool with True = attend, or float to add to the scores.
-        is_causal: counts only without a mask; None: what the module says.
+        is_causal: counts only without a mask; None: what the module says, which is not causal if it says nothing.
         position_bias: (B | 1, Hq, Nq, Nk), added to the scores.
         softcap: bounds the scaled scores before (Gemma 2). s_aux: (Hq), the logits of sinks (gpt-oss). Dense and sparse
             methods know both.
+        indices: int (B, Nq, chosen), the keys that an indexer has left to each query besides what the mask says
+            (DeepSeek sparse attention); n x n bits, for every method that takes a mask.
 
     Returns:
         out (B, Nq, Hq, Dv), and weights (B, Hq, Nq, Nk) if the call asked for them (output_attentions).
@@ -226,7 +246,7 @@ def attend(
     call: dict[str, Any]
     place: tuple[int, int] | None = None  # positions of query 0 and key 0
     if attention_mask is None:
-        causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and Nq > 1
+        causal = (_says_causal(module) if is_causal is None else is_causal) and Nq > 1
         _check_window(kwargs.get("sliding_window"), Nk)
         call = {"is_causal": True, "causal_alignment": "top_left"} if causal else {}
         place = (0, 0) if causal else None
@@ -238,6 +258,8 @@ def attend(
         call = _from_tensor(attention_mask, method, query, Nk)
     if documents is not None:
         call["mask"] = _both(call.get("mask"), documents)
+    if indices is not None:
+        call["mask"] = _both(call.get("mask"), _chosen(indices, Nq, Nk))
     if place is None and not method.is_dense:
         method = _without_place(method, module, Nq, Nk)
     if call.get("key_mask") is not None:
@@ -271,6 +293,11 @@ def attend(
         out = turned.undo(out)
         weights = None if weights is None else take(turned.undo(weights), turned.back, 3)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _says_causal(module: nn.Module) -> bool:
+    """Whether a layer that gets no mask attends to its past alone; one that says nothing does not, as in eager."""
+    return getattr(module, "is_causal", False) and type(module).__name__ not in FULL_WITHOUT_MASK
 
 
 def _left_padding(method: Method, attention_mask: Any, call: dict[str, Any]) -> Tensor | None:
@@ -340,6 +367,14 @@ def _from_pairs(mask: PairMask, method: Method, Nq: int, Nk: int) -> dict[str, A
     if mask.causal and mask.start in (0, Nk - Nq):
         return call | {"is_causal": True, "causal_alignment": "bottom_right" if mask.start else "top_left"}
     return call if mask.pairs is None else call | {"mask": mask.pairs}
+
+
+def _chosen(indices: Tensor, Nq: int, Nk: int) -> BlockMask | Tensor:
+    """The pairs that an indexer's choice of keys allows, (B, 1, Nq, Nk)."""
+    if indices.dim() != 3 or indices.shape[1] != Nq:
+        raise InputError(f"indices must be (batch, queries, chosen keys) for {Nq} queries; got {tuple(indices.shape)}")
+    shown = indices.new_zeros(indices.shape[0], Nq, Nk, dtype=torch.bool).scatter(-1, indices.long(), True)[:, None]
+    return shown if is_recorded() else BlockMask.from_dense(shown)
 
 
 def _both(mask: BlockMask | Tensor | None, documents: BlockMask | Tensor) -> BlockMask | Tensor:

@@ -164,7 +164,7 @@ class PairMask:
 REARRANGING = frozenset(
     {"expand", "expand_as", "repeat", "repeat_interleave", "broadcast_to", "unsqueeze", "squeeze", "view", "reshape",
      "flatten", "unflatten", "transpose", "permute", "narrow", "index_select", "clone", "detach", "tile", "swapaxes",
-     "movedim", "select"}
+     "movedim", "select", "flip", "roll"}
 )  # fmt: skip
 JOINING = frozenset({"cat", "concat", "concatenate", "stack", "add"})
 CHOOSING = frozenset(

@@ -26,6 +26,7 @@ from ..errors import UnsupportedError
 from ..masks import MaskArrays
 from ..methods import Method, parse
 from ..patterns import Pattern
+from ..tracing import is_onnx_export
 from .torch_dispatcher import activate, restore
 
 __all__ = ["activate", "restore", "use_for_sdpa"]
@@ -210,7 +211,7 @@ def _why_other_tensors(tensors: list[Tensor]) -> str | None:
             return f"{type(tensor).__name__}, a subclass of Tensor"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives"
-    if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_onnx_export() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "an export to ONNX or TorchScript"
     return None
 

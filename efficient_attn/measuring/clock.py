@@ -61,12 +61,16 @@ def interleaved(
     min_rounds: int = 3,
     max_rounds: int = 200,
     patience_s: float | None = None,
+    rest_s: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """Times the calls in alternation, so that a drift of the machine meets all of them alike.
 
     Each call first runs once, unmeasured. Rounds go on until `budget_s` is spent, at least `min_rounds`, and while
     a call is not known to `UNSURE` until `patience_s` (default: `PATIENCE` times the budget). A call that is so slow
     that `min_rounds` of it alone exceed both is represented by its first run only.
+
+    Before each sample nothing is done for `rest_s`: libraries with threads of their own let these look for more work
+    for a while after a call, on the cores that the next one needs.
 
     Where others have the cores, the time that the call's threads waited for one (which Linux tells) is taken off; when
     enough samples are undisturbed, they alone count.
@@ -93,6 +97,8 @@ def interleaved(
         if done >= min_rounds and spent > budget_s and (spent > patience_s or _known(samples[name] for name in inner)):
             break
         for name, count in inner.items():
+            if rest_s:
+                time.sleep(rest_s)
             samples[name].append(_timed(calls[name], count))
     return {name: _summary(values) for name, values in samples.items()}
 

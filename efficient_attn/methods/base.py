@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sharding
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..inputs import refuse_modifiers
 from ..masks import BlockMask
 from ..options import Named
@@ -123,8 +123,7 @@ def _settled(attend: Attend) -> Attend:
     """An `attend` that refuses torch.jit.trace, unless it is dense, puts the weights of the heads on the way of the
     output's gradient, and averages them where their mean is asked for and the method has not."""
 
-    @functools.wraps(attend)
-    def call(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def settled(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         if not self.accepts_modifiers or sharding.active is not None:
             where = f"by {self}" if not self.accepts_modifiers else "inside context_parallel"
             asked = {name: options.pop(name, None) for name in ("softcap", "sinks")}
@@ -135,8 +134,8 @@ def _settled(attend: Attend) -> Attend:
             return sharding.active.attend(self, query, key, value, **options)
         if not self.is_dense and is_jit_traced():
             raise UnsupportedError(
-                f"torch.jit.trace would freeze what {self} chooses for the sample: blocks, landmarks and lengths. "
-                "Trace dense attention, or use torch.export or torch.compile"
+                f"torch.jit.trace and torch.onnx.export would freeze what {self} chooses for the sample: blocks, "
+                "landmarks and lengths. Trace dense attention, or use torch.export or torch.compile"
             )
         if has_tangent(query, key, value):
             raise no_forward_mode(str(self))
@@ -152,6 +151,14 @@ def _settled(attend: Attend) -> Attend:
         if weights is not None and weights.requires_grad and torch.is_grad_enabled():
             out = _through_weights(out, weights, value)
         return out, weights
+
+    @functools.wraps(attend)
+    def call(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        state = options.get("state")
+        if not isinstance(state, MethodState):
+            return settled(self, query, key, value, **options)
+        within = state if state.is_wrapped else state.forward
+        return within(lambda: settled(self, query, key, value, **options), query.device)
 
     return call
 
@@ -178,6 +185,23 @@ class MethodState(nn.Module):
     def reset_parameters(self) -> None:
         """Start again as the method says."""
         raise NotImplementedError
+
+    def forward(
+        self, attend: Callable[[], tuple[Tensor, Tensor | None]], device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Call `attend`, which reads this state, for tensors on the device."""
+        if self.is_meta and device.type != "meta":
+            raise InputError(
+                f"{type(self).__name__} is on the meta device and has no values, while query is on {device}; load it, "
+                "or call to_empty() on the module that holds it"
+            )
+        return attend()
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether others put something around this module's calls, such as the hooks by which accelerate brings
+        parameters and takes them away again: then the use of the state must be a call of it."""
+        return "forward" in self.__dict__ or bool(self._forward_pre_hooks) or bool(self._forward_hooks)
 
     @property
     def is_meta(self) -> bool:

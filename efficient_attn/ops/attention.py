@@ -59,12 +59,14 @@ FROM_LSE_ALONE = ("triton", "cuda")
 COARSE_LSE = 2.0**10
 
 
-def _too_coarse(backend: str, bias: Tensor | None, lse: Tensor) -> bool:
+def _too_coarse(backend: str, bias: Tensor | None, diagonals: Tensor | None, lse: Tensor) -> bool:
     """Whether a bias that is one large number for all that a row sees has left its lse without digits.
 
     Asks the device, once, where there is a bias; a CUDA graph that is being recorded cannot be asked.
     """
-    if bias is None or backend not in FROM_LSE_ALONE or (lse.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if (bias is None and diagonals is None) or backend not in FROM_LSE_ALONE:
+        return False
+    if lse.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return bool(((lse.abs() >= COARSE_LSE) & lse.isfinite()).any())
 
@@ -81,7 +83,7 @@ def _with_weights(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     call = (mask_arrays(*mask), scale, dropout_p, dropout_seed, average, softcap, sinks, diagonals)
     arguments = (query, key, value, bias, *call)
     found: tuple[Tensor, ...] = BACKENDS[backend].attention.attention_with_weights(*arguments)
-    if _too_coarse(backend, bias, found[1]):
+    if _too_coarse(backend, bias, diagonals, found[1]):
         return (*found[:2], BACKENDS["reference"].attention.attention_with_weights(*arguments)[2])
     return found
 
@@ -93,8 +95,8 @@ def _backward(
     tensors = (grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse)
     call = (mask_arrays(*options[:MASK_OPERANDS]), *options[MASK_OPERANDS:])
     found: Any
-    if _too_coarse(backend, bias, lse):
-        found = gradients(tensors, *call[:5])
+    if _too_coarse(backend, bias, call[7], lse):
+        found = gradients(tensors, *call)
     else:
         found = BACKENDS[backend].attention.attention_backward(*tensors, *call)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in found)
@@ -157,7 +159,7 @@ def _forward_grad(
         grid = Grid(query.shape[2], key.shape[2], block_q, block_k)
         lists[4:] = transpose(BlockLists(batch, heads, *lists[:4]), grid)
     others = (grad_lse, grad_weights, *saved)
-    backward = _backward if not torch.is_grad_enabled() and is_plain(grad_out, *others) else attention_backward
+    backward = _backward if goes_back_plainly(grad_out, *others) else attention_backward
     dq, dk, dv, dbias, dsinks, ddiagonals = backward(
         grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse, block_shape, *lists, window, kv_lengths,
         scale, dropout_p, dropout_seed, bias_requires_grad, softcap, sinks, diagonals, diagonals_require_grad, backend,
@@ -271,6 +273,15 @@ def direct_attention(*operands: Any) -> tuple[Tensor, Tensor]:
     """`attention_forward` with a gradient, on tensors that are plain; the mask comes as its arrays."""
     results: tuple[Tensor, Tensor] = _Direct.apply(*operands)
     return results
+
+
+def goes_back_plainly(grad: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether a backward can pass the dispatcher by: nobody differentiates it, and it is of one gradient.
+
+    With is_grads_batched=True autograd gives it many, in a tensor that looks plain.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not batched and not torch.is_grad_enabled() and is_plain(grad, *tensors)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

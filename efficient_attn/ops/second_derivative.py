@@ -82,28 +82,33 @@ def gradients(
     dropout_p: float,
     dropout_seed: Tensor | None,
     bias_requires_grad: bool,
+    softcap: float,
+    sinks: Tensor | None,
+    diagonals: Tensor | None,
+    diagonals_require_grad: bool,
 ) -> list[Tensor | None]:
-    """What `attention_backward` of the reference gives without soft cap, sinks and diagonals, but in O(n) memory: for
-    rows whose weights their lse cannot say. `tensors`: the first nine of `backward_gradients`."""
-    grad_weights, inputs = tensors[2], tensors[3:7]
+    """What `attention_backward` of the reference gives, but in O(n) memory: for rows whose weights their lse cannot
+    say. `tensors`: the first nine of `backward_gradients`."""
+    grad_weights, inputs, tensors = tensors[2], tensors[3:7], [*tensors, sinks, diagonals]
     query, key = tensors[3], tensors[4]
     assert query is not None and key is not None
-    cuts, dtype = (_of_rows, _of_keys, _of_keys, _of_pairs), accumulation_dtype(query.dtype)
-    wanted = [*inputs[:3], inputs[3] if bias_requires_grad else None]
+    dtype = accumulation_dtype(query.dtype)
+    with_grad = (inputs[3] if bias_requires_grad else None, sinks, diagonals if diagonals_require_grad else None)
+    wanted = [*inputs[:3], *with_grad]
     totals = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in wanted]
     for place in _places(mask, query, key):
         parts: list[Any] = [
-            None if t is None else cut(t, place).to(dtype) for cut, t in zip(CUTS, tensors, strict=False)
+            None if t is None else cut(t, place).to(dtype) for cut, t in zip(CUTS, tensors, strict=True)
         ]
         if grad_weights is not None and grad_weights.shape[1] < query.shape[1]:  # of the average over all heads
             parts[2] = parts[2] * ((place.heads.stop - place.heads.start) / query.shape[1])
-        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, 0.0, None, None, False)
-        found = reference.attention_backward(*[*parts, *rest, _piece(place, query, key)])[:4]
-        for cut, total, gradient in zip(cuts, totals, found, strict=True):
+        rest = (mask, scale, dropout_p, dropout_seed, bias_requires_grad, softcap, *parts[9:], diagonals_require_grad)
+        arguments: list[Any] = [*parts[:9], *rest, _piece(place, query, key)]
+        found = reference.attention_backward(*arguments)
+        for cut, total, gradient in zip(RESULT_CUTS, totals, found, strict=True):
             if total is not None and gradient is not None:
                 _add(cut, total, place, gradient)
-    made = [None if t is None or total is None else total.to(t.dtype) for total, t in zip(totals, wanted, strict=True)]
-    return [*made, None, None]
+    return [None if t is None or total is None else total.to(t.dtype) for total, t in zip(totals, wanted, strict=True)]
 
 
 # --- the parts of a tensor that belong to a piece ---
@@ -203,8 +208,6 @@ def _places(mask: MaskArrays, query: Tensor, key: Tensor) -> Iterator[Place]:
         ids = mask.tile_ids[starts[row] : starts[row + 1]].long()
         near = ((indices + 1) * mask.block_k > low) & (indices * mask.block_k < high)
         indices, ids = indices[near], ids[near]
-        if indices.numel() == 0:
-            continue
         tiles = torch.where((ids < 0)[:, None, None], full, mask.tiles[ids] if mask.tiles.shape[0] else full)
         drawn = ((tiles[..., None] >> bits) & 1).bool().flatten(-2)  # (listed, block_q, block_k)
         columns = (indices[:, None] * mask.block_k + in_block).flatten()
@@ -232,10 +235,9 @@ def _pieces(
     listed: Tensor | None,
     lines: int,
 ) -> Iterator[Place]:
-    """The rows in pieces of a bearable size; `listed` (rows, keys) is what the lists show of them."""
-    if columns.numel() == 0:
-        return
-    height = max(FEWEST_ROWS, SCORES // (lines * columns.numel()) // FEWEST_ROWS * FEWEST_ROWS)
+    """The rows in pieces of a bearable size; `listed` (rows, keys) is what the lists show of them. Rows that see
+    nothing are among them: their lse may be a sink."""
+    height = max(FEWEST_ROWS, SCORES // max(lines * columns.numel(), 1) // FEWEST_ROWS * FEWEST_ROWS)
     for start in range(rows.start, rows.stop, height):
         part = slice(start, min(start + height, rows.stop))
         i = torch.arange(part.start, part.stop, device=columns.device)[:, None] + mask.window_offset

@@ -70,6 +70,27 @@ def test_chunks_give_what_the_whole_gives(
             assert cache.nbytes == 2 * WINDOW * B * Hkv * (D + Dv) * q.element_size()
 
 
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_softcap_and_sinks(kind: str, counted: bool) -> None:
+    """Prefill and decode of sequences that are equally long, or not."""
+    N, named = 30, {"softcap": 1.5, "sinks": draw(9, 4)}
+    q, k, v = (draw(s, 2, h, N, 8) for s, h in enumerate((4, 2, 2)))
+    attend, _ = make(kind, 2, 2, 8, 8, torch.float64, torch.device("cpu"))
+    mask = BlockMask(N, N, window=(WINDOW - 1, 0) if kind == "window" else (-1, 0))
+    expected = attention(q, k, v, mask=mask, return_lse=True, backend="reference", **named)
+    done = [0, 0]
+    for n in (20, 1, 3, 1, 1):
+        counts = [n, n - 1] if counted and n > 1 else [n, n]
+        rows = [torch.arange(x, x + n) for x in done]
+        chunk = [torch.stack([x[b, :, r] for b, r in enumerate(rows)]) for x in (q, k, v)]
+        out, lse = attend(*chunk, counts=counts, return_lse=True, **named)
+        for b, count in enumerate(counts):
+            for found, right in zip((out, lse), expected, strict=True):
+                torch.testing.assert_close(found[b, :, :count], right[b, :, rows[b][:count]])
+            done[b] += count
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))
 def test_sequences_of_different_lengths(kind: str, seed: int, backend: str, device: torch.device) -> None:

@@ -261,8 +261,65 @@ def test_a_module_in_eval_mode_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     module = MultiheadAttention(16, 4, batch_first=True).eval()
     x = drawn(2, 5, 16)
     with torch.no_grad():
-        first, _, third = (module(x, x, x, need_weights=False)[0] for _ in range(3))
+        first, _, third = (module(x, x[:], x[:], need_weights=False)[0] for _ in range(3))
     assert torch.equal(first, third) and len(found) == 1
+
+
+def leaves() -> list[torch.Tensor]:
+    return [x.clone().requires_grad_() for x in (Q, K, V)]
+
+
+GRADIENTS: dict[str, Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], Any]] = {
+    "out": lambda out, lse, x: torch.autograd.grad((out * V[:, :, :NQ]).sum(), x),
+    "expanded": lambda out, lse, x: torch.autograd.grad(out.sum(), x),
+    "transposed": lambda out, lse, x: torch.autograd.grad((out.mT @ drawn(NQ, 5)).square().sum(), x),
+    "lse": lambda out, lse, x: torch.autograd.grad(lse.square().sum(), x[:2]),
+    "both": lambda out, lse, x: torch.autograd.grad(lse.square().sum() + out.square().sum(), x),
+    "many at once": lambda out, lse, x: torch.autograd.grad(
+        out, x, torch.stack([Q, Q + 1]).clone(), is_grads_batched=True
+    ),
+    "second": lambda out, lse, x: torch.autograd.grad(
+        sum(g.square().sum() for g in torch.autograd.grad(out.square().sum(), x, create_graph=True)), x
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_of_a_call_that_is_found(kind: str, hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def anew(t: torch.Tensor) -> torch.Tensor:
+        return t.mT.contiguous().mT
+
+    def gradients() -> Any:
+        x = leaves()
+        if hooked:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, anew):
+                out, lse = attention(*x, mask=LAST, return_lse=True)
+        else:
+            out, lse = attention(*x, mask=LAST, return_lse=True)
+        return GRADIENTS[kind](out, lse, x)
+
+    expected = uncached(gradients, monkeypatch)
+    for _ in range(2):
+        attention(*leaves(), mask=LAST)
+    found = hits(monkeypatch)
+    for _ in range(2):  # the second finds the way back too
+        for a, b in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(found) == 2
+
+
+def test_a_checkpoint_makes_the_same_call_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second forward may be the first that is found, and must save what the first one saved."""
+    from torch.utils.checkpoint import checkpoint
+
+    def gradients() -> Any:
+        x = leaves()
+        return torch.autograd.grad(checkpoint(attention, *x, use_reentrant=False).square().sum(), x)
+
+    expected = uncached(gradients, monkeypatch)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
 
 
 @pytest.mark.parametrize("retain", [False, True])

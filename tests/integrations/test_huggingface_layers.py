@@ -85,7 +85,6 @@ def layer_call(name="efficient_attn", mask=None, length=N, **kwargs):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"indices": torch.zeros(1)},
         {"cache": object()},
         {"something_new": 1},
     ],
@@ -106,6 +105,48 @@ def test_softcap_and_sinks():
     for name, value in named.items():
         with pytest.raises(UnsupportedError, match=r"(softcap|sinks) cannot be served by nystrom"):
             layer_call("efficient_attn:nystrom", is_causal=False, **{name: value})
+
+
+@pytest.mark.parametrize("method", ["efficient_attn", "efficient_attn:sliding_window:left=3"])
+def test_the_keys_that_an_indexer_has_chosen(method):
+    """DeepSeek sparse attention: besides what mask and method say."""
+    huggingface._add(method)
+    chosen = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(i))[:7] for i in range(2 * N)])
+    chosen = chosen.view(2, N, 7)
+    chosen[:, :, 0] = torch.arange(N)  # a query sees one key at least
+    shown = torch.zeros(2, 1, N, N, dtype=torch.bool).scatter(-1, chosen[:, None], True)
+    (out, _), _ = layer_call(method, mask=pair_mask(2, N, N), indices=chosen)
+    (expected, _), _ = layer_call(method, mask=PairMask((2, 1, N, N), None, shown & torch.ones(N, N).tril().bool(), 0))
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, layer_call(method, mask=pair_mask(2, N, N))[0][0])
+    with pytest.raises(InputError, match=f"indices must be .* for {N} queries"):
+        layer_call(indices=chosen[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["splinter", "bridgetower"])
+def test_layers_without_a_mask_see_everything_where_eager_does(name):
+    """Splinter's layers do not say whether they are causal; BridgeTower's say so of encoders."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    parts = {"text_config": {**sizes, "vocab_size": 50}, "vision_config": {**sizes, "image_size": 32, "patch_size": 8}}
+    more = {"vocab_size": 50} if name == "splinter" else parts
+    config = transformers.AutoConfig.for_model(name, **sizes, **more)
+    given = {"input_ids": torch.arange(3, 14)[None]}
+    if name == "bridgetower":
+        given["pixel_values"] = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for implementation in ("eager", "efficient_attn"):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
+        found.append(model(**given)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_with_attention_of_their_own_stay_eager_and_say_so():
+    sizes = {"hidden_size": 32, "conf_num_attention_heads": 4, "conf_num_hidden_layers": 1, "input_feat_size": 16}
+    config = transformers.AutoConfig.for_model("gemma3n_audio", **sizes)
+    with pytest.warns(UserWarning, match="Gemma3nAudioEncoder .* stays eager"):
+        model = transformers.AutoModel.from_config(config, attn_implementation="efficient_attn")
+    assert model.config._attn_implementation == "eager"
 
 
 SCORED = {
@@ -193,8 +234,12 @@ def test_registering_twice_is_registering_once():
 
 
 def test_without_a_mask_a_causal_layer_is_causal():
-    (out, weights), (query, key, value) = layer_call()  # as with sdpa, causal unless someone says otherwise
+    (out, weights), (query, key, value) = layer_call()  # nobody says that it is: as in eager
     assert weights is None and out.shape == (2, N, 4, 8) and out.is_contiguous()
+    assert torch.equal(out.transpose(1, 2), attention(query, key, value))
+    layer = torch.nn.Identity()
+    layer.is_causal = True
+    out, _ = ALL_ATTENTION_FUNCTIONS["efficient_attn"](layer, query, key, value, None)
     assert torch.equal(out.transpose(1, 2), attention(query, key, value, is_causal=True))
     (out, _), _ = layer_call(is_causal=False, scaling=0.3)
     assert torch.equal(out.transpose(1, 2), attention(query, key, value, scale=0.3))

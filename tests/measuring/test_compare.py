@@ -106,6 +106,7 @@ def metrics_of_every_suite():
 
 LESS_IS_BETTER = (
     "ms",
+    "weights_ratio",
     "bytes",
     "error",
     "loss",

@@ -72,3 +72,38 @@ def test_a_row_names_the_fastest_other_way() -> None:
     }
     said = [claim.text for claim in get("calls").claims([{**shape, "figure": 0.5, "peer": "sdpa"}])]
     assert said[0].startswith("0 of 1 calls") and said[1].startswith("0.50x of sdpa")
+
+
+def test_the_table_of_every_call(tmp_path) -> None:
+    from efficient_attn.benchmarks.tools import call_table
+
+    shape = {"call": "m(x)", "batch": 1, "seqlen": 16, "heads": 4, "head_dim": 64, "ms": 1.0, "peer": "sdpa"}
+    shape |= {"work": "operator", "mode": "fwd_bwd", "peer_ms": 1.0}
+    more = {"set": "avx512", "dtype": "float32", "figure": 2.0, "seqlen": 32}
+    rows = [
+        {**shape, **more},
+        {**shape, "set": "avx2", "dtype": "float32", "figure": 1.5},
+        {**shape, "set": "avx512", "dtype": "float32", "figure": 0.5},
+        {**shape, "set": "avx512", "dtype": "bfloat16", "figure": 0.9, "work": "module"},
+    ]
+    text = call_table.table(rows).splitlines()
+    assert text[0].endswith("| avx512 float32 | avx512 bfloat16 | avx2 float32 |")  # what has most rows first
+    assert text[3].endswith("| 1 | sdpa 1 | **0.50** | **0.90** | 1.50 |")
+    assert text[5].startswith("2 of 4 rows") and "Python" in text[6] and text[7].startswith("* Bound by not known")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{call_table.MARKS[0]}\nold\n{call_table.MARKS[1]}\nafter\n")
+    call_table.write(page, "new")
+    assert page.read_text() == f"before\n{call_table.MARKS[0]}\nnew\n{call_table.MARKS[1]}\nafter\n"
+
+
+def test_cells_are_chosen_by_direction_and_length() -> None:
+    chosen = list(calls.configs(Options(quick=True, modes=("decode",), seqlens=(128,))))
+    assert chosen and {(cell["mode"], cell["seqlen"]) for cell in chosen} == {("decode", 128)}
+
+
+def test_a_set_below_the_best_holds_pytorch_to_it_too() -> None:
+    from efficient_attn.benchmarks.tools import call_table
+
+    held = call_table.environment("avx2", "avx512")
+    assert held["EFFICIENT_ATTN_ISA"] == "avx2" and held["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert {"ATEN_CPU_CAPABILITY": "avx2"}.items() & call_table.environment("avx512", "avx512").items() == set()

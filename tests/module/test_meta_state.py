@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from efficient_attn import MultiheadAttention
+from efficient_attn.errors import InputError
 from efficient_attn.methods import METHODS, parse
 from efficient_attn.models import TextClassifier, TextClassifierConfig, TransformerConfig
 
@@ -135,3 +136,43 @@ def test_fully_sharded_parameters_are_filled_too(one_process: Any) -> None:
         for name, value in model.state_dict().items():
             if "method_state" in name:
                 assert torch.equal(getattr(value, "full_tensor", lambda value=value: value)(), wanted[name]), name
+
+
+def offload(module: nn.Module, tensors: str) -> None:
+    """What accelerate does to a module with tensors of its own: on meta between calls, brought by its `forward`."""
+    owned = getattr(module, tensors)
+    kept, forward = dict(owned), module.forward
+
+    def bring_and_take(*args: Any, **options: Any) -> Any:
+        owned.update(kept)
+        try:
+            return forward(*args, **options)
+        finally:
+            take()
+
+    def take() -> None:
+        owned.update({k: nn.Parameter(v.to("meta")) if tensors == "_parameters" else v.to("meta")
+                      for k, v in kept.items() if v is not None})  # fmt: skip
+
+    module.forward = bring_and_take  # type: ignore[method-assign]
+    take()
+
+
+@pytest.mark.parametrize("kind", ["module", "model"])
+@pytest.mark.parametrize("spec", ["dense", *STATEFUL])
+def test_a_model_whose_tensors_are_brought_at_each_call(spec: str, kind: str) -> None:
+    model = make(kind, spec)
+    plain = run(model).detach()
+    for module in list(getattr(model, "encoder", model).modules()):
+        for tensors in ("_parameters", "_buffers"):
+            if any(value is not None for value in getattr(module, tensors).values()):
+                offload(module, tensors)
+    assert torch.equal(run(model), plain)
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_a_state_without_values_is_refused(spec: str) -> None:
+    model = make("module", spec)
+    model[0].method_state.to("meta")
+    with pytest.raises(InputError, match=r"meta device and has no values.*to_empty"):
+        run(model)

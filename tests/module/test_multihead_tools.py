@@ -187,6 +187,37 @@ def test_lora_merges_into_the_weights_we_read() -> None:
     assert not torch.allclose(tuned.base_model.model[1](x, x, x)[0], before)
 
 
+@pytest.mark.parametrize("attention", ["dense", "sliding_window:left=2,right=2"])
+def test_what_stands_in_the_place_of_out_proj_is_called(attention: str) -> None:
+    """An adapter or a hook there does something, which plain PyTorch passes by."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+
+        @property
+        def weight(self) -> Tensor:
+            return self.base.weight
+
+        @property
+        def bias(self) -> Tensor:
+            return self.base.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + x
+
+    module = MultiheadAttention(E, H, attention=attention).eval()
+    x = torch.randn(7, 2, E)
+    plain = module(x, x, x)[0]
+    handle = module.out_proj.register_forward_hook(lambda module, inputs, out: 2 * out)
+    assert_close(module(x, x, x)[0], 2 * plain)
+    handle.remove()
+    module.out_proj = Adapter(module.out_proj)
+    heads = torch.linalg.solve(module.out_proj.weight, (plain - module.out_proj.bias).mT).mT
+    assert_close(module(x, x, x)[0], plain + heads, atol=1e-3, rtol=1e-3)
+
+
 def test_parameters_are_read_at_every_call() -> None:
     theirs, ours = pair(batch_first=True)
     x = torch.randn(2, 5, E)

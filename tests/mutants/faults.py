@@ -255,7 +255,7 @@ FAULTS = [
           "scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling", "scale=None",
           "tests/integrations/test_huggingface.py tests/integrations/test_fidelity.py"),
     Fault("a layer that is not causal is", f"{integrations}/huggingface.py",
-          '(getattr(module, "is_causal", True) if is_causal is None else is_causal) and Nq > 1', "Nq > 1",
+          '(_says_causal(module) if is_causal is None else is_causal) and Nq > 1', "Nq > 1",
           "tests/integrations/test_huggingface.py tests/integrations/test_fidelity.py"),
     Fault("a relative position without the mask", f"{integrations}/huggingface.py",
           "(position_bias if bias is None else position_bias + bias)", "position_bias",

@@ -36,6 +36,12 @@ METHODS = [
 ]  # fmt: skip
 MODELS = ["MultiheadAttention", "TextClassifier", "BERT"]
 N, E = 40, 32
+NEEDS = {  # packages that no other test needs: `make works-with` brings them
+    "torch.onnx.export(dynamo=True)": ("onnxruntime", "onnxscript"),
+    "torch.onnx.export(dynamo=False)": ("onnxruntime", "onnx"),
+    "accelerate.disk_offload": ("accelerate",),
+    "PEFT (LoRA)": ("peft",),
+}
 
 
 class Module(nn.Module):
@@ -177,6 +183,35 @@ def _export(s: Subject) -> Tensor:
     return torch.export.export(s.model, (s.x,)).module()(s.x)
 
 
+@action("torch.jit.trace")
+def _trace(s: Subject) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(s.model, (torch.randn_like(s.x),), check_trace=False)(s.x)
+
+
+def _in_onnx(s: Subject, **options: Any) -> Tensor:
+    """Exported with one input, run by ONNX Runtime with another."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        path = f"{folder}/model.onnx"
+        torch.onnx.export(s.model, (torch.randn_like(s.x),), path, input_names=["x"], **options)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, {"x": s.x.numpy()})[0])
+
+
+@action("torch.onnx.export(dynamo=True)")
+def _onnx(s: Subject) -> Tensor:
+    return _in_onnx(s, dynamo=True, verbose=False)
+
+
+@action("torch.onnx.export(dynamo=False)")
+def _onnx_traced(s: Subject) -> Tensor:
+    return _in_onnx(s, dynamo=False)
+
+
 @action("torch.func.vmap")
 def _vmap(s: Subject) -> Tensor:
     return torch.func.vmap(lambda x: s.model(x[None])[0])(s.x)
@@ -188,17 +223,35 @@ def _functional_call(s: Subject) -> Tensor:
     return torch.func.functional_call(s.model, parameters, (s.x,))
 
 
+def _score(out: Tensor) -> Tensor:
+    """A number that moves with every output; a plain sum, or one of squares, a last LayerNorm would keep constant."""
+    return (out * torch.randn(out.shape[1:], generator=torch.Generator().manual_seed(2))).sum()
+
+
 def _gradient(s: Subject, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The gradient of another way, and the plain one."""
     x, y = (s.x.clone().requires_grad_() for _ in range(2))
-    found = torch.autograd.grad(run(x).square().sum(), x)[0]
-    return found, torch.autograd.grad(s.model(y).square().sum(), y)[0]
+    found = torch.autograd.grad(_score(run(x)), x)[0]
+    return found, torch.autograd.grad(_score(s.model(y)), y)[0]
 
 
 @action("torch.func.grad")
 def _grad(s: Subject) -> Any:
-    found = torch.func.grad(lambda x: s.model(x).square().sum())(s.x)
+    found = torch.func.grad(lambda x: _score(s.model(x)))(s.x)
     return found, _gradient(s, s.model)[1]
+
+
+@action("torch.func.jacrev")
+def _jacrev(s: Subject) -> Any:
+    found = torch.func.jacrev(lambda x: _score(s.model(x)))(s.x)
+    return found, _gradient(s, s.model)[1]
+
+
+@action("torch.func.jvp")
+def _jvp(s: Subject) -> Any:
+    """Forward mode, along x: the same number as by reverse mode."""
+    found = torch.func.jvp(lambda x: _score(s.model(x)), (s.x,), (s.x,))[1]
+    return found, (_gradient(s, s.model)[1] * s.x).sum()
 
 
 @action("checkpoint(use_reentrant=False)")
@@ -209,7 +262,7 @@ def _checkpoint(s: Subject) -> Any:
 @action("checkpoint(use_reentrant=True)")
 def _checkpoint_reentrant(s: Subject) -> Any:
     x = s.x.clone().requires_grad_()
-    checkpoint(s.model, x, use_reentrant=True).square().sum().backward()
+    _score(checkpoint(s.model, x, use_reentrant=True)).backward()
     return x.grad, _gradient(s, s.model)[1]
 
 
@@ -265,7 +318,7 @@ def _inference_then_training(s: Subject) -> Any:
     with torch.inference_mode():
         fresh(s.x)
     x = s.x.clone().requires_grad_()
-    fresh(x).square().sum().backward()
+    _score(fresh(x)).backward()
     return x.grad, _gradient(s, s.model)[1]
 
 
@@ -295,6 +348,68 @@ def _hooks(s: Subject) -> Tensor:
         module.register_full_backward_hook(lambda module, inputs, out: None)
         module.forward = (lambda forward: lambda *a, **k: forward(*a, **k))(module.forward)  # type: ignore[method-assign]
     return model(s.x)
+
+
+def _in_a_group(s: Subject, wrap: Callable[[nn.Module], nn.Module]) -> Any:
+    """The gradients of a model wrapped for several processes, in a group of one."""
+    from torch import distributed
+
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        try:
+            x, model = s.x.clone().requires_grad_(), wrap(copy.deepcopy(s.model))
+            _score(model(x)).backward()
+        finally:
+            distributed.destroy_process_group()
+    return x.grad, _gradient(s, s.model)[1]
+
+
+@action("DistributedDataParallel")
+def _ddp(s: Subject) -> Any:
+    return _in_a_group(s, lambda model: nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
+
+
+@action("fully_shard (FSDP2)")
+def _fsdp(s: Subject) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def wrap(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in list(model.modules()):
+            if isinstance(module, nn.MultiheadAttention):
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    return _in_a_group(s, wrap)
+
+
+@action("accelerate.disk_offload")
+def _dispatched(s: Subject) -> Tensor:
+    import accelerate
+
+    model = copy.deepcopy(s.model)
+    with tempfile.TemporaryDirectory() as folder:
+        accelerate.disk_offload(model, folder, execution_device="cpu", offload_buffers=False)
+        return model(s.x)
+
+
+@action("PEFT (LoRA)")
+def _lora(s: Subject) -> Any:
+    """New adapters add nothing, adapters with weights do, and merged they stay."""
+    import peft
+
+    model = copy.deepcopy(s.model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=linear)).eval()
+    fresh = adapted(s.x)
+    torch.testing.assert_close(fresh, s.plain)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    out = adapted(s.x)
+    assert not torch.allclose(out, s.plain, atol=1e-3), "the adapters are not reached"
+    return adapted.merge_and_unload()(s.x), out
 
 
 @action("dynamic quantisation")
@@ -330,8 +445,8 @@ def outcome(kind: str, spec: str, name: str) -> str:
 
 def _ours(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, EfficientAttnError):
-        named = [x for x in EfficientAttnError.__subclasses__() if x.__name__ in str(error)]
-        if named:
+        # As a traceback or dynamo writes it; PyTorch has errors of the same names, which these do not match.
+        if any(f"{x.__name__}{end}" in str(error) for x in EfficientAttnError.__subclasses__() for end in (": ", "('")):
             return error
         error = error.__cause__ or error.__context__
     return error

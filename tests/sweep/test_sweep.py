@@ -19,6 +19,14 @@ from sweep.run import OUTCOMES, outcome, page
         ("t5", "agree", ""),
         ("whisper", "agree", ""),
         ("doge", "agree", ""),
+        ("deepseek_v32", "agree", ""),
+        ("qwen2_5_vl_vision", "agree", ""),
+        ("lightglue", "agree", ""),
+        ("musicgen", "agree", ""),
+        ("time_series_transformer", "agree", ""),
+        ("phi4_multimodal_vision", "agree", ""),
+        ("bridgetower_vision_model", "not on the interface", "stays eager"),
+        ("gemma3n_audio", "not on the interface", "stays eager"),
         ("bloom", "not on the interface", "does not go through transformers' attention interface"),
         ("sam_vision_model", "not on the interface", "by name in a table"),
         ("resnet", "no attention", ""),
@@ -42,6 +50,14 @@ def test_a_lost_mask_is_a_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda module, q, k, v, mask, **named: served(module, q, k, v, None, **{**named, "is_causal": False}),
     )  # fmt: skip
     assert outcome("bert")[0] == outcome("llama")[0] == "disagree"
+
+
+def test_a_mask_made_up_where_none_is_given_is_a_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efficient_attn.integrations import huggingface
+
+    monkeypatch.setattr(huggingface, "_says_causal", lambda module: True)
+    found, why = outcome("splinter")
+    assert found == "disagree" and "without attention_mask" in why
 
 
 def test_the_page_counts_and_names_every_type() -> None:

@@ -99,7 +99,7 @@ def attention_with_weights(
     Nk, dtype = key.shape[2], query.dtype
     out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
     lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
-    weights = _empty((B, 1 if average else Hq, Nq, Nk), dtype)
+    weights = empty((B, 1 if average else Hq, Nq, Nk), dtype)
     if out.numel() == 0 or Nk == 0:
         return out.zero_(), lse_without_keys(lse, sinks), weights.zero_()
     call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, weights)
@@ -110,21 +110,52 @@ def attention_with_weights(
 
 
 def forward_of_pointers(
-    query: Tensor, key: Tensor, value: Tensor, mask: MaskArrays, scale: float
-) -> Callable[[int, int, int, int, int, int], None] | None:
-    """`attention_forward` of tensors like these, without bias, lists and dropout, as a function of the addresses of
-    query, key, value, out and lse (0: not wanted; out and lse contiguous) and of the number of threads.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    weights: Tensor | None = None,
+) -> Callable[[int, int, int, int, int, int, int], None] | None:
+    """The forward of tensors like these (of which sizes and strides are meant), without bias, lists and dropout, as a
+    function of the addresses of query, key, value, out, lse (0: not wanted; else contiguous) and weights (0 without),
+    and of the number of threads.
 
     None where a call is more than the kernel: copies of the operands, or results without a kernel.
     """
-    operands = (query, key, value)
-    if key.shape[2] == 0 or value.shape[3] * query[..., 0].numel() == 0 or any(readable(t) is not t for t in operands):
+    if not _read_in_place(query, key, value):
         return None
-    out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype, device="meta")  # its strides are meant
     lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
-    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None)
-    run: Callable[[int, int, int, int, int, int], None] = _cpu.AttentionForward(words).run
+    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, weights)
+    run: Callable[[int, int, int, int, int, int, int], None] = _cpu.AttentionForward(words).run
     return run
+
+
+def backward_of_pointers(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    mask: MaskArrays,
+    scale: float,
+    grad_weights: Tensor | None = None,
+) -> Callable[[int, int, int, int, int, int, int, int, int, int, int], None]:
+    """The backward that belongs to `forward_of_pointers`: a function of the addresses of query, key, value, out, lse,
+    grad_out, grad_weights (0 without), dq, dk and dv, and of the number of threads; every last stride is 1."""
+    lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
+    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, grad_weights)
+    words += pack_attention_gradients(grad_out, *gradients, None, None)
+    run: Callable[[int, int, int, int, int, int, int, int, int, int, int], None] = _cpu.AttentionBackward(words).run
+    return run
+
+
+def _read_in_place(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there is something to compute, of operands that need no copy."""
+    filled = key.shape[2] > 0 and value.shape[3] * query[..., 0].numel() > 0
+    return filled and all(readable(t) is t for t in (query, key, value))
 
 
 def attention_backward(
@@ -160,7 +191,7 @@ def attention_backward(
         dq.zero_()
     if _leaves_rows(mask.key_order, key):
         dk.zero_(), dv.zero_()
-    dbias = _empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
+    dbias = empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         dsinks, ddiagonals = modifier_gradients_without_keys(grad_lse, sinks, diagonals, diagonals_require_grad)
         return *zeroed((dq, dk, dv, dbias)), dsinks, ddiagonals
@@ -203,10 +234,10 @@ def _check_bias_order(order: Tensor | None, bias: Tensor, dim: int, query: Tenso
         )
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty; on huge pages where it is large, for what is written tile by tile, in as many pages as a tile has
     queries: the kernel's first touch of small pages costs as much as the arithmetic."""
-    empty = torch.empty(shape, dtype=dtype, device="cpu")
-    if empty.nbytes >= LARGE:
-        _cpu.prefer_huge_pages(empty.data_ptr(), empty.nbytes)
-    return empty
+    made = torch.empty(shape, dtype=dtype, device="cpu")
+    if made.nbytes >= LARGE:
+        _cpu.prefer_huge_pages(made.data_ptr(), made.nbytes)
+    return made

@@ -16,11 +16,11 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import UnsupportedError
 from ...masks import MaskArrays
-from ..call import Call, readable, zeroed
+from ..call import Call, lse_without_keys, modifier_gradients_without_keys, readable, sink_gradient, zeroed
 from . import autotune
 from . import plan as triton_plan
 
@@ -100,8 +100,6 @@ def not_supported_reasons(call: Call) -> list[str]:
     reasons = device_reasons(call.device)
     if call.dtype == torch.float64:
         reasons.append("it computes in float32, which float64 inputs do not allow")
-    if call.modifiers:
-        reasons.append(f"it knows no {' and no '.join(call.modifiers)}")
     if max(call.D, call.Dv) > WIDEST:
         reasons.append(f"it serves head dimensions up to {WIDEST}; these are {call.D} and {call.Dv}")
     return reasons
@@ -133,17 +131,17 @@ def attention_forward(
     diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
-    _refuse_modifiers(softcap, sinks, diagonals)
     query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
     B, Hq, Nq, _ = query.shape
     Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
     out = query.new_empty(B, Hq, Nq, Dv)
     lse = query.new_empty(B, Hq, Nq, dtype=torch.float32)
     if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
-        return out.zero_(), lse.fill_(-torch.inf)
+        return out.zero_(), lse_without_keys(lse, sinks)
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
-    inputs = _inputs(query, key, value, bias, problem)
+    inputs = _inputs(query, key, value, bias, problem, softcap, sinks, diagonals)
+    biased = bias is not None or softcap > 0.0 or diagonals is not None
     group = Hq // Hkv
 
     def run(config: Any) -> None:
@@ -172,7 +170,7 @@ def attention_forward(
             )
 
     with _on(query.device):
-        run(_config("forward", query, Dv, mask, problem, bias is not None, run))
+        run(_config("forward", query, Dv, mask, problem, biased, run))
     return out, lse
 
 
@@ -191,8 +189,8 @@ def attention_with_weights(
     diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and weights (B, Hq | 1, Nq, Nk), as `reference.attention_with_weights`."""
-    _refuse_modifiers(softcap, sinks, diagonals)
-    out, lse = attention_forward(query, key, value, bias, mask, scale, dropout_p, dropout_seed)
+    modifiers = (softcap, sinks, diagonals)
+    out, lse = attention_forward(query, key, value, bias, mask, scale, dropout_p, dropout_seed, *modifiers)
     query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
     B, Hq, Nq, _ = query.shape
     Nk, heads = key.shape[2], 1 if average else Hq
@@ -201,8 +199,8 @@ def attention_with_weights(
         return out, lse, weights.zero_()
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
-    inputs = _inputs(query, key, value, bias, problem)._replace(mask=_mask(mask, B, False, problem))
-    config = _config("bias_gradient", query, 0, mask, problem, bias is not None)  # the same scores, a tile at a time
+    inputs = _inputs(query, key, value, bias, problem, *modifiers)._replace(mask=_mask(mask, B, False, problem))
+    config = _config("bias_gradient", query, 0, mask, problem, True)  # the same scores, a tile at a time
     tiles = (-(-Nq // config.block_q), -(-Nk // config.block_k))
     with _on(query.device):
         k.attention_weights_kernel[(B * heads * math.prod(tiles),)](
@@ -231,15 +229,15 @@ def attention_backward(
     sinks: Tensor | None = None,
     diagonals: Tensor | None = None,
     diagonals_require_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
-    """Return dq, dk, dv and dbias (None unless wanted), as `reference.attention_backward`, and None twice."""
-    _refuse_modifiers(softcap, sinks, diagonals)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv, dbias, dsinks and ddiagonals, as `reference.attention_backward`."""
     dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
     B, Hq, Nq, Dv = out.shape
     Hkv, Nk = key.shape[1:3]
     if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
-        return *zeroed((dq, dk, dv, dbias)), None, None
+        gradients = modifier_gradients_without_keys(grad_lse, sinks, diagonals, diagonals_require_grad)
+        return *zeroed((dq, dk, dv, dbias)), *gradients
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     mask = _contiguous(mask)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
@@ -248,7 +246,8 @@ def attention_backward(
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
     group = Hq // Hkv
     delta = torch.empty_like(lse)
-    inputs = _inputs(query, key, value, bias, problem)
+    inputs = _inputs(query, key, value, bias, problem, softcap, sinks, diagonals)
+    biased = bias is not None or softcap > 0.0 or diagonals is not None
     given = _upstream(grad_out, lse, delta, scale, grad_weights, Hq)
 
     def run_keys(config: Any) -> None:
@@ -275,28 +274,24 @@ def attention_backward(
             _rows(out), _rows(grad_out), grad_lse, delta, rows, Hq, Nq, Dv, k.padded(Dv), block, num_warps=4
         )
         if grad_weights is not None:
-            config = _config("query_gradient", query, Dv, mask, problem, bias is not None)
+            config = _config("query_gradient", query, Dv, mask, problem, biased)
             programs = _tiles(Nq, config.block_q, mask, 0) * B * Hq
             k.weight_products_kernel[(programs,)](
                 *inputs._replace(mask=_mask(mask, B, False, problem, Hq)), given,
                 k.Grid(programs, B * Hq, Hq, _section(B * Hq, Nk, key, value, group)),
                 _constants(config, mask, problem), num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
-        run_keys(_config("key_gradient", query, Dv, mask, problem, bias is not None, run_keys))
-        run_queries(_config("query_gradient", query, Dv, mask, problem, bias is not None, run_queries))
+        run_keys(_config("key_gradient", query, Dv, mask, problem, biased, run_keys))
+        run_queries(_config("query_gradient", query, Dv, mask, problem, biased, run_queries))
+        config = _config("bias_gradient", query, Dv, mask, problem, True)
+        inputs = inputs._replace(mask=_mask(mask, B, False, problem))
         if dbias is not None:
             assert bias is not None
-            config = _config("bias_gradient", query, Dv, mask, problem, True)
-            inputs = inputs._replace(mask=_mask(mask, B, False, problem))
             _bias_gradient(k, config, inputs, given, bias, dbias, mask, problem)
-    return dq, dk, dv, dbias, None, None
-
-
-def _refuse_modifiers(softcap: float, sinks: Tensor | None, diagonals: Tensor | None) -> None:
-    if softcap > 0.0 or sinks is not None or diagonals is not None:
-        raise UnsupportedError(
-            "backend='triton' knows no softcap, no sinks and no bias by relative position; use backend='reference'"
-        )
+        ddiagonals = None
+        if diagonals is not None and diagonals_require_grad:
+            ddiagonals = _diagonal_gradient(k, config, inputs, given, diagonals, mask, problem)
+    return dq, dk, dv, dbias, sink_gradient(sinks, lse, delta), ddiagonals
 
 
 def _launch(
@@ -312,7 +307,8 @@ def _launch(
 ) -> None:
     """Launch a kernel, and where the mask hides pairs once more for the tiles that a NaN behind it has spoiled, in
     smaller `steps`."""
-    programs, hides, device = grid.programs, _hides(mask, inputs.bias.ptr), inputs.q.ptr.device
+    hides = _hides(mask, inputs.bias.ptr if inputs.modifiers.diagonals is None else inputs.modifiers.diagonals)
+    programs, device = grid.programs, inputs.q.ptr.device
     flags = torch.empty(programs, dtype=torch.int32, device=device) if hides else None
     for safe in (False, True) if hides else (False,):
         if safe:
@@ -346,10 +342,35 @@ def _bias_gradient(
     loops = (B // target.shape[0], Hq // target.shape[1], q_tiles // out_tiles[0], k_tiles // out_tiles[1])
     k.bias_gradient_kernel[(target.shape[0] * target.shape[1] * math.prod(out_tiles),)](
         *inputs, given, k.Bias(target, *target.stride()), k.Broadcast(target.shape[1], *out_tiles, *loops),
-        _constants(config, mask, problem), sum_q, sum_k, num_warps=config.warps, num_stages=config.stages,
+        _constants(config, mask, problem), sum_q, sum_k, False, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
+
+
+def _diagonal_gradient(
+    k: Any, config: Any, inputs: Any, given: Any, diagonals: Tensor, mask: MaskArrays, problem: _Problem
+) -> Tensor:
+    """ddiagonals: square tiles are summed up along diagonals of tiles, (.., tiles, side, side), and each sum is skewed
+    and laid beside its neighbours."""
+    B, Hq, _Hkv, Nq, Nk = problem.sizes[:5]
+    config = k.square(config, max(problem.sizes[5:]))
+    side = config.block_q
+    q_tiles, k_tiles = -(-Nq // side), -(-Nk // side)
+    count, lines = q_tiles + k_tiles - 1, diagonals.shape[:2]
+    sums = diagonals.new_empty(*lines, count, side, side)
+    k.bias_gradient_kernel[(lines[0] * lines[1] * count,)](
+        *inputs, given, k.Bias(sums, *sums.stride()[:2], side, 1),
+        k.Broadcast(lines[1], count, 1, B // lines[0], Hq // lines[1], 1, k_tiles),
+        _constants(config, mask, problem), False, False, True, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    # Of a tile, (r, c) belongs to r - c: with its columns turned round, r + c' after the skew.
+    skewed = F.pad(sums.flip(-1), (0, side)).flatten(-2)[..., : side * (2 * side - 1)]
+    along = skewed.unflatten(-1, (side, 2 * side - 1)).sum(-2)  # (.., tiles, 2 side - 1)
+    first = F.pad(along[..., :side].flatten(-2), (0, side))
+    second = F.pad(F.pad(along[..., side:], (0, 1)).flatten(-2), (side, 0))
+    start = k_tiles * side - Nk
+    return (first + second)[..., start : start + Nq + Nk - 1].contiguous()
 
 
 # --- from tensors to what the kernels read ---
@@ -396,11 +417,29 @@ def _constants(
     return k.Constants(*head_dims, *tile, *block, Hq // Hkv, problem.sign, problem.precision, pack, split, safe)
 
 
-def _inputs(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, problem: _Problem) -> Any:
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    problem: _Problem,
+    softcap: float,
+    sinks: Tensor | None,
+    diagonals: Tensor | None,
+) -> Any:
     """What every attention kernel reads, but for the mask: each kernel has its own view of it."""
     _B, Hq, _Hkv, Nq, Nk = problem.sizes[:5]
     k, sizes = kernels(), (Hq, Nq, Nk, problem.scale)
-    return k.Inputs(*map(_rows, (query, key, value)), _bias(bias), None, problem.dropout, k.Sizes(*sizes))
+    cap = (softcap * LOG2E, 1.0 / (softcap * LOG2E)) if softcap > 0.0 else (None, None)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    strides: tuple[int, ...] = (0, 0)
+    if diagonals is not None:
+        diagonals = diagonals if diagonals.stride(2) == 1 else diagonals.contiguous()
+        lines = zip(diagonals.shape[:2], diagonals.stride()[:2], strict=True)
+        strides = tuple(0 if size == 1 else step for size, step in lines)
+    modifiers = k.Modifiers(*cap, sinks, diagonals, *strides)
+    rows = map(_rows, (query, key, value))
+    return k.Inputs(*rows, _bias(bias), None, problem.dropout, k.Sizes(*sizes), modifiers)
 
 
 def _upstream(

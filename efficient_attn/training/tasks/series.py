@@ -63,6 +63,11 @@ class Forecast(Task):
         self._config({})
         self._reader()
 
+    @property
+    def tokens(self) -> int:
+        """Patches of a context."""
+        return self._config({}).num_patches
+
     def splits(self, seed: int) -> Splits:
         source = self.series if self.data is None else Path(self.data)
         return series.load(

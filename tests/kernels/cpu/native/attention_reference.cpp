@@ -5,7 +5,7 @@
 //
 // Bounds: a score of size a is off by a few units of a's last place, hence a weight P by a relative r_i; every sum is
 // off by its terms' absolute values times that, and times what their roundings may add up to. Half precision may also
-// round P and dS before they enter a product.
+// round P and dS before they enter a product. In float a weight below 2^-100 may count as 0.
 #include "attention_reference.h"
 
 #include <algorithm>
@@ -83,6 +83,12 @@ struct Definition {
     // rounding: a kernel adds up tiles of 64.
     double walk(double n) const { return unit * (2 * std::sqrt(n) + n / 32); }
 
+    // How far a weight may be off, relative to itself, where those that count are off by `relative`.
+    double off(double weight, double relative) const {
+        const bool may_be_dropped = c.accumulator() == efficient_attn::kFloat32 && weight < 0x1p-99;
+        return may_be_dropped ? std::max(relative, 1.0) : relative;
+    }
+
     void row(int64_t b, int64_t h, int64_t i) {
         const int64_t kv = h / (c.Hq / c.Hkv), kv_row = (b * c.Hkv + kv) * c.key_rows;
         const int64_t row = c.query_of(b, h, i), at = (b * c.Hq + h) * c.query_rows + row;
@@ -119,9 +125,8 @@ struct Definition {
         for (size_t n = 0; n < seen.size(); ++n) {
             factor.push_back(kept(c, b, h, i, seen[n]) ? keep_factor : 0);
             const double* v = value.data() + (kv_row + seen[n]) * c.Dv;
-            const double w = factor[n] * weight[n];
-            for (int64_t d = 0; d < c.Dv; ++d)
-                results.out.add(at * c.Dv + d, w * v[d], w * std::fabs(v[d]) * (relative + 2 * product_unit));
+            const double w = factor[n] * weight[n], loose = off(weight[n], relative) + 2 * product_unit;
+            for (int64_t d = 0; d < c.Dv; ++d) results.out.add(at * c.Dv + d, w * v[d], w * std::fabs(v[d]) * loose);
         }
         for (int64_t d = 0; d < c.Dv; ++d) results.out.settle(at * c.Dv + d);
         if (c.weight_heads > 0) weights(b, h, i, relative);
@@ -135,7 +140,7 @@ struct Definition {
         double sum = 0;
         for (size_t n = 0; n < seen.size(); ++n) {
             const double w = factor[n] * weight[n] * share;
-            results.weights.add(row + seen[n], w, w * relative);
+            results.weights.add(row + seen[n], w, w * off(weight[n], relative));
             sum += weight[n];
         }
         for (int64_t j = 0; std::isnan(sum) && j < c.Nk; ++j) results.weights.add(row + j, NAN, NAN);
@@ -150,12 +155,12 @@ struct Definition {
         // The kernel reads an out that was rounded, below the normal numbers to a fixed step.
         double stored = epsilon(c.dtype) * from_out.size + out_error.size;
         for (int64_t d = 0; d < c.Dv; ++d) stored += smallest(c.dtype) * std::fabs(dO[d]);
-        const double loose = relative + 2 * product_unit;
         const double pairs = static_cast<double>(c.B * c.Hq * c.query_rows * c.key_rows);
         const double over_queries = walk(static_cast<double>(c.Hq / c.Hkv * c.Nq));
         const double over_bias = c.has_bias ? walk(pairs / static_cast<double>(c.bias.count())) : 0;
         for (size_t n = 0; n < seen.size(); ++n) {
             const int64_t j = kv_row + seen[n];
+            const double loose = off(weight[n], relative) + 2 * product_unit;
             const Dot g = dot(dO, value.data() + j * c.Dv, c.Dv);
             const double dS = weight[n] * (factor[n] * g.value - delta);
             const double size = factor[n] * g.size + from_out.size + std::fabs(lse_gradient);

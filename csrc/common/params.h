@@ -158,6 +158,7 @@ struct Kernels {
     Operator<StatisticsParams> statistics;
     Operator<LinearAttentionParams> linear_forward, linear_backward;
     int64_t (*fma_loop)(int64_t steps);  // cpu/peak.h; returns the operations done
+    const Kernels* others;               // null, or these have attention on bfloat16 alone and those have all else
 };
 
 }  // namespace efficient_attn

@@ -76,7 +76,7 @@ struct BackwardTile {
         sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
-        if (multiplies_pairs(p)) {
+        if constexpr (kMultipliesPairs) {
             Q_columns = arena.take<Pair>(pair_depth(p.D) * kQueries);
             dO_columns = arena.take<Pair>(pair_depth(p.Dv) * kQueries);
             Q_pairs = arena.take<Pair>(kQueries / 2 * D);

@@ -34,7 +34,7 @@ struct ForwardTile {
         V_buffer = arena.take<A>(kKeys * p.Dv);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
-        if (multiplies_pairs(p)) {
+        if constexpr (kMultipliesPairs) {
             Q_pairs = arena.take<Pair>(pair_depth(p.D) * kQueries);
             V_pairs = arena.take<Pair>(kKeys / 2 * p.Dv);
             P_pairs = arena.take<Pair>(kKeys / 2 * kQueries);
@@ -118,7 +118,7 @@ inline void cap_scores(const AttentionParams& p, int64_t count, A* S, A* slope) 
 // Values as left factors, packed once for all tiles of queries in memory that tasks share, a piece of kKeys keys after
 // another: where packing costs something beside the products, and each piece is needed more than once.
 inline bool shares_values(const AttentionParams& p) {
-    if (kTilePairs == 1 || !multiplies_pairs(p) || p.Nk == 0) return false;
+    if (kTilePairs == 1 || !kMultipliesPairs || p.Nk == 0) return false;
     const double tiles = static_cast<double>(p.Hq / p.Hkv * ceil_div(p.Nq, kQueries));
     const MaskView& mask = p.mask;
     if (!mask.indptr) return tiles >= 4;

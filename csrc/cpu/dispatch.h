@@ -22,9 +22,10 @@ extern const Kernels kernels_amx_bf16;
 // The kernels named, or the best that this processor runs if `name` is null; null if the name is unknown or cannot run.
 const Kernels* find_kernels(const char* name);
 
-// Runs every phase on up to `threads` threads. Returns false, with nothing done, when memory for the tiles is refused.
+// Runs every phase of an operator, as in &Kernels::forward, on up to `threads` threads. Returns false, with nothing
+// done, when memory for the tiles is refused.
 template <class Params>
-bool run(const Operator<Params>& op, const Params& p, int threads);
+bool run(const Kernels& kernels, Operator<Params> Kernels::* op, const Params& p, int threads);
 
 // What it costs to let `threads` threads begin and end together, in nanoseconds; measured once for each number.
 double crossing(int threads);

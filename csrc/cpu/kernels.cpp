@@ -1,4 +1,5 @@
-// The table of one instruction set. Compiled once for each with its own flags, as EFFICIENT_ATTN_ISA.
+// The table of one instruction set. Compiled once for each with its own flags, as EFFICIENT_ATTN_ISA. A set that
+// differs from AVX-512 in how it multiplies bfloat16 has the kernels of that type alone, and avx512 those of all else.
 //
 // Everything but the table has internal linkage, and nothing of the standard library is instantiated here: an inline
 // function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
@@ -7,9 +8,11 @@
 #include "attention_statistics.h"
 #include "attention_weights.h"
 #include "dispatch.h"
+#include "peak.h"
+#if !defined(__AVX512BF16__)
 #include "linear_attention_backward.h"
 #include "linear_attention_forward.h"
-#include "peak.h"
+#endif
 
 namespace efficient_attn {
 namespace {
@@ -20,6 +23,17 @@ struct Types {
     using Accumulator = A;
 };
 
+#if defined(__AVX512BF16__)
+template <class F>
+inline auto with_types(const AttentionParams&, F f) {
+    return f(Types<BFloat16, float>{});
+}
+
+template <class F>
+inline int64_t with_accumulator(const AttentionParams&, F f) {
+    return f(float{});
+}
+#else
 template <class F>
 inline auto with_types(const AttentionParams& p, F f) {
     switch (p.dtype) {
@@ -39,6 +53,7 @@ template <class F>
 inline int64_t with_accumulator(const AttentionParams& p, F f) {
     return p.dtype == kFloat64 ? f(double{}) : f(float{});
 }
+#endif
 
 // In which phase the forward works on its tiles.
 int tiles_phase(const AttentionParams& p) { return shares_values(p) ? 1 : 0; }
@@ -142,6 +157,7 @@ void statistics_run(const StatisticsParams& p, int, int64_t task, char* memory, 
     });
 }
 
+#if !defined(__AVX512BF16__)
 // Calls f with the operator, linear::Forward or linear::Backward, of the accumulation type.
 template <template <class> class Op, class F>
 inline auto with_accumulator(const LinearAttentionParams& p, F f) {
@@ -164,6 +180,7 @@ constexpr Operator<LinearAttentionParams> linear_operator() {
         },
     };
 }
+#endif
 
 }  // namespace
 
@@ -177,9 +194,17 @@ extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
     {2, forward_prepare, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_is_short, forward_run},
     {3, backward_prepare, backward_shared, backward_bytes, backward_tasks, nullptr, nullptr, backward_run},
     {1, nullptr, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, nullptr, statistics_run},
+#if defined(__AVX512BF16__)
+    {},
+    {},
+    fma_loop,
+    &kernels_avx512,
+#else
     linear_operator<linear::Forward, linear::kForwardPhases>(),
     linear_operator<linear::Backward, linear::kBackwardPhases>(),
     fma_loop,
+    nullptr,
+#endif
 };
 
 }  // namespace efficient_attn

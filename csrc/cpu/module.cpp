@@ -66,9 +66,10 @@ int worth_threads(int threads, const AttentionParams& p, bool backward) {
     return worth_threads(threads, std::max(products / products_per_nanosecond(), bytes / kBytesPerNanosecond));
 }
 
-void call(const Operator<AttentionParams>& op, const AttentionParams& p, int threads, bool backward) {
+void call(const AttentionParams& p, int threads, bool backward) {
     py::gil_scoped_release release;
-    if (!run(op, p, worth_threads(threads, p, backward))) throw std::bad_alloc();
+    const auto op = backward ? &Kernels::backward : &Kernels::forward;
+    if (!run(kernels(), op, p, worth_threads(threads, p, backward))) throw std::bad_alloc();
 }
 // An order may name rows of its tensor only, whatever it holds.
 void check_order(const TensorView& t, int64_t B, int64_t H, int64_t count, int64_t rows) {
@@ -85,11 +86,11 @@ void check_order(const TensorView& t, int64_t B, int64_t H, int64_t count, int64
     }
 }
 
-void call(const Operator<AttentionParams>& op, const std::string& words, int threads, bool backward) {
+void call(const std::string& words, int threads, bool backward) {
     const AttentionParams p = read_params(words, backward);
     check_order(p.query, p.B, p.Hq, p.Nq, p.query_rows);
     check_order(p.key, p.B, p.Hkv, p.Nk, p.key_rows);
-    call(op, p, threads, backward);
+    call(p, threads, backward);
 }
 
 // Calls that are made again and again: all of their arguments but where the tensors lie. None has an order.
@@ -106,7 +107,7 @@ class AttentionForward {
         p.out.data = reinterpret_cast<void*>(out);
         p.lse = reinterpret_cast<void*>(lse);
         p.weights.data = reinterpret_cast<void*>(weights);
-        call(kernels().forward, p, threads, false);
+        call(p, threads, false);
     }
 
   private:
@@ -130,7 +131,7 @@ class AttentionBackward {
         p.dq.data = reinterpret_cast<void*>(dq);
         p.dk.data = reinterpret_cast<void*>(dk);
         p.dv.data = reinterpret_cast<void*>(dv);
-        call(kernels().backward, p, threads, true);
+        call(p, threads, true);
     }
 
   private:
@@ -140,14 +141,15 @@ class AttentionBackward {
 void call_statistics(const std::string& words, int threads) {
     const StatisticsParams p = read_statistics_params(words);
     py::gil_scoped_release release;
-    if (!run(kernels().statistics, p, worth_threads(threads, p.attention, false))) throw std::bad_alloc();
+    if (!run(kernels(), &Kernels::statistics, p, worth_threads(threads, p.attention, false))) throw std::bad_alloc();
 }
 
-void call_linear(const Operator<LinearAttentionParams>& op, const std::string& words, int threads, bool backward) {
+void call_linear(const std::string& words, int threads, bool backward) {
     const LinearAttentionParams p = read_linear_params(words, backward);
     py::gil_scoped_release release;
     const double products = static_cast<double>(p.B * p.Hq * (p.Nq + p.Nk)) * static_cast<double>(p.F * (p.D + p.Dv));
-    if (!run(op, p, worth_threads(threads, products / products_per_nanosecond()))) throw std::bad_alloc();
+    const auto op = backward ? &Kernels::linear_backward : &Kernels::linear_forward;
+    if (!run(kernels(), op, p, worth_threads(threads, products / products_per_nanosecond()))) throw std::bad_alloc();
 }
 
 // A request that may be refused: memory works the same without.
@@ -168,15 +170,13 @@ PYBIND11_MODULE(_cpu, module) {
     using namespace efficient_attn;
     module.attr("__doc__") = "CPU kernels of efficient-attn: plain pointers and strides, no PyTorch.";
     kernels();  // a wrong EFFICIENT_ATTN_ISA fails the import, not the first call
-    module.def("attention_forward",
-               [](const std::string& w, int threads) { call(kernels().forward, w, threads, false); });
-    module.def("attention_backward",
-               [](const std::string& w, int threads) { call(kernels().backward, w, threads, true); });
+    module.def("attention_forward", [](const std::string& words, int threads) { call(words, threads, false); });
+    module.def("attention_backward", [](const std::string& words, int threads) { call(words, threads, true); });
     module.def("attention_statistics", &call_statistics);
     module.def("linear_attention_forward",
-               [](const std::string& w, int threads) { call_linear(kernels().linear_forward, w, threads, false); });
+               [](const std::string& words, int threads) { call_linear(words, threads, false); });
     module.def("linear_attention_backward",
-               [](const std::string& w, int threads) { call_linear(kernels().linear_backward, w, threads, true); });
+               [](const std::string& words, int threads) { call_linear(words, threads, true); });
     py::class_<AttentionForward>(module, "AttentionForward", "A forward of which only the pointers are still to come.")
         .def(py::init<const std::string&>())
         .def("run", &AttentionForward::run);

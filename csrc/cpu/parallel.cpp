@@ -55,6 +55,10 @@ void set_threads(Params& p, int threads) {
 }
 void set_threads(StatisticsParams& p, int threads) { p.attention.threads = threads; }
 
+bool multiplies_bfloat16(const AttentionParams& p) { return p.dtype == kBFloat16; }
+bool multiplies_bfloat16(const StatisticsParams& p) { return p.attention.dtype == kBFloat16; }
+bool multiplies_bfloat16(const LinearAttentionParams&) { return false; }  // whose kernels multiply no pairs
+
 int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The tasks of a phase, the longest first where they differ, so that no thread is left with a long one at the end.
@@ -103,7 +107,8 @@ double crossing(int threads) {
 }
 
 template <class Params>
-bool run(const Operator<Params>& op, const Params& given, int threads) {
+bool run(const Kernels& kernels, Operator<Params> Kernels::* member, const Params& given, int threads) {
+    const Operator<Params>& op = (kernels.others && !multiplies_bfloat16(given) ? *kernels.others : kernels).*member;
     Params p = given;
     set_threads(p, threads);
     if (op.prepare) op.prepare(p);
@@ -143,8 +148,8 @@ bool run(const Operator<Params>& op, const Params& given, int threads) {
     return true;
 }
 
-template bool run(const Operator<AttentionParams>&, const AttentionParams&, int);
-template bool run(const Operator<StatisticsParams>&, const StatisticsParams&, int);
-template bool run(const Operator<LinearAttentionParams>&, const LinearAttentionParams&, int);
+template bool run(const Kernels&, Operator<AttentionParams> Kernels::*, const AttentionParams&, int);
+template bool run(const Kernels&, Operator<StatisticsParams> Kernels::*, const StatisticsParams&, int);
+template bool run(const Kernels&, Operator<LinearAttentionParams> Kernels::*, const LinearAttentionParams&, int);
 
 }  // namespace efficient_attn

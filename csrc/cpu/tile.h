@@ -163,7 +163,8 @@ inline double score_scale(const AttentionParams& p) {
     return is_natural(p) ? p.scale : p.scale * kLog2e;
 }
 
-inline bool multiplies_pairs(const AttentionParams& p) { return kPairProducts<BFloat16> && p.dtype == kBFloat16; }
+// Whether every product is one of pairs: kernels of an instruction set that multiplies them serve bfloat16 alone.
+constexpr bool kMultipliesPairs = kPairProducts<BFloat16>;
 
 // A weight below 2^-100, where the largest of its row is 1, counts as 0: next to the smallest normal number its
 // products with values are no normal ones, each of which costs a processor some hundred cycles (as ALiBi's do, far from

@@ -96,8 +96,8 @@ struct Call {
         AttentionParams forward = p, backward = p;
         forward.weights = asked;
         if (with_gradient) backward.weights = asked;
-        return efficient_attn::run(kernels.forward, forward, threads) &&
-               efficient_attn::run(kernels.backward, backward, threads);
+        return efficient_attn::run(kernels, &Kernels::forward, forward, threads) &&
+               efficient_attn::run(kernels, &Kernels::backward, backward, threads);
     }
 };
 

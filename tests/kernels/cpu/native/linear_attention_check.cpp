@@ -45,8 +45,8 @@ struct Call {
                 {"projection", &projection}, {"grad_out", &grad_out}, {"grad_normaliser", &grad_normaliser}};
     }
     bool run(const Kernels& kernels, int threads) const {
-        return efficient_attn::run(kernels.linear_forward, p, threads) &&
-               efficient_attn::run(kernels.linear_backward, p, threads);
+        return efficient_attn::run(kernels, &Kernels::linear_forward, p, threads) &&
+               efficient_attn::run(kernels, &Kernels::linear_backward, p, threads);
     }
 };
 

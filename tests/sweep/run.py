@@ -14,6 +14,7 @@ import contextlib
 import copy
 import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -234,6 +235,7 @@ def _counted_softmax() -> Any:
 
 def _first_line(error: BaseException) -> str:
     text = next(iter(str(error).strip().splitlines()), "")
+    text = re.sub(r"/\S*/site-packages/", "", text)  # where this machine keeps its packages
     return f"{type(error).__name__}: {text[:180]}"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from sweep.run import OUTCOMES, outcome, page
+from sweep.run import OUTCOMES, _first_line, outcome, page
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,8 @@ def test_the_page_counts_and_names_every_type() -> None:
     text = page({"a": ("agree", ""), "b": ("crash", "IndexError: x | y"), "c": ("agree", "")})
     assert "| agree | 2 |" in text and "`a`, `c`" in text and "| `b` | IndexError: x \\| y |" in text
     assert all(f"| {name} |" in text for name in OUTCOMES)
+
+
+def test_a_reason_names_no_place_of_one_machine() -> None:
+    reason = _first_line(ValueError("no Model in <module 'x' from '/home/me/.venv/lib/site-packages/x/y.py'>"))
+    assert reason == "ValueError: no Model in <module 'x' from 'x/y.py'>"

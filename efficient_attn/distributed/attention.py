@@ -7,14 +7,18 @@ as `merge_attention` does, with shares w_p = exp(lse_p - lse). Backward, with th
 
 which is what a kernel's backward gives for grad_out = w_p g, grad_lse = w_p g_lse, the row's out and the piece's lse.
 So only lse_p is kept of a piece, and keys are sent again in the backward instead of being kept.
+
+Sinks are a key without a value that each query sees once: they go with the first piece of a run of queries. A bias by
+relative position goes to a piece as the diagonals that its corner of the whole has.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +27,12 @@ from .. import backends
 from ..backends.call import accumulation_dtype
 from ..errors import UnsupportedError
 from ..functional import describe, merge_attention
+from ..inputs import modifier_names
+from ..masks import MaskArrays
 from ..ops import attention as ops
 from .exchange import Exchange, Passing, swapped
 from .plan import Piece, Plan, head_range, kv_heads_for
-from .shards import Runs, Shards, overlap, size
+from .shards import Run, Runs, Shards, overlap, size
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Settled:
     dropout_p: float
     seed: int
     backend: str
+    softcap: float = 0.0
     first_head: int = 0
 
     @property
@@ -48,24 +55,33 @@ class Settled:
         return self.ranks.index(self.exchange.rank)
 
 
+class Added(NamedTuple):
+    """What joins the scores of this rank's queries."""
+
+    bias: Tensor | None = None  # (1 | B, 1 | Hq, 1 | n, 1 | Nk)
+    sinks: Tensor | None = None  # (Hq)
+    diagonals: Tensor | None = None  # (1 | B, 1 | Hq, Nq + Nk - 1), of the whole sequence
+
+
 def exact_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Settled, transport: str
+    query: Tensor, key: Tensor, value: Tensor, added: Added, call: Settled, transport: str
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, n, Dv) and lse (B, Hq, n) of this rank's queries, with its rows of the bias."""
-    rows = {"gather": _Fetched, "ring": _Ring}[transport]
-    out, lse = _Attend.apply(query, key, value, bias, functools.partial(rows, call))  # type: ignore[no-untyped-call]
+    """out (B, Hq, n, Dv) and lse (B, Hq, n) of this rank's queries."""
+    rows = functools.partial({"gather": _Fetched, "ring": _Ring}[transport], call)
+    out, lse = _Attend.apply(query, key, value, *added, rows)  # type: ignore[no-untyped-call]
     return out, lse
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, make: Callable[[], _Rows]
-    ) -> tuple[Tensor, Tensor]:
-        rows = make()
-        out, lse = rows.forward(query, key, value, bias)
-        ctx.save_for_backward(query, key, value, bias, out, lse, *rows.lses)
-        ctx.make, ctx.wants_bias = make, bias is not None and ctx.needs_input_grad[3]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None,
+        diagonals: Tensor | None, make: Callable[[Added], _Rows],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rows = make(Added(bias, sinks, diagonals))
+        out, lse = rows.forward(query, key, value)
+        ctx.save_for_backward(query, key, value, bias, sinks, diagonals, out, lse, *rows.lses)
+        ctx.make = make
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -76,30 +92,42 @@ class _Attend(torch.autograd.Function):
                 "attention inside context_parallel has a first derivative alone; take create_graph=True away, or "
                 "compute second derivatives in one process"
             )
-        query, key, value, bias, out, lse, *lses = ctx.saved_tensors
-        rows = ctx.make()
+        query, key, value, bias, sinks, diagonals, out, lse, *lses = ctx.saved_tensors
+        rows = ctx.make(Added(bias, sinks, diagonals))
         rows.lses = lses
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        return *rows.backward(grad_out, grad_lse, query, key, value, bias, out, lse, ctx.wants_bias), None
+        row = Row(grad_out, grad_lse, query, out, lse)
+        return *rows.backward(row, key, value, ctx.needs_input_grad[3:6]), None
+
+
+class Row(NamedTuple):
+    """What the backward of every piece asks of the whole rows of this rank's queries."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    query: Tensor
+    out: Tensor
+    lse: Tensor
 
 
 class _Rows:
     """What the transports share: the pieces of this rank's queries."""
 
-    def __init__(self, call: Settled) -> None:
+    def __init__(self, call: Settled, added: Added) -> None:
         self.call, self.plan, self.exchange = call, call.plan, call.exchange
+        self.given = added  # as they came; kernels take sinks that no piece rounds
+        dtype = torch.float32 if added.sinks is None else accumulation_dtype(added.sinks.dtype)
+        self.added = added if added.sinks is None else added._replace(sinks=added.sinks.to(dtype))
         self.lses: list[Tensor] = []  # of each piece whose run of queries has several
-        self.spread = call.dropout_p > 0.0
+        # Both go by a key's distance, which a buffer without gaps would change.
+        self.spread = call.dropout_p > 0.0 or added.diagonals is not None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse of this rank's queries; `lses` is what the backward needs of pieces."""
         raise NotImplementedError
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        bias: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        """Gradients of query, key, value and bias."""
+    def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
+        """Gradients of query, key, value, bias, sinks and diagonals; `wanted` is of the last three."""
         raise NotImplementedError
 
     def _begin(self, query: Tensor, value: Tensor) -> None:
@@ -107,20 +135,19 @@ class _Rows:
         self.out = query.new_zeros(*query.shape[:3], value.shape[3], dtype=dtype)
         self.lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
         self.exact: Tensor | None = None  # what the one piece of all rows gave
-        self.kept: list[tuple[tuple[int, int], Tensor]] = []
+        self.kept: list[tuple[Run, Tensor]] = []
 
-    def _take(self, piece: Piece, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+    def _take(self, piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> None:
         """One piece forward, joined with those before; key and value are those at hand."""
         a, b = piece.rows
         q, k, v = query[:, :, a:b], _columns(key, piece), _columns(value, piece)
-        part = _bias_part(bias, piece)
-        arrays = piece.mask.arrays()
-        backend = backends.cached_select(self.call.backend, describe(q, k, v, part, arrays, self.call.dropout_p))
+        first = not any(rows == piece.rows for rows, _ in self.kept)
+        part, arrays = self._added(piece, first), piece.mask.arrays()
         out, lse = ops.attention_forward(
-            q, k, v, part, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece),
-            0.0, None, None, backend,
+            q, k, v, part.bias, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece),
+            self.call.softcap, part.sinks, part.diagonals, self._backend(q, k, v, part, arrays),
         )  # fmt: skip
-        if not any(rows == piece.rows for rows, _ in self.kept):
+        if first:
             self.exact = out if (a, b) == (0, query.shape[2]) else None
             self.out[:, :, a:b], self.lse[:, :, a:b] = out, lse
         else:
@@ -130,43 +157,52 @@ class _Rows:
         self.kept.append((piece.rows, lse))
 
     def _end(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        counts: dict[tuple[int, int], int] = {}
+        counts: dict[Run, int] = {}
         for rows, _ in self.kept:
             counts[rows] = counts.get(rows, 0) + 1
         self.lses = [lse for rows, lse in self.kept if counts[rows] > 1]
+        if self.added.sinks is not None:
+            for a, b in self._bare(counts):
+                self.lse[:, :, a:b] = self.added.sinks[:, None]
         return (self.out.to(query.dtype) if self.exact is None else self.exact), self.lse
 
-    def _begin_backward(self, pieces: list[Piece], bias: Tensor | None, wants_bias: bool, query: Tensor) -> None:
-        self.counts: dict[tuple[int, int], int] = {}
+    def _begin_backward(self, pieces: list[Piece], row: Row, wanted: Sequence[bool]) -> None:
+        self.counts: dict[Run, int] = {}
         for piece in pieces:
             self.counts[piece.rows] = self.counts.get(piece.rows, 0) + 1
-        self.left = list(self.lses)
-        dtype = accumulation_dtype(query.dtype)
-        self.dq = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        self.dbias = None if bias is None or not wants_bias else torch.zeros_like(bias, dtype=dtype)
+        self.left, self.begun = list(self.lses), set[Run]()
+        dtype = accumulation_dtype(row.query.dtype)
+        self.dq = torch.zeros(row.query.shape, dtype=dtype, device=row.query.device)
+        self.sums = Added(
+            *(torch.zeros_like(t, dtype=dtype) if t is not None and asked else None
+              for t, asked in zip(self.added, wanted, strict=True))
+        )  # fmt: skip
+        if self.sums.sinks is not None and row.grad_lse is not None:
+            for a, b in self._bare(self.counts):
+                self.sums.sinks.add_(row.grad_lse[:, :, a:b].sum((0, 2)))
 
-    def _give_back(
-        self, piece: Piece, tensors: tuple[Any, ...], key: Tensor, value: Tensor, dk: Tensor, dv: Tensor
-    ) -> None:
-        """One piece backward: adds to dq and dbias, and to dk and dv of the keys at hand."""
-        grad_out, grad_lse, query, bias, out, lse = tensors
+    def _give_back(self, piece: Piece, row: Row, key: Tensor, value: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """One piece backward: adds to dq and sums, and to dk and dv of the keys at hand."""
         a, b = piece.rows
-        q, k, v = query[:, :, a:b], _columns(key, piece), _columns(value, piece)
-        part, whole = _bias_part(bias, piece), lse[:, :, a:b]
-        g, g_lse, part_lse = grad_out[:, :, a:b], None if grad_lse is None else grad_lse[:, :, a:b], whole
+        q, k, v = row.query[:, :, a:b], _columns(key, piece), _columns(value, piece)
+        first = piece.rows not in self.begun
+        self.begun.add(piece.rows)
+        part, sums, whole = self._added(piece, first), self.sums, row.lse[:, :, a:b]
+        g, g_lse = row.grad_out[:, :, a:b], None if row.grad_lse is None else row.grad_lse[:, :, a:b]
+        part_lse = whole
         if self.counts[piece.rows] > 1:
             part_lse = self.left.pop(0)
             share = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0.0))
-            g = (g * share[..., None]).to(out.dtype)
+            g = (g * share[..., None]).to(row.out.dtype)
             g_lse = None if g_lse is None else g_lse * share
         arrays = piece.mask.arrays()
-        backend = backends.cached_select(self.call.backend, describe(q, k, v, part, arrays, self.call.dropout_p))
+        backend = self._backend(q, k, v, part, arrays)
         if backends.BACKENDS[backend].NEEDS_TRANSPOSED:
             arrays = piece.mask.arrays(transposed=True)
-        dq, part_dk, part_dv, dbias, *_ = ops.attention_backward(
-            g, g_lse, None, q, k, v, part, out[:, :, a:b], part_lse.contiguous(), *ops.operands(arrays),
-            self.call.scale, self.call.dropout_p, self._seed(piece), self.dbias is not None, 0.0, None, None,
-            False, backend,
+        dq, part_dk, part_dv, dbias, dsinks, ddiagonals = ops.attention_backward(
+            g, g_lse, None, q, k, v, part.bias, row.out[:, :, a:b], part_lse.contiguous(), *ops.operands(arrays),
+            self.call.scale, self.call.dropout_p, self._seed(piece), sums.bias is not None, self.call.softcap,
+            part.sinks, part.diagonals, sums.diagonals is not None, backend,
         )  # fmt: skip
         if b - a == self.dq.shape[2] and self.counts[piece.rows] == 1:
             self.dq = dq.to(self.dq.dtype)
@@ -175,12 +211,41 @@ class _Rows:
         c, d = piece.columns
         dk[:, :, c:d] += part_dk
         dv[:, :, c:d] += part_dv
-        if self.dbias is not None:
-            _add_bias(self.dbias, dbias, piece)
+        if sums.bias is not None:
+            _add_bias(sums.bias, dbias, piece)
+        if sums.sinks is not None and first:
+            sums.sinks.add_(dsinks)
+        if sums.diagonals is not None:
+            self._diagonals(sums.diagonals, piece).add_(ddiagonals)
 
-    def _gradients(self, query: Tensor, dk: Tensor, dv: Tensor, key: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        dbias = None if self.dbias is None or bias is None else self.dbias.to(bias.dtype)
-        return self.dq.to(query.dtype), dk.to(key.dtype), dv.to(key.dtype), dbias
+    def _gradients(self, query: Tensor, dk: Tensor, dv: Tensor, key: Tensor) -> tuple[Any, ...]:
+        added = (
+            None if found is None or given is None else found.to(given.dtype)
+            for found, given in zip(self.sums, self.given, strict=True)
+        )
+        return self.dq.to(query.dtype), dk.to(key.dtype), dv.to(key.dtype), *added
+
+    def _added(self, piece: Piece, first: bool) -> Added:
+        """What joins the scores of a piece."""
+        bias, sinks, diagonals = self.added
+        lines = None if diagonals is None else self._diagonals(diagonals, piece)
+        return Added(_bias_part(bias, piece), sinks if first else None, lines)
+
+    def _diagonals(self, diagonals: Tensor, piece: Piece) -> Tensor:
+        """Those of a piece: pair (i, j) of the whole has its number at i - j + Nk - 1."""
+        (n_q, n_k), Nk = piece.mask.shape[-2:], self.plan.keys.length
+        return diagonals.narrow(2, piece.first_row - piece.first_column - n_k + Nk, n_q + n_k - 1)
+
+    def _backend(self, q: Tensor, k: Tensor, v: Tensor, part: Added, arrays: MaskArrays) -> str:
+        modifiers = modifier_names(self.call.softcap, part.sinks, part.diagonals)
+        facts = describe(q, k, v, part.bias, arrays, self.call.dropout_p, False, modifiers)
+        return backends.cached_select(self.call.backend, facts)
+
+    def _bare(self, pieces: Collection[Run]) -> list[Run]:
+        """The rows of the runs of queries that have no piece: their queries see no key."""
+        sizes = [stop - start for start, stop in self.plan.queries.runs[self.call.place]]
+        edges = list(itertools.accumulate(sizes, initial=0))
+        return [run for run in itertools.pairwise(edges) if run not in pieces]
 
     def _seed(self, piece: Piece) -> Tensor | None:
         if self.call.dropout_p == 0.0:
@@ -192,25 +257,22 @@ class _Rows:
 class _Fetched(_Rows):
     """Each rank fetches the keys that its queries read."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._fetch(key, value)
         self._begin(query, value)
         for piece in self.plan.fetched(self.call.place, self.spread):
-            self._take(piece, query, k, v, bias)
+            self._take(piece, query, k, v)
         return self._end(query)
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        bias: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
         k, v = self._fetch(key, value)
         pieces = self.plan.fetched(self.call.place, self.spread)
-        self._begin_backward(pieces, bias, wants_bias, query)
+        self._begin_backward(pieces, row, wanted)
         dtype = self.dq.dtype
         dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
         for piece in pieces:
-            self._give_back(piece, (grad_out, grad_lse, query, bias, out, lse), k, v, dk, dv)
-        return self._gradients(query, *self._return(dk, dv, key, value), key, bias)
+            self._give_back(piece, row, k, v, dk, dv)
+        return self._gradients(row.query, *self._return(dk, dv, key, value), key)
 
     def _fetch(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of `Plan.at_hand`."""
@@ -263,28 +325,24 @@ class _Fetched(_Rows):
 class _Ring(_Rows):
     """Every shard of keys passes by every rank: while one is worked on, the next one comes."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self._begin(query, value)
         for owner, k, v in self._passing(key, value):
             for piece in self.plan.met(self.call.place, owner):
-                self._take(piece, query, k, v, bias)
+                self._take(piece, query, k, v)
         return self._end(query)
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        bias: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
         plan, me, R = self.plan, self.call.place, self.plan.ranks
         met = [piece for step in range(R) for piece in plan.met(me, (me - step) % R)]
-        self._begin_backward(met, bias, wants_bias, query)
-        tensors = (grad_out, grad_lse, query, bias, out, lse)
+        self._begin_backward(met, row, wanted)
         passing: Passing | None = None
         B, H, _, D = key.shape
         width, what = D + value.shape[3], "gradients of keys and values"
         for owner, k, v in self._passing(key, value):
             found = torch.zeros(B, H, k.shape[2], width, dtype=self.dq.dtype, device=key.device)
             for piece in plan.met(me, owner):
-                self._give_back(piece, tensors, k, v, found[..., :D], found[..., D:])
+                self._give_back(piece, row, k, v, found[..., :D], found[..., D:])
             if passing is not None:
                 found += self.exchange.arrived(passing, what=what)
                 passing = None  # what was sent is freed before the next one comes
@@ -295,7 +353,7 @@ class _Ring(_Rows):
                 )
         if passing is not None:
             found = self.exchange.arrived(passing, what=what)
-        return self._gradients(query, found[..., :D], found[..., D:], key, bias)
+        return self._gradients(row.query, found[..., :D], found[..., D:], key)
 
     def _passing(self, key: Tensor, value: Tensor) -> Any:
         """Yield (owner, its keys, its values), this rank's first, then those of the rank before it, and so on."""
@@ -430,4 +488,4 @@ def _add_bias(total: Tensor, part: Tensor, piece: Piece) -> None:
         place += stop - start
 
 
-__all__ = ["Settled", "exact_attention", "gather_heads", "head_lists", "spread_heads"]
+__all__ = ["Added", "Settled", "exact_attention", "gather_heads", "head_lists", "spread_heads"]

@@ -42,8 +42,9 @@ from ..methods import Method, Sparse
 from ..patterns import BucketPattern
 from . import states
 from .agreement import agree, as_number, combined, mask_digest, shape_facts, text_digest, wanted
-from .attention import Added, Settled, exact_attention, gather_heads, head_lists, spread_heads
-from .exchange import Exchange, gathered
+from .attention import Added, Settled, exact_attention
+from .exchange import Exchange, gathered, moved
+from .heads import HeadsApart, head_lists
 from .links import H200, Link
 from .plan import Explanation, Plan, Shape, check_transport, head_ranks, make_plan
 from .shards import Shards
@@ -217,8 +218,8 @@ class ContextParallel:
                     f"all, and every column; got {tuple(dense.shape)}"
                 )
             # u and w of a low-rank bias are of this rank's tokens, and travel beside its keys.
-            low_rank = [part for part in structured if isinstance(part, LowRankBias)]
-            tensors[:2] = settle_structured(low_rank, *tensors[:2], factor, cap, causal_alignment)[:2]
+            low_rank: list[Bias] = [part for part in structured if isinstance(part, LowRankBias)]
+            tensors[:2] = settle_structured(low_rank, tensors[0], tensors[1], factor, cap, causal_alignment)[:2]
             by_place[:] = [part for part in structured if part not in low_rank]
             added.append(Added(dense, None if sinks is None else check_sinks(sinks, tensors[0])))
             found = shape_facts(tensors) | {"scale": as_number(factor)}
@@ -299,33 +300,28 @@ class ContextParallel:
         self, query: Tensor, key: Tensor, value: Tensor, added: Added, call: Settled, bias_has_rows: bool
     ) -> tuple[Tensor, Tensor]:
         """Heads apart within groups of ranks; between groups, with fewer heads than ranks, a ring."""
-        bias, sinks, diagonals = added
         degree = head_ranks(query.shape[1], self.ranks)
         first, place = self.rank - self.rank % degree, self.rank % degree
         group = tuple(range(first, first + degree))
         q_heads, k_heads = head_lists(query.shape[1], key.shape[1], degree)
         mine, plan, exchange = q_heads[place], call.plan, self.exchange
-        q = spread_heads(query, q_heads, plan.queries, group, exchange, "queries")
-        both = spread_heads(torch.cat([key, value], 3), k_heads, plan.keys, group, exchange, "keys and values")
-        k, v = both.split((key.shape[3], value.shape[3]), 3)
-        mask = plan.mask
-        if mask.indptr is not None and mask.heads > 1:
-            mask = mask[:, mine[0] : mine[0] + len(mine)] if mine else mask[:, :1]
+        of_queries = HeadsApart(exchange, group, q_heads, plan.queries)
+        of_keys = HeadsApart(exchange, group, k_heads, plan.keys)
+        routes = [of_queries.spread(query), of_keys.spread(key), of_keys.spread(value)]
+        bias = added.bias
         if bias is not None and bias_has_rows:
             of_each = q_heads if bias.shape[1] > 1 else [[0]] * degree
-            bias = spread_heads(bias, of_each, plan.queries, group, exchange, "bias")
-        elif bias is not None and bias.shape[1] > 1:
-            bias = bias[:, mine]
-        if diagonals is not None and diagonals.shape[1] > 1:
-            diagonals = diagonals[:, mine]
-        added = Added(bias, None if sinks is None else sinks[mine], diagonals)
-        groups = [range(start, start + degree) for start in range(0, self.ranks, degree)]
-        inner = make_plan(mask, plan.queries.together(groups), plan.keys.together(groups))
+            routes.append(HeadsApart(exchange, group, of_each, plan.queries).spread(bias))
+        q, k, v, *moved_bias = moved(routes, exchange, "heads")
+        added = added.of_heads(slice(mine[0], mine[-1] + 1))
+        if moved_bias:
+            added = added._replace(bias=moved_bias[0])
+        inner = plan.of_heads(mine[0], mine[-1] + 1).grouped(degree)
         ranks = tuple(start + place for start in range(0, self.ranks, degree))
-        part = replace(call, plan=inner, ranks=ranks, first_head=mine[0] if mine else 0)
+        part = replace(call, plan=inner, ranks=ranks, first_head=mine[0])
         out, lse = exact_attention(q, k, v, added, part, "ring" if len(ranks) > 1 else "gather")
-        lse = gather_heads(lse[..., None], q_heads, plan.queries, group, exchange, "lse").squeeze(3)
-        return gather_heads(out, q_heads, plan.queries, group, exchange, "outputs"), lse
+        out, lse = moved([of_queries.gather(out), of_queries.gather(lse[..., None])], exchange, "outputs")
+        return out, lse.squeeze(3)
 
     def explain(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Any = None, is_causal: bool = False,

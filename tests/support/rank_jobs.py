@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efficient_attn import BlockMask, attention
+from efficient_attn import BlockMask, attention, distributed
 from efficient_attn.distributed import Shards, context_parallel
 from support.accuracy import gradients
 from support.cases import CASES, draw
@@ -106,6 +106,7 @@ class Call:
     layout: Any
     transport: str
     method: Any = None
+    at_once: int = 2**23  # see distributed/attention.py
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -136,6 +137,7 @@ def made(call: Call, leaves: dict[str, Tensor], key_mask: Tensor | None, grad: T
 
 def run_call(group: Any, call: Call) -> dict[str, Any]:
     """A call on this rank's part: out, gradients, bytes sent."""
+    distributed.attention.AT_ONCE = call.at_once
     rank = dist.get_rank(group)
     with context_parallel(group, shards=call.layout, transport=call.transport, timeout=60) as context:
         queries, keys = map(context.shards, call.sizes)

@@ -241,7 +241,8 @@ def _work(rank: int, ranks: int, folder: str, job: _Job, pipe: Any) -> None:
 def _swap_time(context: Any, size: int) -> float:
     """Seconds in which two ranks give each other `size` bytes."""
     part = torch.zeros(size, dtype=torch.uint8)
-    leaving, arriving = ([[], []] for _ in range(2))
+    leaving: list[list[torch.Tensor]] = [[], []]
+    arriving: list[list[torch.Tensor]] = [[], []]
     leaving[1 - context.rank], arriving[1 - context.rank] = [part], [part.clone()]
     samples = []
     for _ in range(9):

@@ -71,7 +71,7 @@ def run_case(group: Any, name: str, dtype: torch.dtype, transport: str, layout: 
     case = next(case for case in CASES if case.name == name)
     drawn = draw(case, dtype)
     rank = dist.get_rank(group)
-    with context_parallel(group, shards=layout, transport=transport, timeout=60) as context:
+    with context_parallel(group, shards=layout, transport=transport, timeout=200) as context:
         queries, keys = context.shards(case.Nq), context.shards(case.Nk)
         leaves = spread_leaves({n: drawn[n] for n in TENSORS if drawn[n] is not None}, rank, queries, keys)
         given = {n: leaves[n] for n in ("query", "key", "value", "sinks") if n in leaves}
@@ -139,7 +139,7 @@ def run_call(group: Any, call: Call) -> dict[str, Any]:
     """A call on this rank's part: out, gradients, bytes sent."""
     distributed.attention.AT_ONCE = call.at_once
     rank = dist.get_rank(group)
-    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=60) as context:
+    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=200) as context:
         queries, keys = map(context.shards, call.sizes)
         leaves = spread_leaves(call.tensors, rank, queries, keys)
         key_mask = None if call.key_mask is None else keys.part(call.key_mask, rank, 1)
@@ -200,7 +200,7 @@ def train_model(group: Any, attention: str, ids: Tensor, mask: Tensor | None, ho
         for layer in model.decoder.layers:
             plain = layer.forward
             layer.forward = lambda x, plain=plain, **k: checkpoint(lambda y: plain(y, **k), x, use_reentrant=False)
-    with context_parallel(group, timeout=60) if dist.get_world_size(group) > 1 else nullcontext():
+    with context_parallel(group, timeout=200) if dist.get_world_size(group) > 1 else nullcontext():
         loss = language_loss(model, ids, mask)
         loss.backward()
     found = {}
@@ -224,7 +224,7 @@ def train_on_mesh(group: Any, ids: Tensor) -> dict[str, Tensor]:
         fully_shard(layer, mesh=init_device_mesh("cpu", (4,)))
     fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
     half = ids.chunk(2)[mesh.get_local_rank("data")]
-    with context_parallel(mesh["context"], timeout=60):
+    with context_parallel(mesh["context"], timeout=200):
         loss = language_loss(model, half)
         loss.backward()
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
@@ -236,7 +236,7 @@ def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tup
 
     torch.manual_seed(0)
     module = MultiheadAttention(16, 4, batch_first=True, attention=attention).eval()
-    with context_parallel(group, timeout=60, shards="contiguous") as context:
+    with context_parallel(group, timeout=200, shards="contiguous") as context:
         part, pad = context.split(x, 1), context.split(padding, 1)
         out, _ = module(part, part, part, key_padding_mask=pad, need_weights=False)
         return out.detach(), context.shards(x.shape[1])
@@ -255,7 +255,7 @@ def refused(group: Any, name: str) -> str:
     rank = dist.get_rank(group)
     q = torch.randn(1, 2, 32, 4)
     try:
-        with context_parallel(group, timeout=60) as context:
+        with context_parallel(group, timeout=200) as context:
             if name == "lengths":
                 attention(q[:, :, : 32 - 3 * rank], q, q)
             elif name == "masks":
@@ -294,7 +294,7 @@ def repeated(group: Any, transport: str) -> list[bytes]:
     for _ in range(2):
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, 4, 100, 8).bfloat16() for _ in range(3))
-        with context_parallel(group, transport=transport, timeout=60) as context:
+        with context_parallel(group, transport=transport, timeout=200) as context:
             parts = [context.split(x, 2).clone().requires_grad_() for x in (q, k, v)]
             out = attention(*parts, is_causal=True, dropout_p=0.2, dropout_seed=3)
             grads = torch.autograd.grad(out.float().square().sum(), parts)
@@ -307,7 +307,7 @@ def sent_by_window(group: Any, length: int, transport: str) -> int:
     from efficient_attn import SlidingWindow
 
     x = torch.randn(1, 1, length // dist.get_world_size(group), 16)
-    with context_parallel(group, shards="contiguous", transport=transport, timeout=60) as context:
+    with context_parallel(group, shards="contiguous", transport=transport, timeout=200) as context:
         attention(x, x, x, mask=SlidingWindow(left=512, right=0))
         return context.exchange.sent["keys and values"]
 
@@ -321,7 +321,7 @@ def peak_memory(group: Any, length: int) -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
-    with context_parallel(group, transport="ring", timeout=60) as context:
+    with context_parallel(group, transport="ring", timeout=200) as context:
         n = context.shards(length).counts[dist.get_rank(group)]
         warm = [torch.randn(1, 1, 64, 64, requires_grad=True) for _ in range(3)]
         attention(*warm, is_causal=True).sum().backward()
@@ -349,7 +349,7 @@ def dies(group: Any, how: str, limit: float) -> str:
     from efficient_attn.errors import CommunicationError
 
     x = torch.randn(1, 2, 32, 4)
-    with context_parallel(group, timeout=60):
+    with context_parallel(group, timeout=200):
         attention(x, x, x)  # both have begun
     with context_parallel(group, timeout=limit):
         if dist.get_rank(group) == 1:
@@ -396,7 +396,7 @@ def train_long(group: Any, length: int, limit: int | None) -> tuple[str, int]:
     several = dist.get_world_size(group) > 1
 
     def step(ids: Tensor) -> None:
-        with context_parallel(group, timeout=60) if several else nullcontext():
+        with context_parallel(group, timeout=200) if several else nullcontext():
             language_loss(model, ids).backward()
 
     ids = torch.randint(0, 8, (1, length), generator=torch.Generator().manual_seed(0))

@@ -297,7 +297,7 @@ FAULTS = [
           'verdict = "same" if not math.isfinite(before) and not math.isfinite(after) else "regression"',
           'verdict = "same"', "tests/measuring/test_compare.py"),
     Fault("growth from the wrong length", "efficient_attn/measuring/fit.py", "(length / self.longest) ** self.exponent",
-          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling.py"),
+          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling_counts.py"),
     # --- Triton ---
     Fault("Triton: weights from an lse without digits", "efficient_attn/ops/attention.py", "COARSE_LSE = 2.0**10",
           "COARSE_LSE = float(\"inf\")", TRITON_EDGES),

@@ -203,7 +203,7 @@ def _beside(rows: Tensor, more: Tensor, name: str) -> Tensor:
 
 
 class PositionBias(nn.Module):
-    """A structured bias whose tensors belong to a module: learned or fixed, saved, moved, and shared by all that hold it.
+    """A structured bias whose tensors belong to a module: learned or fixed, saved, moved, shared by all that hold it.
 
         PositionBias(T5Bias(torch.zeros(32, 8)))               # a table of 32 buckets for 8 heads, learned
         PositionBias(ALiBi(ALiBi.usual_slopes(8)))             # fixed, unless learned=True

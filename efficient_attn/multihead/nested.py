@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import InputError, UnsupportedError
 from ..methods.continuation import goes_by_positions
 
-if TYPE_CHECKING:
-    from .module import MultiheadAttention
-
 _functional: Any = F
 
 
 def forward_nested(
-    module: MultiheadAttention,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

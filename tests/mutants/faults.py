@@ -309,7 +309,8 @@ FAULTS = [
           "any_end = tl.minimum(i_last + mask.high + 1, keys)",
           "any_end = tl.minimum(i_last + mask.high, keys)", TRITON_EDGES),
     Fault("Triton: a tile full that a length cuts", "kernels/walk.py",
-          "tl.where(j_first + C.BLOCK_K <= keys, clean, 0)", "tl.where(j_first < keys, clean, 0)", TRITON_EDGES),
+          "lower_bound(mask.indices, begin, begin + clean, keys // SIZE)",
+          "lower_bound(mask.indices, begin, begin + clean, tl.cdiv(keys, SIZE))", TRITON_EDGES),
     Fault("Triton: lists of the first head", "kernels/walk.py", "mask.heads == 1, 0, i_h)) * mask.blocks + i_block",
           "mask.heads == 1, 0, 0 * i_h)) * mask.blocks + i_block", TRITON_EDGES),
     Fault("Triton: the sum is not faded", "kernels/attention.py", "select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, "

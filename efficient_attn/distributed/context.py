@@ -68,7 +68,8 @@ def context_parallel(
 
     query, key and value are this rank's tokens, in ascending order; masks and patterns are those of the whole sequence,
     as are causality, sinks and biases by relative position; a bias has this rank's rows and all columns; a key mask is
-    this rank's part, as are u and w of a `LowRankBias`. Outputs and gradients are this rank's. Our models take the whole input and spread it themselves.
+    this rank's part, as are u and w of a `LowRankBias`. Outputs and gradients are this rank's. Our models take the
+    whole input and spread it themselves.
 
     Gradients are those of the sum of every rank's loss: what DistributedDataParallel or FSDP averages is right when
     each rank's loss is the mean over its tokens, or over all of them. The backward, with activation checkpointing too,

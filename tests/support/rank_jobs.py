@@ -106,7 +106,7 @@ class Call:
     layout: Any
     transport: str
     method: Any = None
-    at_once: int = 2**23  # see distributed/attention.py
+    at_once: int = 2**22  # see distributed/attention.py
 
     @property
     def sizes(self) -> tuple[int, int]:

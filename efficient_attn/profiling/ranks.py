@@ -120,12 +120,7 @@ class RankProfile:
             star = "*" if self.fastest[row.ranks] == row.transport else " "
             lines.append(
                 f"{row.ranks:>6} {row.transport:<10}{star} {measured:>12} {_ms(row.predicted):>13} {off:>6} "
-                f"{row.efficiency:>11.0%} {row.sent / 1e6:>10.1f}"
-                + (
-                    f" {_ms(row.one_process):>13} {_mb(row.peak):>8} {_mb(row.one_peak):>10}"
-                    if self.measured_link
-                    else ""
-                )
+                f"{row.efficiency:>11.0%} {row.sent / 1e6:>10.1f}" + (alone if self.measured_link else "")
             )
         return "\n".join([*lines, "* predicted to be fastest"])
 

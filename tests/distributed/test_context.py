@@ -164,7 +164,8 @@ def test_memory_falls_with_the_number_of_ranks(transport):
             found[count] = max(ranks.run(jobs.peak_memory, length, transport, mask))
     print(transport, {count: f"{size / 2**20:.0f} MiB" for count, size in found.items()})
     # Beside its part of the tensors, a rank has the keys of some heads on their way.
-    assert found[2] < 1.25 * found[1] / 2 and found[4] < 1.5 * found[1] / 4
+    most = {"gather": 1.25, "ring": 1.5}[transport]
+    assert found[2] < most * found[1] / 2 and found[4] < most * found[1] / 4
 
 
 # --- faults ---
@@ -186,7 +187,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(how, when):
     try:
         for pipe in ranks.pipes:
             pipe.send((jobs.dies, 2, (how, when, 2.0)))
-        assert ranks.pipes[0].poll(60)
+        assert ranks.pipes[0].poll(200)
         answer, error = ranks.pipes[0].recv()
         assert error is None and "rank 0 of 2 could not finish the exchange of" in answer and "within 2 s" in answer
         assert ("agreement" in answer) == ("agree" in when), answer

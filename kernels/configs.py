@@ -73,7 +73,7 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
     },
 }
 # What takes registers of its own, halved or replaced: kernel, capability, half precision?, padded size -> with a
-# list, with bias or dropout, None where the row above serves.
+# list, with bias, dropout or tokens in an order, None where the row above serves.
 VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] = {
     ("forward", 90, True, 64): (None, Config(128, 64, 8, 3)),
     ("forward", 90, True, 128): (None, Config(64, 64, 8, 2)),
@@ -133,7 +133,7 @@ def default_config(
 ) -> Config:
     """The table's configuration; `capability` is 80 or 90 (anything newer than 90 uses that of 90), 0 the interpreter.
 
-    listed: under a list. extras: with a bias or dropout.
+    listed: under a list. extras: with a bias, dropout or tokens in an order.
     """
     # Beyond 128 dimensions the registers would not suffice.
     described = kernel == "forward" and half and head_dim <= 128 and capability not in range(1, 90)

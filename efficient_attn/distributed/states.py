@@ -272,7 +272,13 @@ def _few_keys(call: Call, key: Tensor, value: Tensor) -> Tensor:
         seed = torch.tensor((call.seed, 0, start, 0)) if call.dropout_p > 0.0 else None
         outs.append(
             ops.attention_forward(
-                *ready[:4], *ops.operands(ready.mask), ready.scale, call.dropout_p, seed, *ready[11:], ready.backend
+                *ready[:4],
+                *ops.operands(ready.mask),
+                ready.scale,
+                call.dropout_p,
+                seed,
+                *ready.modifiers,
+                ready.backend,
             )[0]
         )
     return torch.cat(outs, 2)

@@ -154,6 +154,14 @@ def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
     return config
 
 
+def for_single_pairs(config: Config, kernel: str) -> Config:
+    """The configuration of a call that draws random words for each pair alone, as dropout does of tokens in an order:
+    where gradients of keys or a bias leave few registers, tiles of half the queries."""
+    if kernel in ("key_gradient", "bias_gradient"):
+        config = config._replace(block_q=max(16, config.block_q // 2))
+    return config
+
+
 def short(config: Config, rows: int) -> Config:
     """The configuration with a query tile of at most `rows`, a power of two; a small tile has work for four warps, and
     those have registers for 64 keys."""

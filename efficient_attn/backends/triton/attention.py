@@ -569,14 +569,16 @@ def _config(
     ordered = mask.query_order is not None or mask.key_order is not None
     extras = biased or problem.dropout.seed is not None or ordered
     blocks = (mask.block_q, mask.block_k) if listed else (None, None)
-    default = k.fit(k.default_config(kernel, head_dim, half, chip, listed, extras), *blocks)
+    default = k.default_config(kernel, head_dim, half, chip, listed, extras)
+    if ordered and problem.dropout.seed is not None:
+        default = k.for_single_pairs(default, kernel)
+    default = k.fit(default, *blocks)
     if run is None or chip == 0 or not autotune.enabled() or torch.cuda.is_current_stream_capturing():
         return default
     B, Hq, Hkv, Nq, Nk = problem.sizes[:5]
     case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.dropout.seed is None, blocks, problem.low is None)
-    case += (mask.query_order is None, mask.key_order is None)
     size = (problem.high is None, Hq // Hkv, *(n.bit_length() for n in (B * Hq, Nq, Nk)))
-    key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, *size)))
+    key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, ordered, *size)))
     candidates = k.candidates(kernel, default, head_dim, query.element_size(), chip)
     return k.Config(*autotune.best(key, [k.fit(c, *blocks) for c in candidates], lambda c: _time(run, k.Config(*c))))
 

@@ -567,11 +567,11 @@ def _config(
     k, listed, chip = kernels(), mask.indptr is not None, capability(query.device)
     head_dim, half = max(query.shape[3], Dv), query.dtype in HALF
     ordered = mask.query_order is not None or mask.key_order is not None
-    extras = biased or problem.dropout.seed is not None or ordered
+    extras = biased or problem.dropout.seed is not None
     blocks = (mask.block_q, mask.block_k) if listed else (None, None)
-    default = k.default_config(kernel, head_dim, half, chip, listed, extras)
+    default = k.default_config(kernel, head_dim, half, chip, listed, extras, ordered)
     if ordered and problem.dropout.seed is not None:
-        default = k.for_single_pairs(default, kernel)
+        default = k.for_single_pairs(default, kernel, head_dim)
     default = k.fit(default, *blocks)
     if run is None or chip == 0 or not autotune.enabled() or torch.cuda.is_current_stream_capturing():
         return default

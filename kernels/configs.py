@@ -94,6 +94,7 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
 ORDERED: dict[tuple[str, int, bool, int], Config] = {
     ("forward", 80, True, 256): Config(32, 32, 8, 1),
     ("forward", 80, False, 128): Config(32, 32, 8, 1),
+    ("forward", 90, False, 128): Config(32, 32, 8, 1),
     ("query_gradient", 80, True, 256): Config(32, 32, 8, 1),
     ("query_gradient", 90, True, 256): Config(32, 32, 4, 1),
     ("key_gradient", 90, True, 256): Config(16, 16, 8, 1),

@@ -29,7 +29,7 @@ DEEPSPEED = "tests/patterns/test_patterns_deepspeed.py"
 FUZZ = "tests/contract/test_fuzz.py"
 CONTRACT = "tests/contract/test_contract.py"
 HIDDEN = "tests/methods/test_hidden_keys.py"
-LOWRANK = "tests/methods/test_lowrank.py"
+LOWRANK = "tests/methods/test_lowrank.py tests/methods/test_lowrank_contract.py tests/methods/test_lowrank_error.py"
 HYBRID = "tests/methods/test_hybrid.py"
 METHODS = "tests/methods/test_methods.py"
 LINEAR = "tests/methods/test_linear_attention.py"
@@ -303,7 +303,7 @@ FAULTS = [
           'verdict = "same" if not math.isfinite(before) and not math.isfinite(after) else "regression"',
           'verdict = "same"', "tests/measuring/test_compare.py"),
     Fault("growth from the wrong length", "efficient_attn/measuring/fit.py", "(length / self.longest) ** self.exponent",
-          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling.py"),
+          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling_counts.py"),
     # --- Triton ---
     Fault("Triton: weights from an lse without digits", "efficient_attn/ops/attention.py", "COARSE_LSE = 2.0**10",
           "COARSE_LSE = float(\"inf\")", TRITON_EDGES),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import biases, sharding
+from . import biases
 from .backends.call import accumulation_dtype
 from .biases import BiasLike
 from .errors import UnsupportedError
@@ -40,10 +40,8 @@ def by_strips(
     """`attention`, whose arguments these are.
 
     Raises:
-        UnsupportedError: dropout; a mask of lists of blocks; inside context_parallel.
+        UnsupportedError: dropout; a mask of lists of blocks; other structured biases.
     """
-    if sharding.active is not None:
-        sharding.refuse("attention with softcap, sinks or a structured bias")
     query, key, value = prepare_inputs(query, key, value)
     (_, Hq, Nq, _), Nk = query.shape, key.shape[2]
     check_alignment(is_causal, causal_alignment, Nq, Nk)

@@ -27,7 +27,7 @@ from ..handover import hides_forward
 from ..methods import DENSE, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
-from . import fidelity, huggingface, routed, score_methods
+from . import eager_layers, fidelity, huggingface, routed
 from .fidelity import Cost, LayerFidelity, Trace
 from .layer_state import LAYER_METHOD, state_restorer
 
@@ -139,8 +139,8 @@ def convert(
 
     * torch.nn.MultiheadAttention, also inside torch.nn's Transformers, and this package's: by `replace_attention`.
     * models of transformers, anywhere in the model: by `set_attn_implementation`, see `integrations.huggingface`.
-    * layers of transformers past its interface whose scores are one method (GPT-J, CodeGen, GPT-Neo, ...): that method,
-      see `integrations.score_methods`.
+    * layers of transformers past its interface that write their attention out (BLOOM, Falcon, DeBERTa, ...), and those
+      of classes that `integrations.register_layer` was told: their own scores, see `integrations.eager_layers`.
     * modules with a method `set_attention(spec)` beside an `attention` of this package, as its models have: by that.
     * attention of timm, open_clip and diffusers: its call of scaled_dot_product_attention, see `integrations.routed`.
 
@@ -316,7 +316,7 @@ def _is_dense(model: nn.Module) -> bool:
 def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.Module], bool] | None) -> None:
     """Do it, writing into the report what was done, how to undo it, and what was left."""
     wanted = predicate or (lambda name, module: True)
-    _convert_score_methods(model, report, wanted)
+    _convert_eager_layers(model, report, wanted)
     _convert_transformers(model, report, wanted)
     _convert_own(model, report, wanted)
     _convert_routed(model, report, wanted)
@@ -363,8 +363,6 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
         if not wanted(name, module):
             report.skipped[name] = "left out by predicate"
             continue
-        if any(score_methods.kind_of(m) is not None for m in module.modules()):
-            continue  # its layers are served one by one
         huggingface.register()
         parts = [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
         configs = list({id(part.config): part.config for part in parts}.values())
@@ -372,26 +370,36 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
         report._undo.append(_restorer(old, state_restorer(module)))
         wished = huggingface.implementation_name(report.attention)
         pretrained: Any = module
-        with huggingface.in_part():
-            pretrained.set_attn_implementation(wished)
-        deaf = sorted({type(part).__name__ for part in parts if part.config._attn_implementation != wished})
+        if any(part._can_set_attn_implementation() for part in parts):
+            with huggingface.in_part():
+                pretrained.set_attn_implementation(wished)
+        deaf = [part for part in parts if part.config._attn_implementation != wished]
+        kinds = sorted({type(part).__name__ for part in deaf})
+        served = [part for part in deaf if any(eager_layers.is_served(m) for m in part.modules())]
+        for part in served:
+            if any(eager_layers.is_served(m) and eager_layers.writes_scores(m) for m in part.modules()):
+                huggingface.announce(part, wished)  # its layers take masks of ours
+        if served:
+            continue
         if not deaf:
             report.converted[name] = f"{type(module).__name__} of transformers, {wished!r}"
         elif any(config._attn_implementation == wished for config in configs):
             report.converted[name] = f"{type(module).__name__} of transformers, in part, {wished!r}"
-            report.skipped[f"{name} ({', '.join(deaf)})"] = "does not go through transformers' attention interface"
+            report.skipped[f"{name} ({', '.join(kinds)})"] = "does not go through transformers' attention interface"
         else:
             report.skipped[name] = f"{type(module).__name__} does not go through transformers' attention interface"
 
 
-def _convert_score_methods(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
-    for name, module in _topmost(model, lambda m: score_methods.kind_of(m) is not None):
-        if not wanted(name, module):
-            report.skipped[name] = "left out by predicate"
+def _convert_eager_layers(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
+    for name, module in _topmost(model, eager_layers.is_known):
+        reason = eager_layers.why_left(module, report.attention) if wanted(name, module) else "left out by predicate"
+        if reason is not None:
+            report.skipped[name] = reason
             continue
         report._undo.append(state_restorer(module))
-        report._undo.append(score_methods.serve(module, report.attention))
-        report.converted[name] = f"{type(module).__qualname__} of transformers, its method _attn"
+        report._undo.append(eager_layers.serve(module, report.attention))
+        report.converted[name] = eager_layers.origin(module)
+    report._undo.append(eager_layers.structure_biases(model))
 
 
 def _restorer(old: list[tuple[Any, str]], restore_states: Callable[[], None]) -> Callable[[], None]:
@@ -447,7 +455,9 @@ def _explain_rest(model: nn.Module, report: Conversion) -> None:
         holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
         if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            report.skipped[name] = f"{kind} is of no kind that convert knows"
+            report.skipped[name] = (
+                f"{kind} {eager_layers.why_left(module, report.attention) or 'is of no kind that convert knows'}"
+            )
 
 
 def _unreached(model: nn.Module, report: Conversion, trace: Trace) -> dict[str, str]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from .budget import Budget, Found, Plan
 
+NO_INTERFACE = "does not go through transformers' attention interface"
 ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the name of a class
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -374,27 +375,32 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
             with huggingface.in_part():
                 pretrained.set_attn_implementation(wished)
         deaf = [part for part in parts if part.config._attn_implementation != wished]
-        kinds = sorted({type(part).__name__ for part in deaf})
         served = [part for part in deaf if any(eager_layers.is_served(m) for m in part.modules())]
         for part in served:
             if any(eager_layers.is_served(m) and eager_layers.writes_scores(m) for m in part.modules()):
                 huggingface.announce(part, wished)  # its layers take masks of ours
-        if served:
-            continue
         if not deaf:
             report.converted[name] = f"{type(module).__name__} of transformers, {wished!r}"
-        elif any(config._attn_implementation == wished for config in configs):
+        elif len(deaf) < len(parts) and not served:
             report.converted[name] = f"{type(module).__name__} of transformers, in part, {wished!r}"
-            report.skipped[f"{name} ({', '.join(kinds)})"] = "does not go through transformers' attention interface"
+            kinds = ", ".join(sorted({type(part).__name__ for part in deaf}))
+            report.skipped[f"{name} ({kinds})"] = NO_INTERFACE
         else:
-            report.skipped[name] = f"{type(module).__name__} does not go through transformers' attention interface"
+            heard = {id(part) for part in parts} - {id(part) for part in deaf}
+            for inner, part in _topmost(module, functools.partial(_is_one_of, heard)):
+                inner = f"{name}.{inner}" if name else inner
+                report.converted[inner] = f"{type(part).__name__} of transformers, {wished!r}"
+
+
+def _is_one_of(ids: set[int], module: nn.Module) -> bool:
+    return id(module) in ids
 
 
 def _convert_eager_layers(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
     for name, module in _topmost(model, eager_layers.is_known):
         reason = eager_layers.why_left(module, report.attention) if wanted(name, module) else "left out by predicate"
         if reason is not None:
-            report.skipped[name] = reason
+            report.skipped[name] = f"{type(module).__qualname__} {reason}" if wanted(name, module) else reason
             continue
         report._undo.append(state_restorer(module))
         report._undo.append(eager_layers.serve(module, report.attention))
@@ -448,10 +454,18 @@ def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str,
         report.converted[name] = f"{kind}, its call of scaled_dot_product_attention"
 
 
+def _looks_like_attention(module: nn.Module) -> bool:
+    return bool(ATTENTION.search(type(module).__name__)) and any(True for _ in module.parameters())
+
+
 def _explain_rest(model: nn.Module, report: Conversion) -> None:
     """Name what looks like attention and was left."""
+    for name, module in model.named_modules():
+        reason = eager_layers.why_left(module, report.attention)
+        if reason is not None and not _inside(name, report.skipped):
+            report.skipped[name] = f"{type(module).__qualname__} {reason}"
     known = {**report.converted, **report.skipped}
-    for name, module in _topmost(model, lambda m: bool(ATTENTION.search(type(m).__name__))):
+    for name, module in _topmost(model, _looks_like_attention):
         holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
         if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"

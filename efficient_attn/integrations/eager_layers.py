@@ -28,7 +28,7 @@ from .scores import returned
 
 # Of transformers, "package.Class": attention is a softmax over the product of queries and keys, or a call of PyTorch's.
 _LAYERS = """
-    autoformer.AutoformerAttention big_bird.BigBirdSelfAttention blip.BlipAttention blip.BlipTextSelfAttention
+    big_bird.BigBirdSelfAttention blip.BlipAttention blip.BlipTextSelfAttention
     bloom.BloomAttention bros.BrosSelfAttention canine.CanineSelfAttention clvp.ClvpSelfAttention
     codegen.CodeGenAttention convbert.ConvBertSelfAttention cpmant.CpmAntAttention dab_detr.DetrAttention
     dab_detr.DabDetrAttention data2vec.Data2VecVisionSelfAttention deberta.DisentangledSelfAttention
@@ -44,14 +44,14 @@ _LAYERS = """
     maskformer.MaskFormerSwinSelfAttention megatron_bert.MegatronBertSelfAttention mgp_str.MgpstrAttention
     mm_grounding_dino.MMGroundingDinoMultiheadAttention mobilevit.MobileViTSelfAttention mpnet.MPNetSelfAttention
     mpt.MptAttention mvp.MvpAttention oneformer.OneFormerAttention oneformer.OneFormerTextMapperAttention
-    openai.Attention perceiver.PerceiverSelfAttention prophetnet.ProphetNetAttention
+    perceiver.PerceiverSelfAttention prophetnet.ProphetNetAttention
     prophetnet.ProphetNetNgramSelfAttention pvt.PvtEfficientSelfAttention pvt_v2.PvtV2SelfAttention
     rembert.RemBertSelfAttention roformer.RoFormerSelfAttention sam.SamVisionAttention sam_hq.SamHQVisionAttention
-    sew_d.DisentangledSelfAttention slanext.SLANeXtVisionAttention speecht5.SpeechT5Attention
+    slanext.SLANeXtVisionAttention speecht5.SpeechT5Attention
     squeezebert.SqueezeBertSelfAttention swinv2.Swinv2SelfAttention swin2sr.Swin2SRSelfAttention
     table_transformer.TableTransformerAttention tapas.TapasSelfAttention timesformer.TimesformerSelfAttention
     trocr.TrOCRAttention unlimited_ocr.UnlimitedOcrSamVisionAttention vilt.ViltSelfAttention
-    visual_bert.VisualBertSelfAttention vitdet.VitDetAttention vits.VitsAttention wavlm.WavLMAttention
+    visual_bert.VisualBertSelfAttention vitdet.VitDetAttention wavlm.WavLMAttention
     xglm.XGLMAttention xlm.MultiHeadAttention xlnet.XLNetRelativeAttention
     pp_formulanet.PPFormulaNetVisionAttention
 """
@@ -71,6 +71,10 @@ LEFT = {
     "mra.MraSelfAttention": APPROXIMATION,
     "reformer.LSHSelfAttention": APPROXIMATION,
     "reformer.LocalSelfAttention": PATTERN,
+    "autoformer.AutoformerAttention": "weighs by autocorrelation, not by products of queries and keys",
+    "openai.Attention": "multiplies its scores by its mask",
+    "sew_d.DisentangledSelfAttention": "has a softmax of its own",
+    "vits.VitsAttention": "adds values by relative position, which its weights weigh",
     "mobilevitv2.MobileViTV2LinearSelfAttention": "is linear in its tokens and has no pairs of them",
     "swiftformer.SwiftFormerEfficientAdditiveAttention": "is linear in its tokens and has no pairs of them",
     "grounding_dino.GroundingDinoBiMultiHeadAttention": "attends in both directions by one matrix of scores",

@@ -48,7 +48,7 @@ def window_with_globals(
     alone, count = attention_mask == 0, 0
     if is_global_attn:
         count = int(is_index_global_attn.sum(1).max())
-        places = (~is_index_global_attn).to(torch.int8).argsort(1, stable=True)[:, :count]  # (B, G)
+        places = (~is_index_global_attn).to(torch.int8).argsort(dim=1, stable=True)[:, :count]  # (B, G)
         real = is_index_global_attn.gather(1, places)
         at = places[:, None, :, None].expand(-1, layer.num_heads, -1, layer.head_dim)
         key, value = (torch.cat([x.gather(2, at), x], 2) for x in (key, value))

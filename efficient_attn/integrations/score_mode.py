@@ -36,9 +36,8 @@ class ScoreMode(LayerMode):
         kwargs = kwargs or {}
         if self.paused or any(issubclass(kind, Lazy) for kind in types):
             return func(*args, **kwargs)
-        if func is torch.zeros and type(self.layer).__name__ in ZEROS_FIRST:
-            size = args[0] if isinstance(args[0], (tuple, list, torch.Size)) else args
-            return torch.zeros((), **kwargs).expand(size)
+        if func is torch.zeros and len(args) == 3 and type(self.layer).__name__ in ZEROS_FIRST:  # (B Hq, Nq, Nk)
+            return torch.zeros((), **kwargs).expand(args)
         made = _product(self, getattr(func, "__name__", ""), args, kwargs)
         if made is not None:
             return made

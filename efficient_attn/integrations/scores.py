@@ -12,6 +12,7 @@ stays right.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import inputs
 from ..biases import Bias
@@ -89,7 +90,7 @@ class Lazy:
             return first.given_up(func, args, named) if found is NotImplemented else found
         if name == "einsum" and isinstance(args[1], Weights):
             return args[1].operate("einsum", args[0], *args[2:])
-        lazy = next(x for x in [*args, *named.values()] if isinstance(x, Lazy))
+        lazy = next(x for x in tree_leaves((args, named)) if isinstance(x, Lazy))
         return lazy.given_up(func, args, named)
 
     def operate(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -185,6 +186,8 @@ class Scores(Lazy):
                     return self.scaled(factor)
             if name in ("add", "radd", "iadd") and not kwargs and self._is_term(other):
                 return self.plus(other)
+            if name in ("sub", "isub") and isinstance(other, Tensor) and self._is_term(other):
+                return self.plus(-other)
             if name in ("sub", "isub") and isinstance(other, (_RowConstant, int, float)):
                 return self  # softmax is the same
             if name in ("amax", "max") and kwargs.get("dim", args[0] if args else None) in (-1, (-1,), self.dim() - 1):
@@ -192,7 +195,8 @@ class Scores(Lazy):
             if name in ("max", "maximum", "clamp", "clamp_min", "clip") and _is_least(*args, **kwargs):
                 return self
             if name == "masked_fill" and _hides(args[1] if len(args) > 1 else kwargs.get("value")):
-                return self.plus(~(args[0] if args else kwargs["mask"]).bool())
+                hidden = args[0] if args else kwargs["mask"]
+                return self.plus(hidden if isinstance(hidden, PairMask) else ~hidden.bool())
             if name == "softmax":
                 dim = args[0] if args else kwargs.get("dim")
                 if dim in (-1, self.dim() - 1):
@@ -292,7 +296,7 @@ class Scores(Lazy):
                 if fixed and (keys_alone or not self.mode.method.accepts_bias):
                     term = only_hides(term)
             if isinstance(term, PairMask) or (isinstance(term, Tensor) and term.dtype == torch.bool):
-                mask = term if mask is None else mask & term
+                mask = term if mask is None else _both(mask, term)
             else:
                 biases.append(term.to(query.dtype) if isinstance(term, Tensor) else term)
         tensors = [b for b in biases if isinstance(b, Tensor)]
@@ -370,6 +374,8 @@ class Weights(Lazy):
                 p = args[0] if args else kwargs.get("p", 0.5)
                 on = args[1] if len(args) > 1 else kwargs.get("training", True)
                 return replace(self, dropout_p=float(p) if on else 0.0)
+            if name == "masked_fill" and self._hidden_already(*args, **kwargs):
+                return self
             if name in ("matmul", "bmm") and isinstance(args[0], Tensor):
                 out, self.returned = self.scores.attend(args[0], self.dropout_p)
                 return out
@@ -379,6 +385,14 @@ class Weights(Lazy):
             f"{type(self.mode.layer).__qualname__} applies {name} to its attention weights, which efficient_attn does "
             "not make; use eager attention for it, or leave it out with convert(predicate=...)"
         )
+
+    def _hidden_already(self, mask: Any = None, value: Any = None) -> bool:
+        """Whether weights are set to 0 where scores were hidden."""
+        if not isinstance(mask, Tensor) or float(value) != 0.0:
+            return False
+        shown = self.scores._as_held(~mask.bool())
+        terms = [t for t in self.scores.terms if isinstance(t, Tensor) and t.dtype == torch.bool]
+        return any(t.shape == shown.shape and torch.equal(t, shown) for t in terms)
 
     def _einsum(self, equation: str, value: Tensor) -> Tensor:
         left, right, out = letters(equation)
@@ -456,6 +470,15 @@ def _where(condition: Any, kept: Any, other: Any) -> Any:
             return other.plus(~condition)
     lazy = kept if isinstance(kept, Lazy) else other
     return lazy.given_up(torch.where, (condition, kept, other), {})
+
+
+def _both(mask: Any, other: Any) -> Any:
+    """The pairs that two masks allow, where the queries stand in the sequence kept."""
+    placed = next((m for m in (mask, other) if isinstance(m, PairMask) and m.start is not None), None)
+    if placed is None:
+        return mask & other
+    found = placed & (other if placed is mask else mask)
+    return dataclasses.replace(found, start=placed.start, offset=placed.offset, left=placed.left)
 
 
 def _is_factor(x: Any) -> bool:

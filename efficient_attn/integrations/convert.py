@@ -455,7 +455,9 @@ def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str,
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    return bool(ATTENTION.search(type(module).__name__)) and any(True for _ in module.parameters())
+    if type(module).__module__.startswith("transformers.") and not any(True for _ in module.parameters()):
+        return False  # what makes masks and positions
+    return bool(ATTENTION.search(type(module).__name__))
 
 
 def _explain_rest(model: nn.Module, report: Conversion) -> None:

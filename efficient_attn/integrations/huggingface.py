@@ -122,7 +122,8 @@ def register() -> None:
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
-                    f"attn_implementation={requested_attention!r} would be ignored; use 'eager'"
+                    f"attn_implementation={requested_attention!r} would be ignored; use 'eager', or "
+                    "efficient_attn.convert(model), which serves such layers one by one where it knows them"
                 )
         return original(self, requested_attention, is_init_check)
 
@@ -136,7 +137,7 @@ def _refuse_in_class_tables(model: type, name: str) -> None:
     def refuse(*arguments: Any, **keywords: Any) -> NoReturn:
         raise UnsupportedError(
             f"{model.__name__} looks the class of its attention layers up by name in a table of its own, so that "
-            f"attn_implementation={name!r} would not reach them; use 'eager', or name this package for its parts alone"
+            f"attn_implementation={name!r} would not reach them; use 'eager' and efficient_attn.convert(model), or name this package for its parts alone"
         )
 
     for variable, table in vars(sys.modules[model.__module__]).items():
@@ -158,7 +159,7 @@ def _refuse_layers_of_their_own(model: Any, name: str) -> None:
         if type(layer) in classes:
             raise UnsupportedError(
                 f"{type(model).__name__} has chosen the class of its layers, {type(layer).__name__}, when it was made, "
-                f"by name in a table of its own, so that {name!r} would not reach them; use 'eager'"
+                f"by name in a table of its own, so that {name!r} would not reach them; use 'eager', or convert()"
             )
 
 

@@ -137,7 +137,8 @@ def _refuse_in_class_tables(model: type, name: str) -> None:
     def refuse(*arguments: Any, **keywords: Any) -> NoReturn:
         raise UnsupportedError(
             f"{model.__name__} looks the class of its attention layers up by name in a table of its own, so that "
-            f"attn_implementation={name!r} would not reach them; use 'eager' and efficient_attn.convert(model), or name this package for its parts alone"
+            f"attn_implementation={name!r} would not reach them; use 'eager' and "
+            "efficient_attn.convert(model), or name this package for its parts alone"
         )
 
     for variable, table in vars(sys.modules[model.__module__]).items():

@@ -42,7 +42,8 @@ def window_with_globals(
 
     def heads(projection: Any, x: Tensor) -> Tensor:
         projected: Tensor = projection(x)
-        return projected.unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2)
+        split: Tensor = projected.unflatten(-1, (layer.num_heads, layer.head_dim))
+        return split.transpose(1, 2)
 
     query, key, value = (heads(getattr(layer, name), hidden_states) for name in ("query", "key", "value"))
     alone, count = attention_mask == 0, 0

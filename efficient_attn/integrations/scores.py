@@ -25,10 +25,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import inputs
 from ..biases import Bias
 from ..errors import UnsupportedError
-from ..methods import DENSE
+from ..methods import DENSE, Method
 from ..methods.continuation import goes_by_positions
 from . import huggingface
 from .huggingface_masks import PairMask
+from .layer_state import LAYER_METHOD
 from .torch_sdpa import only_hides
 
 HIDES = -1e8  # what is filled into scores at or below this hides a pair
@@ -181,7 +182,9 @@ class Scores(Lazy):
             if name in VIEWS and (shape := self._viewed(args)) is not None:
                 return self.stored(shape) if len(shape) > len(self.held) else replace(self, lead=shape)
             if name in ("mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "divide", "true_divide"):
-                factor = other if "mul" in name else 1.0 / other if _is_factor(other) else None
+                factor: Any = other
+                if "mul" not in name:
+                    factor = None if other is None or not _is_factor(other) else 1.0 / other
                 if _is_factor(factor) and "rounding_mode" not in kwargs:
                     return self.scaled(factor)
             if name in ("add", "radd", "iadd") and not kwargs and self._is_term(other):
@@ -268,7 +271,7 @@ class Scores(Lazy):
             query, key, value = (x.expand(*full, -1, -1) for x in (query, key, value))
         mask, bias = self._masks(query)
         Nq, Nk = query.shape[2], key.shape[2]
-        method = getattr(mode.layer, huggingface.LAYER_METHOD, mode.method)
+        method: Method = getattr(mode.layer, LAYER_METHOD, mode.method)
         if mode.cross:
             method = DENSE
         elif mode.cached and Nq != Nk and not isinstance(mask, PairMask) and goes_by_positions(method):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ...masks import MaskArrays
-from ..call import accumulation_dtype, readable
+from ..call import accumulation_dtype, lse_without_keys, readable
 from ..statistics import Found, Wanted
 from ..words import pack_attention, pack_statistics
 from .attention import _cpu, refuse_orders
 
+NEEDS_TRANSPOSED = False
 CHUNKS = 16  # runs of query rows that sum up apart: a fixed number, so that the bits do not depend on the threads
 
 
@@ -23,6 +24,9 @@ def attention_statistics(
     mask: MaskArrays,
     scale: float,
     wanted: Wanted,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
 ) -> Found:
     """Return what is `wanted` of the weights of this call, as `reference.statistics.attention_statistics`."""
     refuse_orders(mask, "statistics of the weights")
@@ -39,7 +43,7 @@ def attention_statistics(
 
     has_places = wanted.position_offset is not None
     found = Found(
-        lse=torch.full((B, Hq, Nq), -torch.inf, dtype=dtype),
+        lse=lse_without_keys(torch.empty((B, Hq, Nq), dtype=dtype), sinks),
         entropy=result(Nq),
         top_weights=result(Nq, wanted.top, when=wanted.top > 0),
         top_keys=torch.full((B, Hq, Nq, wanted.top), -1, dtype=torch.int32) if wanted.top else None,
@@ -51,7 +55,8 @@ def attention_statistics(
     )
     if found.lse.numel() and Nk:
         # The kernel reads no values and writes no output: the key stands for both.
-        kept, words = pack_attention(query, key, key, bias, query, found.lse, mask, scale, 0.0, None)
+        call = (query, key, key, bias, query, found.lse, mask, scale, 0.0, None, None)
+        kept, words = pack_attention(*call, softcap, sinks, diagonals)
         also_kept, more = pack_statistics(found, wanted, rows)
         _cpu.attention_statistics(words + more, torch.get_num_threads())
         del kept, also_kept

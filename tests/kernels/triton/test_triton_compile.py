@@ -12,7 +12,10 @@ from efficient_attn.benchmarks.tools import triton_table as table
 from efficient_attn.kernels.configs import SHARED_MEMORY
 
 ROWS = [json.loads(line) for line in table.RESULTS.read_text().splitlines()]
-MATRIX = ("attention_forward_kernel", "key_gradient_kernel", "query_gradient_kernel", "bias_gradient_kernel")
+MATRIX = (
+    "attention_forward_kernel", "key_gradient_kernel", "query_gradient_kernel", "bias_gradient_kernel",
+    "row_statistics_kernel", "received_kernel", "mass_map_kernel",
+)  # fmt: skip
 
 
 def check(row: dict) -> None:

@@ -114,7 +114,7 @@ def _times_gradient(layer: Observation, rows: Tensor, *, positive: bool) -> Tens
     query, key, value = (inputs.pop(name) for name in ("query", "key", "value"))
     key_mask = inputs.pop("key_mask", None)
     modifiers = {name: inputs.pop(name, None) for name in ("softcap", "sinks")}
-    mask, bias = pairs(method, query, key, key_mask=key_mask, **inputs)
+    query, key, mask, bias = pairs(method, query, key, key_mask=key_mask, **inputs)
     places = {name: inputs[name] for name in ("is_causal", "causal_alignment", "scale") if name in inputs}
     dense, structured = biases.split(bias)
     key, value, mask, dense = hide_padding(query, key, value, key_mask, mask=mask, bias=dense, **places)

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import biases
 from ..backends.reference.attention import visible_pairs
-from ..errors import InputError
+from ..biases import BiasLike
+from ..errors import InputError, UnsupportedError
 from ..functional import attention, hide_padding, merge_attention
-from ..inputs import MaskLike, as_block_mask, causal_mask
+from ..inputs import MaskLike, as_block_mask, causal_mask, is_pattern
 
 
 class Certificate(NamedTuple):
@@ -109,8 +111,8 @@ def sampled_certificate(
     bound (Maurer & Pontil, COLT 2009), which holds for any distribution of the masses.
 
     Args:
-        query, key, mask, key_mask, bias, is_causal, causal_alignment, scale, softcap, sinks: as in `certificate`; a bias
-            by relative position (`ALiBi`, tables) goes by where queries stand and is not served here.
+        query, key, mask, key_mask, bias, is_causal, causal_alignment, scale, softcap, sinks: as in `certificate`, but
+            for biases by a few numbers, such as `ALiBi`: those go by where queries stand and are not served here.
         samples: how many runs are drawn, at least 2; the interval narrows with their square root.
         rows: queries of a run, which count as one sample.
         confidence: the probability that the interval holds the mean, over the drawing.
@@ -118,6 +120,7 @@ def sampled_certificate(
 
     Raises:
         InputError: no queries, fewer than 2 samples, a confidence outside (0, 1); as `certificate`.
+        UnsupportedError: a bias by a few numbers.
     """
     if samples < 2 or rows < 1 or not 0.0 < confidence < 1.0:
         raise InputError(
@@ -248,7 +251,7 @@ def _of_queries(bias: BiasLike, index: Tensor) -> Tensor | None:
 def _attend(parts: _Parts, mask: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     return attention(
         parts.query, parts.key, value, mask=mask, bias=parts.bias, scale=parts.scale, softcap=parts.softcap,
-        sinks=parts.sinks if mask is parts.shown else None, causal_alignment=None, return_lse=True,
+        sinks=parts.sinks if mask is parts.shown else None, causal_alignment=parts.alignment, return_lse=True,
     )  # fmt: skip
 
 

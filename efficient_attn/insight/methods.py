@@ -20,6 +20,8 @@ from ..biases import BiasLike
 from ..errors import InputError, UnsupportedError
 from ..inputs import causal_mask
 from ..methods import Method, Sparse
+from ..methods.buckets import bucketed_inputs
+from ..patterns import BucketPattern
 from .statistics import (
     WANT,
     AttentionStatistics,
@@ -68,7 +70,7 @@ def method_statistics(
     check_want(want or ())
     if isinstance(method, Sparse):
         method.pattern.check_scores(bias, softcap)
-        mask, places["bias"] = pairs(method, query, key, mask=mask, **places)
+        query, key, mask, places["bias"] = pairs(method, query, key, mask=mask, **places)
         wanted = WANT if want is None else want
         if want is None and causal_alignment is None and query.shape[2] != key.shape[2]:
             wanted = [name for name in WANT if name != "distance"]
@@ -93,19 +95,25 @@ def pairs(
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
-) -> tuple[Any, BiasLike]:
-    """The mask and the bias with which `attention` does what a sparse method does, padding and causality aside."""
+) -> tuple[Tensor, Tensor, Any, BiasLike]:
+    """The query, key, mask and bias with which `attention` does what a sparse method does, padding and causality aside.
+
+    Raises: what `method.attend` raises.
+    """
+    method.check_call(query, key, key_mask, is_causal, causal_alignment)
     if method.is_dense:
-        return mask, bias
+        return query, key, mask, bias
     counted = key_mask
     dense, structured = biases.split(bias)
     if method.by_content:
         mask, counted = method.seen(query, key, key_mask, mask, dense, is_causal, causal_alignment, scale)
+    if isinstance(method.pattern, BucketPattern):
+        query, key, _ = bucketed_inputs(method.pattern, query, key, key, counted)
     causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
     mask, dense = method.restricted(
         mask, dense, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
     )
-    return mask, biases.join(dense, structured)
+    return query, key, mask, biases.join(dense, structured)
 
 
 def _of_products(

@@ -1,7 +1,8 @@
 """What attention does, at O(n) memory: `attention_statistics`.
 
 The statistics of the weights P_ij = exp(s_ij - lse_i) of a call, none of which is n x n. On CPUs one pass of the C++
-kernels gathers them, elsewhere the definition, a slice of query rows at a time. Letters as in `functional`.
+kernels gathers them, on GPUs three Triton kernels, and what those do not serve the definition, a slice of query rows at
+a time. Letters as in `functional`.
 """
 
 from __future__ import annotations
@@ -284,8 +285,9 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_entropy: Tensor, grad_received: Tensor) -> tuple[Any, ...]:
         query, key, bias, row_weights, sinks, diagonals = ctx.saved_tensors
+        mask, scale, softcap = ctx.call
         gradients = reference.attention_statistics_backward(
-            grad_entropy, grad_received if ctx.received else None, query, key, bias, row_weights, *ctx.call, sinks,
-            diagonals,
+            grad_entropy, grad_received if ctx.received else None, query, key, bias, row_weights, mask, scale, softcap,
+            sinks, diagonals,
         )  # fmt: skip
         return (*gradients, None, None, None, None)

@@ -32,7 +32,6 @@ from .inputs import (
     may_read,
     modifier_names,
     prepare_inputs,
-    refuse_modifiers,
     resolve_seed,
     seen_keys,
     select_keys,
@@ -139,14 +138,13 @@ def attention(
         InputError, InputTypeError: shapes, dtypes, devices or combinations that are not defined.
         UnsupportedError: the backend asked for cannot serve this call.
     """
-    modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
     if sharding.active is not None:
-        if modified:
-            sharding.refuse("attention with softcap, sinks or a structured bias")
         return sharding.active.attention(  # type: ignore[no-any-return]
             query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
-            scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse, backend=backend,
+            scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            return_lse=return_lse, backend=backend,
         )  # fmt: skip
+    modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
     plain = ops.is_plain(query, key, value, *((sinks, *tensors_of(bias)) if modified else (bias,)))
     if not plain and is_jit_traced():
         if modified:
@@ -287,8 +285,8 @@ def padded_attention(
     Under torch.compile, torch.func and on a GPU the data is not looked at, and every padding becomes a bias.
     """
     if sharding.active is not None:
-        refuse_modifiers("inside context_parallel", bias, **arguments)
-        arguments = {name: given for name, given in arguments.items() if name not in ("softcap", "sinks")}
+        if need_weights:
+            sharding.refuse("attention weights")
         return sharding.active.attention(query, key, value, key_mask=key_mask, mask=mask, bias=bias, **arguments)
     dense, structured = biases.split(bias)
     key, value, mask, dense = hide_padding(query, key, value, key_mask, mask=mask, bias=dense, **arguments)

@@ -29,7 +29,7 @@ DEEPSPEED = "tests/patterns/test_patterns_deepspeed.py"
 FUZZ = "tests/contract/test_fuzz.py"
 CONTRACT = "tests/contract/test_contract.py"
 HIDDEN = "tests/methods/test_hidden_keys.py"
-LOWRANK = "tests/methods/test_lowrank.py"
+LOWRANK = "tests/methods/test_lowrank.py tests/methods/test_lowrank_contract.py tests/methods/test_lowrank_error.py"
 HYBRID = "tests/methods/test_hybrid.py"
 METHODS = "tests/methods/test_methods.py"
 LINEAR = "tests/methods/test_linear_attention.py"
@@ -43,8 +43,9 @@ tokens, bigbird, images, deepspeed, content, buckets, combined = (
     f"efficient_attn/patterns/{name}.py"
     for name in ("tokens", "bigbird", "images", "deepspeed", "content", "buckets", "combined")
 )
-functional, inputs, multihead, defaults = (
-    f"efficient_attn/{name}.py" for name in ("functional", "inputs", "multihead", "defaults")
+functional, inputs, defaults = (f"efficient_attn/{name}.py" for name in ("functional", "inputs", "defaults"))
+module_masks, module_nested, module_projections = (
+    f"efficient_attn/multihead/{name}.py" for name in ("masks", "nested", "projections")
 )
 methods = "efficient_attn/methods"
 reference = "efficient_attn/backends/reference"
@@ -233,15 +234,16 @@ FAULTS = [
     Fault("a step inside a block chooses for itself", content, 'self.queries == "first" and first % self.block == 0',
           'self.queries == "first"', "tests/models/test_models_generation.py -k by_content"),
     # --- the module ---
-    Fault("keys projected as queries", multihead, "k = F.linear(key, weight[E : 2 * E], None if bias is None else "
-          "bias[E : 2 * E])\n        return q, k, F.linear", "k = F.linear(key, weight[:E], None if bias is None else "
-          "bias[:E])\n        return q, k, F.linear", MODULE),
-    Fault("True is attend", multihead, "key_mask = F.pad(~key_padding_mask,", "key_mask = F.pad(key_padding_mask,",
+    Fault("keys projected as queries", module_projections,
+          "k = F.linear(key, weight[E : 2 * E], None if bias is None else bias[E : 2 * E])\n    return q, k, F.linear",
+          "k = F.linear(key, weight[:E], None if bias is None else bias[:E])\n    return q, k, F.linear", MODULE),
+    Fault("True is attend", module_masks, "key_mask = F.pad(~key_padding_mask,", "key_mask = F.pad(key_padding_mask,",
           MODULE),
-    Fault("a mask of pairs is its opposite", multihead, "mask = F.pad(~attn_mask,", "mask = F.pad(attn_mask,", MODULE),
-    Fault("appended keys are hidden", multihead, "F.pad(~key_padding_mask, (0, extra), value=True)",
+    Fault("a mask of pairs is its opposite", module_masks, "mask = F.pad(~attn_mask,", "mask = F.pad(attn_mask,",
+          MODULE),
+    Fault("appended keys are hidden", module_masks, "F.pad(~key_padding_mask, (0, extra), value=True)",
           "F.pad(~key_padding_mask, (0, extra), value=False)", MODULE),
-    Fault("nested sequences see each other's padding", multihead,
+    Fault("nested sequences see each other's padding", module_nested,
           "padding = positions >= torch.tensor(k_lengths, device=query.device)[:, None]",
           "padding = positions > torch.tensor(k_lengths, device=query.device)[:, None]", f"{MODULE} -k nested"),
     Fault("weights of the first head", f"{methods}/base.py", "return out, weights.mean(1) if",
@@ -297,7 +299,7 @@ FAULTS = [
           'verdict = "same" if not math.isfinite(before) and not math.isfinite(after) else "regression"',
           'verdict = "same"', "tests/measuring/test_compare.py"),
     Fault("growth from the wrong length", "efficient_attn/measuring/fit.py", "(length / self.longest) ** self.exponent",
-          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling.py"),
+          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling_counts.py"),
     # --- Triton ---
     Fault("Triton: weights from an lse without digits", "efficient_attn/ops/attention.py", "COARSE_LSE = 2.0**10",
           "COARSE_LSE = float(\"inf\")", TRITON_EDGES),
@@ -307,7 +309,8 @@ FAULTS = [
           "any_end = tl.minimum(i_last + mask.high + 1, keys)",
           "any_end = tl.minimum(i_last + mask.high, keys)", TRITON_EDGES),
     Fault("Triton: a tile full that a length cuts", "kernels/walk.py",
-          "tl.where(j_first + C.BLOCK_K <= keys, clean, 0)", "tl.where(j_first < keys, clean, 0)", TRITON_EDGES),
+          "lower_bound(mask.indices, begin, begin + clean, keys // SIZE)",
+          "lower_bound(mask.indices, begin, begin + clean, tl.cdiv(keys, SIZE))", TRITON_EDGES),
     Fault("Triton: lists of the first head", "kernels/walk.py", "mask.heads == 1, 0, i_h)) * mask.blocks + i_block",
           "mask.heads == 1, 0, 0 * i_h)) * mask.blocks + i_block", TRITON_EDGES),
     Fault("Triton: the sum is not faded", "kernels/attention.py", "select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, "

@@ -28,11 +28,14 @@ from .tiles import (
     cap_scores,
     dot,
     head_pointer,
+    key_places,
     line_offsets,
     load_block,
     load_tile,
     mask_scores,
     online_softmax_update,
+    owned_queries,
+    query_places,
     signed,
 )
 from .walk import (
@@ -108,9 +111,10 @@ class Cells(NamedTuple):
 @triton.jit
 def walked_scores(b_q, p_k, x, own, j_first, tile, C: tl.constexpr, MODE: tl.constexpr):
     """Scores [BLOCK_Q, BLOCK_K] in log2 of the program's queries and a key tile, -inf where a pair is hidden."""
-    b_k = load_block(p_k, x.k.n, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
+    columns = key_places(x, own.i_b, own.i_h // C.GROUP, j_first, C.BLOCK_K)
+    b_k = load_block(None, p_k, x.k.n, columns, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
     b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
-    b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, own.o, j_first, own.keys, tile, C, MODE, 1)
+    b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, own, columns, own.keys, tile, C, MODE, 1)
     return b_s
 
 
@@ -203,8 +207,8 @@ def row_statistics_kernel(
     i_first = i_tile * C.BLOCK_Q
     o_i = i_first + tl.arange(0, C.BLOCK_Q)
     m_i = o_i < x.sizes.Nq
-    o_seen = o_i if x.bias.ptr is None else tl.minimum(o_i, x.sizes.Nq - 1)
-    own = Tile(i_b, i_h, i_h, i_first, o_seen, key_count(x.mask, i_b, x.sizes.Nk))
+    rows_of = query_places(x, i_b, i_h, i_first, C.BLOCK_Q)
+    own = owned_queries(x, rows_of, i_b, i_h, i_h, key_count(x.mask, i_b, x.sizes.Nk))
     i_last = tl.minimum(i_first + C.BLOCK_Q, x.sizes.Nq) - 1
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
     b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
@@ -255,12 +259,12 @@ def receive(b_sums, b_k, x, softmax, found, own, walk, C: tl.constexpr, WEIGHTIN
     entry = entry_at(x.mask, walk, walk.first, C.LIST_Q // C.BLOCK_Q, False)
     for t in range(walk.first, walk.end):
         i_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_Q, C.BLOCK_Q, False)
-        o_i = i_first + tl.arange(0, C.BLOCK_Q)
-        m_i = o_i < x.sizes.Nq
-        b_q = load_block(p_q, x.q.n, i_first, x.sizes.Nq, C.D, C.BLOCK_Q, C.BLOCK_D, MODE != FULL)
+        places = query_places(x, own.i_b, own.i_h, i_first, C.BLOCK_Q)
+        m_i = places.o < x.sizes.Nq
+        b_q = load_block(None, p_q, x.q.n, places, x.sizes.Nq, C.D, C.BLOCK_Q, C.BLOCK_D, MODE != FULL)
         b_s, _slope = cap_scores(dot(b_k, tl.trans(b_q), C) * x.sizes.scale, x)  # [BLOCK_K, BLOCK_Q]
-        b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, o_i, own.first, own.keys, tile, C, MODE, 0)
-        o_row = line_offsets(x, own.i_b, own.i_h, o_i)
+        b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, places, own, own.keys, tile, C, MODE, 0)
+        o_row = line_offsets(x, own.i_b, own.i_h, places.o)
         b_m = tl.load(softmax.largest + o_row, mask=m_i, other=0.0)
         b_inverse = tl.load(softmax.inverse + o_row, mask=m_i, other=0.0)
         b_p, _apart = exponentials(b_s, b_m[None, :], b_inverse[None, :])
@@ -285,7 +289,7 @@ def received_kernel(
     i_tile, i_b, i_h = locate(tl.program_id(0), x.mask, grid, x.sizes.Nk, C.LIST_K, C.BLOCK_K, LAST_FIRST)
     j_first = i_tile * C.BLOCK_K
     o_j = j_first + tl.arange(0, C.BLOCK_K)
-    own = Tile(i_b, i_h, i_h, j_first, o_j, key_count(x.mask, i_b, x.sizes.Nk))
+    own = Tile(j_first, o_j, o_j, i_b, i_h, i_h, key_count(x.mask, i_b, x.sizes.Nk))
     b_k = signed(load_tile(x.k, i_b, i_h // C.GROUP, o_j, o_j < own.keys, C.D, C.BLOCK_D), C.SIGN)
     span = query_span(x, i_b, i_h, j_first, own.keys, C)
     b_sums = tl.full([C.BLOCK_K, WEIGHTINGS], 0.0, tl.float32)
@@ -339,8 +343,9 @@ def mass_map_kernel(
                 m_j = (o_j >= j_begin) & (o_j < j_end)
                 b_k = load_tile(x.k, i_b, i_h // C.GROUP, o_j, m_j, C.D, C.BLOCK_D)
                 b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
-                o_seen = tl.minimum(o_i, x.sizes.Nq - 1)
-                b_s, _visible = mask_scores(b_s, x, i_b, i_h, o_seen, j_first, keys, tile, C, PARTIAL, 1)
+                own = owned_queries(x, query_places(x, i_b, i_h, i_first, C.BLOCK_Q), i_b, i_h, i_h, keys)
+                columns_of = key_places(x, i_b, i_h // C.GROUP, j_first, C.BLOCK_K)
+                b_s, _visible = mask_scores(b_s, x, i_b, i_h, own, columns_of, keys, tile, C, PARTIAL, 1)
                 b_p, _apart = exponentials(b_s, b_m[:, None], b_inverse[:, None])
                 b_p = tl.where(m_i[:, None] & m_j[None, :], b_p, 0.0)
                 if CELLS_Q * CELLS_K == 1:

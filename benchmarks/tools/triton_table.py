@@ -40,13 +40,14 @@ FEATURES = {
         "lists",
         "extras",
         "modifiers",
+        "orders",
         "decode",
         "linear",
         "tma",
         "statistics",
         "statistics-lists-modifiers",
     ),
-    torch.float32: ("window", "modifiers", "linear", "statistics"),
+    torch.float32: ("window", "modifiers", "orders", "linear", "statistics"),
 }
 LENGTH = 256
 
@@ -154,6 +155,11 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
                 visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
                 mask = BlockMask.from_dense(visible).with_causal("bottom_right")
                 arrays = mask.arrays(transposed=True)
+            if "orders" in feature:  # of tokens, with lists in the blocks that parts of a mask have
+                visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+                arrays = BlockMask.from_dense(visible, block_size=(64, 64)).arrays(transposed=True)
+                places = (torch.arange(n, dtype=torch.int32).flip(0).repeat(4, 1) for n in visible.shape)
+                arrays = arrays._replace(**dict(zip(("query_order", "key_order"), places, strict=True)))
             if "extras" in feature:
                 bias = torch.zeros(1, 4, q_len, 4 * LENGTH, dtype=dtype)
                 dropout_p, seed = 0.1, torch.zeros((), dtype=torch.int64)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...masks import MaskArrays
-from ..call import lse_without_keys, readable
+from ..call import lse_without_keys, readable, refuse_orders
 from ..statistics import Found, Wanted
 from . import attention as triton
 
@@ -33,6 +33,7 @@ def attention_statistics(
     diagonals: Tensor | None = None,
 ) -> Found:
     """Return what is `wanted` of the weights of this call, as `reference.statistics.attention_statistics`."""
+    refuse_orders(mask, "statistics of the weights")
     query, key, mask = readable(query), readable(key), triton._contiguous(mask)
     (B, Hq, Nq, _), Nk = query.shape, key.shape[2]
     k = triton.kernels()
@@ -55,7 +56,7 @@ def attention_statistics(
     cells = None
     if wanted.map_block:
         cells = query.new_empty(B, Hq, *(-(-n // cell) for n in (Nq, Nk)), dtype=torch.float32)
-    if query.numel() == 0 or Nk == 0 or triton._lists_nothing(mask):
+    if query.numel() == 0 or triton._sees_nothing(mask, key):
         _fill_without_keys(softmax, rows, received, cells, sinks)
     else:
         problem = triton._problem(query, key, key, mask, scale, 0.0, None)

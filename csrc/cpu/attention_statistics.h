@@ -18,13 +18,12 @@ namespace {
 template <class A>
 struct StatisticsTile {
     ForwardTile<A> forward;
-    A *inverse, *log_total, *entropy, *distance, *nearby, *shares, *position, *weight, *mass, *largest;
+    A *inverse, *entropy, *distance, *nearby, *shares, *position, *weight, *mass, *largest;
     int32_t* largest_key;
 
     StatisticsTile(const StatisticsParams& p, char* memory) : forward(p.attention, memory) {
         Arena arena{memory + ForwardTile<A>::bytes(p.attention)};
         inverse = arena.take<A>(kQueries);
-        log_total = arena.take<A>(kQueries);
         entropy = arena.take<A>(kQueries);
         distance = arena.take<A>(kQueries);
         nearby = arena.take<A>(kQueries);
@@ -69,18 +68,17 @@ EA_NOINLINE void keep_largest(const A* S, Range keys, int64_t w, int64_t count, 
         }
 }
 
-// S becomes P; entropy gains sum P log P, in the unit of the scores: key by key, for beside a sink a row of P does not
-// add up to 1.
+// S becomes P; entropy gains sum P (s - top), in the unit of the scores.
 template <class A, bool kNatural>
-EA_NOINLINE void weigh(int64_t keys, int64_t w, const A* top, const A* inverse, const A* log_total, A* S, A* entropy) {
+EA_NOINLINE void weigh(int64_t keys, int64_t w, const A* top, const A* inverse, A* S, A* entropy) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
-        const Vec<A> best = load<A>(top + lane), share = load<A>(inverse + lane), rest = load<A>(log_total + lane);
+        const Vec<A> best = load<A>(top + lane), share = load<A>(inverse + lane);
         const Vec<A> reference = select<A>(best == -kInfinity<A>, Vec<A>{}, best);
         Vec<A> sum = {};
         for (int64_t k = 0; k < keys; ++k) {
             const Vec<A> difference = load<A>(S + k * w + lane) - reference;
             const Vec<A> p = select<A>(share == Vec<A>{}, Vec<A>{}, exponential<kNatural>(difference) * share);
-            sum += select<A>(p == Vec<A>{}, Vec<A>{}, p * (difference - rest));
+            sum += select<A>(p == Vec<A>{}, Vec<A>{}, p * difference);
             store(S + k * w + lane, p);
         }
         store(entropy + lane, load<A>(entropy + lane) + sum);
@@ -166,13 +164,10 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
     const int64_t head = b * p.Hq + h, first = head * p.Nq + rows.begin;
     const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
-    const double unit = score_unit(p);
     softmax_pass<T>(p, b, h, rows, w, f, [](Range, bool) {});
 
     for (int64_t r = 0; r < w; ++r) {
-        const double total = r < count ? static_cast<double>(f.total[r]) : 0;
-        t.inverse[r] = total == 0 ? 0 : 1 / f.total[r];
-        t.log_total[r] = total == 0 ? 0 : static_cast<A>(__builtin_log(total) / unit);
+        t.inverse[r] = r < count && f.total[r] != 0 ? 1 / f.total[r] : 0;
         t.position[r] = static_cast<A>(rows.begin + r + s.position_offset);
         for (int64_t n = 0; n < s.row_weight_count; ++n)
             t.weight[n * w + r] =
@@ -194,8 +189,8 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
         masked = add_biases<T>(p, b, h, rows, keys, w, f.S, masked, f.bits, f.scratch, f.bias);
         if (masked) fill_masked(f.bits, n, w, -kInfinity<A>, f.S);
         if (s.top) keep_largest(f.S, keys, w, count, s.top, t.largest, t.largest_key);
-        is_natural(p) ? weigh<A, true>(n, w, f.top, t.inverse, t.log_total, f.S, t.entropy)
-                      : weigh<A, false>(n, w, f.top, t.inverse, t.log_total, f.S, t.entropy);
+        is_natural(p) ? weigh<A, true>(n, w, f.top, t.inverse, f.S, t.entropy)
+                      : weigh<A, false>(n, w, f.top, t.inverse, f.S, t.entropy);
         if (s.received) receive<A>(f.S, n, w, nullptr, received + keys.begin);
         for (int64_t weighting = 0; weighting < s.row_weight_count; ++weighting)
             receive(f.S, n, w, t.weight + weighting * w, received + (weighting + 1) * received_step + keys.begin);
@@ -207,11 +202,12 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
         }
     });
 
+    const double unit = score_unit(p);
     for (int64_t r = 0; r < count; ++r) {
         const double total = static_cast<double>(f.total[r]), log_total = total == 0 ? 0 : __builtin_log(total);
         rows_of<A>(p.lse, first)[r] =
             total == 0 ? -kInfinity<A> : static_cast<A>(static_cast<double>(f.top[r]) * unit + log_total);
-        rows_of<A>(s.entropy, first)[r] = static_cast<A>(-static_cast<double>(t.entropy[r]) * unit);
+        rows_of<A>(s.entropy, first)[r] = static_cast<A>(log_total - static_cast<double>(t.entropy[r]) * unit);
         if (s.distance) rows_of<A>(s.distance, first)[r] = t.distance[r];
         if (s.distance) rows_of<A>(s.nearby, first)[r] = t.nearby[r];
         for (int64_t set = 0; set < s.set_count; ++set)

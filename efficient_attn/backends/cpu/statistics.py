@@ -31,6 +31,9 @@ def attention_statistics(
     """Return what is `wanted` of the weights of this call, as `reference.statistics.attention_statistics`."""
     refuse_orders(mask, "statistics of the weights")
     query, key = readable(query), readable(key)
+    asked = wanted.top
+    if sinks is not None:
+        wanted = wanted._replace(top=max(asked, 1))
     (B, Hq, Nq, _), Nk = query.shape, key.shape[2]
     dtype = accumulation_dtype(query.dtype)
     rows = max(64, -(-Nq // CHUNKS))
@@ -60,4 +63,17 @@ def attention_statistics(
         also_kept, more = pack_statistics(found, wanted, rows)
         _cpu.attention_statistics(words + more, torch.get_num_threads())
         del kept, also_kept
+    if sinks is not None:
+        found = found._replace(entropy=_beside_sinks(found, sinks))
+        found = found if asked else found._replace(top_weights=None, top_keys=None)
     return found if found.received is None else found._replace(received=found.received.sum(3))
+
+
+def _beside_sinks(found: Found, sinks: Tensor) -> Tensor:
+    """-sum P log P, for which the kernel takes the rows of P to add up to 1: beside a sink it has counted
+    lse less the largest score, of the keys and the sink, also for the sink's share."""
+    assert found.top_weights is not None
+    sinks = sinks.to(found.lse.dtype)[:, None]
+    largest = torch.maximum(found.lse + found.top_weights[..., 0].log(), sinks)
+    seen = found.lse > -torch.inf
+    return torch.where(seen, found.entropy - (found.lse - largest) * torch.exp(sinks - found.lse), found.entropy)

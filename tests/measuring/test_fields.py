@@ -1,5 +1,4 @@
-"""The suites of docs/fields.md: every kind of cell runs, the page's tables are of their rows, and the data are what they
-say."""
+"""The suites of docs/fields.md: every kind of cell runs, tables are of their rows, and the data are what they say."""
 
 import importlib.util
 import json

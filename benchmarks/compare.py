@@ -37,7 +37,10 @@ LOWER = (
     r"(.*_)?ms|.*_bytes|bytes_per_token|weights_ratio|(.*_)?error|loss|mase|smape|crps|difference|scores|share"
     r"|(.*_)?(spread|unsure|seconds)|trained_s"
 )
-NEUTRAL = r"layers|changed|trials|score_before|density|parts|visited|parameters|tokens|windows|samples|tolerance|baseline|load"
+NEUTRAL = (
+    r"layers|changed|trials|score_before|density|parts|visited|parameters|tokens|windows|samples|tolerance"
+    r"|baseline|load"
+)
 LOW_SCORES = ("loss", "mase", "naive_mase", "mae", "mse", "bits_per_character", "to_naive")
 
 

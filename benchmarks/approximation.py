@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from efficient_attn import BlockMask, MultiheadAttention, attention, parse, truncated_svd_attention
 from efficient_attn.measuring import inputs
 from efficient_attn.methods import Hybrid, Sparse
+from efficient_attn.multihead.projections import project, split_heads
 
 from .suites import vit
 
@@ -78,8 +79,8 @@ def activations(
     handle = block.attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         accuracy = (model.eval()(test).argmax(-1) == test_labels).float().mean().item()
-        projected = block.attention._project(*[seen[0][:images]] * 3)
-        query, key, value = (block.attention._split_heads(x).double() for x in projected)
+        projected = project(block.attention, *[seen[0][:images]] * 3)
+        query, key, value = (split_heads(block.attention, x).double() for x in projected)
     handle.remove()
     return query, key, value, accuracy
 

@@ -1,7 +1,7 @@
 """efficient-attn: exact, block-sparse and low-rank attention with one operator, one mask and one drop-in module."""
 
 from .backends import BACKENDS
-from .biases import ALiBi, LowRankBias, RelativeBias, T5Bias
+from .biases import ALiBi, LowRankBias, PositionBias, RelativeBias, T5Bias
 from .cache import KVCache, PagedKVCache, cached_attention, paged_attention
 from .errors import (
     CheckpointError,
@@ -99,6 +99,7 @@ __all__ = [
     "Pattern",
     "Performer",
     "PerformerTail",
+    "PositionBias",
     "PrefixLM",
     "RelativeBias",
     "SlidingWindow",

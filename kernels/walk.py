@@ -203,7 +203,8 @@ def query_span(x, i_b, i_h, j_first, keys, C: tl.constexpr):
     if x.mask.indptr is not None:
         PARTS: tl.constexpr = C.LIST_Q // C.BLOCK_Q
         begin, clean, live = planned_entries(x.mask, i_b, i_h, j_first // C.LIST_K)
-        # No query sees keys beyond a length; in a tile that a length cuts they are masked.
+        # No query sees keys beyond a length: their rows are stored as 0, whatever a tile that a length cuts makes of
+        # them. They are masked there all the same, or an exponent without a bound would ask for the careful pass.
         end = tl.where(j_first < keys, live, 0) * PARTS
         full_end = tl.where(j_first + C.BLOCK_K <= keys, clean, 0) * PARTS
         zero = tl.zeros([], tl.int32)

@@ -33,8 +33,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "triton" / "compile.
 CAPABILITIES = (80, 90)
 # float16 takes the configurations of bfloat16. A call without a mask compiles less than one with a window.
 FEATURES = {
-    torch.bfloat16: ("window", "lists", "extras", "modifiers", "decode", "linear", "tma"),
-    torch.float32: ("window", "modifiers", "linear"),
+    torch.bfloat16: ("window", "lists", "extras", "modifiers", "orders", "decode", "linear", "tma"),
+    torch.float32: ("window", "modifiers", "orders", "linear"),
 }
 LENGTH = 256
 
@@ -142,6 +142,11 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
                 visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
                 mask = BlockMask.from_dense(visible).with_causal("bottom_right")
                 arrays = mask.arrays(transposed=True)
+            if "orders" in feature:  # of tokens, with lists in the blocks that parts of a mask have
+                visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+                arrays = BlockMask.from_dense(visible, block_size=(64, 64)).arrays(transposed=True)
+                places = (torch.arange(n, dtype=torch.int32).flip(0).repeat(4, 1) for n in visible.shape)
+                arrays = arrays._replace(**dict(zip(("query_order", "key_order"), places, strict=True)))
             if "extras" in feature:
                 bias = torch.zeros(1, 4, q_len, 4 * LENGTH, dtype=dtype)
                 dropout_p, seed = 0.1, torch.zeros((), dtype=torch.int64)

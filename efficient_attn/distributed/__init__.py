@@ -5,7 +5,9 @@ needs.py       what a mask says of a part of the sequence
 plan.py        who computes what, which keys travel, what that costs; `explain`
 links.py       the model of links
 exchange.py    what ranks say to each other, with a time limit; differentiable exchanges
-attention.py   exact attention by gather, ring and heads apart, forward and backward
+attention.py   exact attention by gather and ring, forward and backward
+heads.py       heads apart
+tokens.py      where tokens stand in what is held and what is fetched
 states.py      the low-rank methods
 agreement.py   what ranks compare before each call
 context.py     `context_parallel`

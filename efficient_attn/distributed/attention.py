@@ -7,14 +7,17 @@ as `merge_attention` does, with shares w_p = exp(lse_p - lse). Backward, with th
 
 which is what a kernel's backward gives for grad_out = w_p g, grad_lse = w_p g_lse, the row's out and the piece's lse.
 So only lse_p is kept of a piece, and keys are sent again in the backward instead of being kept.
+
+Sinks are a key without a value that each query sees once: they go with the first piece of a run of queries. A bias by
+relative position goes to a piece as the diagonals that its corner of the whole has.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +25,15 @@ from torch import Tensor
 from .. import backends
 from ..backends.call import accumulation_dtype
 from ..errors import UnsupportedError
-from ..functional import describe, merge_attention
+from ..functional import describe
+from ..inputs import modifier_names
+from ..masks import MaskArrays
 from ..ops import attention as ops
-from .exchange import Exchange, Passing, swapped
-from .plan import Piece, Plan, head_range, kv_heads_for
-from .shards import Runs, Shards, overlap, size
+from .exchange import Exchange, Passing
+from .plan import Piece, Plan, head_range
+from .shards import Run, size
+
+AT_ONCE = 2**23  # bytes of keys and values that may be here of other ranks before heads take turns
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,13 @@ class Settled:
     dropout_p: float
     seed: int
     backend: str
+    softcap: float = 0.0
     first_head: int = 0
+
+    def of_heads(self, heads: slice) -> Settled:
+        """The call of some query heads."""
+        plan = self.plan.of_heads(heads.start, heads.stop)
+        return replace(self, plan=plan, first_head=self.first_head + heads.start)
 
     @property
     def place(self) -> int:
@@ -48,24 +61,66 @@ class Settled:
         return self.ranks.index(self.exchange.rank)
 
 
+class Added(NamedTuple):
+    """What joins the scores of this rank's queries."""
+
+    bias: Tensor | None = None  # (1 | B, 1 | Hq, 1 | n, 1 | Nk)
+    sinks: Tensor | None = None  # (Hq)
+    diagonals: Tensor | None = None  # (1 | B, 1 | Hq, Nq + Nk - 1), of the whole sequence
+
+    def of_heads(self, heads: slice) -> Added:
+        """That of some query heads, as views."""
+        bias, sinks, diagonals = self
+        return Added(
+            bias if bias is None or bias.shape[1] == 1 else bias[:, heads],
+            None if sinks is None else sinks[heads],
+            diagonals if diagonals is None or diagonals.shape[1] == 1 else diagonals[:, heads],
+        )
+
+
 def exact_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Settled, transport: str
+    query: Tensor, key: Tensor, value: Tensor, added: Added, call: Settled, transport: str
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, n, Dv) and lse (B, Hq, n) of this rank's queries, with its rows of the bias."""
+    """out (B, Hq, n, Dv) and lse (B, Hq, n) of this rank's queries."""
     rows = {"gather": _Fetched, "ring": _Ring}[transport]
-    out, lse = _Attend.apply(query, key, value, bias, functools.partial(rows, call))  # type: ignore[no-untyped-call]
+    out, lse = _Attend.apply(query, key, value, *added, call, rows)  # type: ignore[no-untyped-call]
     return out, lse
+
+
+def _turns(query: Tensor, key: Tensor, value: Tensor, call: Settled, ring: bool) -> list[tuple[slice, slice]]:
+    """The query heads and the key heads that are worked on at once: what is here of other ranks' keys stays small
+    beside the tensors of the call, as long as there are heads to take one after the other."""
+    plan, Hkv = call.plan, key.shape[1]
+    if plan.ranks == 1 or not Hkv:
+        return [(slice(0, query.shape[1]), slice(0, Hkv))]
+    tokens = max(plan.keys.counts if ring else map(size, plan.reads))
+    there = tokens * key.shape[0] * Hkv * (key.shape[3] + value.shape[3]) * key.element_size()
+    count = max(1, min(Hkv, there // AT_ONCE))
+    group = query.shape[1] // Hkv
+    bounds = [head_range(Hkv, turn, count) for turn in range(count)]
+    return [(slice(a * group, b * group), slice(a, b)) for a, b in bounds]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, make: Callable[[], _Rows]
-    ) -> tuple[Tensor, Tensor]:
-        rows = make()
-        out, lse = rows.forward(query, key, value, bias)
-        ctx.save_for_backward(query, key, value, bias, out, lse, *rows.lses)
-        ctx.make, ctx.wants_bias = make, bias is not None and ctx.needs_input_grad[3]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None,
+        diagonals: Tensor | None, call: Settled, kind: type[_Rows],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        added, turns = Added(bias, sinks, diagonals), _turns(query, key, value, call, kind is _Ring)
+        out, lse, lses = query.new_empty(0), query.new_empty(0), list[list[Tensor]]()
+        for heads, kv_heads in turns:
+            rows = kind(call.of_heads(heads), added.of_heads(heads))
+            part = rows.forward(query[:, heads], key[:, kv_heads], value[:, kv_heads])
+            lses.append(rows.lses)
+            if len(turns) == 1:
+                out, lse = part
+                continue
+            if len(lses) == 1:
+                out, lse = (t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in part)
+            out[:, heads], lse[:, heads] = part
+        ctx.save_for_backward(query, key, value, bias, sinks, diagonals, out, lse, *itertools.chain(*lses))
+        ctx.call, ctx.kind, ctx.turns, ctx.kept = call, kind, turns, [len(part) for part in lses]
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -76,111 +131,194 @@ class _Attend(torch.autograd.Function):
                 "attention inside context_parallel has a first derivative alone; take create_graph=True away, or "
                 "compute second derivatives in one process"
             )
-        query, key, value, bias, out, lse, *lses = ctx.saved_tensors
-        rows = ctx.make()
-        rows.lses = lses
+        query, key, value, bias, sinks, diagonals, out, lse, *lses = ctx.saved_tensors
+        added, kept = Added(bias, sinks, diagonals), iter(lses)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        return *rows.backward(grad_out, grad_lse, query, key, value, bias, out, lse, ctx.wants_bias), None
+        whole = Row(grad_out, grad_lse, query, out, lse)
+        wanted = [t is not None and asked for t, asked in zip(added, ctx.needs_input_grad[3:6], strict=True)]
+        found: list[Any] = []
+        for (heads, kv_heads), count in zip(ctx.turns, ctx.kept, strict=True):
+            rows = ctx.kind(ctx.call.of_heads(heads), added.of_heads(heads))
+            rows.lses = list(itertools.islice(kept, count))
+            part = rows.backward(whole.of_heads(heads), key[:, kv_heads], value[:, kv_heads], wanted)
+            if len(ctx.turns) == 1:
+                return *part, None, None
+            if not found:
+                found = [
+                    None if t is None or g is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
+                    for t, g in zip((query, key, value, *added), part, strict=True)
+                ]
+            gradients = Added(*found[3:]).of_heads(heads)
+            into = (found[0][:, heads], found[1][:, kv_heads], found[2][:, kv_heads], *gradients)
+            for total, gradient in zip(into, part, strict=True):
+                if total is not None:
+                    total += gradient
+        return *found, None, None
+
+
+class Row(NamedTuple):
+    """What the backward of every piece asks of the whole rows of this rank's queries."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    query: Tensor
+    out: Tensor
+    lse: Tensor
+
+    def of_heads(self, heads: slice) -> Row:
+        """That of some query heads, as views."""
+        return Row(*(None if t is None else t[:, heads] for t in self))  # type: ignore[arg-type]
 
 
 class _Rows:
     """What the transports share: the pieces of this rank's queries."""
 
-    def __init__(self, call: Settled) -> None:
+    def __init__(self, call: Settled, added: Added) -> None:
         self.call, self.plan, self.exchange = call, call.plan, call.exchange
+        self.given = added  # as they came; kernels take sinks that no piece rounds
+        dtype = torch.float32 if added.sinks is None else accumulation_dtype(added.sinks.dtype)
+        self.added = added if added.sinks is None else added._replace(sinks=added.sinks.to(dtype))
         self.lses: list[Tensor] = []  # of each piece whose run of queries has several
-        self.spread = call.dropout_p > 0.0
+        # Both go by a key's distance, which a buffer without gaps would change.
+        self.spread = call.dropout_p > 0.0 or added.diagonals is not None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse of this rank's queries; `lses` is what the backward needs of pieces."""
         raise NotImplementedError
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        bias: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        """Gradients of query, key, value and bias."""
+    def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
+        """Gradients of query, key, value, bias, sinks and diagonals; `wanted` is of the last three."""
         raise NotImplementedError
 
-    def _begin(self, query: Tensor, value: Tensor) -> None:
+    def _begin(self, query: Tensor, value: Tensor, pieces: list[Piece]) -> None:
+        self._count(pieces)
+        whole = (0, query.shape[2])
+        self.exact = self.counts == {whole: 1}  # then the one piece is the result
+        several = any(count > 1 for count in self.counts.values())
         dtype = accumulation_dtype(query.dtype)
-        self.out = query.new_zeros(*query.shape[:3], value.shape[3], dtype=dtype)
-        self.lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-        self.exact: Tensor | None = None  # what the one piece of all rows gave
-        self.kept: list[tuple[tuple[int, int], Tensor]] = []
+        if not self.exact:
+            shape = (*query.shape[:3], value.shape[3])
+            self.out = query.new_zeros(shape, dtype=dtype if several else query.dtype)
+            self.lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
 
-    def _take(self, piece: Piece, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+    def _take(self, piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> None:
         """One piece forward, joined with those before; key and value are those at hand."""
         a, b = piece.rows
         q, k, v = query[:, :, a:b], _columns(key, piece), _columns(value, piece)
-        part = _bias_part(bias, piece)
-        arrays = piece.mask.arrays()
-        backend = backends.cached_select(self.call.backend, describe(q, k, v, part, arrays, self.call.dropout_p))
+        first = self._is_first(piece)
+        part, arrays = self._added(piece, first), piece.mask.arrays()
         out, lse = ops.attention_forward(
-            q, k, v, part, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece),
-            0.0, None, None, backend,
+            q, k, v, part.bias, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece),
+            self.call.softcap, part.sinks, part.diagonals, self._backend(q, k, v, part, arrays),
         )  # fmt: skip
-        if not any(rows == piece.rows for rows, _ in self.kept):
-            self.exact = out if (a, b) == (0, query.shape[2]) else None
+        if self.counts[piece.rows] > 1:
+            self.lses.append(lse)
+        if self.exact:
+            self.out, self.lse = out, lse
+        elif first:
             self.out[:, :, a:b], self.lse[:, :, a:b] = out, lse
         else:
-            self.exact = None
-            before = (self.out[:, :, a:b].clone(), self.lse[:, :, a:b].clone())
-            self.out[:, :, a:b], self.lse[:, :, a:b] = merge_attention((before[0], out), (before[1], lse))
-        self.kept.append((piece.rows, lse))
+            _join(self.out[:, :, a:b], self.lse[:, :, a:b], out, lse)
 
     def _end(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        counts: dict[tuple[int, int], int] = {}
-        for rows, _ in self.kept:
-            counts[rows] = counts.get(rows, 0) + 1
-        self.lses = [lse for rows, lse in self.kept if counts[rows] > 1]
-        return (self.out.to(query.dtype) if self.exact is None else self.exact), self.lse
+        if self.added.sinks is not None:
+            for a, b in self._bare():
+                self.lse[:, :, a:b] = self.added.sinks[:, None]
+        return self.out.to(query.dtype), self.lse
 
-    def _begin_backward(self, pieces: list[Piece], bias: Tensor | None, wants_bias: bool, query: Tensor) -> None:
-        self.counts: dict[tuple[int, int], int] = {}
+    def _count(self, pieces: list[Piece]) -> None:
+        """How many pieces each run of queries has."""
+        self.counts: dict[Run, int] = {}
         for piece in pieces:
             self.counts[piece.rows] = self.counts.get(piece.rows, 0) + 1
-        self.left = list(self.lses)
-        dtype = accumulation_dtype(query.dtype)
-        self.dq = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        self.dbias = None if bias is None or not wants_bias else torch.zeros_like(bias, dtype=dtype)
+        self.begun = set[Run]()
 
-    def _give_back(
-        self, piece: Piece, tensors: tuple[Any, ...], key: Tensor, value: Tensor, dk: Tensor, dv: Tensor
-    ) -> None:
-        """One piece backward: adds to dq and dbias, and to dk and dv of the keys at hand."""
-        grad_out, grad_lse, query, bias, out, lse = tensors
+    def _is_first(self, piece: Piece) -> bool:
+        """Whether this is the first piece of its queries."""
+        first = piece.rows not in self.begun
+        self.begun.add(piece.rows)
+        return first
+
+    def _begin_backward(self, pieces: list[Piece], row: Row, wanted: Sequence[bool]) -> None:
+        self._count(pieces)
+        self.left = list(self.lses)
+        dtype = accumulation_dtype(row.query.dtype)
+        self.dq: Tensor | None = None  # made when a piece has not all queries
+        self.sums = Added(
+            *(torch.zeros_like(t, dtype=dtype) if t is not None and asked else None
+              for t, asked in zip(self.added, wanted, strict=True))
+        )  # fmt: skip
+        if self.sums.sinks is not None and row.grad_lse is not None:
+            for a, b in self._bare():
+                self.sums.sinks.add_(row.grad_lse[:, :, a:b].sum((0, 2)))
+
+    def _give_back(self, piece: Piece, row: Row, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """One piece backward: adds to dq and sums; the gradients of its keys and values."""
         a, b = piece.rows
-        q, k, v = query[:, :, a:b], _columns(key, piece), _columns(value, piece)
-        part, whole = _bias_part(bias, piece), lse[:, :, a:b]
-        g, g_lse, part_lse = grad_out[:, :, a:b], None if grad_lse is None else grad_lse[:, :, a:b], whole
+        q, k, v = row.query[:, :, a:b], _columns(key, piece), _columns(value, piece)
+        first = self._is_first(piece)
+        part, sums, whole = self._added(piece, first), self.sums, row.lse[:, :, a:b]
+        g, g_lse = row.grad_out[:, :, a:b], None if row.grad_lse is None else row.grad_lse[:, :, a:b]
+        part_lse = whole
         if self.counts[piece.rows] > 1:
             part_lse = self.left.pop(0)
             share = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0.0))
-            g = (g * share[..., None]).to(out.dtype)
+            g = (g * share[..., None]).to(row.out.dtype)
             g_lse = None if g_lse is None else g_lse * share
         arrays = piece.mask.arrays()
-        backend = backends.cached_select(self.call.backend, describe(q, k, v, part, arrays, self.call.dropout_p))
+        backend = self._backend(q, k, v, part, arrays)
         if backends.BACKENDS[backend].NEEDS_TRANSPOSED:
             arrays = piece.mask.arrays(transposed=True)
-        dq, part_dk, part_dv, dbias, *_ = ops.attention_backward(
-            g, g_lse, None, q, k, v, part, out[:, :, a:b], part_lse.contiguous(), *ops.operands(arrays),
-            self.call.scale, self.call.dropout_p, self._seed(piece), self.dbias is not None, 0.0, None, None,
-            False, backend,
+        dq, part_dk, part_dv, dbias, dsinks, ddiagonals = ops.attention_backward(
+            g, g_lse, None, q, k, v, part.bias, row.out[:, :, a:b], part_lse.contiguous(), *ops.operands(arrays),
+            self.call.scale, self.call.dropout_p, self._seed(piece), sums.bias is not None, self.call.softcap,
+            part.sinks, part.diagonals, sums.diagonals is not None, backend,
         )  # fmt: skip
-        if b - a == self.dq.shape[2] and self.counts[piece.rows] == 1:
-            self.dq = dq.to(self.dq.dtype)
+        if self.counts == {(0, row.query.shape[2]): 1}:
+            self.dq = dq
         else:
+            if self.dq is None:
+                several = any(count > 1 for count in self.counts.values())
+                dtype = accumulation_dtype(dq.dtype) if several else dq.dtype
+                self.dq = torch.zeros(row.query.shape, dtype=dtype, device=dq.device)
             self.dq[:, :, a:b] += dq
-        c, d = piece.columns
-        dk[:, :, c:d] += part_dk
-        dv[:, :, c:d] += part_dv
-        if self.dbias is not None:
-            _add_bias(self.dbias, dbias, piece)
+        if sums.bias is not None:
+            _add_bias(sums.bias, dbias, piece)
+        if sums.sinks is not None and first:
+            sums.sinks.add_(dsinks)
+        if sums.diagonals is not None:
+            self._diagonals(sums.diagonals, piece).add_(ddiagonals)
+        return part_dk, part_dv
 
-    def _gradients(self, query: Tensor, dk: Tensor, dv: Tensor, key: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        dbias = None if self.dbias is None or bias is None else self.dbias.to(bias.dtype)
-        return self.dq.to(query.dtype), dk.to(key.dtype), dv.to(key.dtype), dbias
+    def _gradients(self, query: Tensor, dk: Tensor, dv: Tensor, key: Tensor) -> tuple[Any, ...]:
+        added = (
+            None if found is None or given is None else found.to(given.dtype)
+            for found, given in zip(self.sums, self.given, strict=True)
+        )
+        dq = torch.zeros_like(query) if self.dq is None else self.dq.to(query.dtype)
+        return dq, dk.to(key.dtype), dv.to(key.dtype), *added
+
+    def _added(self, piece: Piece, first: bool) -> Added:
+        """What joins the scores of a piece."""
+        bias, sinks, diagonals = self.added
+        lines = None if diagonals is None else self._diagonals(diagonals, piece)
+        return Added(_bias_part(bias, piece), sinks if first else None, lines)
+
+    def _diagonals(self, diagonals: Tensor, piece: Piece) -> Tensor:
+        """Those of a piece: pair (i, j) of the whole has its number at i - j + Nk - 1."""
+        (n_q, n_k), Nk = piece.mask.shape[-2:], self.plan.keys.length
+        return diagonals.narrow(2, piece.first_row - piece.first_column - n_k + Nk, n_q + n_k - 1)
+
+    def _backend(self, q: Tensor, k: Tensor, v: Tensor, part: Added, arrays: MaskArrays) -> str:
+        modifiers = modifier_names(self.call.softcap, part.sinks, part.diagonals)
+        facts = describe(q, k, v, part.bias, arrays, self.call.dropout_p, False, modifiers)
+        return backends.cached_select(self.call.backend, facts)
+
+    def _bare(self) -> list[Run]:
+        """The rows of the runs of queries that have no piece: their queries see no key."""
+        sizes = [stop - start for start, stop in self.plan.queries.runs[self.call.place]]
+        edges = list(itertools.accumulate(sizes, initial=0))
+        return [run for run in itertools.pairwise(edges) if run not in self.counts]
 
     def _seed(self, piece: Piece) -> Tensor | None:
         if self.call.dropout_p == 0.0:
@@ -192,99 +330,105 @@ class _Rows:
 class _Fetched(_Rows):
     """Each rank fetches the keys that its queries read."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        k, v = self._fetch(key, value)
-        self._begin(query, value)
-        for piece in self.plan.fetched(self.call.place, self.spread):
-            self._take(piece, query, k, v, bias)
-        return self._end(query)
-
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        bias: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._fetch(key, value)
         pieces = self.plan.fetched(self.call.place, self.spread)
-        self._begin_backward(pieces, bias, wants_bias, query)
-        dtype = self.dq.dtype
-        dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
+        self._begin(query, value, pieces)
         for piece in pieces:
-            self._give_back(piece, (grad_out, grad_lse, query, bias, out, lse), k, v, dk, dv)
-        return self._gradients(query, *self._return(dk, dv, key, value), key, bias)
+            self._take(piece, query, k, v)
+        return self._end(query)
+
+    def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
+        k, v = self._fetch(key, value)
+        pieces = self.plan.fetched(self.call.place, self.spread)
+        self._begin_backward(pieces, row, wanted)
+        columns, found = [piece.columns for piece in pieces], list[Tensor]()
+        for piece in pieces:
+            parts = self._give_back(piece, row, k, v)
+            if columns == [(0, k.shape[2])]:
+                found = list(parts)
+                continue
+            if not found:
+                dtype = accumulation_dtype(k.dtype)
+                found = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v)]
+            for total, part in zip(found, parts, strict=True):
+                total[:, :, slice(*piece.columns)] += part
+        found = found or [torch.zeros_like(t) for t in (k, v)]
+        del k, v
+        return self._gradients(row.query, *self._return((found[0], found[1]), key, value), key)
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether what is at hand is what this rank has."""
+        return self.plan.ranks == 1 and self.plan.at_hand(0, self.spread) == self.plan.keys.runs[0]
 
     def _fetch(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of `Plan.at_hand`."""
-        plan, me = self.plan, self.call.place
-        held, buffer = plan.keys.runs[me], plan.at_hand(me, self.spread)
-        if plan.ranks == 1 and buffer == held:
+        if self._is_here:
             return key, value
-        B, H, _, D = key.shape
-        width = D + value.shape[3]
-        empty = key.new_empty(0)
-        parts, shapes = [empty] * self.exchange.ranks, [torch.Size((0,))] * self.exchange.ranks
-        for n, rank in enumerate(self.call.ranks):
-            if n != me:
-                rows = _picked(torch.cat([key, value], 3), held, plan.move(me, n))
-                parts[rank], shapes[rank] = rows, torch.Size((B, H, size(plan.move(n, me)), width))
-        found = self.exchange.swap(parts, shapes, what="keys and values") if plan.ranks > 1 else []
-        k, v = key.new_empty(B, H, size(buffer), D), value.new_empty(B, H, size(buffer), width - D)
-        for n, rank in enumerate(self.call.ranks):
-            runs = plan.move(n, me)
-            own = tuple(_picked(t, held, runs) for t in (key, value)) if n == me else ()
-            came = own or found[rank].split((D, width - D), 3)
-            for target, part in zip((k, v), came, strict=True):
-                _placed(target, buffer, runs, part)
+        tokens = size(self.plan.at_hand(self.call.place, self.spread))
+        k, v = (t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in (key, value))
+        alone = self.plan.ranks == 1
+        self.exchange.swap(self._held(key, value), self._at_hand(k, v), what="keys and values", alone=alone)
         return k, v
 
-    def _return(self, dk: Tensor, dv: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the gradients of fetched keys to their owners; what each owner has got, in the order of ranks."""
-        plan, me = self.plan, self.call.place
-        held, buffer = plan.keys.runs[me], plan.at_hand(me, self.spread)
-        if plan.ranks == 1 and buffer == held:
-            return dk, dv
-        B, H, n_keys, D = key.shape
-        width = D + value.shape[3]
-        both = torch.cat([dk, dv], 3)
-        empty = key.new_empty(0)  # each contribution is as exact as the kernel that gave it: in the dtype of keys
-        parts, shapes = [empty] * self.exchange.ranks, [torch.Size((0,))] * self.exchange.ranks
+    def _return(self, found: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the gradients of fetched keys to their owners; what each owner has got, in the order of ranks.
+
+        A contribution travels in the dtype of keys: as exact as the kernel that gave it.
+        """
+        if self._is_here:
+            return found
+        dtype = accumulation_dtype(key.dtype)
+        totals = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (key, value)]
+        self.exchange.swap(
+            self._at_hand(*found), self._held(*totals),
+            what="gradients of keys and values", travels=key.dtype, add=True, alone=self.plan.ranks == 1,
+        )  # fmt: skip
+        return totals[0], totals[1]
+
+    def _held(self, *tensors: Tensor) -> list[list[Tensor]]:
+        """What of this rank's tokens each rank reads, stretch by stretch."""
+        found: list[list[Tensor]] = [[] for _ in range(self.exchange.ranks)]
         for n, rank in enumerate(self.call.ranks):
-            if n != me:
-                parts[rank] = _picked(both, buffer, plan.move(n, me)).to(key.dtype)
-                shapes[rank] = torch.Size((B, H, size(plan.move(me, n)), width))
-        found = self.exchange.swap(parts, shapes, what="gradients of keys and values") if plan.ranks > 1 else []
-        total = both.new_zeros(B, H, n_keys, width)
+            cuts = self.plan.stretches(self.call.place, n, self.spread)
+            found[rank] = [t.narrow(2, cut.there, cut.tokens) for t in tensors for cut in cuts]
+        return found
+
+    def _at_hand(self, *tensors: Tensor) -> list[list[Tensor]]:
+        """What each rank has of the tokens at hand, in the same stretches."""
+        found: list[list[Tensor]] = [[] for _ in range(self.exchange.ranks)]
         for n, rank in enumerate(self.call.ranks):
-            runs = plan.move(me, n)
-            _placed(total, held, runs, found[rank] if n != me else _picked(both, buffer, runs), add=True)
-        own_dk, own_dv = total.split((D, width - D), 3)
-        return own_dk, own_dv
+            cuts = self.plan.stretches(n, self.call.place, self.spread)
+            found[rank] = [t.narrow(2, cut.here, cut.tokens) for t in tensors for cut in cuts]
+        return found
 
 
 class _Ring(_Rows):
     """Every shard of keys passes by every rank: while one is worked on, the next one comes."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._begin(query, value)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self._begin(query, value, self._met())
         for owner, k, v in self._passing(key, value):
             for piece in self.plan.met(self.call.place, owner):
-                self._take(piece, query, k, v, bias)
+                self._take(piece, query, k, v)
         return self._end(query)
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        bias: Tensor | None, out: Tensor, lse: Tensor, wants_bias: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
         plan, me, R = self.plan, self.call.place, self.plan.ranks
-        met = [piece for step in range(R) for piece in plan.met(me, (me - step) % R)]
-        self._begin_backward(met, bias, wants_bias, query)
-        tensors = (grad_out, grad_lse, query, bias, out, lse)
+        self._begin_backward(self._met(), row, wanted)
         passing: Passing | None = None
         B, H, _, D = key.shape
         width, what = D + value.shape[3], "gradients of keys and values"
         for owner, k, v in self._passing(key, value):
-            found = torch.zeros(B, H, k.shape[2], width, dtype=self.dq.dtype, device=key.device)
+            dtype = accumulation_dtype(key.dtype)
+            found = torch.zeros(B, H, k.shape[2], width, dtype=dtype, device=key.device)
             for piece in plan.met(me, owner):
-                self._give_back(piece, tensors, k, v, found[..., :D], found[..., D:])
+                dk, dv = self._give_back(piece, row, k, v)
+                columns = found[:, :, slice(*piece.columns)]
+                columns[..., :D] += dk
+                columns[..., D:] += dv
+                del dk, dv
             if passing is not None:
                 found += self.exchange.arrived(passing, what=what)
                 passing = None  # what was sent is freed before the next one comes
@@ -295,7 +439,12 @@ class _Ring(_Rows):
                 )
         if passing is not None:
             found = self.exchange.arrived(passing, what=what)
-        return self._gradients(query, found[..., :D], found[..., D:], key, bias)
+        return self._gradients(row.query, found[..., :D], found[..., D:], key)
+
+    def _met(self) -> list[Piece]:
+        """All pieces of this rank, in the order in which shards come."""
+        plan, me, R = self.plan, self.call.place, self.plan.ranks
+        return [piece for step in range(R) for piece in plan.met(me, (me - step) % R)]
 
     def _passing(self, key: Tensor, value: Tensor) -> Any:
         """Yield (owner, its keys, its values), this rank's first, then those of the rank before it, and so on."""
@@ -318,91 +467,16 @@ class _Ring(_Rows):
         return self.call.ranks[(self.call.place + step) % self.plan.ranks]
 
 
-# --- heads apart ---
-
-
-def spread_heads(
-    x: Tensor, heads: list[list[int]], shards: Shards, ranks: tuple[int, ...], exchange: Exchange, what: str
-) -> Tensor:
-    """(B, H, own tokens, C) -> (B, heads[own place], tokens of all `ranks`, C), in the order of the sequence.
-
-    shards: who holds what, over all ranks of the exchange.
-    """
-    B, _, _, C = x.shape
-    me = ranks.index(exchange.rank)
-    empty = x[:0, :0, :0]
-    parts, shapes = [empty] * exchange.ranks, [tuple(empty.shape)] * exchange.ranks
-    for n, rank in enumerate(ranks):
-        parts[rank] = _heads_of(x, heads[n])
-        shapes[rank] = (B, len(heads[me]), shards.counts[rank], C)
-    found = swapped(parts, shapes, exchange, what)
-    return _in_order([found[rank] for rank in ranks], [shards.runs[rank] for rank in ranks])
-
-
-def gather_heads(
-    x: Tensor, heads: list[list[int]], shards: Shards, ranks: tuple[int, ...], exchange: Exchange, what: str
-) -> Tensor:
-    """The way back for query heads: (B, own heads, tokens of all `ranks`, C) -> (B, all heads, own tokens, C)."""
-    B, _, _, C = x.shape
-    group = [shards.runs[rank] for rank in ranks]
-    whole = tuple(sorted(run for runs in group for run in runs))
-    empty = x[:0, :0, :0]
-    parts, shapes = [empty] * exchange.ranks, [tuple(empty.shape)] * exchange.ranks
-    for n, rank in enumerate(ranks):
-        parts[rank] = _picked(x, whole, group[n])
-        shapes[rank] = (B, len(heads[n]), shards.counts[exchange.rank], C)
-    found = swapped(parts, shapes, exchange, what)
-    return torch.cat([found[rank] for rank in ranks], 1)
-
-
-def head_lists(Hq: int, Hkv: int, degree: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The query heads and the key heads of each of `degree` places."""
-    bounds = [head_range(Hq, place, degree) for place in range(degree)]
-    return [list(range(*bound)) for bound in bounds], [kv_heads_for(bound, Hq, Hkv) for bound in bounds]
-
-
-def _heads_of(x: Tensor, heads: list[int]) -> Tensor:
-    if heads == list(range(heads[0], heads[0] + len(heads))) if heads else True:
-        return x[:, heads[0] : heads[0] + len(heads)] if heads else x[:, :0]
-    return x[:, heads]
-
-
-def _in_order(parts: list[Tensor], runs: list[Runs]) -> Tensor:
-    """Tokens of several ranks in the order of the sequence."""
-    pieces = []
-    for part, own in zip(parts, runs, strict=True):
-        sizes = [stop - start for start, stop in own]
-        pieces += list(zip(own, part.split(sizes, 2) if sizes else (), strict=True))
-    ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
-    return torch.cat(ordered, 2) if ordered else parts[0]
-
-
-# --- tokens of a buffer: dimension 2 holds `held`, run after run ---
-
-
-def _slices(held: Runs, runs: Runs) -> list[tuple[int, int]]:
-    """Where the tokens of `runs`, all of which are held, stand in the buffer: start and number."""
-    found, place = [], 0
-    for start, stop in held:
-        found += [(place + a - start, b - a) for a, b in overlap(((start, stop),), runs)]
-        place += stop - start
-    return found
-
-
-def _picked(x: Tensor, held: Runs, runs: Runs) -> Tensor:
-    parts = [x.narrow(2, start, count) for start, count in _slices(held, runs)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2) if parts else x[:, :, :0]
-
-
-def _placed(x: Tensor, held: Runs, runs: Runs, part: Tensor, *, add: bool = False) -> None:
-    place = 0
-    for start, count in _slices(held, runs):
-        target, source = x.narrow(2, start, count), part.narrow(2, place, count)
-        if add:
-            target += source
-        else:
-            target.copy_(source)
-        place += count
+def _join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """`functional.merge_attention` of two parts, into the first."""
+    top = torch.maximum(lse, more_lse)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    share, more_share = torch.exp(lse - top), torch.exp(more_lse - top)
+    total = share + more_share
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    out.mul_((share / total)[..., None]).addcmul_(more.to(out.dtype), (more_share / total)[..., None])
+    lse.copy_((torch.log(total) + top).masked_fill(empty, -torch.inf))
 
 
 def _columns(x: Tensor, piece: Piece) -> Tensor:
@@ -428,6 +502,3 @@ def _add_bias(total: Tensor, part: Tensor, piece: Piece) -> None:
     for start, stop in piece.keys:
         rows[..., start:stop] += part[..., place : place + stop - start]
         place += stop - start
-
-
-__all__ = ["Settled", "exact_attention", "gather_heads", "head_lists", "spread_heads"]

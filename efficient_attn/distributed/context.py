@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import sharding
+from .. import biases, sharding
 from ..backends import check_name
+from ..biases import Bias, BiasLike, LowRankBias
 from ..defaults import default_scale
 from ..errors import InputError, UnsupportedError
 from ..inputs import (
@@ -28,16 +30,21 @@ from ..inputs import (
     check_bias,
     check_dropout,
     check_key_mask,
+    check_sinks,
+    check_softcap,
     prepare_inputs,
     select_keys,
+    settle_structured,
+    tensors_of,
 )
 from ..masks import BlockMask
 from ..methods import Method, Sparse
 from ..patterns import BucketPattern
 from . import states
 from .agreement import agree, as_number, combined, mask_digest, shape_facts, text_digest, wanted
-from .attention import Settled, exact_attention, gather_heads, head_lists, spread_heads
-from .exchange import Exchange, gathered
+from .attention import Added, Settled, exact_attention
+from .exchange import Exchange, gathered, moved
+from .heads import HeadsApart, head_lists
 from .links import H200, Link
 from .plan import Explanation, Plan, Shape, check_transport, head_ranks, make_plan
 from .shards import Shards
@@ -60,8 +67,9 @@ def context_parallel(
     """A block in which `attention`, methods, modules and models work on sequences that are spread over ranks.
 
     query, key and value are this rank's tokens, in ascending order; masks and patterns are those of the whole sequence,
-    as is causality; a bias has this rank's rows and all columns; a key mask is this rank's part. Outputs and gradients
-    are this rank's. Our models take the whole input and spread it themselves.
+    as are causality, sinks and biases by relative position; a bias has this rank's rows and all columns; a key mask is
+    this rank's part, as are u and w of a `LowRankBias`. Outputs and gradients are this rank's. Our models take the
+    whole input and spread it themselves.
 
     Gradients are those of the sum of every rank's loss: what DistributedDataParallel or FSDP averages is right when
     each rank's loss is the mean over its tokens, or over all of them. The backward, with activation checkpointing too,
@@ -177,18 +185,26 @@ class ContextParallel:
         masks: list[Any],
         *,
         key_mask: Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: BiasLike = None,
         is_causal: bool = False,
         causal_alignment: str | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         dropout_p: float = 0.0,
         dropout_seed: int | Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         tensors: list[Tensor] = []
+        added: list[Added] = []
+        by_place: list[Bias] = []
+        factors: list[float] = []
 
         def facts() -> dict[str, int]:
             tensors[:] = prepare_inputs(query, key, value)
+            cap = check_softcap(softcap)
+            factor = default_scale(scale, query.shape[3])
+            factors[:] = factor, cap
             self._check(tensors, key_mask, dropout_p, backend)
             for mask in masks:
                 if getattr(mask, "by_content", False):
@@ -196,22 +212,30 @@ class ContextParallel:
                         f"{mask} chooses by what all queries and keys hold, which no rank knows inside "
                         "context_parallel; make its mask before, in one process, or take a pattern of positions"
                     )
-            found = shape_facts(tensors) | {"scale": as_number(default_scale(scale, query.shape[3]))}
-            found |= {"dropout_p": as_number(dropout_p), "mask": combined(map(mask_digest, masks))}
-            if bias is not None and bias.dim() > 1 and bias.shape[-2] not in (1, query.shape[2]):
+            dense, structured = biases.split(bias)
+            if dense is not None and dense.dim() > 1 and dense.shape[-2] not in (1, query.shape[2]):
                 raise InputError(
                     f"inside context_parallel a bias has the rows of this rank's {query.shape[2]} queries, or one for "
-                    f"all, and every column; got {tuple(bias.shape)}"
+                    f"all, and every column; got {tuple(dense.shape)}"
                 )
-            shape = () if bias is None else (*bias.shape[:-2], bias.dim(), bias.shape[-1:], bias.dtype)
-            options = (shape, is_causal, causal_alignment, backend, self.transport, wanted(*tensors, bias))
+            # u and w of a low-rank bias are of this rank's tokens, and travel beside its keys.
+            low_rank: list[Bias] = [part for part in structured if isinstance(part, LowRankBias)]
+            tensors[:2] = settle_structured(low_rank, tensors[0], tensors[1], factor, cap, causal_alignment)[:2]
+            by_place[:] = [part for part in structured if part not in low_rank]
+            added.append(Added(dense, None if sinks is None else check_sinks(sinks, tensors[0])))
+            found = shape_facts(tensors) | {"scale": as_number(factor)}
+            found |= {"dropout_p": as_number(dropout_p), "mask": combined(map(mask_digest, masks))}
+            shape = () if dense is None else (*dense.shape[:-2], dense.dim(), dense.shape[-1:], dense.dtype)
+            modifiers = (cap, sinks is not None, [(type(part).__name__, vars_of(part)) for part in by_place])
+            leaves = wanted(*tensors, sinks, *tensors_of(bias))
+            options = (shape, modifiers, is_causal, causal_alignment, backend, self.transport, leaves)
             found["options"] = text_digest(options)
             return found | {"key_mask": int(key_mask is not None)}
 
-        bias_rows = 1 if bias is None or bias.dim() < 2 else bias.shape[-2]
+        bias_rows = rows_of(bias)
         seed_given = dropout_seed if dropout_p > 0.0 else 0
         q_counts, k_counts, seed, bias_rows = agree(self.exchange, query, key, facts, seed_given, bias_rows)
-        query, key, value = tensors
+        (query, key, value), (bias, sinks, _), (factor, cap) = tensors, added[0], factors
         queries, keys = self._matching(q_counts, "queries"), self._matching(k_counts, "keys")
         Nq, Nk = queries.length, keys.length
         check_alignment(is_causal, causal_alignment, Nq, Nk)
@@ -225,16 +249,18 @@ class ContextParallel:
         block_mask = BlockMask(Nq, Nk) if block_mask is None else block_mask
         if bias is not None:
             bias = check_bias(bias, query, whole_key)
+        diagonals = settle_structured(by_place, whole_query, whole_key, factor, cap, causal_alignment)[2]
         if key_mask is not None:
             block_mask, bias = self._padding(key_mask, keys, block_mask, bias, query)
             key, value = select_keys(key_mask, key, value)
         plan = make_plan(block_mask, queries, keys)
         transport = self._transport(plan, shape_of(query, key, value), bias_rows > 1, self.link)
-        everyone, scale = tuple(range(self.ranks)), default_scale(scale, query.shape[3])
-        call = Settled(self.exchange, plan, everyone, scale, dropout_p, seed, backend)
+        everyone = tuple(range(self.ranks))
+        call = Settled(self.exchange, plan, everyone, factor, dropout_p, seed, backend, cap)
+        joined = Added(bias, sinks, diagonals)
         if transport != "all_to_all":
-            return exact_attention(query, key, value, bias, call, transport)
-        return self._by_heads(query, key, value, bias, call, bias_rows > 1)
+            return exact_attention(query, key, value, joined, call, transport)
+        return self._by_heads(query, key, value, joined, call, bias_rows > 1)
 
     def _check(self, tensors: Sequence[Tensor], key_mask: Tensor | None, dropout_p: float, backend: str) -> None:
         check_dropout(dropout_p)
@@ -272,7 +298,7 @@ class ContextParallel:
         return "gather" if self.ranks == 1 else plan.choose(shape, link, allowed=allowed)
 
     def _by_heads(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Settled, bias_has_rows: bool
+        self, query: Tensor, key: Tensor, value: Tensor, added: Added, call: Settled, bias_has_rows: bool
     ) -> tuple[Tensor, Tensor]:
         """Heads apart within groups of ranks; between groups, with fewer heads than ranks, a ring."""
         degree = head_ranks(query.shape[1], self.ranks)
@@ -280,26 +306,23 @@ class ContextParallel:
         group = tuple(range(first, first + degree))
         q_heads, k_heads = head_lists(query.shape[1], key.shape[1], degree)
         mine, plan, exchange = q_heads[place], call.plan, self.exchange
-        q = spread_heads(query, q_heads, plan.queries, group, exchange, "queries")
-        both = spread_heads(torch.cat([key, value], 3), k_heads, plan.keys, group, exchange, "keys and values")
-        k, v = both.split((key.shape[3], value.shape[3]), 3)
-        mask = plan.mask
-        if mask.indptr is not None and mask.heads > 1:
-            mask = mask[:, mine[0] : mine[0] + len(mine)] if mine else mask[:, :1]
+        of_queries = HeadsApart(exchange, group, q_heads, plan.queries)
+        of_keys = HeadsApart(exchange, group, k_heads, plan.keys)
+        routes = [of_queries.spread(query), of_keys.spread(key), of_keys.spread(value)]
+        bias = added.bias
         if bias is not None and bias_has_rows:
             of_each = q_heads if bias.shape[1] > 1 else [[0]] * degree
-            bias = spread_heads(bias, of_each, plan.queries, group, exchange, "bias")
-        elif bias is not None and bias.shape[1] > 1:
-            bias = bias[:, mine]
-        groups = [range(start, start + degree) for start in range(0, self.ranks, degree)]
-        inner = make_plan(mask, plan.queries.together(groups), plan.keys.together(groups))
+            routes.append(HeadsApart(exchange, group, of_each, plan.queries).spread(bias))
+        q, k, v, *moved_bias = moved(routes, exchange, "heads")
+        added = added.of_heads(slice(mine[0], mine[-1] + 1))
+        if moved_bias:
+            added = added._replace(bias=moved_bias[0])
+        inner = plan.of_heads(mine[0], mine[-1] + 1).grouped(degree)
         ranks = tuple(start + place for start in range(0, self.ranks, degree))
-        part = Settled(
-            exchange, inner, ranks, call.scale, call.dropout_p, call.seed, call.backend, mine[0] if mine else 0
-        )
-        out, lse = exact_attention(q, k, v, bias, part, "ring" if len(ranks) > 1 else "gather")
-        lse = gather_heads(lse[..., None], q_heads, plan.queries, group, exchange, "lse").squeeze(3)
-        return gather_heads(out, q_heads, plan.queries, group, exchange, "outputs"), lse
+        part = replace(call, plan=inner, ranks=ranks, first_head=mine[0])
+        out, lse = exact_attention(q, k, v, added, part, "ring" if len(ranks) > 1 else "gather")
+        out, lse = moved([of_queries.gather(out), of_queries.gather(lse[..., None])], exchange, "outputs")
+        return out, lse.squeeze(3)
 
     def explain(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Any = None, is_causal: bool = False,
@@ -363,3 +386,14 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor) -> Shape:
     """The sizes that a plan is priced by."""
     (B, Hq, _, D), Hkv, Dv = query.shape, key.shape[1], value.shape[3]
     return Shape(B, Hq, Hkv, D, Dv, query.element_size())
+
+
+def rows_of(bias: BiasLike) -> int:
+    """The most rows that a tensor among what is passed as a bias has; what is no bias is refused later."""
+    parts = bias if isinstance(bias, (list, tuple)) else [bias]
+    return max((t.shape[-2] for t in parts if isinstance(t, Tensor) and t.dim() > 1), default=1)
+
+
+def vars_of(bias: Bias) -> dict[str, Any]:
+    """What a bias by relative position is but for the numbers that it has learned."""
+    return {name: tuple(x.shape) if isinstance(x, Tensor) else x for name, x in vars(bias).items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from ..errors import CommunicationError, InputError, InputTypeError
 
 # Its name since PyTorch 2.13, and before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+Views = Sequence[Sequence[Tensor]]  # for each rank, parts of tensors
 
 
 class Passing(NamedTuple):
@@ -104,21 +107,49 @@ class Exchange:
             else [tensor for _ in range(self.ranks)]
         )
 
-    def swap(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str) -> list[Tensor]:
-        """Send parts[r] to each rank r, and get a tensor of shapes[r] from it; a part of no elements sends nothing."""
-        if self.ranks == 1:
-            return [parts[0]]
-        dtype, width = parts[0].dtype, parts[0].element_size()
-        raw = [as_bytes(part) for part in parts]
-        incoming = [width * int(torch.Size(shape).numel()) for shape in shapes]
-        outgoing = [part.numel() for part in raw]
-        self.sent[what] += sum(outgoing) - outgoing[self.rank]
-        leaving, arriving = torch.cat(raw), raw[0].new_empty(sum(incoming))
-        self._finish(
-            what,
-            lambda: (dist.all_to_all_single(arriving, leaving, incoming, outgoing, self.group, async_op=True),),
-        )
-        return [part.view(dtype).view(*shape) for part, shape in zip(arriving.split(incoming), shapes, strict=True)]
+    def swap(
+        self, leaving: Views, arriving: Views, *, what: str, travels: torch.dtype | None = None, add: bool = False,
+        alone: bool = False,
+    ) -> None:  # fmt: skip
+        """Copy what each rank has for this one to where it belongs.
+
+        Args:
+            leaving: for each rank the tensors that it gets, this one too; any strides.
+            arriving: for each rank the tensors that are written, in the shapes that it sends.
+            travels: the dtype on the way; default: that of each tensor.
+            add: add to what stands there, in the order of ranks.
+            alone: nothing leaves this rank, and the others do not call.
+        """
+        outgoing = [0 if r == self.rank else sum(_span(t, travels) for t in part) for r, part in enumerate(leaving)]
+        incoming = [0 if r == self.rank else sum(_span(t, travels) for t in part) for r, part in enumerate(arriving)]
+        came: dict[int, Sequence[Tensor]] = {self.rank: list(leaving[self.rank])}
+        if self.ranks > 1 and not alone:
+            some = next((t for part in (*leaving, *arriving) for t in part), None)
+            device = self._number_device() if some is None else some.device
+            buffers = [torch.empty(sum(sizes), dtype=torch.uint8, device=device) for sizes in (outgoing, incoming)]
+            others = [(r, part) for r, part in enumerate(leaving) if r != self.rank]
+            for view, tensor in zip(
+                _messages(buffers[0], [t for _, part in others for t in part], travels),
+                (t for _, part in others for t in part),
+                strict=True,
+            ):
+                view.copy_(tensor)
+            self.sent[what] += sum(outgoing)
+            self._finish(
+                what,
+                lambda: (
+                    dist.all_to_all_single(buffers[1], buffers[0], incoming, outgoing, self.group, async_op=True),
+                ),
+            )
+            for (r, part), raw in zip(enumerate(arriving), buffers[1].split(incoming), strict=True):
+                if r != self.rank:
+                    came[r] = _messages(raw, part, travels)
+        for r, part in enumerate(arriving):
+            for target, source in zip(part, came.get(r, ()), strict=True):
+                if add:
+                    target += source
+                else:
+                    target.copy_(source)
 
     def pass_on(self, tensor: Tensor, shape: Sequence[int], to: int, source: int, *, what: str) -> Passing:
         """Begin to send a tensor to one rank while one of `shape` and this dtype comes from another."""
@@ -169,6 +200,21 @@ class Exchange:
         )
 
 
+def _span(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """The bytes of a tensor on its way, a multiple of 8 so that every dtype can begin behind it."""
+    return -(-tensor.numel() * (dtype or tensor.dtype).itemsize // 8) * 8
+
+
+def _messages(raw: Tensor, like: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    """The tensors in a buffer of bytes, one after the other, shaped like these."""
+    found, place = [], 0
+    for tensor in like:
+        kind = dtype or tensor.dtype
+        found.append(raw[place : place + tensor.numel() * kind.itemsize].view(kind).view(tensor.shape))
+        place += _span(tensor, dtype)
+    return found
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The elements of a tensor in a row, as uint8."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -188,27 +234,46 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         exchange = ctx.exchange
-        parts = list(grad.unbind(0))
-        found = exchange.swap(parts, [parts[0].shape] * exchange.ranks, what=f"gradients of {ctx.what}")
-        total = found[0].clone() if exchange.ranks > 1 else found[0]
-        for part in found[1:]:
-            total += part
+        total = torch.zeros_like(grad[0])
+        leaving, arriving = [[part] for part in grad.unbind(0)], [[total]] * exchange.ranks
+        exchange.swap(leaving, arriving, what=f"gradients of {ctx.what}", add=True)
         return total, None, None
 
 
-class _Swap(torch.autograd.Function):
-    """`Exchange.swap`; backward: the gradients go back the same way."""
+class Route(NamedTuple):
+    """Where the parts of a tensor go, and where they arrive in a new one of `shape`."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    leaving: Callable[[Tensor], list[list[Tensor]]]
+    arriving: Callable[[Tensor], list[list[Tensor]]]
+
+
+class _Moved(torch.autograd.Function):
+    """`Exchange.swap` into new tensors; backward: the gradients go back the same way, and add up."""
 
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, shapes: Sequence[Sequence[int]], what: str, *parts: Tensor) -> Any:
-        ctx.exchange, ctx.what, ctx.shapes = exchange, what, [part.shape for part in parts]
-        found = tuple(exchange.swap(parts, shapes, what=what))
-        return tuple(part.view_as(part) for part in found) if exchange.ranks == 1 else found
+    def forward(ctx: Any, exchange: Exchange, what: str, routes: Sequence[Route], *tensors: Tensor) -> Any:
+        ctx.exchange, ctx.what, ctx.shapes = exchange, what, [tensor.shape for tensor in tensors]
+        ctx.ways = [(route.leaving, route.arriving) for route in routes]
+        found = tuple(t.new_empty(route.shape) for t, route in zip(tensors, routes, strict=True))
+        leaving = _together([route.leaving(t) for t, route in zip(tensors, routes, strict=True)])
+        arriving = _together([route.arriving(t) for t, route in zip(found, routes, strict=True)])
+        exchange.swap(leaving, arriving, what=what)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        found = ctx.exchange.swap(grads, ctx.shapes, what=f"gradients of {ctx.what}")
+        found = tuple(g.new_zeros(shape) for g, shape in zip(grads, ctx.shapes, strict=True))
+        leaving = _together([way[1](g) for g, way in zip(grads, ctx.ways, strict=True)])
+        arriving = _together([way[0](g) for g, way in zip(found, ctx.ways, strict=True)])
+        ctx.exchange.swap(leaving, arriving, what=f"gradients of {ctx.what}", add=True)
         return (None, None, None, *found)
+
+
+def _together(views: Sequence[Views]) -> list[list[Tensor]]:
+    """The views of several tensors as one list for each rank."""
+    return [[view for part in parts for view in part] for parts in zip(*views, strict=True)]
 
 
 def gathered(tensor: Tensor, exchange: Exchange, what: str) -> Tensor:
@@ -226,9 +291,9 @@ def summed(tensor: Tensor, exchange: Exchange, what: str) -> Tensor:
     return total
 
 
-def swapped(
-    parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], exchange: Exchange, what: str
-) -> tuple[Tensor, ...]:
-    """`Exchange.swap`, differentiable."""
-    found: tuple[Tensor, ...] = _Swap.apply(exchange, shapes, what, *parts)  # type: ignore[no-untyped-call]
+def moved(routes: Sequence[Route], exchange: Exchange, what: str) -> tuple[Tensor, ...]:
+    """Several tensors in one exchange, differentiable."""
+    bare = [route._replace(tensor=route.tensor.new_empty(0)) for route in routes]  # the graph keeps no tensor for it
+    tensors = (route.tensor for route in routes)
+    found: tuple[Tensor, ...] = _Moved.apply(exchange, what, bare, *tensors)  # type: ignore[no-untyped-call]
     return found

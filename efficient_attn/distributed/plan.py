@@ -26,6 +26,7 @@ from ..masks.algebra import reach
 from .links import Link
 from .needs import entries, keys_read, packed_mask, submask
 from .shards import Run, Runs, Shards, joined, overlap, size
+from .tokens import Stretch, stretches
 
 TRANSPORTS = ("gather", "ring", "all_to_all")
 
@@ -86,6 +87,18 @@ class Plan:
     def move(self, owner: int, reader: int) -> Runs:
         """The keys that `owner` sends to `reader` when only needed ones travel."""
         return overlap(self.keys.runs[owner], self.reads[reader])
+
+    def stretches(self, owner: int, reader: int, spread: bool) -> tuple[Stretch, ...]:
+        """Where the tokens of `move` stand among those that the owner holds and those at the reader's hand."""
+        key = (owner, reader, spread)
+        if key not in self._cut:
+            there, here = self.keys.runs[owner], self.at_hand(reader, spread)
+            self._cut[key] = stretches(there, here, self.move(owner, reader))
+        return self._cut[key]
+
+    @functools.cached_property
+    def _cut(self) -> dict[tuple[int, int, bool], tuple[Stretch, ...]]:
+        return {}
 
     def arrivals(self, reader: int) -> dict[int, int]:
         """From whom a rank gets how many tokens when only needed ones travel."""
@@ -166,6 +179,18 @@ class Plan:
 
     @functools.cached_property
     def _kept(self) -> dict[tuple[object, ...], list[Piece]]:
+        return {}
+
+    def of_heads(self, first: int, last: int) -> Plan:
+        """The plan of some query heads alone; the same where all heads have one mask."""
+        if self.mask.indptr is None or self.mask.heads == 1 or (first, last) == (0, self.mask.heads):
+            return self
+        if (first, last) not in self._of_heads:
+            self._of_heads[first, last] = make_plan(self.mask[:, first:last], self.queries, self.keys)
+        return self._of_heads[first, last]
+
+    @functools.cached_property
+    def _of_heads(self) -> dict[Run, Plan]:
         return {}
 
     # --- what it costs ---

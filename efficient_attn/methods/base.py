@@ -124,10 +124,9 @@ def _settled(attend: Attend) -> Attend:
     output's gradient, and averages them where their mean is asked for and the method has not."""
 
     def settled(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        if not self.accepts_modifiers or sharding.active is not None:
-            where = f"by {self}" if not self.accepts_modifiers else "inside context_parallel"
+        if not self.accepts_modifiers:
             asked = {name: options.pop(name, None) for name in ("softcap", "sinks")}
-            refuse_modifiers(where, options.get("bias"), **asked)
+            refuse_modifiers(f"by {self}", options.get("bias"), **asked)
         if sharding.active is not None:
             if OBSERVERS:
                 sharding.refuse("observing attention")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import biases
 from ..errors import UnsupportedError
 from ..inputs import may_read
 from ..masks import BlockMask
@@ -43,6 +44,14 @@ class Turned(NamedTuple):
         """Rows (B, H, N, .) where they were; those of padding are 0, as a query's that sees no key."""
         return take(x, self.back, 2).masked_fill(self.padding[:, None, :, None], 0.0)
 
+    def _pairs(self, pairs: Tensor) -> Tensor:
+        """A mask or bias of pairs, turned."""
+        pairs = take(take(pairs, self.there, 2), self.there, 3)
+        if pairs.shape[2] == self.there.shape[1]:  # what padding sees must not cut blocks of the last tokens
+            behind = self.padding.flip(1)[:, None, :, None]
+            pairs = pairs.masked_fill(behind, True if pairs.dtype == torch.bool else 0.0)
+        return pairs
+
     def call(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `Method.attend` that speak of positions, turned.
 
@@ -55,13 +64,15 @@ class Turned(NamedTuple):
                 "a batch that is padded on the left, a method whose positions count, and a mask function of the model "
                 "that is no window do not go together; pad on the right, or use a dense or sliding_window method"
             )
-        for name in ("mask", "bias"):
-            if isinstance(call.get(name), Tensor):
-                pairs = take(take(call[name], self.there, 2), self.there, 3)
-                if pairs.shape[2] == self.there.shape[1]:  # what padding sees must not cut blocks of the last tokens
-                    behind = self.padding.flip(1)[:, None, :, None]
-                    pairs = pairs.masked_fill(behind, True if pairs.dtype == torch.bool else 0.0)
-                turned[name] = pairs
+        if isinstance(mask, Tensor):
+            turned["mask"] = self._pairs(mask)
+        bias, structured = biases.split(call.get("bias"))
+        if any(not isinstance(part, biases.RelativePosition) for part in structured):
+            raise UnsupportedError(
+                "a batch that is padded on the left, a method whose positions count, and a bias by absolute positions "
+                "do not go together; pad on the right, or use a dense or sliding_window method"
+            )
+        turned["bias"] = biases.join(None if bias is None else self._pairs(bias), structured)
         if call.get("key_mask") is not None:
             turned["key_mask"] = call["key_mask"].gather(1, self.there)
         return turned
@@ -71,7 +82,7 @@ def attend_from_first(
     method: Method, query: Tensor, key: Tensor, value: Tensor, *, state: nn.Module | None, **call: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`Method.attend` of a sequence to itself; positions in a row padded on the left count from its first token."""
-    key_mask, bias = call.get("key_mask"), call.get("bias")
+    key_mask, bias = call.get("key_mask"), biases.split(call.get("bias"))[0]
     if key_mask is None and bias is not None and bias.shape[1] == bias.shape[2] == 1:  # as nn.TransformerEncoder has it
         key_mask = (bias[:, 0, 0] != -torch.inf).expand(key.shape[0], -1)
     pads = left_padding(key_mask) if method.counts_positions and query.shape[2] == key.shape[2] else None

@@ -241,12 +241,13 @@ def _work(rank: int, ranks: int, folder: str, job: _Job, pipe: Any) -> None:
 def _swap_time(context: Any, size: int) -> float:
     """Seconds in which two ranks give each other `size` bytes."""
     part = torch.zeros(size, dtype=torch.uint8)
-    parts = [part, part[:0]] if context.rank == 1 else [part[:0], part]
-    shapes = [[part.numel()] for part in parts]
+    leaving: list[list[torch.Tensor]] = [[], []]
+    arriving: list[list[torch.Tensor]] = [[], []]
+    leaving[1 - context.rank], arriving[1 - context.rank] = [part], [part.clone()]
     samples = []
     for _ in range(9):
         dist.barrier()
         began = time.perf_counter()
-        context.exchange.swap(parts, shapes, what="measuring")
+        context.exchange.swap(leaving, arriving, what="measuring")
         samples.append(time.perf_counter() - began)
     return statistics.median(samples)

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.multihead import MultiheadAttention
+from efficient_attn.multihead.projections import split_heads
 
 TIGHT = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-10}}
 
@@ -222,7 +223,7 @@ def test_dropout_shows_in_the_weights_and_matches_the_output() -> None:
     x = torch.randn(2, 40, E)
     output, weights = ours(x, x, x, average_attn_weights=False)
     assert 0.3 < (weights == 0).float().mean() < 0.5
-    value = ours._split_heads(nn.functional.linear(x, ours.in_proj_weight[2 * E :], ours.in_proj_bias[2 * E :]))
+    value = split_heads(ours, nn.functional.linear(x, ours.in_proj_weight[2 * E :], ours.in_proj_bias[2 * E :]))
     attended = (weights @ value).transpose(1, 2).flatten(2)
     assert_close(output, nn.functional.linear(attended, ours.out_proj.weight, ours.out_proj.bias), rtol=1e-4, atol=1e-5)
     weights.sum().backward()

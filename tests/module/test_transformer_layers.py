@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from efficient_attn import multihead
 from efficient_attn.multihead import MultiheadAttention, replace_attention
 
 SPARSE = "sliding_window:left=2,right=2"
@@ -97,10 +98,8 @@ def test_encoder_with_padding_turns_it_into_nested_tensors(
     x = torch.randn(N, L, E)
     expected = encoder.train()(x, src_key_padding_mask=padding)
     nested: list[bool] = []
-    inner = MultiheadAttention._forward_nested
-    monkeypatch.setattr(
-        MultiheadAttention, "_forward_nested", lambda self, *args: nested.append(True) or inner(self, *args)
-    )
+    inner = multihead.module.forward_nested
+    monkeypatch.setattr(multihead.module, "forward_nested", lambda *args: nested.append(True) or inner(*args))
     with torch.no_grad():
         found = encoder.eval()(x, src_key_padding_mask=padding)
     assert len(nested) == 2

@@ -29,22 +29,24 @@ DEEPSPEED = "tests/patterns/test_patterns_deepspeed.py"
 FUZZ = "tests/contract/test_fuzz.py"
 CONTRACT = "tests/contract/test_contract.py"
 HIDDEN = "tests/methods/test_hidden_keys.py"
-LOWRANK = "tests/methods/test_lowrank.py"
+LOWRANK = "tests/methods/test_lowrank.py tests/methods/test_lowrank_contract.py tests/methods/test_lowrank_error.py"
 HYBRID = "tests/methods/test_hybrid.py"
 METHODS = "tests/methods/test_methods.py"
 LINEAR = "tests/methods/test_linear_attention.py"
 MODULE = "tests/module/test_multihead.py"
 TRITON_EDGES = "tests/kernels/triton/test_triton.py -k promise and edges"
+TRITON_ORDERS = "tests/kernels/triton/test_triton.py -k promise and orders"
 
 lists, algebra, block_mask, rules = (
     f"efficient_attn/masks/{name}.py" for name in ("lists", "algebra", "block_mask", "rules")
 )
-tokens, bigbird, images, deepspeed, content, buckets, combined = (
+tokens, bigbird, images, deepspeed, content, buckets, sorted_tokens, combined = (
     f"efficient_attn/patterns/{name}.py"
-    for name in ("tokens", "bigbird", "images", "deepspeed", "content", "buckets", "combined")
+    for name in ("tokens", "bigbird", "images", "deepspeed", "content", "buckets", "sorted_tokens", "combined")
 )
-functional, inputs, multihead, defaults = (
-    f"efficient_attn/{name}.py" for name in ("functional", "inputs", "multihead", "defaults")
+functional, inputs, defaults = (f"efficient_attn/{name}.py" for name in ("functional", "inputs", "defaults"))
+module_masks, module_nested, module_projections = (
+    f"efficient_attn/multihead/{name}.py" for name in ("masks", "nested", "projections")
 )
 methods = "efficient_attn/methods"
 reference = "efficient_attn/backends/reference"
@@ -137,10 +139,13 @@ FAULTS = [
     Fault("padding is no part of what a mask shows", content, "mask, key_mask = mask & BlockMask.from_dense(pairs, "
           "block_size=block), None", "key_mask = None", f"{FUZZ} {CONTENT}"),
     Fault("a chunk too many behind", buckets, "(ahead >= 0) & (ahead <= 1)", "(ahead >= 0) & (ahead <= 2)", CONTENT),
-    Fault("the last block of sorted tokens forgotten", buckets, "torch.arange(0, N + size, size",
-          "torch.arange(0, N + size - 1, size", CONTENT),
-    Fault("pairs of two rounds are counted twice", buckets, "seen & ~found.together(r, b, h, i, j) if r else seen",
-          "seen", CONTENT),
+    Fault("the last block of sorted tokens forgotten", sorted_tokens, "-(-stop // BLOCK) - first",
+          "stop // BLOCK - first", CONTENT),
+    Fault("pairs of two rounds are counted twice", sorted_tokens, "for e in range(r)]", "for e in range(0)]", CONTENT),
+    Fault("a chunk too many behind in the order", sorted_tokens, "_search(chunk, own - 1", "_search(chunk, own - 2",
+          CONTENT),
+    Fault("a round before joins chunks of later keys", sorted_tokens, "self.chunks.of(line, cols, own - 1)",
+          "self.chunks.of(line, cols, own + 1)", CONTENT),
     Fault("a token sees itself beside others", buckets, "return seen & (i != j) if self.shared_qk else seen",
           "return seen", CONTENT),
     Fault("buckets of unequal size", buckets, "place * n // count.clamp(min=1)", "place * n // (count + 1)", CONTENT),
@@ -233,15 +238,16 @@ FAULTS = [
     Fault("a step inside a block chooses for itself", content, 'self.queries == "first" and first % self.block == 0',
           'self.queries == "first"', "tests/models/test_models_generation.py -k by_content"),
     # --- the module ---
-    Fault("keys projected as queries", multihead, "k = F.linear(key, weight[E : 2 * E], None if bias is None else "
-          "bias[E : 2 * E])\n        return q, k, F.linear", "k = F.linear(key, weight[:E], None if bias is None else "
-          "bias[:E])\n        return q, k, F.linear", MODULE),
-    Fault("True is attend", multihead, "key_mask = F.pad(~key_padding_mask,", "key_mask = F.pad(key_padding_mask,",
+    Fault("keys projected as queries", module_projections,
+          "k = F.linear(key, weight[E : 2 * E], None if bias is None else bias[E : 2 * E])\n    return q, k, F.linear",
+          "k = F.linear(key, weight[:E], None if bias is None else bias[:E])\n    return q, k, F.linear", MODULE),
+    Fault("True is attend", module_masks, "key_mask = F.pad(~key_padding_mask,", "key_mask = F.pad(key_padding_mask,",
           MODULE),
-    Fault("a mask of pairs is its opposite", multihead, "mask = F.pad(~attn_mask,", "mask = F.pad(attn_mask,", MODULE),
-    Fault("appended keys are hidden", multihead, "F.pad(~key_padding_mask, (0, extra), value=True)",
+    Fault("a mask of pairs is its opposite", module_masks, "mask = F.pad(~attn_mask,", "mask = F.pad(attn_mask,",
+          MODULE),
+    Fault("appended keys are hidden", module_masks, "F.pad(~key_padding_mask, (0, extra), value=True)",
           "F.pad(~key_padding_mask, (0, extra), value=False)", MODULE),
-    Fault("nested sequences see each other's padding", multihead,
+    Fault("nested sequences see each other's padding", module_nested,
           "padding = positions >= torch.tensor(k_lengths, device=query.device)[:, None]",
           "padding = positions > torch.tensor(k_lengths, device=query.device)[:, None]", f"{MODULE} -k nested"),
     Fault("weights of the first head", f"{methods}/base.py", "return out, weights.mean(1) if",
@@ -297,7 +303,7 @@ FAULTS = [
           'verdict = "same" if not math.isfinite(before) and not math.isfinite(after) else "regression"',
           'verdict = "same"', "tests/measuring/test_compare.py"),
     Fault("growth from the wrong length", "efficient_attn/measuring/fit.py", "(length / self.longest) ** self.exponent",
-          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling.py"),
+          "(length / self.longest)", "tests/measuring/test_recommend.py tests/measuring/test_profiling_counts.py"),
     # --- Triton ---
     Fault("Triton: weights from an lse without digits", "efficient_attn/ops/attention.py", "COARSE_LSE = 2.0**10",
           "COARSE_LSE = float(\"inf\")", TRITON_EDGES),
@@ -307,7 +313,8 @@ FAULTS = [
           "any_end = tl.minimum(i_last + mask.high + 1, keys)",
           "any_end = tl.minimum(i_last + mask.high, keys)", TRITON_EDGES),
     Fault("Triton: a tile full that a length cuts", "kernels/walk.py",
-          "tl.where(j_first + C.BLOCK_K <= keys, clean, 0)", "tl.where(j_first < keys, clean, 0)", TRITON_EDGES),
+          "lower_bound(mask.indices, begin, begin + clean, keys // SIZE)",
+          "lower_bound(mask.indices, begin, begin + clean, tl.cdiv(keys, SIZE))", TRITON_EDGES),
     Fault("Triton: lists of the first head", "kernels/walk.py", "mask.heads == 1, 0, i_h)) * mask.blocks + i_block",
           "mask.heads == 1, 0, 0 * i_h)) * mask.blocks + i_block", TRITON_EDGES),
     Fault("Triton: the sum is not faded", "kernels/attention.py", "select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, "
@@ -317,4 +324,10 @@ FAULTS = [
           TRITON_EDGES),
     Fault("Triton: keys of another head", "kernels/attention.py", "i_hk = own.i_h // C.GROUP\n    p_k, p_v",
           "i_hk = own.i_h % 1\n    p_k, p_v", TRITON_EDGES),
+    Fault("Triton: dropout by places in an order", "kernels/tiles.py", "kept_tokens(dropout, i_b, i_h, rows.token, "
+          "columns.token, KEY_AXIS)", "kept_tokens(dropout, i_b, i_h, rows.o, columns.o, KEY_AXIS)", TRITON_ORDERS),
+    Fault("Triton: tiles unmasked that a length cuts", "kernels/attention_backward.py",
+          "MASKED: tl.constexpr = C.SAFE or x.mask.token_lengths is not None\n    i_tile, i_b, i_h = locate(i_program, "
+          "x.mask, grid, x.sizes.Nk", "MASKED: tl.constexpr = C.SAFE\n    i_tile, i_b, i_h = locate(i_program, "
+          "x.mask, grid, x.sizes.Nk", TRITON_ORDERS),
 ]  # fmt: skip

@@ -111,6 +111,10 @@ def test_explain_shows_parts_and_orders() -> None:
     assert "2 parts" in text and "visited" in text
     found = explain(query, query, query, mask=parse("axial").pattern, backend="reference")
     assert found.parts == () and found.visited > 10 * found.density
+    assert "backend reference takes tokens in the order of the sequence" in str(found)
+    found = explain(query, query, query, mask=parse("axial").pattern, softcap=20.0)
+    assert found.parts == () and "joined by lse, which softcap" in found.whole_because
+    assert explain(query, query, query, is_causal=True).whole_because == ""
 
 
 def test_lines_are_ascending() -> None:

@@ -27,6 +27,7 @@ from efficient_attn import BlockMask, MultiheadAttention, attention
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.masks import MaskArrays
 from efficient_attn.methods import Hybrid, LowRankMethod
+from efficient_attn.multihead.projections import project
 
 from .cases import LAYOUTS, Case, blocks_window_lengths, draw, lengths, random_bits, random_blocks, window
 from .definitions import Pairs, definition
@@ -294,7 +295,7 @@ def check_module(seed: int) -> str:
     except (UnsupportedError, ValueError) as error:
         assert isinstance(error, UnsupportedError) or N != M, f"{what}: {error}"
         return "refused"
-    q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in module._project(x, y, z))
+    q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in project(module, x, y, z))
     allowed = pairs & keys[:, None, None]
     turn = torch.arange(N).expand(B, N)  # positions count from the first real token
     pads = keys.int().argmax(1) * ((keys[:, 1:] & ~keys[:, :-1]).sum(1) == 1)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efficient_attn import BlockMask, attention
+from efficient_attn import BlockMask, attention, distributed
 from efficient_attn.distributed import Shards, context_parallel
 from support.accuracy import gradients
-from support.cases import CASES, Case, draw
+from support.cases import CASES, draw
 
 SEED = 0x1234_5678_9ABC
 
@@ -21,124 +21,145 @@ def spread(x: Tensor, shards: Shards, rank: int, dim: int) -> Tensor:
     return shards.part(x, rank, dim)
 
 
+def structured(leaves: dict[str, Tensor], alignment: str | None) -> Any:
+    """What is passed as bias=, of the tensors that there are."""
+    from efficient_attn import ALiBi, LowRankBias, RelativeBias, T5Bias
+
+    kinds = {"table": RelativeBias, "slopes": ALiBi, "buckets": lambda table, a: T5Bias(table, alignment=a)}
+    parts = [kind(leaves[name], alignment) for name, kind in kinds.items() if name in leaves]
+    parts += [LowRankBias(leaves["u"], leaves["w"])] if "u" in leaves else []
+    parts += [leaves["bias"]] if "bias" in leaves else []
+    return (parts[0] if len(parts) == 1 else parts) if parts else None
+
+
+def spread_of(name: str, tensor: Tensor, queries: Shards) -> str | None:
+    """Along which tokens a tensor is spread, its dimension -2: "queries", "keys", or None where every rank has it."""
+    if name == "bias":
+        return "queries" if tensor.dim() > 1 and tensor.shape[-2] > 1 and queries.length > 1 else None
+    return {"query": "queries", "u": "queries", "key": "keys", "value": "keys", "w": "keys"}.get(name)
+
+
+def spread_leaves(given: dict[str, Tensor], rank: int, queries: Shards, keys: Shards) -> dict[str, Tensor]:
+    """A rank's part of each tensor, which wants a gradient."""
+    found = {}
+    for name, tensor in given.items():
+        along = {"queries": queries, "keys": keys}.get(spread_of(name, tensor, queries) or "")
+        part = tensor if along is None else along.part(tensor, rank, tensor.dim() - 2)
+        found[name] = part.detach().clone().requires_grad_()
+    return found
+
+
+def joined_gradients(parts: list[dict[str, Any]], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the whole of every rank's: what every rank has gets the sum."""
+    queries, keys = parts[0]["shards"]
+    found = {}
+    for name, tensor in given.items():
+        grads = [part["gradients"][name] for part in parts]
+        along = {"queries": queries, "keys": keys}.get(spread_of(name, tensor, queries) or "")
+        if along is None:
+            found[name] = torch.stack([grad.double() for grad in grads]).sum(0).to(grads[0].dtype)
+        else:
+            found[name] = along.whole(grads, tensor.dim() - 2)
+    return found
+
+
+TENSORS = ("query", "key", "value", "bias", "sinks", "slopes", "table")
+
+
 def run_case(group: Any, name: str, dtype: torch.dtype, transport: str, layout: Any, backend: str = "auto") -> dict:
-    """A conformance case on this rank's part; what it gets, the bias gradient too, as parts."""
+    """A conformance case on this rank's part; what it gets, gradients too, as parts."""
     case = next(case for case in CASES if case.name == name)
     drawn = draw(case, dtype)
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    with context_parallel(group, shards=layout, transport=transport, timeout=60) as context:
+    rank = dist.get_rank(group)
+    with context_parallel(group, shards=layout, transport=transport, timeout=200) as context:
         queries, keys = context.shards(case.Nq), context.shards(case.Nk)
-        part = {
-            "query": queries.part(drawn["query"], rank, 2), "key": keys.part(drawn["key"], rank, 2),
-            "value": keys.part(drawn["value"], rank, 2),
-        }  # fmt: skip
-        if drawn["bias"] is not None:
-            bias = drawn["bias"]
-            rows = bias.dim() > 1 and bias.shape[-2] > 1
-            part["bias"] = queries.part(bias, rank, bias.dim() - 2) if rows else bias
-        leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in part.items()}
+        leaves = spread_leaves({n: drawn[n] for n in TENSORS if drawn[n] is not None}, rank, queries, keys)
+        given = {n: leaves[n] for n in ("query", "key", "value", "sinks") if n in leaves}
         out, lse = attention(
-            **leaves, mask=drawn["mask"], is_causal=case.causal is not None, causal_alignment=case.causal,
-            scale=case.scale, dropout_p=case.dropout_p, dropout_seed=SEED, return_lse=True, backend=backend,
+            **given, mask=drawn["mask"], bias=structured(leaves, None if case.causal else "top_left"),
+            is_causal=case.causal is not None, causal_alignment=case.causal, scale=case.scale, softcap=case.softcap,
+            dropout_p=case.dropout_p, dropout_seed=SEED, return_lse=True, backend=backend,
         )  # fmt: skip
         outputs, cotangents = (out,), (queries.part(drawn["grad_out"], rank, 2),)
         if case.grad_lse:
             outputs, cotangents = (out, lse), (*cotangents, queries.part(drawn["grad_lse"], rank, 2))
         found = dict(zip(leaves, gradients(outputs, list(leaves.values()), cotangents), strict=True))
-        return {"out": out.detach(), "lse": lse.detach(), **found, "shards": (queries, keys), "ranks": ranks}
+        return {"out": out.detach(), "lse": lse.detach(), "gradients": found, "shards": (queries, keys)}
 
 
-def joined(parts: list[dict], case: Case) -> dict[str, Tensor]:
+def joined(parts: list[dict], drawn: dict[str, Any]) -> dict[str, Tensor]:
     """The whole sequence's results of every rank's."""
-    queries, keys = parts[0]["shards"]
-    whole = {name: queries.whole([part[name] for part in parts], 2) for name in ("out", "lse", "query")}
-    whole |= {name: keys.whole([part[name] for part in parts], 2) for name in ("key", "value")}
-    if "bias" in parts[0]:
-        biases = [part["bias"] for part in parts]
-        rows = case.bias is not None and len(case.bias) > 1 and case.bias[-2] == 0 and case.Nq != 1
-        if rows:
-            whole["bias"] = queries.whole(biases, biases[0].dim() - 2)
-        else:
-            whole["bias"] = torch.stack([bias.double() for bias in biases]).sum(0).to(biases[0].dtype)
-    return whole
+    queries, _ = parts[0]["shards"]
+    whole = {name: queries.whole([part[name] for part in parts], 2) for name in ("out", "lse")}
+    return whole | joined_gradients(parts, {n: drawn[n] for n in TENSORS if drawn[n] is not None})
 
 
 @dataclass
 class Call:
     """A random configuration: whole tensors, and how they are spread."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    tensors: dict[str, Tensor]  # query, key, value and what joins the scores: bias, sinks, slopes, table, buckets, u, w
     arguments: dict[str, Any]
+    alignment: str | None  # of biases by relative position
     key_mask: Tensor | None
     grad: Tensor
     layout: Any
     transport: str
     method: Any = None
+    at_once: int = 2**23  # see distributed/attention.py
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.tensors["query"].shape[2], self.tensors["key"].shape[2]
+
+
+def made(call: Call, leaves: dict[str, Tensor], key_mask: Tensor | None, grad: Tensor) -> dict[str, Any]:
+    """out and gradients of a call on these tensors, whole or a part."""
+    from efficient_attn.functional import padded_attention
+
+    arguments = dict(call.arguments)
+    bias = structured(leaves, call.alignment)
+    arguments |= {"bias": bias} if bias is not None else {}
+    arguments |= {"sinks": leaves["sinks"]} if "sinks" in leaves else {}
+    tensors, parameters = [leaves[name] for name in ("query", "key", "value")], {}
+    if call.method is None:
+        out = padded_attention(*tensors, key_mask, **arguments)
+    else:
+        method, state = call.method
+        out, _ = method.attend(*tensors, state=state, key_mask=key_mask, **arguments)
+        parameters = {} if state is None else dict(state.named_parameters())
+    wanted = leaves | parameters
+    return {
+        "out": out.detach(),
+        "gradients": dict(zip(wanted, gradients((out,), list(wanted.values()), (grad,)), strict=True)),
+    }
 
 
 def run_call(group: Any, call: Call) -> dict[str, Any]:
     """A call on this rank's part: out, gradients, bytes sent."""
-    from efficient_attn.functional import padded_attention
-
+    distributed.attention.AT_ONCE = call.at_once
     rank = dist.get_rank(group)
-    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=60) as context:
-        queries, keys = context.shards(call.query.shape[2]), context.shards(call.key.shape[2])
-        q, k, v = (
-            s.part(x, rank, 2).clone().requires_grad_()
-            for s, x in ((queries, call.query), (keys, call.key), (keys, call.value))
-        )
+    with context_parallel(group, shards=call.layout, transport=call.transport, timeout=200) as context:
+        queries, keys = map(context.shards, call.sizes)
+        leaves = spread_leaves(call.tensors, rank, queries, keys)
         key_mask = None if call.key_mask is None else keys.part(call.key_mask, rank, 1)
-        arguments = dict(call.arguments)
-        bias = arguments.pop("bias", None)
-        if bias is not None:
-            bias = (queries.part(bias, rank, 2) if bias.shape[2] > 1 else bias).clone().requires_grad_()
-        if call.method is None:
-            out = padded_attention(q, k, v, key_mask, bias=bias, **arguments)
-        else:
-            method, state = call.method
-            out, _ = method.attend(q, k, v, state=state, key_mask=key_mask, **arguments)
-        leaves = [q, k, v] + ([] if bias is None else [bias])
-        parameters = [] if call.method is None or call.method[1] is None else list(call.method[1].parameters())
-        found = gradients((out,), leaves + parameters, (queries.part(call.grad, rank, 2),))
-        return {
-            "out": out.detach(), "gradients": found, "sent": dict(context.exchange.sent),
-            "shards": (queries, keys), "parameters": len(parameters),
-        }  # fmt: skip
+        found = made(call, leaves, key_mask, queries.part(call.grad, rank, 2))
+        return {**found, "sent": dict(context.exchange.sent), "shards": (queries, keys)}
 
 
-def whole_call(call: Call) -> dict[str, Any]:
+def whole_call(call: Call) -> dict[str, Tensor]:
     """The same in this process."""
-    from efficient_attn.functional import padded_attention
-
-    q, k, v = (x.clone().requires_grad_() for x in (call.query, call.key, call.value))
-    arguments = dict(call.arguments)
-    bias = arguments.pop("bias", None)
-    bias = None if bias is None else bias.clone().requires_grad_()
-    parameters = []
-    if call.method is None:
-        out = padded_attention(q, k, v, call.key_mask, bias=bias, **arguments)
-    else:
-        method, state = call.method
-        out, _ = method.attend(q, k, v, state=state, key_mask=call.key_mask, **arguments)
-        parameters = [] if state is None else list(state.parameters())
-    leaves = [q, k, v] + ([] if bias is None else [bias])
-    return {"out": out.detach(), "gradients": gradients((out,), leaves + parameters, (call.grad,))}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in call.tensors.items()}
+    found = made(call, leaves, call.key_mask, call.grad)
+    return {"out": found["out"], **found["gradients"]}
 
 
-def joined_call(parts: list[dict[str, Any]], call: Call) -> dict[str, Any]:
-    queries, keys = parts[0]["shards"]
-    columns = list(zip(*(part["gradients"] for part in parts), strict=True))
-    found = [queries.whole(columns[0], 2), keys.whole(columns[1], 2), keys.whole(columns[2], 2)]
-    rest = columns[3:]
-    if "bias" in call.arguments and call.arguments["bias"] is not None:
-        biases = rest[0]
-        rows = call.arguments["bias"].shape[2] > 1
-        found.append(queries.whole(biases, 2) if rows else sum(biases[1:], biases[0]))
-        rest = rest[1:]
-    found += [sum(column[1:], column[0]) for column in rest]
-    return {"out": queries.whole([part["out"] for part in parts], 2), "gradients": found}
+def joined_call(parts: list[dict[str, Any]], call: Call) -> dict[str, Tensor]:
+    queries, _ = parts[0]["shards"]
+    given = call.tensors | (
+        {} if call.method is None or call.method[1] is None else dict(call.method[1].named_parameters())
+    )
+    return {"out": queries.whole([part["out"] for part in parts], 2), **joined_gradients(parts, given)}
 
 
 def dense(mask: BlockMask) -> Tensor:
@@ -179,7 +200,7 @@ def train_model(group: Any, attention: str, ids: Tensor, mask: Tensor | None, ho
         for layer in model.decoder.layers:
             plain = layer.forward
             layer.forward = lambda x, plain=plain, **k: checkpoint(lambda y: plain(y, **k), x, use_reentrant=False)
-    with context_parallel(group, timeout=60) if dist.get_world_size(group) > 1 else nullcontext():
+    with context_parallel(group, timeout=200) if dist.get_world_size(group) > 1 else nullcontext():
         loss = language_loss(model, ids, mask)
         loss.backward()
     found = {}
@@ -203,7 +224,7 @@ def train_on_mesh(group: Any, ids: Tensor) -> dict[str, Tensor]:
         fully_shard(layer, mesh=init_device_mesh("cpu", (4,)))
     fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
     half = ids.chunk(2)[mesh.get_local_rank("data")]
-    with context_parallel(mesh["context"], timeout=60):
+    with context_parallel(mesh["context"], timeout=200):
         loss = language_loss(model, half)
         loss.backward()
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
@@ -215,7 +236,7 @@ def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tup
 
     torch.manual_seed(0)
     module = MultiheadAttention(16, 4, batch_first=True, attention=attention).eval()
-    with context_parallel(group, timeout=60, shards="contiguous") as context:
+    with context_parallel(group, timeout=200, shards="contiguous") as context:
         part, pad = context.split(x, 1), context.split(padding, 1)
         out, _ = module(part, part, part, key_padding_mask=pad, need_weights=False)
         return out.detach(), context.shards(x.shape[1])
@@ -234,7 +255,7 @@ def refused(group: Any, name: str) -> str:
     rank = dist.get_rank(group)
     q = torch.randn(1, 2, 32, 4)
     try:
-        with context_parallel(group, timeout=60) as context:
+        with context_parallel(group, timeout=200) as context:
             if name == "lengths":
                 attention(q[:, :, : 32 - 3 * rank], q, q)
             elif name == "masks":
@@ -273,7 +294,7 @@ def repeated(group: Any, transport: str) -> list[bytes]:
     for _ in range(2):
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, 4, 100, 8).bfloat16() for _ in range(3))
-        with context_parallel(group, transport=transport, timeout=60) as context:
+        with context_parallel(group, transport=transport, timeout=200) as context:
             parts = [context.split(x, 2).clone().requires_grad_() for x in (q, k, v)]
             out = attention(*parts, is_causal=True, dropout_p=0.2, dropout_seed=3)
             grads = torch.autograd.grad(out.float().square().sum(), parts)
@@ -286,7 +307,7 @@ def sent_by_window(group: Any, length: int, transport: str) -> int:
     from efficient_attn import SlidingWindow
 
     x = torch.randn(1, 1, length // dist.get_world_size(group), 16)
-    with context_parallel(group, shards="contiguous", transport=transport, timeout=60) as context:
+    with context_parallel(group, shards="contiguous", transport=transport, timeout=200) as context:
         attention(x, x, x, mask=SlidingWindow(left=512, right=0))
         return context.exchange.sent["keys and values"]
 
@@ -300,7 +321,7 @@ def peak_memory(group: Any, length: int) -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
-    with context_parallel(group, transport="ring", timeout=60) as context:
+    with context_parallel(group, transport="ring", timeout=200) as context:
         n = context.shards(length).counts[dist.get_rank(group)]
         warm = [torch.randn(1, 1, 64, 64, requires_grad=True) for _ in range(3)]
         attention(*warm, is_causal=True).sum().backward()
@@ -328,7 +349,7 @@ def dies(group: Any, how: str, limit: float) -> str:
     from efficient_attn.errors import CommunicationError
 
     x = torch.randn(1, 2, 32, 4)
-    with context_parallel(group, timeout=60):
+    with context_parallel(group, timeout=200):
         attention(x, x, x)  # both have begun
     with context_parallel(group, timeout=limit):
         if dist.get_rank(group) == 1:
@@ -375,7 +396,7 @@ def train_long(group: Any, length: int, limit: int | None) -> tuple[str, int]:
     several = dist.get_world_size(group) > 1
 
     def step(ids: Tensor) -> None:
-        with context_parallel(group, timeout=60) if several else nullcontext():
+        with context_parallel(group, timeout=200) if several else nullcontext():
             language_loss(model, ids).backward()
 
     ids = torch.randint(0, 8, (1, length), generator=torch.Generator().manual_seed(0))

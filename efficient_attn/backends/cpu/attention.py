@@ -10,14 +10,16 @@ from typing import Any
 import torch  # before _cpu: the process then has one OpenMP runtime, PyTorch's
 from torch import Tensor
 
-from ...errors import UnsupportedError
 from ...masks import MaskArrays
 from ..call import (
     Call,
     accumulation_dtype,
+    check_gradients_in_order,
+    leaves_rows,
     lse_without_keys,
     modifier_gradients_without_keys,
     readable,
+    refuse_orders,
     sink_gradient,
     zeroed,
 )
@@ -68,7 +70,7 @@ def attention_forward(
     dtype = query.dtype
     out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
     lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
-    if key.shape[2] == 0 or _leaves_rows(mask.query_order, query):
+    if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
         out.zero_(), lse_without_keys(lse, sinks)
     if out.numel() > 0 and key.shape[2] > 0:
         call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, None)
@@ -179,17 +181,11 @@ def attention_backward(
     diagonals_require_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return dq, dk, dv, dbias, dsinks and ddiagonals, as `reference.attention_backward`."""
-    if grad_weights is not None:
-        refuse_orders(mask, "a gradient of the weights")
-    if sinks is not None:
-        refuse_orders(mask, "a gradient of sinks")
-    if bias is not None and bias_requires_grad:
-        _check_bias_order(mask.query_order, bias, 2, query)
-        _check_bias_order(mask.key_order, bias, 3, query)
+    check_gradients_in_order(mask, grad_weights, sinks, bias if bias_requires_grad else None, query)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (query, key, value))
-    if _leaves_rows(mask.query_order, query):
+    if leaves_rows(mask.query_order, query):
         dq.zero_()
-    if _leaves_rows(mask.key_order, key):
+    if leaves_rows(mask.key_order, key):
         dk.zero_(), dv.zero_()
     dbias = empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
@@ -209,29 +205,6 @@ def attention_backward(
     del kept
     ddiagonals = None if sums is None or diagonals is None else sums.sum_to_size(diagonals.shape)
     return dq, dk, dv, dbias, None if delta is None else sink_gradient(sinks, lse, delta), ddiagonals
-
-
-def refuse_orders(mask: MaskArrays, what: str) -> None:
-    """Raise for a call that no kernel serves where its tokens have an order."""
-    if mask.query_order is not None or mask.key_order is not None:
-        raise UnsupportedError(f"{what}: not of a mask with query_order or key_order; give the mask without an order")
-
-
-def _leaves_rows(order: Tensor | None, tensor: Tensor) -> bool:
-    """Whether a call leaves rows of a result untouched, since its order does not name them."""
-    return order is not None and order.shape[1] < tensor.shape[2]
-
-
-def _check_bias_order(order: Tensor | None, bias: Tensor, dim: int, query: Tensor) -> None:
-    """Raise where pairs that share an element of the bias lie in different tiles."""
-    if order is None or order.shape[0] == 1 or bias.shape[dim] == 1:
-        return
-    per_batch = order.shape[0] > query.shape[1]
-    if (bias.shape[1] == 1 and query.shape[1] > 1) or (bias.shape[0] == 1 and query.shape[0] > 1 and per_batch):
-        raise UnsupportedError(
-            f"the gradient of a bias {tuple(bias.shape)} that is one for all heads or batch elements, whose tokens "
-            f"have {order.shape[0]} orders of their own: expand the bias over them, or use one order for all"
-        )
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...masks import MaskArrays
-from ..call import accumulation_dtype, readable
+from ..call import accumulation_dtype, readable, refuse_orders
 from ..statistics import Found, Wanted
 from ..words import pack_attention, pack_statistics
-from .attention import _cpu, refuse_orders
+from .attention import _cpu
 
 CHUNKS = 16  # runs of query rows that sum up apart: a fixed number, so that the bits do not depend on the threads
 

@@ -31,6 +31,14 @@ def test_lengths_that_end_beside_a_tile(length: int) -> None:
     check(1, 1, mask=BlockMask.from_lengths([length, N], q_len=N, kv_len=N))
 
 
+def test_full_blocks_that_a_length_cuts() -> None:
+    """The plan calls them clean: only a length, which it does not know, hides pairs of them."""
+    shown = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril().repeat_interleave(64, 2).repeat_interleave(64, 3)
+    mask = BlockMask.from_dense(shown[..., :N, :N], block_size=64)
+    assert mask.tiles.shape[0] < mask.indices.numel()
+    check(1, 1, mask=mask.with_lengths([33, 65]))
+
+
 def test_heads_with_lists_of_their_own() -> None:
     generator = torch.Generator().manual_seed(0)
     shown = (torch.rand(2, 4, 9, 9, generator=generator) < 0.5).repeat_interleave(16, 2).repeat_interleave(16, 3)

@@ -64,7 +64,7 @@ def test_conformance_in_whole(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "tests"), [("kernels", 19), ("edges", 27), ("modifiers", 8), ("plan", 10), ("linear", 23)]
+    ("file", "tests"), [("kernels", 19), ("edges", 28), ("modifiers", 8), ("plan", 10), ("linear", 23), ("orders", 24)]
 )
 def test_what_only_the_kernels_promise(file: str, tests: int) -> None:
     pytest_passes(str(HERE / f"interpreted_{file}.py"), at_least=tests)

@@ -159,16 +159,6 @@ def traced(**modifier: Any) -> Any:
         return torch.jit.trace(lambda q: attention(q, K, V, **modifier), Q)(Q)
 
 
-def observed(**modifier: Any) -> Any:
-    class Model(torch.nn.Module):
-        def forward(self) -> Tensor:
-            return parse("dense").attend(Q, K, V, **modifier)[0]
-
-    model = Model()
-    with observe(model):
-        return model()
-
-
 WAYS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "attention": (lambda **m: attention(Q, K, V, **m), EVERY),
     "attention, reference": (lambda **m: attention(Q, K, V, backend="reference", **m), EVERY),
@@ -199,9 +189,6 @@ WAYS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "a hybrid of performer": (by_method("sliding_window:left=2,right=2+performer"), ()),
     "a hybrid of centroids": (by_method("sliding_window:left=2,right=2+centroid"), ()),
     "branch_share": (lambda **m: branch_share(Q, K, method="sliding_window+centroid", **m), ()),
-    "attention_statistics": (lambda **m: attention_statistics(Q, K, V, **m), ()),
-    "method_statistics": (lambda **m: method_statistics(parse("dense"), Q, K, V, **m), ()),
-    "observe": (observed, ()),
     "torch.jit.trace": (traced, ()),
 }  # fmt: skip
 
@@ -224,16 +211,20 @@ def test_explain_knows_who_serves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODIFIERS)
-def test_a_certificate(name: str) -> None:
-    """Under any bias that of the same numbers as a tensor; a soft cap and sinks are no arguments of it."""
-    call = lambda **m: certificate(Q, K, V, mask=parse("sliding_window:left=2,right=2"), **m)  # noqa: E731
-    if "bias" not in MODIFIERS[name]:
-        with pytest.raises(TypeError, match=next(iter(MODIFIERS[name]))):
-            call(**MODIFIERS[name])
-        return
-    found, wanted = call(**MODIFIERS[name]), call(bias=scores(name) - Q @ K.mT / D**0.5)
-    torch.testing.assert_close(found.tau, wanted.tau)
-    torch.testing.assert_close(found.error, wanted.error)
+def test_what_looks_at_weights(name: str) -> None:
+    """Statistics, of a method and of a model too, and certificates: of the weights that the definition has."""
+    modifier = MODIFIERS[name]
+    weights = torch.softmax(scores(name), -1)[..., :N]
+    found = attention_statistics(Q, K, V, want=("received",), **modifier).received
+    torch.testing.assert_close(found, weights.sum(2), rtol=1e-5, atol=1e-6)
+    found = method_statistics(parse("dense"), Q, K, V, want=("received",), **modifier).received
+    torch.testing.assert_close(found, weights.sum(2), rtol=1e-5, atol=1e-6)
+    lost = certificate(Q, K, V, mask=torch.ones(N, N, dtype=torch.bool).tril(), **modifier)
+    torch.testing.assert_close(lost.dense, expected(name))
+    torch.testing.assert_close(lost.tau, weights.triu(1).sum(-1))
+    with observe(torch.nn.Identity(), want=("received",)) as seen:
+        parse("dense").attend(Q, K, V, **modifier)
+    torch.testing.assert_close(seen.layers[0].statistics.received, weights.sum(2), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BY_DISTANCE)

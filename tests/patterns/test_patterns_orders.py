@@ -109,9 +109,9 @@ def test_patterns_in_orders_are_exact(spec: str) -> None:
 @pytest.mark.parametrize("spec", ["axial", "strided:stride=64", "longformer:window=64,global_tokens=3"])
 def test_a_pattern_keeps_its_parts_as_json_and_in_another_process(spec: str) -> None:
     pattern = parse(spec).pattern
-    mask = pattern.block_mask(2048, 2048)
+    mask = pattern.block_mask(4096, 4096)
     assert mask.union is not None
-    again = Pattern.from_json(pattern.to_json()).block_mask(2048, 2048)
+    again = Pattern.from_json(pattern.to_json()).block_mask(4096, 4096)
     sent = pickle.loads(pickle.dumps(mask))
     for other in (again, sent):
         assert len(other.union) == len(mask.union)

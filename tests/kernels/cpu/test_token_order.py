@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.token_orders import DTYPES, HQ, NK, NQ, SEED, B, cases, check, order, run, tensors
+from support.token_orders import DTYPES, HQ, NK, NQ, cases, check, order, run, tensors
 
-from efficient_attn import BlockMask
 from efficient_attn.backends.cpu import attention as cpu
 from efficient_attn.backends.cpu.statistics import attention_statistics
 from efficient_attn.backends.statistics import Wanted
@@ -57,40 +56,6 @@ def test_parts_joined_by_lse_have_the_gradients_of_the_whole(size: float) -> Non
     want = cpu.attention_backward(grad_out, None, None, *last, MaskArrays(), 0.2, 0.0, None, True)
     for first, second, exact in zip(*(gradients[:4] for gradients in (*each, want)), strict=True):
         torch.testing.assert_close(first + second, exact)  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("queries", [1, 3, 16, NQ])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_a_call_joins_what_out_holds(dtype: torch.dtype, queries: int, dropout_p: float) -> None:
-    """Of few queries, too, whose kernel is another; with rows that see nothing in one part, or in none."""
-    query, key, value = tensors(dtype)[:3]
-    query, dv = query[:, :, :queries].contiguous(), value.shape[3]
-    shown = torch.rand(1, 1, queries, NK) < 0.4
-    shown[..., queries // 2 :, :70] = False  # the first part shows these rows nothing
-    shown[..., queries - 1, 70:] = False  # and nothing the last one
-    halves = [shown.clone(), shown.clone()]
-    halves[0][..., 70:] = halves[1][..., :70] = False
-    call = [query, key, value, None]
-    last = (0.2, dropout_p, SEED if dropout_p else None)
-    whole = cpu.attention_forward(*call, BlockMask.from_dense(shown).arrays(), *last)
-    first, second = (BlockMask.from_dense(half).arrays() for half in halves)
-    out, lse = cpu.attention_forward(*call, first, *last)
-    cpu.join_attention(out, lse, *call, second, *last)
-    units = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close((out, lse), whole, rtol=units, atol=units * float(value.abs().max()), check_dtype=False)
-    if queries == NQ:  # rows that a part does not name keep their bits, whatever they hold
-        rows = order(1, 20, NQ)
-        part = MaskArrays(query_order=rows)
-        out, lse = torch.full((B, HQ, NQ, dv), torch.nan, dtype=dtype), torch.full_like(lse, -torch.inf)
-        cpu.join_attention(out, lse, *call, part, *last)
-        expected = cpu.attention_forward(*call, part, *last)
-        named = rows[0].long()
-        torch.testing.assert_close(out[:, :, named], expected[0][:, :, named], rtol=units, atol=units)
-        torch.testing.assert_close(lse, expected[1], rtol=units, atol=units, check_dtype=False)
-        others = torch.ones(NQ, dtype=torch.bool)
-        others[named] = False
-        assert out[:, :, others].isnan().all()
 
 
 def test_no_rows() -> None:

@@ -84,7 +84,6 @@ struct AttentionParams {
     int64_t dropout_head, dropout_query, dropout_key;  // the pair (0, 0) of head 0 as dropout counts: a part's origin
     WeightsView weights;  // of the forward a result, of the backward a gradient; in the call's dtype
     int threads;          // how many will run it; decides the order of work, never the bits
-    int64_t joins;        // of a CPU forward: whether out and lse hold attention to other keys, which this one joins
 
     // Backward only.
     TensorView grad_out, dq, dk, dv;

@@ -104,7 +104,6 @@ inline AttentionParams read_call(Reader& in) {
     mask.kv_lengths = in.pointer<const int32_t>();
     read_order(in, {&p.query, &p.out}, &p.query_rows);
     read_order(in, {&p.key, &p.value}, &p.key_rows);
-    p.joins = in.integer();
     return p;
 }
 

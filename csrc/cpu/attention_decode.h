@@ -457,17 +457,10 @@ inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Rang
 template <class T, class A>
 inline void store_decoded(const AttentionParams& p, const DecodeTask& task, int64_t r, A top, double total, A* sum) {
     const int64_t h = task.h + r / p.Nq, i = r % p.Nq;
-    T* place = row_pointer<T>(p.out, task.b, h, i);
-    if (p.joins) {
-        const A share = join_lse<A>(p, task.b, h, i, top, total);
-        const A divisor = total == 0 ? 1 : static_cast<A>(total * (1.0 - p.dropout_p));
-        for (int64_t d = 0; d < p.Dv; ++d) sum[d] = sum[d] / divisor + (share == 0 ? 0 : share * widen<A>(place[d]));
-    } else {
-        const A divisor = total == 0 ? 1 : static_cast<A>(total * (1.0 - p.dropout_p));
-        for (int64_t d = 0; d < p.Dv; ++d) sum[d] /= divisor;
-        store_lse<A>(p, task.b, h, i, top, total);
-    }
-    narrow_row(sum, p.Dv, place);
+    const A divisor = total == 0 ? 1 : static_cast<A>(total * (1.0 - p.dropout_p));
+    for (int64_t d = 0; d < p.Dv; ++d) sum[d] /= divisor;
+    narrow_row(sum, p.Dv, row_pointer<T>(p.out, task.b, h, i));
+    store_lse<A>(p, task.b, h, i, top, total);
 }
 
 // Phase 0.

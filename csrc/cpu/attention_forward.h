@@ -29,7 +29,7 @@ struct ForwardTile {
         top = arena.take<A>(kQueries);
         total = arena.take<A>(kQueries);
         fade = arena.take<A>(kQueries);
-        scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, max_of(p.D, p.Dv))) + whole_vectors<A>(p.Dv));
+        scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, max_of(p.D, p.Dv))));
         K_buffer = arena.take<A>(kKeys * max_of(pair_depth(p.D), max_of(p.D, p.Dv)));
         V_buffer = arena.take<A>(kKeys * p.Dv);
         bits = arena.take<uint64_t>(kKeys);
@@ -242,16 +242,12 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
     });
 
     for (int64_t r = 0; r < count; ++r) {
-        double total = static_cast<double>(t.total[r]);
-        if (p.joins)
-            t.fade[r] = join_lse<A>(p, b, h, rows.begin + r, t.top[r], total);
-        else
-            store_lse<A>(p, b, h, rows.begin + r, t.top[r], total);
+        const double total = static_cast<double>(t.total[r]);
+        store_lse<A>(p, b, h, rows.begin + r, t.top[r], total);
         t.total[r] = static_cast<A>(total * (1.0 - p.dropout_p));
     }
-    store_transposed<T>(
-        t.Ot, w, p.out, b, h, rows.begin, count, p.Dv, t.scratch,
-        [&](Vec<A> x, int64_t r) { return t.total[r] == 0 ? Vec<A>{} : x / t.total[r]; }, p.joins ? t.fade : nullptr);
+    store_transposed<T>(t.Ot, w, p.out, b, h, rows.begin, count, p.Dv, t.scratch,
+                        [&](Vec<A> x, int64_t r) { return t.total[r] == 0 ? Vec<A>{} : x / t.total[r]; });
 }
 
 template <class T, class A>

@@ -156,19 +156,10 @@ inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t f
     }
 }
 
-// row += share * the tensor's row at `place`, which is not read where it has no share. `buffer` holds a row.
-template <class T, class A>
-inline void add_share(const T* place, int64_t width, A share, A* buffer, A* row) {
-    if (share == 0) return;
-    widen_row(place, width, buffer);
-    for (int64_t d = 0; d < width; ++d) row[d] += share * buffer[d];
-}
-
-// Row r, element d, of the tensor = finish(columns[d][r], r), for r < count; plus shares[r] times what it was, where
-// shares are not null. `scratch` has a row more then.
+// Row r, element d, of the tensor = finish(columns[d][r], r), for r < count.
 template <class T, class A, class Finish>
 inline void store_transposed(const A* columns, int64_t w, const TensorView& t, int64_t b, int64_t h, int64_t first,
-                             int64_t count, int64_t width, A* scratch, Finish finish, const A* shares = nullptr) {
+                             int64_t count, int64_t width, A* scratch, Finish finish) {
     constexpr int64_t L = kLanes<A>;
     const int64_t padded = whole_vectors<A>(width);
     for (int64_t r0 = 0; r0 < count; r0 += L) {
@@ -177,9 +168,7 @@ inline void store_transposed(const A* columns, int64_t w, const TensorView& t, i
         for (int64_t r = r0; r < min_of(r0 + L, count); ++r) {
             A* row = scratch + (r - r0) * padded;
             for (int64_t d = 0; d < padded; d += kLanes<A>) store(row + d, finish(load(row + d), r));
-            T* place = row_pointer<T>(t, b, h, first + r);
-            if (shares) add_share(place, width, shares[r], scratch + L * padded, row);
-            narrow_row(row, width, place);
+            narrow_row(row, width, row_pointer<T>(t, b, h, first + r));
         }
     }
 }

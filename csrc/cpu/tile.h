@@ -195,21 +195,6 @@ inline void store_lse(const AttentionParams& p, int64_t b, int64_t h, int64_t i,
         total == 0 ? -kInfinity<A> : static_cast<A>(static_cast<double>(top) * score_unit(p) + __builtin_log(total));
 }
 
-// Joins a row to what out and lse hold of it: lse becomes that of both, and `total`, by which the row's sum is to be
-// divided, takes on its share. Returns the share of what out holds.
-template <class A>
-inline A join_lse(const AttentionParams& p, int64_t b, int64_t h, int64_t i, A top, double& total) {
-    if (total == 0) return 1;
-    A& lse = static_cast<A*>(p.lse)[lse_row(p, b, h, i)];
-    const double before = static_cast<double>(lse);
-    const double own = static_cast<double>(top) * score_unit(p) + __builtin_log(total);
-    const double most = before > own ? before : own;
-    const double both = most + __builtin_log(__builtin_exp(before - most) + __builtin_exp(own - most));
-    lse = static_cast<A>(both);
-    total /= __builtin_exp(own - both);
-    return static_cast<A>(__builtin_exp(before - both));
-}
-
 inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 // Whether some pair may be hidden, by other means than a bias.

@@ -120,14 +120,6 @@ def lse_without_keys(lse: Tensor, sinks: Tensor | None) -> Tensor:
     return lse.fill_(-torch.inf) if sinks is None else lse.copy_(sinks[:, None].expand(lse.shape))
 
 
-def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Join attention to other keys, (B, H, N, Dv) and (B, H, N), into out and lse, in place."""
-    share = torch.sigmoid(other_lse - lse)  # of the other
-    share.masked_fill_((lse == -torch.inf) & (other_lse == -torch.inf), 0.0)
-    out.mul_((1.0 - share)[..., None]).addcmul_(other, share[..., None])
-    torch.logaddexp(lse, other_lse, out=lse)
-
-
 def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
     """dsinks (Hq) = -sum exp(sink - lse) delta over batch and queries, of lse and delta (B, Hq, Nq)."""
     if sinks is None:

@@ -58,11 +58,10 @@ def union_forward(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The same without a gradient."""
-    backend = BACKENDS[parts.backend].attention
-    forward = backend.attention_forward
+    forward = BACKENDS[parts.backend].attention.attention_forward
     out, lse = forward(query, key, value, bias, parts.arrays[0], scale, dropout_p, dropout_seed)
     for arrays in parts.arrays[1:]:
-        backend.join_attention(out, lse, query, key, value, bias, arrays, scale, dropout_p, dropout_seed)
+        join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
     coarse = _coarse_rows(lse, bias, parts)
     if coarse is not None:
         whole = forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
@@ -77,6 +76,14 @@ def _coarse_rows(lse: Tensor, bias: Tensor | None, parts: Parts) -> Tensor | Non
         return None
     coarse = (lse.abs() >= COARSE_LSE) & (lse != -torch.inf)
     return coarse if bool(coarse.any()) else None
+
+
+def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Join another part (B, H, N, Dv), (B, H, N) into out and lse, in place."""
+    share = torch.sigmoid(other_lse - lse)  # of the other part
+    share.masked_fill_((lse == -torch.inf) & (other_lse == -torch.inf), 0.0)
+    out.mul_((1.0 - share)[..., None]).addcmul_(other, share[..., None])
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
 class _Union(torch.autograd.Function):

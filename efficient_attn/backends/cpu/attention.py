@@ -80,27 +80,6 @@ def attention_forward(
     return out, lse
 
 
-def join_attention(
-    out: Tensor,  # (B, Hq, Nq, Dv)
-    lse: Tensor,  # (B, Hq, Nq)
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    mask: MaskArrays,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> None:
-    """Join attention to the keys of a mask to what out and lse hold of others, in place: rows go by once."""
-    query, key, value = readable(query), readable(key), readable(value)
-    if out.numel() > 0 and key.shape[2] > 0:
-        call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
-        kept, words = pack_attention(*call, joins=True)
-        _cpu.attention_forward(words, torch.get_num_threads())
-        del kept
-
-
 def attention_with_weights(
     query: Tensor,
     key: Tensor,

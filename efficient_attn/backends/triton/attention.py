@@ -23,7 +23,6 @@ from ...masks import MaskArrays
 from ..call import (
     Call,
     check_gradients_in_order,
-    join,
     leaves_rows,
     lse_without_keys,
     modifier_gradients_without_keys,
@@ -194,11 +193,6 @@ def attention_forward(
     with _on(query.device):
         run(_config("forward", query, Dv, mask, problem, biased, run))
     return out, lse
-
-
-def join_attention(out: Tensor, lse: Tensor, *call: Any) -> None:
-    """Join `attention_forward(*call)` to what out (B, Hq, Nq, Dv) and lse (B, Hq, Nq) hold of other keys, in place."""
-    join(out, lse, *attention_forward(*call))
 
 
 def attention_with_weights(

@@ -161,7 +161,7 @@ def forward_of_pointers(
         return None
     lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
     _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, weights)
-    run: Callable[[int, int, int, int, int, int, int], None] = _cpu.AttentionForward(words).run
+    run: Callable[[int, int, int, int, int, int, int], None] = _cpu.repeated_forward(words)
     return run
 
 
@@ -181,7 +181,7 @@ def backward_of_pointers(
     lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
     _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, grad_weights)
     words += pack_attention_gradients(grad_out, *gradients, None, None)
-    run: Callable[[int, int, int, int, int, int, int, int, int, int, int], None] = _cpu.AttentionBackward(words).run
+    run: Callable[[int, int, int, int, int, int, int, int, int, int, int], None] = _cpu.repeated_backward(words)
     return run
 
 

@@ -96,14 +96,13 @@ def _runs(mask: MaskArrays, bias: Tensor | None, dropout_p: float) -> tuple[slic
         return None
     if bias is not None or dropout_p > 0.0 or mask.kv_lengths is not None:
         return None
-    starts = run_start(mask.query_order), run_start(mask.key_order)
-    if starts[0] is None or starts[1] is None:
-        return None
-    queries, keys = (
-        slice(start, None if order is None else start + order.shape[1])
-        for start, order in zip(starts, (mask.query_order, mask.key_order), strict=True)
-    )
-    return queries, keys
+    queries, keys = _slice(mask.query_order), _slice(mask.key_order)
+    return None if queries is None or keys is None else (queries, keys)
+
+
+def _slice(order: Tensor | None) -> slice | None:
+    start = run_start(order)
+    return None if start is None else slice(start, None if order is None else start + order.shape[1])
 
 
 def _run(run: slice, tensor: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def sorted_lists(
     # Inside a bucket every pair is visible, unless an earlier round or oneself is left out.
     full = (low.amax(1)[rows] <= left) & (high.amin(1)[rows] >= right)
     full &= r == 0 and not others
-    earlier = [_Together(found, e, query_order, key_order, grid) for e in range(r)]
+    before = r if rows.numel() > 0 else 0
+    earlier = [_Together(found, e, query_order, key_order, grid) for e in range(before)]
     oneself = _places_of(key_order, query_order, grid) if others else None
     bits = torch.ones(BLOCK + 1, dtype=torch.int64, device=rows.device) << torch.arange(BLOCK + 1, device=rows.device)
     bits[BLOCK] = 0
@@ -58,8 +59,8 @@ def sorted_lists(
     for each in asked.split(ENTRIES):
         row, at = rows[each], left[each][:, None]
         words = below[(high[row] - at).clamp_(0, BLOCK)] & ~below[(low[row] - at).clamp_(0, BLOCK)]
-        for before in earlier:
-            words &= ~before.words(row, cols[each])
+        for other in earlier:
+            words &= ~other.words(row, cols[each])
         if oneself is not None:
             words &= ~bits[torch.where(oneself[row] >= at, oneself[row] - at, BLOCK).clamp_(max=BLOCK)]
         full[each] = ((words == whole[each][:, None]) | (row_places > last[row][:, None])).all(1)

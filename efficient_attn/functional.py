@@ -433,11 +433,13 @@ def prepare(
     backend: str = "auto",
     returns_weights: bool = False,
     parts: bool = False,
+    transposed: bool = False,
 ) -> Prepared:
     """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises.
 
     Args:
         parts: whether the caller can take a mask that is a union of parts as that.
+        transposed: whether the caller needs the lists of query blocks for each key block, gradients or not.
     """
     query, key, value = prepare_inputs(query, key, value)
     scale = default_scale(scale, query.shape[3])
@@ -483,7 +485,8 @@ def prepare(
             taken = _taken_parts(block_mask, chosen, differentiable)
             return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, taken)
         arrays = block_mask.arrays()
-    if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
+    transposed = transposed or (differentiable and backends.BACKENDS[chosen].NEEDS_TRANSPOSED)
+    if transposed and block_mask is not None:
         arrays = block_mask.arrays(transposed=True)
     if differentiable:
         arrays = trainable(arrays)

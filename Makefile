@@ -18,7 +18,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
 	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu bench-calls \
-	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields budget works-with \
+	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields budget statistics certify works-with \
 	sweep-transformers
 
 help: ## this list
@@ -171,6 +171,15 @@ fields: $(STAMP) ## text, images, series and CLIP x methods x seeds, and the tab
 budget: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)-budget
 budget: $(STAMP) ## convert(budget=) on trained models of five fields, and the table of docs/insight.md (half an hour)
 	@out="$(OUT)" && $(BIN)/efficient-attn bench budget --out "$$out" $(ARGS) && $(BIN)/python docs/budget.py "$$out/results.jsonl"
+
+# At 65,536 tokens a forward takes some ten seconds.
+statistics: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)-statistics
+statistics: $(STAMP) ## all statistics of attention's weights beside one forward, and the table of docs/insight.md
+	@out="$(OUT)" && $(BIN)/efficient-attn bench statistics --timeout 600 --out "$$out" $(ARGS) && $(BIN)/python docs/statistics.py "$$out/results.jsonl"
+
+certify: INPUTS = 100000
+certify: $(STAMP) ## random and adversarial inputs against every bound of a certificate: INPUTS=100000
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m support.certify --inputs $(INPUTS) $(ARGS)
 
 sweep-transformers: $(STAMP) ## write docs/transformers-sweep.md: every model type of transformers against eager (20 minutes)
 	cd tests && ../$(BIN)/python -m sweep.run $(ARGS)

@@ -43,6 +43,7 @@ from .masks import BlockMask, MaskArrays, PartedMask, trainable
 from .ops import attention as ops
 from .ops import union
 from .patterns import Pattern
+from .strips import by_strips, has_strips
 from .torchscript import check_traceable, traced_attention
 from .tracing import PLAN, is_jit_traced, named
 
@@ -116,7 +117,8 @@ def attention(
             With Nq != Nk a pattern that goes by positions needs an alignment, its own or `causal_alignment`.
         bias: added to the scaled and capped scores; broadcasts to (B, Hq, Nq, Nk); in the query's dtype or float32
             (float64 for float64 inputs). Gets a gradient of its own shape. -inf masks a pair. Or, in O(n) memory, an
-            `ALiBi`, `RelativeBias`, `T5Bias` or `LowRankBias`; or a list of such, which add up.
+            `ALiBi`, `RelativeBias`, `T5Bias`, `LowRankBias`, `RelativeBias2D` or `DecomposedBias2D`; or a list of such,
+            which add up.
         is_causal: query i sees keys up to i; with Nq != Nk, `causal_alignment` must say which corner the diagonal
             starts from: "top_left" (j <= i) or "bottom_right" (j <= i + Nk - Nq). It says the same, with or without
             is_causal, for a pattern that names no alignment itself.
@@ -145,6 +147,11 @@ def attention(
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
     modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
+    if modified and has_strips(bias, query, key):
+        return by_strips(  # type: ignore[no-any-return]
+            attention, query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
+            scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     plain = ops.is_plain(query, key, value, *((sinks, *tensors_of(bias)) if modified else (bias,)))
     if not plain and is_jit_traced():
         if modified:
@@ -426,11 +433,13 @@ def prepare(
     backend: str = "auto",
     returns_weights: bool = False,
     parts: bool = False,
+    transposed: bool = False,
 ) -> Prepared:
     """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises.
 
     Args:
         parts: whether the caller can take a mask that is a union of parts as that.
+        transposed: whether the caller needs the lists of query blocks for each key block, gradients or not.
     """
     query, key, value = prepare_inputs(query, key, value)
     scale = default_scale(scale, query.shape[3])
@@ -440,7 +449,9 @@ def prepare(
     shown_query, shown_key = query, key  # what patterns choose by
     diagonals = None
     if structured:
-        query, key, diagonals = settle_structured(structured, query, key, scale, cap, causal_alignment)
+        query, key, diagonals, pairs = settle_structured(structured, query, key, scale, cap, causal_alignment)
+        if pairs is not None:
+            bias = pairs if bias is None else pairs + check_bias(bias, query, key)
     if bias is not None:
         bias = check_bias(bias, query, key)
     check_dropout(dropout_p)
@@ -474,7 +485,8 @@ def prepare(
             taken = _taken_parts(block_mask, chosen, differentiable)
             return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, taken)
         arrays = block_mask.arrays()
-    if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
+    transposed = transposed or (differentiable and backends.BACKENDS[chosen].NEEDS_TRANSPOSED)
+    if transposed and block_mask is not None:
         arrays = block_mask.arrays(transposed=True)
     if differentiable:
         arrays = trainable(arrays)

@@ -71,6 +71,16 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
             False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
+    "statistics": {
+        80: {
+            True: {64: Config(64, 64, 8, 1), 128: Config(32, 64, 8, 1), 256: Config(16, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+        90: {
+            True: {64: Config(64, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+    },
 }
 # What takes registers of its own, halved or replaced: kernel, capability, half precision?, padded size -> with a
 # list, with bias or dropout, None where the row above serves.

@@ -203,7 +203,7 @@ def test_explain_says_who_refuses() -> None:
         ({"sinks": torch.zeros(3)}, InputError, r"sinks must be \(Hq\) = \(2,\)"),
         ({"sinks": torch.zeros(2, dtype=torch.int64)}, InputTypeError, "sinks must be a tensor of"),
         ({"bias": ALiBi(torch.ones(3))}, InputError, "is for batch 1 and 3 heads"),
-        ({"bias": "alibi"}, InputTypeError, "bias must be a floating-point tensor, an ALiBi"),
+        ({"bias": "alibi"}, InputTypeError, "bias must be a floating-point tensor, a structured"),
         ({"bias": [torch.ones(1), 3]}, InputTypeError, "got int"),
         ({"bias": LowRankBias(torch.ones(7, 2), torch.ones(8, 2))}, InputError, "does not fit"),
         ({"bias": LowRankBias(torch.ones(8, 2), torch.ones(8, 2)), "softcap": 1.0}, UnsupportedError, "LowRankBias"),

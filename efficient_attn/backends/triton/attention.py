@@ -61,6 +61,7 @@ def kernels() -> Any:
     from ...kernels import (
         attention,
         attention_backward,
+        attention_statistics,
         attention_weights,
         configs,
         linear_attention,
@@ -69,7 +70,8 @@ def kernels() -> Any:
         walk,
     )
 
-    modules = (tiles, walk, configs, plan, attention, attention_backward, attention_weights, linear_attention)
+    exact = (attention, attention_backward, attention_weights, attention_statistics)
+    modules = (tiles, walk, configs, plan, *exact, linear_attention)
     names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}
     return type("Kernels", (), names | {"triton": triton, "TensorDescriptor": TensorDescriptor})
 

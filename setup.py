@@ -26,15 +26,16 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MODULE = "efficient_attn._cpu"
-ISA_SOURCE = "csrc/cpu/kernels.cpp"
+ISA_SOURCES = ["csrc/cpu/attention.cpp", "csrc/cpu/linear_attention.cpp"]  # the one that takes longest first
 PLAIN_SOURCES = ["csrc/cpu/module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/peak.cpp"]
 COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -ffp-contract=fast -fno-math-errno"
-# GCC's -O3 takes a third longer over AVX-512's kernels, and nothing of it but this makes them faster. AVX2's have -O3:
-# their linear attention is a sixth slower without.
-AVX512_OPTIMISATION = (
+# GCC's -O3 takes a third longer over kernels for wide vectors, and nothing of it but this makes them faster. With AVX2
+# a float32 bias's gradient loses a twentieth, dropout gains a thirtieth; linear attention is a sixth slower without it.
+WIDE_OPTIMISATION = (
     "-O2 -ftree-vectorize -fvect-cost-model=dynamic"
     " --param max-inline-insns-auto=30 --param max-inline-insns-single=200 --param early-inlining-insns=14"
 )
+NEEDS_O3 = "linear_attention_avx2"
 # Beside others, for processors from before 2013: a tenth slower, compiled in a third of the time.
 BASELINE_OPTIMISATION = "-O1 -Wno-maybe-uninitialized"
 ISA_FLAGS = "-fno-exceptions -fno-rtti -fno-threadsafe-statics"
@@ -53,8 +54,8 @@ def instruction_sets(build_dir: Path) -> dict[str, str]:
     out."""
     compiler, sets = find_compiler(), {"baseline": ""}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        tuned = AVX512_OPTIMISATION if accepts(compiler, f"-Werror {AVX512_OPTIMISATION}", build_dir) else "-O3"
-        sets["avx2"] = "-march=x86-64-v3"
+        tuned = WIDE_OPTIMISATION if accepts(compiler, f"-Werror {WIDE_OPTIMISATION}", build_dir) else "-O3"
+        sets["avx2"] = f"{tuned} -march=x86-64-v3"
         sets["avx512"] = f"{tuned} -march=x86-64-v4 -mprefer-vector-width=512"
         sets["avx512_bf16"] = f"{sets['avx512']} -mavx512bf16"
         sets["amx_bf16"] = f"{sets['avx512_bf16']} -mamx-tile -mamx-bf16"
@@ -89,13 +90,11 @@ def ninja_file(
     flags: str = "",
     link: str = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup",
 ) -> str:
-    """The build plan: every kernel object from one source, plus what is around them.
+    """The build plan: the units of every instruction set, plus what is around them.
 
     The defaults are the Python module's; tests/kernels/cpu/native/build_harness.py has its own `plain_sources`,
     `flags` (which come after the usual ones) and `link`.
     """
-    import pybind11
-
     compiler = find_compiler()
     tuning = "".join(
         f" {flag}"
@@ -103,7 +102,7 @@ def ninja_file(
         if accepts(compiler, flag, build_dir)
     )
     openmp = "-fopenmp" if accepts(compiler, "-fopenmp", build_dir) else ""
-    python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"  # kernels know nothing of it
+    python = f"-isystem {sysconfig.get_path('include')}"  # kernels know nothing of it
     sets = instruction_sets(build_dir) if sets is None else sets
     known = " ".join(f"-DEFFICIENT_ATTN_HAVE_{name.upper()}=1" for name in sets)
     lines = [
@@ -117,10 +116,13 @@ def ninja_file(
         f"  command = $cxx {link} $in -o $out {openmp} -pthread",
     ]
     objects = []
-    for name, isa in sets.items():
-        objects.append(f"kernels_{name}.o")
-        lines += [f"build {objects[-1]}: compile {ROOT / ISA_SOURCE}"]
-        lines += [f"  extra = {isa} {ISA_FLAGS} -DEFFICIENT_ATTN_ISA={name}"]
+    for source, (name, isa) in itertools.product(ISA_SOURCES, sets.items()):
+        unit = f"{Path(source).stem}_{name}"
+        if unit.startswith("linear") and name.endswith("_bf16"):  # they have avx512's
+            continue
+        objects.append(f"{unit}.o")
+        lines += [f"build {objects[-1]}: compile {ROOT / source}"]
+        lines += [f"  extra = {isa}{' -O3' * (unit == NEEDS_O3)} {ISA_FLAGS} -DEFFICIENT_ATTN_ISA={name}"]
     for source in PLAIN_SOURCES if plain_sources is None else plain_sources:
         objects.append(Path(source).stem + ".o")
         lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {openmp} -pthread {python}"]
@@ -231,7 +233,7 @@ def extensions() -> list[Extension]:
             raise SystemExit(f"EFFICIENT_ATTN_{name}={given} is not understood; use {' or '.join(allowed)}")
     found = []
     if cpu != "0":
-        found.append(Extension(MODULE, sources=[ISA_SOURCE, *PLAIN_SOURCES], optional=cpu != "1"))
+        found.append(Extension(MODULE, sources=[*ISA_SOURCES, *PLAIN_SOURCES], optional=cpu != "1"))
     if cuda == "1":
         units = {source for source, _ in cuda_units().values()}
         found.append(Extension(CUDA_MODULE, sources=[*sorted(units), *CUDA_PLAIN_SOURCES], py_limited_api=True))

@@ -34,10 +34,13 @@ IGNORED = ("budget_s", "patience_s")  # how long a cell was measured, not what
 # Which way a figure gets better; the first pattern that fits decides. The last group says what was measured.
 HIGHER = r"accuracy|exact|.*speedup.*|.*_per_s|efficiency|.*(_share|flops|_?gbs)|vs .*|density efficiency|share of .*"
 LOWER = (
-    r"(.*_)?ms|.*_bytes|bytes_per_token|weights_ratio|(.*_)?error|loss|mase|difference|scores|share"
-    r"|(.*_)?(spread|unsure|seconds)|trained_s"
+    r"(.*_)?ms|.*_bytes|bytes_per_token|(weights|time|memory)_ratio|(.*_)?error|loss|mase|smape|crps|difference|scores"
+    r"|share|(.*_)?(spread|unsure|seconds)|trained_s"
 )
-NEUTRAL = r"layers|changed|trials|score_before|density|parts|visited|parameters|tokens|samples|tolerance|baseline|load"
+NEUTRAL = (
+    r"layers|changed|trials|score_before|density|parts|visited|parameters|tokens|windows|samples|tolerance"
+    r"|baseline|load"
+)
 LOW_SCORES = ("loss", "mase", "naive_mase", "mae", "mse", "bits_per_character", "to_naive")
 
 

@@ -1,7 +1,7 @@
 """efficient-attn: exact, block-sparse and low-rank attention with one operator, one mask and one drop-in module."""
 
 from .backends import BACKENDS
-from .biases import ALiBi, LowRankBias, PositionBias, RelativeBias, T5Bias
+from .biases import ALiBi, DecomposedBias2D, LowRankBias, PositionBias, RelativeBias, RelativeBias2D, T5Bias
 from .cache import KVCache, PagedKVCache, cached_attention, paged_attention
 from .errors import (
     CheckpointError,
@@ -75,6 +75,7 @@ __all__ = [
     "Conversion",
     "ConversionError",
     "CudaError",
+    "DecomposedBias2D",
     "Dense",
     "Dilated",
     "Documents",
@@ -102,6 +103,7 @@ __all__ = [
     "PositionBias",
     "PrefixLM",
     "RelativeBias",
+    "RelativeBias2D",
     "SlidingWindow",
     "SortedBuckets",
     "Strided",

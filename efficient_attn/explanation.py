@@ -24,6 +24,7 @@ class Explanation:
     density: visible pairs / (B * Hq * Nq * Nk).
     visited: the same of the pairs in the blocks that the backend visits, hidden ones included.
     parts: where the mask is taken as a union of parts, each in its own order of tokens, what they are; else empty.
+    whole_because: where it is such a union, and the call takes it in the order of the sequence all the same, why.
     flops: floating-point operations of the forward on the visible pairs: 2 * pairs * (D + Dv).
     bytes: what the forward must at least read and write: query, key, value, bias, mask, out and lse.
     """
@@ -35,6 +36,7 @@ class Explanation:
     bytes: int
     visited: float = 1.0
     parts: tuple[str, ...] = ()
+    whole_because: str = ""
 
     def __str__(self) -> str:
         lines = [f"backend: {_label(self.backend) if self.backend else 'none can serve this call'}"]
@@ -44,6 +46,10 @@ class Explanation:
             count = "1 part" if len(self.parts) == 1 else f"{len(self.parts)} parts"
             lines.append(f"{count}, each in its own order of tokens, joined by lse:")
         lines += [f"  {part}" for part in self.parts]
+        if self.whole_because:
+            lines.append(
+                f"the mask has parts in orders of their own, which this call does not take: {self.whole_because}"
+            )
         lines.append(f"forward: {self.flops / 1e9:.3f} GFLOP, {self.bytes / 1e6:.3f} MB")
         return "\n".join(lines)
 
@@ -83,7 +89,7 @@ def explain(
     given = (query, key, value)
     prepared = functional.prepare(*given, **arguments, backend="reference")
     query, key, value, bias, arrays = prepared[:5]
-    modifiers = inputs.modifier_names(*prepared[11:])
+    modifiers = inputs.modifier_names(*prepared.modifiers)
     call = functional.describe(query, key, value, bias, arrays, dropout_p, modifiers=modifiers)
     reasons = backends.not_supported_reasons(call)
     wanted = (n for n in reasons if n == backend or (backend == "auto" and backends.automatic(n, call.device)))
@@ -95,13 +101,15 @@ def explain(
     moved = (query.numel() + key.numel() + value.numel() + rows * call.Dv) * query.element_size()
     moved += rows * accumulation_dtype(call.dtype).itemsize + block_mask.nbytes
     moved += 0 if bias is None else bias.numel() * bias.element_size()
-    chosen, taken = serving[0] if serving else None, None
-    if chosen is not None and mask is not None and backends.BACKENDS[chosen].TAKES_ORDERS and is_plain(*given, bias):
-        taken = functional.prepare(*given, **arguments, backend=chosen, parts=True).parts
+    chosen, taken, whole_because = serving[0] if serving else None, None, ""
+    if chosen is not None and mask is not None and is_plain(*given, bias):
+        again = functional.prepare(*given, **arguments, backend=chosen, parts=True)
+        taken, whole_because = again.parts, again.whole_because
     seen = block_mask if taken is None else taken.mask
     visited = parts.visited(seen) / max(math.prod(seen.shape), 1)
     said = () if taken is None or taken.mask.union is None else tuple(map(_said, taken.mask.union))
-    return Explanation(chosen, reasons, density, 2 * pairs * (call.D + call.Dv), moved, visited, said)
+    flops = 2 * pairs * (call.D + call.Dv)
+    return Explanation(chosen, reasons, density, flops, moved, visited, said, whole_because)
 
 
 def _said(part: parts.Part) -> str:

@@ -43,6 +43,7 @@ from .masks import BlockMask, MaskArrays, PartedMask, trainable
 from .ops import attention as ops
 from .ops import union
 from .patterns import Pattern
+from .strips import by_strips, has_strips
 from .torchscript import check_traceable, traced_attention
 from .tracing import PLAN, is_jit_traced, named
 
@@ -116,7 +117,8 @@ def attention(
             With Nq != Nk a pattern that goes by positions needs an alignment, its own or `causal_alignment`.
         bias: added to the scaled and capped scores; broadcasts to (B, Hq, Nq, Nk); in the query's dtype or float32
             (float64 for float64 inputs). Gets a gradient of its own shape. -inf masks a pair. Or, in O(n) memory, an
-            `ALiBi`, `RelativeBias`, `T5Bias` or `LowRankBias`; or a list of such, which add up.
+            `ALiBi`, `RelativeBias`, `T5Bias`, `LowRankBias`, `RelativeBias2D` or `DecomposedBias2D`; or a list of such,
+            which add up.
         is_causal: query i sees keys up to i; with Nq != Nk, `causal_alignment` must say which corner the diagonal
             starts from: "top_left" (j <= i) or "bottom_right" (j <= i + Nk - Nq). It says the same, with or without
             is_causal, for a pattern that names no alignment itself.
@@ -145,6 +147,11 @@ def attention(
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
     modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
+    if modified and has_strips(bias, query, key):
+        return by_strips(  # type: ignore[no-any-return]
+            attention, query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
+            scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     plain = ops.is_plain(query, key, value, *((sinks, *tensors_of(bias)) if modified else (bias,)))
     if not plain and is_jit_traced():
         if modified:
@@ -162,7 +169,7 @@ def attention(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend, parts=plain,
     )  # fmt: skip
-    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers = call
+    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers, _ = call
     options = (scale, dropout_p, seed, *modifiers)
     if parts is not None:
         function = union.union_attention if differentiable else union.union_forward
@@ -247,7 +254,7 @@ def attention_with_weights(
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
         backend="reference" if traced else backend, returns_weights=True,
     )  # fmt: skip
-    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _, *modifiers = call
+    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _, *modifiers, _ = call
     # The operator looks whether lse is fine enough to make weights of, where a backend does that.
     if traced or (plain and not differentiable and chosen not in ops.FROM_LSE_ALONE):
         function = backends.BACKENDS[chosen].attention.attention_with_weights
@@ -402,6 +409,11 @@ class Prepared(NamedTuple):
     softcap: float = 0.0  # 0: none
     sinks: Tensor | None = None  # (Hq)
     diagonals: Tensor | None = None  # (1 | B, 1 | Hq, Nq + Nk - 1), of the accumulation dtype
+    whole_because: str = ""  # why a mask that is a union of parts is taken as the ordinary one that it is too
+
+    @property
+    def modifiers(self) -> tuple[float, Tensor | None, Tensor | None]:
+        return self.softcap, self.sinks, self.diagonals
 
 
 def prepare(
@@ -421,11 +433,13 @@ def prepare(
     backend: str = "auto",
     returns_weights: bool = False,
     parts: bool = False,
+    transposed: bool = False,
 ) -> Prepared:
     """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises.
 
     Args:
         parts: whether the caller can take a mask that is a union of parts as that.
+        transposed: whether the caller needs the lists of query blocks for each key block, gradients or not.
     """
     query, key, value = prepare_inputs(query, key, value)
     scale = default_scale(scale, query.shape[3])
@@ -435,12 +449,13 @@ def prepare(
     shown_query, shown_key = query, key  # what patterns choose by
     diagonals = None
     if structured:
-        query, key, diagonals = settle_structured(structured, query, key, scale, cap, causal_alignment)
+        query, key, diagonals, pairs = settle_structured(structured, query, key, scale, cap, causal_alignment)
+        if pairs is not None:
+            bias = pairs if bias is None else pairs + check_bias(bias, query, key)
     if bias is not None:
         bias = check_bias(bias, query, key)
     check_dropout(dropout_p)
     modifiers = modifier_names(cap, sinks, diagonals)
-    parts = parts and not modifiers  # a union joins its parts by lse, and scores in their own order
     arrays, block_mask = DENSE, None
     if mask is not None or is_causal or causal_alignment is not None:
         Nq, Nk = query.shape[2], key.shape[2]
@@ -450,7 +465,7 @@ def prepare(
                 mask.check_scores(bias, softcap, structured or None)
             causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
             block_mask = _planned_mask(mask, shown_query, shown_key, causal, scale, causal_alignment, bias)
-            if not parts or block_mask.union is None:
+            if not parts or block_mask.union is None or modifiers:
                 arrays = block_mask.arrays()
         elif is_causal:
             arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
@@ -463,18 +478,22 @@ def prepare(
         tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias, sinks, diagonals)
     )
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
+    whole_because = ""
     if parts and isinstance(block_mask, PartedMask):
-        if backends.BACKENDS[chosen].TAKES_ORDERS and not _shares_bias(block_mask, bias, differentiable):
+        whole_because = _why_whole(block_mask, chosen, bias, differentiable, modifiers)
+        if not whole_because:
             taken = _taken_parts(block_mask, chosen, differentiable)
             return Prepared(query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, taken)
         arrays = block_mask.arrays()
-    if differentiable and block_mask is not None and backends.BACKENDS[chosen].NEEDS_TRANSPOSED:
+    transposed = transposed or (differentiable and backends.BACKENDS[chosen].NEEDS_TRANSPOSED)
+    if transposed and block_mask is not None:
         arrays = block_mask.arrays(transposed=True)
     if differentiable:
         arrays = trainable(arrays)
     return Prepared(
-        query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, None, cap, sinks, diagonals
-    )
+        query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, None, cap, sinks, diagonals,
+        whole_because,
+    )  # fmt: skip
 
 
 def _taken_parts(mask: PartedMask, backend: str, differentiable: bool) -> union.Parts:
@@ -482,12 +501,22 @@ def _taken_parts(mask: PartedMask, backend: str, differentiable: bool) -> union.
     return union.Parts(mask, tuple(map(trainable, arrays)) if differentiable else arrays, backend)
 
 
-def _shares_bias(mask: PartedMask, bias: Tensor | None, differentiable: bool) -> bool:
-    """Whether the gradient of a bias sums up pairs that lie in different tiles, as heads have orders of their own."""
-    if bias is None or not (differentiable and bias.requires_grad):
-        return False
-    assert mask.union is not None
-    return any(order is not None and order.shape[0] > 1 for part in mask.union for order in part[1:])
+def _why_whole(
+    mask: PartedMask, backend: str, bias: Tensor | None, differentiable: bool, modifiers: tuple[str, ...]
+) -> str:
+    """Why a call takes a union as one mask in the order of the sequence; empty if it takes the parts."""
+    if not backends.BACKENDS[backend].TAKES_ORDERS:
+        return f"backend {backend} takes tokens in the order of the sequence"
+    if modifiers:
+        return f"parts are joined by lse, which {' and '.join(modifiers)} in each of them would spoil"
+    if bias is None:
+        return ""
+    if bias.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "parts of a call with a bias are joined after a look at lse, which no CUDA graph records"
+    orders = (order for part in mask.union for order in part[1:])
+    if differentiable and bias.requires_grad and any(order is not None and order.shape[0] > 1 for order in orders):
+        return "the gradient of the bias adds up heads whose tokens lie in different orders"
+    return ""
 
 
 @named(PLAN)

@@ -147,26 +147,44 @@ def check_sinks(sinks: Tensor, query: Tensor) -> Tensor:
 
 def settle_structured(
     structured: list[biases.Bias], query: Tensor, key: Tensor, scale: float, cap: float, alignment: str | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Query and key with low-rank biases beside them, and the sum (1 | B, 1 | Hq, Nq + Nk - 1) of those by position."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Query and key with biases that are dot products beside them, the sum (1 | B, 1 | Hq, Nq + Nk - 1) of those by
+    position, and of those by pairs (1 | B, 1 | Hq, Nq, Nk)."""
     diagonals: Tensor | None = None
+    pairs: Tensor | None = None
+    dtype = accumulation_dtype(query.dtype)
+    queries, keys = [query], [key]
     for part in structured:
-        if isinstance(part, biases.LowRankBias):
+        name = type(part).__name__
+        if isinstance(part, biases.Appended):
             if cap > 0.0:
                 raise UnsupportedError(
-                    "LowRankBias is a part of the dot products, which softcap would bound too; pass u @ w.mT as a "
-                    "tensor, or leave softcap out"
+                    f"{name} is a part of the dot products, which softcap would bound too; pass it as a tensor, or "
+                    "leave softcap out"
                 )
-            query, key = part.appended(query, key, scale)
-        else:
-            assert isinstance(part, biases.RelativePosition)
-            line = part.diagonals(query, key, alignment, accumulation_dtype(query.dtype))
+            if scale == 0.0:
+                raise InputError(f"{name} is a part of scores times the scale; with scale=0 it would vanish")
+            of_query, of_key = part.columns(query, key, scale)
+            queries.append(of_query)
+            keys.append(of_key)
+        elif isinstance(part, biases.Pairwise):
+            rows = part.rows(0, query.shape[2], query, key, dtype)
+            pairs = rows if pairs is None else pairs + rows
+        elif isinstance(part, biases.RelativePosition):
+            line = part.diagonals(query, key, alignment, dtype)
             diagonals = line if diagonals is None else diagonals + line
-    if query.shape[3] > WIDEST:
-        raise InputError(
-            f"head_dim and the rank of LowRankBias must be at most {WIDEST} together; got {query.shape[3]}"
-        )
-    return query, key, diagonals
+        else:
+            raise UnsupportedError(
+                f"{name} is no bias that attention knows; derive it from one in efficient_attn.biases"
+            )
+    if len(queries) > 1:
+        query, key = torch.cat(queries, -1), torch.cat(keys, -1)
+        if query.shape[3] > WIDEST:
+            appended = ", ".join(type(part).__name__ for part in structured if isinstance(part, biases.Appended))
+            raise InputError(
+                f"head_dim and the columns of {appended} must be at most {WIDEST} together; got {query.shape[3]}"
+            )
+    return query, key, diagonals, pairs
 
 
 def modifier_names(cap: float, sinks: Tensor | None, diagonals: Tensor | None) -> tuple[str, ...]:

@@ -33,17 +33,21 @@ from .tiles import (
     PARTIAL,
     PARTIAL_SUMS,
     Inputs,
-    Tile,
+    Places,
     any_not_finite,
     cap_scores,
     dot,
     head_pointer,
     kept_pairs,
+    key_places,
     line_offsets,
     load_tile,
     load_walked,
     mask_scores,
     online_softmax_update,
+    owned_queries,
+    present,
+    query_tokens,
     select_dot,
     signed,
     store_tile,
@@ -88,15 +92,20 @@ def attend(state, b_q, x, tiles, own, walk, C: tl.constexpr, MODE: tl.constexpr)
     entry = entry_at(x.mask, walk, walk.first, C.LIST_K // C.BLOCK_K, GAP)
     for t in range(walk.first, walk.end):
         j_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_K, C.BLOCK_K, GAP)
-        b_k = load_walked(tiles.k, p_k, x.k.n, own.i_b, i_hk, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE)
+        columns = key_places(x, own.i_b, i_hk, j_first, C.BLOCK_K)
+        b_k = load_walked(
+            tiles.k, x.mask.key_order, p_k, x.k.n, own.i_b, i_hk, columns, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE
+        )
         b_s = dot(b_q, tl.trans(b_k), C)
         if BIASED:
             b_s, _slope = cap_scores(b_s * x.sizes.scale, x)
-        b_s, m_visible = mask_scores(b_s, x, own.i_b, own.o_h, own.o, j_first, own.keys, tile, C, MODE, 1)
+        b_s, m_visible = mask_scores(b_s, x, own.i_b, own.o_h, own, columns, own.keys, tile, C, MODE, 1)
         b_p, b_alpha, b_m, b_l = online_softmax_update(b_s, b_m, b_l, 1.0 if BIASED else x.sizes.scale)
         if x.dropout.seed is not None:
-            b_p = tl.where(kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1), b_p, 0.0)
-        b_v = load_walked(tiles.v, p_v, x.v.n, own.i_b, i_hk, j_first, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE)
+            b_p = tl.where(kept_pairs(x, own.i_b, own.i_h, own, columns, C, 1), b_p, 0.0)
+        b_v = load_walked(
+            tiles.v, x.mask.key_order, p_v, x.v.n, own.i_b, i_hk, columns, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE
+        )
         b_acc = select_dot(b_p, m_visible, b_v, b_acc * b_alpha[:, None], C)
     return Softmax(b_acc, b_m, b_l)
 
@@ -117,37 +126,37 @@ def begin_softmax(x, o_h, i_split, C: tl.constexpr):
 def forward_tile(i_program, x, tiles, out, grid, C: tl.constexpr):
     """Compute and store one tile of out and lse; returns 1 if it is not finite."""
     i_split = i_program % grid.splits
-    rows = x.sizes.Nq * C.PACK
     i_tile, i_b, i_line = locate(
-        i_program // grid.splits, x.mask, grid, rows, C.LIST_Q, C.BLOCK_Q, x.mask.high is not None
+        i_program // grid.splits, x.mask, grid, x.sizes.Nq * C.PACK, C.LIST_Q, C.BLOCK_Q, x.mask.high is not None
     )
     i_h = i_line * C.PACK
     o_r = i_tile * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_i, o_h = o_r // C.PACK, i_h + o_r % C.PACK
-    m_i = o_i < x.sizes.Nq
     i_first = i_tile * C.BLOCK_Q // C.PACK
     i_last = tl.minimum((i_tile * C.BLOCK_Q + C.BLOCK_Q - 1) // C.PACK, x.sizes.Nq - 1)
-    o_seen = o_i if x.bias.ptr is None else tl.minimum(o_i, x.sizes.Nq - 1)
-    own = Tile(i_b, i_h, o_h, i_first, o_seen, key_count(x.mask, i_b, x.sizes.Nk))
+    rows = Places(i_first, o_i, query_tokens(x, i_b, i_h, o_i))  # where there is an order, PACK is 1
+    m_i = present(x.mask.query_order, rows, x.sizes.Nq)
+    own = owned_queries(x, rows, i_b, i_h, o_h, key_count(x.mask, i_b, x.sizes.Nk))
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
     if C.SPLIT:
         span = split_span(span, i_split, grid.splits)
 
-    b_q = signed(load_tile(x.q, i_b, o_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
+    b_q = signed(load_tile(x.q, i_b, o_h, rows.token, m_i, C.D, C.BLOCK_D), C.SIGN)
     b_acc = tl.full([C.BLOCK_Q, C.BLOCK_DV], 0.0, tl.float32)
     b_m, b_l = begin_softmax(x, o_h, i_split, C)
     state = Softmax(b_acc, b_m, b_l)
-    if not C.SAFE:
+    MASKED: tl.constexpr = C.SAFE or x.mask.token_lengths is not None  # a length cuts where it likes
+    if not MASKED:
         state = attend(state, b_q, x, tiles, own, full_tiles(span), C, FULL)
-    state = attend(state, b_q, x, tiles, own, other_tiles(span, C.SAFE), C, PARTIAL)
+    state = attend(state, b_q, x, tiles, own, other_tiles(span, MASKED), C, PARTIAL)
 
     b_l = tl.sum(state.sums, 1)
     b_sum = tl.where(b_l == 0.0, 1.0, b_l)
     b_lse = tl.where(b_l == 0.0, -INF, (state.largest + tl.log2(b_sum)) * LN2)
     i_part = i_b + i_split * (grid.lines // grid.heads)
     b_out = state.acc * (x.dropout.keep_scale / b_sum)[:, None]
-    store_tile(out, i_part, o_h, o_i, m_i, b_out, C.DV, C.BLOCK_DV)
-    tl.store(out.lse + line_offsets(x, i_part, o_h, o_i), b_lse, mask=m_i)
+    store_tile(out, i_part, o_h, rows.token, m_i, b_out, C.DV, C.BLOCK_DV)
+    tl.store(out.lse + line_offsets(x, i_part, o_h, rows.token), b_lse, mask=m_i)
     return any_not_finite(state.acc)
 
 

@@ -34,10 +34,14 @@ from .tiles import (
     dot,
     head_pointer,
     kept_pairs,
+    key_places,
     line_offsets,
     load_block,
     load_tile,
     mask_scores,
+    owned_queries,
+    present,
+    query_places,
     select_dot,
     signed,
     store_tile,
@@ -149,15 +153,18 @@ def gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_h, walk, C: tl.co
     entry = entry_at(x.mask, walk, walk.first, C.LIST_Q // C.BLOCK_Q, False)
     for t in range(walk.first, walk.end):
         i_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_Q, C.BLOCK_Q, False)
-        o_i = i_first + tl.arange(0, C.BLOCK_Q)
-        b_q = load_block(p_q, x.q.n, i_first, x.sizes.Nq, C.D, C.BLOCK_Q, C.BLOCK_D, MODE != FULL)
-        b_lse, b_delta = load_rows(x, given, own.i_b, i_h, o_i, o_i < x.sizes.Nq)
+        rows = query_places(x, own.i_b, i_h, i_first, C.BLOCK_Q)
+        m_i = present(x.mask.query_order, rows, x.sizes.Nq)
+        b_q = load_block(x.mask.query_order, p_q, x.q.n, rows, x.sizes.Nq, C.D, C.BLOCK_Q, C.BLOCK_D, MODE != FULL)
+        b_lse, b_delta = load_rows(x, given, own.i_b, i_h, rows.token, m_i)
         b_s, b_slope = cap_scores(dot(b_k, tl.trans(b_q), C) * x.sizes.scale, x)  # [BLOCK_K, BLOCK_Q]
-        b_s, m_visible = mask_scores(b_s, x, own.i_b, i_h, o_i, own.first, own.keys, tile, C, MODE, 0)
+        b_s, m_visible = mask_scores(b_s, x, own.i_b, i_h, rows, own, own.keys, tile, C, MODE, 0)
         b_p = tl.exp2(b_s - b_lse[None, :])
-        m_kept = kept_pairs(x.dropout, own.i_b, i_h, i_first, own.first, C, 0)
+        m_kept = kept_pairs(x, own.i_b, i_h, rows, own, C, 0)
 
-        b_do = load_block(p_do, given.n, i_first, x.sizes.Nq, C.DV, C.BLOCK_Q, C.BLOCK_DV, MODE != FULL)
+        b_do = load_block(
+            x.mask.query_order, p_do, given.n, rows, x.sizes.Nq, C.DV, C.BLOCK_Q, C.BLOCK_DV, MODE != FULL
+        )
         b_dp = dot(b_v, tl.trans(b_do), C)
         b_dp = add_weight_gradient(b_dp, x, given, own.i_b, i_h, i_first, own.first, C, 0)
         b_zp, b_ds = pair_gradient(b_p, b_dp, b_delta[None, :], m_kept, x.dropout)
@@ -171,26 +178,29 @@ def gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_h, walk, C: tl.co
 def key_gradient_tile(i_program, x, given, dk, dv, grid, C: tl.constexpr):
     """Compute and store one tile of dk and dv; returns 1 if it is not finite."""
     LAST_FIRST: tl.constexpr = x.mask.low is not None and x.mask.high is None
+    MASKED: tl.constexpr = C.SAFE or x.mask.token_lengths is not None
     i_tile, i_b, i_h = locate(i_program, x.mask, grid, x.sizes.Nk, C.LIST_K, C.BLOCK_K, LAST_FIRST)
     j_first = i_tile * C.BLOCK_K
-    o_j = j_first + tl.arange(0, C.BLOCK_K)
-    own = Tile(i_b, i_h, i_h, j_first, o_j, key_count(x.mask, i_b, x.sizes.Nk))
-    m_read = o_j < own.keys
-    b_k = signed(load_tile(x.k, i_b, i_h, o_j, m_read, C.D, C.BLOCK_D), C.SIGN)
-    b_v = load_tile(x.v, i_b, i_h, o_j, m_read, C.DV, C.BLOCK_DV)
+    columns = key_places(x, i_b, i_h, j_first, C.BLOCK_K)
+    own = Tile(j_first, columns.o, columns.token, i_b, i_h, i_h, key_count(x.mask, i_b, x.sizes.Nk))
+    m_read = present(x.mask.key_order, columns, own.keys)
+    b_k = signed(load_tile(x.k, i_b, i_h, columns.token, m_read, C.D, C.BLOCK_D), C.SIGN)
+    b_v = load_tile(x.v, i_b, i_h, columns.token, m_read, C.DV, C.BLOCK_DV)
     b_dk = tl.full([C.BLOCK_K, C.BLOCK_D], 0.0, tl.float32)
     b_dv = tl.full([C.BLOCK_K, C.BLOCK_DV], 0.0, tl.float32)
     for g in range(C.GROUP):
         i_hq = i_h * C.GROUP + g
         span = query_span(x, i_b, i_hq, j_first, own.keys, C)
-        if not C.SAFE:
+        if not MASKED:
             b_dk, b_dv = gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_hq, full_tiles(span), C, FULL)
-        others = other_tiles(span, C.SAFE)
+        others = other_tiles(span, MASKED)
         b_dk, b_dv = gather_key_gradient(b_dk, b_dv, b_k, b_v, x, given, own, i_hq, others, C, PARTIAL)
 
-    m_j, m_dead = o_j < x.sizes.Nk, (m_read == 0)[:, None]
-    store_tile(dk, i_b, i_h, o_j, m_j, tl.where(m_dead, 0.0, b_dk * given.grad_scale), C.D, C.BLOCK_D)
-    store_tile(dv, i_b, i_h, o_j, m_j, tl.where(m_dead, 0.0, b_dv * x.dropout.keep_scale), C.DV, C.BLOCK_DV)
+    m_j, m_dead = present(x.mask.key_order, columns, x.sizes.Nk), (m_read == 0)[:, None]
+    b_dk = tl.where(m_dead, 0.0, b_dk * given.grad_scale)
+    store_tile(dk, i_b, i_h, columns.token, m_j, b_dk, C.D, C.BLOCK_D)
+    b_dv = tl.where(m_dead, 0.0, b_dv * x.dropout.keep_scale)
+    store_tile(dv, i_b, i_h, columns.token, m_j, b_dv, C.DV, C.BLOCK_DV)
     return any_not_finite(b_dk) | any_not_finite(b_dv)
 
 
@@ -214,15 +224,16 @@ def gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, walk, 
     entry = entry_at(x.mask, walk, walk.first, C.LIST_K // C.BLOCK_K, GAP)
     for t in range(walk.first, walk.end):
         j_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_K, C.BLOCK_K, GAP)
-        b_k = load_block(p_k, x.k.n, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
+        columns = key_places(x, own.i_b, i_hk, j_first, C.BLOCK_K)
+        b_k = load_block(x.mask.key_order, p_k, x.k.n, columns, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
         b_s, b_slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
-        b_s, m_visible = mask_scores(b_s, x, own.i_b, own.i_h, own.o, j_first, own.keys, tile, C, MODE, 1)
+        b_s, m_visible = mask_scores(b_s, x, own.i_b, own.i_h, own, columns, own.keys, tile, C, MODE, 1)
         b_p = tl.exp2(b_s - b_lse[:, None])
 
-        b_v = load_block(p_v, x.v.n, j_first, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE != FULL)
+        b_v = load_block(x.mask.key_order, p_v, x.v.n, columns, own.keys, C.DV, C.BLOCK_K, C.BLOCK_DV, MODE != FULL)
         b_dp = dot(b_do, tl.trans(b_v), C)
         b_dp = add_weight_gradient(b_dp, x, given, own.i_b, own.i_h, own.first, j_first, C, 1)
-        m_kept = kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1)
+        m_kept = kept_pairs(x, own.i_b, own.i_h, own, columns, C, 1)
         _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, x.dropout)
         b_ds = through_cap(b_ds, b_slope, x)
         b_dq = select_dot(b_ds, m_visible, b_k, b_dq, C)
@@ -234,21 +245,21 @@ def query_gradient_tile(i_program, x, given, dq, grid, C: tl.constexpr):
     """Compute and store one tile of dq; returns 1 if it is not finite."""
     i_tile, i_b, i_h = locate(i_program, x.mask, grid, x.sizes.Nq, C.LIST_Q, C.BLOCK_Q, x.mask.high is not None)
     i_first = i_tile * C.BLOCK_Q
-    o_i = i_first + tl.arange(0, C.BLOCK_Q)
-    m_i = o_i < x.sizes.Nq
-    o_seen = o_i if x.bias.ptr is None else tl.minimum(o_i, x.sizes.Nq - 1)
-    own = Tile(i_b, i_h, i_h, i_first, o_seen, key_count(x.mask, i_b, x.sizes.Nk))
+    rows = query_places(x, i_b, i_h, i_first, C.BLOCK_Q)
+    m_i = present(x.mask.query_order, rows, x.sizes.Nq)
+    own = owned_queries(x, rows, i_b, i_h, i_h, key_count(x.mask, i_b, x.sizes.Nk))
     i_last = tl.minimum(i_first + C.BLOCK_Q, x.sizes.Nq) - 1
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
-    b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
-    b_do = load_tile(given, i_b, i_h, o_i, m_i, C.DV, C.BLOCK_DV)
-    b_lse, b_delta = load_rows(x, given, i_b, i_h, o_i, m_i)
+    b_q = signed(load_tile(x.q, i_b, i_h, rows.token, m_i, C.D, C.BLOCK_D), C.SIGN)
+    b_do = load_tile(given, i_b, i_h, rows.token, m_i, C.DV, C.BLOCK_DV)
+    b_lse, b_delta = load_rows(x, given, i_b, i_h, rows.token, m_i)
     b_dq = tl.full([C.BLOCK_Q, C.BLOCK_D], 0.0, tl.float32)
-    if not C.SAFE:
+    MASKED: tl.constexpr = C.SAFE or x.mask.token_lengths is not None
+    if not MASKED:
         b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, full_tiles(span), C, FULL)
-    others = other_tiles(span, C.SAFE)
+    others = other_tiles(span, MASKED)
     b_dq = gather_query_gradient(b_dq, b_q, b_do, b_lse, b_delta, x, given, own, others, C, PARTIAL)
-    store_tile(dq, i_b, i_h, o_i, m_i, b_dq * given.grad_scale, C.D, C.BLOCK_D)
+    store_tile(dq, i_b, i_h, rows.token, m_i, b_dq * given.grad_scale, C.D, C.BLOCK_D)
     return any_not_finite(b_dq)
 
 
@@ -293,38 +304,40 @@ def bias_gradient_kernel(
         i_listed = tl.maximum(tl.minimum(i_first, x.sizes.Nq - 1), 0)  # a diagonal leaves the lists at both ends
         listed, tile = listed_tile(x.mask, i_b, i_h, i_listed, j_first, C.LIST_Q, C.LIST_K)
         if in_range & listed:
-            o_i, o_j = i_first + tl.arange(0, C.BLOCK_Q), j_first + tl.arange(0, C.BLOCK_K)
-            m_i, m_j = o_i < x.sizes.Nq, o_j < keys
-            b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)
-            b_do = load_tile(given, i_b, i_h, o_i, m_i, C.DV, C.BLOCK_DV)
-            b_k = load_tile(x.k, i_b, i_h // C.GROUP, o_j, m_j, C.D, C.BLOCK_D)
-            b_v = load_tile(x.v, i_b, i_h // C.GROUP, o_j, m_j, C.DV, C.BLOCK_DV)
-            b_lse, b_delta = load_rows(x, given, i_b, i_h, o_i, m_i)
+            rows = query_places(x, i_b, i_h, i_first, C.BLOCK_Q)
+            columns = key_places(x, i_b, i_h // C.GROUP, j_first, C.BLOCK_K)
+            m_i, m_j = present(x.mask.query_order, rows, x.sizes.Nq), present(x.mask.key_order, columns, keys)
+            b_q = signed(load_tile(x.q, i_b, i_h, rows.token, m_i, C.D, C.BLOCK_D), C.SIGN)
+            b_do = load_tile(given, i_b, i_h, rows.token, m_i, C.DV, C.BLOCK_DV)
+            b_k = load_tile(x.k, i_b, i_h // C.GROUP, columns.token, m_j, C.D, C.BLOCK_D)
+            b_v = load_tile(x.v, i_b, i_h // C.GROUP, columns.token, m_j, C.DV, C.BLOCK_DV)
+            b_lse, b_delta = load_rows(x, given, i_b, i_h, rows.token, m_i)
             b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
-            o_row = tl.minimum(o_i, x.sizes.Nq - 1)
-            b_s, m_visible = mask_scores(b_s, x, i_b, i_h, o_row, j_first, keys, tile, C, PARTIAL, 1)
+            own = owned_queries(x, rows, i_b, i_h, i_h, keys)
+            b_s, m_visible = mask_scores(b_s, x, i_b, i_h, own, columns, keys, tile, C, PARTIAL, 1)
             b_p = tl.exp2(b_s - b_lse[:, None])
             b_dp = dot(b_do, tl.trans(b_v), C)
             b_dp = add_weight_gradient(b_dp, x, given, i_b, i_h, i_first, j_first, C, 1)
-            m_kept = kept_pairs(x.dropout, i_b, i_h, i_first, j_first, C, 1)
+            m_kept = kept_pairs(x, i_b, i_h, own, columns, C, 1)
             _zp, b_ds = pair_gradient(b_p, b_dp, b_delta[:, None], m_kept, x.dropout)
             b_sum += tl.where(m_visible, b_ds, 0.0)
 
-    o_q = tl.where(SUM_Q, 0, out_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q))
-    o_k = tl.where(SUM_K, 0, out_k * C.BLOCK_K + tl.arange(0, C.BLOCK_K))
+    # An order that differs between heads has a dbias for each of them.
+    rows = query_places(x, out_b, out_h, out_q * C.BLOCK_Q, C.BLOCK_Q)
+    columns = key_places(x, out_b, out_h // C.GROUP, out_k * C.BLOCK_K, C.BLOCK_K)
+    m_q, m_k = present(x.mask.query_order, rows, x.sizes.Nq), present(x.mask.key_order, columns, x.sizes.Nk)
+    o_q, o_k = tl.where(SUM_Q, 0, rows.token), tl.where(SUM_K, 0, columns.token)
     p_line = dbias.ptr + tl.cast(out_b, tl.int64) * dbias.b + tl.cast(out_h, tl.int64) * dbias.h
     if DIAGONAL:  # (.., diagonals, BLOCK_Q, BLOCK_K)
         p_pairs = p_line + (tl.cast(o_q, tl.int64) * dbias.q)[:, None] + tl.arange(0, C.BLOCK_K)[None, :]
         tl.store(p_pairs, b_sum)
     elif SUM_K:
         b_row = tl.sum(b_sum, 1)
-        tl.store(p_line + tl.cast(o_q, tl.int64) * dbias.q, b_row.to(dbias.ptr.dtype.element_ty), mask=o_q < x.sizes.Nq)
+        tl.store(p_line + tl.cast(o_q, tl.int64) * dbias.q, b_row.to(dbias.ptr.dtype.element_ty), mask=m_q)
     elif SUM_Q:
         b_column = tl.sum(b_sum, 0)
-        tl.store(
-            p_line + tl.cast(o_k, tl.int64) * dbias.k, b_column.to(dbias.ptr.dtype.element_ty), mask=o_k < x.sizes.Nk
-        )
+        tl.store(p_line + tl.cast(o_k, tl.int64) * dbias.k, b_column.to(dbias.ptr.dtype.element_ty), mask=m_k)
     else:
         p_pairs = p_line + (tl.cast(o_q, tl.int64) * dbias.q)[:, None] + (tl.cast(o_k, tl.int64) * dbias.k)[None, :]
-        m_pairs = (o_q < x.sizes.Nq)[:, None] & (o_k < x.sizes.Nk)[None, :]
+        m_pairs = m_q[:, None] & m_k[None, :]
         tl.store(p_pairs, b_sum.to(dbias.ptr.dtype.element_ty), mask=m_pairs)

@@ -21,15 +21,17 @@ from .tiles import (
     FULL,
     PARTIAL,
     Inputs,
-    Tile,
     cap_scores,
     dot,
     head_pointer,
     kept_pairs,
+    key_places,
     line_offsets,
     load_block,
     load_tile,
     mask_scores,
+    owned_queries,
+    query_places,
     signed,
 )
 from .walk import (
@@ -70,7 +72,6 @@ def attention_weights_kernel(q, k, v, bias, mask, dropout, sizes, modifiers, giv
     in_range = (j_first < any_end) & (j_first + C.BLOCK_K > any_first)
     o_i, o_j = i_first + tl.arange(0, C.BLOCK_Q), j_first + tl.arange(0, C.BLOCK_K)
     m_i, m_j = o_i < x.sizes.Nq, o_j < keys
-    o_row = tl.minimum(o_i, x.sizes.Nq - 1)
     b_sum = tl.full([C.BLOCK_Q, C.BLOCK_K], 0.0, tl.float32)
     for g in range(weights.over_h):
         i_h = i_head * weights.over_h + g
@@ -80,9 +81,11 @@ def attention_weights_kernel(q, k, v, bias, mask, dropout, sizes, modifiers, giv
             b_k = load_tile(x.k, i_b, i_h // C.GROUP, o_j, m_j, C.D, C.BLOCK_D)
             b_lse, _delta = load_rows(x, given, i_b, i_h, o_i, m_i)
             b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
-            b_s, _visible = mask_scores(b_s, x, i_b, i_h, o_row, j_first, keys, tile, C, PARTIAL, 1)
+            columns = key_places(x, i_b, i_h // C.GROUP, j_first, C.BLOCK_K)
+            own = owned_queries(x, query_places(x, i_b, i_h, i_first, C.BLOCK_Q), i_b, i_h, i_h, keys)
+            b_s, _visible = mask_scores(b_s, x, i_b, i_h, own, columns, keys, tile, C, PARTIAL, 1)
             b_p = tl.exp2(b_s - b_lse[:, None])
-            m_kept = kept_pairs(x.dropout, i_b, i_h, i_first, j_first, C, 1)
+            m_kept = kept_pairs(x, i_b, i_h, own, columns, C, 1)
             b_sum += tl.where(m_kept, b_p, 0.0)
     b_sum *= x.dropout.keep_scale / weights.over_h
     o_row = (tl.cast(i_line, tl.int64) * x.sizes.Nq + o_i) * x.sizes.Nk
@@ -94,15 +97,17 @@ def attention_weights_kernel(q, k, v, bias, mask, dropout, sizes, modifiers, giv
 def gather_weight_products(b_sum, b_q, b_lse, x, given, own, walk, C: tl.constexpr, MODE: tl.constexpr):
     """Add sum_j dW_ij W_ij of the key tiles of a walk."""
     GAP: tl.constexpr = x.mask.lengths is not None
-    p_k = head_pointer(x.k, own.i_b, own.i_h // C.GROUP)
+    i_hk = own.i_h // C.GROUP
+    p_k = head_pointer(x.k, own.i_b, i_hk)
     entry = entry_at(x.mask, walk, walk.first, C.LIST_K // C.BLOCK_K, GAP)
     for t in range(walk.first, walk.end):
         j_first, tile, entry = next_tile(x.mask, walk, t, entry, C.LIST_K, C.BLOCK_K, GAP)
-        b_k = load_block(p_k, x.k.n, j_first, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
+        columns = key_places(x, own.i_b, i_hk, j_first, C.BLOCK_K)
+        b_k = load_block(None, p_k, x.k.n, columns, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
         b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
-        b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, own.o, j_first, own.keys, tile, C, MODE, 1)
+        b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, own, columns, own.keys, tile, C, MODE, 1)
         b_p = tl.exp2(b_s - b_lse[:, None])
-        m_kept = kept_pairs(x.dropout, own.i_b, own.i_h, own.first, j_first, C, 1)
+        m_kept = kept_pairs(x, own.i_b, own.i_h, own, columns, C, 1)
         b_w = tl.where(m_kept, b_p * x.dropout.keep_scale, 0.0)
         b_dw = tl.full([C.BLOCK_Q, C.BLOCK_K], 0.0, tl.float32)
         b_dw = add_weight_gradient(b_dw, x, given, own.i_b, own.i_h, own.first, j_first, C, 1)
@@ -117,8 +122,8 @@ def weight_products_tile(i_program, x, given, grid, C: tl.constexpr):
     i_first = i_tile * C.BLOCK_Q
     o_i = i_first + tl.arange(0, C.BLOCK_Q)
     m_i = o_i < x.sizes.Nq
-    o_seen = o_i if x.bias.ptr is None else tl.minimum(o_i, x.sizes.Nq - 1)
-    own = Tile(i_b, i_h, i_h, i_first, o_seen, key_count(x.mask, i_b, x.sizes.Nk))
+    rows = query_places(x, i_b, i_h, i_first, C.BLOCK_Q)
+    own = owned_queries(x, rows, i_b, i_h, i_h, key_count(x.mask, i_b, x.sizes.Nk))
     i_last = tl.minimum(i_first + C.BLOCK_Q, x.sizes.Nq) - 1
     span = key_span(x, i_b, i_h, i_first, i_last, own.keys, C)
     b_q = signed(load_tile(x.q, i_b, i_h, o_i, m_i, C.D, C.BLOCK_D), C.SIGN)

@@ -71,6 +71,16 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
             False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
         },
     },
+    "statistics": {
+        80: {
+            True: {64: Config(64, 64, 8, 1), 128: Config(32, 64, 8, 1), 256: Config(16, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+        90: {
+            True: {64: Config(64, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+        },
+    },
 }
 # What takes registers of its own, halved or replaced: kernel, capability, half precision?, padded size -> with a
 # list, with bias or dropout, None where the row above serves.
@@ -89,6 +99,15 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
     ("query_gradient", 90, True, 256): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("query_gradient", 80, True, 64): (None, Config(64, 32, 4, 2)),
     ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),
+}
+# Tokens in an order, whose rows have an address each: those that fit where neither of these does.
+ORDERED: dict[tuple[str, int, bool, int], Config] = {
+    ("forward", 80, True, 256): Config(32, 32, 8, 1),
+    ("forward", 80, False, 128): Config(32, 32, 8, 1),
+    ("forward", 90, False, 128): Config(32, 32, 8, 1),
+    ("query_gradient", 80, True, 256): Config(32, 32, 8, 1),
+    ("query_gradient", 90, True, 256): Config(32, 32, 4, 1),
+    ("key_gradient", 90, True, 256): Config(16, 16, 8, 1),
 }
 
 
@@ -129,11 +148,17 @@ def padded(size: int) -> int:
 
 
 def default_config(
-    kernel: str, head_dim: int, half: bool, capability: int, listed: bool = False, extras: bool = False
+    kernel: str,
+    head_dim: int,
+    half: bool,
+    capability: int,
+    listed: bool = False,
+    extras: bool = False,
+    ordered: bool = False,
 ) -> Config:
     """The table's configuration; `capability` is 80 or 90 (anything newer than 90 uses that of 90), 0 the interpreter.
 
-    listed: under a list. extras: with a bias or dropout.
+    listed: under a list. extras: with a bias or dropout. ordered: of tokens in an order, which takes as much.
     """
     # Beyond 128 dimensions the registers would not suffice.
     described = kernel == "forward" and half and head_dim <= 128 and capability not in range(1, 90)
@@ -141,7 +166,13 @@ def default_config(
         return INTERPRETER._replace(descriptors=DESCRIPTORS and described)
     capability, size = tabled(capability), step(head_dim)
     with_list, with_extras = VARIANTS.get((kernel, capability, half, size), (None, None))
-    chosen = (extras and with_extras) or (listed and with_list) or TABLE[kernel][capability][half][size]
+    in_order = ORDERED.get((kernel, capability, half, size)) if ordered else None
+    chosen = (
+        in_order
+        or ((extras or ordered) and with_extras)
+        or (listed and with_list)
+        or TABLE[kernel][capability][half][size]
+    )
     return chosen._replace(descriptors=DESCRIPTORS and described)
 
 
@@ -151,6 +182,15 @@ def fit(config: Config, block_q: int | None, block_k: int | None) -> Config:
         config = config._replace(block_q=min(config.block_q, block_q & -block_q))
     if block_k is not None:
         config = config._replace(block_k=min(config.block_k, block_k & -block_k))
+    return config
+
+
+def for_single_pairs(config: Config, kernel: str, head_dim: int) -> Config:
+    """The configuration of a call that draws random words for each pair alone, as dropout does of tokens in an order:
+    where that leaves too few registers, tiles of half the queries, and if those are few, keys."""
+    if head_dim > 64 or kernel in ("key_gradient", "bias_gradient"):
+        block_k = config.block_k if config.block_q * config.block_k > 1024 else max(16, config.block_k // 2)
+        config = config._replace(block_q=max(16, config.block_q // 2), block_k=block_k)
     return config
 
 

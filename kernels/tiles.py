@@ -6,7 +6,9 @@ filled with zeros. Rows are counted in 64 bits before a stride is multiplied.
 
     visible(i, j)  =  list(i, j)  and  low <= j - i <= high  and  j < length[b]
 
-as in efficient_attn/masks/block_mask.py, whose arrays are read as they are.
+as in efficient_attn/masks/block_mask.py, whose arrays are read as they are. Where the mask has an order of queries or
+keys (masks/parts.py), lists and windows speak of places in it: rows and columns. What is loaded, stored, biased and
+dropped is a token, and so is what a length cuts off.
 """
 
 from __future__ import annotations
@@ -71,6 +73,15 @@ class Mask(NamedTuple):
     tile_count: Any
     low: Any  # of j - i; None: no bound
     high: Any
+    query_order: Any = None  # pointer to int32, the token of each row; None: row i is token i
+    key_order: Any = None
+    q_b: Any = 0  # strides of the orders from a batch element, from a head to the next, 0 where one serves all
+    q_h: Any = 0
+    k_b: Any = 0
+    k_h: Any = 0
+    q_tokens: Any = 0  # queries and keys of the tensors, where there is an order
+    k_tokens: Any = 0
+    token_lengths: Any = None  # the lengths where keys have an order; `lengths` is None then
 
 
 class Dropout(NamedTuple):
@@ -94,7 +105,7 @@ class Modifiers(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of query heads, queries and keys, and the scale."""
+    """Numbers of query heads, queries and keys (of rows and columns, where these have an order), and the scale."""
 
     Hq: Any
     Nq: Any
@@ -135,15 +146,24 @@ class Constants(NamedTuple):
     SAFE: bool = False  # the second launch, whose products select
 
 
-class Tile(NamedTuple):
-    """What a program owns: rows `o` from `first` of a head, queries or, for their gradient, keys. With a bias, queries
-    beyond the end repeat the last one; they are not stored."""
+class Places(NamedTuple):
+    """Rows `o` from `first`, of queries or of keys, and which tokens they are: the same ones, or in an order -1 for a
+    row beyond the end and a key beyond the length."""
 
+    first: Any
+    o: Any
+    token: Any
+
+
+class Tile(NamedTuple):
+    """What a program owns: `Places` of a head, queries or, for their gradient, keys."""
+
+    first: Any
+    o: Any
+    token: Any
     i_b: Any
     i_h: Any
     o_h: Any  # the head of each row, where heads are packed
-    first: Any
-    o: Any
     keys: Any  # of the batch element, that its length lets live
 
 
@@ -159,7 +179,8 @@ def row_offsets(view, i_b, i_h, o_n):
 @triton.jit
 def line_offsets(x, i_b, i_h, o_i):
     """Offset of queries o_i in a contiguous (B, Hq, Nq) array; i_h is one head, or a head for each row."""
-    return (tl.cast(i_b, tl.int64) * x.sizes.Hq + i_h) * x.sizes.Nq + o_i
+    queries = x.sizes.Nq if x.mask.query_order is None else x.mask.q_tokens
+    return (tl.cast(i_b, tl.int64) * x.sizes.Hq + i_h) * queries + o_i
 
 
 @triton.jit
@@ -176,15 +197,89 @@ def load_tile(view, i_b, i_h, o_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(p_tile, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
 
 
+# --- tokens in an order ---
+
+
+@triton.jit
+def ordered_tokens(p_order, o_n, rows, tokens):
+    """The tokens of rows o_n; -1 beyond the last row, and for what names none of the `tokens`."""
+    b_token = tl.load(p_order + o_n, mask=o_n < rows, other=-1)
+    return tl.where((b_token >= 0) & (b_token < tokens), b_token, -1)
+
+
+@triton.jit
+def query_tokens(x, i_b, i_h, o_i):
+    """The tokens of rows o_i of query head i_h."""
+    if x.mask.query_order is None:
+        return o_i
+    else:
+        p_order = x.mask.query_order + tl.cast(i_b, tl.int64) * x.mask.q_b + tl.cast(i_h, tl.int64) * x.mask.q_h
+        return ordered_tokens(p_order, o_i, x.sizes.Nq, x.mask.q_tokens)
+
+
+@triton.jit
+def key_tokens(x, i_b, i_h, o_j):
+    """The tokens of columns o_j of key head i_h, -1 for those that the length of the batch element cuts off."""
+    if x.mask.key_order is None:
+        return o_j
+    else:
+        p_order = x.mask.key_order + tl.cast(i_b, tl.int64) * x.mask.k_b + tl.cast(i_h, tl.int64) * x.mask.k_h
+        live = x.mask.k_tokens
+        if x.mask.token_lengths is not None:
+            live = tl.minimum(tl.load(x.mask.token_lengths + i_b), live)
+        return ordered_tokens(p_order, o_j, x.sizes.Nk, live)
+
+
+@triton.jit
+def query_places(x, i_b, i_h, i_first, N: tl.constexpr):
+    """N rows of a query head."""
+    o_i = i_first + tl.arange(0, N)
+    return Places(i_first, o_i, query_tokens(x, i_b, i_h, o_i))
+
+
+@triton.jit
+def key_places(x, i_b, i_h, j_first, N: tl.constexpr):
+    """N columns of a key head."""
+    o_j = j_first + tl.arange(0, N)
+    return Places(j_first, o_j, key_tokens(x, i_b, i_h, o_j))
+
+
+@triton.jit
+def owned_queries(x, rows, i_b, i_h, o_h, keys):
+    """The tile of a program that owns the queries at `rows`. With a bias, those beyond the end repeat another one, so
+    that the address of its elements is one."""
+    if x.bias.ptr is None:
+        return Tile(rows.first, rows.o, rows.token, i_b, i_h, o_h, keys)
+    else:
+        o_seen = tl.minimum(rows.o, x.sizes.Nq - 1)
+        token = o_seen if x.mask.query_order is None else tl.maximum(rows.token, 0)
+        return Tile(rows.first, o_seen, token, i_b, i_h, o_h, keys)
+
+
+@triton.jit
+def present(order, places, end):
+    """Which places hold a token: those before `end`, or in an order those that name one."""
+    if order is None:
+        return places.o < end
+    else:
+        return places.token >= 0
+
+
 @triton.jit
 def load_block(
-    p_head, stride, first, end, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
+    order, p_head, stride, places, end, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
 ):
-    """N rows from `first` of the head at p_head, zeros from row `end` on: [N, BLOCK_D]. CHECK: rows may be missing."""
+    """N rows from `places.first` of the head at p_head, zeros from row `end` on: [N, BLOCK_D]; in an order, if it is
+    not None, their tokens. CHECK: rows may be missing."""
     o_n, o_d = tl.arange(0, N), tl.arange(0, BLOCK_D)
-    p_block = p_head + tl.cast(first, tl.int64) * stride + (tl.cast(o_n, tl.int64) * stride)[:, None] + o_d[None, :]
+    if order is None:
+        p_row = tl.cast(places.first, tl.int64) * stride + (tl.cast(o_n, tl.int64) * stride)[:, None]
+    else:
+        p_row = (tl.cast(places.token, tl.int64) * stride)[:, None]
+    p_block = p_head + p_row + o_d[None, :]
     if CHECK:
-        return tl.load(p_block, mask=(first + o_n < end)[:, None] & (o_d < D)[None, :], other=0.0)
+        m_n = present(order, places, end)
+        return tl.load(p_block, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
     elif D == BLOCK_D:
         return tl.load(p_block)
     else:
@@ -193,14 +288,14 @@ def load_block(
 
 @triton.jit
 def load_walked(
-    tiles, p_head, stride, i_b, i_h, first, end,
+    tiles, order, p_head, stride, i_b, i_h, places, end,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """`load_block` of a walk; where it needs no mask, by the tensor's descriptor `tiles` if there is one."""
     if MODE == FULL and tiles is not None:
-        return tl.reshape(tiles.load([i_b, i_h, first, 0]), [N, BLOCK_D])
+        return tl.reshape(tiles.load([i_b, i_h, places.first, 0]), [N, BLOCK_D])
     else:
-        return load_block(p_head, stride, first, end, D, N, BLOCK_D, MODE != FULL)
+        return load_block(order, p_head, stride, places, end, D, N, BLOCK_D, MODE != FULL)
 
 
 @triton.jit
@@ -358,51 +453,77 @@ def load_diagonals(x, i_b, i_h, o_i, o_j, m_ij, KEY_AXIS: tl.constexpr):
 
 @triton.jit
 def mask_scores(
-    b_s, x, i_b, i_h, o_i, j_first, keys, tile, C: tl.constexpr, MODE: tl.constexpr, KEY_AXIS: tl.constexpr
+    b_s, x, i_b, i_h, rows, columns, keys, tile, C: tl.constexpr, MODE: tl.constexpr, KEY_AXIS: tl.constexpr
 ):
     """Add the bias to scores in log2 and hide pairs (-inf): returns the scores and which pairs are visible.
 
-    The queries are o_i of head i_h (one, or one a query), the keys BLOCK_K from j_first, along KEY_AXIS. PARTIAL: by
+    The queries are at `rows` of head i_h (one, or one a query), BLOCK_K keys at `columns`, along KEY_AXIS. PARTIAL: by
     window, length, the ends and bit tile `tile`; FULL: only a bias of -inf hides a pair.
     """
-    o_j = j_first + tl.arange(0, C.BLOCK_K)
-    o_q, o_k = tl.expand_dims(o_i, KEY_AXIS), tl.expand_dims(o_j, 1 - KEY_AXIS)
+    o_q, o_k = tl.expand_dims(rows.o, KEY_AXIS), tl.expand_dims(columns.o, 1 - KEY_AXIS)
     m_visible = (o_q >= 0) & (o_k >= 0)
     if x.bias.ptr is not None:
         # Only the ends keep a load back: a mask that differs from key to key would take the load apart.
-        m_inside = m_visible & (o_k < keys)
+        m_inside = m_visible & tl.expand_dims(present(x.mask.key_order, columns, keys), 1 - KEY_AXIS)
         if KEY_AXIS == 0:
-            m_inside = m_inside & (o_q < x.sizes.Nq)
-        b_bias = load_bias(x.bias, i_b, i_h, o_i, o_j, m_inside, KEY_AXIS)
+            m_inside = m_inside & tl.expand_dims(present(x.mask.query_order, rows, x.sizes.Nq), KEY_AXIS)
+        b_bias = load_bias(x.bias, i_b, i_h, rows.token, columns.token, m_inside, KEY_AXIS)
         m_visible = m_visible & (b_bias != -INF)
         b_s = tl.where(m_visible, b_s + b_bias, -INF)
     if x.modifiers.diagonals is not None:
         m_inside = (o_q >= 0) & (o_q < x.sizes.Nq) & (o_k < keys)
-        b_diagonal = load_diagonals(x, i_b, i_h, o_i, o_j, m_inside, KEY_AXIS)
+        b_diagonal = load_diagonals(x, i_b, i_h, rows.o, columns.o, m_inside, KEY_AXIS)
         m_visible = m_visible & (b_diagonal != -INF)
         b_s = tl.where(m_visible, b_s + b_diagonal, -INF)
     if MODE == PARTIAL:
         m_visible = m_visible & window_pairs(x.mask, o_q, o_k, keys)
+        if x.mask.token_lengths is not None:
+            m_visible = m_visible & tl.expand_dims(columns.token >= 0, 1 - KEY_AXIS)
         if x.mask.indptr is not None:
             m_visible = m_visible & tile_bits(
-                x.mask, tile, o_i % C.LIST_Q, j_first % C.LIST_K, C.LIST_Q, C.LIST_K, C.BLOCK_K, KEY_AXIS
+                x.mask, tile, rows.o % C.LIST_Q, columns.first % C.LIST_K, C.LIST_Q, C.LIST_K, C.BLOCK_K, KEY_AXIS
             )
         b_s = tl.where(m_visible, b_s, -INF)
     return b_s, m_visible
 
 
 @triton.jit
-def kept_pairs(dropout, i_b, i_h, i_first, j_first, C: tl.constexpr, KEY_AXIS: tl.constexpr):
-    """Which pairs dropout keeps, of BLOCK_Q queries from i_first (a multiple of 16) and BLOCK_K keys from j_first
-    (even), which run along KEY_AXIS; without dropout all.
+def kept_tokens(dropout, i_b, i_h, queries, keys, KEY_AXIS: tl.constexpr):
+    """`kept_pairs` of tokens in any order: a Philox call for each pair, of which it takes one word."""
+    o_q, o_k = tl.expand_dims(queries, KEY_AXIS), tl.expand_dims(keys, 1 - KEY_AXIS)
+    if dropout.origin is not None:
+        i_h = i_h + tl.load(dropout.origin)
+        o_q = (o_q + tl.load(dropout.origin + 1)).to(tl.int32)
+        o_k = (o_k + tl.load(dropout.origin + 2)).to(tl.int32)
+    c_zero = (o_q + o_k).to(tl.uint32) * 0
+    c_key = (o_k >> 1).to(tl.uint32) + c_zero
+    c_query = ((o_q >> 4) * 8 + (o_q & 7)).to(tl.uint32) + c_zero
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(dropout.seed), c_key, c_query, c_zero + tl.cast(i_h, tl.uint32), c_zero + tl.cast(i_b, tl.uint32)
+    )
+    m_odd, m_lower = (o_k & 1) != 0, (o_q & 8) != 0
+    b_word = tl.where(m_lower, tl.where(m_odd, w3, w2), tl.where(m_odd, w1, w0))
+    return b_word >= tl.cast(dropout.threshold, tl.uint32)
+
+
+@triton.jit
+def kept_pairs(x, i_b, i_h, rows, columns, C: tl.constexpr, KEY_AXIS: tl.constexpr):
+    """Which pairs dropout keeps, of BLOCK_Q queries at `rows` (from a multiple of 16) and BLOCK_K keys at `columns`
+    (from an even one), which run along KEY_AXIS; without dropout all.
 
     The rule of csrc/common/philox.h: one Philox4x32-10 call (Salmon et al., SC 2011) serves the queries i and i + 8 and
     the keys j and j + 1, so a quarter of the tile is drawn and its four words are spread over the pairs.
     """
     BLOCK_Q: tl.constexpr = C.BLOCK_Q
     BLOCK_K: tl.constexpr = C.BLOCK_K
+    dropout = x.dropout
+    i_first, j_first = rows.first, columns.first
     if dropout.seed is None:
         m_kept = tl.full([BLOCK_Q, BLOCK_K], True, tl.int1)
+        if KEY_AXIS == 0:
+            m_kept = tl.trans(m_kept)
+    elif x.mask.query_order is not None or x.mask.key_order is not None:
+        m_kept = kept_tokens(dropout, i_b, i_h, rows.token, columns.token, KEY_AXIS)
     else:
         if dropout.origin is not None:
             i_h = i_h + tl.load(dropout.origin)
@@ -421,8 +542,8 @@ def kept_pairs(dropout, i_b, i_h, i_first, j_first, C: tl.constexpr, KEY_AXIS: t
         words = tl.reshape(tl.join(upper, lower), [BLOCK_Q // 16, 8, BLOCK_K, 2])
         words = tl.reshape(tl.permute(words, (0, 3, 1, 2)), [BLOCK_Q, BLOCK_K])
         m_kept = words >= tl.cast(dropout.threshold, tl.uint32)
-    if KEY_AXIS == 0:
-        m_kept = tl.trans(m_kept)
+        if KEY_AXIS == 0:
+            m_kept = tl.trans(m_kept)
     return m_kept
 
 

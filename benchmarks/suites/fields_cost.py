@@ -18,7 +18,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
 def configs(options: Options) -> Iterable[dict[str, Any]]:
     for name, field in fields.FIELDS.items():
         batch = fields.QUICK_BATCH if options.quick else field.batch
-        yield from grid(field=name, method=options.methods or field.methods, batch=batch, **options.common())
+        yield from grid(field=name, method=field.trained(options.methods), batch=batch, **options.common())
 
 
 SUITE = Suite(

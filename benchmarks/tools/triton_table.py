@@ -24,8 +24,10 @@ from unittest import mock
 import torch
 
 from efficient_attn import BlockMask
+from efficient_attn.backends.statistics import Wanted
 from efficient_attn.backends.triton import attention as backend
 from efficient_attn.backends.triton import linear_attention as triton_linear
+from efficient_attn.backends.triton import statistics
 from efficient_attn.kernels import configs
 from efficient_attn.masks import MaskArrays
 
@@ -33,8 +35,19 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "triton" / "compile.
 CAPABILITIES = (80, 90)
 # float16 takes the configurations of bfloat16. A call without a mask compiles less than one with a window.
 FEATURES = {
-    torch.bfloat16: ("window", "lists", "extras", "modifiers", "decode", "linear", "tma"),
-    torch.float32: ("window", "modifiers", "linear"),
+    torch.bfloat16: (
+        "window",
+        "lists",
+        "extras",
+        "modifiers",
+        "orders",
+        "decode",
+        "linear",
+        "tma",
+        "statistics",
+        "statistics-lists-modifiers",
+    ),
+    torch.float32: ("window", "modifiers", "orders", "linear", "statistics"),
 }
 LENGTH = 256
 
@@ -119,7 +132,7 @@ def _compiling(capability: int, rows: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: str) -> list[dict[str, Any]]:
-    """Compile every kernel that a forward and backward of this kind launches; one row each."""
+    """Compile every kernel that a forward and backward of this kind, or its statistics, launches; one row each."""
     import triton
 
     rows: list[dict[str, Any]] = []
@@ -136,12 +149,17 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
             bias, dropout_p, seed = None, 0.0, None
             softcap, sinks, diagonals = 0.0, None, None
             arrays = MaskArrays()
-            if feature in ("window", "extras", "modifiers", "tma"):
+            if feature in ("window", "extras", "modifiers", "tma", "statistics"):
                 arrays = MaskArrays(window_left=100, window_right=0, window_offset=3 * LENGTH)
             if "lists" in feature:
                 visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
                 mask = BlockMask.from_dense(visible).with_causal("bottom_right")
                 arrays = mask.arrays(transposed=True)
+            if "orders" in feature:  # of tokens, with lists in the blocks that parts of a mask have
+                visible = torch.rand(q_len, 4 * LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+                arrays = BlockMask.from_dense(visible, block_size=(64, 64)).arrays(transposed=True)
+                places = (torch.arange(n, dtype=torch.int32).flip(0).repeat(4, 1) for n in visible.shape)
+                arrays = arrays._replace(**dict(zip(("query_order", "key_order"), places, strict=True)))
             if "extras" in feature:
                 bias = torch.zeros(1, 4, q_len, 4 * LENGTH, dtype=dtype)
                 dropout_p, seed = 0.1, torch.zeros((), dtype=torch.int64)
@@ -149,11 +167,17 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, feature: st
                 softcap, sinks, diagonals = 20.0, torch.zeros(4), torch.zeros(1, 4, q_len + 4 * LENGTH - 1)
             call = (arrays, head_dim**-0.5, dropout_p, seed)
             modifiers = (softcap, sinks, diagonals)
-            with mock.patch.object(configs, "DESCRIPTORS", feature == "tma"):
-                out, lse = backend.attention_forward(q, k, v, bias, *call, *modifiers)
-            if feature not in ("decode", "tma"):
-                wanted = (bias is not None, *modifiers, diagonals is not None)
-                backend.attention_backward(out, None, None, q, k, v, bias, out, lse, *call, *wanted)
+            if "statistics" in feature:
+                # Cells as large as a tile, and smaller ones.
+                wanted = Wanted(8, True, None, torch.zeros(1, 4 * LENGTH, dtype=torch.int32), 1, 64, 0, 64.0)
+                wanted = wanted if feature == "statistics" else wanted._replace(map_block=24, top=32)
+                statistics.attention_statistics(q, k, bias, arrays, head_dim**-0.5, wanted, *modifiers)
+            else:
+                with mock.patch.object(configs, "DESCRIPTORS", feature == "tma"):
+                    out, lse = backend.attention_forward(q, k, v, bias, *call, *modifiers)
+            if feature not in ("decode", "tma") and "statistics" not in feature:
+                gradients = (bias is not None, *modifiers, diagonals is not None)
+                backend.attention_backward(out, None, None, q, k, v, bias, out, lse, *call, *gradients)
     shared = {"sm": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim, "feature": feature}
     return [shared | row | {"triton": triton.__version__} for row in rows]
 

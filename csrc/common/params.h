@@ -154,11 +154,11 @@ struct Operator {
 
 struct Kernels {
     const char* name;
-    Operator<AttentionParams> forward, backward;
-    Operator<StatisticsParams> statistics;
-    Operator<LinearAttentionParams> linear_forward, linear_backward;
+    const Operator<AttentionParams>*forward, *backward;
+    const Operator<StatisticsParams>* statistics;
+    const Operator<LinearAttentionParams>*linear_forward, *linear_backward;
     int64_t (*fma_loop)(int64_t steps);  // cpu/peak.h; returns the operations done
-    const Kernels* others;               // null, or these have attention on bfloat16 alone and those have all else
+    const Kernels* others;               // null, or attention on all types but bfloat16 is theirs
 };
 
 }  // namespace efficient_attn

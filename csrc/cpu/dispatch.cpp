@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "operators.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -12,6 +14,31 @@
 
 namespace efficient_attn {
 namespace {
+
+#define EA_KERNELS(set, linear_set, others) \
+    {#set,                                  \
+     &forward_##set,                        \
+     &backward_##set,                       \
+     &statistics_##set,                     \
+     &linear_forward_##linear_set,          \
+     &linear_backward_##linear_set,         \
+     fma_loop_##set,                        \
+     others}
+
+// Sets that differ in how they multiply bfloat16 have attention on that type alone.
+const Kernels kernels_baseline = EA_KERNELS(baseline, baseline, nullptr);
+#if EFFICIENT_ATTN_HAVE_AVX2
+const Kernels kernels_avx2 = EA_KERNELS(avx2, avx2, nullptr);
+#endif
+#if EFFICIENT_ATTN_HAVE_AVX512
+const Kernels kernels_avx512 = EA_KERNELS(avx512, avx512, nullptr);
+#endif
+#if EFFICIENT_ATTN_HAVE_AVX512_BF16
+const Kernels kernels_avx512_bf16 = EA_KERNELS(avx512_bf16, avx512, &kernels_avx512);
+#endif
+#if EFFICIENT_ATTN_HAVE_AMX_BF16
+const Kernels kernels_amx_bf16 = EA_KERNELS(amx_bf16, avx512, &kernels_avx512);
+#endif
 
 // Whether the processor has tile registers that multiply bfloat16, and the system lets this process have them.
 bool may_use_tiles() {

@@ -5,27 +5,13 @@
 
 namespace efficient_attn {
 
-extern const Kernels kernels_baseline;
-#if EFFICIENT_ATTN_HAVE_AVX2
-extern const Kernels kernels_avx2;
-#endif
-#if EFFICIENT_ATTN_HAVE_AVX512
-extern const Kernels kernels_avx512;
-#endif
-#if EFFICIENT_ATTN_HAVE_AVX512_BF16
-extern const Kernels kernels_avx512_bf16;
-#endif
-#if EFFICIENT_ATTN_HAVE_AMX_BF16
-extern const Kernels kernels_amx_bf16;
-#endif
-
 // The kernels named, or the best that this processor runs if `name` is null; null if the name is unknown or cannot run.
 const Kernels* find_kernels(const char* name);
 
 // Runs every phase of an operator, as in &Kernels::forward, on up to `threads` threads. Returns false, with nothing
 // done, when memory for the tiles is refused.
 template <class Params>
-bool run(const Kernels& kernels, Operator<Params> Kernels::* op, const Params& p, int threads);
+bool run(const Kernels& kernels, const Operator<Params>* Kernels::* op, const Params& p, int threads);
 
 // What it costs to let `threads` threads begin and end together, in nanoseconds; measured once for each number.
 double crossing(int threads);

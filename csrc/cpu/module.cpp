@@ -1,20 +1,21 @@
 // The Python module efficient_attn._cpu. A call arrives as one bytes object of 8-byte words, in the order in which
 // backends/cpu.py packs them and common/words.h takes them off.
-#include <pybind11/pybind11.h>
+#include "common/python.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 
 #include "common/words.h"
 #include "dispatch.h"
-
-namespace py = pybind11;
 
 namespace efficient_attn {
 namespace {
@@ -67,10 +68,10 @@ int worth_threads(int threads, const AttentionParams& p, bool backward) {
 }
 
 void call(const AttentionParams& p, int threads, bool backward) {
-    py::gil_scoped_release release;
     const auto op = backward ? &Kernels::backward : &Kernels::forward;
     if (!run(kernels(), op, p, worth_threads(threads, p, backward))) throw std::bad_alloc();
 }
+
 // An order may name rows of its tensor only, whatever it holds.
 void check_order(const TensorView& t, int64_t B, int64_t H, int64_t count, int64_t rows) {
     for (int64_t b = 0; t.order && b < (t.order_batch_stride ? B : 1); ++b) {
@@ -86,73 +87,29 @@ void check_order(const TensorView& t, int64_t B, int64_t H, int64_t count, int64
     }
 }
 
-void call(const std::string& words, int threads, bool backward) {
-    const AttentionParams p = read_params(words, backward);
+template <bool kBackward>
+void attention(const std::string& words, int threads) {
+    const AttentionParams p = read_params(words, kBackward);
     check_order(p.query, p.B, p.Hq, p.Nq, p.query_rows);
     check_order(p.key, p.B, p.Hkv, p.Nk, p.key_rows);
-    call(p, threads, backward);
+    call(p, threads, kBackward);
 }
 
-// Calls that are made again and again: all of their arguments but where the tensors lie. None has an order.
-class AttentionForward {
-  public:
-    explicit AttentionForward(const std::string& words) : params_(read_params(words, false)) {}
-
-    void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t lse, uintptr_t weights,
-             int threads) const {
-        AttentionParams p = params_;
-        p.query.data = reinterpret_cast<void*>(query);
-        p.key.data = reinterpret_cast<void*>(key);
-        p.value.data = reinterpret_cast<void*>(value);
-        p.out.data = reinterpret_cast<void*>(out);
-        p.lse = reinterpret_cast<void*>(lse);
-        p.weights.data = reinterpret_cast<void*>(weights);
-        call(p, threads, false);
-    }
-
-  private:
-    AttentionParams params_;
-};
-
-class AttentionBackward {
-  public:
-    explicit AttentionBackward(const std::string& words) : params_(read_params(words, true)) {}
-
-    void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t lse, uintptr_t grad_out,
-             uintptr_t grad_weights, uintptr_t dq, uintptr_t dk, uintptr_t dv, int threads) const {
-        AttentionParams p = params_;
-        p.query.data = reinterpret_cast<void*>(query);
-        p.key.data = reinterpret_cast<void*>(key);
-        p.value.data = reinterpret_cast<void*>(value);
-        p.out.data = reinterpret_cast<void*>(out);
-        p.lse = reinterpret_cast<void*>(lse);
-        p.grad_out.data = reinterpret_cast<void*>(grad_out);
-        p.weights.data = reinterpret_cast<void*>(grad_weights);
-        p.dq.data = reinterpret_cast<void*>(dq);
-        p.dk.data = reinterpret_cast<void*>(dk);
-        p.dv.data = reinterpret_cast<void*>(dv);
-        call(p, threads, true);
-    }
-
-  private:
-    AttentionParams params_;
-};
-
-void call_statistics(const std::string& words, int threads) {
+void attention_statistics(const std::string& words, int threads) {
     const StatisticsParams p = read_statistics_params(words);
-    py::gil_scoped_release release;
     if (!run(kernels(), &Kernels::statistics, p, worth_threads(threads, p.attention, false))) throw std::bad_alloc();
 }
 
-void call_linear(const std::string& words, int threads, bool backward) {
-    const LinearAttentionParams p = read_linear_params(words, backward);
-    py::gil_scoped_release release;
+template <bool kBackward>
+void linear_attention(const std::string& words, int threads) {
+    const LinearAttentionParams p = read_linear_params(words, kBackward);
     const double products = static_cast<double>(p.B * p.Hq * (p.Nq + p.Nk)) * static_cast<double>(p.F * (p.D + p.Dv));
-    const auto op = backward ? &Kernels::linear_backward : &Kernels::linear_forward;
+    const auto op = kBackward ? &Kernels::linear_backward : &Kernels::linear_forward;
     if (!run(kernels(), op, p, worth_threads(threads, products / products_per_nanosecond()))) throw std::bad_alloc();
 }
 
-// A request that may be refused: memory works the same without.
+// Asks the system to back the whole pages of so many bytes from an address on by huge pages. A request that may be
+// refused: memory works the same without.
 void prefer_huge_pages(uintptr_t begin, uintptr_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = uintptr_t{1} << 21;
@@ -163,45 +120,105 @@ void prefer_huge_pages(uintptr_t begin, uintptr_t bytes) {
 #endif
 }
 
+int64_t fma_loop(int threads, int64_t steps) { return run_fma_loops(kernels(), threads, steps); }
+
+const char* instruction_set() { return kernels().name; }
+
+std::vector<const char*> instruction_sets() {
+    std::vector<const char*> names;
+    for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"})
+        if (find_kernels(name)) names.push_back(name);
+    return names;
+}
+
+// --- Calls that are made again and again: all of their arguments but where the tensors lie. None has an order. ---
+
+// Where the addresses go that such a call is given, in their order.
+template <bool kBackward>
+auto places(AttentionParams& p) {
+    if constexpr (kBackward)
+        return std::array{&p.query.data,    &p.key.data,     &p.value.data, &p.out.data, &p.lse,
+                          &p.grad_out.data, &p.weights.data, &p.dq.data,    &p.dk.data,  &p.dv.data};
+    else
+        return std::array{&p.query.data, &p.key.data, &p.value.data, &p.out.data, &p.lse, &p.weights.data};
+}
+
+// self: what repeated() made of the rest.
+template <bool kBackward>
+PyObject* call_again(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+    return guarded([&] {
+        AttentionParams p = *static_cast<const AttentionParams*>(PyCapsule_GetPointer(self, nullptr));
+        const auto where = places<kBackward>(p);
+        check_count(count, where.size() + 1);
+        for (size_t i = 0; i < where.size(); ++i)
+            *where[i] = reinterpret_cast<void*>(from_python<uintptr_t>(arguments[i]));
+        const int threads = from_python<int>(arguments[where.size()]);
+        {
+            const WithoutPython unlocked;
+            call(p, threads, kBackward);
+        }
+        Py_INCREF(Py_None);
+        return Py_None;
+    });
+}
+
+void forget(PyObject* capsule) { delete static_cast<AttentionParams*>(PyCapsule_GetPointer(capsule, nullptr)); }
+
+// The function of the addresses and of the number of threads.
+template <bool kBackward>
+PyObject* repeated(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    static PyMethodDef definition = method(kBackward ? "backward" : "forward", &call_again<kBackward>);
+    return guarded([&]() -> PyObject* {
+        check_count(count, 1);
+        auto params = std::make_unique<AttentionParams>(read_params(from_python<std::string>(arguments[0]), kBackward));
+        PyObject* self = PyCapsule_New(params.get(), nullptr, &forget);
+        if (!self) throw Wrong();
+        params.release();
+        PyObject* function = PyCFunction_New(&definition, self);
+        Py_DECREF(self);  // the function has it
+        return function;
+    });
+}
+
+PyObject* own_exception(const std::exception&) { return nullptr; }
+
+PyMethodDef methods[] = {
+    method<&attention<false>>("attention_forward"),
+    method<&attention<true>>("attention_backward"),
+    method<&attention_statistics>("attention_statistics"),
+    method<&linear_attention<false>>("linear_attention_forward"),
+    method<&linear_attention<true>>("linear_attention_backward"),
+    method("repeated_forward", &repeated<false>),
+    method("repeated_backward", &repeated<true>),
+    method<&prefer_huge_pages>("prefer_huge_pages"),
+    method<&fma_loop>("fma_loop"),
+    method<&instruction_set>("instruction_set"),
+    method<&instruction_sets>("instruction_sets"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_cpu",
+    "The CPU kernels of efficient-attn: plain pointers and strides, no PyTorch. backends/cpu calls them.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
 }  // namespace
 }  // namespace efficient_attn
 
-PYBIND11_MODULE(_cpu, module) {
+PyMODINIT_FUNC PyInit__cpu() {
     using namespace efficient_attn;
-    module.attr("__doc__") = "CPU kernels of efficient-attn: plain pointers and strides, no PyTorch.";
-    kernels();  // a wrong EFFICIENT_ATTN_ISA fails the import, not the first call
-    module.def("attention_forward", [](const std::string& words, int threads) { call(words, threads, false); });
-    module.def("attention_backward", [](const std::string& words, int threads) { call(words, threads, true); });
-    module.def("attention_statistics", &call_statistics);
-    module.def("linear_attention_forward",
-               [](const std::string& words, int threads) { call_linear(words, threads, false); });
-    module.def("linear_attention_backward",
-               [](const std::string& words, int threads) { call_linear(words, threads, true); });
-    py::class_<AttentionForward>(module, "AttentionForward", "A forward of which only the pointers are still to come.")
-        .def(py::init<const std::string&>())
-        .def("run", &AttentionForward::run);
-    py::class_<AttentionBackward>(module, "AttentionBackward", "The same of a backward.")
-        .def(py::init<const std::string&>())
-        .def("run", &AttentionBackward::run);
-    module.def("prefer_huge_pages", &prefer_huge_pages,
-               "Asks the system to back the whole pages of so many bytes from an address on by huge pages.");
-    module.def(
-        "fma_loop",
-        [](int threads, int64_t steps) {
-            py::gil_scoped_release release;
-            return run_fma_loops(kernels(), threads, steps);
-        },
-        "Fused multiply-adds without memory on so many threads at once, for benchmarks; returns the operations done.");
-    module.def(
-        "instruction_set", [] { return kernels().name; },
-        "The instruction set in use: baseline, avx2, avx512, avx512_bf16 or amx_bf16.");
-    module.def(
-        "instruction_sets",
-        [] {
-            py::list names;
-            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"})
-                if (find_kernels(name)) names.append(name);
-            return names;
-        },
-        "The instruction sets that this build has and this processor runs.");
+    try {
+        kernels();  // a wrong EFFICIENT_ATTN_ISA fails the import, not the first call
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_ImportError, error.what());
+        return nullptr;
+    }
+    return PyModule_Create(&definition);
 }

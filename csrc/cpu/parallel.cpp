@@ -55,9 +55,10 @@ void set_threads(Params& p, int threads) {
 }
 void set_threads(StatisticsParams& p, int threads) { p.attention.threads = threads; }
 
-bool multiplies_bfloat16(const AttentionParams& p) { return p.dtype == kBFloat16; }
-bool multiplies_bfloat16(const StatisticsParams& p) { return p.attention.dtype == kBFloat16; }
-bool multiplies_bfloat16(const LinearAttentionParams&) { return false; }  // whose kernels multiply no pairs
+// Whether a call is for the kernels' `others`.
+bool is_for_others(const AttentionParams& p) { return p.dtype != kBFloat16; }
+bool is_for_others(const StatisticsParams& p) { return is_for_others(p.attention); }
+bool is_for_others(const LinearAttentionParams&) { return false; }
 
 int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -107,8 +108,8 @@ double crossing(int threads) {
 }
 
 template <class Params>
-bool run(const Kernels& kernels, Operator<Params> Kernels::* member, const Params& given, int threads) {
-    const Operator<Params>& op = (kernels.others && !multiplies_bfloat16(given) ? *kernels.others : kernels).*member;
+bool run(const Kernels& kernels, const Operator<Params>* Kernels::* member, const Params& given, int threads) {
+    const Operator<Params>& op = *((kernels.others && is_for_others(given) ? *kernels.others : kernels).*member);
     Params p = given;
     set_threads(p, threads);
     if (op.prepare) op.prepare(p);
@@ -148,8 +149,8 @@ bool run(const Kernels& kernels, Operator<Params> Kernels::* member, const Param
     return true;
 }
 
-template bool run(const Kernels&, Operator<AttentionParams> Kernels::*, const AttentionParams&, int);
-template bool run(const Kernels&, Operator<StatisticsParams> Kernels::*, const StatisticsParams&, int);
-template bool run(const Kernels&, Operator<LinearAttentionParams> Kernels::*, const LinearAttentionParams&, int);
+template bool run(const Kernels&, const Operator<AttentionParams>* Kernels::*, const AttentionParams&, int);
+template bool run(const Kernels&, const Operator<StatisticsParams>* Kernels::*, const StatisticsParams&, int);
+template bool run(const Kernels&, const Operator<LinearAttentionParams>* Kernels::*, const LinearAttentionParams&, int);
 
 }  // namespace efficient_attn

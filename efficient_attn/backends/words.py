@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedError
+from ..errors import UnsupportedError
 from ..masks import MaskArrays
-from .call import accumulation_dtype, dropout_origin, readable
+from .call import accumulation_dtype, dropout_origin, order_steps, readable
 from .features import RELU_FLOOR, RISE
 from .statistics import Found, Wanted
 
@@ -115,19 +115,8 @@ def pack_attention(
 
 def _order_words(order: Tensor | None, name: str, tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     """How many rows of a (B, H, N, D) tensor a call has, and the words of `read_order`."""
-    B, H, N, _ = tensor.shape
-    if order is None:
-        return N, (N, 0, 0, 0)
-    if order.dim() != 2 or order.shape[0] not in (1, H, B * H):
-        raise InputError(
-            f"{name} is {tuple(order.shape)}; it is (1, rows), (heads, rows) or (batch * heads, rows) of a tensor with "
-            f"batch {B} and {H} heads: give an order per key/value head, not per query head, or repeat the key's heads"
-        )
-    if order.dtype != torch.int32 or not order.is_contiguous() or order.device != tensor.device:
-        raise InputError(f"{name} is {order.dtype} on {order.device}; it is contiguous int32 on {tensor.device}")
-    of_head = 0 if order.shape[0] == 1 else order.shape[1]
-    of_batch = of_head * H if order.shape[0] == B * H else 0
-    return order.shape[1], (N, order.data_ptr(), of_batch, of_head)
+    rows, *steps = order_steps(order, name, tensor)
+    return rows, (tensor.shape[2], pointer(order), *steps)
 
 
 def pack_attention_gradients(

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import biases, sharding
 from ..backends import check_name
-from ..biases import Bias, BiasLike, LowRankBias
+from ..biases import Bias, BiasLike, LowRankBias, RelativePosition
 from ..defaults import default_scale
 from ..errors import InputError, UnsupportedError
 from ..inputs import (
@@ -218,6 +218,12 @@ class ContextParallel:
                     f"inside context_parallel a bias has the rows of this rank's {query.shape[2]} queries, or one for "
                     f"all, and every column; got {tuple(dense.shape)}"
                 )
+            for part in structured:
+                if not isinstance(part, (LowRankBias, RelativePosition)):
+                    raise UnsupportedError(
+                        f"{type(part).__name__} goes by places in an image, of which a rank in context_parallel has "
+                        "a part; pass it as a tensor of this rank's rows"
+                    )
             # u and w of a low-rank bias are of this rank's tokens, and travel beside its keys.
             low_rank: list[Bias] = [part for part in structured if isinstance(part, LowRankBias)]
             tensors[:2] = settle_structured(low_rank, tensors[0], tensors[1], factor, cap, causal_alignment)[:2]

@@ -270,11 +270,8 @@ def _few_keys(call: Call, key: Tensor, value: Tensor) -> Tensor:
             query, key, value, scale=call.scale, dropout_p=call.dropout_p, dropout_seed=call.seed, backend=call.backend
         )
         seed = torch.tensor((call.seed, 0, start, 0)) if call.dropout_p > 0.0 else None
-        outs.append(
-            ops.attention_forward(
-                *ready[:4], *ops.operands(ready.mask), ready.scale, call.dropout_p, seed, *ready[11:], ready.backend
-            )[0]
-        )
+        options = (ready.scale, call.dropout_p, seed, *ready.modifiers, ready.backend)
+        outs.append(ops.attention_forward(*ready[:4], *ops.operands(ready.mask), *options)[0])
     return torch.cat(outs, 2)
 
 

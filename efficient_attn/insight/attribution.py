@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import biases
 from ..backends.reference import statistics as reference
 from ..errors import InputError, UnsupportedError
 from ..functional import hide_padding, prepare
@@ -112,12 +113,16 @@ def _times_gradient(layer: Observation, rows: Tensor, *, positive: bool) -> Tens
     inputs.pop("state", None)
     query, key, value = (inputs.pop(name) for name in ("query", "key", "value"))
     key_mask = inputs.pop("key_mask", None)
-    mask, bias = pairs(method, query, key, key_mask=key_mask, **inputs)
+    modifiers = {name: inputs.pop(name, None) for name in ("softcap", "sinks")}
+    query, key, mask, bias = pairs(method, query, key, key_mask=key_mask, **inputs)
     places = {name: inputs[name] for name in ("is_causal", "causal_alignment", "scale") if name in inputs}
-    key, value, mask, bias = hide_padding(query, key, value, key_mask, mask=mask, bias=bias, **places)
+    dense, structured = biases.split(bias)
+    key, value, mask, dense = hide_padding(query, key, value, key_mask, mask=mask, bias=dense, **places)
+    bias = biases.join(dense, structured)
     with torch.no_grad():
-        call = prepare(query, key, value, mask=mask, bias=bias, backend="reference", **places)
+        call = prepare(query, key, value, mask=mask, bias=bias, backend="reference", **places, **modifiers)
         grad_out = layer.grad_out.reshape(*query.shape[:3], value.shape[3])
         return reference.times_gradient(
-            grad_out, call.query, call.key, call.value, call.bias, call.mask, call.scale, rows, positive
-        )
+            grad_out, call.query, call.key, call.value, call.bias, call.mask, call.scale, rows, positive,
+            call.softcap, call.sinks, call.diagonals,
+        )  # fmt: skip

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import biases
 from ..backends.reference.attention import visible_pairs
-from ..errors import InputError
+from ..biases import BiasLike
+from ..errors import InputError, UnsupportedError
 from ..functional import attention, hide_padding, merge_attention
-from ..inputs import MaskLike, as_block_mask, causal_mask
+from ..inputs import MaskLike, as_block_mask, causal_mask, is_pattern
 
 
 class Certificate(NamedTuple):
@@ -55,18 +57,20 @@ def certificate(
     *,
     mask: MaskLike,
     key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Certificate:
     """What `mask` loses against dense attention on these inputs: exact, by attention over the pairs that it hides.
 
     Args:
         query, key, value: (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, Dv).
         mask: a `BlockMask`, a pattern or a sparse method, or a bool tensor.
-        key_mask, bias, is_causal, causal_alignment, scale: the dense call that it stands in for, as in `attention`.
-            Pairs that these hide are lost by neither.
+        key_mask, bias, is_causal, causal_alignment, scale, softcap, sinks: the dense call that it stands in for, as in
+            `attention`. Pairs that these hide are lost by neither; a sink stands beside the pairs that are shown.
 
     Returns:
         A `Certificate`, at the cost of dense attention and O(n) memory.
@@ -74,7 +78,7 @@ def certificate(
     Raises:
         InputError, InputTypeError: as `attention`; no mask.
     """
-    parts = _parts(query, key, value, mask, key_mask, bias, is_causal, causal_alignment, scale)
+    parts, value = _parts(query, key, value, mask, key_mask, bias, is_causal, causal_alignment, scale, softcap, sinks)
     with torch.no_grad():
         out, lse = _attend(parts, parts.shown, value)
         rest, rest_lse = _attend(parts, parts.hidden, value)
@@ -90,10 +94,12 @@ def sampled_certificate(
     *,
     mask: MaskLike,
     key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     samples: int = 64,
     rows: int = 4,
     confidence: float = 0.95,
@@ -105,7 +111,8 @@ def sampled_certificate(
     bound (Maurer & Pontil, COLT 2009), which holds for any distribution of the masses.
 
     Args:
-        query, key, mask, key_mask, bias, is_causal, causal_alignment, scale: as in `certificate`.
+        query, key, mask, key_mask, bias, is_causal, causal_alignment, scale, softcap, sinks: as in `certificate`, but
+            for biases by a few numbers, such as `ALiBi`: those go by where queries stand and are not served here.
         samples: how many runs are drawn, at least 2; the interval narrows with their square root.
         rows: queries of a run, which count as one sample.
         confidence: the probability that the interval holds the mean, over the drawing.
@@ -113,12 +120,18 @@ def sampled_certificate(
 
     Raises:
         InputError: no queries, fewer than 2 samples, a confidence outside (0, 1); as `certificate`.
+        UnsupportedError: a bias by a few numbers.
     """
     if samples < 2 or rows < 1 or not 0.0 < confidence < 1.0:
         raise InputError(
             f"samples must be at least 2, rows at least 1 and confidence in (0, 1); got {samples}, {rows}, {confidence}"
         )
-    parts = _parts(query, key, key, mask, key_mask, bias, is_causal, causal_alignment, scale)
+    if biases.split(bias)[1]:
+        raise UnsupportedError(
+            "sampled_certificate attends from some of the queries, of which a structured bias does not know where they "
+            "stand; use certificate, or pass the bias as a tensor"
+        )
+    parts, _ = _parts(query, key, key, mask, key_mask, bias, is_causal, causal_alignment, scale, softcap, sinks)
     Nq, Nk = query.shape[2], key.shape[2]
     if Nq == 0 or query.shape[0] * query.shape[1] == 0:
         raise InputError(f"there is no row to sample: query is {tuple(query.shape)}")
@@ -132,7 +145,7 @@ def sampled_certificate(
     index = torch.cat([torch.arange(block.start, block.stop) for block in blocks]).to(query.device)
     sliced = parts._replace(
         query=parts.query[:, :, index],
-        bias=parts.bias if parts.bias is None or parts.bias.shape[-2] == 1 else parts.bias[..., index, :],
+        bias=_of_queries(parts.bias, index),
     )
     unit = query.new_zeros(key.shape[0], key.shape[1], Nk, 1)
     lses = []
@@ -198,32 +211,48 @@ def growth(
 class _Parts(NamedTuple):
     query: Tensor
     key: Tensor
-    bias: Tensor | None
+    bias: BiasLike
     scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    alignment: str | None
     shown: Any  # BlockMask
     hidden: Any
 
 
 def _parts(
-    query: Tensor, key: Tensor, value: Tensor, mask: MaskLike, key_mask: Tensor | None, bias: Tensor | None,
-    is_causal: bool, alignment: str | None, scale: float | None,
-) -> _Parts:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, mask: MaskLike, key_mask: Tensor | None, bias: BiasLike,
+    is_causal: bool, alignment: str | None, scale: float | None, softcap: float | None, sinks: Tensor | None,
+) -> tuple[_Parts, Tensor]:  # fmt: skip
+    """The pairs that are shown and those that are hidden, and the values without what padding holds."""
     if mask is None:
         raise InputError("a certificate is about a mask: pass mask=, a BlockMask, a pattern or a bool tensor")
+    if is_pattern(mask):
+        mask.check_scores(bias, softcap)
     causal = causal_mask(query.shape[2], key.shape[2], is_causal, alignment)
     within = causal if getattr(mask, "by_content", False) else None
     given = as_block_mask(mask, query, key, scale=scale, key_mask=key_mask, within=within, alignment=alignment)
     shown, hidden = (given, ~given) if causal is None else (given & causal, ~given & causal)
-    key, value, padding, bias = hide_padding(query, key, value, key_mask, bias=bias)
+    dense, structured = biases.split(bias)
+    key, value, padding, dense = hide_padding(query, key, value, key_mask, bias=dense)
     if padding is not None:
         there = as_block_mask(padding, query, key)
         shown, hidden = shown & there, hidden & there
-    return _Parts(query, key, bias, scale, shown, hidden)
+    bias = biases.join(dense, structured)
+    return _Parts(query, key, bias, scale, softcap, sinks, alignment, shown, hidden), value
+
+
+def _of_queries(bias: BiasLike, index: Tensor) -> Tensor | None:
+    """The rows of a bias tensor that belong to some queries."""
+    dense = biases.split(bias)[0]
+    return dense if dense is None or dense.dim() < 2 or dense.shape[-2] == 1 else dense[..., index, :]
 
 
 def _attend(parts: _Parts, mask: Any, value: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = attention(parts.query, parts.key, value, mask=mask, bias=parts.bias, scale=parts.scale, return_lse=True)
-    return out, lse
+    return attention(
+        parts.query, parts.key, value, mask=mask, bias=parts.bias, scale=parts.scale, softcap=parts.softcap,
+        sinks=parts.sinks if mask is parts.shown else None, causal_alignment=parts.alignment, return_lse=True,
+    )  # fmt: skip
 
 
 def _dropped(lse: Tensor, rest_lse: Tensor) -> Tensor:

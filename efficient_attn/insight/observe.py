@@ -21,12 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
-from ..inputs import MAX_HEAD_DIM, refuse_modifiers
+from ..inputs import MAX_HEAD_DIM
 from ..integrations.torch_sdpa import bound
 from ..methods import Method, Sparse
 from ..methods.sparse import DENSE
 from ..tracing import OBSERVERS, unobserved
-from .methods import method_statistics
+from .methods import LINEAR_WANT, method_statistics
 from .statistics import WANT, AttentionStatistics
 
 _SDPA = F.scaled_dot_product_attention
@@ -154,7 +154,6 @@ class observe:
         self, method: Method, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], out: Tensor
     ) -> None:
         """Take note of a call of `method.attend` and what it returned."""
-        refuse_modifiers("by observe", options.get("bias"), softcap=options.get("softcap"), sinks=options.get("sinks"))
         inputs: dict[str, Any] = {name: options.get(name) for name in _ARGUMENTS} | {
             "query": query,
             "key": key,
@@ -214,11 +213,11 @@ class observe:
         self._see(DENSE, query, key, value, options, out)
 
 
-_ARGUMENTS = ("state", "key_mask", "mask", "bias", "is_causal", "causal_alignment", "scale")
+_ARGUMENTS = ("state", "key_mask", "mask", "bias", "is_causal", "causal_alignment", "scale", "softcap", "sinks")
 
 
 def _defined(want: Sequence[str]) -> list[str]:
-    return [name for name in want if name in ("received", "shares")]
+    return [name for name in want if name in LINEAR_WANT]
 
 
 class _Calls(TorchFunctionMode):

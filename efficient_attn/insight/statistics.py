@@ -1,26 +1,31 @@
 """What attention does, at O(n) memory: `attention_statistics`.
 
 The statistics of the weights P_ij = exp(s_ij - lse_i) of a call, none of which is n x n. On CPUs one pass of the C++
-kernels gathers them, elsewhere the definition, a slice of query rows at a time. Letters as in `functional`.
+kernels gathers them, on GPUs three Triton kernels, and what those do not serve the definition, a slice of query rows at
+a time. Letters as in `functional`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import backends, biases
 from ..backends.call import accumulation_dtype
-from ..backends.cpu import attention as cpu
-from ..backends.cpu import statistics as cpu_statistics
+from ..backends.cpu import statistics as cpu
 from ..backends.reference import statistics as reference
 from ..backends.statistics import Found, Wanted
+from ..backends.triton import statistics as triton
+from ..biases import BiasLike
 from ..defaults import alignment_offset
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..functional import Prepared, hide_padding, prepare
-from ..inputs import MaskLike, refuse_modifiers
+from ..functional import Prepared, describe, hide_padding, prepare
+from ..inputs import MaskLike
+from ..tracing import shapes_only
 
 WANT = ("entropy", "top", "received", "distance", "map", "shares")
 MAX_TOP = 32
@@ -56,10 +61,12 @@ def attention_statistics(
     *,
     mask: MaskLike = None,
     key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: BiasLike = None,
     is_causal: bool = False,
     causal_alignment: str | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     want: Sequence[str] = WANT,
     top_k: int = 8,
     row_weights: Tensor | None = None,
@@ -73,7 +80,8 @@ def attention_statistics(
     Args:
         query, key: (B, Hq, Nq, D) and (B, Hkv, Nk, D), as in `attention`.
         value: not needed; (B, Hkv, Nk, Dv) is checked as `attention` would.
-        mask, bias, is_causal, causal_alignment, scale: as in `attention`. key_mask: bool (B, Nk), True = attend.
+        mask, bias, is_causal, causal_alignment, scale, softcap, sinks: as in `attention`. Beside a sink, which is no
+            key, the weights of a row add up to less than 1. key_mask: bool (B, Nk), True = attend.
         want: some of "entropy", "top", "received", "distance", "map", "shares".
         top_k: how many of the largest weights of each row, up to 32.
         row_weights: (R, B, Hq, Nq) or anything that broadcasts to (B, Hq, Nq): weightings r of the rows for
@@ -81,11 +89,13 @@ def attention_statistics(
         key_sets: bool (Nk,) or (B, Nk) by name, at most 32: sets of keys for `shares`. None: the first 4, "sinks".
         nearby: how many tokens away a key still counts as near.
         map_block: queries, and keys, of one cell of the map.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference". "auto" takes the kernels of the tensors' device, and the
+            reference, a slice of rows at a time, for what those do not serve: float64 and wide heads on a GPU.
 
     Returns:
         An `AttentionStatistics`. Distances go by x_i = i, or with causal_alignment="bottom_right" x_i = i + Nk - Nq.
-        Gradients reach query, key and bias through `entropy`, `received` and `received_weighted`.
+        Gradients reach query, key, bias, sinks and row_weights through `entropy`, `received` and `received_weighted`,
+        once; they are made by the reference, a slice of rows at a time, whatever the backend.
 
     Raises:
         InputError, InputTypeError: arguments that do not belong together; distances where Nq != Nk and no alignment
@@ -93,15 +103,18 @@ def attention_statistics(
         UnsupportedError: the backend asked for cannot serve.
     """
     _check(want, top_k, nearby, map_block)
-    refuse_modifiers("by attention_statistics", bias)
     value = key if value is None else value
-    hidden_key, value, hidden_mask, bias = hide_padding(
-        query, key, value, key_mask, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
+    dense, structured = biases.split(bias)
+    hidden_key, value, hidden_mask, dense = hide_padding(
+        query, key, value, key_mask, mask=mask, bias=dense, is_causal=is_causal, causal_alignment=causal_alignment,
         scale=scale,
     )  # fmt: skip
+    kernels = _kernels(backend, query)
+    wants_received = "received" in want or row_weights is not None
     call = prepare(
-        query, hidden_key, value, mask=hidden_mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
-        scale=scale, backend="reference",
+        query, hidden_key, value, mask=hidden_mask, bias=biases.join(dense, structured), is_causal=is_causal,
+        causal_alignment=causal_alignment, scale=scale, softcap=softcap, sinks=sinks, backend="reference",
+        transposed=wants_received and kernels.NEEDS_TRANSPOSED,
     )  # fmt: skip
     (B, _, Nq, _), Nk = call.query.shape, call.key.shape[2]
     offset = _position_offset(causal_alignment, Nq, Nk) if "distance" in want else None
@@ -109,7 +122,7 @@ def attention_statistics(
     weightings = None if row_weights is None else weightings_of_rows(row_weights, call.query)
     wanted = Wanted(
         top=top_k if "top" in want else 0,
-        received="received" in want or row_weights is not None,
+        received=wants_received,
         row_weights=weightings,
         key_sets=_as_words(sets, Nk, call.key.device) if sets else None,
         set_count=len(sets),
@@ -117,7 +130,7 @@ def attention_statistics(
         position_offset=offset,
         nearby=float(nearby),
     )
-    found = _find(call, wanted, _kernel(backend, call))
+    found = _find(call, wanted, _serving(backend, kernels, call).attention_statistics)
     received = found.received if "received" in want else None
     return AttentionStatistics(
         lse=found.lse,
@@ -136,10 +149,14 @@ def attention_statistics(
 # --- what was asked for ---
 
 
-def _check(want: Sequence[str], top_k: int, nearby: int, map_block: int) -> None:
-    unknown = [name for name in want if name not in WANT]
-    if isinstance(want, str) or unknown:
+def check_want(want: Sequence[str]) -> None:
+    """Raise InputError for what is no sequence of names of statistics."""
+    if isinstance(want, str) or any(name not in WANT for name in want):
         raise InputError(f"want must be a sequence of {list(WANT)}; got {want!r}")
+
+
+def _check(want: Sequence[str], top_k: int, nearby: int, map_block: int) -> None:
+    check_want(want)
     if not 1 <= top_k <= MAX_TOP:
         raise InputError(f"top_k must be from 1 to {MAX_TOP}, got {top_k}")
     if nearby < 0 or map_block < 1:
@@ -201,31 +218,50 @@ def weightings_of_rows(given: Tensor, query: Tensor) -> Tensor:
 
 # --- finding it ---
 
-Kernel = Callable[..., Found]
+KERNELS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
 
 
-def _kernel(backend: str, call: Prepared) -> Kernel:
-    kernels: dict[str, Kernel] = {
-        "cpu": cpu_statistics.attention_statistics, "reference": reference.attention_statistics,
-    }  # fmt: skip
-    if backend not in ("auto", *kernels):
-        raise InputError(f"backend={backend!r} gathers no statistics; choose from {['auto', *kernels]}")
-    reasons = cpu.device_reasons(call.query.device)
-    if backend == "cpu" and reasons:
-        raise UnsupportedError(f"backend='cpu' cannot serve this call: {'; '.join(reasons)}. Use backend='auto'")
-    if backend == "auto":
-        backend = "reference" if reasons else "cpu"
-    return kernels[backend]
+def _kernels(backend: str, query: Tensor) -> ModuleType:
+    """The module that is asked for, or with "auto" the first that may serve tensors of this device."""
+    if backend not in ("auto", *KERNELS):
+        raise InputError(f"backend={backend!r} gathers no statistics; choose from {['auto', *KERNELS]}")
+    if backend != "auto":
+        return KERNELS[backend]
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    for name, module in KERNELS.items():
+        own = backends.BACKENDS[name].attention
+        if name == "reference" or (backends.automatic(name, device) and not own.device_reasons(device)):
+            return module
+    raise AssertionError("the reference serves every device")
 
 
-def _find(call: Prepared, wanted: Wanted, kernel: Kernel) -> Found:
+def _serving(backend: str, kernels: ModuleType, call: Prepared) -> ModuleType:
+    """The module, or with "auto" the reference for a call that it does not serve."""
+    if call.query.is_meta or shapes_only(call.query):
+        raise UnsupportedError(
+            "attention_statistics of tensors without values (on the meta device, or fake ones) is not defined; call it "
+            "on real tensors, outside of torch.export and of a fullgraph of torch.compile"
+        )
+    name = next(name for name, module in KERNELS.items() if module is kernels)
+    asked = describe(call.query, call.key, call.key, call.bias, call.mask, 0.0)
+    reasons = backends.BACKENDS[name].attention.not_supported_reasons(asked)
+    if reasons and backend == "auto":
+        return reference
+    if reasons:
+        raise UnsupportedError(f"backend={backend!r} cannot serve this call: {'; '.join(reasons)}. Use backend='auto'")
+    return kernels
+
+
+def _find(call: Prepared, wanted: Wanted, kernel: Callable[..., Found]) -> Found:
     row_weights = wanted.row_weights
     trained = row_weights is not None and row_weights.requires_grad
+    modifiers = (call.softcap, call.sinks, call.diagonals)
     if not call.differentiable and not (trained and torch.is_grad_enabled()):
-        return kernel(call.query, call.key, call.bias, call.mask, call.scale, wanted)
+        return kernel(call.query, call.key, call.bias, call.mask, call.scale, wanted, *modifiers)
     found: dict[str, Any] = {}
     apply: Any = _Differentiable.apply
-    entropy, received = apply(call.query, call.key, call.bias, row_weights, call, wanted, kernel, found)
+    tensors = (call.query, call.key, call.bias, row_weights, call.sinks, call.diagonals)
+    entropy, received = apply(*tensors, call, wanted, kernel, found)
     everything: Found = found["all"]
     return everything._replace(entropy=entropy, received=received if wanted.received else None)
 
@@ -235,21 +271,23 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, row_weights: Tensor | None,
-        call: Prepared, wanted: Wanted, kernel: Kernel, found: dict[str, Any],
+        ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, row_weights: Tensor | None, sinks: Tensor | None,
+        diagonals: Tensor | None, call: Prepared, wanted: Wanted, kernel: Callable[..., Found], found: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        result = kernel(query, key, bias, call.mask, call.scale, wanted)
+        result = kernel(query, key, bias, call.mask, call.scale, wanted, call.softcap, sinks, diagonals)
         found["all"] = result
-        ctx.save_for_backward(query, key, bias, row_weights)
-        ctx.call, ctx.received = call, wanted.received
+        ctx.save_for_backward(query, key, bias, row_weights, sinks, diagonals)
+        ctx.call = call.mask, call.scale, call.softcap
+        ctx.received = wanted.received
         return result.entropy, result.entropy.new_empty(0) if result.received is None else result.received
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_entropy: Tensor, grad_received: Tensor) -> tuple[Any, ...]:
-        query, key, bias, row_weights = ctx.saved_tensors
+        query, key, bias, row_weights, sinks, diagonals = ctx.saved_tensors
+        mask, scale, softcap = ctx.call
         gradients = reference.attention_statistics_backward(
-            grad_entropy, grad_received if ctx.received else None, query, key, bias, row_weights,
-            ctx.call.mask, ctx.call.scale,
+            grad_entropy, grad_received if ctx.received else None, query, key, bias, row_weights, mask, scale, softcap,
+            sinks, diagonals,
         )  # fmt: skip
         return (*gradients, None, None, None, None)

@@ -59,7 +59,7 @@ def _layer(call: Any) -> dict[str, Any]:
         if found.shares is not None:
             one["sinks"] = round(float(found.shares["sinks"][0, head].mean()), 4)
         if found.map is not None:
-            cells = found.map[0, head].float()
+            cells = found.map[0, head].float().clamp(min=0.0)  # those of a low-rank method may be negative
             one["map"] = _bytes((cells / cells.sum(1, keepdim=True).clamp(min=1e-30)).flatten())
             one["rows"], one["columns"] = cells.shape
         if found.top_keys is not None:

@@ -5,8 +5,8 @@ to a diagonal; the pairs that an earlier round has put together are left out; th
 
     o_i = sum_r exp(lse_r(i) - lse(i)) o_r(i),   lse(i) = log sum_r exp(lse_r(i))
 
-which is one softmax over the union of the rounds, exactly. On CPUs the rounds are the parts of a `PartedMask`, whose
-kernels follow an order as they load; elsewhere tokens are sorted before each round. (With a mask of pairs or a bias
+which is one softmax over the union of the rounds, exactly. The rounds are the parts of a `PartedMask`, where kernels
+follow an order as they load; with backend="cuda" tokens are sorted before each round. (With a mask of pairs or a bias
 `Sparse` leaves tokens in order instead, which takes n^2 / 8 bytes a head.)
 """
 
@@ -23,10 +23,9 @@ from ..functional import attention, attention_weights, attention_with_weights, m
 from ..inputs import prepare_inputs, resolve_seed, select_keys
 from ..masks import Part, PartedMask
 from ..patterns import BucketPattern
-from ..patterns.buckets import Buckets, sorted_lists
+from ..patterns.buckets import Buckets
+from ..patterns.sorted_tokens import sorted_lists
 from ..tracing import PLAN, span
-
-SORTED_BLOCK = 64  # of the masks of sorted tokens
 
 
 def bucketed_inputs(
@@ -63,7 +62,8 @@ def bucketed_attention(
     with torch.no_grad(), span(PLAN):
         found = pattern.buckets(query.detach(), key.detach(), key_mask)
     key, value = select_keys(key_mask, key, value)
-    if query.device.type == "cpu" and query.numel() > 0 and key.numel() > 0:
+    in_parts = query.device.type == "cpu" or backend in ("auto", "triton")
+    if in_parts and query.numel() > 0 and key.numel() > 0:
         with torch.no_grad(), span(PLAN):
             options["mask"] = sorted_mask(found, rounds=pattern.rounds, offset=offset, others=pattern.shared_qk)
         options |= {"dropout_seed": dropout_seed, "backend": backend}
@@ -76,13 +76,11 @@ def bucketed_attention(
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     outs, lses, weights = [], [], []
     for r in range(pattern.rounds):
-        by_query, by_key = (buckets[r].argsort(dim=-1, stable=True) for buckets in (found.query, found.key))
+        by_query, by_key = found.orders(r)
         back = by_query.argsort(-1)
         sorted_qkv = [_taken(t, order) for t, order in ((query, by_query), (key, by_key), (value, by_key))]
         with span(PLAN):
-            options["mask"] = sorted_lists(
-                found, r, by_query, by_key, offset=offset, others=pattern.shared_qk, block=SORTED_BLOCK
-            )
+            options["mask"] = sorted_lists(found, r, by_query, by_key, offset=offset, others=pattern.shared_qk)
         options["dropout_seed"] = None if seed is None else seed + r
         out, lse = attention(*sorted_qkv, **options, return_lse=True, backend=backend)
         outs.append(_taken(out, back))
@@ -103,8 +101,8 @@ def sorted_mask(found: Buckets, *, rounds: int, offset: int | None, others: bool
     """The mask of buckets, each round a part in the order of its buckets; arguments as `sorted_lists` has them."""
     parts = []
     for r in range(rounds):
-        by_query, by_key = (buckets[r].argsort(dim=-1, stable=True) for buckets in (found.query, found.key))
-        lists = sorted_lists(found, r, by_query, by_key, offset=offset, others=others, block=SORTED_BLOCK)
+        by_query, by_key = found.orders(r)
+        lists = sorted_lists(found, r, by_query, by_key, offset=offset, others=others)
         parts.append(Part(lists, *(order.flatten(0, 1).int() for order in (by_query, by_key))))
     return PartedMask.trusted(parts, q_len=found.query.shape[-1], kv_len=found.key.shape[-1])
 

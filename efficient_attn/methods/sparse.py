@@ -78,13 +78,7 @@ class Sparse(Method):
         backend: str = "auto",
         need_weights: bool | Literal["mean"] = False,
     ) -> tuple[Tensor, Tensor | None]:
-        check_key_mask(key_mask, key)
-        check_alignment(is_causal, causal_alignment, query.shape[2], key.shape[2])
-        if is_causal and not self.accepts_causal:
-            raise UnsupportedError(
-                f"{self} cannot be causal: where a token is put depends on the whole sequence. Use lsh, topk_blocks or "
-                "another pattern"
-            )
+        self.check_call(query, key, key_mask, is_causal, causal_alignment)
         if key_mask is None and mask is None and not need_weights and not self.pattern.by_content:
             # `attention` makes the mask: it knows calls like this one.
             return attention(
@@ -135,6 +129,18 @@ class Sparse(Method):
             return padded_attention(query, key, value, key_mask, **shared), None
         out, _, weights = padded_attention(query, key, value, key_mask, need_weights=need_weights, **shared)
         return out, weights
+
+    def check_call(
+        self, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool, alignment: str | None
+    ) -> None:
+        """Raise for padding, an alignment or causality that this method does not take."""
+        check_key_mask(key_mask, key)
+        check_alignment(is_causal, alignment, query.shape[2], key.shape[2])
+        if is_causal and not self.accepts_causal:
+            raise UnsupportedError(
+                f"{self} cannot be causal: where a token is put depends on the whole sequence. Use lsh, topk_blocks or "
+                "another pattern"
+            )
 
     @staticmethod
     def seen(

@@ -20,6 +20,12 @@ from .transformer import Specs, Transformer
 
 MODELS: dict[str, type[Model]] = {}  # by class name, which config.json names
 FORMAT = 1
+# What from_pretrained of transformers takes and this one says otherwise.
+INSTEAD = {
+    "attn_implementation": 'give attention="dense", or any other method',
+    "device_map": 'give device="cpu" or "cuda"; parameters lie on one device',
+    "max_position_embeddings": "give max_len",
+}
 M = TypeVar("M", bound="Model")
 
 
@@ -53,6 +59,16 @@ class Model(nn.Module):
         for path, part in self.transformers().items():
             now = configs.replace_at(now, path, part.config)
         return now
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     def transformers(self) -> dict[str, Transformer]:
         """The model's Transformers by path, such as {"encoder": ...}."""
@@ -129,13 +145,17 @@ class Model(nn.Module):
             changes: fields of the config to change, also in parts: encoder={"dropout": 0.2}; a field that one part
                 alone has may stand for itself: image_size=384. A head that they ask for and the checkpoint lacks,
                 or has in another size (num_labels=3), starts fresh; nothing else may be missing. Of transformers'
-                names id2label, label2id, problem_type and ignore_mismatched_sizes are understood.
+                names id2label, label2id, problem_type, ignore_mismatched_sizes and torch_dtype are understood.
 
         Raises:
             CheckpointError: no such checkpoint; one without safetensors; an unknown architecture, or one of another
                 class than this; weights that are missing, left over or of the wrong shape.
             InputError: changes that the config does not have.
         """
+        dtype = changes.pop("torch_dtype", dtype)
+        for name, instead in INSTEAD.items():
+            if name in changes:
+                raise InputError(f"{cls.__name__}.from_pretrained has no {name}; {instead}")
         folder = checkpoints.locate(path, revision=revision, local_files_only=local_files_only)
         text = checkpoints.read_config(folder)
         family = None if "efficient_attn" in text else checkpoints.family_of(text, folder)

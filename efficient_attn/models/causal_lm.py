@@ -5,6 +5,7 @@ Letters: B batch, N tokens, E features, V vocabulary, T new tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError, InputTypeError
+from ..errors import InputError
 from .base import Model
 from .cache import Cache
 from .embeddings import Embeddings, as_padding, check_ids, count_positions
 from .generation import Plan, Sampling, beam_search, padded, stop_at
+from .labels import check_labels
 from .outputs import LMOutput, answer, either
 from .positions import check_length
 from .transformer import Outputs, Transformer, TransformerConfig
@@ -210,11 +212,12 @@ class CausalLM(Model):
         Args:
             input_ids: int64 (B, N), prompts of one length, or padded on the left.
             attention_mask: bool or int (B, N), 1 = a token, 0 = padding; None: no padding.
-            options: max_new_tokens: T at most, default 20. temperature (0 is greedy, the default), top_k, top_p, seed:
-                see `Sampling`. min_new_tokens, repetition_penalty, no_repeat_ngram_size, stop_strings with tokenizer:
-                see `Plan`. eos_token_id, pad_token_id: default: the config's; a text that has ended goes on with
-                padding, and the iterator stops when all have. use_cache: keep keys and values of earlier tokens, the
-                default, else run the whole text again for each token.
+            options: max_new_tokens: T at most, default 20; or max_length, and min_length, which count the prompt too.
+                temperature (0 is greedy, the default; do_sample=True alone makes it 1), top_k, top_p, seed: see
+                `Sampling`. min_new_tokens, repetition_penalty, no_repeat_ngram_size, stop_strings with tokenizer: see
+                `Plan`. eos_token_id, pad_token_id: default: the config's; a text that has ended goes on with padding,
+                and the iterator stops when all have. use_cache: keep keys and values of earlier tokens, the default,
+                else run the whole text again for each token.
 
         Raises:
             InputTypeError, InputError: ids of another type, shape or range, prompts padded on the right or too long,
@@ -232,8 +235,10 @@ class CausalLM(Model):
         ids: Tensor,
         attention_mask: Tensor | None,
         *,
-        max_new_tokens: int = 20,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        temperature: float | None = None,
+        do_sample: bool | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -241,25 +246,38 @@ class CausalLM(Model):
         pad_token_id: int | None = None,
         use_cache: bool = True,
         min_new_tokens: int = 0,
+        min_length: int = 0,
         repetition_penalty: float = 1.0,
         no_repeat_ngram_size: int = 0,
         stop_strings: str | Sequence[str] = (),
         tokenizer: Any = None,
+        **unknown: Any,
     ) -> tuple[Tensor | None, Plan]:
         """The mask, None without padding, and what was asked for: both checked."""
+        if unknown:
+            known = [name for name in inspect.signature(self._plan).parameters if name not in ("ids", "unknown")]
+            raise InputError(f"generate has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        check_ids("input_ids", ids, self._config.vocab_size)
+        if max_new_tokens is None:
+            max_new_tokens = 20 if max_length is None else max_length - ids.shape[1]
+            if max_new_tokens < 1:
+                raise InputError(f"max_length {max_length} counts the prompt too, which has {ids.shape[1]} tokens")
+        if temperature is None:
+            temperature = 1.0 if do_sample else 0.0
+        elif do_sample is not None and do_sample != (temperature > 0):
+            raise InputError(f"do_sample={do_sample} and temperature={temperature} contradict each other; give one")
         plan = Plan(
             max_new_tokens,
             Sampling(temperature, top_k, top_p, seed),
             self._config.eos_token_id if eos_token_id is None else eos_token_id,
             self._config.pad_token_id if pad_token_id is None else pad_token_id,
             use_cache,
-            min_new_tokens,
+            max(min_new_tokens, min_length - ids.shape[1]),
             repetition_penalty,
             no_repeat_ngram_size,
             (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
             tokenizer,
         )
-        check_ids("input_ids", ids, self._config.vocab_size)
         mask = check_prompts(ids, attention_mask)
         if self.embeddings.positions is not None:
             longest = ids.shape[1] if mask is None else int(mask.sum(-1).max())
@@ -366,14 +384,13 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean cross entropy of logits (B, N, V) for labels int64 (B, N), in float32; -100 is ignored.
 
     Raises:
-        InputTypeError, InputError: labels of another type or shape.
+        InputTypeError, InputError: labels of another type, shape or range.
     """
-    if labels.dtype != torch.int64:
-        raise InputTypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != logits.shape[:2]:
         raise InputError(
             f"labels must be of the ids' shape; {tuple(labels.shape)} for {tuple(logits.shape[:2])} logits"
         )
+    check_labels(labels.flatten(), labels.numel(), logits.shape[-1])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 

@@ -4,11 +4,11 @@
 | --- | --- | --- |
 | int64 (B), -100 is ignored | "single_label_classification" | cross entropy |
 | float (B, L), rows of probabilities (soft labels, mixup) | "single_label_classification", by name | cross entropy |
-| float (B, L) of 0 and 1, any number of labels each | "multi_label_classification" | binary cross entropy |
+| (B, L) of 0 and 1, any number of labels each | "multi_label_classification" | binary cross entropy |
 | float (B, L), or (B) for L = 1 | "regression" | mean squared error |
 
-Without a problem_type it follows from the labels, as in transformers: one label is a regression, integers are classes,
-numbers of 0 and 1 are several labels. Letters: B batch, L labels.
+Without a problem_type it follows from the labels, as in transformers: one label is a regression, an integer an example
+is a class, rows of 0 and 1 (of any type) are several labels. Letters: B batch, L labels.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LabelConfig:
 
         Args:
             logits: (B, L). labels: see the head of this file.
-            of_numbers: what floating-point labels are where no problem_type says so.
+            of_numbers: what rows of numbers are where no problem_type says so.
 
         Raises:
             InputTypeError, InputError: labels of another type, shape or range.
@@ -95,7 +95,7 @@ class LabelConfig:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if not isinstance(labels, Tensor):
             raise InputTypeError(f"labels must be a tensor, got {type(labels).__name__}")
-        numbers = labels.is_floating_point() and labels.dim() != 1
+        numbers = labels.dim() != 1
         kind = self.problem_type or (REGRESSION if L == 1 else of_numbers if numbers else ONE)
         if kind == REGRESSION:
             self._check_regression()

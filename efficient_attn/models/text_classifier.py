@@ -73,6 +73,11 @@ class TextClassifierConfig:
         """The labels' names by number."""
         return self.labels.id2label(self.num_labels)
 
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The labels' numbers by name."""
+        return {name: number for number, name in self.id2label.items()}
+
 
 class TextClassifier(Model):
     """Classifies texts, or embeds them.

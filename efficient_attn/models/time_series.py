@@ -53,6 +53,11 @@ class TimeSeriesConfig:
         """The labels' names by number."""
         return self.labels.id2label(self.output_dim)
 
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The labels' numbers by name."""
+        return {name: number for number, name in self.id2label.items()}
+
 
 class TimeSeriesTransformer(Model):
     """Reads a sequence of steps and answers at the last one: the next value, a class, a state.

@@ -59,7 +59,7 @@ FROM_LSE_ALONE = ("triton", "cuda")
 COARSE_LSE = 2.0**10
 
 
-def _too_coarse(backend: str, bias: Tensor | None, diagonals: Tensor | None, lse: Tensor) -> bool:
+def too_coarse(backend: str, bias: Tensor | None, diagonals: Tensor | None, lse: Tensor) -> bool:
     """Whether a bias that is one large number for all that a row sees has left its lse without digits.
 
     Asks the device, once, where there is a bias; a CUDA graph that is being recorded cannot be asked.
@@ -83,7 +83,7 @@ def _with_weights(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     call = (mask_arrays(*mask), scale, dropout_p, dropout_seed, average, softcap, sinks, diagonals)
     arguments = (query, key, value, bias, *call)
     found: tuple[Tensor, ...] = BACKENDS[backend].attention.attention_with_weights(*arguments)
-    if _too_coarse(backend, bias, diagonals, found[1]):
+    if too_coarse(backend, bias, diagonals, found[1]):
         return (*found[:2], BACKENDS["reference"].attention.attention_with_weights(*arguments)[2])
     return found
 
@@ -95,7 +95,7 @@ def _backward(
     tensors = (grad_out, grad_lse, grad_weights, query, key, value, bias, out, lse)
     call = (mask_arrays(*options[:MASK_OPERANDS]), *options[MASK_OPERANDS:])
     found: Any
-    if _too_coarse(backend, bias, call[7], lse):
+    if too_coarse(backend, bias, call[7], lse):
         found = gradients(tensors, *call)
     else:
         found = BACKENDS[backend].attention.attention_backward(*tensors, *call)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..masks import MaskArrays, PartedMask
-from .attention import attention_backward, is_plain, operands
+from .attention import attention_backward, is_plain, operands, too_coarse
 
 COARSE_LSE = 1024.0  # where kernels stop to trust it, too (csrc/cpu/attention_backward_rows.h)
 
@@ -61,17 +61,36 @@ def union_forward(
     forward = BACKENDS[parts.backend].attention.attention_forward
     out, lse = forward(query, key, value, bias, parts.arrays[0], scale, dropout_p, dropout_seed)
     for arrays in parts.arrays[1:]:
-        join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
-    coarse = _coarse_rows(lse, parts)
+        rows = _few_rows(arrays, query) if bias is None and dropout_p == 0.0 else None
+        if rows is None:
+            join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
+        else:  # a result for all rows would cost more than the part
+            few = forward(
+                query.index_select(2, rows), key, value, None, arrays._replace(query_order=None), scale, 0.0, None
+            )
+            own = out.index_select(2, rows), lse.index_select(2, rows)
+            join(*own, *few)
+            out.index_copy_(2, rows, own[0])
+            lse.index_copy_(2, rows, own[1])
+    coarse = _coarse_rows(lse, bias, parts)
     if coarse is not None:
         whole = forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
         out, lse = torch.where(coarse[..., None], whole[0], out), torch.where(coarse, whole[1], lse)
     return out, lse
 
 
-def _coarse_rows(lse: Tensor, parts: Parts) -> Tensor | None:
+def _few_rows(arrays: MaskArrays, query: Tensor) -> Tensor | None:
+    """The queries (B, H, N, D) that a part names, if they are few and the same in every head."""
+    order = arrays.query_order
+    if order is None or order.shape[0] > 1 or 4 * order.shape[1] > query.shape[2]:
+        return None
+    return order[0].long()
+
+
+def _coarse_rows(lse: Tensor, bias: Tensor | None, parts: Parts) -> Tensor | None:
     """The rows (B, H, N) whose lse is too large to join parts by; -inf is that of a row that sees nothing."""
-    if len(parts.arrays) == 1:
+    # Without a bias a row's scores are themselves of few digits, and the answer is not worth a wait for the GPU.
+    if len(parts.arrays) == 1 or (lse.is_cuda and bias is None):
         return None
     coarse = (lse.abs() >= COARSE_LSE) & (lse != -torch.inf)
     return coarse if bool(coarse.any()) else None
@@ -104,13 +123,14 @@ class _Union(torch.autograd.Function):
         grad_out = torch.zeros_like(tensors[4]) if grad_out is None else grad_out
         last = (scale, dropout_p, dropout_seed, bias_requires_grad)
         totals: Any
-        if torch.is_grad_enabled() or not is_plain(grad_out, grad_lse, *tensors):
+        differentiated = torch.is_grad_enabled() or not is_plain(grad_out, grad_lse, *tensors)
+        if differentiated or too_coarse(parts.backend, tensors[3], None, tensors[5]):
             whole = operands(parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED))  # has a derivative again
             call = (grad_out, grad_lse, None, *tensors, *whole, *last, 0.0, None, None, False, parts.backend)
             totals = attention_backward(*call)
         else:
             backward = BACKENDS[parts.backend].attention.attention_backward
-            coarse = _coarse_rows(tensors[5], parts)
+            coarse = _coarse_rows(tensors[5], tensors[3], parts)
             of_rows = [(grad_out, grad_lse, arrays) for arrays in parts.arrays]
             if coarse is not None:  # each row has its gradient from one of the two
                 whole = parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED)

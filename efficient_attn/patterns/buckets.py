@@ -8,7 +8,7 @@ their order, where a bucket is scattered over everything and the mask of one tak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..masks.algebra import seen_keys
-from ..masks.lists import Grid, entry_rows, predicate_lists
+from ..masks.lists import entry_rows
 from ..options import register
 from ..tracing import shapes_only
 from .content import ContentPattern
@@ -26,25 +26,24 @@ class Buckets(NamedTuple):
     """Where tokens are put. All of them int32 (rounds, B, H, N), H as many as the heads of query or key.
 
     A key with bucket -1 is in none. chunk: places in the order of buckets, when only a key's own chunk and the one
-    after it may look at it; None: the whole bucket.
+    after it may look at it; None: the whole bucket. order: tokens sorted by bucket, int64, where they have been sorted
+    already.
     """
 
     query: Tensor
     key: Tensor
     query_chunk: Tensor | None = None
     key_chunk: Tensor | None = None
+    query_order: Tensor | None = None
+    key_order: Tensor | None = None
 
-    def of(self, r: int) -> Buckets:
-        """Round r alone."""
-        parts: Any = (None if x is None else x[r : r + 1] for x in self)
-        return Buckets(*parts)
-
-    def ordered(self, query_order: Tensor, key_order: Tensor) -> Buckets:
-        """The same with tokens in another order, (B, H, N) for queries and keys."""
-        pairs = ((self.query, query_order), (self.key, key_order),
-                 (self.query_chunk, query_order), (self.key_chunk, key_order))  # fmt: skip
-        parts: Any = (None if x is None else x.gather(-1, order.expand_as(x)) for x, order in pairs)
-        return Buckets(*parts)
+    def orders(self, r: int) -> tuple[Tensor, Tensor]:
+        """Tokens of queries and of keys in the order of the buckets of round r, (B, H, N)."""
+        sides = ((self.query_order, self.query), (self.key_order, self.key))
+        query, key = (
+            buckets[r].argsort(dim=-1, stable=True) if order is None else order[r] for order, buckets in sides
+        )
+        return query, key
 
     def together(self, rounds: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Whether a round before `rounds` puts query i of head h together with key j."""
@@ -123,48 +122,6 @@ def _or_oneself(mask: BlockMask, within: BlockMask | None, there: Tensor) -> Blo
     return mask | diagonal
 
 
-def sorted_lists(
-    found: Buckets, r: int, query_order: Tensor, key_order: Tensor, *, offset: int | None, others: bool, block: int
-) -> BlockMask:
-    """The mask of round r for tokens in the order of its buckets, without the pairs of earlier rounds.
-
-    Args:
-        query_order, key_order: (B, H, N) that sort found.query[r] and found.key[r].
-        offset: a query at position p sees keys up to p + offset; None: all.
-        others: without oneself.
-    """
-    found = found.ordered(query_order, key_order)
-    _, batch, heads, q_len = found.query.shape
-    group = heads // max(found.key.shape[2], 1)
-    grid = Grid(q_len, found.key.shape[-1], block, block)
-    low_q, high_q = _ends(found.query[r], grid.block_q)
-    low_k, high_k = (x.repeat_interleave(group, 1) for x in _ends(found.key[r], grid.block_k))
-    meets = (low_q[..., None] <= high_k[..., None, :]) & (low_k[..., None, :] <= high_q[..., None])
-    lines, cols = meets.flatten(0, 2).nonzero().unbind(1)
-    low = torch.minimum(low_q.flatten()[lines], low_k.flatten(0, 1)[lines // max(grid.n_q, 1), cols])
-    high = torch.maximum(high_q.flatten()[lines], high_k.flatten(0, 1)[lines // max(grid.n_q, 1), cols])
-    plain = r == 0 and offset is None and not others and found.query_chunk is None
-    keys = torch.arange(lines.numel(), device=lines.device)
-    keys = torch.where(low == high, -1, keys) if plain else keys  # one bucket alone: nothing to ask
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = found.of(r).together(1, b, h, i, j)
-        seen = seen & ~found.together(r, b, h, i, j) if r else seen
-        p, position = query_order[b, h, i], key_order[b, h // group, j]
-        seen = seen if offset is None else seen & (position <= p + offset)
-        return seen & (p != position) if others else seen
-
-    lists = predicate_lists(visible, grid, batch, heads, lines, cols, keys=(keys, grid.edge(lines, cols)))
-    return BlockMask.from_lists(grid, lists)
-
-
-def _ends(buckets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and last bucket of each block of sorted (B, H, N)."""
-    N = buckets.shape[-1]
-    stops = torch.arange(0, N + size, size, device=buckets.device).clamp(max=N)
-    return buckets[..., stops[:-1]], buckets[..., stops[1:] - 1]
-
-
 @register
 @dataclass(frozen=True)
 class LSH(BucketPattern):
@@ -220,9 +177,11 @@ class LSH(BucketPattern):
 
     def _hash(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rotations = _rotations(x.shape[-1], self.rounds, self.n_buckets // 2, self.seed).to(x)
-        turned = torch.einsum("bhnd,dra->rbhna", x, rotations)
-        return torch.cat([turned, -turned], -1).argmax(-1).int()
+        half = self.n_buckets // 2
+        rotations = _rotations(x.shape[-1], self.rounds, half, self.seed).to(x)
+        turned = (x @ rotations.flatten(1)).unflatten(-1, (self.rounds, half)).movedim(-2, 0)
+        (most, at), (least, opposite) = turned.max(-1), turned.min(-1)
+        return torch.where(most >= -least, at, opposite + half).int()
 
 
 @register
@@ -255,17 +214,21 @@ class SortedBuckets(BucketPattern):
         self._check_tracing(query)
         n = max(-(-key.shape[2] // self.size), 1)
         own = key_mask if query.shape[2] == key.shape[2] else None
-        return Buckets(self._places(query, own, n).clamp(min=0), _hide(self._places(key, key_mask, n), key_mask))
+        (of_query, query_order), (of_key, key_order) = self._places(query, own, n), self._places(key, key_mask, n)
+        orders = (query_order, key_order) if key_mask is None else (None, None)
+        return Buckets(of_query.clamp(min=0), _hide(of_key, key_mask), None, None, *orders)
 
-    def _places(self, x: Tensor, mask: Tensor | None, n: int) -> Tensor:
-        """Bucket of each token, (rounds, B, H, N)."""
+    def _places(self, x: Tensor, mask: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+        """Bucket of each token, (rounds, B, H, N), and the tokens in the order of places."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = x if mask is None else x.masked_fill(~mask[:, None, :, None], 0.0)
-        along = torch.einsum("bhnd,dra->rbhn", x, _rotations(x.shape[-1], self.rounds, 1, self.seed).to(x))
+        along = (x @ _rotations(x.shape[-1], self.rounds, 1, self.seed).to(x).flatten(1)).movedim(-1, 0)
         count = torch.tensor(x.shape[2], device=x.device) if mask is None else mask.sum(-1)[:, None, None]
         along = along if mask is None else along.masked_fill(~mask[:, None], torch.inf)
-        place: Tensor = along.argsort(dim=-1, stable=True).argsort(-1)
-        return (place * n // count.clamp(min=1)).clamp(max=n - 1).int()
+        order = along.argsort(dim=-1, stable=True)
+        place = torch.arange(x.shape[2], device=x.device)
+        bucket = (place * n // count.clamp(min=1)).clamp(max=n - 1).int()
+        return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, bucket.expand_as(order)), order
 
 
 def _hide(buckets: Tensor, key_mask: Tensor | None) -> Tensor:

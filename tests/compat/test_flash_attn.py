@@ -1,4 +1,4 @@
-"""flash-attn's interface against its definition, written here in float64 and pair by pair of sequences."""
+"""flash-attn's interface against its definition (support/flash.py), in float64 and pair by pair of sequences."""
 
 from __future__ import annotations
 
@@ -7,58 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.flash import definition, draw, of_sequence, options, packed, rotated
 from torch import Tensor
 
-from efficient_attn import InputError, UnsupportedError
+from efficient_attn import InputError, InputTypeError, UnsupportedError
 from efficient_attn.compat import flash_attn as fa
 from efficient_attn.compat import scores
-
-
-def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def definition(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0, alibi_slopes: Tensor | None = None, softmax_scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Out (Nq, H, D) and lse (H, Nq) of one sequence: q (Nq, H, D), k and v (Nk, Hkv, D), slopes (H)."""
-    (Nq, H, D), (Nk, Hkv, _) = q.shape, k.shape
-    k, v = (x.repeat_interleave(H // Hkv, 1) for x in (k, v))
-    s = torch.einsum("ihd,jhd->hij", q, k) * (D**-0.5 if softmax_scale is None else softmax_scale)
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    i, j = torch.arange(Nq)[:, None] + Nk - Nq, torch.arange(Nk)
-    if alibi_slopes is not None:
-        s = s - alibi_slopes.double()[:, None, None] * (i - j).abs()
-    left, right = window_size
-    right = 0 if causal else right
-    seen = torch.ones(Nq, Nk, dtype=torch.bool)
-    seen = seen if left < 0 else seen & (j >= i - left)
-    seen = seen if right < 0 else seen & (j <= i + right)
-    s = s.masked_fill(~seen, -torch.inf)
-    lse = torch.logsumexp(s, -1) if Nk else torch.full((H, Nq), -torch.inf, dtype=s.dtype)
-    weights = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.einsum("hij,jhd->ihd", weights, v), lse
-
-
-def options(dice: random.Random, H: int, B: int, seed: int) -> dict[str, Any]:
-    """Arguments that change what is computed, each now and then."""
-    found: dict[str, Any] = {"causal": dice.random() < 0.4}
-    if dice.random() < 0.5:
-        found["window_size"] = (dice.choice([-1, 0, 3, 40]), dice.choice([-1, 0, 2, 40]))
-    if dice.random() < 0.25:
-        found["softcap"] = dice.choice([0.5, 3.0])
-    if dice.random() < 0.3:
-        found["alibi_slopes"] = draw(seed, *dice.choice([(H,), (B, H)])).abs()
-    if dice.random() < 0.3:
-        found["softmax_scale"] = 0.3
-    return found
-
-
-def of_sequence(named: dict[str, Any], b: int) -> dict[str, Any]:
-    slopes = named.get("alibi_slopes")
-    return named | ({"alibi_slopes": slopes[b]} if slopes is not None and slopes.dim() == 2 else {})
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -102,10 +56,6 @@ def test_dense(seed: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None
     torch.autograd.backward([expected, finite(expected_lse)], [grad, grad_lse])
     for a, b in zip(leaves, gold, strict=True):
         same(a.grad, b.grad.nan_to_num())
-
-
-def packed(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -177,18 +127,6 @@ def test_tensors_packed_in_one() -> None:
 
 
 # --- a cache ---
-
-
-def rotated(x: Tensor, at: int, cos: Tensor, sin: Tensor, interleaved: bool, still: bool) -> Tensor:
-    """x (N, H, D), feature by feature: row n stands at `at + n`, or all at `at`."""
-    out, half = x.clone(), cos.shape[1]
-    for n in range(x.shape[0]):
-        place = at if still else at + n
-        for f in range(half):
-            a, b = (2 * f, 2 * f + 1) if interleaved else (f, f + half)
-            out[n, :, a] = x[n, :, a] * cos[place, f] - x[n, :, b] * sin[place, f]
-            out[n, :, b] = x[n, :, a] * sin[place, f] + x[n, :, b] * cos[place, f]
-    return out
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -319,6 +257,9 @@ def test_compiled() -> None:
 def test_wrong_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     q, cache = draw(0, 2, 3, 4, 8), draw(1, 2, 10, 4, 8)
     packed_q = q.flatten(0, 1)
+    for window in (3, (3,), (3.0, 3), None):
+        with pytest.raises(InputTypeError, match="window_size must be"):
+            fa.flash_attn_func(q, q, q, window_size=window)
     with pytest.raises(InputError, match="alibi_slopes must be"):
         fa.flash_attn_func(q, q, q, alibi_slopes=torch.ones(3))
     with pytest.raises(InputError, match="softcap must be"):

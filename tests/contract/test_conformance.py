@@ -9,7 +9,7 @@ import torch
 from support.accuracy import Problem, assert_conforms, gradients
 from support.cases import CASES, MODIFIED, Case, draw
 
-from efficient_attn import ALiBi, BlockMask, RelativeBias, attention, backends
+from efficient_attn import ALiBi, BlockMask, DecomposedBias2D, RelativeBias, RelativeBias2D, attention, backends
 from efficient_attn.backends.reference.attention import dropout_keep
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.functional import attention_with_weights
@@ -22,7 +22,7 @@ WEIGHTED = (
     "head_dim_3 value_dim_3 causal_bottom_right_empty_rows window lengths bits_sparse blocks_128 blocks_window_lengths "
     "blocks_grouped bias_full bias_per_key bias_float32 multi_query dropout dropout_blocks dropout_grouped_causal_bias "
     "strided_head_dim expanded_grad_out grad_lse negative_scale softcap sinks_window_dropout table_grouped_blocks "
-    "softcap_sinks_table"
+    "softcap_sinks_table grid decomposed"
 )
 UNMODIFIED = ("cuda",)  # knows no softcap, sinks or bias by relative position
 NARROW = ("triton", "cuda")  # know no heads wider than 256
@@ -61,13 +61,17 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device, we
     """Forward and backward of one case, with the `weights` of the "heads" or their "mean" as an output too;
     benchmarks/gpu_sanitize.py calls it as well."""
     drawn = draw(case, dtype)
-    named = ("query", "key", "value", "bias", "sinks", "slopes", "table")
+    structured = ("slopes", "table", "grid_table", "rel_h", "rel_w")
+    named = ("query", "key", "value", "bias", "sinks", *structured)
     names = [n for n in named if drawn[n] is not None]
     leaves = {n: _on(device, drawn[n].detach()).requires_grad_() for n in names}
-    given = {n: leaves[n] for n in names if n not in ("bias", "slopes", "table")}
+    given = {n: leaves[n] for n in names if n not in ("bias", *structured)}
     alignment = None if case.causal else "top_left"
     parts = [RelativeBias(leaves["table"], alignment)] if "table" in leaves else []
     parts += [ALiBi(leaves["slopes"], alignment)] if "slopes" in leaves else []
+    if "grid_table" in leaves:
+        parts += [RelativeBias2D(leaves["grid_table"], case.grid, class_token=case.Nq > case.grid[0] * case.grid[1])]
+    parts += [DecomposedBias2D(leaves["rel_h"], leaves["rel_w"], case.grid)] if "rel_h" in leaves else []
     parts += [leaves["bias"]] if "bias" in leaves else []
     given["bias"] = (parts[0] if len(parts) == 1 else parts) if parts else None
     mask = drawn["mask"]
@@ -105,8 +109,11 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device, we
         *(drawn[n] for n in ("query", "key", "value", "bias", "visible")),
         scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p, grad_weights, case.softcap or 0.0,
         *(drawn[n] for n in ("sinks", "slopes", "table")), case.Nk - case.Nq if case.causal == "bottom_right" else 0,
+        case.grid, *(drawn[n] for n in ("grid_table", "rel_h", "rel_w")),
     )  # fmt: skip
     ours = {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, found, strict=True))}
+    if "rel_h" in names and dtype in (torch.bfloat16, torch.float16):
+        del ours["lse"]  # its bias is rounded as queries and keys are: eager's rounding, not float32's
     if weights:
         assert returned.dtype == dtype
         ours["weights"] = returned.detach().cpu()

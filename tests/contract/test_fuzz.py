@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support import fuzz
 
-SAMPLES = {"operator": 200, "method": 240, "mask": 80, "module": 120}
+SAMPLES = {"operator": 200, "method": 240, "mask": 80, "module": 120, "flash": 120}
 GROUPS = 4
 # Found wrong once: pairs that only a bias hides, and padding beside a mask, had a say in the choice of blocks.
 FOUND = {"method": (1466, 1665, 2290, 2961), "module": (168, 325)}

@@ -21,7 +21,6 @@ from efficient_attn import (
 )
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.functional import attention_with_weights, padded_attention
-from efficient_attn.insight import attention_statistics
 
 
 def drawn(*lengths: int, B: int = 1, H: int = 2, D: int = 8, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -180,12 +179,6 @@ def test_sparse_methods_pass_them_on(spec: str) -> None:
     torch.testing.assert_close(out, attention(q, k, v, mask=mask, **named))
 
 
-def test_statistics_refuse() -> None:
-    q, k, _ = drawn(16, 16, 16)
-    with pytest.raises(UnsupportedError, match="a structured bias cannot be served by attention_statistics"):
-        attention_statistics(q, k, bias=ALiBi(torch.ones(2)))
-
-
 def test_explain_says_who_refuses() -> None:
     q, k, v = drawn(16, 16, 16, dtype=torch.float32)
     found = explain(q, k, v, softcap=1.0, sinks=torch.zeros(2))
@@ -203,7 +196,7 @@ def test_explain_says_who_refuses() -> None:
         ({"sinks": torch.zeros(3)}, InputError, r"sinks must be \(Hq\) = \(2,\)"),
         ({"sinks": torch.zeros(2, dtype=torch.int64)}, InputTypeError, "sinks must be a tensor of"),
         ({"bias": ALiBi(torch.ones(3))}, InputError, "is for batch 1 and 3 heads"),
-        ({"bias": "alibi"}, InputTypeError, "bias must be a floating-point tensor, an ALiBi"),
+        ({"bias": "alibi"}, InputTypeError, "bias must be a floating-point tensor, a structured"),
         ({"bias": [torch.ones(1), 3]}, InputTypeError, "got int"),
         ({"bias": LowRankBias(torch.ones(7, 2), torch.ones(8, 2))}, InputError, "does not fit"),
         ({"bias": LowRankBias(torch.ones(8, 2), torch.ones(8, 2)), "softcap": 1.0}, UnsupportedError, "LowRankBias"),

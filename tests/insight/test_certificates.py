@@ -6,8 +6,20 @@ import math
 
 import pytest
 import torch
+from support.certify import certify
 
-from efficient_attn import BigBird, BlockMask, InputError, SlidingWindow, TopKBlocks, attention, parse
+from efficient_attn import (
+    ALiBi,
+    BigBird,
+    BlockMask,
+    InputError,
+    SlidingWindow,
+    TopKBlocks,
+    UnsupportedError,
+    attention,
+    attention_weights,
+    parse,
+)
 from efficient_attn.insight import certificate, sampled_certificate
 
 
@@ -53,6 +65,33 @@ def test_mass_and_error_are_exact(mask: str, causal: bool) -> None:
     assert found.relative_error == pytest.approx(float(error.norm() / plain.double().norm()), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("modified", ["softcap", "sinks", "alibi", "softcap sinks alibi"])
+def test_mass_and_error_beside_what_is_done_to_scores(modified: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 60, 16), torch.randn(2, 2, 60, 16), torch.randn(2, 2, 60, 8)
+    given = {
+        "softcap": 1.5 if "softcap" in modified else None,
+        "sinks": torch.randn(4) if "sinks" in modified else None,
+        "bias": ALiBi(torch.rand(4) / 8) if "alibi" in modified else None,
+        "is_causal": True,
+    }
+    shown = torch.rand(60, 60) < 0.3
+    found = certificate(query, key, value, mask=shown, **given)
+    dense, kept = attention(query, key, value, **given), attention(query, key, value, mask=shown, **given)
+    torch.testing.assert_close(found.dense, dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.out, kept)
+    torch.testing.assert_close(found.error, (dense - kept).norm(dim=-1), rtol=1e-3, atol=1e-5)
+    P = attention_weights(query, key, **given)
+    torch.testing.assert_close(found.tau, (P * ~shown).sum(-1), rtol=1e-4, atol=1e-6)
+    if "alibi" in modified:
+        with pytest.raises(UnsupportedError, match="where they stand"):
+            sampled_certificate(query, key, mask=shown, **given)
+    else:
+        del given["bias"]
+        interval = sampled_certificate(query, key, mask=shown, **given, samples=400)
+        assert interval.low <= float(found.tau.mean()) <= interval.high
+
+
 def test_a_mass_far_below_a_float_of_one_is_still_known() -> None:
     query = torch.full((1, 1, 1, 1), 40.0)
     key = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1)
@@ -93,3 +132,10 @@ def test_refusals() -> None:
         sampled_certificate(x, x, mask=BlockMask(8, 8), samples=1)
     with pytest.raises(InputError, match="no row"):
         sampled_certificate(x[:, :, :0], x, mask=BlockMask(0, 8))
+
+
+def test_no_bound_is_broken_by_random_and_adversarial_inputs() -> None:
+    """2,000 of them; `make certify` tries 100,000."""
+    counts = certify(2_000, seed=3)
+    assert counts.inputs >= 2_000 and counts.rows > 60_000
+    assert not counts.violated(), counts

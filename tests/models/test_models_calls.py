@@ -150,7 +150,9 @@ def test_each_kind_of_labels_has_its_loss():
     close(loss(classes, label_smoothing=0.1), F.cross_entropy(logits, classes, label_smoothing=0.1))
     several = torch.tensor([[0.0, 1, 1], [0, 0, 0], [1, 1, 1], [1, 0, 0]])
     close(loss(several), F.binary_cross_entropy_with_logits(logits, several))
-    close(loss(several.long(), problem_type="multi_label_classification"), loss(several))
+    for of_type in (torch.int64, torch.uint8, torch.bool):
+        close(loss(several.to(of_type)), loss(several))
+        close(loss(several.to(of_type), problem_type="multi_label_classification"), loss(several))
     close(
         loss(several, class_weights=(1, 2, 5), label_smoothing=0.2),
         F.binary_cross_entropy_with_logits(logits, several * 0.8 + 0.1, pos_weight=weights),
@@ -175,6 +177,7 @@ def test_each_kind_of_labels_has_its_loss():
         (torch.zeros(4, 2), InputError, r"multi_label_classification must be \(4, 3\)"),
         ([0, 1, 2, 0], InputTypeError, "must be a tensor, got list"),
         (torch.full((4, 3), 2.0), InputError, "labels hold 2"),
+        (torch.full((4, 3), 2), InputError, "labels hold 2"),
     ],
 )
 def test_labels_that_do_not_fit_are_named(labels, error, says):
@@ -223,12 +226,22 @@ def test_names_weights_and_kind_are_saved_and_forgotten_with_their_head(tmp_path
         tmp_path, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, problem_type="single_label_classification"
     )
     assert named.config.num_labels == 2 and named.config.id2label[1] == "yes"
+    assert named.config.label2id == {"no": 0, "yes": 1}
     assert named.config.labels.problem_type == "single_label_classification"
     changed = TextClassifier.from_pretrained(tmp_path, labels=LabelConfig(label_smoothing=0.1))
     assert changed.config.labels.label_smoothing == 0.1 and changed.config.labels.names is None
 
 
 # --- the loss of texts ---
+
+
+def test_what_transformers_says_otherwise_is_understood_or_explained(tmp_path):
+    text(3).save_pretrained(tmp_path)
+    half = TextClassifier.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.device == torch.device("cpu")
+    for name, instead in (("attn_implementation", "attention="), ("device_map", "device="), ("dim", "no field 'dim'")):
+        with pytest.raises(InputError, match=instead):
+            TextClassifier.from_pretrained(tmp_path, **{name: "auto"})
 
 
 def test_a_language_model_compares_labels_with_the_predictions_before_them():
@@ -244,6 +257,8 @@ def test_a_language_model_compares_labels_with_the_predictions_before_them():
         model(ids, labels=labels[:, 1:])
     with pytest.raises(InputTypeError, match="int64"):
         model(ids, labels=labels.float())
+    with pytest.raises(InputError, match="the model's classes; got 99"):
+        model(ids, labels=labels.masked_fill(labels == labels[0, 0], 99))
 
 
 def test_a_translation_reads_its_labels_behind_the_start_token():
@@ -253,6 +268,9 @@ def test_a_translation_reads_its_labels_behind_the_start_token():
     output = model(input_ids=ids, labels=labels)
     assert torch.equal(output.logits, model(ids, model.shift_right(labels)))
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+    assert torch.equal(model.generate(ids, max_length=5), model.generate(ids, max_new_tokens=4))
+    with pytest.raises(InputError, match="must be at least 1, got 1 and 0"):
+        model.generate(ids, max_length=1)
 
 
 def test_the_temperature_is_clamped_wherever_it_is_used():

@@ -164,11 +164,27 @@ def test_a_stop_string_ends_its_text_alone():
         ({"num_beams": 0}, "num_beams must be"),
         ({"num_beams": 2, "temperature": 1.0}, "leave temperature and stop_strings out"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping must be"),
+        ({"max_length": 5}, "max_length 5 counts the prompt too"),
+        ({"do_sample": True, "temperature": 0.0}, "contradict each other"),
+        ({"num_return_sequences": 2}, "no option num_return_sequences; it has"),
     ],
 )
 def test_wrong_options_are_named(options, says):
     with pytest.raises(InputError, match=says):
         model().generate(prompts()[0], **options)
+
+
+def test_lengths_may_count_the_prompt_and_sampling_may_be_asked_for_by_name():
+    ids, made = prompts()[0], model()
+    N = ids.shape[1]
+    assert torch.equal(made.generate(ids, max_length=N + 5), made.generate(ids, max_new_tokens=5))
+    assert torch.equal(made.generate(ids, do_sample=False, max_new_tokens=5), made.generate(ids, max_new_tokens=5))
+    sampled = made.generate(ids, do_sample=True, seed=0, max_new_tokens=5)
+    assert torch.equal(sampled, made.generate(ids, temperature=1.0, seed=0, max_new_tokens=5))
+    first = int(made.generate(ids[:1], max_new_tokens=1)[0, -1])
+    early = made.generate(ids[:1], max_new_tokens=4, eos_token_id=first)
+    late = made.generate(ids[:1], max_new_tokens=4, min_length=N + 3, eos_token_id=first)
+    assert early.shape[1] == N + 1 and first not in late[0, N : N + 3]
 
 
 CHOICES = [f"{name},queries=first" for name in ("topk_blocks:block=16,blocks=2", "topp_blocks:block=16,mass=0.5")]

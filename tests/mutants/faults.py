@@ -35,13 +35,14 @@ METHODS = "tests/methods/test_methods.py"
 LINEAR = "tests/methods/test_linear_attention.py"
 MODULE = "tests/module/test_multihead.py"
 TRITON_EDGES = "tests/kernels/triton/test_triton.py -k promise and edges"
+TRITON_ORDERS = "tests/kernels/triton/test_triton.py -k promise and orders"
 
 lists, algebra, block_mask, rules = (
     f"efficient_attn/masks/{name}.py" for name in ("lists", "algebra", "block_mask", "rules")
 )
-tokens, bigbird, images, deepspeed, content, buckets, combined = (
+tokens, bigbird, images, deepspeed, content, buckets, sorted_tokens, combined = (
     f"efficient_attn/patterns/{name}.py"
-    for name in ("tokens", "bigbird", "images", "deepspeed", "content", "buckets", "combined")
+    for name in ("tokens", "bigbird", "images", "deepspeed", "content", "buckets", "sorted_tokens", "combined")
 )
 functional, inputs, defaults = (f"efficient_attn/{name}.py" for name in ("functional", "inputs", "defaults"))
 module_masks, module_nested, module_projections = (
@@ -138,10 +139,14 @@ FAULTS = [
     Fault("padding is no part of what a mask shows", content, "mask, key_mask = mask & BlockMask.from_dense(pairs, "
           "block_size=block), None", "key_mask = None", f"{FUZZ} {CONTENT}"),
     Fault("a chunk too many behind", buckets, "(ahead >= 0) & (ahead <= 1)", "(ahead >= 0) & (ahead <= 2)", CONTENT),
-    Fault("the last block of sorted tokens forgotten", buckets, "torch.arange(0, N + size, size",
-          "torch.arange(0, N + size - 1, size", CONTENT),
-    Fault("pairs of two rounds are counted twice", buckets, "seen & ~found.together(r, b, h, i, j) if r else seen",
-          "seen", CONTENT),
+    Fault("the last block of sorted tokens forgotten", sorted_tokens, "-(-stop // BLOCK) - first",
+          "stop // BLOCK - first", CONTENT),
+    Fault("pairs of two rounds are counted twice", sorted_tokens, "for e in range(before)]", "for e in range(0)]",
+          CONTENT),
+    Fault("a chunk too many behind in the order", sorted_tokens, "_search(chunk, own - 1", "_search(chunk, own - 2",
+          CONTENT),
+    Fault("a round before joins chunks of later keys", sorted_tokens, "self.chunks.of(line, cols, own - 1)",
+          "self.chunks.of(line, cols, own + 1)", CONTENT),
     Fault("a token sees itself beside others", buckets, "return seen & (i != j) if self.shared_qk else seen",
           "return seen", CONTENT),
     Fault("buckets of unequal size", buckets, "place * n // count.clamp(min=1)", "place * n // (count + 1)", CONTENT),
@@ -320,4 +325,10 @@ FAULTS = [
           TRITON_EDGES),
     Fault("Triton: keys of another head", "kernels/attention.py", "i_hk = own.i_h // C.GROUP\n    p_k, p_v",
           "i_hk = own.i_h % 1\n    p_k, p_v", TRITON_EDGES),
+    Fault("Triton: dropout by places in an order", "kernels/tiles.py", "kept_tokens(dropout, i_b, i_h, rows.token, "
+          "columns.token, KEY_AXIS)", "kept_tokens(dropout, i_b, i_h, rows.o, columns.o, KEY_AXIS)", TRITON_ORDERS),
+    Fault("Triton: tiles unmasked that a length cuts", "kernels/attention_backward.py",
+          "MASKED: tl.constexpr = C.SAFE or x.mask.token_lengths is not None\n    i_tile, i_b, i_h = locate(i_program, "
+          "x.mask, grid, x.sizes.Nk", "MASKED: tl.constexpr = C.SAFE\n    i_tile, i_b, i_h = locate(i_program, "
+          "x.mask, grid, x.sizes.Nk", TRITON_ORDERS),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 OUTPUT_RATIO, GRADIENT_RATIO = 1.0, 1.5
 ORDERS = 4
 OUTPUTS = ("out", "lse")
-OF_ROWS = ("sinks", "slopes", "table")  # parameters in float32 beside halves
+OF_ROWS = ("sinks", "slopes", "table", "grid_table")  # parameters in float32 beside halves
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,17 @@ class Problem:
     slopes: Tensor | None = None  # (Hq), of a bias -slope |d|
     table: Tensor | None = None  # (Hq, 2 reach + 1), of a bias by the distance d
     offset: int = 0  # d = j - i - offset
+    grid: tuple[int, int] = (0, 0)  # of the tokens of an image, one in front of it where grid_table has 3 rows more
+    grid_table: Tensor | None = None  # ((2h - 1) (2w - 1), Hq), of a bias by distances in the grid
+    rel_h: Tensor | None = None  # (2h - 1, D) or (Hq, 2h - 1, D), of a bias q_i . rel_h[y_i - y_j + h - 1]
+    rel_w: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The tensors that get a gradient, by name."""
         named = {"query": self.query, "key": self.key, "value": self.value, "bias": self.bias}
         named |= {"sinks": self.sinks, "slopes": self.slopes, "table": self.table}
+        named |= {"grid_table": self.grid_table, "rel_h": self.rel_h, "rel_w": self.rel_w}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -60,7 +65,26 @@ class Problem:
         if "table" in inputs:
             reach = inputs["table"].shape[1] // 2
             parts.append(inputs["table"][:, self.distances.clamp(-reach, reach) + reach])
+        if "grid_table" in inputs:
+            parts.append(self.by_grid(inputs["grid_table"]))
+        if "rel_h" in inputs:
+            (h, w), query = self.grid, inputs["query"]
+            i, j = torch.arange(h * w)[:, None], torch.arange(h * w)
+            for name, apart in (("rel_h", i // w - j // w + h - 1), ("rel_w", i % w - j % w + w - 1)):
+                rows = inputs[name] if inputs[name].dim() == 3 else inputs[name][None]
+                parts.append((query @ rows.mT).gather(3, apart.expand(*query.shape[:2], -1, -1)))
         return sum(parts[1:], parts[0]) if parts else None
+
+    def by_grid(self, table: Tensor) -> Tensor:
+        """(Hq, N, N): a table by distances in a grid, and the first token's three entries."""
+        (h, w), N = self.grid, self.query.shape[2]
+        i, j = torch.arange(h * w)[:, None], torch.arange(h * w)
+        index = torch.full((N, N), -1)
+        first = N - h * w
+        index[first:, first:] = (i // w - j // w + h - 1) * (2 * w - 1) + i % w - j % w + w - 1
+        if first:
+            index[0, 1:], index[1:, 0], index[0, 0] = (table.shape[0] - n for n in (3, 2, 1))
+        return table[index].permute(2, 0, 1)
 
 
 def eager_attention(
@@ -159,6 +183,11 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     lse = gold["lse"][..., None].masked_fill(gold["lse"][..., None] == -torch.inf, 0.0)
     weights = torch.exp(scores - lse).masked_fill(~problem.visible.expand(scores.shape), 0.0)
     terms = absolute["query"] @ key.mT * abs(problem.scale)
+    image = [name for name in ("grid_table", "rel_h", "rel_w") if name in absolute]
+    leaves = {name: absolute[name].clone().requires_grad_() for name in ("query", *image)}
+    of_image = problem.full_bias(leaves) if image else None  # linear in each: its derivatives add up absolute terms
+    if "rel_h" in image:
+        terms = terms + of_image.detach()
     out = weights @ value / (1.0 - problem.dropout_p)
     delta = (grad_out * out).sum(-1, keepdim=True)
     if problem.grad_lse is not None:
@@ -187,6 +216,11 @@ def magnitudes(problem: Problem) -> dict[str, float]:
         index = (problem.distances.clamp(-reach, reach) + reach).flatten()
         sums = torch.zeros(problem.table.shape, dtype=torch.float64)
         result["table"] = sums.index_add(1, index, grad_scores.sum(0).flatten(1))
+    if of_image is not None:
+        found = torch.autograd.grad(of_image.expand_as(scores), list(leaves.values()), grad_scores, allow_unused=True)
+        of_query, *others = found
+        result["query"] = result["query"] if of_query is None else result["query"] + of_query
+        result |= dict(zip(image, others, strict=True))
     sizes = {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in result.items()}
     stored = 1.0 + float(lse.abs().max()) / 2 if lse.numel() else 1.0
     return {name: size if name in OUTPUTS else size * stored for name, size in sizes.items()}

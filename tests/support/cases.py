@@ -39,7 +39,8 @@ class Case:
     spread: float = 1.0  # standard deviation of query and key
     softcap: float | None = None
     sinks: bool = False
-    structured: str = ""  # "slopes" or "table": a bias by relative position
+    structured: str = ""  # "slopes" or "table": a bias by relative position; "grid" or "decomposed": of an image
+    grid: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         return self.name
@@ -248,10 +249,19 @@ CASES = [
     Case("softcap_sinks_table", softcap=2.0, sinks=True, structured="table", causal="top_left", Hq=4, Hkv=2),
     Case("softcap_sinks_alibi_one_by_one", B=1, Hq=1, Hkv=1, Nq=1, Nk=1, softcap=1.0, sinks=True, structured="slopes"),
     Case("softcap_sinks_table_wide", B=1, Nq=70, Nk=150, D=320, Dv=272, softcap=3.0, sinks=True, structured="table"),
+    Case("grid", Nq=72, Nk=72, structured="grid", grid=(8, 9)),
+    Case("grid_class_token", B=1, Hq=4, Hkv=2, Nq=36, Nk=36, structured="grid", grid=(5, 7), bias=(1, 0, 0, 0)),
+    Case("grid_of_one", B=1, Nq=1, Nk=1, structured="grid", grid=(1, 1)),
+    Case("grid_window_dropout", Nq=70, Nk=70, structured="grid", grid=(10, 7), mask=window(20, 30), dropout_p=0.2),
+    Case("decomposed", B=1, Hq=4, Hkv=2, Nq=130, Nk=130, structured="decomposed", grid=(10, 13)),
+    Case("decomposed_of_each_head", Nq=72, Nk=72, structured="decomposed of heads", grid=(9, 8), scale=0.4),
+    Case(
+        "decomposed_lists_grid", Nq=72, Nk=72, structured="decomposed grid", grid=(8, 9), mask=random_blocks((16, 16))
+    ),
     Case("head_dim_512", B=1, Hq=2, Hkv=1, Nq=70, Nk=150, D=512, Dv=512),
     Case("latent_decode", B=1, Hq=4, Hkv=1, Nq=1, Nk=150, D=576, Dv=512),
 ]
-MODIFIED = [case for case in CASES if case.softcap or case.sinks or case.structured]
+MODIFIED = [case for case in CASES if case.softcap or case.sinks or case.structured in ("slopes", "table")]
 
 
 def bias_shape(case: Case) -> tuple[int, ...]:
@@ -279,6 +289,13 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     tensors["sinks"] = normal(case.Hq).to(wide) if case.sinks else None
     tensors["slopes"] = (normal(case.Hq).abs() / 8).to(wide) if case.structured == "slopes" else None
     tensors["table"] = normal(case.Hq, 2 * 40 + 1).to(wide) if case.structured == "table" else None
+    h, w = case.grid
+    size = (2 * h - 1) * (2 * w - 1) + 3 * (case.Nq - h * w)
+    tensors["grid_table"] = normal(size, case.Hq).to(wide) if "grid" in case.structured else None
+    of_heads = (case.Hq,) if "heads" in case.structured else ()
+    for name, size in (("rel_h", h), ("rel_w", w)):
+        drawn = (normal(*of_heads, 2 * size - 1, case.D) / 2).to(dtype) if "decomposed" in case.structured else None
+        tensors[name] = drawn
     out_shape = (case.B, case.Hq, case.Nq, case.Dv)
     tensors["grad_out"] = (
         torch.ones((), dtype=dtype).expand(out_shape)

@@ -4,6 +4,7 @@
     method      `Method.attend`, of every method and hybrid, by every route of hiding, in every dtype
     mask        `BlockMask`: builders, operators and views against bool tensors
     module      `MultiheadAttention`: projections, layouts, its masks, its weights
+    flash       calls as users of FlashAttention make them: packed, cached, on pages, with all that is done to scores
 
 A case is a seed and nothing else. What fails prints the command that repeats it:
 
@@ -29,6 +30,7 @@ from efficient_attn.masks import MaskArrays
 from efficient_attn.methods import Hybrid, LowRankMethod
 from efficient_attn.multihead.projections import project
 
+from . import flash
 from .cases import LAYOUTS, Case, blocks_window_lengths, draw, lengths, random_bits, random_blocks, window
 from .definitions import Pairs, definition
 from .method_cases import (
@@ -329,6 +331,7 @@ FAMILIES: dict[str, Callable[[int], str]] = {
     "method": check_method,
     "mask": check_mask,
     "module": check_module,
+    "flash": flash.check,
 }
 
 

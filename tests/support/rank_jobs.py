@@ -247,7 +247,7 @@ def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tup
 
 def refused(group: Any, name: str) -> str:
     """The error of a call that must be refused by every rank, before anything travels."""
-    from efficient_attn import ALiBi, LowRankBias, RelativeBias, SlidingWindow
+    from efficient_attn import ALiBi, DecomposedBias2D, LowRankBias, RelativeBias, RelativeBias2D, SlidingWindow
     from efficient_attn.errors import EfficientAttnError
     from efficient_attn.functional import attention_weights
     from efficient_attn.methods import parse
@@ -276,6 +276,10 @@ def refused(group: Any, name: str) -> str:
                 attention(q, q, q if rank == 0 else q[..., :0])
             elif name == "bias":
                 attention(q, q, q, bias=torch.zeros(64, 64))
+            elif name == "image":
+                attention(q, q, q, bias=RelativeBias2D(torch.zeros(15 * 15, 2), (8, 8)))
+            elif name == "image rows":
+                attention(q, q, q, bias=DecomposedBias2D(torch.zeros(15, 4), torch.zeros(15, 4), (8, 8)))
             elif name == "weights":
                 attention_weights(q, q)
             elif name == "sinks":

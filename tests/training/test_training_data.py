@@ -177,11 +177,15 @@ def test_a_table_may_have_a_byte_order_mark(tmp_path, encoding):
         (b"text,label\nx,1\ny\n", "row 3 has 1 columns instead of 2"),
         (b"text,label\nx,1,z\n", "row 2 has 3 columns instead of 2"),
         (b"", "column"),
+        (b"text;label\nx;1\n", "separated by ';', not by ','"),
+        (b"text\tlabel\nx\t1\n", r"separated by '\\t', not by ','"),
+        (b"text,label,text\nx,1,y\n", "more than one column text"),
+        (None, "is a folder, and a table is needed"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_explained(tmp_path, content, says):
     path = tmp_path / "a.csv"
-    path.write_bytes(content)
+    path.mkdir() if content is None else path.write_bytes(content)
     for read in (text.table, lambda path: series.read_table(path, None)):
         with pytest.raises(InputError, match=says):
             read(path)
@@ -193,6 +197,27 @@ def write(path, content):
 
 
 # --- images and captions ---
+
+
+def test_other_kinds_of_files_are_no_tables(tmp_path):
+    path = tmp_path / "a.xlsx"
+    path.write_bytes(b"PK")
+    with pytest.raises(InputError, match="is no text; save it"):
+        series.read_table(path, None)
+
+
+@pytest.mark.parametrize("load", [images.load, captions.load])
+def test_digits_are_as_large_as_asked_for(load):
+    pytest.importorskip("sklearn")
+    own, same, large = load(0), load(0, image_size=8), load(0, image_size=32)
+    some = torch.arange(5)
+    small, wide = own.train.batch(some)["image"], large.train.batch(some)["image"]
+    assert own.about["image_size"] == 8 and large.about["image_size"] == 32 and wide.shape == (5, 1, 32, 32)
+    torch.testing.assert_close(same.train.batch(some)["image"], small)
+    torch.testing.assert_close(wide, torch.nn.functional.interpolate(small, (32, 32), mode="bilinear"))
+    if load is images.load:
+        colours = load(0, channels=3)
+        assert colours.about["channels"] == 3 and colours.test.batch(some)["image"].shape == (5, 3, 8, 8)
 
 
 def test_digits_are_divided_by_seed():

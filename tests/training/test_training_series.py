@@ -292,6 +292,25 @@ def test_a_forecast_has_the_unit_of_its_table(tmp_path, scale, level):
     torch.testing.assert_close((made[1] - level) / scale, made[0], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("days", "same"), [(1, True), (7, False), (1 / 24, False)])
+def test_a_table_of_other_steps_than_those_of_the_training_is_refused(tmp_path, days, same):
+    """A model of days would forecast weeks as if they were days."""
+    times = [datetime(2024, 1, 1) + n * DAY for n in range(60)]
+    learned = write(tmp_path / "t.csv", ["ds", "y"], [(time, n % 7) for n, time in enumerate(times)])
+    every = SeriesReader().read(learned)
+    SeriesReader(season=7).fitted(every, [40]).save_pretrained(tmp_path)
+    reader = SeriesReader.from_pretrained(tmp_path)
+    new = [(datetime(2025, 3, 1) + n * days * DAY, n % 5) for n in range(30)]
+    table = write(tmp_path / "new.csv", ["ds", "y"], new)
+    if same:
+        assert len(reader.read(table)) == 1
+    else:
+        with pytest.raises(InputError, match="apart, and the model learned from rows that are 1 day"):
+            reader.read(table)
+    numbered = write(tmp_path / "numbered.csv", ["y"], [(n * n % 11,) for n in range(30)])
+    assert len(reader.read(numbered)) == 1, "a table that does not say when has no distance"
+
+
 def test_a_short_past_counts_as_missing_and_what_cannot_be_forecast_is_said(tmp_path):
     from efficient_attn.models import ForecasterConfig, PatchForecaster, TransformerConfig
 

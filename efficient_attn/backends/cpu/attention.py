@@ -10,14 +10,17 @@ from typing import Any
 import torch  # before _cpu: the process then has one OpenMP runtime, PyTorch's
 from torch import Tensor
 
-from ...errors import UnsupportedError
 from ...masks import MaskArrays
 from ..call import (
     Call,
     accumulation_dtype,
+    check_gradients_in_order,
+    leaves_rows,
     lse_without_keys,
     modifier_gradients_without_keys,
     readable,
+    refuse_orders,
+    run_start,
     sink_gradient,
     zeroed,
 )
@@ -68,14 +71,43 @@ def attention_forward(
     dtype = query.dtype
     out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
     lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
-    if key.shape[2] == 0 or _leaves_rows(mask.query_order, query):
+    if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
         out.zero_(), lse_without_keys(lse, sinks)
     if out.numel() > 0 and key.shape[2] > 0:
-        call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, None)
+        runs = _runs(mask, bias, dropout_p)
+        own_lse = lse
+        if runs is not None:
+            query, key, value = _run(runs[0], query), _run(runs[1], key), _run(runs[1], value)
+            mask, own_lse = mask._replace(query_order=None, key_order=None), _run(runs[0], lse).contiguous()
+        into = out if runs is None else _run(runs[0], out)
+        call = (query, key, value, bias, into, own_lse, mask, scale, dropout_p, dropout_seed, None)
         kept, words = pack_attention(*call, softcap, sinks, diagonals)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
+        if own_lse is not lse and runs is not None:
+            _run(runs[0], lse).copy_(own_lse)
     return out, lse
+
+
+def _runs(mask: MaskArrays, bias: Tensor | None, dropout_p: float) -> tuple[slice, slice] | None:
+    """The queries and keys of a call whose orders name a run of tokens each: a kernel reads those where they lie. None
+    for what goes by a token's place in the whole."""
+    if mask.query_order is None and mask.key_order is None:
+        return None
+    if bias is not None or dropout_p > 0.0 or mask.kv_lengths is not None:
+        return None
+    queries, keys = _slice(mask.query_order), _slice(mask.key_order)
+    return None if queries is None or keys is None else (queries, keys)
+
+
+def _slice(order: Tensor | None) -> slice | None:
+    start = run_start(order)
+    return None if start is None else slice(start, None if order is None else start + order.shape[1])
+
+
+def _run(run: slice, tensor: Tensor) -> Tensor:
+    """Some tokens of (B, H, N, D) or (B, H, N), a view."""
+    return tensor[:, :, run]
 
 
 def attention_with_weights(
@@ -128,7 +160,7 @@ def forward_of_pointers(
         return None
     lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
     _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, weights)
-    run: Callable[[int, int, int, int, int, int, int], None] = _cpu.AttentionForward(words).run
+    run: Callable[[int, int, int, int, int, int, int], None] = _cpu.repeated_forward(words)
     return run
 
 
@@ -148,7 +180,7 @@ def backward_of_pointers(
     lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
     _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, grad_weights)
     words += pack_attention_gradients(grad_out, *gradients, None, None)
-    run: Callable[[int, int, int, int, int, int, int, int, int, int, int], None] = _cpu.AttentionBackward(words).run
+    run: Callable[[int, int, int, int, int, int, int, int, int, int, int], None] = _cpu.repeated_backward(words)
     return run
 
 
@@ -179,23 +211,26 @@ def attention_backward(
     diagonals_require_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return dq, dk, dv, dbias, dsinks and ddiagonals, as `reference.attention_backward`."""
-    if grad_weights is not None:
-        refuse_orders(mask, "a gradient of the weights")
-    if sinks is not None:
-        refuse_orders(mask, "a gradient of sinks")
-    if bias is not None and bias_requires_grad:
-        _check_bias_order(mask.query_order, bias, 2, query)
-        _check_bias_order(mask.key_order, bias, 3, query)
+    check_gradients_in_order(mask, grad_weights, sinks, bias if bias_requires_grad else None, query)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (query, key, value))
-    if _leaves_rows(mask.query_order, query):
+    if leaves_rows(mask.query_order, query):
         dq.zero_()
-    if _leaves_rows(mask.key_order, key):
+    if leaves_rows(mask.key_order, key):
         dk.zero_(), dv.zero_()
     dbias = empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         dsinks, ddiagonals = modifier_gradients_without_keys(grad_lse, sinks, diagonals, diagonals_require_grad)
         return *zeroed((dq, dk, dv, dbias)), dsinks, ddiagonals
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
+    into = (dq, dk, dv)
+    runs = _runs(mask, bias, dropout_p)
+    if runs is not None:
+        queries, keys = runs
+        query, out, grad_out, lse = (_run(queries, t) for t in (query, out, grad_out, lse))
+        grad_lse = None if grad_lse is None else _run(queries, grad_lse)
+        key, value = _run(keys, key), _run(keys, value)
+        into = (_run(queries, dq), _run(keys, dk), _run(keys, dv))
+        mask = mask._replace(query_order=None, key_order=None)
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     lse = lse.contiguous()
     call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
@@ -204,34 +239,11 @@ def attention_backward(
     sums = None
     if diagonals is not None and diagonals_require_grad:
         sums = diagonals.new_zeros(*lse.shape[:2], diagonals.shape[2])
-    words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, dbias, delta, sums)
+    words += pack_attention_gradients(grad_out, *into, grad_lse, dbias, delta, sums)
     _cpu.attention_backward(words, torch.get_num_threads())
     del kept
     ddiagonals = None if sums is None or diagonals is None else sums.sum_to_size(diagonals.shape)
     return dq, dk, dv, dbias, None if delta is None else sink_gradient(sinks, lse, delta), ddiagonals
-
-
-def refuse_orders(mask: MaskArrays, what: str) -> None:
-    """Raise for a call that no kernel serves where its tokens have an order."""
-    if mask.query_order is not None or mask.key_order is not None:
-        raise UnsupportedError(f"{what}: not of a mask with query_order or key_order; give the mask without an order")
-
-
-def _leaves_rows(order: Tensor | None, tensor: Tensor) -> bool:
-    """Whether a call leaves rows of a result untouched, since its order does not name them."""
-    return order is not None and order.shape[1] < tensor.shape[2]
-
-
-def _check_bias_order(order: Tensor | None, bias: Tensor, dim: int, query: Tensor) -> None:
-    """Raise where pairs that share an element of the bias lie in different tiles."""
-    if order is None or order.shape[0] == 1 or bias.shape[dim] == 1:
-        return
-    per_batch = order.shape[0] > query.shape[1]
-    if (bias.shape[1] == 1 and query.shape[1] > 1) or (bias.shape[0] == 1 and query.shape[0] > 1 and per_batch):
-        raise UnsupportedError(
-            f"the gradient of a bias {tuple(bias.shape)} that is one for all heads or batch elements, whose tokens "
-            f"have {order.shape[0]} orders of their own: expand the bias over them, or use one order for all"
-        )
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,6 @@
 from . import attention, linear_attention
 
 NEEDS_TRANSPOSED = True
-TAKES_ORDERS = False
+TAKES_ORDERS = True
 
 __all__ = ["NEEDS_TRANSPOSED", "TAKES_ORDERS", "attention", "linear_attention"]

@@ -20,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...masks import MaskArrays
-from ..call import Call, lse_without_keys, modifier_gradients_without_keys, readable, sink_gradient, zeroed
+from ..call import (
+    Call,
+    check_gradients_in_order,
+    leaves_rows,
+    lse_without_keys,
+    modifier_gradients_without_keys,
+    order_steps,
+    readable,
+    refuse_orders,
+    sink_gradient,
+    zeroed,
+)
 from . import autotune
 from . import plan as triton_plan
 
@@ -50,6 +61,7 @@ def kernels() -> Any:
     from ...kernels import (
         attention,
         attention_backward,
+        attention_statistics,
         attention_weights,
         configs,
         linear_attention,
@@ -58,7 +70,8 @@ def kernels() -> Any:
         walk,
     )
 
-    modules = (tiles, walk, configs, plan, attention, attention_backward, attention_weights, linear_attention)
+    exact = (attention, attention_backward, attention_weights, attention_statistics)
+    modules = (tiles, walk, configs, plan, *exact, linear_attention)
     names = {k: v for module in modules for k, v in vars(module).items() if not k.startswith("_")}
     return type("Kernels", (), names | {"triton": triton, "TensorDescriptor": TensorDescriptor})
 
@@ -108,7 +121,9 @@ def not_supported_reasons(call: Call) -> list[str]:
 class _Problem(NamedTuple):
     """What forward and backward derive from their arguments alike."""
 
-    sizes: tuple[int, ...]  # B, Hq, Hkv, Nq, Nk, D, Dv
+    sizes: tuple[int, ...]  # B, Hq, Hkv, Nq, Nk, D, Dv; Nq rows and Nk columns where these have an order
+    tokens: tuple[int, int]  # queries and keys of the tensors
+    order_steps: tuple[int, ...]  # from a batch element and from a head to the next, in the orders of both
     scale: float  # positive, in log2
     sign: int
     dropout: Any  # tiles.Dropout
@@ -131,21 +146,27 @@ def attention_forward(
     diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq) float32, as `reference.attention_forward`."""
+    if diagonals is not None:
+        refuse_orders(mask, "a bias by relative position")
     query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
-    B, Hq, Nq, _ = query.shape
-    Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
-    out = query.new_empty(B, Hq, Nq, Dv)
-    lse = query.new_empty(B, Hq, Nq, dtype=torch.float32)
-    if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
-        return out.zero_(), lse_without_keys(lse, sinks)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    nothing = out.numel() == 0 or _sees_nothing(mask, key)
+    if nothing or leaves_rows(mask.query_order, query):
+        out.zero_(), lse_without_keys(lse, sinks)
+    if nothing:
+        return out, lse
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
+    B, Hq, Hkv, Nq, Nk, _, Dv = problem.sizes
+    tokens, ordered = query.shape[2], mask.query_order is not None or mask.key_order is not None
     inputs = _inputs(query, key, value, bias, problem, softcap, sinks, diagonals)
     biased = bias is not None or softcap > 0.0 or diagonals is not None
     group = Hq // Hkv
 
     def run(config: Any) -> None:
-        pack = group if mask.indptr is None and dropout_p == 0.0 and 2 * Nq <= config.block_q else 1
+        alone = mask.indptr is not None or dropout_p > 0.0 or ordered
+        pack = 1 if alone or 2 * Nq > config.block_q else group
         if mask.indptr is None:
             config = k.short(config, k.padded(Nq * pack))
         lines, tiles = B * Hq // pack, _tiles(Nq * pack, config.block_q, mask, 0)
@@ -153,20 +174,22 @@ def attention_forward(
         walked = _mask(mask, B, False, problem, Hq // pack, lines * tiles > processors(query.device))
         part_out, part_lse = out, lse
         if splits > 1:
-            part_out = query.new_empty(splits * B, Hq, Nq, Dv, dtype=torch.float32)
-            part_lse = query.new_empty(splits * B, Hq, Nq, dtype=torch.float32)
+            part_out = query.new_empty(splits * B, Hq, tokens, Dv, dtype=torch.float32)
+            part_lse = query.new_empty(splits * B, Hq, tokens, dtype=torch.float32)
+            if leaves_rows(mask.query_order, query):
+                part_lse.fill_(-math.inf)
         section = _section(lines, Nk, key, value, group // pack)
         _launch(
             k.attention_forward_kernel,
             inputs._replace(mask=walked),
-            (*_described(k, config, key, value), k.Output(*_rows(part_out), part_lse)),
+            (*_described(k, config, key, value, mask), k.Output(*_rows(part_out), part_lse)),
             k.Grid(tiles * lines * splits, lines, Hq // pack, section, splits),
             config, mask, problem, {} if splits > 1 else {"walk_k": 32}, pack,
         )  # fmt: skip
         if splits > 1:
-            rows, block = B * Hq * Nq, 16
+            rows, block = B * Hq * tokens, 16
             k.merge_kernel[(-(-rows // block),)](
-                part_out, part_lse, _rows(out), lse, rows, Hq, Nq, splits, Dv, k.padded(Dv), block, num_warps=4
+                part_out, part_lse, _rows(out), lse, rows, Hq, tokens, splits, Dv, k.padded(Dv), block, num_warps=4
             )
 
     with _on(query.device):
@@ -189,13 +212,14 @@ def attention_with_weights(
     diagonals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and weights (B, Hq | 1, Nq, Nk), as `reference.attention_with_weights`."""
+    refuse_orders(mask, "returning weights")
     modifiers = (softcap, sinks, diagonals)
     out, lse = attention_forward(query, key, value, bias, mask, scale, dropout_p, dropout_seed, *modifiers)
     query, key, value, mask = *map(readable, (query, key, value)), _contiguous(mask)
     B, Hq, Nq, _ = query.shape
     Nk, heads = key.shape[2], 1 if average else Hq
     weights = query.new_empty(B, heads, Nq, Nk)
-    if weights.numel() == 0 or Hq == 0 or _lists_nothing(mask):
+    if weights.numel() == 0 or Hq == 0 or _sees_nothing(mask, key):
         return out, lse, weights.zero_()
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
@@ -231,20 +255,26 @@ def attention_backward(
     diagonals_require_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return dq, dk, dv, dbias, dsinks and ddiagonals, as `reference.attention_backward`."""
+    check_gradients_in_order(mask, grad_weights, sinks, bias if bias_requires_grad else None, query)
+    if diagonals is not None:
+        refuse_orders(mask, "a bias by relative position")
     dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else None
-    B, Hq, Nq, Dv = out.shape
-    Hkv, Nk = key.shape[1:3]
-    if out.numel() == 0 or Nk == 0 or _lists_nothing(mask):
+    if out.numel() == 0 or _sees_nothing(mask, key):
         gradients = modifier_gradients_without_keys(grad_lse, sinks, diagonals, diagonals_require_grad)
         return *zeroed((dq, dk, dv, dbias)), *gradients
+    if leaves_rows(mask.query_order, query):
+        dq.zero_()
+    if leaves_rows(mask.key_order, key) or (mask.key_order is not None and mask.kv_lengths is not None):
+        dk.zero_(), dv.zero_()
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     mask = _contiguous(mask)
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     lse = lse.contiguous()
     k = kernels()
     problem = _problem(query, key, value, mask, scale, dropout_p, dropout_seed)
-    group = Hq // Hkv
+    B, Hq, Hkv, Nq, Nk, _, Dv = problem.sizes
+    group, tokens = Hq // Hkv, query.shape[2]
     delta = torch.empty_like(lse)
     inputs = _inputs(query, key, value, bias, problem, softcap, sinks, diagonals)
     biased = bias is not None or softcap > 0.0 or diagonals is not None
@@ -269,9 +299,9 @@ def attention_backward(
         )  # fmt: skip
 
     with _on(query.device):
-        rows, block = B * Hq * Nq, 32
+        rows, block = B * Hq * tokens, 32
         k.delta_kernel[(-(-rows // block),)](
-            _rows(out), _rows(grad_out), grad_lse, delta, rows, Hq, Nq, Dv, k.padded(Dv), block, num_warps=4
+            _rows(out), _rows(grad_out), grad_lse, delta, rows, Hq, tokens, Dv, k.padded(Dv), block, num_warps=4
         )
         if grad_weights is not None:
             config = _config("query_gradient", query, Dv, mask, problem, biased)
@@ -331,12 +361,15 @@ def _bias_gradient(
 ) -> None:
     """Fill dbias. A bias that is the same for every query or key gets one row of sums for each head first."""
     B, Hq, _Hkv, Nq, Nk = problem.sizes[:5]
-    sum_k = bias.shape[3] == 1 and Nk > 1
-    sum_q = not sum_k and bias.shape[2] == 1 and Nq > 1
+    queries, keys = problem.tokens
+    sum_k = bias.shape[3] == 1 and keys > 1
+    sum_q = not sum_k and bias.shape[2] == 1 and queries > 1
     target = dbias
     if sum_k or sum_q:
-        shape = (B, Hq, Nq, 1) if sum_k else (B, Hq, 1, Nk)
+        shape = (B, Hq, queries, 1) if sum_k else (B, Hq, 1, keys)
         target = dbias.new_empty(shape, dtype=torch.float32)
+    if mask.query_order is not None or mask.key_order is not None:
+        target.zero_()  # where no row or column of the order leads
     q_tiles, k_tiles = -(-Nq // config.block_q), -(-Nk // config.block_k)
     out_tiles = (1 if sum_q else q_tiles, 1 if sum_k else k_tiles)
     loops = (B // target.shape[0], Hq // target.shape[1], q_tiles // out_tiles[0], k_tiles // out_tiles[1])
@@ -379,8 +412,10 @@ def _diagonal_gradient(
 def _problem(
     query: Tensor, key: Tensor, value: Tensor, mask: MaskArrays, scale: float, dropout_p: float, seed: Tensor | None
 ) -> _Problem:
-    B, Hq, Nq, D = query.shape
-    Hkv, Nk, Dv = key.shape[1], key.shape[2], value.shape[3]
+    B, Hq, _, D = query.shape
+    Hkv, Dv = key.shape[1], value.shape[3]
+    Nq, *query_steps = order_steps(mask.query_order, "query_order", query)
+    Nk, *key_steps = order_steps(mask.key_order, "key_order", key)
     origin = None
     if seed is not None and seed.numel() > 1:
         seed, *origin = seed.reshape(-1).to(query.device).split((1, 3))
@@ -391,6 +426,8 @@ def _problem(
     high = None if mask.window_right < 0 else mask.window_offset + mask.window_right
     return _Problem(
         (B, Hq, Hkv, Nq, Nk, D, Dv),
+        (query.shape[2], key.shape[2]),
+        (*query_steps, *key_steps),
         abs(scale) * LOG2E if scale != 0.0 else 1.0,
         (scale > 0.0) - (scale < 0.0),
         kernels().Dropout(
@@ -459,9 +496,9 @@ def _rows(tensor: Tensor) -> Any:
     return kernels().Rows(tensor, *tensor.stride()[:3])
 
 
-def _described(k: Any, config: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
+def _described(k: Any, config: Any, key: Tensor, value: Tensor, mask: MaskArrays) -> tuple[Any, Any]:
     """Descriptors of keys and values where the configuration asks for them and TMA can read both, else None twice."""
-    if not config.descriptors or not all(map(_describable, (key, value))):
+    if not config.descriptors or mask.key_order is not None or not all(map(_describable, (key, value))):
         return None, None
     block = lambda tensor: [1, 1, config.block_k, k.padded(tensor.shape[3])]  # noqa: E731
     key_tiles, value_tiles = (k.TensorDescriptor(t, list(t.shape), list(t.stride()), block(t)) for t in (key, value))
@@ -485,8 +522,13 @@ def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, hea
     """The mask as a kernel reads it that walks whole rows of the list for `heads` lines of a batch element, the longest
     rows first if they are many (`long`); heads=0: as one that looks up single blocks."""
     lengths = None if mask.kv_lengths is None else mask.kv_lengths.expand(batch).contiguous()
+    orders: tuple[Any, ...] = ()
+    if mask.query_order is not None or mask.key_order is not None:
+        cut = lengths if mask.key_order is not None else None
+        orders = (mask.query_order, mask.key_order, *problem.order_steps, *problem.tokens, cut)
+        lengths = lengths if cut is None else None
     if mask.indptr is None:
-        return kernels().Mask(*(None,) * 7, lengths, 1, 1, 0, 0, 0, problem.low, problem.high)
+        return kernels().Mask(*(None,) * 7, lengths, 1, 1, 0, 0, 0, problem.low, problem.high, *orders)
     indptr, indices, tile_ids = mask[8:11] if transposed else mask[4:7]
     assert mask.tiles is not None and indptr is not None and indices is not None
     entries, clean, live, order = (indices, tile_ids), None, None, None
@@ -499,7 +541,7 @@ def _mask(mask: MaskArrays, batch: int, transposed: bool, problem: _Problem, hea
     tiles = tiles if tiles.data_ptr() % 16 == 0 else tiles.clone()  # bits are read in words
     blocks = (indptr.numel() - 1) // (mask.batch * mask.heads)
     numbers = (mask.batch, mask.heads, blocks, indices.numel(), tiles.shape[0], problem.low, problem.high)
-    return kernels().Mask(indptr, *entries, clean, live, order, tiles, lengths, *numbers)
+    return kernels().Mask(indptr, *entries, clean, live, order, tiles, lengths, *numbers, *orders)
 
 
 def _contiguous(mask: MaskArrays) -> MaskArrays:
@@ -525,15 +567,20 @@ def _config(
 ) -> Any:
     """The kernel's configuration: the table's, or where autotuning is on the one with which `run` is fastest."""
     k, listed, chip = kernels(), mask.indptr is not None, capability(query.device)
-    head_dim, half, extras = max(query.shape[3], Dv), query.dtype in HALF, biased or problem.dropout.seed is not None
+    head_dim, half = max(query.shape[3], Dv), query.dtype in HALF
+    ordered = mask.query_order is not None or mask.key_order is not None
+    extras = biased or problem.dropout.seed is not None
     blocks = (mask.block_q, mask.block_k) if listed else (None, None)
-    default = k.fit(k.default_config(kernel, head_dim, half, chip, listed, extras), *blocks)
+    default = k.default_config(kernel, head_dim, half, chip, listed, extras, ordered)
+    if ordered and problem.dropout.seed is not None:
+        default = k.for_single_pairs(default, kernel, head_dim)
+    default = k.fit(default, *blocks)
     if run is None or chip == 0 or not autotune.enabled() or torch.cuda.is_current_stream_capturing():
         return default
     B, Hq, Hkv, Nq, Nk = problem.sizes[:5]
     case = (kernel, query.dtype, query.shape[3], Dv, biased, problem.dropout.seed is None, blocks, problem.low is None)
     size = (problem.high is None, Hq // Hkv, *(n.bit_length() for n in (B * Hq, Nq, Nk)))
-    key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, *size)))
+    key = "/".join(map(str, (torch.cuda.get_device_name(query.device), k.triton.__version__, *case, ordered, *size)))
     candidates = k.candidates(kernel, default, head_dim, query.element_size(), chip)
     return k.Config(*autotune.best(key, [k.fit(c, *blocks) for c in candidates], lambda c: _time(run, k.Config(*c))))
 
@@ -550,6 +597,12 @@ def _time(run: Callable[[Any], None], config: Any) -> float:
 def _hides(mask: MaskArrays, bias: Tensor | None) -> bool:
     """Whether a key may be visible to one query of a tile and not to another, so that a NaN in it must be kept away."""
     return mask.indptr is not None or mask.window_left >= 0 or mask.window_right >= 0 or bias is not None
+
+
+def _sees_nothing(mask: MaskArrays, key: Tensor) -> bool:
+    """Whether the shapes of a mask say that it shows no pair."""
+    orders = (order for order in (mask.query_order, mask.key_order) if order is not None)
+    return key.shape[2] == 0 or _lists_nothing(mask) or any(order.shape[1] == 0 for order in orders)
 
 
 def _lists_nothing(mask: MaskArrays) -> bool:

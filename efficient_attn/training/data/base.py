@@ -29,6 +29,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+NO_TEXT = (".xlsx", ".xls", ".ods", ".parquet", ".feather", ".zip", ".gz")
 CHUNK = 256  # examples of a split that are read at once for its fingerprint
 
 
@@ -307,8 +308,13 @@ def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], list[list[str
     """The header and the rows of a table in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
-        InputError: another encoding, or a row that is shorter or longer than the header.
+        InputError: a folder, another kind of file, encoding or separator, two columns of one name, or a row that is
+            shorter or longer than the header.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a table is needed: name the .csv in it")
+    if path.suffix.lower() in NO_TEXT:
+        raise InputError(f"{path} is no text; save it as .csv in UTF-8, as pandas does by to_csv(index=False)")
     text = read_text(path)
     limit = csv.field_size_limit(len(text) + 1)  # a cell may be as long as the file
     try:
@@ -317,6 +323,15 @@ def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], list[list[str
         raise InputError(f"{path} is no table: {error}") from error
     finally:
         csv.field_size_limit(limit)
+    other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        raise InputError(
+            f"the columns of {path} are separated by {other!r}, not by {delimiter!r}; save it so, with decimal points: "
+            f"pandas.read_csv(..., sep={other!r}, decimal=...).to_csv(..., index=False)"
+        )
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has more than one column {', '.join(twice)}; rename or remove all but one")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise InputError(f"{path}, row {number} has {len(row)} columns instead of {len(header)}")

@@ -9,20 +9,21 @@ from torch import Tensor
 
 from ...errors import InputError
 from .base import PAD, Batch, Splits, Subset, Tensors, existing, read_csv, read_text, split_indices
-from .images import ImageFiles, digits, image_files
+from .images import SIZE, ImageFiles, digits, image_files
 from .text import BYTE_VOCABULARY, encode
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a handwritten {}", "the digit {}", "a photo of the number {}", "a scan of a {}", "{}, written by hand")
 
 
-def load(seed: int, data: Path | None = None, *, image_size: int = 32, max_length: int = 32) -> Splits:
+def load(seed: int, data: Path | None = None, *, image_size: int | None = None, max_length: int = 32) -> Splits:
     """Batches have `image` float32 `[B, C, H, W]`, `tokens` int64 `[B, N]` (bytes between marks) and
     `lengths`; those of the digits `label` too.
 
     Args:
         data: a folder of images, each with a text file of its name beside it (`cat.jpg`, `cat.txt`), or with a
             `captions.csv` that has columns file and caption. None for the digits, each with a random caption.
+        image_size: height and width to which images are resized; None: SIZE for a folder's, the digits as they are.
 
     `about` has `prompts` for the digits: `tokens` and `lengths` of every template for every class, from which a
     zero-shot classifier is made.
@@ -33,15 +34,15 @@ def load(seed: int, data: Path | None = None, *, image_size: int = 32, max_lengt
     """
     about: dict[str, object] = {"vocabulary": BYTE_VOCABULARY, "max_length": max_length}
     if data is not None:
-        return _folder(seed, existing(data, "a folder of images with captions"), image_size, max_length, about)
-    images, labels = digits()
+        return _folder(seed, existing(data, "a folder of images with captions"), image_size or SIZE, max_length, about)
+    images, labels = digits(image_size)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(TEMPLATES), (len(labels),), generator=generator)
     captions = [TEMPLATES[template].format(NAMES[label]) for template, label in zip(chosen, labels, strict=True)]
     found = Tensors(image=images, label=labels, **pad([encode(text, max_length, marks=True) for text in captions]))
     prompts = [encode(template.format(name), max_length, marks=True) for name in NAMES for template in TEMPLATES]
     train, valid, test = split_indices(len(labels), seed, test=0.2)
-    about |= {"channels": 1, "image_size": 8, "classes": len(NAMES), "prompts": pad(prompts)}
+    about |= {"channels": 1, "image_size": images.shape[2], "classes": len(NAMES), "prompts": pad(prompts)}
     return Splits(found.subset(train), found.subset(valid), found.subset(test), about)
 
 

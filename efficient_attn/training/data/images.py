@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
@@ -29,6 +30,7 @@ from .base import (
 )
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+SIZE = 32
 DECODERS = 4
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
@@ -37,7 +39,7 @@ def load(
     seed: int,
     data: Path | None = None,
     *,
-    image_size: int = 32,
+    image_size: int | None = None,
     channels: int | None = None,
     labels_per_class: int | None = None,
 ) -> Splits:
@@ -46,8 +48,8 @@ def load(
     Args:
         data: a folder with a folder of images for each class, or with such folders in train, valid and test; None for
             the digits (8 x 8, one channel; 20 % are held out for the test, 10 % for validation).
-        image_size: to which images of a folder are resized.
-        channels: of a folder's images, 1 (grey) or 3; None: 1 if every file is grey, else 3.
+        image_size: height and width to which images are resized; None: SIZE for a folder's, the digits as they are.
+        channels: 1 (grey) or 3; None: 1 if every image is grey, else 3.
         labels_per_class: use only so many training examples of each class.
 
     Raises:
@@ -55,10 +57,11 @@ def load(
         UnsupportedError: scikit-learn (for the digits) or Pillow (for a folder) is not installed.
     """
     if data is None:
-        images, labels = digits()
+        images, labels = digits(image_size)
+        images = images.expand(-1, channels or 1, -1, -1)
         found: Dataset = Tensors(image=images, label=labels)
         train, valid, test = split_indices(len(labels), seed, test=0.2)
-        about: dict[str, Any] = {"channels": 1, "image_size": 8, "classes": 10}
+        about: dict[str, Any] = {"channels": images.shape[1], "image_size": images.shape[2], "classes": 10}
     else:
         root = existing(data, "a folder with a folder of images for each class")
         parts = divided(root)
@@ -69,7 +72,7 @@ def load(
         classes = sorted(set(names))
         numbers = {name: number for number, name in enumerate(classes)}
         labels = torch.tensor([numbers[name] for name in names])
-        channels = channels or (1 if all(map(is_grey, files)) else 3)
+        image_size, channels = image_size or SIZE, channels or (1 if all(map(is_grey, files)) else 3)
         found = ImageFiles(files, image_size, channels, label=labels)
         train, valid, test = split_labelled(labels, classes, seed, where)
         about = {"channels": channels, "image_size": image_size, "classes": len(classes), "names": classes}
@@ -80,15 +83,18 @@ def load(
     return Splits(Subset(found, train), Subset(found, valid), Subset(found, test), about)
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's handwritten digits: images float32 `[1797, 1, 8, 8]` in [0, 1] and labels int64 `[1797]`."""
+def digits(size: int | None = None) -> tuple[Tensor, Tensor]:
+    """scikit-learn's handwritten digits: images float32 `[1797, 1, 8, 8]` in [0, 1], or resized, and labels int64
+    `[1797]`."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise UnsupportedError("the digits come with scikit-learn; pip install 'efficient-attn[train]'") from error
     found = load_digits()
-    images = torch.from_numpy(found.images).float() / 16
-    return images.unsqueeze(1), torch.from_numpy(found.target).long()
+    images = torch.from_numpy(found.images).float().unsqueeze(1) / 16
+    if size is not None:
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return images, torch.from_numpy(found.target).long()
 
 
 class ImageFiles:

@@ -87,6 +87,7 @@ class SeriesReader:
         past, future, static: columns known for the past, for the horizon too, and of a whole series.
         calendar: the time of day, week and year as future covariates.
         season: observations in a season, for the baselines.
+        step: the distance of the rows that a model learned from, as `Series` has it; tables of another are refused.
         centre, spread: of the covariates (past, future, static in a row), by which they are brought to size 1.
 
     Raises:
@@ -102,6 +103,7 @@ class SeriesReader:
     static: Names = ()
     calendar: bool = False
     season: int | None = None
+    step: tuple[str, Any] | None = None
     centre: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
 
@@ -137,7 +139,10 @@ class SeriesReader:
         else:
             chosen = [i for i in range(len(header)) if i not in known and len(cells) and table[:, i].isfinite().any()]
         if not chosen or not cells:
-            raise InputError(f"{path} has no column of numbers; its columns: {', '.join(header) or 'none'}")
+            seen = f"; {header[-1]!r} holds {cells[0][-1]!r}" if cells else ", and no rows"
+            raise InputError(
+                f"{path} has no column of numbers, written as 1234.5; its columns: {', '.join(header) or 'none'}{seen}"
+            )
         for place in [*chosen, *(header.index(name) for name in beside)]:
             bad = table[:, place].isinf().nonzero()
             if len(bad):
@@ -156,7 +161,16 @@ class SeriesReader:
                 check_measured(path, header, table[rows], chosen)
             clock = read_clock(path, header, part, table[rows], known)
             found.append(self._one(path, name, header, table[rows], chosen, clock))
+            self._check_step(path, found[-1])
         return found
+
+    def _check_step(self, path: Path, series: Series) -> None:
+        if self.step is None or series.step is None or tuple(self.step) == series.step:
+            return
+        raise InputError(
+            f"the rows of {path} are {_distance(series.step)} apart, and the model learned from rows that are "
+            f"{_distance(self.step)} apart; give a table of such rows, or train on these"
+        )
 
     def _one(
         self, path: Path, name: str, header: list[str], table: Tensor, chosen: list[int], clock: Clock | None
@@ -208,15 +222,17 @@ class SeriesReader:
         return torch.from_numpy(joined.to_numpy(copy=True)), list(joined.index.to_pydatetime())
 
     def fitted(self, series: Sequence[Series], ends: Sequence[int]) -> SeriesReader:
-        """With the covariates' centre and spread over the first rows (`ends`) of each series."""
+        """With the distance of rows, and the covariates' centre and spread over the first rows (`ends`) of each."""
+        steps = {one.step for one in series}
+        reader = dataclasses.replace(self, step=steps.pop() if len(steps) == 1 else None)
         if not any((self.past, self.future, self.static, self.calendar)):
-            return self
+            return reader
         rows = [torch.cat([one.past[:end], one.future[:end]], dim=1) for one, end in zip(series, ends, strict=True)]
         whole = torch.cat(rows)
         static = torch.stack([one.static for one in series])
         found = [_size(column) for column in (*whole.T, *static.T)]
         return dataclasses.replace(
-            self, centre=tuple(centre for centre, _ in found), spread=tuple(spread for _, spread in found)
+            reader, centre=tuple(centre for centre, _ in found), spread=tuple(spread for _, spread in found)
         )
 
     def scaled(self, series: Series) -> Series:
@@ -255,6 +271,13 @@ class SeriesReader:
             raise CheckpointError(
                 f"{path} does not say how tables are read ({error}); name a run of train forecast"
             ) from error
+
+
+def _distance(step: tuple[str, Any]) -> str:
+    kind, size = step
+    if kind == "offset":
+        return f"{size} (--frequency)"
+    return f"{timedelta(seconds=size)}" if kind == "seconds" else f"{size:g} months"
 
 
 def _size(column: Tensor) -> tuple[float, float]:

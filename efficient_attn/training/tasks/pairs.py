@@ -34,7 +34,9 @@ class Clip(Task):
 
     text_attention: str = option("dense", "Spec of the text tower's causal attention.")
     data: str | None = None
-    image_size: int = option(32, "Height and width to which images of a folder are resized.")
+    image_size: int | None = option(
+        None, "Height and width to which images are resized. Default: 32 for a folder's, 8 for the digits."
+    )
     patch_size: int = option(2, "Height and width of a patch, which is a token.")
     overlap: int = option(1, "Pixels that a patch reaches into its neighbours.", least=0)
     max_length: int = option(32, "Bytes of a text that are read, with the marks around it.")

@@ -41,14 +41,16 @@ class OfImages(Task):
     another's."""
 
     data: str | None = None
-    image_size: int = option(32, "Height and width to which images of a folder are resized.")
+    image_size: int | None = option(
+        None, "Height and width to which images are resized. Default: 32 for a folder's, 8 for the digits."
+    )
     patch_size: int = option(2, "Height and width of a patch, which is a token.")
     overlap: int = option(1, "Pixels that a patch reaches into its neighbours.", least=0)
     dim: int = option(64, "Features of the model.")
     layers: int = option(4, "Layers of the model.")
     heads: int = option(4, "Attention heads.")
     dropout: float = option(0.0, "Dropout.")
-    channels: int | None = option(None, "Of a folder's images, 1 or 3. Default: 1 if all are grey, else 3.")
+    channels: int | None = option(None, "1 or 3. Default: 1 if all images are grey, else 3.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

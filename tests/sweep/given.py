@@ -72,7 +72,15 @@ def _number(config: Any, *names: str, default: int) -> int:
     return default
 
 
-PARTS = ("vision_config", "audio_config", "encoder_config", "encoder", "decoder_config", "text_config")
+PARTS = (
+    "vision_config",
+    "audio_config",
+    "encoder_config",
+    "encoder",
+    "decoder_config",
+    "text_config",
+    "backbone_config",
+)
 SOUND = ("input_features", "input_values")
 # What a model is about besides text, each tried alone and with text.
 MAIN = (

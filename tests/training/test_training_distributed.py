@@ -93,10 +93,37 @@ def test_a_number_of_processes_that_cannot_share_is_refused(tmp_path):
     assert "--context-parallel 2 needs a multiple of 2 processes" in refused
 
 
-@pytest.mark.parametrize("shared", [[], ["--context-parallel", "2"]], ids=["data", "context"])
-def test_all_processes_stop_after_the_same_step(tmp_path, shared):
+LONG = ["--length", "16384", "--batch", "1", "--steps", "2", "--dim", "64", "--layers", "6", "--heads", "2"]
+LONG += ["--threads", "1", "--attention", "sliding_window:left=64,right=0", "--no-tensorboard"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_processes_train_on_a_sequence_that_one_has_no_memory_for(tmp_path, processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes == 2 else []
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "efficient_attn.cli",
+        "train",
+        "lm",
+        *LONG,
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    command += ["--context-parallel", "2"] if processes == 2 else []
+    limited = ["prlimit", f"--data={820 * 2**20}", *command]
+    found = subprocess.run(limited, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if processes == 2:
+        assert found.returncode == 0, found.stdout + found.stderr
+        assert len(losses(tmp_path / "a")) >= 2
+    else:
+        assert found.returncode != 0 and "allocate memory" in found.stdout + found.stderr
+
+
+def test_all_processes_stop_after_the_same_step(tmp_path):
     steps = ["--steps", "4000", "--save-every", "4000"]
-    process = start(2, "--batch", "4", *steps, *shared, "--out", str(tmp_path / "a"))
+    process = start(2, "--batch", "4", *steps, "--out", str(tmp_path / "a"))
     path = tmp_path / "a" / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 5):
         time.sleep(0.02)

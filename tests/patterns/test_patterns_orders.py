@@ -87,7 +87,6 @@ def test_an_order_is_taken_where_it_pays(spec: str) -> None:
     [
         ("axial", 362**2),
         ("strided", 2**17),
-        ("fixed", 2**17),
         ("dilated:left=64,right=64,dilation=4", 2**17),
         ("longformer:window=256,global_tokens=16", 2**17),
         ("neighborhood:kernel=7", 362**2),

@@ -50,6 +50,7 @@ def _inputs(model: Any, config: Any) -> Iterator[dict[str, Tensor]]:
     if not mains and "input_ids" not in text:
         yield from _choices({}, required, known)
         yield from _choices({}, others, known)
+        yield from _choices(text, required, known)
 
 
 def _choices(base: dict[str, Tensor], names: set[str], known: dict[str, list[Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -93,7 +94,7 @@ WANTED = (
     "future_values", "future_time_features", "spatial_shapes", "pixel_attention_mask", "pixel_position_ids",
     "qformer_input_ids", "image_attention_mask", "visual_feats", "visual_pos", "target_sizes", "is_longer",
     "image_embeds_position_mask", "pixel_values", "image_sizes", "image", "audio_mel_mask", "padding_mask",
-    "encoder_hidden_states", "actions", "rewards", "returns_to_go", "timesteps", "decoder_input_values", "task_inputs",
+    "encoder_hidden_states", "flattened_patches", "actions", "rewards", "returns_to_go", "timesteps", "decoder_input_values", "task_inputs",
 )  # fmt: skip
 
 
@@ -158,6 +159,8 @@ def _known(config: Any) -> dict[str, list[Tensor]]:
             packed[None],
             torch.cat([packed, packed], 1),
             large,
+            video.flatten(0, 1),
+            randn(BATCH, 1, 4, channels, size, size),
         ],
         "pixel_values_videos": [video, packed],
         "input_features": [*frames, *[x[:, None] for x in frames]],
@@ -168,7 +171,21 @@ def _known(config: Any) -> dict[str, list[Tensor]]:
         "input_features_mask": [visible, visible.bool()],
         "audio_mel": frames[1::2],
         "audio_mel_mask": [visible == 0],
-        "hidden_states": [packed, randn(BATCH, hidden, 40), square, sound[1]],
+        "hidden_states": [
+            packed,
+            randn(BATCH, hidden, 40),
+            square,
+            sound[1],
+            randn(BATCH, SIDE * SIDE, hidden),
+            *frames[1::2],
+        ],
+        "context": [randn(BATCH, LENGTH, hidden)],
+        "spectrogram": frames[1::2],
+        "mel_spectrogram": frames[::2],
+        "mask": [visible.bool()],
+        "flattened_patches": [randn(BATCH, LENGTH, 2 + channels * patch * patch)],
+        "aspect_ratio_ids": [torch.ones(BATCH, 1, dtype=torch.int64)],
+        "aspect_ratio_mask": [torch.ones(BATCH, 1, 4, dtype=torch.int64)],
         "grid_thw": [grid],
         "image_grid_thw": [grid],
         "merge_sizes": [torch.full((BATCH,), merge), torch.ones(BATCH, dtype=torch.int64)],

@@ -86,7 +86,7 @@ SOUND = ("input_features", "input_values")
 # What a model is about besides text, each tried alone and with text.
 MAIN = (
     "pixel_values", "pixel_values_videos", "input_features", "input_values", "past_values", "inputs", "hidden_states",
-    "audio_mel", "states", "query_embeds", "noise_embeds", "input", "inputs_embeds",
+    "flattened_patches", "audio_mel", "states", "query_embeds", "noise_embeds", "input", "inputs_embeds",
 )  # fmt: skip
 # What is given where a model takes it and does not run without.
 WANTED = (
@@ -94,7 +94,7 @@ WANTED = (
     "future_values", "future_time_features", "spatial_shapes", "pixel_attention_mask", "pixel_position_ids",
     "qformer_input_ids", "image_attention_mask", "visual_feats", "visual_pos", "target_sizes", "is_longer",
     "image_embeds_position_mask", "pixel_values", "image_sizes", "image", "audio_mel_mask", "padding_mask",
-    "encoder_hidden_states", "flattened_patches", "actions", "rewards", "returns_to_go", "timesteps", "decoder_input_values", "task_inputs",
+    "encoder_hidden_states", "actions", "rewards", "returns_to_go", "timesteps", "decoder_input_values", "task_inputs",
 )  # fmt: skip
 
 

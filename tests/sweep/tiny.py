@@ -121,7 +121,10 @@ OF_TYPES: list[tuple[str, dict[str, Any]]] = [
     ("dots3_note_vision_encoder", {"adapter_in_dim": 32}),
     ("glm5_next_text", {"index_topk": 16, "index_kpool": 4}),
     ("swin2sr", {"embed_dim": 32, "depths": [1], "num_heads": [4], "window_size": 2}),
-    ("depth_anything prompt_depth_anything", {"neck_hidden_sizes": [16], "reassemble_factors": [1]}),
+    (
+        "depth_anything prompt_depth_anything",
+        {"neck_hidden_sizes": [16], "reassemble_factors": [1], "reassemble_hidden_size": 32},
+    ),
     ("zoedepth tipsv2_dpt chmv2", {"neck_hidden_sizes": [16], "reassemble_factors": [1]}),
     ("dbrx", {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}),
     ("t5gemma2_text t5gemma2_encoder t5gemma2_decoder", {"dropout_rate": 0.0}),

@@ -30,6 +30,7 @@ setup: $(STAMP) ## .venv with pinned tools and the package, installed for editin
 # editable install holds what they compile to. Build isolation keeps PyTorch out of the build.
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "into $(VENV), once: PyTorch and tools are downloaded, the CPU kernels compiled; pip keeps silent for two to three minutes"
 	EFFICIENT_ATTN_OBJECTS=$(CURDIR)/build/native EFFICIENT_ATTN_CPU=1 EFFICIENT_ATTN_CUDA=$(EFFICIENT_ATTN_CUDA) $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
 	touch $@
 
@@ -43,7 +44,7 @@ test: $(STAMP) ## the tests that CI runs, on all cores
 test-slow: $(STAMP) ## the tests that CI leaves out
 	$(PYTEST) -m 'slow and not gpu' $(ARGS) tests
 
-first-hour: $(STAMP) ## what a newcomer does first, end to end: bench, drop-in, BERT, profile, recommend, train
+first-hour: $(STAMP) ## what a newcomer does first, end to end: bench, drop-in, BERT, profile, recommend, inspect, train
 	$(BIN)/python -m pytest -q -s -p no:xdist -m slow $(ARGS) tests/project/test_first_hour.py
 
 test-triton: $(STAMP) ## every case on the Triton kernels in Triton's interpreter, and every configuration compiled

@@ -14,6 +14,7 @@ from typing import Any
 from efficient_attn.benchmarks.suites.fields import FIRST_SEED
 from efficient_attn.measuring import records
 
+FEWEST = 3  # seeds of a verdict
 PAGE = Path(__file__).resolve().parent / "fields.md"
 Row = Mapping[str, Any]
 Cells = Mapping[tuple[Any, ...], list[Row]]
@@ -44,14 +45,49 @@ def of_fields(found: Sequence[Row]) -> list[tuple[Any, ...]]:
     scores = {cell: [row for row in rows if row["seed"] >= FIRST_SEED] for cell, rows in scores.items()}
     names = list(dict.fromkeys(field for field, _ in costs))
     rows: list[tuple[Any, ...]] = [
-        ("field", "tokens", "method", "score", "seeds", "step, ms", "beside dense", "MiB"),
+        ("field", "tokens", "method", "score", "seeds", "less dense", "step, ms", "beside dense", "MiB"),
     ]
     for field, method in sorted(costs, key=lambda cell: names.index(cell[0])):
         cost, mine = costs[field, method][-1], scores.get((field, method), [])
         score = f"{mine[0]['score_is']} {over_seeds(mine)}" if mine else "-"
         speed = (f"{cost['ms']:.0f}", f"{cost['speedup_dense']:.1f}x", f"{cost['peak_bytes'] / 2**20:.0f}")
-        rows.append((field, f"{cost['tokens']:,}", f"`{method}`", score, len(mine), *speed))
+        less = signed(differences(mine, scores.get((field, "dense"), []))) if method != "dense" else "-"
+        rows.append((field, f"{cost['tokens']:,}", f"`{method}`", score, len(mine), less, *speed))
     return rows
+
+
+def differences(mine: Sequence[Row], dense: Sequence[Row]) -> list[float]:
+    """Each seed's score less that of exact attention with this seed, whose data are the same."""
+    exact = {row["seed"]: row["score"] for row in dense}
+    return [row["score"] - exact[row["seed"]] for row in mine if row["seed"] in exact]
+
+
+def signed(found: Sequence[float]) -> str:
+    """Mean and standard deviation, with its sign."""
+    if not found:
+        return "-"
+    return f"{statistics.mean(found):+.3f}" + (f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else "")
+
+
+def verdicts(found: Sequence[Row]) -> list[str]:
+    """A line a field: which methods keep exact attention's score, within two standard errors of the difference."""
+    scores, costs = (cells(found, suite, "field", "method") for suite in ("fields", "fields_cost"))
+    lines = []
+    for field in dict.fromkeys(field for field, _ in costs):
+        said = []
+        for method in (method for name, method in costs if name == field and method != "dense"):
+            mine = [row for row in scores.get((field, method), []) if row["seed"] >= FIRST_SEED]
+            each = differences(mine, scores.get((field, "dense"), []))
+            speed = f"`{method.partition(':')[0]}` ({costs[field, method][-1]['speedup_dense']:.1f}x)"
+            if len(each) < FEWEST:
+                said.append(f"{speed} open, {len(each)} seeds")
+                continue
+            better = statistics.mean(each) * (1 if mine[0]["score_is"] != "mase" else -1)
+            error = 2 * statistics.stdev(each) / len(each) ** 0.5
+            said.append(f"{speed} {'gains' if better > error else 'loses' if better < -error else 'keeps it'}")
+        if said:
+            lines.append(f"* {field}: {', '.join(said)}.")
+    return lines
 
 
 def of_longer(found: Sequence[Row]) -> list[tuple[Any, ...]]:
@@ -98,16 +134,24 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (heading, ["---"] * len(heading), *body))
 
 
+def between(text: str, name: str, made: str) -> str:
+    """The page with what was made between the marks of a name."""
+    begin, end = f"<!-- {name}: made by docs/fields.py -->\n", f"\n<!-- end of {name} -->"
+    before, mark, rest = text.partition(begin)
+    if not mark or end not in rest:
+        raise ValueError(f"{PAGE} has no marks of {name}")
+    return f"{before}{begin}{made}{end}{rest.partition(end)[2]}"
+
+
 def main(paths: Iterable[Path]) -> None:
     found = [record for path in paths for record in records.read(path)]
+    made = {name: table(rows) for name, make in TABLES.items() if len(rows := make(found)) > 1}
+    if lines := verdicts(found):
+        made["verdicts"] = "\n".join(lines)
     text = PAGE.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
-        rows = make(found)
-        if len(rows) > 1:
-            before, _, rest = text.partition(f"<!-- {name}: made by docs/fields.py -->\n")
-            _, end, after = rest.partition(f"\n<!-- end of {name} -->")
-            text = f"{before}<!-- {name}: made by docs/fields.py -->\n{table(rows)}{end}{after}"
-            print(table(rows), end="\n\n")
+    for name, part in made.items():
+        text = between(text, name, part)
+        print(part, end="\n\n")
     PAGE.write_text(text, encoding="utf-8")
     seconds = sum(record.get("cpu_seconds", 0) for record in found if record.get("suite") == "fields")
     if seconds:

@@ -30,6 +30,8 @@ SHOWN = {
 }
 # Where a run writes and how fast it goes is no part of what it computes.
 UNTOLD = {"threads", "tensorboard", "device", "save_every"}
+# The runs that are kept are all on the digits, and older than digits that are resized.
+WITHOUT_EFFECT = {"image_size"}
 SHARES = {"accuracy", "zero_shot", "recall_at_5", "neighbour_accuracy", "exact", "majority"}
 
 
@@ -58,7 +60,9 @@ def commands() -> str:
     for name, result in found:
         task, given, options = TASKS[result["task"]], result["task_options"], result["options"]
         usual = {field.name: field.default for field in dataclasses.fields(task)}
-        words = [_typed(key, value) for key, value in given.items() if value != usual[key]]
+        words = [
+            _typed(key, value) for key, value in given.items() if value != usual[key] and key not in WITHOUT_EFFECT
+        ]
         usual = {key: task.defaults.get(key, default) for key, _, default, _ in command.COMMON}
         if task.defaults.keys() & {"steps", "epochs"} and any(options[key] is not None for key in ("steps", "epochs")):
             usual |= {key: None for key in ("steps", "epochs") if options[key] is None}

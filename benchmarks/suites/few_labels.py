@@ -30,8 +30,8 @@ PRETRAINING: Mapping[str, tuple[type[Pretraining], int]] = {"simclr": (SimClr, 3
 def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """The accuracy on the test. `config`: before, overlap, attention, pretraining_epochs, epochs, threads, seed."""
     started = time.process_time()
-    shared = {"attention": config["attention"], "overlap": config["overlap"]}
-    usual = {"seed": config["seed"], "threads": config["threads"], "tensorboard": False}
+    shared: dict[str, Any] = {"attention": config["attention"], "overlap": config["overlap"]}
+    usual: dict[str, Any] = {"seed": config["seed"], "threads": config["threads"], "tensorboard": False}
     with tempfile.TemporaryDirectory() as place:
         start = None
         if config["before"] != "none":

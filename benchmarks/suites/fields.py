@@ -59,7 +59,8 @@ class LongSeries(Forecast):
         found = series.divide([long_series(seed)], SeriesReader(), self.context, self.horizon, SEASON)
         if self.recent is None:
             return found
-        return Splits(*(Recent(part, self.recent) for part in (found.train, found.valid, found.test)), found.about)
+        train, valid, test = (Recent(part, self.recent) for part in (found.train, found.valid, found.test))
+        return Splits(train, valid, test, found.about)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     season, method = SERIES[config["data"]], config["method"]
     patch, stride = PATCH[config["data"]]
     spec = "dense" if method in BASELINES else method
-    sizes = {"context": CONTEXT_SEASONS * season, "horizon": season, "patch": patch, "stride": stride}
+    sizes: dict[str, Any] = {"context": CONTEXT_SEASONS * season, "horizon": season, "patch": patch, "stride": stride}
     task = Forecast(attention=spec, series=config["data"], **sizes)
     splits = task.splits(config["seed"])
     whole = splits.test.series[0]

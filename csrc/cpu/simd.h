@@ -2,6 +2,7 @@
 // where the compiler cannot express the instruction.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #if defined(__x86_64__)
 #include <immintrin.h>

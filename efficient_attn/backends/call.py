@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import InputError, UnsupportedError
 from ..masks import MaskArrays
@@ -82,6 +83,24 @@ def order_steps(order: Tensor | None, name: str, tensor: Tensor) -> tuple[int, i
 def leaves_rows(order: Tensor | None, tensor: Tensor) -> bool:
     """Whether a call leaves rows of a result (B, H, N, D) untouched, since its order does not name them."""
     return order is not None and order.shape[1] < tensor.shape[2]
+
+
+_runs: Any = WeakTensorKeyDictionary()  # order -> its version and `run_start`
+
+
+def run_start(order: Tensor | None) -> int | None:
+    """The first token of an order that names a run of tokens one by one, the same in every head; 0 for no order, None
+    for any other. The order is looked at once."""
+    if order is None:
+        return 0
+    kept = _runs.get(order)
+    if kept is None or kept[0] != order._version:
+        start = None
+        if order.shape[0] == 1 and order.shape[1] > 0 and bool((order.diff() == 1).all()):
+            start = int(order[0, 0])
+        kept = _runs[order] = (order._version, start)
+    found: int | None = kept[1]
+    return found
 
 
 def refuse_orders(mask: MaskArrays, what: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..cache import cached_attention, paged_attention
 from ..cache.rotary import rotate
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, InputTypeError, UnsupportedError
 from ..functional import attention
 from ..masks.packed import offset_of, starts_of
 from ..varlen import attention_varlen
@@ -279,8 +279,12 @@ def _split(name: str, packed: Tensor, dim: int, parts: int) -> tuple[Tensor, ...
 
 
 def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    left, right = window_size
-    return (left, 0) if causal else (left, right)
+    sides = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise InputTypeError(
+            f"window_size must be (left, right), whole numbers and -1 for no limit; got {window_size!r}"
+        )
+    return (sides[0], 0) if causal else (sides[0], sides[1])
 
 
 def _slopes_of(slopes: Tensor | None, b: int) -> Tensor | None:

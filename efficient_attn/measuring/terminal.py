@@ -125,6 +125,8 @@ class Progress:
     def left(self) -> str:
         """What is left, in words; empty as long as nothing tells."""
         now = time.monotonic()
+        if self._left is not None and self._left < now and self._done < self._total:
+            return "longer than expected"
         if self._left is not None:
             seconds = max(self._left - now, 0.0)
         elif self._begun is not None and self._done > self._begun:

@@ -256,6 +256,7 @@ class Seq2Seq(Model):
         attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int | None = None,
+        max_length: int | None = None,
         num_beams: int | None = None,
         length_penalty: float | None = None,
         early_stopping: bool | str | None = None,
@@ -266,8 +267,8 @@ class Seq2Seq(Model):
         Args:
             input_ids: int64 (B, M).
             attention_mask: bool or int (B, M), 1 = a token, 0 = padding.
-            max_new_tokens: T at most.
-            num_beams, length_penalty, early_stopping: see `generation.beam_search`. These four default to the config's.
+            max_new_tokens: T at most; or max_length, which counts the start token too.
+            num_beams, length_penalty, early_stopping: see `generation.beam_search`. These default to the config's.
             use_cache: keep keys and values of earlier tokens, else run the whole target again for each token.
 
         Returns:
@@ -279,6 +280,8 @@ class Seq2Seq(Model):
         """
         config = self._config
         beams = config.num_beams if num_beams is None else num_beams
+        if max_new_tokens is None and max_length is not None:
+            max_new_tokens = max_length - 1
         if max_new_tokens is None:
             max_new_tokens = config.max_len - 1 if config.max_new_tokens is None else config.max_new_tokens
         if beams < 1 or max_new_tokens < 1:

@@ -61,12 +61,30 @@ def union_forward(
     forward = BACKENDS[parts.backend].attention.attention_forward
     out, lse = forward(query, key, value, bias, parts.arrays[0], scale, dropout_p, dropout_seed)
     for arrays in parts.arrays[1:]:
-        join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
+        rows = _few_rows(arrays, query) if bias is None and dropout_p == 0.0 else None
+        if rows is None:
+            join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
+        else:  # a result for all rows would cost more than the part
+            few = forward(
+                query.index_select(2, rows), key, value, None, arrays._replace(query_order=None), scale, 0.0, None
+            )
+            own = out.index_select(2, rows), lse.index_select(2, rows)
+            join(*own, *few)
+            out.index_copy_(2, rows, own[0])
+            lse.index_copy_(2, rows, own[1])
     coarse = _coarse_rows(lse, bias, parts)
     if coarse is not None:
         whole = forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
         out, lse = torch.where(coarse[..., None], whole[0], out), torch.where(coarse, whole[1], lse)
     return out, lse
+
+
+def _few_rows(arrays: MaskArrays, query: Tensor) -> Tensor | None:
+    """The queries (B, H, N, D) that a part names, if they are few and the same in every head."""
+    order = arrays.query_order
+    if order is None or order.shape[0] > 1 or 4 * order.shape[1] > query.shape[2]:
+        return None
+    return order[0].long()
 
 
 def _coarse_rows(lse: Tensor, bias: Tensor | None, parts: Parts) -> Tensor | None:

@@ -191,6 +191,7 @@ def arranged(mask: BlockMask, proposals: Sequence[Proposal] | None) -> BlockMask
         return mask
     q_len, kv_len = mask.q_len, mask.kv_len
     parts = [each.part(min(SIZES, key=each.cost), q_len, kv_len) for each in proposals]
+    parts.sort(key=lambda part: -part.mask.q_len)  # all rows first: what is joined may name a few
     union = PartedMask.trusted(parts, q_len=q_len, kv_len=kv_len, whole=mask)
     return union if cost(union) < GAIN * cost(mask) else mask
 

@@ -36,31 +36,34 @@ def sorted_lists(
     batch, heads, q_len = query_order.shape
     grid = Grid(q_len, key_order.shape[2], BLOCK, BLOCK)
     low, high = (_in_blocks(x, grid) for x in _runs(found, r, query_order, key_order, offset))
+    last = (grid.q_len - torch.arange(grid.n_q, device=low.device) * BLOCK).clamp(max=BLOCK).repeat(batch * heads) - 1
     some = high > low
     start = torch.where(some, low, grid.kv_len).amin(1)
     stop = torch.where(some, high, 0).amax(1)
     first = start // BLOCK
     rows, cols = ragged_range(first, torch.where(stop > start, -(-stop // BLOCK) - first, 0))
     left = cols * BLOCK
-    # Inside a bucket every pair is visible, unless an earlier round or oneself is left out.
     right = (left + BLOCK).clamp(max=grid.kv_len)
+    # Inside a bucket every pair is visible, unless an earlier round or oneself is left out.
     full = (low.amax(1)[rows] <= left) & (high.amin(1)[rows] >= right)
     full &= r == 0 and not others
-    earlier = [_Together(found, e, query_order, key_order, grid) for e in range(r)]
+    before = r if rows.numel() > 0 else 0
+    earlier = [_Together(found, e, query_order, key_order, grid) for e in range(before)]
     oneself = _places_of(key_order, query_order, grid) if others else None
     bits = torch.ones(BLOCK + 1, dtype=torch.int64, device=rows.device) << torch.arange(BLOCK + 1, device=rows.device)
     bits[BLOCK] = 0
     below = bits - 1  # of n: the n lowest bits
-    whole = below[torch.stack([torch.full_like(right, BLOCK), right - left]).amin(0)]
+    whole = below[right - left]
+    row_places = torch.arange(BLOCK, device=rows.device)
     kept, tiles, asked = [], [], (~full).nonzero()[:, 0]
     for each in asked.split(ENTRIES):
         row, at = rows[each], left[each][:, None]
         words = below[(high[row] - at).clamp_(0, BLOCK)] & ~below[(low[row] - at).clamp_(0, BLOCK)]
-        for before in earlier:
-            words &= ~before.words(row, cols[each])
+        for other in earlier:
+            words &= ~other.words(row, cols[each])
         if oneself is not None:
             words &= ~bits[torch.where(oneself[row] >= at, oneself[row] - at, BLOCK).clamp_(max=BLOCK)]
-        full[each] = (words == whole[each][:, None]).all(1)
+        full[each] = ((words == whole[each][:, None]) | (row_places > last[row][:, None])).all(1)
         partial = (~full[each] & (words != 0).any(1)).nonzero()[:, 0]
         kept.append(each[partial])
         tiles.append(words[partial])
@@ -79,9 +82,14 @@ def sorted_lists(
 def _runs(found: Buckets, r: int, query_order: Tensor, key_order: Tensor, offset: int | None) -> tuple[Tensor, Tensor]:
     """The columns low <= c < high that each row sees in round r, (B, H, Nq) int64."""
     query, key = found.query[r].gather(-1, query_order), found.key[r].gather(-1, key_order)
-    low = _search(key, query, right=False)
+    if query.numel() == 0 or key.numel() == 0:
+        return torch.zeros_like(query_order), torch.zeros_like(query_order)
+    buckets = torch.arange(int(query.max()) + 2, dtype=key.dtype, device=key.device)
+    starts = torch.searchsorted(key.contiguous(), buckets.expand(*key.shape[:2], -1).contiguous())
+    starts = starts.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    low = starts.gather(-1, query.long())
     if offset is None:
-        high = _search(key, query, right=True)
+        high = starts.gather(-1, query.long() + 1)
     else:  # within a bucket positions ascend
         step = key_order.shape[2] + 1
         last = (query_order + (offset + 1)).clamp(0, step - 1)
@@ -95,8 +103,7 @@ def _runs(found: Buckets, r: int, query_order: Tensor, key_order: Tensor, offset
 
 def _search(key: Tensor, query: Tensor, *, right: bool) -> Tensor:
     """Where (B, H, Nq) stand in ascending (B, Hkv, Nk)."""
-    group = query.shape[1] // max(key.shape[1], 1)
-    grouped = query.reshape(*key.shape[:2], group * query.shape[2]).contiguous()
+    grouped = query.reshape(*key.shape[:2], -1).contiguous()
     return torch.searchsorted(key.contiguous(), grouped, right=right).view(query.shape)
 
 
@@ -119,12 +126,12 @@ class _Together:
 
     def __init__(self, found: Buckets, r: int, query_order: Tensor, key_order: Tensor, grid: Grid) -> None:
         self.heads, self.key_heads, self.n_q = query_order.shape[1], key_order.shape[1], grid.n_q
-        self.buckets = _Words(found.key[r].gather(-1, key_order), grid)
         self.query = _in_blocks(found.query[r].gather(-1, query_order) + 1, grid)
+        self.buckets = _Words(found.key[r].gather(-1, key_order), self.query, grid)
         self.chunks = None
         if found.query_chunk is not None and found.key_chunk is not None:
-            self.chunks = _Words(found.key_chunk[r].gather(-1, key_order), grid)
             self.chunk = _in_blocks(found.query_chunk[r].gather(-1, query_order) + 1, grid)
+            self.chunks = _Words(found.key_chunk[r].gather(-1, key_order), self.chunk, grid)
 
     def words(self, rows: Tensor, cols: Tensor) -> Tensor:
         """(entries, BLOCK) words of the blocks at rows and columns."""
@@ -138,11 +145,12 @@ class _Together:
 
 
 class _Words:
-    """Keys (B, Hkv, Nk) with a number from -1 on: for a block and a number, the bits of its keys that have it."""
+    """Keys (B, Hkv, Nk) with a number from -1 on: for a block and a number + 1 that is asked for, the bits of its keys
+    that have it."""
 
-    def __init__(self, numbers: Tensor, grid: Grid) -> None:
+    def __init__(self, numbers: Tensor, asked: Tensor, grid: Grid) -> None:
         lines, self.n_k = numbers.shape[0] * numbers.shape[1], grid.n_k
-        self.count = int(numbers.max()) + 2 if numbers.numel() else 1
+        self.count = max(int(numbers.max()) + 1, int(asked.max())) + 1
         column = torch.arange(grid.kv_len, device=numbers.device)
         block = torch.arange(lines, device=numbers.device)[:, None] * grid.n_k + column // BLOCK
         ids = (block * self.count + numbers.flatten(0, 1) + 1).flatten()
@@ -156,10 +164,8 @@ class _Words:
 
     def of(self, line: Tensor, cols: Tensor, numbers: Tensor) -> Tensor:
         """(entries, BLOCK) words for numbers + 1, of blocks in a line; 0 for a number that no key has."""
-        known = (numbers > 0) & (numbers < self.count)
-        ids = ((line * self.n_k + cols) * self.count)[:, None] + numbers.clamp(0, self.count - 1)
-        if self.ids is not None:
-            place = torch.searchsorted(self.ids, ids).clamp(max=max(self.ids.numel() - 1, 0))
-            known &= self.ids[place] == ids
-            ids = place
-        return torch.where(known, self.table[ids], 0)
+        ids = ((line * self.n_k + cols) * self.count)[:, None] + numbers
+        if self.ids is None:
+            return self.table[ids]
+        place = torch.searchsorted(self.ids, ids).clamp(max=self.ids.numel() - 1)
+        return torch.where(self.ids[place] == ids, self.table[place], 0)

@@ -10,7 +10,7 @@ import torch
 from support.flash import definition, draw, of_sequence, options, packed, rotated
 from torch import Tensor
 
-from efficient_attn import InputError, UnsupportedError
+from efficient_attn import InputError, InputTypeError, UnsupportedError
 from efficient_attn.compat import flash_attn as fa
 from efficient_attn.compat import scores
 
@@ -257,6 +257,9 @@ def test_compiled() -> None:
 def test_wrong_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     q, cache = draw(0, 2, 3, 4, 8), draw(1, 2, 10, 4, 8)
     packed_q = q.flatten(0, 1)
+    for window in (3, (3,), (3.0, 3), None):
+        with pytest.raises(InputTypeError, match="window_size must be"):
+            fa.flash_attn_func(q, q, q, window_size=window)
     with pytest.raises(InputError, match="alibi_slopes must be"):
         fa.flash_attn_func(q, q, q, alibi_slopes=torch.ones(3))
     with pytest.raises(InputError, match="softcap must be"):

@@ -48,6 +48,30 @@ def test_a_field_is_learned_and_measured_and_stands_in_the_table(page, field):
     assert len(found) == 2 and found[1][3:5] == (score, 2), "a seed that was run twice counts once"
 
 
+@checkout
+def test_the_page_says_which_methods_keep_the_score(page):
+    def made(suite, method, seed, **metrics):
+        config = {"field": "text", "method": method, "seed": seed}
+        return {"type": "cell", "suite": suite, "config": config, "status": "ok", "score_is": "accuracy", **metrics}
+
+    found = [made("fields_cost", method, 0, speedup_dense=2.0) for method in ("dense", "a", "b", "c", "d")]
+    for seed in range(5):
+        exact = 0.5 + 0.1 * seed
+        found.append(made("fields", "dense", seed, score=exact))
+        found.append(made("fields", "a", seed, score=exact + 0.01 * (-1) ** seed))
+        found.append(made("fields", "b", seed, score=exact - 0.1 - 0.01 * (-1) ** seed))
+        found.append(made("fields", "c", seed, score=exact + 0.1 - 0.01 * (-1) ** seed))
+    found.append(made("fields", "d", 1, score=1.0))
+    said = "`a` (2.0x) keeps it, `b` (2.0x) loses, `c` (2.0x) gains, `d` (2.0x) open, 1 seeds"
+    assert page.verdicts(found) == [f"* text: {said}."]
+    assert page.verdicts([{**row, "score_is": "mase"} for row in found])[0].count("`b` (2.0x) gains") == 1
+    assert page.signed(page.differences([{"seed": 1, "score": 0.5}], [{"seed": 1, "score": 0.75}])) == "-0.250"
+    text = "x\n<!-- a: made by docs/fields.py -->\nold\n<!-- end of a -->\ny"
+    assert page.between(text, "a", "new") == text.replace("old", "new")
+    with pytest.raises(ValueError, match="no marks of b"):
+        page.between(text, "b", "new")
+
+
 def test_every_seed_has_whole_sets_of_fields_and_methods():
     found = [(c["seed"], c["field"], c["method"]) for c in fields.configs(suites.Options())]
     each = [(name, method) for name, field in fields.FIELDS.items() for method in field.trained(())]

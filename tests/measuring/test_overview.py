@@ -214,6 +214,16 @@ def test_a_command_that_ends_before_it_began_has_no_progress():
     terminal.Progress(Console(file=io.StringIO())).__exit__()
 
 
+def test_a_wait_beyond_what_was_expected_says_so():
+    bar = terminal.Progress(Console(file=io.StringIO()))
+    bar.update("dense", 0, 8, 60.0)
+    assert bar.left() == "about 1 min 0 s left"
+    bar.update("dense", 0, 8, -1.0)
+    assert bar.left() == "longer than expected"
+    bar.update("", 8, 8, -1.0)
+    assert bar.left() == "about 0 s left"
+
+
 # --- a busy machine ---
 
 BURN = "while True: sum(range(100000))"

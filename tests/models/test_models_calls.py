@@ -268,6 +268,9 @@ def test_a_translation_reads_its_labels_behind_the_start_token():
     output = model(input_ids=ids, labels=labels)
     assert torch.equal(output.logits, model(ids, model.shift_right(labels)))
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+    assert torch.equal(model.generate(ids, max_length=5), model.generate(ids, max_new_tokens=4))
+    with pytest.raises(InputError, match="must be at least 1, got 1 and 0"):
+        model.generate(ids, max_length=1)
 
 
 def test_the_temperature_is_clamped_wherever_it_is_used():

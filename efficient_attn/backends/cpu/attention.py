@@ -20,6 +20,7 @@ from ..call import (
     modifier_gradients_without_keys,
     readable,
     refuse_orders,
+    run_start,
     sink_gradient,
     zeroed,
 )
@@ -73,11 +74,40 @@ def attention_forward(
     if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
         out.zero_(), lse_without_keys(lse, sinks)
     if out.numel() > 0 and key.shape[2] > 0:
-        call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed, None)
+        runs = _runs(mask, bias, dropout_p)
+        own_lse = lse
+        if runs is not None:
+            query, key, value = _run(runs[0], query), _run(runs[1], key), _run(runs[1], value)
+            mask, own_lse = mask._replace(query_order=None, key_order=None), _run(runs[0], lse).contiguous()
+        into = out if runs is None else _run(runs[0], out)
+        call = (query, key, value, bias, into, own_lse, mask, scale, dropout_p, dropout_seed, None)
         kept, words = pack_attention(*call, softcap, sinks, diagonals)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
+        if own_lse is not lse and runs is not None:
+            _run(runs[0], lse).copy_(own_lse)
     return out, lse
+
+
+def _runs(mask: MaskArrays, bias: Tensor | None, dropout_p: float) -> tuple[slice, slice] | None:
+    """The queries and keys of a call whose orders name a run of tokens each: a kernel reads those where they lie. None
+    for what goes by a token's place in the whole."""
+    if mask.query_order is None and mask.key_order is None:
+        return None
+    if bias is not None or dropout_p > 0.0 or mask.kv_lengths is not None:
+        return None
+    queries, keys = _slice(mask.query_order), _slice(mask.key_order)
+    return None if queries is None or keys is None else (queries, keys)
+
+
+def _slice(order: Tensor | None) -> slice | None:
+    start = run_start(order)
+    return None if start is None else slice(start, None if order is None else start + order.shape[1])
+
+
+def _run(run: slice, tensor: Tensor) -> Tensor:
+    """Some tokens of (B, H, N, D) or (B, H, N), a view."""
+    return tensor[:, :, run]
 
 
 def attention_with_weights(
@@ -192,6 +222,15 @@ def attention_backward(
         dsinks, ddiagonals = modifier_gradients_without_keys(grad_lse, sinks, diagonals, diagonals_require_grad)
         return *zeroed((dq, dk, dv, dbias)), dsinks, ddiagonals
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
+    into = (dq, dk, dv)
+    runs = _runs(mask, bias, dropout_p)
+    if runs is not None:
+        queries, keys = runs
+        query, out, grad_out, lse = (_run(queries, t) for t in (query, out, grad_out, lse))
+        grad_lse = None if grad_lse is None else _run(queries, grad_lse)
+        key, value = _run(keys, key), _run(keys, value)
+        into = (_run(queries, dq), _run(keys, dk), _run(keys, dv))
+        mask = mask._replace(query_order=None, key_order=None)
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     lse = lse.contiguous()
     call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
@@ -200,7 +239,7 @@ def attention_backward(
     sums = None
     if diagonals is not None and diagonals_require_grad:
         sums = diagonals.new_zeros(*lse.shape[:2], diagonals.shape[2])
-    words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, dbias, delta, sums)
+    words += pack_attention_gradients(grad_out, *into, grad_lse, dbias, delta, sums)
     _cpu.attention_backward(words, torch.get_num_threads())
     del kept
     ddiagonals = None if sums is None or diagonals is None else sums.sum_to_size(diagonals.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 _cpu = pytest.importorskip("efficient_attn._cpu", reason="the native module is not built")
 TESTS = Path(__file__).resolve().parents[2]
+KERNELS = TESTS.parent / "csrc" / "cpu"
+AARCH64 = shutil.which("aarch64-linux-gnu-g++")
 OTHERS = [name for name in _cpu.instruction_sets() if name != _cpu.instruction_set()]
 
 
@@ -35,6 +38,15 @@ def test_conformance(isa: str) -> None:
 def test_the_one_asked_for_is_taken(isa: str) -> None:
     result = run(isa, "-c", "import torch; from efficient_attn import _cpu; print(_cpu.instruction_set())")
     assert result.stdout.strip() == isa
+
+
+@pytest.mark.skipif(AARCH64 is None, reason="no aarch64-linux-gnu-g++ is here")
+@pytest.mark.parametrize("unit", ["attention", "linear_attention"])
+def test_units_compile_where_no_header_of_x86_helps(unit: str) -> None:
+    command = [str(AARCH64), "-std=c++17", "-fsyntax-only", "-Werror", "-Wall", "-Wextra", "-Wno-psabi"]
+    command += [f"-I{KERNELS.parent}", "-DEFFICIENT_ATTN_ISA=baseline", str(KERNELS / f"{unit}.cpp")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_an_unknown_one_fails_the_import() -> None:

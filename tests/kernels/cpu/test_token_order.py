@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.token_orders import DTYPES, HQ, NK, NQ, cases, check, order, run, tensors
+from support.token_orders import DTYPES, HQ, NK, NQ, cases, check, order, results_of, tensors
 
 from efficient_attn.backends.cpu import attention as cpu
 from efficient_attn.backends.cpu.statistics import attention_statistics
@@ -26,10 +26,10 @@ def test_a_permutation_has_the_bits_of_a_copy(dtype: torch.dtype) -> None:
     part, _ = cases()["lists"]
     query, key, value, grad_out = tensors(dtype)
     rows, columns = (t[0].long() for t in (part.query_order, part.key_order))  # type: ignore[index]
-    ours = run(cpu, part, [query, key, value, grad_out], None, 0.0)[:2]
+    ours = results_of(cpu, part, [query, key, value, grad_out], None, 0.0)[:2]
     copies = [query[:, :, rows], key[:, :, columns], value[:, :, columns], grad_out[:, :, rows]]
     plain = part._replace(query_order=None, key_order=None)
-    copied = run(cpu, plain, copies, None, 0.0)
+    copied = results_of(cpu, plain, copies, None, 0.0)
     assert all(torch.equal(x[:, :, rows], y) for x, y in zip(ours, copied, strict=False))
     last = (None, *ours, part, 0.2, 0.0, None, False)
     gradients = cpu.attention_backward(grad_out, None, None, query, key, value, *last)
@@ -62,7 +62,7 @@ def test_no_rows() -> None:
     given = tensors(torch.float32)
     none = torch.empty(1, 0, dtype=torch.int32)
     for part in (MaskArrays(query_order=none), MaskArrays(key_order=none)):
-        out, lse, dq, dk, dv, _ = run(cpu, part, given, None, 0.0)
+        out, lse, dq, dk, dv, _ = results_of(cpu, part, given, None, 0.0)
         assert out.eq(0).all() and lse.eq(-torch.inf).all()
         assert all(t.eq(0).all() for t in (dq, dk, dv))
 
@@ -85,4 +85,4 @@ def test_what_is_wrong_or_not_served_is_named() -> None:
     with pytest.raises(UnsupportedError, match="statistics"):
         attention_statistics(query, key, None, part, 0.2, Wanted())
     with pytest.raises(UnsupportedError, match="expand the bias"):
-        run(cpu, part, [query, key, value, grad_out], torch.zeros(1, 1, NQ, NK), 0.0)
+        results_of(cpu, part, [query, key, value, grad_out], torch.zeros(1, 1, NQ, NK), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.token_orders import HQ, NQ, cases, check, order, run, tensors
+from support.token_orders import HQ, NQ, cases, check, order, results_of, tensors
 
 from efficient_attn import attention, explain
 from efficient_attn.backends.triton import attention as triton
@@ -29,13 +29,13 @@ def test_no_rows_and_rows_that_no_tensor_has() -> None:
     given = tensors(torch.float32)
     none = torch.empty(1, 0, dtype=torch.int32)
     for part in (MaskArrays(query_order=none), MaskArrays(key_order=none)):
-        out, lse, dq, dk, dv, _ = run(triton, part, given, None, 0.0)
+        out, lse, dq, dk, dv, _ = results_of(triton, part, given, None, 0.0)
         assert out.eq(0).all() and lse.eq(-torch.inf).all()
         assert all(t.eq(0).all() for t in (dq, dk, dv))
     wrong = order(1, 9, NQ)
     wrong[0, 3:5] = torch.tensor([-7, NQ])  # nobody asks the device; such rows are left out
     right = wrong[:, [0, 1, 2, 5, 6, 7, 8]].contiguous()
-    found = (run(triton, MaskArrays(query_order=rows), given, None, 0.0) for rows in (wrong, right))
+    found = (results_of(triton, MaskArrays(query_order=rows), given, None, 0.0) for rows in (wrong, right))
     for ours, expected in zip(*found, strict=True):
         assert ours is expected is None or torch.equal(ours, expected)
 
@@ -51,7 +51,7 @@ def test_what_is_wrong_or_not_served_is_named() -> None:
     with pytest.raises(UnsupportedError, match="relative position"):
         triton.attention_forward(*call, part, 0.2, 0.0, None, 0.0, None, torch.zeros(1, 1, NQ + key.shape[2] - 1))
     with pytest.raises(UnsupportedError, match="expand the bias"):
-        run(triton, part, [query, key, value, grad_out], torch.zeros(1, 1, NQ, key.shape[2]), 0.0)
+        results_of(triton, part, [query, key, value, grad_out], torch.zeros(1, 1, NQ, key.shape[2]), 0.0)
 
 
 @pytest.mark.parametrize("bias", [None, "small", "coarse"])

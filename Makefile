@@ -175,7 +175,7 @@ budget: $(STAMP) ## convert(budget=) on trained models of five fields, and the t
 # At 65,536 tokens a forward takes some ten seconds.
 statistics: OUT = benchmarks/results/cpu/$(shell date +%Y%m%d-%H%M%S)-statistics
 statistics: $(STAMP) ## all statistics of attention's weights beside one forward, and the table of docs/insight.md
-	@out="$(OUT)" && $(BIN)/efficient-attn bench statistics --timeout 600 --out "$$out" $(ARGS) && $(BIN)/python docs/statistics.py "$$out/results.jsonl"
+	@out="$(OUT)" && $(BIN)/efficient-attn bench statistics --timeout 600 --out "$$out" $(ARGS) && $(BIN)/python docs/insight_times.py "$$out/results.jsonl"
 
 certify: INPUTS = 100000
 certify: $(STAMP) ## random and adversarial inputs against every bound of a certificate: INPUTS=100000

@@ -6,13 +6,16 @@ Letters: total_q and total_k tokens of all sequences, S sequences, Hq and Hkv he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from . import biases
+from .biases import BiasLike
 from .defaults import ALIGNMENTS
-from .errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError, UnsupportedError
 from .functional import attention
 from .masks import BlockMask
 from .masks.packed import packed_mask, starts_of
@@ -32,6 +35,9 @@ def attention_varlen(
     window: tuple[int, int] = (-1, -1),
     causal_alignment: str = "bottom_right",
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: BiasLike = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -49,6 +55,9 @@ def attention_varlen(
     window: tuple[int, int] = (-1, -1),
     causal_alignment: str = "bottom_right",
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: BiasLike = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: Literal[True],
@@ -67,6 +76,9 @@ def attention_varlen(
     window: tuple[int, int] = (-1, -1),
     causal_alignment: str = "bottom_right",
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: BiasLike = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -88,7 +100,10 @@ def attention_varlen(
         window: (left, right): a query sees `left` keys before its own and `right` behind; -1 is without limit.
         causal_alignment: where the queries of a sequence stand among its keys: the last at the last key
             ("bottom_right", as in a sequence that is continued), or the first at the first ("top_left").
-        scale, dropout_p, dropout_seed, backend: as in `attention`. A pair drops by its rows in the pack.
+        scale, softcap, sinks, dropout_p, dropout_seed, backend: as in `attention`. A pair drops by its rows in the
+            pack.
+        bias: as in `attention`, of rows of the pack. One by relative position (`ALiBi`, `RelativeBias`, `T5Bias`) goes
+            by the distances in each sequence, which must have as many queries as keys.
         return_lse: also return lse (Hq, total_q), the log-sum-exp of the scores.
 
     Returns:
@@ -106,12 +121,32 @@ def attention_varlen(
         query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k, is_causal=is_causal, window=window,
         causal_alignment=causal_alignment, device=query.device,
     )  # fmt: skip
+    bias = _in_pack(bias, query.shape[0], key.shape[0], cu_seqlens_q, cu_seqlens_k)
     out, lse = attention(
-        *(x.transpose(0, 1)[None] for x in (query, key, value)), mask=mask, scale=scale, dropout_p=dropout_p,
-        dropout_seed=dropout_seed, return_lse=True, backend=backend,
+        *(x.transpose(0, 1)[None] for x in (query, key, value)), mask=mask, scale=scale, softcap=softcap, sinks=sinks,
+        bias=bias, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=True, backend=backend,
     )  # fmt: skip
     out = out[0].transpose(0, 1).contiguous()
     return (out, lse[0]) if return_lse else out
+
+
+def _in_pack(bias: BiasLike, total_q: int, total_k: int, cu_seqlens_q: Starts, cu_seqlens_k: Starts | None) -> BiasLike:
+    """The bias, with those by relative position as rows of the pack lie apart; raises where they lie otherwise."""
+    dense, structured = biases.split(bias)
+    if not any(isinstance(part, biases.RelativePosition) for part in structured):
+        return bias
+    if cu_seqlens_k is not None and cu_seqlens_k is not cu_seqlens_q:
+        starts = starts_of("cu_seqlens_q", cu_seqlens_q, total_q)
+        if starts != starts_of("cu_seqlens_k", cu_seqlens_k, total_k):
+            raise UnsupportedError(
+                "a bias by relative position in a pack needs sequences with as many queries as keys, or it would be "
+                "another in each; call attention for each sequence, or compat.flash_attn for ALiBi"
+            )
+    moved = [
+        replace(part, alignment="top_left") if hasattr(part, "alignment") else part  # type: ignore[type-var]
+        for part in structured
+    ]
+    return biases.join(dense, moved)
 
 
 def varlen_mask(

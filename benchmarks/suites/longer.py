@@ -2,7 +2,7 @@
 
 A text is source code that tells nothing (of Python's unittest), then code of its class: asyncio, email or tkinter. A
 model that reads 512 tokens sees none of the latter. The texts that are learned from have 4,500 characters, those of the
-test 12,000, near 4,096 tokens; no file is in two splits, and the seed draws the pieces.
+test 12,000, some 3,400 tokens; no file is in two splits, and the seed draws the pieces.
 
 * head: a logistic regression on the mean of the pretrained model's outputs, which are as they were.
 * tuned: the task `text` of `efficient-attn train`, which adapts the whole model.
@@ -148,7 +148,7 @@ def configs(options: Options) -> Iterable[dict[str, Any]]:
 
 SUITE = Suite(
     name="longer",
-    about="Three classes of texts of near 4,096 tokens, told by what comes after the first 512: MiniLM (512 tokens) as "
+    about="Three classes of texts of some 3,400 tokens, told by what comes after the first 512: MiniLM (512 tokens) as "
     f"it is, and with positions extended to 4,096 under {ATTENTION}; its head learned alone, or the whole model tuned.",
     configs=configs,
     run_cell=run_cell,

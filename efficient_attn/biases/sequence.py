@@ -28,8 +28,8 @@ class ALiBi(RelativePosition):
         check("slopes", self.slopes, (1, 2), self.alignment)
 
     def line(self, distance: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.slopes.dtype, torch.float32)
-        return -self.slopes.to(dtype)[..., None] * distance.abs().to(dtype)
+        # In float64, so that the product is rounded once, to what the call computes in: it is a line of numbers.
+        return -self.slopes.double()[..., None] * distance.abs().double()
 
     @staticmethod
     def usual_slopes(heads: int) -> Tensor:

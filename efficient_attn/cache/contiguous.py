@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..biases import RelativePosition
 from ..errors import InputError, UnsupportedError
 from .reading import Lengths, cached_attention, checked_integers
 from .rotary import turned
@@ -102,6 +103,7 @@ class KVCache:
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        bias: RelativePosition | None = None,
         return_lse: bool = False,
         backend: str = "auto",
     ) -> Any:
@@ -114,6 +116,7 @@ class KVCache:
             counts: integers (B), how many of the Nq tokens are real; the rows behind give 0.
             is_causal: a token sees no later one.
             scale, softcap, sinks, return_lse, backend: as in `attention`.
+            bias: an `ALiBi`, `RelativeBias` or `T5Bias`, of the distances in each sequence.
 
         Returns:
             out (B, Hq, Nq, Dv), or (out, lse (B, Hq, Nq)).
@@ -143,7 +146,7 @@ class KVCache:
         found = cached_attention(
             query, keys, values, rows, counts=real, is_causal=is_causal,
             window=(-1 if self.window is None else self.window - 1, -1), scale=scale, softcap=softcap,
-            sinks=sinks, return_lse=return_lse, backend=backend,
+            sinks=sinks, bias=bias, return_lse=return_lse, backend=backend,
         )  # fmt: skip
         self._trim()
         return found

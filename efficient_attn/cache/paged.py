@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..biases import RelativePosition
 from ..errors import InputError, UnsupportedError
 from .reading import Lengths, checked_integers, paged_attention
 from .rotary import turned
@@ -165,6 +166,7 @@ class PagedKVCache:
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        bias: RelativePosition | None = None,
         return_lse: bool = False,
         backend: str = "auto",
     ) -> Any:
@@ -174,7 +176,7 @@ class PagedKVCache:
             query: (S, Hq, Nq, D), row s of sequences[s].
             key, value: (S, Hkv, Nq, D) and (S, Hkv, Nq, Dv), or None.
             counts: integers (S), how many of the Nq tokens are real; the rows behind give 0.
-            is_causal, window, scale, softcap, sinks, return_lse, backend: as in `paged_attention`.
+            is_causal, window, scale, softcap, sinks, bias, return_lse, backend: as in `paged_attention`.
 
         Returns:
             out (S, Hq, Nq, Dv), or (out, lse (S, Hq, Nq)).
@@ -195,8 +197,8 @@ class PagedKVCache:
             query = turned(query, firsts, real, *self.rotary, interleaved=self.interleaved)
         return paged_attention(
             query, self.key_pages, self.value_pages, self.block_table(sequences), lengths, counts=real,
-            is_causal=is_causal, window=window, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse,
-            backend=backend,
+            is_causal=is_causal, window=window, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
+            return_lse=return_lse, backend=backend,
         )  # fmt: skip
 
     # --- inside ---

@@ -7,11 +7,13 @@ lengths[b] keys; its queries are those of its last tokens, so that query i stand
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..biases import ALiBi, RelativePosition, aligned
 from ..errors import InputError, InputTypeError
 from ..functional import attention
 from ..masks import BlockMask
@@ -31,6 +33,7 @@ def cached_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: RelativePosition | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -44,30 +47,35 @@ def cached_attention(
         is_causal: a query sees no key behind itself.
         window: (left, right) keys before and behind a query's own that it sees; -1 is without limit.
         scale, softcap, sinks, return_lse, backend: as in `attention`.
+        bias: an `ALiBi`, `RelativeBias` or `T5Bias`, of the distances in each sequence.
 
     Returns:
         out (B, Hq, Nq, Dv), or (out, lse (B, Hq, Nq)); a query that sees no key gives 0 (lse -inf, or its sink; rows
         behind the counts -inf).
 
     Raises:
-        InputError, InputTypeError: what `attention` raises, and lengths that are not there.
+        InputError, InputTypeError: what `attention` raises, lengths that are not there, another bias.
     """
     ends = checked_integers("lengths", lengths, query.shape[0], key.shape[2])
     B, _, Nq, _ = query.shape
     real = [Nq] * B if counts is None else checked_integers("counts", counts, B, Nq)
     sides, longest, everything = (window[0], 0 if is_causal else window[1]), max(ends, default=0), slice(None)
 
+    placed = _placed(bias)
+
     def run(queries: Tensor, rows: slice, end: int, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = attention(
             queries, key[rows, :, :end], value[rows, :, :end], mask=mask, scale=scale, softcap=softcap, sinks=sinks,
-            return_lse=True, backend=backend,
+            bias=_of_rows(placed, rows), return_lse=True, backend=backend,
         )  # fmt: skip
         return found
 
     if len(set(ends)) <= 1 and len(set(real)) <= 1:
         n = max(real, default=0)
         found = run(query[:, :, :n], everything, longest, _end_mask(n, longest, sides))
-    elif Nq == 1 and sides[0] < 0 and min(real) == 1:  # what the last token sees is up to the length alone
+    elif (
+        Nq == 1 and sides[0] < 0 and min(real) == 1 and bias is None
+    ):  # what the last token sees is up to the length alone
         tensor = torch.tensor(ends, device=query.device)
         found = run(query, everything, longest, BlockMask.from_lengths(tensor, q_len=Nq, kv_len=longest))
     else:
@@ -78,6 +86,31 @@ def cached_attention(
         found = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     out, lse = _padded(found, Nq)
     return (out, lse) if return_lse else out
+
+
+def _placed(bias: RelativePosition | None) -> RelativePosition | None:
+    """The bias, for queries that are those of the last keys."""
+    if bias is None:
+        return None
+    if not isinstance(bias, RelativePosition):
+        raise InputTypeError(
+            f"a cache takes an ALiBi, RelativeBias or T5Bias as bias, got {type(bias).__name__}; what goes by absolute "
+            "places is for attention()"
+        )
+    if getattr(bias, "alignment", None) == "top_left":
+        raise InputError(
+            "queries of a cache stand at its last keys; a bias with alignment='top_left' has no place there"
+        )
+    (found,) = aligned([bias], "bottom_right")
+    assert isinstance(found, RelativePosition)
+    return found
+
+
+def _of_rows(bias: RelativePosition | None, rows: slice) -> RelativePosition | None:
+    """That of some sequences: slopes may be of each."""
+    if isinstance(bias, ALiBi) and bias.slopes.dim() == 2 and bias.slopes.shape[0] > 1:
+        return replace(bias, slopes=bias.slopes[rows])
+    return bias
 
 
 def _end_mask(q_len: int, kv_len: int, window: tuple[int, int]) -> BlockMask | None:
@@ -116,6 +149,7 @@ def paged_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: RelativePosition | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -137,7 +171,7 @@ def paged_attention(
     key, value = (read_pages(pages, block_table, max(ends, default=0)) for pages in (key_pages, value_pages))
     return cached_attention(
         query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale, softcap=softcap,
-        sinks=sinks, return_lse=return_lse, backend=backend,
+        sinks=sinks, bias=bias, return_lse=return_lse, backend=backend,
     )  # fmt: skip
 
 

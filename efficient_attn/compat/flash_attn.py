@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..biases import ALiBi
 from ..cache import cached_attention, paged_attention
 from ..cache.rotary import rotate
 from ..errors import InputError, InputTypeError, UnsupportedError
@@ -25,7 +26,7 @@ from ..functional import attention
 from ..masks.packed import offset_of, starts_of
 from ..varlen import attention_varlen
 from .kv_cache import append, read_cache, rows_of
-from .scores import attend
+from .scores import BY_KERNELS, attend
 
 __all__ = [
     "flash_attn_func",
@@ -114,7 +115,7 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Attention within packed sequences: one call under one block mask, which is kept for the next layer.
 
-    With a soft cap or ALiBi it is a call a sequence.
+    With a soft cap on a GPU, or ALiBi on a GPU or with other lengths of queries than of keys, it is a call a sequence.
 
     Args:
         q: (total_q, H, D).
@@ -138,9 +139,11 @@ def flash_attn_varlen_func(
     _check_dims(3, k=k, v=v)
     cu_k = starts_of("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     window = _window(window_size, causal)
-    if softcap == 0.0 and alibi_slopes is None:
+    plain = softcap == 0.0 and alibi_slopes is None
+    if plain or (q.device.type in BY_KERNELS and _goes_by_pack(alibi_slopes, q, cu_q, cu_k)):
         out, lse = attention_varlen(
-            q, k, v, cu_q, cu_k, window=window, scale=softmax_scale, dropout_p=dropout_p, return_lse=True,
+            q, k, v, cu_q, cu_k, window=window, scale=softmax_scale, softcap=softcap or None,
+            bias=None if alibi_slopes is None else ALiBi(alibi_slopes.detach()), dropout_p=dropout_p, return_lse=True,
             backend=backend,
         )  # fmt: skip
         return (out, lse, None) if return_attn_probs else out
@@ -290,6 +293,13 @@ def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
 def _slopes_of(slopes: Tensor | None, b: int) -> Tensor | None:
     """The slopes of one batch element, (H)."""
     return slopes if slopes is None or slopes.dim() < 2 else slopes[b]
+
+
+def _goes_by_pack(slopes: Tensor | None, q: Tensor, cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> bool:
+    """Whether distances in each sequence are those of rows of the pack."""
+    if slopes is None:
+        return True
+    return slopes.shape == (q.shape[1],) and slopes.is_floating_point() and cu_q == cu_k
 
 
 def _one_by_one(

@@ -21,7 +21,6 @@ from efficient_attn import (
 )
 from efficient_attn.errors import InputError, InputTypeError, UnsupportedError
 from efficient_attn.functional import attention_with_weights, padded_attention
-from efficient_attn.insight import attention_statistics
 
 
 def drawn(*lengths: int, B: int = 1, H: int = 2, D: int = 8, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -178,12 +177,6 @@ def test_sparse_methods_pass_them_on(spec: str) -> None:
     out, _ = method.attend(q, k, v, **named)
     mask = None if spec == "dense" else method.for_inputs(q, k)
     torch.testing.assert_close(out, attention(q, k, v, mask=mask, **named))
-
-
-def test_statistics_refuse() -> None:
-    q, k, _ = drawn(16, 16, 16)
-    with pytest.raises(UnsupportedError, match="a structured bias cannot be served by attention_statistics"):
-        attention_statistics(q, k, bias=ALiBi(torch.ones(2)))
 
 
 def test_explain_says_who_refuses() -> None:

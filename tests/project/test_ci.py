@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def test_pre_commit_runs_the_tools_of_make_lint() -> None:
     hooks = re.findall(r"\.venv/bin/(\S+(?: check| format)?)", "\n".join(hook["entry"] for hook in repository["hooks"]))
     assert hooks == ["ruff check", "ruff format", "clang-format", "mypy"]
     assert hooks == re.findall(r"\$\(BIN\)/(\S+(?: check| format)?)", recipe("lint"))
+
+
+def test_no_script_hides_a_module_of_python() -> None:
+    """`python docs/x.py` imports from docs first: a statistics.py there would be everybody's `import statistics`."""
+    scripts = [
+        path
+        for folder in ("docs", "examples", "benchmarks/tools", "tests/mutants")
+        for path in ROOT.glob(f"{folder}/*.py")
+    ]
+    assert scripts and not {path.stem for path in scripts} & set(sys.stdlib_module_names)

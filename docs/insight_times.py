@@ -1,4 +1,4 @@
-"""Writes the times in insight.md from the rows of the suite `statistics`: python docs/statistics.py RESULTS.jsonl"""
+"""Writes the times in insight.md from the rows of the suite `statistics`: python docs/insight_times.py RESULTS.jsonl"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from efficient_attn.measuring import records
 
 PAGE = Path(__file__).resolve().parent / "insight.md"
-MARKS = ("<!-- statistics: made by docs/statistics.py -->", "<!-- end of statistics -->")
+MARKS = ("<!-- statistics: made by docs/insight_times.py -->", "<!-- end of statistics -->")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

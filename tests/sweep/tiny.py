@@ -116,6 +116,7 @@ OF_TYPES: list[tuple[str, dict[str, Any]]] = [
     ("align", {"projection_dim": 640}),
     ("esmc", {"num_key_value_heads": 4}),
     ("sam2_hiera_det_model", {"hidden_size": 96}),
+    ("perceiver", {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 1, "num_self_attention_heads": 4}),
     ("dots3_note_text", {"swa_head_dim": 16, "swa_v_head_dim": 8}),
     ("dots3_note_audio_encoder", {"adapter_input_size": 32}),
     ("dots3_note_vision_encoder", {"adapter_in_dim": 32}),

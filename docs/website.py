@@ -56,6 +56,10 @@ REFERENCE = {
     "attention": ("efficient_attn.functional", ("attention", "attention_weights", "merge_attention")),
     "packed sequences": ("efficient_attn.varlen", ("attention_varlen",)),
     "the module": ("efficient_attn.multihead", ("MultiheadAttention", "replace_attention")),
+    "biases": (
+        "efficient_attn.biases",
+        ("ALiBi", "RelativeBias", "T5Bias", "LowRankBias", "RelativeBias2D", "DecomposedBias2D", "PositionBias"),
+    ),
     "caches": ("efficient_attn.cache", ("KVCache", "PagedKVCache", "cached_attention", "paged_attention")),
     "masks": ("efficient_attn.masks.block_mask", ("BlockMask",)),
     "explain": ("efficient_attn.explanation", ("explain", "Explanation")),

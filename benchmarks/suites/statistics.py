@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from efficient_attn import attention
+from efficient_attn import attention, parse
 from efficient_attn.insight import attention_statistics
 from efficient_attn.measuring import clock
-from efficient_attn.patterns import parse
 
 from . import Chart, Claim, Column, Options, Row, Suite, grid
 
@@ -31,7 +30,7 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     shape = (config["batch"], config["heads"], config["seqlen"], config["head_dim"])
     dtype = getattr(torch, config["dtype"])
     query, key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-    pattern = None if config["method"] == "dense" else parse(config["method"])
+    pattern = None if config["method"] == "dense" else parse(config["method"]).pattern
 
     def forward() -> object:
         return attention(query, key, value, mask=pattern)

@@ -33,7 +33,7 @@ from .exchange import Exchange, Passing
 from .plan import Piece, Plan, head_range
 from .shards import Run, size
 
-AT_ONCE = 2**23  # bytes of keys and values that may be here of other ranks before heads take turns
+AT_ONCE = 2**22  # bytes of keys and values that may be here of other ranks before heads take turns
 
 
 @dataclass(frozen=True)

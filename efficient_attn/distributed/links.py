@@ -25,6 +25,7 @@ class Link:
         node: ranks of a node; 0: all are in one.
         far_bandwidth, far_latency: between nodes; 0: as near.
         call: seconds of one call of a kernel beside its FLOPs.
+        start: seconds until a call's ranks agree, before anything else travels.
         overlap: the part of the shorter one of computing and passing on that is hidden behind the longer one; 1 where
             links have engines of their own, 0 where the same cores do both.
 
@@ -40,6 +41,7 @@ class Link:
     far_latency: float = 0.0
     call: float = 2e-5
     overlap: float = 0.0
+    start: float = 2e-4
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "flops"):
@@ -80,4 +82,5 @@ H200 = Link(
     far_latency=2e-5,
     overlap=1.0,
     call=1e-5,
+    start=5e-5,
 )

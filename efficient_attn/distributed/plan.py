@@ -225,6 +225,10 @@ class Plan:
 
     def seconds(self, transport: str, shape: Shape, link: Link, heads_ranks: int = 1) -> list[float]:
         """The predicted time of each rank in a forward, waiting for others included; see links.py for the model."""
+        start = link.start if self.ranks > 1 else 0.0
+        return [start + seconds for seconds in self._replayed(transport, shape, link, heads_ranks)]
+
+    def _replayed(self, transport: str, shape: Shape, link: Link, heads_ranks: int) -> list[float]:
         R, flops = self.ranks, shape.pair_flops / link.flops
         if transport == "gather":
             work = self.pairs.sum(1) * flops
@@ -243,7 +247,7 @@ class Plan:
             ),
         )
         apart = replace(link, node=max(1, link.node // heads_ranks) if link.node else 0)  # neighbours in the ring
-        rest = inner.seconds("ring" if inner.ranks > 1 else "gather", part, apart)
+        rest = inner._replayed("ring" if inner.ranks > 1 else "gather", part, apart, 1)
         moved = self.sent(transport, shape, heads_ranks)
         found = []
         for r in range(R):

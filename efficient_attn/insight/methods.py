@@ -67,7 +67,7 @@ def method_statistics(
         "key_mask": key_mask, "bias": bias, "is_causal": is_causal, "causal_alignment": causal_alignment, "scale": scale
     }  # fmt: skip
     modifiers: dict[str, Any] = {"softcap": softcap, "sinks": sinks}
-    check_want(want or ())
+    check_want(() if want is None else want)
     if isinstance(method, Sparse):
         method.pattern.check_scores(bias, softcap)
         query, key, mask, places["bias"] = pairs(method, query, key, mask=mask, **places)

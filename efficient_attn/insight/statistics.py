@@ -7,7 +7,7 @@ a time. Letters as in `functional`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class AttentionStatistics(NamedTuple):
         return None if self.top_weights is None else self.top_weights[..., 0]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_statistics(
     query: Tensor,
     key: Tensor,
@@ -100,7 +101,9 @@ def attention_statistics(
     Raises:
         InputError, InputTypeError: arguments that do not belong together; distances where Nq != Nk and no alignment
             says where the queries stand.
-        UnsupportedError: the backend asked for cannot serve.
+        UnsupportedError: the backend asked for cannot serve; tensors without values, or those of vmap.
+
+    torch.compile leaves it out of its graph, so that it is not for fullgraph=True.
     """
     _check(want, top_k, nearby, map_block)
     value = key if value is None else value
@@ -151,16 +154,18 @@ def attention_statistics(
 
 def check_want(want: Sequence[str]) -> None:
     """Raise InputError for what is no sequence of names of statistics."""
-    if isinstance(want, str) or any(name not in WANT for name in want):
+    if not isinstance(want, Collection) or isinstance(want, str) or any(name not in WANT for name in want):
         raise InputError(f"want must be a sequence of {list(WANT)}; got {want!r}")
 
 
 def _check(want: Sequence[str], top_k: int, nearby: int, map_block: int) -> None:
     check_want(want)
-    if not 1 <= top_k <= MAX_TOP:
-        raise InputError(f"top_k must be from 1 to {MAX_TOP}, got {top_k}")
-    if nearby < 0 or map_block < 1:
-        raise InputError(f"nearby must be at least 0 and map_block at least 1; got {nearby} and {map_block}")
+    if not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP:
+        raise InputError(f"top_k must be a whole number from 1 to {MAX_TOP}, got {top_k!r}")
+    if not nearby >= 0 or not isinstance(map_block, int) or map_block < 1:
+        raise InputError(
+            f"nearby must be at least 0 and map_block a whole number from 1 on; got {nearby!r} and {map_block!r}"
+        )
 
 
 def _position_offset(alignment: str | None, q_len: int, kv_len: int) -> int:
@@ -241,6 +246,10 @@ def _serving(backend: str, kernels: ModuleType, call: Prepared) -> ModuleType:
         raise UnsupportedError(
             "attention_statistics of tensors without values (on the meta device, or fake ones) is not defined; call it "
             "on real tensors, outside of torch.export and of a fullgraph of torch.compile"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(call.query):
+        raise UnsupportedError(
+            "attention_statistics has no batching rule for torch.func; pass the batch as that of query"
         )
     name = next(name for name, module in KERNELS.items() if module is kernels)
     asked = describe(call.query, call.key, call.key, call.bias, call.mask, 0.0)

@@ -56,6 +56,9 @@ def profile(
         Text,
         typer.Option(help="Ranks that share the sequence, as 1,2,4,64: measured here, predicted beyond."),
     ] = None,
+    layout: Annotated[
+        str, typer.Option(help="With --context-parallel: zigzag, or contiguous, least to send for windows.")
+    ] = "zigzag",
     link: Annotated[Text, typer.Option(help="With --context-parallel: predict for h200, measure nothing.")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=1e-3, help="GB/s of a link, for the prediction.")] = None,
     latency: Annotated[float | None, typer.Option(min=0.0, help="Microseconds of a message, likewise.")] = None,
@@ -78,9 +81,10 @@ def profile(
                 op or ["dense"],
                 read_lengths(lengths or "8k"),
                 _numbers(context_parallel),
-                shape | {"causal": causal, "link": link},
+                shape | {"causal": causal, "link": link, "layout": layout, "mode": mode},
                 {name: value * unit for name, (value, unit) in given.items() if value is not None},
                 as_json,
+                out,
             )
             return
         if (op is None) == (model is None):
@@ -199,11 +203,16 @@ def _numbers(text: str) -> list[int]:
 
 def _over_ranks(
     specs: list[str], lengths: tuple[int, ...], ranks: list[int], options: dict[str, Any], beyond: dict[str, float],
-    as_json: bool,
+    as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
-    """The tables of --context-parallel."""
+    """The tables of --context-parallel; with a folder also its rows there."""
     profiles = importlib.import_module(f"{__package__}.ranks")
     found = [profiles.profile_ranks(spec, n, ranks, beyond=beyond, **options) for spec in specs for n in lengths]
+    if out is not None:
+        with records.ResultFile(out / "results.jsonl") as file:
+            file.append(records.environment())
+            for record in (record for profile in found for record in profile.records(options)):
+                file.append(record)
     if as_json:
         print(json.dumps([profile.to_json() for profile in found]))
         return

@@ -1,19 +1,23 @@
 """`efficient-attn profile --context-parallel`: attention over 1, 2, 4, ... ranks, measured here and predicted beyond.
 
-As many ranks as there are processors run as processes with one thread each; their link and speed are measured by the
-way. For more, the plan of the same call is replayed with the model of links (distributed/links.py), which is printed
-beside what was measured, so that it can be judged.
+Ranks run as processes with one thread each, also more of them than processors. Beside the call itself, in the same
+rounds, they measure what a prediction is made of: the FLOP/s of a rank while all ranks compute without a word to each
+other, what an exchange of so many ranks takes, and an empty call. The plan of the call is then replayed with these
+numbers (distributed/links.py) and printed beside what was measured, so that it can be judged; for numbers of ranks that
+cannot run here, with the speeds of the largest that did, or with those given.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,27 +27,34 @@ from ..distributed import H200, TRANSPORTS, Link, Plan, Shape, Shards, context_p
 from ..distributed.plan import head_ranks
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
+from ..measuring import records
 from ..methods import Method, Sparse, parse
 
 LINKS = {"h200": H200}
 LAYOUTS = ("zigzag", "contiguous")
+ONE_PROCESS = f" {'1 process ms':>13} {'peak MB':>8} {'1 process':>10}"
+MODES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Attention by one transport over so many ranks: seconds of the slowest rank, forward."""
+    """Attention by one transport over so many ranks: seconds of the slowest rank."""
 
     ranks: int
     transport: str
-    sent: int  # bytes, over all ranks
-    predicted: float
+    sent: int  # bytes of a forward, over all ranks
+    predicted: float | None  # of a forward; None where a backward is measured too
     measured: float | None
     efficiency: float  # of the ideal, one rank's time over so many ranks; of measured times where both were
+    one_process: float | None = None  # seconds of one process with as many threads as ranks, or as processors
+    peak: int | None = None  # bytes by which the memory of the largest rank grows, its part of the tensors included
+    one_peak: int | None = None  # likewise of one process that does all without context_parallel
 
     @property
     def off(self) -> float | None:
         """How far the prediction is from what was measured, as a part of that."""
-        return None if self.measured is None else self.predicted / self.measured - 1
+        known = self.measured is not None and self.predicted is not None
+        return self.predicted / self.measured - 1 if known else None  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -55,36 +66,75 @@ class RankProfile:
     link: Link
     measured_link: bool
     rows: tuple[Row, ...]
+    mode: str = "fwd"
+    links: dict[int, Link] = field(default_factory=dict)  # as measured with so many ranks
 
     @property
     def fastest(self) -> dict[int, str]:
-        """The predicted fastest transport for each number of ranks: where it changes, two of them cross."""
+        """The transport predicted, or else measured, to be fastest for each number of ranks: where it changes, two of
+        them cross."""
         found: dict[int, Row] = {}
         for row in self.rows:
-            if row.ranks not in found or row.predicted < found[row.ranks].predicted:
+            if row.ranks not in found or _time(row) < _time(found[row.ranks]):
                 found[row.ranks] = row
         return {ranks: row.transport for ranks, row in found.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [asdict(row) for row in self.rows], "fastest": self.fastest}
 
+    def records(self, options: Mapping[str, Any]) -> list[records.Record]:
+        """A cell for each row, as the files of results have them; `options` are those of `profile_ranks`."""
+        code, found = records.code_version(), []
+        for row in self.rows:
+            config = {"method": self.method, "seqlen": self.length, **options, "mode": self.mode}
+            config |= {"ranks": row.ranks, "transport": row.transport}
+            times = {"ms": row.measured, "predicted_ms": row.predicted, "one_process_ms": row.one_process}
+            cell: dict[str, Any] = {name: t if t is None else round(t * 1e3, 4) for name, t in times.items()}
+            cell |= {"sent_bytes": row.sent, "peak_bytes": row.peak, "one_process_peak_bytes": row.one_peak}
+            cell["efficiency"] = round(row.efficiency, 4)
+            if row.off is not None:
+                cell["prediction_error"] = round(abs(row.off), 4)
+            if row.measured and row.one_process:
+                cell["speedup_one_process"] = round(row.one_process / row.measured, 4)
+            if row.ranks in self.links:
+                cell["link"] = asdict(self.links[row.ranks])
+            cell = {name: value for name, value in cell.items() if value is not None}
+            name = records.cell_id("ranks", config, code)
+            found.append({"type": "cell", "id": name, "suite": "ranks", "config": config, "code": code,
+                          "load": round(os.getloadavg()[0], 2), "status": "ok", **cell})  # fmt: skip
+        return found
+
     def __str__(self) -> str:
         speeds = f"{self.link.bandwidth / 1e9:.3g} GB/s, {self.link.latency * 1e6:.3g} us, {self.link.flops:.3g} FLOP/s"
         lines = [
-            f"{self.method} of {self.length:,} tokens over ranks, forward",
+            f"{self.method} of {self.length:,} tokens over ranks, {MODES[self.mode]}",
             f"link {'measured' if self.measured_link else 'given'}: {speeds}",
             f"{'ranks':>6} {'transport':<11} {'measured ms':>12} {'predicted ms':>13} {'off':>6} {'efficiency':>11} "
-            f"{'MB sent':>10}",
+            f"{'MB sent':>10}"
+            + (f" {'1 process ms':>13} {'peak MB':>8} {'1 process':>10}" if self.measured_link else ""),
         ]
         for row in self.rows:
-            measured = "-" if row.measured is None else f"{row.measured * 1e3:.2f}"
+            measured = _ms(row.measured)
             off = "-" if row.off is None else f"{row.off:+.0%}"
+            alone = f" {_ms(row.one_process):>13} {_mb(row.peak):>8} {_mb(row.one_peak):>10}"
             star = "*" if self.fastest[row.ranks] == row.transport else " "
             lines.append(
-                f"{row.ranks:>6} {row.transport:<10}{star} {measured:>12} {row.predicted * 1e3:>13.2f} {off:>6} "
-                f"{row.efficiency:>11.0%} {row.sent / 1e6:>10.1f}"
+                f"{row.ranks:>6} {row.transport:<10}{star} {measured:>12} {_ms(row.predicted):>13} {off:>6} "
+                f"{row.efficiency:>11.0%} {row.sent / 1e6:>10.1f}" + (alone if self.measured_link else "")
             )
         return "\n".join([*lines, "* predicted to be fastest"])
+
+
+def _time(row: Row) -> float:
+    return row.predicted if row.predicted is not None else row.measured or 0.0
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def _mb(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.0f}"
 
 
 def profile_ranks(
@@ -103,6 +153,7 @@ def profile_ranks(
     beyond: Mapping[str, Any] | None = None,
     rounds: int = 5,
     measure: int | None = None,
+    mode: str = "fwd",
 ) -> RankProfile:
     """Time attention over several numbers of ranks.
 
@@ -115,7 +166,8 @@ def profile_ranks(
         link: None measures here what can be measured; a `Link` or "h200" predicts for that one and measures nothing.
         beyond: fields of `Link` that replace the measured ones for numbers that cannot run here: {"bandwidth": 4.5e11}.
         rounds: measured, of which the median counts.
-        measure: the most ranks that are run as processes; default: the processors, 0: none.
+        measure: the most ranks that are run as processes; default: twice the processors, 0: none.
+        mode: "fwd", or "fwd_bwd", which is measured and not predicted.
 
     Raises:
         InputError, UnsupportedError: a method, shape, link or numbers that cannot be.
@@ -129,6 +181,8 @@ def profile_ranks(
         raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     if isinstance(link, str) and link not in LINKS:
         raise InputError(f"--link must be one of {', '.join(LINKS)}, got {link!r}")
+    if mode not in MODES:
+        raise InputError(f"--mode with --context-parallel is one of {', '.join(MODES)}; got {mode!r}")
     numbers = sorted(set(ranks))
     mask = BlockMask(length, length)
     if not found.is_dense:
@@ -137,40 +191,46 @@ def profile_ranks(
         mask = mask & BlockMask(length, length).with_causal()
     kind: torch.dtype = getattr(torch, dtype)
     shape = Shape(batch, heads, kv_heads or heads, head_dim, head_dim, kind.itemsize)
-    times: dict[tuple[int, str], float] = {}
+    found_here: dict[int, _Found] = {}
     given = LINKS[link] if isinstance(link, str) else link
     if given is None:
-        most = len(os.sched_getaffinity(0)) if measure is None else measure
-        job = _Job(str(found), length, shape, dtype, causal, layout, rounds)
-        given = Link()
-        for count in [n for n in sorted({1, 2, *numbers}) if n <= most]:
-            answers = _in_processes(count, job)
-            times |= {(count, name): max(a[0][name] for a in answers) for name in answers[0][0]}
-            if count == 1:
-                pairs = float(make_plan(mask, *(Shards.zigzag(length, 1),) * 2).pairs.sum())
-                given = replace(given, flops=pairs * shape.pair_flops / times[1, "gather"], call=0.0)
-            elif count == 2:
-                given = replace(given, latency=answers[0][1], bandwidth=answers[0][2])
+        most = 2 * len(os.sched_getaffinity(0)) if measure is None else measure
+        job = _Job(str(found), length, shape, dtype, causal, layout, rounds, mode)
+        flops = float(make_plan(mask, *(Shards.zigzag(length, 1),) * 2).pairs.sum()) * shape.pair_flops
+        found_here = {count: _measured(count, job, flops) for count in sorted({1, *numbers}) if count <= most}
+        given = found_here[max(found_here)].link if found_here else Link()
+    if mode != "fwd" and not found_here:
+        raise InputError(f"--mode {mode} is measured and not predicted; take --link away, or --mode fwd")
+    alone = found_here[1].times["gather"] if 1 in found_here else None
     rows = []
     for count in numbers:
-        here = not times or (count, "gather") in times
-        speeds = given if here else replace(given, **(beyond or {}))
-        one = max(_plan(mask, length, 1, layout).seconds("gather", shape, speeds))
+        here = found_here.get(count)
+        if mode != "fwd" and here is None:
+            continue
+        speeds = here.link if here else replace(given, **(beyond or {}))
+        one = max(_plan(mask, length, 1, layout).seconds("gather", shape, found_here[1].link if here else speeds))
         plan = _plan(mask, length, count, layout)
         for name in TRANSPORTS if count > 1 else ("gather",):
             degree = head_ranks(heads, count) if name == "all_to_all" else 1
             if name == "all_to_all" and degree == 1:
                 continue
-            predicted, measured = max(plan.seconds(name, shape, speeds, degree)), times.get((count, name))
-            alone = times.get((1, "gather"))
-            ideal = one / predicted if measured is None or alone is None else alone / measured
-            rows.append(Row(count, name, sum(plan.sent(name, shape, degree)), predicted, measured, ideal / count))
-    return RankProfile(f"{found}{' causal' if causal else ''}", length, given, bool(times), tuple(rows))
+            predicted = max(plan.seconds(name, shape, speeds, degree)) if mode == "fwd" else None
+            measured = here.times[name] if here else None
+            ideal = alone / measured if alone and measured else one / (predicted or one)
+            rest = (here.one_process, here.peaks[name], found_here[1].one_peak) if here else ()
+            sent = sum(plan.sent(name, shape, degree))
+            rows.append(Row(count, name, sent, predicted, measured, ideal / count, *rest))
+    links = {count: here.link for count, here in found_here.items()}
+    title = f"{found}{' causal' if causal else ''}"
+    return RankProfile(title, length, given, bool(found_here), tuple(rows), mode, links)
 
 
 def _plan(mask: BlockMask, length: int, ranks: int, layout: str) -> Plan:
     shards = Shards.zigzag(length, ranks) if layout == "zigzag" else Shards.contiguous(length, ranks)
     return make_plan(mask, shards, shards)
+
+
+# --- measuring ---
 
 
 @dataclass(frozen=True)
@@ -184,70 +244,176 @@ class _Job:
     causal: bool
     layout: str
     rounds: int
+    mode: str
 
 
-def _in_processes(ranks: int, job: _Job) -> list[tuple[dict[str, float], float, float]]:
-    """(seconds by transport, latency, bandwidth) of each rank."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
-        workers = [
-            context.Process(target=_work, args=(rank, ranks, folder, job, pipes[rank][1]), daemon=True)
-            for rank in range(ranks)
+@dataclass(frozen=True)
+class _Found:
+    """What so many ranks gave: seconds and bytes of memory by transport, and the speeds of a prediction."""
+
+    times: dict[str, float]
+    peaks: dict[str, int]
+    link: Link
+    one_process: float
+    one_peak: int
+
+
+def _measured(ranks: int, job: _Job, flops: float) -> _Found:
+    """Everything once a round, so that what else the machine does meets all alike; medians over the rounds."""
+    names = [n for n in TRANSPORTS if ranks > 1 or n == "gather"]
+    threads = min(ranks, len(os.sched_getaffinity(0)))
+    samples: dict[str, list[float]] = {}
+    small, large = 2**8, 2**22
+    with _Workers(ranks, job, 1) as workers, _Workers(1, job, threads) as one:
+        peaks = {name: int(max(workers.ask("peak", name))) for name in names}
+        one_peak = int(max(one.ask("peak", None)))
+        for number in range(job.rounds + 1):
+            found = {"one": one.ask("call", None)[0]}
+            found |= {name: max(workers.ask("call", name)) for name in names}
+            found["local"] = statistics.median(workers.ask("local"))
+            if ranks > 1:
+                found |= {f"swap {n}": max(workers.ask("swap", n)) for n in (small, large)}
+                found["tiny"] = max(workers.ask("tiny"))
+            for name, seconds in found.items() if number else ():
+                samples.setdefault(name, []).append(seconds)
+    middle = {name: statistics.median(values) for name, values in samples.items()}
+    link = replace(Link(), flops=flops / middle["local"], call=0.0, start=0.0)
+    if ranks > 1:
+        latency = middle[f"swap {small}"]
+        bandwidth = large * (ranks - 1) / max(middle[f"swap {large}"] - latency, 1e-9)
+        per_message = latency / (ranks - 1)
+        link = replace(link, latency=per_message, bandwidth=bandwidth, start=max(middle["tiny"] - latency, 0.0))
+    return _Found({name: middle[name] for name in names}, peaks, link, middle["one"], one_peak)
+
+
+class _Workers:
+    """Processes that do what they are told, all of them at the same time."""
+
+    def __init__(self, ranks: int, job: _Job, threads: int) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(ranks)]
+        self.pipes = [pipe for pipe, _ in pipes]
+        self.processes = [
+            context.Process(target=_work, args=(rank, ranks, self.folder.name, job, threads, pipe), daemon=True)
+            for rank, (_, pipe) in enumerate(pipes)
         ]
-        for worker in workers:
-            worker.start()
-        try:
-            answers = []
-            for (receive, _), worker in zip(pipes, workers, strict=True):
-                while not receive.poll(0.2):
-                    if worker.exitcode is not None and not receive.poll(0):
-                        raise InputError(f"a process of {ranks} ranks ended with code {worker.exitcode}; see its error")
-                answers.append(receive.recv())
-            return answers
-        finally:
-            for worker in workers:
-                worker.join(10)
-                if worker.is_alive():
-                    worker.kill()
+
+    def __enter__(self) -> _Workers:
+        for process in self.processes:
+            process.start()
+        return self
+
+    def ask(self, what: str, *arguments: Any) -> list[float]:
+        """What each rank answers."""
+        for pipe in self.pipes:
+            pipe.send((what, *arguments))
+        answers = []
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            while not pipe.poll(0.2):
+                if process.exitcode is not None and not pipe.poll(0):
+                    raise InputError(
+                        f"a process of {len(self.pipes)} ranks ended with code {process.exitcode}; see its error"
+                    )
+            answers.append(pipe.recv())
+        return answers
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        self.folder.cleanup()
 
 
-def _work(rank: int, ranks: int, folder: str, job: _Job, pipe: Any) -> None:
-    torch.set_num_threads(1)
+def _work(rank: int, ranks: int, folder: str, job: _Job, threads: int, pipe: Any) -> None:
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    method, shape, times = parse(job.method), job.shape, dict[str, float]()
-    kind: torch.dtype = getattr(torch, job.dtype)
-    group: Any = dist.group.WORLD
-    latency = bandwidth = 0.0
-    for name in TRANSPORTS if ranks > 1 else ("gather",):
-        with context_parallel(group, shards=job.layout, transport=name) as context:
-            n = context.shards(job.length).counts[rank]
-            query = torch.randn(shape.B, shape.Hq, n, shape.D, dtype=kind)
-            key, value = (torch.randn(shape.B, shape.Hkv, n, shape.D, dtype=kind) for _ in range(2))
-            samples = []
-            for _ in range(job.rounds + 1):
-                dist.barrier()
-                began = time.perf_counter()
-                method.attend(query, key, value, is_causal=job.causal)
-                samples.append(time.perf_counter() - began)
-            times[name] = statistics.median(samples[1:])
-            if ranks == 2 and not latency:
-                small, large = (_swap_time(context, size) for size in (256, 2**22))
-                latency, bandwidth = small, 2**22 / max(large - small, 1e-9)
-    pipe.send((times, latency, bandwidth))
+    rank_at_work = _Rank(job)
+    while (order := pipe.recv()) is not None:
+        what, *arguments = order
+        pipe.send(getattr(rank_at_work, what)(*arguments))
     dist.destroy_process_group()
 
 
-def _swap_time(context: Any, size: int) -> float:
-    """Seconds in which two ranks give each other `size` bytes."""
-    part = torch.zeros(size, dtype=torch.uint8)
-    leaving: list[list[torch.Tensor]] = [[], []]
-    arriving: list[list[torch.Tensor]] = [[], []]
-    leaving[1 - context.rank], arriving[1 - context.rank] = [part], [part.clone()]
-    samples = []
-    for _ in range(9):
+class _Rank:
+    """One rank: `call` and `peak` are of the call that is profiled, the others of what a prediction is made of."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job, self.method = job, parse(job.method)
+        self.group: Any = dist.group.WORLD
+
+    def call(self, transport: str | None) -> float:
+        """Seconds of the call; without a transport this process does all of it."""
+        with self._context(transport) as context:
+            tensors = self._tensors(context, self.job.length)
+            dist.barrier()
+            began = time.perf_counter()
+            self._attend(*tensors)
+            return time.perf_counter() - began
+
+    def peak(self, transport: str | None) -> float:
+        """Bytes by which this process grows, its tensors included."""
+        with self._context(transport) as context:
+            self._attend(*self._tensors(context, min(self.job.length, 512)))  # what libraries keep for themselves
+            before = _resident("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            self._attend(*self._tensors(context, self.job.length))
+            return _resident("VmHWM") - before
+
+    def local(self) -> float:
+        """Seconds of the whole forward in each process, without a word to the others."""
+        tensors = self._tensors(None, self.job.length)
         dist.barrier()
         began = time.perf_counter()
-        context.exchange.swap(leaving, arriving, what="measuring")
-        samples.append(time.perf_counter() - began)
-    return statistics.median(samples)
+        with torch.no_grad():
+            self.method.attend(*tensors, is_causal=self.job.causal)
+        return time.perf_counter() - began
+
+    def tiny(self) -> float:
+        """Seconds of a call of next to no tokens."""
+        with self._context("gather") as context:
+            tensors = self._tensors(context, 32 * dist.get_world_size())
+            dist.barrier()
+            began = time.perf_counter()
+            with torch.no_grad():
+                self.method.attend(*tensors, is_causal=self.job.causal)
+            return time.perf_counter() - began
+
+    def swap(self, size: int) -> float:
+        """Seconds in which each rank gives `size` bytes to each other one."""
+        with self._context("gather") as context:
+            part, ranks = torch.zeros(size, dtype=torch.uint8), context.ranks
+            leaving = [[part] if r != context.rank else [] for r in range(ranks)]
+            arriving = [[part.clone()] if r != context.rank else [] for r in range(ranks)]
+            dist.barrier()
+            began = time.perf_counter()
+            context.exchange.swap(leaving, arriving, what="measuring")
+            return time.perf_counter() - began
+
+    def _context(self, transport: str | None) -> Any:
+        if transport is None:
+            return contextlib.nullcontext()
+        return context_parallel(self.group, shards=self.job.layout, transport=transport)
+
+    def _tensors(self, context: Any, length: int) -> list[torch.Tensor]:
+        shape, kind = self.job.shape, getattr(torch, self.job.dtype)
+        n = length if context is None else context.shards(length).counts[context.rank]
+        sizes = ((shape.Hq, shape.D), (shape.Hkv, shape.D), (shape.Hkv, shape.Dv))
+        wants = self.job.mode != "fwd"
+        return [torch.randn(shape.B, h, n, d, dtype=kind).requires_grad_(wants) for h, d in sizes]
+
+    def _attend(self, *tensors: torch.Tensor) -> None:
+        out, _ = self.method.attend(*tensors, is_causal=self.job.causal)
+        if self.job.mode != "fwd":
+            out.backward(torch.ones((), dtype=out.dtype).expand_as(out))
+
+
+def _resident(what: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) * 1024
+    raise InputError(f"/proc/self/status names no {what}: memory is measured on Linux alone")

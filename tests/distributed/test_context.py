@@ -111,6 +111,11 @@ REFUSED = {
     "image": "UnsupportedError: RelativeBias2D goes by places in an image",
     "image rows": "UnsupportedError: DecomposedBias2D goes by places in an image",
     "weights": "UnsupportedError: what was called is not defined inside context_parallel",
+    "sinks": "InputError: ranks [1] call attention with another options",
+    "softcap": "InputError: ranks [1] call attention with another options",
+    "biases": "InputError: ranks [1] call attention with another options",
+    "whole u": "InputError: u of LowRankBias, (1, 1, 64, 2), does not fit (1, 2, 32, 4)",
+    "low-rank sinks": "UnsupportedError: sinks cannot be served by linear",
     "content": "UnsupportedError: topk_blocks",
     "hybrid": "UnsupportedError: sliding_window",
 }
@@ -151,32 +156,77 @@ def test_bytes_of_a_window_of_512_at_64k_over_8_ranks():
 
 
 @pytest.mark.slow
-def test_memory_falls_with_the_number_of_ranks():
-    length, found = 65536, {}
-    for count in (1, 2, 4):
+@pytest.mark.parametrize("transport", ["gather", "ring"])
+def test_memory_falls_with_the_number_of_ranks(transport):
+    length, mask, found = 32768, SlidingWindow(left=64, right=0), {}
+    with started(1) as ranks:
+        [found[1]] = ranks.run(jobs.peak_memory, length, "", mask)
+    for count in (2, 4):
         with started(count) as ranks:
-            found[count] = max(ranks.run(jobs.peak_memory, length))
-    print({count: f"{size / 2**20:.0f} MiB" for count, size in found.items()})
-    # One rank has no keys on their way; from there on it falls, but for what does not depend on the length.
-    assert found[2] < 0.9 * found[1] and found[4] < 0.7 * found[2]
+            found[count] = max(ranks.run(jobs.peak_memory, length, transport, mask))
+    print(transport, {count: f"{size / 2**20:.0f} MiB" for count, size in found.items()})
+    # Beside its part of the tensors, a rank has the keys of some heads on their way.
+    most = {"gather": 1.25, "ring": 1.5}[transport]
+    assert found[2] < most * found[1] / 2 and found[4] < most * found[1] / 4
 
 
 # --- faults ---
 
 
-@pytest.mark.parametrize("how", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
-def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(how):
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        ("dies", "agree gather"),
+        ("hangs", "keys ring"),
+        pytest.param("hangs", "agree gather", marks=pytest.mark.slow),
+        *(pytest.param("dies", f"keys {way}", marks=pytest.mark.slow) for way in ("gather", "ring")),
+        *(pytest.param(how, f"backward {way}", marks=pytest.mark.slow)
+          for how in ("dies", "hangs") for way in ("gather", "ring", "all_to_all")),
+    ],
+)  # fmt: skip
+def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(how, when):
     ranks = Ranks(2)
     try:
-        ranks.pipes[0].send((jobs.dies, 2, (how, 2.0)))
-        ranks.pipes[1].send((jobs.dies, 2, (how, 2.0)))
-        assert ranks.pipes[0].poll(60)
+        for pipe in ranks.pipes:
+            pipe.send((jobs.dies, 2, (how, when, 2.0)))
+        assert ranks.pipes[0].poll(200)
         answer, error = ranks.pipes[0].recv()
-        assert error is None and "rank 0 of 2 could not finish the exchange of agreement within 2 s" in answer
+        assert error is None and "rank 0 of 2 could not finish the exchange of" in answer and "within 2 s" in answer
+        assert ("agreement" in answer) == ("agree" in when), answer
     finally:
         for process in ranks.processes:
             process.kill()
         ranks.folder.cleanup()
+
+
+def test_wrong_meshes_are_refused_by_each_rank_alone(pair):
+    for answers in pair.run(jobs.wrong_meshes):
+        starts = ("InputError: context_parallel takes a mesh of one dimension, got 2", "InputTypeError: mesh must be a",
+                  "InputTypeError: mesh must be a|InputError: rank", "InputError: timeout must be positive",
+                  "InputError: shards must be", "InputError: shards of 3 ranks in a group of 2")  # fmt: skip
+        for answer, start in zip(answers, starts, strict=True):
+            assert answer.startswith(tuple(start.split("|"))), answer
+
+
+# --- what else a user may do ---
+
+
+def test_a_context_leaves_nothing_behind(pair):
+    for found in pair.run(jobs.left_open):
+        assert "cannot stand inside context_parallel" in found[0] and found[1:] == [True, True, True]
+
+
+def test_one_rank_is_attention_as_it_is(pair):
+    pair.run(jobs.one_rank, ranks=1)
+
+
+def test_few_tokens_autocast_and_no_gradients(pair):
+    pair.run(jobs.short_and_cast)
+
+
+@pytest.mark.parametrize("transport", ["gather", "ring", "all_to_all"])
+def test_gradients_are_those_of_differences(pair, transport):
+    pair.run(jobs.gradients_of_differences, transport)
 
 
 def test_what_a_rank_raises_is_seen(pair):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -303,6 +306,11 @@ def test_rows_whose_bias_is_one_large_number(backend: str) -> None:
     [
         ({"want": ("entropie",)}, InputError, "want must be"),
         ({"want": "top"}, InputError, "want must be"),
+        ({"want": None}, InputError, "want must be"),
+        ({"want": 3}, InputError, "want must be"),
+        ({"top_k": 2.5}, InputError, "whole number"),
+        ({"map_block": 2.5}, InputError, "whole number"),
+        ({"nearby": float("nan")}, InputError, "nearby"),
         ({"top_k": 33}, InputError, "top_k"),
         ({"top_k": 0}, InputError, "top_k"),
         ({"map_block": 0}, InputError, "map_block"),
@@ -334,3 +342,50 @@ def test_refusals_of_backends() -> None:
     meta = query.to("meta")
     with pytest.raises(UnsupportedError, match="without values"):
         attention_statistics(meta, meta)
+    with pytest.raises(UnsupportedError, match="batching rule"):
+        torch.func.vmap(lambda one: attention_statistics(one, one).entropy)(query[None])
+
+
+def test_under_torch_compile_autocast_and_in_another_process(tmp_path) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, 20, 4, requires_grad=True)
+    loss = lambda q: (q * 2, attention_statistics(q * 2, q, want=("entropy", "received")).entropy.sum())[1]  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo does not know")
+        compiled = torch.compile(loss, backend="eager")(query)
+    torch.testing.assert_close(compiled, loss(query))
+    torch.testing.assert_close(torch.autograd.grad(compiled, query), torch.autograd.grad(loss(query), query))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = attention_statistics(query.detach(), query.detach())
+    rounded = query.detach().bfloat16()
+    assert (
+        torch.equal(cast.entropy, attention_statistics(rounded, rounded).entropy)
+        and cast.entropy.dtype == torch.float32
+    )
+    torch.save(query.detach(), tmp_path / "query.pt")
+    program = (
+        "import sys, torch; from efficient_attn.insight import attention_statistics as s; "
+        "q = torch.load(sys.argv[1] + '/query.pt'); torch.save(s(q, q)._asdict(), sys.argv[1] + '/found.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    here, there = attention_statistics(query.detach(), query.detach()), torch.load(tmp_path / "found.pt")
+    assert all(
+        torch.equal(there[name], getattr(here, name)) for name in ("lse", "entropy", "received", "top_keys", "map")
+    )
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 9), (9, 1), (3, 9)])
+def test_few_queries_and_keys(lengths, backend: str) -> None:
+    """Those of a cache: the last queries, fewer keys than top_k, and rows that see nothing."""
+    if left_out(backend):
+        pytest.skip(left_out(backend))
+    Nq, Nk = lengths
+    query, key = torch.randn(2, 2, Nq, 8), torch.randn(2, 2, Nk, 8)
+    found = attention_statistics(query, key, is_causal=True, causal_alignment="bottom_right", top_k=32, backend=backend)
+    i, j = torch.arange(Nq)[:, None] + Nk - Nq, torch.arange(Nk)
+    P = torch.softmax((query @ key.mT / 8**0.5).masked_fill(j > i, -torch.inf), -1).nan_to_num(0.0)
+    assert found.top_keys.shape == (2, 2, Nq, 32) and found.top_keys.max() < Nk
+    assert torch.equal((found.top_keys >= 0).sum(-1), (j <= i).sum(-1).clamp(max=32).expand(2, 2, Nq))
+    torch.testing.assert_close(found.top_weights.sum(-1), P.sum(-1))
+    torch.testing.assert_close(found.distance, (P * (i - j).abs()).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.largest, P.amax(-1))

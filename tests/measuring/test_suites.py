@@ -362,3 +362,13 @@ def test_packages_for_gpus_get_their_layout_and_give_ours(monkeypatch):
     ops.memory_efficient_attention = stand_in
     pair = peers.get("xformers").build(peers.Shape(40, heads=2, head_dim=16))
     torch.testing.assert_close(pair.theirs(*pair.inputs), pair.ours(*pair.inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["dense", "causal", "sliding_window:left=9,right=9"])
+def test_statistics_beside_a_forward(spec):
+    config = {"method": spec, "seqlen": 256, "batch": 1, "heads": 1, "head_dim": 16, "mode": "fwd", "dtype": "float32"}
+    row = suites.get("statistics").run_cell({**config, "seed": 0, "threads": 1, "budget_s": 0.01})
+    assert row["time_ratio"] == pytest.approx(row["ms"] / row["forward_ms"], rel=1e-2)
+    assert row["memory_ratio"] == pytest.approx(row["peak_bytes"] / max(row["forward_peak_bytes"], 1), rel=1e-2)
+    found = suites.get("statistics").claims([{**config, **row, "id": "a"}])
+    assert len(found) == 2 and "bound: 2" in found[0].text and "bound: 4" in found[1].text

@@ -84,7 +84,7 @@ def random_call(seed: int, ranks: int, kind: str | None = None) -> Call:
     shapes = {"query": (B, Hq, Nq, D), "key": (B, Hkv, Nk, D), "value": (B, Hkv, Nk, Dv)}
     tensors = {name: normal(*shape).to(dtype) for name, shape in shapes.items()} | tensors
     grad = normal(B, Hq, Nq, Dv).to(dtype)
-    return Call(tensors, arguments, alignment, key_mask, grad, layout, transport, method, draw.choice((64, 2**23)))
+    return Call(tensors, arguments, alignment, key_mask, grad, layout, transport, method, draw.choice((64, 2**22)))
 
 
 def joining(

@@ -106,7 +106,7 @@ class Call:
     layout: Any
     transport: str
     method: Any = None
-    at_once: int = 2**23  # see distributed/attention.py
+    at_once: int = 2**22  # see distributed/attention.py
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -247,7 +247,7 @@ def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tup
 
 def refused(group: Any, name: str) -> str:
     """The error of a call that must be refused by every rank, before anything travels."""
-    from efficient_attn import DecomposedBias2D, RelativeBias2D, SlidingWindow
+    from efficient_attn import ALiBi, DecomposedBias2D, LowRankBias, RelativeBias, RelativeBias2D, SlidingWindow
     from efficient_attn.errors import EfficientAttnError
     from efficient_attn.functional import attention_weights
     from efficient_attn.methods import parse
@@ -282,6 +282,16 @@ def refused(group: Any, name: str) -> str:
                 attention(q, q, q, bias=DecomposedBias2D(torch.zeros(15, 4), torch.zeros(15, 4), (8, 8)))
             elif name == "weights":
                 attention_weights(q, q)
+            elif name == "sinks":
+                attention(q, q, q, sinks=None if rank else torch.zeros(2))
+            elif name == "softcap":
+                attention(q, q, q, softcap=2.0 + rank)
+            elif name == "biases":
+                attention(q, q, q, bias=ALiBi(torch.ones(2)) if rank else RelativeBias(torch.ones(3)))
+            elif name == "whole u":
+                attention(q, q, q, bias=LowRankBias(torch.ones(64, 2), torch.ones(32, 2)))
+            elif name == "low-rank sinks":
+                parse("linear").attend(q, q, q, sinks=torch.zeros(2))
             elif name == "content":
                 parse("topk_blocks").attend(q, q, q)
             elif name == "hybrid":
@@ -316,58 +326,178 @@ def sent_by_window(group: Any, length: int, transport: str) -> int:
         return context.exchange.sent["keys and values"]
 
 
-def peak_memory(group: Any, length: int) -> int:
-    """How much the resident memory of this process grows at most in a forward and backward, in bytes."""
-    import threading
+def peak_memory(group: Any, length: int, transport: str, mask: Any) -> int:
+    """How much the memory of this process grows at most in a forward and backward, its part of the tensors included, in
+    bytes; `transport` "": one process without context_parallel."""
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    def step(length: int) -> None:
+        n = length if context is None else context.shards(length).counts[context.rank]
+        q, k, v = (torch.randn(1, 8, n, 64, requires_grad=True) for _ in range(3))
+        out = attention(q, k, v, mask=mask)
+        out.backward(torch.ones(()).expand_as(out))
+
+    with context_parallel(group, transport=transport, timeout=200) if transport else nullcontext() as context:
+        step(512)  # what libraries keep for themselves
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        step(length)
+        return status("VmHWM") - before
+
+
+def dies(group: Any, how: str, when: str, limit: float) -> str:
+    """Rank 1 dies or hangs in the middle of a call; what the others say, and after how long."""
     import time
 
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
+    from efficient_attn import sharding
+    from efficient_attn.errors import CommunicationError
 
-    with context_parallel(group, transport="ring", timeout=200) as context:
-        n = context.shards(length).counts[dist.get_rank(group)]
-        warm = [torch.randn(1, 1, 64, 64, requires_grad=True) for _ in range(3)]
-        attention(*warm, is_causal=True).sum().backward()
-        before, most, stop = resident(), [0], threading.Event()
+    x = torch.randn(1, 2, 32, 4, requires_grad=True)
+    with context_parallel(group, timeout=60):
+        attention(x, x, x)  # both have begun
+    began = time.monotonic()
+    try:
+        with context_parallel(group, transport=when.split()[1], timeout=limit) as context:
+            out = attention(x, x, x) if "backward" in when else None
+            if dist.get_rank(group) == 1:
+                if "keys" in when:  # it agrees, and sends no keys
+                    context.exchange.swap = context.exchange.pass_on = lambda *_, **__: stop(how, limit)  # type: ignore
+                    attention(x, x, x)
+                stop(how, limit)
+                return "slept"
+            began = time.monotonic()
+            attention(x, x, x) if out is None else out.sum().backward()
+    except CommunicationError as error:
+        assert time.monotonic() - began < 3 * limit + 5, "too late"
+        assert sharding.active is None
+        return str(error)
+    return "nothing"
 
-        def watch() -> None:
-            while not stop.is_set():
-                most[0] = max(most[0], resident())
-                time.sleep(0.001)
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        q, k, v = (torch.randn(1, 2, n, 64, requires_grad=True) for _ in range(3))
-        attention(q, k, v, mask=__import__("efficient_attn").SlidingWindow(left=64, right=0)).sum().backward()
-        stop.set()
-        watcher.join()
-        return most[0] - before
-
-
-def dies(group: Any, how: str, limit: float) -> str:
-    """Rank 1 dies or hangs in the middle of a call; what the others say, and after how long."""
+def stop(how: str, limit: float) -> None:
     import os
     import time
 
-    from efficient_attn.errors import CommunicationError
+    if how == "dies":
+        os._exit(3)
+    time.sleep(6 * limit)
+    os._exit(3)
 
-    x = torch.randn(1, 2, 32, 4)
+
+def left_open(group: Any) -> list[Any]:
+    """What a context leaves behind, after errors too."""
+    from efficient_attn import sharding
+    from efficient_attn.errors import EfficientAttnError
+
+    found: list[Any] = []
     with context_parallel(group, timeout=200):
-        attention(x, x, x)  # both have begun
-    with context_parallel(group, timeout=limit):
-        if dist.get_rank(group) == 1:
-            if how == "dies":
-                os._exit(3)
-            time.sleep(3 * limit)
-            return "slept"
-        began = time.monotonic()
         try:
-            attention(x, x, x)
-        except CommunicationError as error:
-            assert time.monotonic() - began < 2 * limit
-            return str(error)
-    return "nothing"
+            with context_parallel(group):
+                pass
+        except EfficientAttnError as error:
+            found.append(str(error))
+        found.append(sharding.active is not None)  # the outer one still holds
+    try:
+        with context_parallel(group, timeout=200):
+            raise KeyError("of the user")
+    except KeyError:
+        found.append(sharding.active is None)
+    x = torch.randn(1, 2, 32, 4)
+    torch.testing.assert_close(attention(x, x, x), attention(x, x, x, backend="reference"))
+    with context_parallel(group, timeout=200) as context:  # and a new one works
+        found.append(attention(*(context.split(x, 2),) * 3).shape[2] == context.shards(32).counts[context.rank])
+    return found
+
+
+def wrong_meshes(group: Any) -> list[str]:
+    """The errors of meshes that cannot be, on this rank; nothing may travel, for the others are not asked."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from efficient_attn.errors import EfficientAttnError
+
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "context"))
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    other = alone[1 - dist.get_rank(group)]
+    found = []
+    given = ((mesh, {}), ("context", {}), (other, {}), (group, {"timeout": 0}), (group, {"shards": "spiral"}),
+             (group, {"shards": Shards.contiguous(64, 3)}))  # fmt: skip
+    for mesh_or_group, options in given:
+        try:
+            with context_parallel(mesh_or_group, **options):
+                found.append("nothing")
+        except EfficientAttnError as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def one_rank(group: Any) -> None:
+    """A mesh of one rank is attention as it is, by every transport, to the bit."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 40, 8)
+    for transport in ("auto", "gather", "ring", "all_to_all"):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        with context_parallel(group, transport=transport):
+            out = attention(*(leaves[0],) * 3, is_causal=True)
+            out.sum().backward()
+        expected = attention(*(leaves[1],) * 3, is_causal=True)
+        expected.sum().backward()
+        assert torch.equal(out, expected) and torch.equal(leaves[0].grad, leaves[1].grad), transport
+
+
+def short_and_cast(group: Any) -> None:
+    """Fewer tokens than ranks, autocast, no gradients, a causal mask under another name of the group's dimension."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),), mesh_dim_names=("sequence",))
+    generator = torch.Generator().manual_seed(0)
+    for length in (0, 1, 3, 16, 17):
+        x = torch.randn(1, 2, length, 8, generator=generator)
+        for transport in ("gather", "ring", "all_to_all"):
+            expected = attention(x, x, x, is_causal=True)
+            with context_parallel(mesh["sequence"], transport=transport, timeout=200) as context:
+                part = context.split(x, 2)
+                with torch.no_grad():
+                    out = attention(part, part, part, is_causal=True)
+                assert not out.requires_grad
+                torch.testing.assert_close(context.join(out, 2, length), expected)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    cast = attention(part, part, part, is_causal=True)
+                assert cast.dtype == torch.bfloat16
+                torch.testing.assert_close(context.join(cast, 2, length).float(), expected, atol=3e-2, rtol=3e-2)
+
+
+def gradients_of_differences(group: Any, transport: str) -> None:
+    """torch.autograd.gradcheck of attention on this rank's part, in float64, of a loss that all ranks have together."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, 4, dtype=torch.float64) for _ in range(3))
+    bias, sinks = torch.randn(1, 2, 40, 40, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    with context_parallel(group, transport=transport, timeout=200) as context:
+
+        def whole(*tensors: Tensor) -> Tensor:
+            parts = [context.split(t, 2) for t in tensors[:4]]
+            out = attention(*parts[:3], bias=parts[3], sinks=tensors[4], softcap=3.0, is_causal=True)
+            return context.join(out, 2, 40)
+
+        leaves = [t.requires_grad_() for t in (q, k, v, bias, sinks)]
+        generator, step = torch.Generator().manual_seed(1), 1e-6
+        directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in leaves]
+        weight = torch.randn(1, 2, 40, 4, generator=generator, dtype=torch.float64)
+        found = torch.autograd.grad(whole(*leaves), leaves, weight / context.ranks)
+        slope = torch.stack([(g * d).sum() for g, d in zip(found, directions, strict=True)])
+        dist.all_reduce(slope, group=group)  # each rank has the gradient of its part of the input
+        with torch.no_grad():
+            for place, direction in enumerate(directions):
+                ahead, behind = (
+                    whole(*(t + sign * step * direction if n == place else t for n, t in enumerate(leaves)))
+                    for sign in (1, -1)
+                )
+                difference = ((ahead - behind) * weight).sum() / (2 * step)
+                torch.testing.assert_close(slope[place], difference, rtol=1e-6, atol=1e-7)
 
 
 def refused_by_python(group: Any) -> None:

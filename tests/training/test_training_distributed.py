@@ -93,8 +93,10 @@ def test_a_number_of_processes_that_cannot_share_is_refused(tmp_path):
     assert "--context-parallel 2 needs a multiple of 2 processes" in refused
 
 
-def test_all_processes_stop_after_the_same_step(tmp_path):
-    process = start(2, "--batch", "4", "--steps", "4000", "--save-every", "4000", "--out", str(tmp_path / "a"))
+@pytest.mark.parametrize("shared", [[], ["--context-parallel", "2"]], ids=["data", "context"])
+def test_all_processes_stop_after_the_same_step(tmp_path, shared):
+    steps = ["--steps", "4000", "--save-every", "4000"]
+    process = start(2, "--batch", "4", *steps, *shared, "--out", str(tmp_path / "a"))
     path = tmp_path / "a" / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 5):
         time.sleep(0.02)

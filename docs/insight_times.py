@@ -19,7 +19,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "| pattern | tokens | statistics | forward | time | statistics | forward | memory |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["method"], row["seqlen"])):
         peaks = [f"{row[key] / 2**20:.1f} MiB" for key in ("peak_bytes", "forward_peak_bytes")]
         times = [f"{row[key]:,.0f} ms" if row[key] >= 10 else f"{row[key]:.1f} ms" for key in ("ms", "forward_ms")]
         lines.append(

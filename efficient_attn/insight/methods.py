@@ -74,7 +74,10 @@ def method_statistics(
         wanted = WANT if want is None else want
         if want is None and causal_alignment is None and query.shape[2] != key.shape[2]:
             wanted = [name for name in WANT if name != "distance"]
-        return attention_statistics(query, key, value, mask=mask, want=wanted, **places, **modifiers, **options)
+        found: AttentionStatistics = attention_statistics(
+            query, key, value, mask=mask, want=wanted, **places, **modifiers, **options
+        )
+        return found
     undefined = [name for name in want or () if name not in LINEAR_WANT]
     if undefined:
         raise UnsupportedError(

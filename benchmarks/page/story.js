@@ -308,7 +308,7 @@ function curves(measure, lines, width, height) {
       svg.append(dot);
     }
     const last = line.points[line.points.length - 1];
-    ends.push({ text: brief(line.name, Math.floor((names - 10) / 6.2)), y: y.place(last[measure.key]), x: x.place(last.n), colour });
+    ends.push({ text: brief(line.name, Math.floor((names - 24) / 6.6)), y: y.place(last[measure.key]), x: x.place(last.n), colour });
   }
   drawEnds(svg, ends, box);
   return svg;

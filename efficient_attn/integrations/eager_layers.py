@@ -29,7 +29,8 @@ from .scores import returned
 # Of transformers, "package.Class": attention is a softmax over the product of queries and keys, or a call of PyTorch's.
 _LAYERS = """
     big_bird.BigBirdSelfAttention blip.BlipAttention blip.BlipTextSelfAttention
-    bloom.BloomAttention bros.BrosSelfAttention canine.CanineSelfAttention clvp.ClvpSelfAttention
+    bloom.BloomAttention bros.BrosSelfAttention canine.CanineSelfAttention clap.ClapAudioSelfAttention
+    clvp.ClvpSelfAttention
     codegen.CodeGenAttention convbert.ConvBertSelfAttention cpmant.CpmAntAttention dab_detr.DetrAttention
     dab_detr.DabDetrAttention data2vec.Data2VecVisionSelfAttention deberta.DisentangledSelfAttention
     deberta_v2.DisentangledSelfAttention deepseek_ocr2.DeepseekOcr2SamVisionAttention donut.DonutSwinSelfAttention

@@ -73,6 +73,7 @@ _in_part = False
 OWN_LAYERS = {
     "PegasusX": ("its encoder's global-local attention", False),
     "LongT5": ("its encoder's local or transient-global attention", False),
+    "ClapAudio": ("its windows of attention", True),
     "PPFormulaNetVision": ("its attention with decomposed positions", True),
 }
 # Layers that say is_causal and attend to everything without a mask, in eager.

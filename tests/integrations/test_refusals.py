@@ -12,10 +12,11 @@ from torch import Tensor
 
 from efficient_attn import BlockMask, attention
 from efficient_attn.errors import InputError, InputTypeError, MaskError, UnsupportedError
-from efficient_attn.methods import parse
+from efficient_attn.methods import DENSE, parse
 
 transformers = pytest.importorskip("transformers")
 
+from efficient_attn.integrations import huggingface  # noqa: E402
 from efficient_attn.integrations.huggingface import register  # noqa: E402
 from efficient_attn.integrations.huggingface_masks import PairMask  # noqa: E402
 
@@ -160,6 +161,10 @@ NUMBERS = torch.randn(2, 1, 4, 6)
     [
         (lambda m: m[:, :, 1:, :3], MASK[:, :, 1:, :3]),
         (lambda m: m[:, 0], MASK[:, 0]),
+        (lambda m: m[..., -1:], MASK[..., -1:]),
+        (lambda m: m[:, :, None], MASK[:, :, None]),
+        (lambda m: m[:1, :, :, :6], MASK[:1]),
+        (lambda m: torch.stack([m, m]), torch.stack([MASK, MASK])),
         (lambda m: m.expand(-1, 3, -1, -1), MASK.expand(-1, 3, -1, -1)),
         (lambda m: m.repeat(1, 2, 1, 1), MASK.repeat(1, 2, 1, 1)),
         (lambda m: m.repeat_interleave(2, dim=0), MASK.repeat_interleave(2, dim=0)),
@@ -181,6 +186,29 @@ def test_a_pair_mask_is_a_tensor_where_a_model_needs_one(use: Any, expected: Ten
     found = use(padded())
     assert found.shape == expected.shape and found.dtype == expected.dtype and found.dim() == found.ndim
     assert torch.equal(found.dense() if isinstance(found, PairMask) else found, expected)
+
+
+def test_a_pair_mask_is_made_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    dense = PairMask.dense
+    monkeypatch.setattr(PairMask, "dense", lambda self: (made.append(1), dense(self))[1])
+    mask = padded()
+    assert mask.dtype == torch.bool and torch.device(mask.device).type == "cpu"
+    assert mask.size(2) == 4 and mask.size() == mask.shape == (2, 1, 4, 6) and mask.dim() == mask.ndim == 4
+    assert mask.contiguous() is mask and mask.to("cpu").key_mask is not None
+    for whole in (mask[:], mask[:, :, :, :6], mask[:, :, :4], mask[:, :, :, :99]):
+        assert whole is mask
+    assert not made
+    assert mask[:, :, :3] is not mask and made
+
+
+def test_one_row_of_a_mask_is_one_for_every_query() -> None:
+    row = torch.tensor([[True, True, False, True, True]])
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 5, 8)
+    layer = torch.nn.Module()
+    found, _ = huggingface.attend(DENSE, layer, query, key, key, PairMask((1, 1, 1, 5), None, row[None, None]))
+    expected, _ = huggingface.attend(DENSE, layer, query, key, key, row[:, None, None].expand(1, 1, 4, 5))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_pair_mask_refuses_what_means_two_things() -> None:

@@ -50,6 +50,7 @@ def _inputs(model: Any, config: Any) -> Iterator[dict[str, Tensor]]:
     if not mains and "input_ids" not in text:
         yield from _choices({}, required, known)
         yield from _choices({}, others, known)
+        yield from _choices(text, required, known)
 
 
 def _choices(base: dict[str, Tensor], names: set[str], known: dict[str, list[Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -85,7 +86,7 @@ SOUND = ("input_features", "input_values")
 # What a model is about besides text, each tried alone and with text.
 MAIN = (
     "pixel_values", "pixel_values_videos", "input_features", "input_values", "past_values", "inputs", "hidden_states",
-    "audio_mel", "states", "query_embeds", "noise_embeds", "input", "inputs_embeds",
+    "flattened_patches", "audio_mel", "states", "query_embeds", "noise_embeds", "input", "inputs_embeds",
 )  # fmt: skip
 # What is given where a model takes it and does not run without.
 WANTED = (
@@ -158,6 +159,8 @@ def _known(config: Any) -> dict[str, list[Tensor]]:
             packed[None],
             torch.cat([packed, packed], 1),
             large,
+            video.flatten(0, 1),
+            randn(BATCH, 1, 4, channels, size, size),
         ],
         "pixel_values_videos": [video, packed],
         "input_features": [*frames, *[x[:, None] for x in frames]],
@@ -168,7 +171,21 @@ def _known(config: Any) -> dict[str, list[Tensor]]:
         "input_features_mask": [visible, visible.bool()],
         "audio_mel": frames[1::2],
         "audio_mel_mask": [visible == 0],
-        "hidden_states": [packed, randn(BATCH, hidden, 40), square, sound[1]],
+        "hidden_states": [
+            packed,
+            randn(BATCH, hidden, 40),
+            square,
+            sound[1],
+            randn(BATCH, SIDE * SIDE, hidden),
+            *frames[1::2],
+        ],
+        "context": [randn(BATCH, LENGTH, hidden)],
+        "spectrogram": frames[1::2],
+        "mel_spectrogram": frames[::2],
+        "mask": [visible.bool()],
+        "flattened_patches": [randn(BATCH, LENGTH, 2 + channels * patch * patch)],
+        "aspect_ratio_ids": [torch.ones(BATCH, 1, dtype=torch.int64)],
+        "aspect_ratio_mask": [torch.ones(BATCH, 1, 4, dtype=torch.int64)],
         "grid_thw": [grid],
         "image_grid_thw": [grid],
         "merge_sizes": [torch.full((BATCH,), merge), torch.ones(BATCH, dtype=torch.int64)],

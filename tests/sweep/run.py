@@ -142,6 +142,8 @@ def _compared(kind: str, made: Any, serve: Any, calls: list[int]) -> tuple[str, 
         return ("disagree", generated) if generated else ("agree", "")
     except EfficientAttnError as error:
         return "refused", _first_line(error)
+    except TimeoutError:
+        raise
     except Exception as error:
         return "crash", _first_line(error)
     finally:

@@ -116,6 +116,28 @@ OF_TYPES: list[tuple[str, dict[str, Any]]] = [
     ("align", {"projection_dim": 640}),
     ("esmc", {"num_key_value_heads": 4}),
     ("sam2_hiera_det_model", {"hidden_size": 96}),
+    ("perceiver", {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 1, "num_self_attention_heads": 4}),
+    ("dots3_note_text", {"swa_head_dim": 16, "swa_v_head_dim": 8}),
+    ("dots3_note_audio_encoder", {"adapter_input_size": 32}),
+    ("dots3_note_vision_encoder", {"adapter_in_dim": 32}),
+    ("glm5_next_text", {"index_topk": 16, "index_kpool": 4}),
+    ("swin2sr", {"embed_dim": 32, "depths": [1], "num_heads": [4], "window_size": 2}),
+    (
+        "depth_anything prompt_depth_anything",
+        {"neck_hidden_sizes": [16], "reassemble_factors": [1], "reassemble_hidden_size": 32},
+    ),
+    ("zoedepth tipsv2_dpt chmv2", {"neck_hidden_sizes": [16], "reassemble_factors": [1]}),
+    ("dbrx", {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}),
+    ("t5gemma2_text t5gemma2_encoder t5gemma2_decoder", {"dropout_rate": 0.0}),
+    ("moonshine_streaming", {"num_key_value_heads": 4}),
+    ("pix2struct_text_model", {"initializer_range": 0.02}),
+    ("qwen3_omni_moe_talker_text", {"shared_expert_intermediate_size": 64}),
+    ("blt", {"num_hidden_layers": 2}),
+    ("hrm_text pop2piano", {"use_cache": False}),
+    ("clap_audio_model", {"num_mel_bins": 64, "spec_size": 64, "window_size": 2}),
+    ("llama4_vision_model", {"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32}),
+    ("shieldgemma2", {"mm_tokens_per_image": 4, "yes_token_index": 50, "no_token_index": 51}),
+    ("qwen4_exp_text", {"token_budget": 8, "compress_ratio": 4}),
     ("grounding-dino mm-grounding-dino", {"d_model": 64}),
     ("mobilevit mobilevitv2", {"initializer_range": 0.3}),
 ]
@@ -216,6 +238,8 @@ def _shrunk(given: dict[str, Any], sections: bool, filled: bool) -> dict[str, An
         elif name == "depths":
             value = [1 for _ in value]
         found[name] = value
+    for name, value in own.items():
+        found.setdefault(name, value)  # what a class takes and does not say
     if sections and "hidden_size" in given and given.get("rope_parameters", 0) is None:
         found["rope_parameters"] = _rope({"rope_type": "default", "rope_theta": 1e4}, False, sections)
     return found

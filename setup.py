@@ -95,6 +95,8 @@ def ninja_file(
     The defaults are the Python module's; tests/kernels/cpu/native/build_harness.py has its own `plain_sources`,
     `flags` (which come after the usual ones) and `link`.
     """
+    import pybind11
+
     compiler = find_compiler()
     tuning = "".join(
         f" {flag}"
@@ -102,7 +104,7 @@ def ninja_file(
         if accepts(compiler, flag, build_dir)
     )
     openmp = "-fopenmp" if accepts(compiler, "-fopenmp", build_dir) else ""
-    python = f"-isystem {sysconfig.get_path('include')}"  # kernels know nothing of it
+    python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"  # kernels know nothing of it
     sets = instruction_sets(build_dir) if sets is None else sets
     known = " ".join(f"-DEFFICIENT_ATTN_HAVE_{name.upper()}=1" for name in sets)
     lines = [

@@ -1,7 +1,6 @@
 // The Python module efficient_attn._cpu. A call arrives as one bytes object of 8-byte words, in the order in which
 // backends/cpu.py packs them and common/words.h takes them off.
-#include "common/python.h"
-
+#include <pybind11/pybind11.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -9,13 +8,15 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "common/words.h"
 #include "dispatch.h"
+
+namespace py = pybind11;
 
 namespace efficient_attn {
 namespace {
@@ -68,6 +69,7 @@ int worth_threads(int threads, const AttentionParams& p, bool backward) {
 }
 
 void call(const AttentionParams& p, int threads, bool backward) {
+    const py::gil_scoped_release release;
     const auto op = backward ? &Kernels::backward : &Kernels::forward;
     if (!run(kernels(), op, p, worth_threads(threads, p, backward))) throw std::bad_alloc();
 }
@@ -97,19 +99,20 @@ void attention(const std::string& words, int threads) {
 
 void attention_statistics(const std::string& words, int threads) {
     const StatisticsParams p = read_statistics_params(words);
+    const py::gil_scoped_release release;
     if (!run(kernels(), &Kernels::statistics, p, worth_threads(threads, p.attention, false))) throw std::bad_alloc();
 }
 
 template <bool kBackward>
 void linear_attention(const std::string& words, int threads) {
     const LinearAttentionParams p = read_linear_params(words, kBackward);
+    const py::gil_scoped_release release;
     const double products = static_cast<double>(p.B * p.Hq * (p.Nq + p.Nk)) * static_cast<double>(p.F * (p.D + p.Dv));
     const auto op = kBackward ? &Kernels::linear_backward : &Kernels::linear_forward;
     if (!run(kernels(), op, p, worth_threads(threads, products / products_per_nanosecond()))) throw std::bad_alloc();
 }
 
-// Asks the system to back the whole pages of so many bytes from an address on by huge pages. A request that may be
-// refused: memory works the same without.
+// A request that may be refused: memory works the same without.
 void prefer_huge_pages(uintptr_t begin, uintptr_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = uintptr_t{1} << 21;
@@ -120,20 +123,7 @@ void prefer_huge_pages(uintptr_t begin, uintptr_t bytes) {
 #endif
 }
 
-int64_t fma_loop(int threads, int64_t steps) { return run_fma_loops(kernels(), threads, steps); }
-
-const char* instruction_set() { return kernels().name; }
-
-std::vector<const char*> instruction_sets() {
-    std::vector<const char*> names;
-    for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"})
-        if (find_kernels(name)) names.push_back(name);
-    return names;
-}
-
-// --- Calls that are made again and again: all of their arguments but where the tensors lie. None has an order. ---
-
-// Where the addresses go that such a call is given, in their order.
+// Where the addresses go that a repeated call is given, in their order.
 template <bool kBackward>
 auto places(AttentionParams& p) {
     if constexpr (kBackward)
@@ -143,82 +133,64 @@ auto places(AttentionParams& p) {
         return std::array{&p.query.data, &p.key.data, &p.value.data, &p.out.data, &p.lse, &p.weights.data};
 }
 
-// self: what repeated() made of the rest.
-template <bool kBackward>
-PyObject* call_again(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-    return guarded([&] {
-        AttentionParams p = *static_cast<const AttentionParams*>(PyCapsule_GetPointer(self, nullptr));
+template <size_t>
+using Address = uintptr_t;
+
+// A call that is made again and again: a function of where its tensors lie and of the number of threads. None of them
+// has an order.
+template <bool kBackward, size_t... I>
+py::cpp_function repeated(const AttentionParams& params, std::index_sequence<I...>) {
+    return py::cpp_function([params](Address<I>... address, int threads) {
+        AttentionParams p = params;
         const auto where = places<kBackward>(p);
-        check_count(count, where.size() + 1);
-        for (size_t i = 0; i < where.size(); ++i)
-            *where[i] = reinterpret_cast<void*>(from_python<uintptr_t>(arguments[i]));
-        const int threads = from_python<int>(arguments[where.size()]);
-        {
-            const WithoutPython unlocked;
-            call(p, threads, kBackward);
-        }
-        Py_INCREF(Py_None);
-        return Py_None;
+        ((*where[I] = reinterpret_cast<void*>(address)), ...);
+        call(p, threads, kBackward);
     });
 }
-
-void forget(PyObject* capsule) { delete static_cast<AttentionParams*>(PyCapsule_GetPointer(capsule, nullptr)); }
-
-// The function of the addresses and of the number of threads.
-template <bool kBackward>
-PyObject* repeated(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    static PyMethodDef definition = method(kBackward ? "backward" : "forward", &call_again<kBackward>);
-    return guarded([&]() -> PyObject* {
-        check_count(count, 1);
-        auto params = std::make_unique<AttentionParams>(read_params(from_python<std::string>(arguments[0]), kBackward));
-        PyObject* self = PyCapsule_New(params.get(), nullptr, &forget);
-        if (!self) throw Wrong();
-        params.release();
-        PyObject* function = PyCFunction_New(&definition, self);
-        Py_DECREF(self);  // the function has it
-        return function;
-    });
-}
-
-PyObject* own_exception(const std::exception&) { return nullptr; }
-
-PyMethodDef methods[] = {
-    method<&attention<false>>("attention_forward"),
-    method<&attention<true>>("attention_backward"),
-    method<&attention_statistics>("attention_statistics"),
-    method<&linear_attention<false>>("linear_attention_forward"),
-    method<&linear_attention<true>>("linear_attention_backward"),
-    method("repeated_forward", &repeated<false>),
-    method("repeated_backward", &repeated<true>),
-    method<&prefer_huge_pages>("prefer_huge_pages"),
-    method<&fma_loop>("fma_loop"),
-    method<&instruction_set>("instruction_set"),
-    method<&instruction_sets>("instruction_sets"),
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    "_cpu",
-    "The CPU kernels of efficient-attn: plain pointers and strides, no PyTorch. backends/cpu calls them.",
-    -1,
-    methods,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-};
 
 }  // namespace
 }  // namespace efficient_attn
 
-PyMODINIT_FUNC PyInit__cpu() {
+PYBIND11_MODULE(_cpu, module) {
     using namespace efficient_attn;
-    try {
-        kernels();  // a wrong EFFICIENT_ATTN_ISA fails the import, not the first call
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_ImportError, error.what());
-        return nullptr;
-    }
-    return PyModule_Create(&definition);
+    module.attr("__doc__") = "CPU kernels of efficient-attn: plain pointers and strides, no PyTorch.";
+    kernels();  // a wrong EFFICIENT_ATTN_ISA fails the import, not the first call
+    module.def("attention_forward", &attention<false>);
+    module.def("attention_backward", &attention<true>);
+    module.def("attention_statistics", &attention_statistics);
+    module.def("linear_attention_forward", &linear_attention<false>);
+    module.def("linear_attention_backward", &linear_attention<true>);
+    module.def(
+        "repeated_forward",
+        [](const std::string& words) {
+            return repeated<false>(read_params(words, false), std::make_index_sequence<6>());
+        },
+        "A forward as a function of its addresses and of the number of threads.");
+    module.def(
+        "repeated_backward",
+        [](const std::string& words) {
+            return repeated<true>(read_params(words, true), std::make_index_sequence<10>());
+        },
+        "The same of a backward.");
+    module.def("prefer_huge_pages", &prefer_huge_pages,
+               "Asks the system to back the whole pages of so many bytes from an address on by huge pages.");
+    module.def(
+        "fma_loop",
+        [](int threads, int64_t steps) {
+            const py::gil_scoped_release release;
+            return run_fma_loops(kernels(), threads, steps);
+        },
+        "Fused multiply-adds without memory on so many threads at once, for benchmarks; returns the operations done.");
+    module.def(
+        "instruction_set", [] { return kernels().name; },
+        "The instruction set in use: baseline, avx2, avx512, avx512_bf16 or amx_bf16.");
+    module.def(
+        "instruction_sets",
+        [] {
+            py::list names;
+            for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"})
+                if (find_kernels(name)) names.append(name);
+            return names;
+        },
+        "The instruction sets that this build has and this processor runs.");
 }

@@ -1,10 +1,15 @@
 // The Python module efficient_attn._cuda: pointers, strides as packed words, a device and a stream. No PyTorch, and of
 // Python only the stable ABI: one build serves every CPython from 3.11 on.
+#define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
 #include <algorithm>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
-#include "common/python.h"
 #include "common/words.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
@@ -94,8 +99,86 @@ int64_t most_shared_bytes(int device) { return Launch(device, 0).most_shared_byt
 
 PyObject* cuda_error = nullptr;  // efficient_attn.errors.CudaError
 
-PyObject* own_exception(const std::exception& error) {
-    return dynamic_cast<const CudaError*>(&error) ? cuda_error : nullptr;
+struct Wrong {};  // a Python exception is set
+
+// An argument as a call takes it. Other Python threads run while the call does, but not while arguments are read.
+template <class X>
+X from_python(PyObject* object) {
+    if constexpr (std::is_same_v<X, std::string>) {
+        char* bytes = nullptr;
+        Py_ssize_t size = 0;
+        if (PyBytes_AsStringAndSize(object, &bytes, &size) < 0) throw Wrong();
+        return std::string(bytes, static_cast<size_t>(size));
+    } else if constexpr (std::is_same_v<X, bool>) {
+        const int truth = PyObject_IsTrue(object);
+        if (truth < 0) throw Wrong();
+        return truth != 0;
+    } else if constexpr (std::is_unsigned_v<X>) {
+        const unsigned long long value = PyLong_AsUnsignedLongLong(object);
+        if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw Wrong();
+        return static_cast<X>(value);
+    } else {
+        const long long value = PyLong_AsLongLong(object);
+        if (value == -1 && PyErr_Occurred()) throw Wrong();
+        if (static_cast<long long>(static_cast<X>(value)) != value) {
+            PyErr_SetString(PyExc_OverflowError, "efficient_attn: a number that does not fit");
+            throw Wrong();
+        }
+        return static_cast<X>(value);
+    }
+}
+
+struct WithoutPython {
+    WithoutPython() : state(PyEval_SaveThread()) {}
+    ~WithoutPython() { PyEval_RestoreThread(state); }
+    PyThreadState* state;
+};
+
+template <auto kFunction>
+struct Wrapped;
+
+// A call as Python makes it: positional arguments alone.
+template <class R, class... A, R (*kFunction)(A...)>
+struct Wrapped<kFunction> {
+    static PyObject* call(PyObject*, PyObject* arguments) {
+        if (PyTuple_Size(arguments) != static_cast<Py_ssize_t>(sizeof...(A)))
+            return PyErr_Format(PyExc_TypeError, "efficient_attn: takes %zu arguments, got %zd", sizeof...(A),
+                                PyTuple_Size(arguments));
+        try {
+            return apply(arguments, std::index_sequence_for<A...>());
+        } catch (const Wrong&) {
+        } catch (const CudaError& error) {
+            PyErr_SetString(cuda_error, error.what());
+        } catch (const std::invalid_argument& error) {
+            PyErr_SetString(PyExc_ValueError, error.what());
+        } catch (const std::exception& error) {
+            PyErr_SetString(PyExc_RuntimeError, error.what());
+        }
+        return nullptr;
+    }
+
+    template <size_t... I>
+    static PyObject* apply(PyObject* arguments, std::index_sequence<I...>) {
+        // Braces: read from the first to the last.
+        const std::tuple<std::decay_t<A>...> given{from_python<std::decay_t<A>>(PyTuple_GetItem(arguments, I))...};
+        if constexpr (std::is_void_v<R>) {
+            run(given);
+            Py_INCREF(Py_None);
+            return Py_None;
+        } else {
+            return PyLong_FromLongLong(static_cast<long long>(run(given)));
+        }
+    }
+
+    static R run(const std::tuple<std::decay_t<A>...>& given) {
+        const WithoutPython unlocked;
+        return std::apply(kFunction, given);
+    }
+};
+
+template <auto kFunction>
+constexpr PyMethodDef method(const char* name) {
+    return {name, &Wrapped<kFunction>::call, METH_VARARGS, nullptr};
 }
 
 PyMethodDef methods[] = {

@@ -167,8 +167,8 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     """The largest sum of absolute terms behind each result: what its rounding errors are relative to (float64).
 
     A gradient that cancels to zero, as dP - delta does with one key, was still computed from terms of this size. The
-    backward rebuilds P = exp(s - lse) from a stored lse, whose own roundings every weight inherits: half an ulp as it is
-    stored, and half of one as it turns into a power of two; and of a returned weight the rounding of its one score is as
+    backward rebuilds P = exp(s - lse) from a stored lse, whose roundings every weight inherits: half an ulp as it is
+    stored, half of one as it turns into a power of two; and of a returned weight the rounding of its one score is as
     large, with no sum around it.
     """
     absolute = {name: tensor.detach().double().abs() for name, tensor in problem.inputs.items()}

@@ -39,7 +39,7 @@ LOWER = (
 )
 NEUTRAL = (
     r"layers|changed|trials|score_before|density|parts|visited|parameters|tokens|windows|samples|tolerance"
-    r"|baseline|load"
+    r"|baseline|load|most|least"
 )
 LOW_SCORES = ("loss", "mase", "naive_mase", "mae", "mse", "bits_per_character", "to_naive")
 

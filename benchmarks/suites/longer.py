@@ -27,6 +27,7 @@ from efficient_attn.training.tasks.text import Text
 
 from . import Column, Options, Suite, grid
 
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 CLASSES = ("asyncio", "email", "tkinter")
 NOTHING = "unittest"
 SIZES = {"train": (3_000, 1_500), "valid": (3_000, 1_500), "test": (8_000, 4_000)}  # characters: nothing, class
@@ -48,14 +49,22 @@ def pieces(folder: Path, split: str, size: int) -> list[str]:
 
 
 def write(folder: Path, seed: int, counts: Mapping[str, int]) -> None:
-    """Writes train.csv, valid.csv and test.csv with columns text and label."""
-    library, rng = Path(sysconfig.get_paths()["stdlib"]), random.Random(seed)
+    """Writes train.csv, valid.csv and test.csv with columns text and label.
+
+    Raises:
+        NotImplementedError: this Python comes without the source of a class.
+    """
+    rng = random.Random(seed)
+    if without := [name for name in CLASSES if not list((LIBRARY / name).glob("*.py"))]:
+        raise NotImplementedError(
+            f"needs the source of {without[0]}, which this Python has not (Debian: python3-tk)"
+        )
     for split, (before, end) in SIZES.items():
-        nothing = pieces(library / NOTHING, split, before)
+        nothing = pieces(LIBRARY / NOTHING, split, before)
         rows = [
             (rng.choice(nothing) + piece, name)
             for name in CLASSES
-            for piece in rng.sample(pieces(library / name, split, end), counts[split])
+            for piece in rng.sample(pieces(LIBRARY / name, split, end), counts[split])
         ]
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *rows])

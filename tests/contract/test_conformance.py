@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import Problem, assert_conforms, gradients
-from support.cases import CASES, MODIFIED, Case, draw
+from support.cases import CASES, MODIFIED, Case, bias_of, draw
 
-from efficient_attn import ALiBi, BlockMask, DecomposedBias2D, RelativeBias, RelativeBias2D, attention, backends
+from efficient_attn import BlockMask, attention, backends
 from efficient_attn.backends.reference.attention import dropout_keep
 from efficient_attn.errors import UnsupportedError
 from efficient_attn.functional import attention_with_weights
@@ -66,13 +66,7 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device, we
     names = [n for n in named if drawn[n] is not None]
     leaves = {n: _on(device, drawn[n].detach()).requires_grad_() for n in names}
     given = {n: leaves[n] for n in names if n not in ("bias", *structured)}
-    alignment = None if case.causal else "top_left"
-    parts = [RelativeBias(leaves["table"], alignment)] if "table" in leaves else []
-    parts += [ALiBi(leaves["slopes"], alignment)] if "slopes" in leaves else []
-    if "grid_table" in leaves:
-        parts += [RelativeBias2D(leaves["grid_table"], case.grid, class_token=case.Nq > case.grid[0] * case.grid[1])]
-    parts += [DecomposedBias2D(leaves["rel_h"], leaves["rel_w"], case.grid)] if "rel_h" in leaves else []
-    parts += [leaves["bias"]] if "bias" in leaves else []
+    parts = bias_of(case, leaves)
     given["bias"] = (parts[0] if len(parts) == 1 else parts) if parts else None
     mask = drawn["mask"]
     arguments: dict[str, Any] = {

@@ -117,6 +117,9 @@ LESS_IS_BETTER = (
     "seconds",
     "trained_s",
     "token",
+    "_ratio",
+    "smape",
+    "crps",
 )
 
 

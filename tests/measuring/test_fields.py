@@ -15,6 +15,9 @@ from efficient_attn.benchmarks.suites import few_labels, fields, fields_cost, fo
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fields.py"
 QUICK = suites.Options(quick=True, budget_s=0.01)
 checkout = pytest.mark.skipif(not PAGE.exists(), reason="needs the checkout")
+full_library = pytest.mark.skipif(
+    not (longer.LIBRARY / "tkinter" / "__init__.py").exists(), reason="this Python comes without the source of tkinter"
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,7 @@ def test_forecasts_stand_beside_the_baselines(page):
     assert len(page.of_forecasts(found)) == 4
 
 
+@full_library
 def test_the_class_of_a_long_text_lies_behind_what_a_short_model_reads(tmp_path):
     import csv
 
@@ -130,6 +134,7 @@ def test_the_class_of_a_long_text_lies_behind_what_a_short_model_reads(tmp_path)
 
 
 @checkout
+@full_library
 @pytest.mark.parametrize(
     ("learns", "reads"), [("head", longer.READING[0]), pytest.param("tuned", "tile", marks=pytest.mark.slow)]
 )

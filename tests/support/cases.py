@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from efficient_attn import BlockMask, SlidingWindow
+from efficient_attn import ALiBi, BlockMask, DecomposedBias2D, RelativeBias, RelativeBias2D, SlidingWindow
 from efficient_attn.backends.call import Call
+from efficient_attn.biases import BiasLike
 from efficient_attn.masks import Part, PartedMask
 
 PLAIN_CALL = Call(torch.device("cpu"), torch.float32, None, 1, 1, 1, 8, 8, 8, 8, False, 0.0)
@@ -306,6 +307,18 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     tensors["grad_lse"] = normal(*out_shape[:3]).to(lse_dtype) if case.grad_lse else None
     tensors["visible"] = visible_pairs(case, tensors["mask"])
     return tensors
+
+
+def bias_of(case: Case, drawn: dict[str, Tensor | None]) -> list[BiasLike]:
+    """What is added to scores as `attention` takes it, of drawn tensors, or of leaves of theirs: None or not there."""
+    alignment = None if case.causal else "top_left"
+    table, slopes, grid_table, rel_h = (drawn.get(name) for name in ("table", "slopes", "grid_table", "rel_h"))
+    parts: list[BiasLike] = [] if table is None else [RelativeBias(table, alignment)]
+    parts += [] if slopes is None else [ALiBi(slopes, alignment)]
+    if grid_table is not None:
+        parts.append(RelativeBias2D(grid_table, case.grid, class_token=case.Nq > case.grid[0] * case.grid[1]))
+    parts += [] if rel_h is None else [DecomposedBias2D(rel_h, drawn["rel_w"], case.grid)]
+    return parts if drawn.get("bias") is None else [*parts, drawn["bias"]]
 
 
 def visible_pairs(case: Case, mask: BlockMask | Tensor | SlidingWindow | None) -> Tensor:

@@ -56,9 +56,7 @@ def write(folder: Path, seed: int, counts: Mapping[str, int]) -> None:
     """
     rng = random.Random(seed)
     if without := [name for name in CLASSES if not list((LIBRARY / name).glob("*.py"))]:
-        raise NotImplementedError(
-            f"needs the source of {without[0]}, which this Python has not (Debian: python3-tk)"
-        )
+        raise NotImplementedError(f"needs the source of {without[0]}, which this Python has not (Debian: python3-tk)")
     for split, (before, end) in SIZES.items():
         nothing = pieces(LIBRARY / NOTHING, split, before)
         rows = [

@@ -167,8 +167,8 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     """The largest sum of absolute terms behind each result: what its rounding errors are relative to (float64).
 
     A gradient that cancels to zero, as dP - delta does with one key, was still computed from terms of this size. The
-    backward rebuilds P = exp(s - lse) from a stored lse, whose roundings every weight inherits: half an ulp as it is
-    stored, half of one as it turns into a power of two; and of a returned weight the rounding of its one score is as
+    backward rebuilds P = exp(s - lse) from a stored lse, whose own rounding, half an ulp, every weight inherits, and
+    with it that of s where an image's bias has been added; and of a returned weight the rounding of its one score is as
     large, with no sum around it.
     """
     absolute = {name: tensor.detach().double().abs() for name, tensor in problem.inputs.items()}
@@ -223,7 +223,8 @@ def magnitudes(problem: Problem) -> dict[str, float]:
         result["query"] = result["query"] if of_query is None else result["query"] + of_query
         result |= dict(zip(image, others, strict=True))
     sizes = {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in result.items()}
-    stored = 1.0 + float(lse.abs().max()) if lse.numel() else 1.0
+    roundings = 1 if of_image is None else 2
+    stored = 1.0 + roundings * float(lse.abs().max()) / 2 if lse.numel() else 1.0
     return {name: size if name in OUTPUTS else size * stored for name, size in sizes.items()}
 
 

@@ -27,7 +27,7 @@ from efficient_attn import BlockMask
 from efficient_attn.backends.statistics import Wanted
 from efficient_attn.backends.triton import attention as backend
 from efficient_attn.backends.triton import linear_attention as triton_linear
-from efficient_attn.backends.triton import statistics
+from efficient_attn.backends.triton import shared, statistics
 from efficient_attn.kernels import configs
 from efficient_attn.masks import MaskArrays
 
@@ -117,9 +117,9 @@ def _compiling(capability: int, rows: list[dict[str, Any]]) -> Iterator[None]:
     """The backend believes in a GPU of this capability with few processors, and its kernels are only compiled."""
     from triton.runtime import driver
 
-    if backend.interpreted():
+    if shared.interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 is set, under which Triton compiles nothing; unset it")
-    kernels = vars(backend.kernels())
+    kernels = vars(shared.kernels())
     fakes = {k: _Compiled(v, rows) if k.endswith("_kernel") else v for k, v in kernels.items() if k[:2] != "__"}
     space = type("Kernels", (), fakes)
     with (

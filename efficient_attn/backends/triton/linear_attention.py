@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import LinearCall, readable
 from ..features import given_or_mapped, input_gradients, some_columns
-from . import attention as shared
+from . import shared
 
 MAX_FEATURES = 256
 PROGRAMS_PER_PROCESSOR = 4
@@ -48,7 +48,7 @@ def linear_attention_forward(
     else:
         times = _times(a, b, v, is_causal, causal_offset)
         alive = _alive(key_mask)
-        with shared._on(v.device):
+        with shared.on_device(v.device):
             keys = _Side(b, times.offset, alive=alive)
             values = _Side(v, times.offset, alive=alive)
             _sums(_Side(a, 0), keys, values, out, times, is_causal, False, normaliser)
@@ -107,11 +107,11 @@ def _feature_gradients(
     alive = _alive(key_mask)
     B, Hq, Nq, Dv = out.shape
     terms = torch.empty_like(normaliser)
-    with shared._on(v.device):
+    with shared.on_device(v.device):
         rows, block = B * Hq * Nq, 32
         grad_n = None if grad_normaliser is None else grad_normaliser.to(torch.float32).contiguous()
         k.terms_kernel[(-(-rows // block),)](
-            shared._rows(out), shared._rows(grad_out), normaliser, grad_n, terms, rows, Hq, Nq,
+            shared.rows_of(out), shared.rows_of(grad_out), normaliser, grad_n, terms, rows, Hq, Nq,
             Dv, k.padded(Dv), block, num_warps=4,
         )  # fmt: skip
         keys = {"b": _Side(b, times.offset, alive=alive), "v": _Side(v, times.offset, alive=alive)}
@@ -198,14 +198,14 @@ def _sums(
                 array, times.slots, size, not causal, reverse, block, num_warps=4
             )
     k.sums_kernel[(B * x_heads * times.slots * r_tiles,)](
-        x_side, y_side, u_side, shared._rows(out), states, vectors, normaliser, cut, r_tiles, constants, **config
+        x_side, y_side, u_side, shared.rows_of(out), states, vectors, normaliser, cut, r_tiles, constants, **config
     )
 
 
 def _side(side: _Side) -> Any:
     """An operand as the kernels read it."""
     heads, length = side.rows.shape[1:3]
-    rows = shared._rows(side.rows)
+    rows = shared.rows_of(side.rows)
     return shared.kernels().Side(*rows, side.norm, side.extra, side.alive, heads, length, side.shift)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...masks import MaskArrays
 from ..call import lse_without_keys, readable, refuse_orders
 from ..statistics import Found, Wanted
-from . import attention as triton
+from . import shared
 
 NEEDS_TRANSPOSED = True  # attention received is summed up along the query blocks of each key block
 WEIGHTINGS = 32  # of rows, in one launch
@@ -34,9 +34,9 @@ def attention_statistics(
 ) -> Found:
     """Return what is `wanted` of the weights of this call, as `reference.statistics.attention_statistics`."""
     refuse_orders(mask, "statistics of the weights")
-    query, key, mask = readable(query), readable(key), triton._contiguous(mask)
+    query, key, mask = readable(query), readable(key), shared.contiguous(mask)
     (B, Hq, Nq, _), Nk = query.shape, key.shape[2]
-    k = triton.kernels()
+    k = shared.kernels()
     slots, sets = _power(wanted.top), _power(wanted.set_count if wanted.key_sets is not None else 0)
     places = wanted.position_offset is not None
 
@@ -56,27 +56,27 @@ def attention_statistics(
     cells = None
     if wanted.map_block:
         cells = query.new_empty(B, Hq, *(-(-n // cell) for n in (Nq, Nk)), dtype=torch.float32)
-    if query.numel() == 0 or triton._sees_nothing(mask, key):
+    if query.numel() == 0 or shared.sees_nothing(mask, key):
         _fill_without_keys(softmax, rows, received, cells, sinks)
     else:
-        problem = triton._problem(query, key, key, mask, scale, 0.0, None)
-        inputs = triton._inputs(query, key, key, bias, problem, softcap, sinks, diagonals)
+        problem = shared.problem_of(query, key, key, mask, scale, 0.0, None)
+        inputs = shared.inputs_of(query, key, key, bias, problem, softcap, sinks, diagonals)
         extras = bias is not None or softcap > 0.0 or diagonals is not None
-        config = triton._config("statistics", query, 0, mask, problem, extras)
-        constants = triton._constants(config, mask, problem)
+        config = shared.config_of("statistics", query, 0, mask, problem, extras)
+        constants = shared.constants_of(config, mask, problem)
         launch: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
-        busy = triton.processors(query.device)
-        with triton._on(query.device):
-            programs = triton._tiles(Nq, config.block_q, mask, 0) * B * Hq
-            walked = triton._mask(mask, B, False, problem, Hq, programs > busy)
-            grid = k.Grid(programs, B * Hq, Hq, triton._section(B * Hq, Nk, key, key, Hq // key.shape[1]))
+        busy = shared.processors(query.device)
+        with shared.on_device(query.device):
+            programs = shared.tile_count(Nq, config.block_q, mask, 0) * B * Hq
+            walked = shared.mask_of(mask, B, False, problem, Hq, programs > busy)
+            grid = k.Grid(programs, B * Hq, Hq, shared.section_of(B * Hq, Nk, key, key, Hq // key.shape[1]))
             k.row_statistics_kernel[(programs,)](
                 *inputs._replace(mask=walked), softmax, rows, grid, constants, sets, slots, **launch
             )
             if received is not None:
-                programs = triton._tiles(Nk, config.block_k, mask, 1) * B * Hq
-                walked = triton._mask(mask, B, True, problem, Hq, programs > busy)
-                grid = k.Grid(programs, B * Hq, Hq, triton._section(B * Hq, Nq, query, query, 1))
+                programs = shared.tile_count(Nk, config.block_k, mask, 1) * B * Hq
+                walked = shared.mask_of(mask, B, True, problem, Hq, programs > busy)
+                grid = k.Grid(programs, B * Hq, Hq, shared.section_of(B * Hq, Nq, query, query, 1))
                 for part in _weightings(k, received, wanted.row_weights):
                     k.received_kernel[(programs,)](
                         *inputs._replace(mask=walked), softmax, part, grid, constants, _power(part.weightings),
@@ -86,7 +86,7 @@ def attention_statistics(
                 own = [max(1, block // cell) for block in (config.block_q, config.block_k)]
                 counts = [-(-n // size) for n, size in zip(cells.shape[2:], own, strict=True)]
                 k.mass_map_kernel[(B * Hq * counts[0] * counts[1],)](
-                    *inputs._replace(mask=triton._mask(mask, B, False, problem)), softmax,
+                    *inputs._replace(mask=shared.mask_of(mask, B, False, problem)), softmax,
                     k.Cells(cells, *cells.shape[2:], cell), constants, *own, *(max(16, _power(n)) for n in own),
                     **launch,
                 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from support.kernel_checks import KernelChecks, draw, masked, results
 
 from efficient_attn import BlockMask, UnsupportedError, attention
-from efficient_attn.backends.triton import attention as backend
+from efficient_attn.backends.triton import shared
 
 pytestmark = pytest.mark.interpreter
 N = 90
@@ -27,8 +27,8 @@ CHECKS = TestKernels()
 
 def test_packed_heads_and_splits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    constants = backend._constants
-    monkeypatch.setattr(backend, "_constants", lambda *a: (seen.append(constants(*a)), seen[-1])[1])
+    constants = shared.constants_of
+    monkeypatch.setattr(shared, "constants_of", lambda *a: (seen.append(constants(*a)), seen[-1])[1])
     q, k, v = draw(1, 8, 3, 16), draw(1, 2, 700, 16, seed=1), draw(1, 2, 700, 16, seed=2)
     out = attention(q, k, v, backend="triton", is_causal=True, causal_alignment="bottom_right")
     assert (seen[0].GROUP, seen[0].PACK, seen[0].SPLIT) == (4, 4, True)
@@ -62,8 +62,8 @@ def test_tiles_by_descriptor_are_the_same(mask: str, monkeypatch: pytest.MonkeyP
     """Where TMA can read keys and values; rows that do not start at 16 bytes are loaded as ever."""
     from efficient_attn.kernels import configs
 
-    made, described = [], backend._described
-    monkeypatch.setattr(backend, "_described", lambda *a: (made.append(described(*a)), made[-1])[1])
+    made, described = [], shared.described
+    monkeypatch.setattr(shared, "described", lambda *a: (made.append(described(*a)), made[-1])[1])
     # 48 wide: the interpreter of Triton 3.5 counts what is between rows in elements, not bytes.
     q, k, v = (draw(2, heads, N, 48, seed=s).half() for s, heads in enumerate((4, 2, 2)))
     v = v[..., :24]

@@ -13,6 +13,7 @@ import triton.language as tl
 from efficient_attn import BlockMask, attention
 from efficient_attn.backends.triton import attention as backend
 from efficient_attn.backends.triton import plan as triton_plan
+from efficient_attn.backends.triton import shared
 from efficient_attn.kernels.walk import Grid, locate
 from efficient_attn.masks import lists as mask_build
 
@@ -36,9 +37,9 @@ def blocks_mask(heads: int = 2, seed: int = 0) -> BlockMask:
 def plan_of(mask: BlockMask, transposed: bool) -> triton_plan.Plan:
     q = torch.zeros(1, 2, NQ, 16)
     k = torch.zeros(1, 2, NK, 16)
-    problem = backend._problem(q, k, k, mask.arrays(), 1.0, 0.0, None)
+    problem = shared.problem_of(q, k, k, mask.arrays(), 1.0, 0.0, None)
     arrays = mask.arrays(transposed)
-    return triton_plan.plan(backend.kernels(), arrays, transposed, NQ, NK, problem.low, problem.high)
+    return triton_plan.plan(shared.kernels(), arrays, transposed, NQ, NK, problem.low, problem.high)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -84,10 +85,10 @@ def where_programs_are(mask, out, grid, length, LIST: tl.constexpr, BLOCK: tl.co
 def test_the_longest_rows_start_first(heads: int) -> None:
     """Every tile of every line once; within a section of lines, none before one with more blocks."""
     mask = blocks_mask(heads)
-    problem = backend._problem(
+    problem = shared.problem_of(
         torch.zeros(3, 2, NQ, 16), torch.zeros(3, 2, NK, 16), torch.zeros(3, 2, NK, 16), mask.arrays(), 1.0, 0.0, None
     )
-    view = backend._mask(mask.arrays(), 3, False, problem, 2, True)
+    view = shared.mask_of(mask.arrays(), 3, False, problem, 2, True)
     lines, parts, section = 6, 2, 4
     tiles = view.blocks * parts
     out = torch.full((tiles * lines, 2), -1, dtype=torch.int32)

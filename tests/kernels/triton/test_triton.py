@@ -114,21 +114,21 @@ def test_the_interpreter_is_taken_by_name_only() -> None:
 
 def test_grids_come_from_shapes_alone() -> None:
     """A mask on the meta device, without data, will do: nothing that sizes a launch waits for the GPU."""
-    from efficient_attn.backends.triton import attention as backend
+    from efficient_attn.backends.triton import shared
 
     mask = BlockMask.from_dense(torch.rand(200, 300) < 0.5, block_size=(48, 32)).to("meta").arrays(False)
-    assert backend._tiles(200, 16, mask, 0) == 15
-    assert 0 <= backend._key_tiles(300, 32, mask) <= 10
-    assert not backend._lists_nothing(mask) and backend._hides(mask, None)
+    assert shared.tile_count(200, 16, mask, 0) == 15
+    assert 0 <= shared.key_tile_count(300, 32, mask) <= 10
+    assert not shared.lists_nothing(mask) and shared.hides_pairs(mask, None)
 
 
 def test_kernels_and_their_steps_have_short_signatures() -> None:
     """Pointers, strides and constants are passed in tuples (kernels/tiles.py)."""
     from triton.runtime.jit import JITFunction
 
-    from efficient_attn.backends.triton import attention as backend
+    from efficient_attn.backends.triton import shared
 
-    functions = {name: f for name, f in vars(backend.kernels()).items() if isinstance(f, JITFunction)}
+    functions = {name: f for name, f in vars(shared.kernels()).items() if isinstance(f, JITFunction)}
     assert {"attention_forward_kernel", "bias_gradient_kernel", "sums_kernel", "mask_scores"} <= set(functions)
     kernels = {name for name in functions if name.endswith("_kernel")}
     assert all(len(f.arg_names) < (20 if name in kernels else 13) for name, f in functions.items())
@@ -160,13 +160,13 @@ class Allocations(TorchDispatchMode):
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that the backend would launch."""
-    from efficient_attn.backends.triton import attention as backend
+    from efficient_attn.backends.triton import shared
 
     noted: list[str] = []
     space = {
-        k: Noted(k, noted) if k.endswith("_kernel") else v for k, v in vars(backend.kernels()).items() if k[:2] != "__"
+        k: Noted(k, noted) if k.endswith("_kernel") else v for k, v in vars(shared.kernels()).items() if k[:2] != "__"
     }
-    monkeypatch.setattr(backend, "kernels", lambda: type("Kernels", (), space))
+    monkeypatch.setattr(shared, "kernels", lambda: type("Kernels", (), space))
     return noted
 
 

@@ -124,9 +124,9 @@ def _compiling(capability: int, rows: list[dict[str, Any]]) -> Iterator[None]:
     space = type("Kernels", (), fakes)
     with (
         mock.patch.object(driver, "_active", _Driver(capability)),
-        mock.patch.object(backend, "kernels", lambda: space),
-        mock.patch.object(backend, "capability", lambda device: capability),
-        mock.patch.object(backend, "processors", lambda device: 4),
+        mock.patch.object(shared, "kernels", lambda: space),
+        mock.patch.object(shared, "capability", lambda device: capability),
+        mock.patch.object(shared, "processors", lambda device: 4),
     ):
         yield
 

@@ -27,13 +27,14 @@ from ..call import (
     zeroed,
 )
 from . import shared
+from .shared import device_reasons  # asked of every backend
 
 WIDEST = 256  # head dimension
 
 
 def not_supported_reasons(call: Call) -> list[str]:
     """Why this backend cannot serve `call`."""
-    reasons = shared.device_reasons(call.device)
+    reasons = device_reasons(call.device)
     if call.dtype == torch.float64:
         reasons.append("it computes in float32, which float64 inputs do not allow")
     if max(call.D, call.Dv) > WIDEST:

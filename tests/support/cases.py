@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -360,8 +360,3 @@ LAYOUTS = {
     "expanded": lambda t: t[:1, :1].expand_as(t),
 }
 SMALL = [case for case in CASES if max(case.Nq, case.Nk) <= 150 and case.layout != "expanded"]
-
-
-def with_dims(case: Case, D: int, Dv: int) -> Case:
-    """The same case with other head dimensions."""
-    return replace(case, name=f"{case.name}_{D}_{Dv}", D=D, Dv=Dv)

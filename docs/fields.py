@@ -72,7 +72,7 @@ def signed(found: Sequence[float]) -> str:
 
 
 def verdicts(found: Sequence[Row]) -> list[str]:
-    """A line a field: which methods keep exact attention's score. Others gain or lose by Student's t test, at 5 %."""
+    """A line a field: which methods gain or lose beside exact attention, by Student's t test at 5 %."""
     scores, costs = (cells(found, suite, "field", "method") for suite in ("fields", "fields_cost"))
     lines = []
     for field in dict.fromkeys(field for field, _ in costs):
@@ -86,7 +86,8 @@ def verdicts(found: Sequence[Row]) -> list[str]:
                 continue
             better = statistics.mean(each) * (1 if mine[0]["score_is"] != "mase" else -1)
             error = float(student.ppf(0.975, len(each) - 1)) * statistics.stdev(each) / len(each) ** 0.5
-            said.append(f"{speed} {'gains' if better > error else 'loses' if better < -error else 'keeps it'}")
+            found_out = "gains" if better > error else "loses" if better < -error else f"even ± {error:.2f}"
+            said.append(f"{speed} {found_out}")
         if said:
             lines.append(f"* {field}: {', '.join(said)}.")
     return lines

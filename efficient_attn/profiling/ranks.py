@@ -28,7 +28,9 @@ from ..distributed.plan import head_ranks
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..measuring import records
+from ..measuring.runner import children_ignore_interrupts
 from ..methods import Method, Sparse, parse
+from .session import Report
 
 LINKS = {"h200": H200}
 LAYOUTS = ("zigzag", "contiguous")
@@ -154,6 +156,7 @@ def profile_ranks(
     rounds: int = 5,
     measure: int | None = None,
     mode: str = "fwd",
+    report: Report = lambda *_: None,
 ) -> RankProfile:
     """Time attention over several numbers of ranks.
 
@@ -168,6 +171,7 @@ def profile_ranks(
         rounds: measured, of which the median counts.
         measure: the most ranks that are run as processes; default: twice the processors, 0: none.
         mode: "fwd", or "fwd_bwd", which is measured and not predicted.
+        report: called with (what runs now, how much is done, of how much).
 
     Raises:
         InputError, UnsupportedError: a method, shape, link or numbers that cannot be.
@@ -197,7 +201,10 @@ def profile_ranks(
         most = 2 * len(os.sched_getaffinity(0)) if measure is None else measure
         job = _Job(str(found), length, shape, dtype, causal, layout, rounds, mode)
         flops = float(make_plan(mask, *(Shards.zigzag(length, 1),) * 2).pairs.sum()) * shape.pair_flops
-        found_here = {count: _measured(count, job, flops) for count in sorted({1, *numbers}) if count <= most}
+        counts = [count for count in sorted({1, *numbers}) if count <= most]
+        for done, count in enumerate(counts):
+            report(f"{found} of {length:,} tokens over {count} ranks", done, len(counts))
+            found_here[count] = _measured(count, job, flops)
         given = found_here[max(found_here)].link if found_here else Link()
     if mode != "fwd" and not found_here:
         raise InputError(f"--mode {mode} is measured and not predicted; take --link away, or --mode fwd")
@@ -300,8 +307,9 @@ class _Workers:
         ]
 
     def __enter__(self) -> _Workers:
-        for process in self.processes:
-            process.start()
+        with children_ignore_interrupts():
+            for process in self.processes:
+                process.start()
         return self
 
     def ask(self, what: str, *arguments: Any) -> list[float]:
@@ -318,12 +326,12 @@ class _Workers:
             answers.append(pipe.recv())
         return answers
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
         for process in self.processes:
-            process.join(10)
+            process.join(10 if error[0] is None else 0)
             if process.is_alive():
                 process.kill()
         self.folder.cleanup()

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from . import layers
 from .comparing import Compared
 from .distillation import distilled
 from .layers import Call, Layer, State
+
+if TYPE_CHECKING:
+    from .kept import Kept
 
 Cost = Callable[[Method, Call], float]
 Note = Callable[[str, int, int], None]
@@ -84,6 +87,7 @@ def calibrate(
     cost: Cost | None,
     note: Note,
     distill: int = 0,
+    kept: Kept | None = None,
 ) -> Table:
     """One pass over a sample, of a model that attends densely by this package.
 
@@ -108,18 +112,24 @@ def calibrate(
                 f"distillation trains on one half of the batch that calibrates and checks on the other, and {name!r} "
                 "attends with a batch of 1; give a sample of 4 or more, half of which is held out, or 2 and held_out="
             )
+        table.heads[name], table.lengths[name] = layer.heads, length
+        own = None if gradients is None else gradients.pop(name)
+        known = None if kept is None else kept.layer(name, candidates)
+        if known is not None:
+            table.dense[name], table.figures[name] = known
+            continue
         for call in layer.calls:
             if call.shape not in costs:
                 costs[call.shape] = _costs(call, [DENSE, *candidates], cost)
         by_call = [costs[call.shape] for call in layer.calls]
         table.dense[name] = sum(float(found[DENSE]) for found in by_call)
-        table.heads[name], table.lengths[name] = layer.heads, length
-        own = None if gradients is None else gradients.pop(name)
         figures = [
             _figures(model, layer, method, [f.get(method, math.nan) for f in by_call], table.dense[name], own, distill)
             for method in candidates
         ]
         table.figures[name] = figures
+        if kept is not None:
+            kept.put_layer(name, table.dense[name], figures)
     note("layers measured", len(free), len(free))
     return table
 

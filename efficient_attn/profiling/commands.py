@@ -224,10 +224,9 @@ def _over_ranks(
                 for number, (spec, n) in enumerate(work):
                     part = functools.partial(_part, report, number, len(work))
                     found.append(profiles.profile_ranks(spec, n, ranks, beyond=beyond, report=part, **options))
-                    for record in found[-1].records(options) if file is not None else ():
-                        file.append(record)
                     if file is not None:
-                        file.append({"type": PROFILED, "spec": spec, "length": n})
+                        for record in [*found[-1].records(options), {"type": PROFILED, "spec": spec, "length": n}]:
+                            file.append(record)
                     if not as_json:
                         print(found[-1], flush=True)
         except KeyboardInterrupt as interrupt:
@@ -240,7 +239,7 @@ def _over_ranks(
         print(f"{len(specs) * len(lengths) - len(work)} profiles are in {folder} already")
 
 
-def _part(report: Report, number: int, of: int, name: str, done: float, total: float) -> None:
+def _part(report: Report, number: int, of: int, name: str, done: int, total: int) -> None:
     """Report how much is done of one of several, all of which take as many steps."""
     report(name, number * total + done, of * total)
 

@@ -38,7 +38,7 @@ class Kept:
         rows = list(records.read(path)) if resume and path.exists() else []
         if resume and not rows:
             raise InputError(f"--resume: {path} holds no measurements to go on with; leave it out")
-        before = next((row["values"] for row in rows if row["type"] == ABOUT), {})
+        before: Mapping[str, Any] = next((row["values"] for row in rows if row["type"] == ABOUT), {})
         for name, value in about.items() if resume else ():
             if before.get(name) != value:
                 raise InputError(
@@ -89,5 +89,5 @@ def fingerprint(model: nn.Module, sample: Any) -> str:
     found = hashlib.sha256()
     for tensor in (*model.state_dict().values(), *pytree.tree_leaves(sample)):
         if isinstance(tensor, Tensor):
-            found.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -85,6 +85,7 @@ def profile(
                 _numbers(context_parallel),
                 shape | {"causal": causal, "link": link, "layout": layout, "mode": mode},
                 {name: value * unit for name, (value, unit) in given.items() if value is not None},
+                timeout,
                 as_json,
                 None if out is None else choose_run_folder(out, "profile-results", resume=resume),
             )
@@ -205,11 +206,11 @@ def _numbers(text: str) -> list[int]:
 
 def _over_ranks(
     specs: list[str], lengths: tuple[int, ...], ranks: list[int], options: dict[str, Any], beyond: dict[str, float],
-    as_json: bool, folder: Path | None,
+    timeout: float, as_json: bool, folder: Path | None,
 ) -> None:  # fmt: skip
     """The tables of --context-parallel; with a folder also its rows there, and what they have already is left out."""
     profiles = importlib.import_module(f"{__package__}.ranks")
-    err, found = console(stderr=True), []
+    err, found, every = console(stderr=True), [], options | {"beyond": beyond, "timeout": timeout}
     with contextlib.ExitStack() as stack:
         file = None if folder is None else stack.enter_context(records.ResultFile(folder / "results.jsonl"))
         kept = () if folder is None else list(records.read(folder / "results.jsonl"))
@@ -223,7 +224,7 @@ def _over_ranks(
             with _progress(err) as report:
                 for number, (spec, n) in enumerate(work):
                     part = functools.partial(_part, report, number, len(work))
-                    found.append(profiles.profile_ranks(spec, n, ranks, beyond=beyond, report=part, **options))
+                    found.append(profiles.profile_ranks(spec, n, ranks, report=part, **every))
                     if file is not None:
                         for record in [*found[-1].records(options), {"type": PROFILED, "spec": spec, "length": n}]:
                             file.append(record)

@@ -224,6 +224,6 @@ def command_line(arguments: Sequence[str]) -> str:
     """A command of this package as it can be typed where the one that runs was."""
     program = sys.argv[0]
     if Path(program).name != "efficient-attn":
-        return shlex.join([sys.executable, "-m", "efficient_attn.cli", *arguments])
+        return shlex.join([sys.executable, "-m", __name__.partition(".")[0], *arguments])
     found = shutil.which("efficient-attn")
     return shlex.join(["efficient-attn" if found == program else program, *arguments])

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,8 @@ from ...methods import DENSE, Method
 from . import layers
 from .comparing import Compared
 from .distillation import distilled
+from .kept import Kept
 from .layers import Call, Layer, State
-
-if TYPE_CHECKING:
-    from .kept import Kept
 
 Cost = Callable[[Method, Call], float]
 Note = Callable[[str, int, int], None]
@@ -47,6 +45,10 @@ class Figures:
     head_sensitivities: list[float] = field(default_factory=list)
     refused: str = ""  # why it is none for this layer
     fitted: State | None = None  # its parameters, where they were distilled
+
+    def numbers(self) -> dict[str, Any]:
+        """All fields but the method and its parameters, as JSON values."""
+        return {name: value for name, value in vars(self).items() if name not in ("method", "fitted")}
 
     @property
     def weight(self) -> float:
@@ -114,9 +116,10 @@ def calibrate(
             )
         table.heads[name], table.lengths[name] = layer.heads, length
         own = None if gradients is None else gradients.pop(name)
-        known = None if kept is None else kept.layer(name, candidates)
-        if known is not None:
-            table.dense[name], table.figures[name] = known
+        if kept is not None and name in kept.layers:
+            by_name, known = {str(method): method for method in candidates}, kept.layers[name]
+            table.figures[name] = [Figures(by_name[f["method"]], **f["figures"]) for f in known["figures"]]
+            table.dense[name] = known["dense"]
             continue
         for call in layer.calls:
             if call.shape not in costs:
@@ -128,8 +131,10 @@ def calibrate(
             for method in candidates
         ]
         table.figures[name] = figures
-        if kept is not None:
-            kept.put_layer(name, table.dense[name], figures)
+        if kept is not None and all(f.fitted is None for f in figures):  # parameters are no figures: fitted again
+            kept.put_layer(
+                name, table.dense[name], [{"method": str(f.method), "figures": f.numbers()} for f in figures]
+            )
     note("layers measured", len(free), len(free))
     return table
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError
-from ...methods import Method
-from .calibration import Figures
 
 ABOUT, LAYER, TRIAL = "about", "layer", "trial"
 
@@ -54,20 +51,9 @@ class Kept:
         if not resume:
             self._file.append({"type": ABOUT, "values": dict(about)})
 
-    def layer(self, name: str, candidates: Sequence[Method]) -> tuple[float, list[Figures]] | None:
-        """The dense cost of a layer and the figures of its candidates, if they are known."""
-        row = self.layers.get(name)
-        if row is None:
-            return None
-        by_name = {str(method): method for method in candidates}
-        return row["dense"], [Figures(by_name[f.pop("method")], **f) for f in map(dict, row["figures"])]
-
-    def put_layer(self, name: str, dense: float, figures: Sequence[Figures]) -> None:
-        """Keep the figures of a layer. Parameters that were distilled for it are not written: it is measured again."""
-        if any(f.fitted is not None for f in figures):
-            return
-        rows = [{**asdict(f), "method": str(f.method)} for f in figures]
-        self.layers[name] = {"type": LAYER, "name": name, "dense": dense, "figures": rows}
+    def put_layer(self, name: str, dense: float, figures: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the cost of a layer as it is, and the figures of its candidates."""
+        self.layers[name] = {"type": LAYER, "name": name, "dense": dense, "figures": list(figures)}
         self._file.append(self.layers[name])
 
     def put_error(self, methods: tuple[str, ...], error: float) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -152,12 +153,37 @@ def test_a_long_input_stays_small():
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 
 
-@pytest.fixture
-def browser_page(report):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+@pytest.fixture(scope="module")
+def chromium():
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
         pytest.skip("no Chromium here: apt-get install chromium")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("address", "which"), [("", "Layer 1, head 1"), ("#2.3", "Layer 2, head 3"), ("#9.9", "1, head 1")]
+)
+def test_the_address_says_which_head_is_shown(report, chromium, tmp_path, address, which):
+    command = [
+        chromium,
+        "--headless",
+        *FLAGS.split(),
+        f"--user-data-dir={tmp_path}",
+        "--dump-dom",
+        report.as_uri() + address,
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    (heading,) = re.findall(r'<h2 id="which"[^>]*>([^<]*)<', shown)
+    assert which in heading
+    assert shown.count('aria-pressed="true"') == 1 and shown.count("<circle") == 16
+    received = re.findall(r'<table class="list most">.*?</table>', shown)
+    assert len(received) == 2  # as it is, and beside it the window
+
+
+@pytest.fixture
+def browser_page(report, chromium):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS.split())
         page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()

@@ -238,6 +238,11 @@ class observe:
 _ARGUMENTS = ("state", "key_mask", "mask", "bias", "is_causal", "causal_alignment", "scale", "softcap", "sinks")
 
 
+def _has_own_function(tensors: Sequence[Any]) -> bool:
+    """Of tensors, not of modes: another observer's would take the call away before its attention is seen."""
+    return any(isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in tensors)
+
+
 def _has_no_values(tensor: Tensor) -> bool:
     return tensor.is_meta or shapes_only(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
@@ -278,7 +283,11 @@ class _Calls(TorchFunctionMode):
     def _multi_head(self, *args: Any, **kwargs: Any) -> Any:
         function = FunctionType(
             _MULTI_HEAD.__code__,
-            {**_MULTI_HEAD.__globals__, "scaled_dot_product_attention": self._call},
+            {
+                **_MULTI_HEAD.__globals__,
+                "scaled_dot_product_attention": self._call,
+                "has_torch_function": _has_own_function,
+            },
             _MULTI_HEAD.__name__,
             _MULTI_HEAD.__defaults__,
         )
@@ -287,6 +296,6 @@ class _Calls(TorchFunctionMode):
         if not arguments.arguments["need_weights"]:
             return function(*args, **kwargs)
         result = _MULTI_HEAD(*args, **kwargs)  # multiplies matrices itself; what it multiplies is seen without weights
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             function(**{**arguments.arguments, "need_weights": False, "training": False})
         return result

@@ -200,6 +200,10 @@ def test_two_observers_see_the_same() -> None:
     assert [call.name for call in outer.layers] == [call.name for call in inner.layers] and len(inner.layers) == 4
     for one, other in zip(outer.layers, inner.layers, strict=True):
         assert torch.equal(one.statistics.entropy, other.statistics.entropy) and other.statistics.map is None
+    module, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(B, N, E)
+    with observe(module) as outer, observe(module) as inner:
+        module(x, x, x, need_weights=True)
+    assert len(outer.layers) == len(inner.layers) == 1
 
 
 @pytest.mark.parametrize("length", [1, 2, 65])

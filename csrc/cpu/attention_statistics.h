@@ -46,28 +46,28 @@ inline int64_t statistics_chunks(const StatisticsParams& p) {
 }
 
 // Keeps the largest scores of each query, descending; of equal ones the first key stays. Where a key is among the
-// largest of some query, all lanes go up the list together: a place takes what stood above it where the score is larger
-// than that, or the score where it is larger than what stood here. No step waits for the one before.
+// largest of some query, all lanes go down the list together: a lane carries its score to its place, and from there on
+// what stood there before.
 template <class A>
 EA_NOINLINE void keep_largest(const A* S, Range keys, int64_t w, int64_t top, A* largest, Integer<A>* largest_key) {
-    const int64_t last = (top - 1) * w;
-    for (int64_t lane = 0; lane < w; lane += kLanes<A>)
+    for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
+        Vec<A> least = load<A>(largest + (top - 1) * w + lane);
         for (int64_t k = 0; k < keys.end - keys.begin; ++k) {
-            const Vec<A> score = load(S + k * w + lane);
-            Vec<A> held = load<A>(largest + last + lane);
-            if (!bits_from_lanes<A>(score > held)) continue;
-            const Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{};
-            Mask<A> held_key = load_integers<A>(largest_key + last + lane);
-            for (int64_t place = last + lane; place >= w; place -= w) {
-                const Vec<A> above = load<A>(largest + place - w);
-                const Mask<A> above_key = load_integers<A>(largest_key + place - w);
-                store<A>(largest + place, score > above ? above : (score > held ? score : held));
-                store_integers<A>(largest_key + place, score > above ? above_key : (score > held ? key : held_key));
-                held = above, held_key = above_key;
+            Vec<A> score = load(S + k * w + lane);
+            if (!bits_from_lanes<A>(score > least)) continue;
+            Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{}, moved = {};
+            for (int64_t place = lane; place < top * w; place += w) {
+                const Vec<A> held = load<A>(largest + place);
+                const Mask<A> held_key = load_integers<A>(largest_key + place);
+                moved |= score > held;
+                store(largest + place, select<A>(moved, score, held));
+                store_integers<A>(largest_key + place, moved ? key : held_key);
+                score = select<A>(moved, held, score);
+                key = moved ? held_key : key;
             }
-            store<A>(largest + lane, score > held ? score : held);
-            store_integers<A>(largest_key + lane, score > held ? key : held_key);
+            least = load<A>(largest + (top - 1) * w + lane);
         }
+    }
 }
 
 // S becomes P; entropy gains sum P (s - top), in the unit of the scores.

@@ -23,8 +23,9 @@ TOP, MOST = 4, 12  # keys of a query, and tokens of a head
 WANT = ("entropy", "top", "received", "distance", "map", "shares")
 
 
-def gather(model: nn.Module, sample: Any) -> list[dict[str, Any]]:
-    """By call of attention, JSON values of what its heads do in the first element of the batch.
+def gather(model: nn.Module, sample: Any, part: str = "") -> list[dict[str, Any]]:
+    """By call of attention, JSON values of what its heads do in the first element of the batch; `part` names the module
+    whose calls are wanted.
 
     Raises:
         InputError: no call of attention was seen.
@@ -36,7 +37,7 @@ def gather(model: nn.Module, sample: Any) -> list[dict[str, Any]]:
     if not seen.layers:
         why = ", ".join(seen.left) or "the model makes no call that is known"
         raise InputError(f"no attention was seen in the model: {why}")
-    return [_layer(call) for call in seen.layers]
+    return [_layer(call) for call in seen.layers if not part or call.name.split(".")[0] == part]
 
 
 def _longest(model: nn.Module, sample: Any) -> int:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import types
 
 import pytest
 import torch
@@ -120,6 +121,58 @@ def test_an_image_and_a_low_rank_method_have_their_page(folder, tmp_path):
     exact, low_rank = (run_["layers"][0]["heads"][0] for run_ in data["runs"])
     assert exact["rows"] == low_rank["rows"] and low_rank["map"]["of"] > 0
     assert "top" in exact and "top" not in low_rank  # of which single weights are not known
+
+
+def test_an_image_of_a_model_of_images_and_texts(folder, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    small = models.TransformerConfig(32, 2, 4)
+    tower = models.ImageConfig(image_size=32, patch_size=8, encoder=small)
+    text = models.TextTowerConfig(vocab_size=20, max_len=8, eos_token_id=7, encoder=small)
+    models.CLIP(models.CLIPConfig(tower, text)).save_pretrained(tmp_path / "clip")
+    result = run(
+        "inspect", "--model", tmp_path / "clip", "--image", tmp_path / "red.png", "--out", tmp_path / "page.html"
+    )
+    assert result.exit_code == 0, result.output
+    data = embedded(tmp_path / "page.html")
+    assert data["kind"] == "image" and data["title"].endswith("clip")
+    assert [len(layer["heads"]) for layer in data["runs"][0]["layers"]] == [4, 4]  # of the image's tower alone
+
+
+def test_missing_values_of_a_series_stay_missing():
+    values = torch.tensor([1.0, torch.nan, 3.0, torch.inf])
+    data = inspect.describe(torch.nn.MultiheadAttention(8, 2), inputs.Read((torch.randn(4, 8),) * 3, values=values))
+    assert data["values"] == [1.0, None, 3.0, None] and "null" in inspect.page(data)
+
+
+def test_words_are_told_apart_whatever_marks_them(monkeypatch):
+    class Tokenizer:
+        cls_token_id = bos_token_id = None
+
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def __call__(self, text, **_):
+            return {"input_ids": list(range(len(self.tokens))) if text else []}
+
+        def get_vocab(self):
+            return {token: n for n, token in enumerate(self.tokens)}
+
+        def convert_ids_to_tokens(self, token):
+            return self.tokens[token]
+
+    for tokens in (
+        ["un", "##known", "words"],
+        ["\u2581un", "known", "\u2581words"],
+        ["\u0120un", "known", "\u0120words"],
+    ):
+        library = types.SimpleNamespace(
+            AutoTokenizer=types.SimpleNamespace(from_pretrained=lambda _, tokens=tokens: Tokenizer(tokens))
+        )
+        monkeypatch.setattr(inputs.sources, "_transformers", lambda library=library: library)
+        monkeypatch.setattr(inputs.Path, "is_file", lambda _: True)
+        ids, name_of, _ = inputs._tokens(inputs.Loaded(torch.nn.Identity(), inputs.Path("folder")), "text")
+        assert [name_of(token) for token in ids] == [" un", "known", " words"]
 
 
 def test_errors_of_inspect_are_named(folder, tmp_path):

@@ -116,7 +116,8 @@ def _recorded(
 
 
 @cache
-def _fork_server() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Where processes start with PyTorch imported already."""
     context = multiprocessing.get_context("forkserver")
     # Not this package: its native module starts plain threads in a process that was forked with it (parallel.cpp).
     context.set_forkserver_preload(["torch", "sklearn.datasets"])
@@ -134,7 +135,7 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
 def _run_worker(
     cells: Sequence[Cell], limits: Limits, lookup: Callable[[str], Any], together: bool
 ) -> Sequence[Record]:
-    context = _fork_server()
+    context = fork_server()
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
         # Not a daemon, which may have no children: a cell that compiles may start some. _follow ends an abandoned one.

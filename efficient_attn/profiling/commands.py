@@ -83,6 +83,7 @@ def profile(
                 _numbers(context_parallel),
                 shape | {"causal": causal, "link": link, "layout": layout, "mode": mode},
                 {name: value * unit for name, (value, unit) in given.items() if value is not None},
+                timeout,
                 as_json,
                 out,
             )
@@ -203,11 +204,12 @@ def _numbers(text: str) -> list[int]:
 
 def _over_ranks(
     specs: list[str], lengths: tuple[int, ...], ranks: list[int], options: dict[str, Any], beyond: dict[str, float],
-    as_json: bool, out: Path | None,
+    timeout: float, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """The tables of --context-parallel; with a folder also its rows there."""
     profiles = importlib.import_module(f"{__package__}.ranks")
-    found = [profiles.profile_ranks(spec, n, ranks, beyond=beyond, **options) for spec in specs for n in lengths]
+    options_of_all = options | {"beyond": beyond, "timeout": timeout}
+    found = [profiles.profile_ranks(spec, n, ranks, **options_of_all) for spec in specs for n in lengths]
     if out is not None:
         with records.ResultFile(out / "results.jsonl") as file:
             file.append(records.environment())

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import CheckpointError, EfficientAttnError, InputError
+from ..errors import CheckpointError, CommunicationError, EfficientAttnError, InputError
 from ..measuring import terminal
 from ..measuring.terminal import Progress, note
 from . import options, trainer
@@ -46,6 +46,7 @@ COMMON: tuple[tuple[str, Any, Any, str], ...] = (
     ("device", str, "auto", "auto, cpu or cuda."),
     ("parallel", str, "ddp", "Under torchrun: ddp or fsdp."),
     ("context_parallel", int, 1, "Under torchrun: processes that share each sequence."),
+    ("timeout", float, 600.0, "Under torchrun: seconds to wait for another process before the run ends."),
     ("eval_every", int | None, None, "Steps between validations. Default: a tenth of the run."),
     ("save_every", int | None, None, "Steps between checkpoints. Default: a tenth of the run."),
     ("log_every", int, 1, "Steps between lines of metrics.jsonl."),
@@ -132,7 +133,7 @@ def run(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> int:
         console.print(f"  {going_on}", soft_wrap=True)
         return 128 + interrupt.signum
     except EfficientAttnError as error:
-        if first:
+        if first or isinstance(error, CommunicationError):  # which the first process may not live to say
             note(terminal.console(stderr=True), "error:", f" {error}", "red")
         return 2
     show(result, console)

@@ -410,6 +410,7 @@ def test_default_candidates_are_cheaper_than_all_pairs(length):
         ({"plan": Plan({"layers.9.self_attn": "causal"})}, InputError, "another model"),
         ({"plan": Plan({"layers.0.self_attn": "nonsense"})}, InputError, "nonsense"),
         ({"budget": Budget(0.1, held_out=[]), "sample": torch.randn(2, N, 32)}, InputError, "held_out is empty"),
+        ({"budget": 0.1, "sample": torch.full((2, N, 32), torch.nan)}, InputError, "no finite number"),
         ({"budget": Budget(0.0), "sample": torch.randn(2, N, 32)}, ConversionError, "budget"),
         ({"budget": Budget(0.1, metric=lambda m: "a"), "sample": torch.randn(2, N, 32)}, ConversionError, "metric"),
     ],

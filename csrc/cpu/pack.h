@@ -55,8 +55,8 @@ inline T* row_pointer(const TensorView& t, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(t.data) + row_offset(t, b, h, row);
 }
 
-// Rows that lie anywhere are asked for so many ahead of their use.
-constexpr int64_t kRowsAhead = 8;
+// Rows that lie anywhere are asked for so many ahead of their use, where they are so many that it pays.
+constexpr int64_t kRowsAhead = 8, kManyRows = 64;
 
 inline void prefetch_row(const void* row, int64_t bytes) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte);
@@ -75,10 +75,10 @@ template <class T, class A>
 inline void gather_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                         int64_t stride, A* buffer) {
     const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
-    for (int64_t r = 0; r < min_of(kRowsAhead, count) && t.order; ++r)
-        prefetch_row(row_pointer<T>(t, b, h, first + r), bytes);
+    const bool ahead = t.order && count >= kManyRows;
+    for (int64_t r = 0; r < kRowsAhead && ahead; ++r) prefetch_row(row_pointer<T>(t, b, h, first + r), bytes);
     for (int64_t r = 0; r < count; ++r) {
-        if (t.order && r + kRowsAhead < count) prefetch_row(row_pointer<T>(t, b, h, first + r + kRowsAhead), bytes);
+        if (ahead && r + kRowsAhead < count) prefetch_row(row_pointer<T>(t, b, h, first + r + kRowsAhead), bytes);
         copy_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * stride);
     }
 }

@@ -327,6 +327,7 @@ inline bool add_biases(const AttentionParams& p, int64_t b, int64_t h, Range row
 template <class A>
 inline void fill_masked(const uint64_t* bits, int64_t keys, int64_t w, A value, A* S) {
     for (int64_t k = 0; k < keys; ++k) {
+        if ((~bits[k] & low_bits(w)) == 0) continue;
         for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
             A* place = S + k * w + lane;
             store(place, select<A>(lanes_from_bits<A>(bits[k] >> lane), load<A>(place), broadcast<A>(value)));

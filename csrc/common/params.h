@@ -83,15 +83,16 @@ struct AttentionParams {
     uint64_t dropout_seed;
     int64_t dropout_head, dropout_query, dropout_key;  // the pair (0, 0) of head 0 as dropout counts: a part's origin
     WeightsView weights;  // of the forward a result, of the backward a gradient; in the call's dtype
+    int64_t continues;    // out and lse hold results for other keys, which are joined; dq, dk and dv are added to (CPU)
     int threads;          // how many will run it; decides the order of work, never the bits
 
     // Backward only.
     TensorView grad_out, dq, dk, dv;
-    const void* grad_lse;             // like lse, or null
-    BiasGradient dbias;               // data null: not wanted
-    void* delta;                      // a result: delta of every row, (B, Hq, Nq), like lse; null: not wanted
-    void* ddiagonals;                 // (B, Hq, Nq + Nk - 1) of the accumulation type, zeros at first; null: not wanted
-    int64_t band_keys, band_overlap;  // of the CPU, which sets them itself: see cpu/attention_backward_bands.h
+    const void* grad_lse;  // like lse, or null
+    BiasGradient dbias;    // data null: not wanted
+    void* delta;           // a result: delta of every row, (B, Hq, Nq), like lse; null: not wanted
+    void* ddiagonals;      // (B, Hq, Nq + Nk - 1) of the accumulation type, zeros at first; null: not wanted
+    int64_t band_keys, band_overlap, band_tiles;  // of the CPU, which sets them itself: see cpu/bands.h
 };
 
 // One pass over the weights of a call for what is known of them; see cpu/attention_statistics.h. `out` and `value` of

@@ -104,6 +104,7 @@ inline AttentionParams read_call(Reader& in) {
     mask.kv_lengths = in.pointer<const int32_t>();
     read_order(in, {&p.query, &p.out}, &p.query_rows);
     read_order(in, {&p.key, &p.value}, &p.key_rows);
+    p.continues = in.integer();
     return p;
 }
 

@@ -162,8 +162,9 @@ EA_NOINLINE void weight_gradients(int64_t keys, int64_t w, const BackwardTile<A>
 
 // Fills S with the scores of the tile, and `keep`. Returns whether pairs are masked; then `bits` says which.
 template <class T, class A>
-inline bool score_pairs(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile, int64_t tile_key,
-                        const Rows<Operand<T, A>>& K, int64_t w, BackwardTile<A>& t) {
+inline bool score_pairs(const AttentionParams& p, const QueryTile& q, const Chunk& chunk, const Rows<Operand<T, A>>& K,
+                        int64_t w, BackwardTile<A>& t) {
+    const Range keys = chunk.keys;
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
         score_tile(K, n, p.D, t.Q_columns, w, t.scale, t.S);
@@ -171,7 +172,7 @@ inline bool score_pairs(const AttentionParams& p, const QueryTile& q, Range keys
         score_tile(K, n, p.D, t.Qt, w, t.S);
     }
     cap_scores<A>(p, n * w, t.S, t.slope);
-    bool masked = visible_bits(p, q.b, q.h, q.rows, q.block_row, keys, tile, tile_key, t.bits);
+    bool masked = visible_bits(p, q.b, q.h, q.rows, q.block_row, chunk, t.bits);
     masked = add_biases<T>(p, q.b, q.h, q.rows, keys, w, t.S, masked, t.bits, t.scratch, t.pairs);
     if (p.dropout_p > 0) kept_bits(p, q.b, q.h, {q.rows.begin, q.rows.begin + q.count}, keys, t.keep);
     return masked;
@@ -191,16 +192,16 @@ inline void load_weight_gradients(const AttentionParams& p, const QueryTile& q, 
 
 // Fills S with Z P and dP with dS, both [keys][w]. Returns whether pairs are masked; then `bits` says which.
 template <class T, class A>
-inline bool score_gradients(const AttentionParams& p, const QueryTile& q, Range keys, const uint8_t* tile,
-                            int64_t tile_key, const Rows<Operand<T, A>>& K, const Rows<Operand<T, A>>& V, int64_t w,
-                            BackwardTile<A>& t) {
+inline bool score_gradients(const AttentionParams& p, const QueryTile& q, const Chunk& chunk,
+                            const Rows<Operand<T, A>>& K, const Rows<Operand<T, A>>& V, int64_t w, BackwardTile<A>& t) {
+    const Range keys = chunk.keys;
     const int64_t n = keys.end - keys.begin;
     if constexpr (kPairProducts<T>) {
         score_tile<T, A>(V, n, p.Dv, t.dO_columns, w, nullptr, t.dP);
     } else {
         score_tile(V, n, p.Dv, t.dOt, w, t.dP);
     }
-    const bool masked = score_pairs<T>(p, q, keys, tile, tile_key, K, w, t), dropped = p.dropout_p > 0;
+    const bool masked = score_pairs<T>(p, q, chunk, K, w, t), dropped = p.dropout_p > 0;
     if (p.weights.data) {
         load_weight_gradients<T>(p, q, keys, w, t);
         for (int64_t i = 0; i < n * w; i += kLanes<A>) store(t.dP + i, load<A>(t.dP + i) + load(t.pairs + i));
@@ -245,9 +246,10 @@ inline void weight_gradients_task(const AttentionParams& p, int64_t task, char* 
     BackwardTile<A> t(p, memory);
     load_query_tile<T>(p, q, shared, w, t);
     const A rescale = static_cast<A>(1.0 / (1.0 - p.dropout_p));
-    for_each_chunk(p, q.b, q.h, q.block, q.rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
+    for_each_chunk(p, q.b, q.h, q.block, q.rows, {0, p.Nk}, [&](const Chunk& chunk) {
+        const Range keys = chunk.keys;
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
-        const bool masked = score_pairs<T>(p, q, keys, segment.tile, segment.tile_key, K, w, t);
+        const bool masked = score_pairs<T>(p, q, chunk, K, w, t);
         load_weight_gradients<T>(p, q, keys, w, t);
         with_bool(is_natural(p), [&](auto natural) {
             add_weight_products<A, natural.value>(keys.end - keys.begin, w, masked, p.dropout_p > 0, rescale, t,
@@ -314,14 +316,14 @@ inline void add_key_gradients(const AttentionParams& p, const QueryTile& q, int6
 }
 
 template <class T, class A>
-inline void store_key_gradients(const AttentionParams& p, int64_t b, int64_t kv, Range keys, A* dK, const A* dV) {
+inline void store_key_gradients(const AttentionParams& p, int64_t b, int64_t kv, Range keys, A* dK, A* dV) {
     const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
     const A scale = static_cast<A>(p.scale);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
         A* row = dK + (j - keys.begin) * D;
         for (int64_t d = 0; d < D; ++d) row[d] *= scale;
-        narrow_row(row, p.D, row_pointer<T>(p.dk, b, kv, j));
-        narrow_row(dV + (j - keys.begin) * Dv, p.Dv, row_pointer<T>(p.dv, b, kv, j));
+        store_row(row, p.D, row_pointer<T>(p.dk, b, kv, j), p.continues);
+        store_row(dV + (j - keys.begin) * Dv, p.Dv, row_pointer<T>(p.dv, b, kv, j), p.continues);
     }
 }
 
@@ -391,12 +393,13 @@ inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Ra
                                 BackwardTile<A>& t, A* dQt, Begin begin, Visit visit) {
     const int64_t kv = q.h / (p.Hq / p.Hkv);
     bool begun = false;
-    for_each_chunk(p, q.b, q.h, q.block, q.rows, limits, [&](Range keys, const Segment& segment) {
+    for_each_chunk(p, q.b, q.h, q.block, q.rows, limits, [&](const Chunk& chunk) {
+        const Range keys = chunk.keys;
         if (!begun) begin();
         begun = true;
         const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
         const auto V = load_operand<T>(p.value, q.b, kv, keys, p.Dv, t.V_buffer);
-        const bool masked = score_gradients<T>(p, q, keys, segment.tile, segment.tile_key, K, V, w, t);
+        const bool masked = score_gradients<T>(p, q, chunk, K, V, w, t);
         if (bias_is_full(p)) store_bias_tile<T>(p, q, keys, w, t);
         if (p.ddiagonals) add_diagonal_gradients(p, q, keys, w, t);
         const int64_t elements = (keys.end - keys.begin) * w;
@@ -411,8 +414,9 @@ template <class T, class A>
 inline void store_query_gradients(const AttentionParams& p, const QueryTile& q, int64_t w, const A* dQt,
                                   BackwardTile<A>& t) {
     const A scale = static_cast<A>(p.scale);
-    store_transposed<T>(dQt, w, p.dq, q.b, q.h, q.rows.begin, q.count, p.D, t.scratch,
-                        [=](Vec<A> x, int64_t) { return x * scale; });
+    store_transposed<T>(
+        dQt, w, p.dq, q.b, q.h, q.rows.begin, q.count, p.D, t.scratch, [=](Vec<A> x, int64_t) { return x * scale; },
+        p.continues);
 }
 
 // Phase 1.
@@ -497,11 +501,11 @@ inline void bias_task(const AttentionParams& p, int64_t task, char* memory, cons
                 if (q.count <= 0) continue;
                 const int64_t w = whole_lanes<T, A>(q.count), kv = h / (p.Hq / p.Hkv);
                 load_query_tile<T>(p, q, shared, w, t);
-                for_each_chunk(p, b, h, q.block, q.rows, keys, [&](Range chunk, const Segment& segment) {
-                    const auto K = load_operand<T>(p.key, b, kv, chunk, p.D, t.K_buffer);
-                    const auto V = load_operand<T>(p.value, b, kv, chunk, p.Dv, t.V_buffer);
-                    score_gradients<T>(p, q, chunk, segment.tile, segment.tile_key, K, V, w, t);
-                    fold_tile(t.dP, chunk, keys.begin, w, q.count, by_query, by_key, t.sum);
+                for_each_chunk(p, b, h, q.block, q.rows, keys, [&](const Chunk& chunk) {
+                    const auto K = load_operand<T>(p.key, b, kv, chunk.keys, p.D, t.K_buffer);
+                    const auto V = load_operand<T>(p.value, b, kv, chunk.keys, p.Dv, t.V_buffer);
+                    score_gradients<T>(p, q, chunk, K, V, w, t);
+                    fold_tile(t.dP, chunk.keys, keys.begin, w, q.count, by_query, by_key, t.sum);
                 });
             }
         }

@@ -3,8 +3,9 @@
 // Spans of keys that run behind one another would wait for each other there: what two of them share are the last tiles
 // of queries of one and the first of the next. Instead a task owns a run of tiles of queries of one (batch, key/value
 // head). It sums up and stores dQ of a tile at once, and sums up dK and dV of all keys that the run sees. Of keys that
-// the next run sees too it leaves the sums to that one, which adds them to its own at its end. Runs depend on sizes and
-// mask alone, so that the bits do not depend on the threads.
+// a neighbour sees too, the run that is done first leaves its sums to the other one, which adds its own: no run waits
+// for another, and of two sums the order does not matter. Runs depend on sizes and mask alone, so that the bits do not
+// depend on the threads.
 #pragma once
 
 #include "attention_backward.h"
@@ -23,49 +24,65 @@ inline void clear_rows(const TensorView& t, int64_t b, int64_t h, Range rows, in
         __builtin_memset(row_pointer<T>(t, b, h, i), 0, static_cast<size_t>(width) * sizeof(T));
 }
 
-// dK and dV of the keys of a run: with what the run before left, stored, or left to the next.
+// Step `number` and the one before share `keys`, which lie from `first` on in the sums of this run: they are left to
+// the other run, or stored with what that one left.
+template <class T, class A>
+inline void meet_neighbour(const AttentionParams& p, int64_t number, Range keys, int64_t first,
+                           const BackwardShared<A>& shared, const BackwardTile<A>& t) {
+    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), runs = band_runs(p);
+    const int64_t slots = shared.left_slots(p), count = keys.end - keys.begin;
+    int64_t* state = shared.done + number;
+    if (count <= 0) return __atomic_store_n(state, kStored, __ATOMIC_RELEASE);
+    A *dK = t.dK + (keys.begin - first) * D, *dV = t.dV + (keys.begin - first) * Dv;
+    A *left_dK = shared.left + number % slots * shared.left_by_run(p), *left_dV = left_dK + p.band_overlap * D;
+    int64_t nothing = 0;
+    if (__atomic_compare_exchange_n(state, &nothing, kLeaves, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+        // Tasks are taken in order, so both that are waited for are done or being done.
+        if (number >= slots) wait_until(state - slots, kStored);
+        __builtin_memcpy(left_dK, dK, static_cast<size_t>(count * D) * sizeof(A));
+        __builtin_memcpy(left_dV, dV, static_cast<size_t>(count * Dv) * sizeof(A));
+        __atomic_store_n(state, kLeft, __ATOMIC_RELEASE);
+        return;
+    }
+    wait_until(state, kLeft);
+    add_to(left_dK, count * D, dK);
+    add_to(left_dV, count * Dv, dV);
+    __atomic_store_n(state, kStored, __ATOMIC_RELEASE);
+    store_key_gradients<T>(p, number / runs / p.Hkv, number / runs % p.Hkv, keys, dK, dV);
+}
+
+// dK and dV of the keys of a run: stored, or left to a neighbour.
 template <class T, class A>
 inline void finish_run_keys(const AttentionParams& p, int64_t head, int64_t run, Range keys,
                             const BackwardShared<A>& shared, const BackwardTile<A>& t) {
-    const int64_t runs = band_runs(p), kv = head % p.Hkv, b = head / p.Hkv, slots = Pipeline::of<A>(p).slots;
-    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), size = shared.left_by_run(p);
+    const int64_t runs = band_runs(p), kv = head % p.Hkv, b = head / p.Hkv;
+    const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), number = head * runs + run;
     const int64_t seen_before = run > 0 ? run_keys(p, b, kv, run - 1).end : 0;
     const int64_t seen_after = run + 1 < runs ? run_keys(p, b, kv, run + 1).begin : p.Nk;
-    A* left = shared.left + (head % slots * runs + run) * size;
-    if (run > 0 && p.band_overlap > 0) {
-        wait_until(shared.done + head * runs + run - 1, 1);
-        const int64_t count = max_of(0, seen_before - keys.begin);
-        add_to(left - size, count * D, t.dK);
-        add_to(left - size + p.band_overlap * D, count * Dv, t.dV);
-    }
-    const int64_t own = max_of(keys.begin, min_of(keys.end, seen_after));
-    store_key_gradients<T>(p, b, kv, {keys.begin, own}, t.dK, t.dV);
-    if (own < keys.end) {
-        const size_t bytes = static_cast<size_t>(keys.end - own) * sizeof(A);
-        __builtin_memcpy(left, t.dK + (own - keys.begin) * D, bytes * static_cast<size_t>(D));
-        __builtin_memcpy(left + p.band_overlap * D, t.dV + (own - keys.begin) * Dv, bytes * static_cast<size_t>(Dv));
-    }
+    const int64_t own = max_of(keys.begin, min_of(keys.end, seen_before)),
+                  last = max_of(own, min_of(keys.end, seen_after));
+    if (run > 0) meet_neighbour<T>(p, number, {keys.begin, own}, keys.begin, shared, t);
+    store_key_gradients<T>(p, b, kv, {own, last}, t.dK + (own - keys.begin) * D, t.dV + (own - keys.begin) * Dv);
+    if (run + 1 < runs) meet_neighbour<T>(p, number + 1, {last, keys.end}, keys.begin, shared, t);
+    if (p.continues) return;
     const auto clear = [&](Range unseen) {
         clear_rows<T>(p.dk, b, kv, unseen, p.D);
         clear_rows<T>(p.dv, b, kv, unseen, p.Dv);
     };
     if (run == 0) clear({0, keys.begin});
-    clear({max_of(own, keys.end), seen_after});
+    clear({keys.end, seen_after});
 }
 
 template <class T, class A>
 inline void run_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
     const QueryTiling tiling = attention_tiling(p);
-    const int64_t runs = band_runs(p), size = run_tiles(p, tiling), slots = Pipeline::of<A>(p).slots;
+    const int64_t runs = band_runs(p), size = p.band_tiles;
     const int64_t head = task / runs, run = task % runs, kv = head % p.Hkv, b = head / p.Hkv;
     const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), group = p.Hq / p.Hkv;
     const Range keys = run_keys(p, b, kv, run);
-    int64_t* done = shared.done + head * runs + run;
     BackwardTile<A> t(p, memory);
     fill_zero(t.dK, (keys.end - keys.begin) * D);
     fill_zero(t.dV, (keys.end - keys.begin) * Dv);
-    // Tasks are taken in order, so what is waited for is done or being done.
-    if (run == 0 && head >= slots) wait_until(done - (slots - 1) * runs - 1, 1);
 
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         for (int64_t tile = run * size; tile < min_of((run + 1) * size, tiling.count); ++tile) {
@@ -86,7 +103,6 @@ inline void run_task(const AttentionParams& p, int64_t task, char* memory, const
         }
     }
     finish_run_keys<T>(p, head, run, keys, shared, t);
-    __atomic_store_n(done, 1, __ATOMIC_RELEASE);
 }
 
 }  // namespace

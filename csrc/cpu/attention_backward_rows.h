@@ -14,13 +14,17 @@ inline bool bias_is_full(const AttentionParams& p) {
 }
 
 // Keys of one task: few enough that their K, V, dK and dV stay in the second cache level while every query comes by,
-// and that there is a task for each thread. Spans end where pieces of keys do.
+// and that there is a task for each thread. Under lists not more than kMostSpans: each looks up every tile of queries,
+// of which most see none of its keys. Spans end where pieces of keys do.
+constexpr int64_t kMostSpans = 64;
+
 template <class A>
 inline int64_t key_span(const AttentionParams& p) {
     constexpr int64_t cache = 512 * 1024;
     const int64_t bytes = 2 * static_cast<int64_t>(sizeof(A)) * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
     const int64_t wanted = ceil_div(2 * max_of(1, p.threads), max_of(1, p.B * p.Hkv));
-    const int64_t span = min_of(cache / bytes, ceil_div(p.Nk, wanted));
+    const int64_t least = p.mask.indptr ? p.Nk / kMostSpans : 0;
+    const int64_t span = min_of(max_of(cache / bytes, least), ceil_div(p.Nk, wanted));
     return max_of(span / kKeys, 1) * kKeys;
 }
 
@@ -46,8 +50,8 @@ struct Pipeline {
 };
 
 // What the tasks share: of each row delta, and top and rest, which make its weights exp((s - top) - rest) in the unit
-// of the scores; how many tiles of queries each span is done with, or whether a run is done; and of the heads under way
-// dQt, or what each run leaves to the next.
+// of the scores; how many tiles of queries each span is done with, and of the heads under way dQt; or what becomes of
+// the keys that a run shares with the one before, and the sums of those that wait for the other run.
 template <class A>
 struct BackwardShared {
     A *delta, *top, *rest, *dQt, *left;
@@ -63,11 +67,15 @@ struct BackwardShared {
         rest = arena.take<A>(p.B * p.Hq * p.Nq);
         done = arena.take<int64_t>(steps);
         dQt = arena.take<A>(bands ? 0 : line.slots * line.tiles * p.D * kQueries);
-        left = arena.take<A>(bands ? line.slots * band_runs(p) * left_by_run(p) : 0);
+        left = arena.take<A>(bands ? left_slots(p) * left_by_run(p) : 0);
         end = arena.next;
     }
     static int64_t bytes(const AttentionParams& p) { return BackwardShared(p, kNoMemory).end - kNoMemory; }
-    // Elements of dK and dV that a run leaves to the next.
+    // How many runs may have left something at once.
+    static int64_t left_slots(const AttentionParams& p) {
+        return min_of(p.B * p.Hkv * band_runs(p), 8 * max_of(1, p.threads));
+    }
+    // Elements of dK and dV that a run leaves.
     static int64_t left_by_run(const AttentionParams& p) {
         return p.band_overlap * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
     }
@@ -130,6 +138,7 @@ inline void measure_rows(const AttentionParams& p, int64_t b, int64_t h, Range r
     if (!coarse) return;
     const TileRegisters tiles(kPairProducts<T>);
     ForwardTile<A> t(p, memory);
+    begin_softmax(p, h, whole_lanes<T, A>(count), t);
     softmax_pass<T>(p, b, h, rows, whole_lanes<T, A>(count), t, [](Range, bool) {});
     for (int64_t r = 0; r < count; ++r) {
         const int64_t i = rows.begin + r, row = first + i;
@@ -143,11 +152,16 @@ inline void measure_rows(const AttentionParams& p, int64_t b, int64_t h, Range r
 // Of one head; without queries there is still a task, to start the counters.
 inline int64_t row_tiles(const AttentionParams& p) { return max_of(1, attention_tiling(p).count); }
 
+// What `done` says before phase 1.
+inline int64_t first_state(const AttentionParams& p, int64_t step) {
+    return has_bands(p) && step % band_runs(p) == 0 ? kStored : 0;
+}
+
 // Phase 0.
 template <class T, class A>
 inline void rows_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
     if (task == 0) {
-        for (int64_t k = 0; k < shared.steps; ++k) shared.done[k] = 0;
+        for (int64_t k = 0; k < shared.steps; ++k) shared.done[k] = first_state(p, k);
     }
     const int64_t tiles = row_tiles(p), tile = task % tiles, head = task / tiles;
     const int64_t h = head % p.Hq, b = head / p.Hq;

@@ -19,9 +19,10 @@ namespace {
 constexpr int64_t kDecodeQueries = 16;
 constexpr int64_t kDecodeSpan = 1024;  // keys of one task
 
-// Without a query, a key or a head there is nothing to cut. Keys are read where they lie, one behind another.
+// Without a query, a key or a head there is nothing to cut. Keys are read where they lie, one behind another. What goes
+// on from other results does so tile by tile.
 inline bool is_decode(const AttentionParams& p) {
-    return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0 && !p.weights.data && !p.key.order;
+    return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0 && !p.weights.data && !p.key.order && !p.continues;
 }
 
 // How the work is cut: whole spans, from the first that the window lets any query see to the last. Heads with lists of
@@ -355,16 +356,15 @@ inline bool add_decode_diagonals(const AttentionParams& p, const DecodeTask& tas
 
 // Bits of every row of the task, a word a key. Returns false when every pair is visible; `bits` then is not meant.
 template <class T, class A>
-inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, Range keys, const Segment& segment,
+inline bool decode_visibility(const AttentionParams& p, const DecodeTask& task, const Chunk& chunk,
                               const DecodeScores<A>& scores, DecodeTile<A>& t) {
+    const Range keys = chunk.keys, queries{0, p.Nq};
     const int64_t n = keys.end - keys.begin;
-    const Range queries{0, p.Nq};
-    if (!is_natural(p) && !visible_bits(p, task.b, task.h, queries, 0, keys, segment.tile, segment.tile_key, t.part))
-        return false;
+    if (!is_natural(p) && !visible_bits(p, task.b, task.h, queries, 0, chunk, t.part)) return false;
     bool masked = false;
     for (int64_t k = 0; k < n; ++k) t.bits[k] = 0;
     for (int64_t g = 0; g < task.heads; ++g) {
-        const bool some = visible_bits(p, task.b, task.h, queries, 0, keys, segment.tile, segment.tile_key, t.part);
+        const bool some = visible_bits(p, task.b, task.h, queries, 0, chunk, t.part);
         for (int64_t k = 0; k < n && !some; ++k) t.part[k] = low_bits(p.Nq);
         bool hidden = has_bias(p) && add_decode_bias<T>(p, task, g, keys, scores, t.part);
         if (p.diagonals.data) hidden |= add_decode_diagonals(p, task, g, keys, scores, t.part);
@@ -480,12 +480,13 @@ inline void decode_span(const AttentionParams& p, int64_t index, char* memory, A
     fill_zero(result.O, rows * Dv);
 
     bool started = false;
-    for_each_chunk(p, task.b, task.h, 0, queries, span, [&](Range keys, const Segment& segment) {
+    for_each_chunk(p, task.b, task.h, 0, queries, span, [&](const Chunk& chunk) {
+        const Range keys = chunk.keys;
         const int64_t n = keys.end - keys.begin;
         if (!started) load_decode_queries<T>(p, task, w, few, t);
         started = true;
         decode_scores<T>(p, task, keys, rows, w, few, t);
-        const bool masked = decode_visibility<T>(p, task, keys, segment, scores, t);
+        const bool masked = decode_visibility<T>(p, task, chunk, scores, t);
         if (masked) fill_hidden(t.bits, n, rows, w, -kInfinity<A>, scores);
         if (!few) {
             online_softmax_update(p, n, w, t.S, result.top, result.total, t.fade);

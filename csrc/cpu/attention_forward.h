@@ -101,7 +101,7 @@ inline void online_softmax_update(const AttentionParams& p, int64_t keys, int64_
                   : online_softmax_update<A, false>(keys, w, S, top, total, fade);
 }
 
-// What a row of head h has met before any key: nothing, or the sink.
+// What a row of head h has met before any key: nothing, or a sink.
 template <class A>
 inline void begin_softmax(const AttentionParams& p, int64_t h, A& top, A& total) {
     top = -kInfinity<A>;
@@ -203,8 +203,25 @@ inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, int64_t 
     }
 }
 
-// The online softmax of a tile of queries: calls visit(keys, masked) for each piece of keys that they see, when S holds
-// the weights exp(s - top) of it. Afterwards top and total are those of the whole rows.
+template <class A>
+inline void begin_softmax(const AttentionParams& p, int64_t h, int64_t w, ForwardTile<A>& t) {
+    for (int64_t r = 0; r < w; ++r) begin_softmax(p, h, t.top[r], t.total[r]);
+}
+
+// The rows go on from results for other keys, which are to a softmax a key of score lse, with out as its value.
+template <class T, class A>
+inline void resume_softmax(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t w, ForwardTile<A>& t) {
+    const int64_t count = rows.end - rows.begin;
+    pack_transposed<T>(p.out, b, h, rows.begin, count, p.Dv, Scaled<A>(1.0 - p.dropout_p), w, t.scratch, t.Ot);
+    for (int64_t r = 0; r < w; ++r) {
+        const A lse = r < count ? static_cast<const A*>(p.lse)[lse_row(p, b, h, rows.begin + r)] : -kInfinity<A>;
+        t.top[r] = static_cast<A>(static_cast<double>(lse) / score_unit(p));
+        t.total[r] = lse == -kInfinity<A> ? 0 : 1;
+    }
+}
+
+// The online softmax of a tile of queries from a begun one on: calls visit(keys, masked) for each piece of keys that
+// they see, when S holds the weights exp(s - top) of it. Afterwards top and total are those of the whole rows.
 template <class T, class A, class Visit>
 inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t w, ForwardTile<A>& t,
                          Visit visit) {
@@ -212,12 +229,12 @@ inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range r
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
     const int64_t kv = h / (p.Hq / p.Hkv);
     load_queries<T>(p, b, h, rows.begin, rows.end - rows.begin, w, t);
-    for (int64_t r = 0; r < w; ++r) begin_softmax(p, h, t.top[r], t.total[r]);
-    for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
+    for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](const Chunk& chunk) {
+        const Range keys = chunk.keys;
         const int64_t n = keys.end - keys.begin;
         if (t.strip) t.S = t.strip + keys.begin * w;
         score<T>(p, b, kv, keys, w, t);
-        bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, t.bits);
+        bool masked = visible_bits(p, b, h, rows, block_row, chunk, t.bits);
         masked = add_biases<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
         if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
         online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
@@ -231,7 +248,12 @@ template <class T, class A, class Visit>
 inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t w, char* shared,
                    ForwardTile<A>& t, Visit visit) {
     const int64_t count = rows.end - rows.begin, kv = h / (p.Hq / p.Hkv);
-    fill_zero(t.Ot, p.Dv * w);
+    if (p.continues) {
+        resume_softmax<T>(p, b, h, rows, w, t);
+    } else {
+        fill_zero(t.Ot, p.Dv * w);
+        begin_softmax(p, h, w, t);
+    }
     softmax_pass<T>(p, b, h, rows, w, t, [&](Range keys, bool masked) {
         if (p.dropout_p > 0) {
             kept_bits(p, b, h, rows, keys, t.keep);

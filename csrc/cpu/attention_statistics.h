@@ -166,6 +166,7 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
     const int64_t head = b * p.Hq + h, first = head * p.Nq + rows.begin;
     const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
+    begin_softmax(p, h, w, f);
     softmax_pass<T>(p, b, h, rows, w, f, [](Range, bool) {});
 
     for (int64_t r = 0; r < w; ++r) {
@@ -184,10 +185,11 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
     A* received = static_cast<A*>(s.received) + (head * statistics_chunks(s) + chunk) * p.Nk;
     const int64_t received_step =
         p.B * p.Hq * statistics_chunks(s) * p.Nk;  // from one weighting of the rows to the next
-    for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](Range keys, const Segment& segment) {
+    for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](const Chunk& chunk) {
+        const Range keys = chunk.keys;
         const int64_t n = keys.end - keys.begin;
         score<T>(p, b, kv, keys, w, f);
-        bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, f.bits);
+        bool masked = visible_bits(p, b, h, rows, block_row, chunk, f.bits);
         masked = add_biases<T>(p, b, h, rows, keys, w, f.S, masked, f.bits, f.scratch, f.bias);
         if (masked) fill_masked(f.bits, n, w, -kInfinity<A>, f.S);
         if (s.top) keep_largest(f.S, keys, w, s.top, t.largest, t.largest_key);

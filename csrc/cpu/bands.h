@@ -34,23 +34,24 @@ inline void join_rows(AttentionParams& p) {
 
 inline bool has_bands(const AttentionParams& p) { return p.band_keys > 0; }
 
-// How many tiles of queries are a run: so many queries that the keys of two runs are few beside those of one, and not
-// so many that threads are without one.
-inline int64_t run_tiles(const AttentionParams& p, const QueryTiling& tiling) {
-    const int64_t queries = max_of(128, min_of(512, round_up(ceil_div(p.Nq * p.B * p.Hkv, 8), kQueries)));
-    return max_of(1, queries / tiling.tile);
+// What becomes of the keys that two runs share: nothing yet; one of both writes its sums; they are left to the other
+// run; that one has stored them.
+constexpr int64_t kLeaves = 1, kLeft = 2, kStored = 3;
+
+// The fewest queries that a run may have: so many that the keys of two runs are few beside those of one, and not so
+// many that threads are without one.
+inline int64_t least_run(const AttentionParams& p) {
+    return max_of(128, min_of(512, round_up(ceil_div(p.Nq * p.B * p.Hkv, 8), kQueries)));
 }
 
-inline int64_t band_runs(const AttentionParams& p) {
-    const QueryTiling tiling = attention_tiling(p);
-    return ceil_div(tiling.count, run_tiles(p, tiling));
-}
+inline int64_t band_runs(const AttentionParams& p) { return ceil_div(attention_tiling(p).count, p.band_tiles); }
 
-// Keys that the queries of a run see, of all heads of a group, lengths aside. A run that sees none has those before it.
+// Keys that the queries of a run see, of all heads of a group, lengths aside. A run that sees none is at the end of
+// those before it.
 inline Range run_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t run) {
     const QueryTiling tiling = attention_tiling(p);
     const MaskView& mask = p.mask;
-    const int64_t size = run_tiles(p, tiling), group = mask.heads > 1 ? p.Hq / p.Hkv : 1;
+    const int64_t size = p.band_tiles, wanted = run, group = mask.heads > 1 ? p.Hq / p.Hkv : 1;
     AttentionParams whole = p;
     whole.mask.kv_lengths = nullptr;
     for (; run >= 0; --run) {
@@ -69,39 +70,59 @@ inline Range run_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t r
                 }
             keys = intersect(keys, {begin, end});
         }
-        if (keys.begin < keys.end) return keys;
+        if (keys.begin < keys.end) return run == wanted ? keys : Range{keys.end, keys.end};
     }
     return {0, 0};
 }
 
-// Decides whether the backward of a call goes by runs, and how many keys a run sees at most and leaves to the next.
+// How many keys runs see at most and share with their neighbours, and how many it is in all. Returns whether they are
+// in order, `alone` whether no key is seen by more than two runs.
+struct BandSizes {
+    int64_t widest, overlap, total;
+    bool alone;
+};
+
+inline bool measure_runs(const AttentionParams& p, int64_t b, int64_t kv, BandSizes& sizes) {
+    Range before{0, 0};
+    int64_t end_before_it = 0;
+    for (int64_t run = 0; run < band_runs(p); ++run) {
+        const Range keys = run_keys(p, b, kv, run);
+        if (keys.begin < before.begin || keys.end < before.end) return false;
+        sizes.widest = max_of(sizes.widest, keys.end - keys.begin);
+        sizes.overlap = max_of(sizes.overlap, before.end - keys.begin);
+        sizes.total += keys.end - keys.begin;
+        sizes.alone &= keys.begin >= end_before_it;
+        end_before_it = before.end;
+        before = keys;
+    }
+    return true;
+}
+
+// Decides whether the backward of a call goes by runs, of how many tiles of queries, and how many keys a run sees at
+// most and shares with the next. No key is seen by more than two runs: of two sums it is all the same which is added to
+// which, so that no run has to wait for another one.
 template <class A>
 inline void measure_bands(AttentionParams& p) {
-    constexpr int64_t memory = 2 * 1024 * 1024;  // of dK and dV of a run
+    constexpr int64_t memory = 4 * 1024 * 1024;  // of dK and dV of a run
     const MaskView& mask = p.mask;
     p.band_keys = p.band_overlap = 0;
     if (!mask.indptr && (mask.window_left < 0 || mask.window_right < 0)) return;
     // Sums along diagonals have runs in common; spans come to a diagonal one after another.
     if (p.ddiagonals || p.B * p.Hkv * p.Nq * p.Nk == 0) return;
-    const int64_t runs = band_runs(p), heads = mask.indptr && mask.heads > 1 ? p.Hkv : 1;
-    int64_t widest = 0, overlap = 0, total = 0;
-    for (int64_t b = 0; b < (mask.indptr ? mask.batch : 1); ++b)
-        for (int64_t kv = 0; kv < heads; ++kv) {
-            Range before{0, 0};
-            for (int64_t run = 0; run < runs; ++run) {
-                const Range keys = run_keys(p, b, kv, run);
-                if (keys.begin < before.begin || keys.end < before.end) return;
-                widest = max_of(widest, keys.end - keys.begin);
-                overlap = max_of(overlap, before.end - keys.begin);
-                total += keys.end - keys.begin;
-                before = keys;
-            }
-        }
-    const int64_t lines = (mask.indptr ? mask.batch : 1) * heads;
+    const int64_t batch = mask.indptr ? mask.batch : 1, heads = mask.indptr && mask.heads > 1 ? p.Hkv : 1;
     const int64_t row = static_cast<int64_t>(sizeof(A)) * (whole_vectors<A>(p.D) + whole_vectors<A>(p.Dv));
-    if (widest == 0 || widest * row > memory || 2 * total > lines * runs * p.Nk) return;
-    p.band_keys = widest;
-    p.band_overlap = overlap;
+    const int64_t tile = attention_tiling(p).tile;
+    BandSizes sizes{};
+    for (int64_t queries = least_run(p); !sizes.alone; queries *= 2) {
+        p.band_tiles = max_of(1, queries / tile);
+        sizes = {0, 0, 0, true};
+        for (int64_t line = 0; line < batch * heads; ++line)
+            if (!measure_runs(p, line / heads, line % heads, sizes)) return;
+        const bool narrow = 2 * sizes.total <= batch * heads * band_runs(p) * p.Nk;
+        if (sizes.widest == 0 || sizes.widest * row > memory || !narrow) return;
+    }
+    p.band_keys = sizes.widest;
+    p.band_overlap = sizes.overlap;
 }
 
 }  // namespace

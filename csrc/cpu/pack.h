@@ -55,13 +55,41 @@ inline T* row_pointer(const TensorView& t, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(t.data) + row_offset(t, b, h, row);
 }
 
+// Rows that lie anywhere are asked for so many ahead of their use, where they are so many that it pays.
+constexpr int64_t kRowsAhead = 8, kManyRows = 64;
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte);
+}
+
+template <class T, class A>
+inline void copy_row(const T* source, int64_t width, A* out) {
+    int64_t d = 0;
+    if constexpr (sizeof(T) == sizeof(A))
+        for (; d + kLanes<A> <= width; d += kLanes<A>) store(out + d, load(source + d));
+    widen_row(source + d, width - d, out + d);
+}
+
+// Rows [first, first + count) of (b, h) into `buffer`, `stride` apart.
+template <class T, class A>
+inline void gather_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                        int64_t stride, A* buffer) {
+    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool ahead = t.order && count >= kManyRows;
+    for (int64_t r = 0; r < kRowsAhead && ahead; ++r) prefetch_row(row_pointer<T>(t, b, h, first + r), bytes);
+    for (int64_t r = 0; r < count; ++r) {
+        if (ahead && r + kRowsAhead < count) prefetch_row(row_pointer<T>(t, b, h, first + r + kRowsAhead), bytes);
+        copy_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * stride);
+    }
+}
+
 // Rows [first, first + count) of (b, h), in place, or gathered or widened into `buffer`.
 template <class T, class A>
 inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                          A* buffer) {
     if constexpr (sizeof(T) == sizeof(A))
         if (!t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
-    for (int64_t r = 0; r < count; ++r) widen_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * width);
+    gather_rows<T>(t, b, h, first, count, width, width, buffer);
     return {buffer, width};
 }
 
@@ -72,10 +100,9 @@ inline Rows<A> load_padded_rows(const TensorView& t, int64_t b, int64_t h, int64
     const int64_t padded = whole_vectors<A>(width);
     if constexpr (sizeof(T) == sizeof(A))
         if (padded == width && !t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
-    for (int64_t r = 0; r < count; ++r) {
-        widen_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * padded);
+    gather_rows<T>(t, b, h, first, count, width, padded, buffer);
+    for (int64_t r = 0; r < count && padded > width; ++r)
         for (int64_t d = width; d < padded; ++d) buffer[r * padded + d] = 0;
-    }
     return {buffer, padded};
 }
 
@@ -133,8 +160,7 @@ inline A row_product(const T* a, const T* b, int64_t width) {
     }
     A total = 0;
     for (; d < width; ++d) total += widen<A>(a[d]) * widen<A>(b[d]);
-    for (int64_t lane = 0; lane < L; ++lane) total += sum[lane];
-    return total;
+    return total + sum_of_lanes<A>(sum);
 }
 
 // Elements that `pack_transposed` and `store_transposed` need as scratch.
@@ -156,10 +182,17 @@ inline void pack_transposed(const TensorView& t, int64_t b, int64_t h, int64_t f
     }
 }
 
-// Row r, element d, of the tensor = finish(columns[d][r], r), for r < count.
+// A row of a result; or what is added to it.
+template <class T, class A>
+inline void store_row(A* row, int64_t width, T* out, bool adds) {
+    for (int64_t d = 0; d < width && adds; ++d) row[d] += widen<A>(out[d]);
+    narrow_row(row, width, out);
+}
+
+// Row r, element d, of the tensor = or, if `adds`, += finish(columns[d][r], r), for r < count.
 template <class T, class A, class Finish>
 inline void store_transposed(const A* columns, int64_t w, const TensorView& t, int64_t b, int64_t h, int64_t first,
-                             int64_t count, int64_t width, A* scratch, Finish finish) {
+                             int64_t count, int64_t width, A* scratch, Finish finish, bool adds = false) {
     constexpr int64_t L = kLanes<A>;
     const int64_t padded = whole_vectors<A>(width);
     for (int64_t r0 = 0; r0 < count; r0 += L) {
@@ -168,7 +201,7 @@ inline void store_transposed(const A* columns, int64_t w, const TensorView& t, i
         for (int64_t r = r0; r < min_of(r0 + L, count); ++r) {
             A* row = scratch + (r - r0) * padded;
             for (int64_t d = 0; d < padded; d += kLanes<A>) store(row + d, finish(load(row + d), r));
-            narrow_row(row, width, row_pointer<T>(t, b, h, first + r));
+            store_row<T>(row, width, row_pointer<T>(t, b, h, first + r), adds);
         }
     }
 }

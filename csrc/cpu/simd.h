@@ -379,6 +379,23 @@ EA_INLINE A largest_lane(Vec<A> x) {
     return x[0];
 }
 
+// The sum of a vector.
+template <class A>
+EA_INLINE A sum_of_lanes(Vec<A> x) {
+    A total = 0;
+    if constexpr (kLanes<A> >= 4) {
+        constexpr typename MakeLanes<kLanes<A>>::type lanes{};
+        if constexpr (kLanes<A> >= 16) x += swap_blocks<A, 8>(x, lanes);
+        if constexpr (kLanes<A> >= 8) x += swap_blocks<A, 4>(x, lanes);
+        x += swap_blocks<A, 2>(x, lanes);
+        x += swap_blocks<A, 1>(x, lanes);
+        total = x[0];
+    } else {
+        for (int lane = 0; lane < kLanes<A>; ++lane) total += x[lane];
+    }
+    return total;
+}
+
 // The sums of the lanes of four vectors, of which `count` are stored.
 template <class A>
 EA_INLINE void store_sums(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, int count, A* out) {

@@ -202,18 +202,33 @@ inline bool may_hide_pairs(const AttentionParams& p) {
     return p.mask.indptr || p.mask.kv_lengths || p.mask.window_left >= 0 || p.mask.window_right >= 0;
 }
 
+// Segments of keys side by side, at most kKeys of them, that are multiplied in one go.
+struct Chunk {
+    Range keys;
+    int64_t count;
+    Segment segments[kKeys / 16];  // a block of the list has at least 16 keys
+};
+
 // Which queries of the tile see each key, a word a key. Returns false, and writes nothing, when every pair is visible.
-inline bool visible_bits(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t block_row, Range keys,
-                         const uint8_t* tile, int64_t tile_key, uint64_t* bits) {
-    const Range all = all_visible(p, b, rows.begin, rows.end);
-    if (!tile && keys.begin >= all.begin && keys.end <= all.end) return false;
+inline bool visible_bits(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t block_row,
+                         const Chunk& chunk, uint64_t* bits) {
+    const Range keys = chunk.keys, all = all_visible(p, b, rows.begin, rows.end);
+    bool listed = true;
+    for (int64_t n = 0; n < chunk.count; ++n) listed &= !chunk.segments[n].tile;
+    const bool inside = keys.begin >= all.begin && keys.end <= all.end;
+    if (listed && inside) return false;
     const int64_t count = rows.end - rows.begin;
     const uint64_t full = low_bits(count);
-    if (tile) {
-        transpose_bits(Segment{keys, tile, tile_key}, block_row, count, p.mask.block_k / 8, keys, bits);
-    } else {
-        for (int64_t j = keys.begin; j < keys.end; ++j) bits[j - keys.begin] = full;
+    for (int64_t n = 0; n < chunk.count; ++n) {
+        const Segment& segment = chunk.segments[n];
+        uint64_t* part = bits + segment.keys.begin - keys.begin;
+        if (segment.tile) {
+            transpose_bits(segment, block_row, count, p.mask.block_k / 8, segment.keys, part);
+        } else {
+            for (int64_t k = 0; k < segment.keys.end - segment.keys.begin; ++k) part[k] = full;
+        }
     }
+    if (inside) return true;
     const MaskView& mask = p.mask;
     const int64_t length = key_count(p, b), centre = mask.window_offset + rows.begin;
     const bool alone = hides_single_keys(p);
@@ -312,6 +327,7 @@ inline bool add_biases(const AttentionParams& p, int64_t b, int64_t h, Range row
 template <class A>
 inline void fill_masked(const uint64_t* bits, int64_t keys, int64_t w, A value, A* S) {
     for (int64_t k = 0; k < keys; ++k) {
+        if ((~bits[k] & low_bits(w)) == 0) continue;
         for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
             A* place = S + k * w + lane;
             store(place, select<A>(lanes_from_bits<A>(bits[k] >> lane), load<A>(place), broadcast<A>(value)));
@@ -411,17 +427,25 @@ inline void accumulate_rows_masked(const A* P, int64_t keys, int64_t w, int64_t 
     add_poison_to_rows(rows, poison, padded, P, keys, w, bits, padded, out);
 }
 
-// Calls visit(keys, segment) for the pieces that the queries `rows` see inside `limits`. Pieces end at multiples of
+// Calls visit(chunk) for the chunks of keys that the queries `rows` see inside `limits`. Chunks end at multiples of
 // kKeys, so that sums are grouped alike however the keys are divided among passes.
 template <class Visit>
 inline void for_each_chunk(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Range limits,
                            Visit visit) {
+    Chunk chunk{{0, 0}, 0, {}};
     for_each_segment(p, b, h, block, rows, limits, [&](const Segment& segment) {
         for (int64_t key = segment.keys.begin, end; key < segment.keys.end; key = end) {
             end = min_of((key / kKeys + 1) * kKeys, segment.keys.end);
-            visit(Range{key, end}, segment);
+            if (chunk.count && (key != chunk.keys.end || key % kKeys == 0)) {
+                visit(static_cast<const Chunk&>(chunk));
+                chunk.count = 0;
+            }
+            if (!chunk.count) chunk.keys.begin = key;
+            chunk.keys.end = end;
+            chunk.segments[chunk.count++] = {{key, end}, segment.tile, segment.tile_key};
         }
     });
+    if (chunk.count) visit(static_cast<const Chunk&>(chunk));
 }
 
 }  // namespace

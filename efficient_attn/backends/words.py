@@ -20,7 +20,7 @@ from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "exp": 3, "performer_softmax": 3}  # params.h
-_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6qd5q17q8q"), struct.Struct("16q8q")
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6qd5q17q8qq"), struct.Struct("16q8q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 READ_BEYOND = 64  # numbers that a kernel may read beyond the end of a line by relative position
@@ -46,8 +46,10 @@ def pack_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     diagonals: Tensor | None = None,
+    continues: bool = False,
 ) -> tuple[Kept, bytes]:
-    """The words of `read_params`, and what they point to; `weights` (B, Hq | 1, Nq, Nk), or their gradient."""
+    """The words of `read_params`, and what they point to; `weights` (B, Hq | 1, Nq, Nk), or their gradient; whether
+    the call `continues` what its results hold."""
     lists: Kept = ()
     list_words = _NO_LISTS
     if mask.indptr is not None:
@@ -108,6 +110,7 @@ def pack_attention(
         pointer(lengths),
         *query_order,
         *key_order,
+        continues,
     )
     kept = (query, key, value, out, lse, bias, weights, sinks, diagonals, *lists, lengths)
     return (*kept, mask.query_order, mask.key_order), words

@@ -58,11 +58,14 @@ def union_forward(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The same without a gradient."""
-    forward = BACKENDS[parts.backend].attention.attention_forward
+    backend = BACKENDS[parts.backend]
+    forward = backend.attention.attention_forward
     out, lse = forward(query, key, value, bias, parts.arrays[0], scale, dropout_p, dropout_seed)
     for arrays in parts.arrays[1:]:
         rows = _few_rows(arrays, query) if bias is None and dropout_p == 0.0 else None
-        if rows is None:
+        if rows is None and backend.JOINS_PARTS:
+            forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed, joined=(out, lse))
+        elif rows is None:
             join(out, lse, *forward(query, key, value, bias, arrays, scale, dropout_p, dropout_seed))
         else:  # a result for all rows would cost more than the part
             few = forward(
@@ -129,18 +132,21 @@ class _Union(torch.autograd.Function):
             call = (grad_out, grad_lse, None, *tensors, *whole, *last, 0.0, None, None, False, parts.backend)
             totals = attention_backward(*call)
         else:
-            backward = BACKENDS[parts.backend].attention.attention_backward
+            backend = BACKENDS[parts.backend]
+            backward = backend.attention.attention_backward
             coarse = _coarse_rows(tensors[5], tensors[3], parts)
             of_rows = [(grad_out, grad_lse, arrays) for arrays in parts.arrays]
             if coarse is not None:  # each row has its gradient from one of the two
                 whole = parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED)
                 rest, own = (_only(rows, grad_out, grad_lse) for rows in (~coarse, coarse))
                 of_rows = [*((*rest, arrays) for arrays in parts.arrays), (*own, whole)]
-            calls = (backward(do, dlse, None, *tensors, arrays, *last) for do, dlse, arrays in of_rows)
-            totals = next(calls)
-            for gradients in calls:
+            (do, dlse, arrays), *others = of_rows
+            totals = backward(do, dlse, None, *tensors, arrays, *last)
+            for do, dlse, arrays in others:
+                into: dict[str, Any] = {"added_to": totals[:3]} if backend.JOINS_PARTS else {}
+                gradients = backward(do, dlse, None, *tensors, arrays, *last, **into)
                 for total, gradient in zip(totals, gradients, strict=True):
-                    if total is not None:
+                    if total is not None and total is not gradient:
                         total.add_(gradient)
         return *totals[:3], totals[3] if bias_requires_grad else None, None, None, None, None
 

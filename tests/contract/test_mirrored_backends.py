@@ -18,8 +18,10 @@ PRIMITIVES = {
 
 
 def parameters(module: ModuleType, function: str) -> list[str]:
-    """Names in order, but for piece: the reference's own, for callers that walk the pairs piece by piece."""
-    return [name for name in inspect.signature(getattr(module, function)).parameters if name != "piece"]
+    """Names in order, but for piece, the reference's own, for callers that walk the pairs piece by piece, and for
+    those of backends that go on from other parts' results."""
+    own = ("piece", "joined", "added_to")
+    return [name for name in inspect.signature(getattr(module, function)).parameters if name not in own]
 
 
 @pytest.mark.parametrize("name", backends.BACKENDS)
@@ -34,6 +36,14 @@ def test_every_backend_mirrors_the_reference(name: str, primitive: str) -> None:
 @pytest.mark.parametrize("name", backends.BACKENDS)
 def test_every_backend_says_which_lists_it_walks(name: str) -> None:
     assert isinstance(backends.BACKENDS[name].NEEDS_TRANSPOSED, bool)
+
+
+@pytest.mark.parametrize("name", backends.BACKENDS)
+def test_every_backend_says_whether_it_goes_on_from_other_parts(name: str) -> None:
+    backend = backends.BACKENDS[name]
+    forward, backward = backend.attention.attention_forward, backend.attention.attention_backward
+    taken = ("joined" in inspect.signature(forward).parameters, "added_to" in inspect.signature(backward).parameters)
+    assert taken == (backend.JOINS_PARTS, backend.JOINS_PARTS)
 
 
 @pytest.mark.parametrize("name", ["attention_forward", "attention_with_weights", "attention_backward"])

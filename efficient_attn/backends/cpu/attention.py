@@ -64,15 +64,23 @@ def attention_forward(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     diagonals: Tensor | None = None,
+    *,
+    joined: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`."""
+    """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`.
+
+    joined: contiguous results of the same queries for other keys; those of these keys are joined into them, in place.
+    """
     query, key, value = readable(query), readable(key), readable(value)
     B, Hq, Nq, _ = query.shape
     dtype = query.dtype
-    out = empty((B, Hq, Nq, value.shape[3]), dtype)
-    lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
-    if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
-        out.zero_(), lse_without_keys(lse, sinks)
+    if joined is None:
+        out = empty((B, Hq, Nq, value.shape[3]), dtype)
+        lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
+        if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
+            out.zero_(), lse_without_keys(lse, sinks)
+    else:
+        out, lse = joined
     if out.numel() > 0 and key.shape[2] > 0:
         runs = _runs(mask, bias, dropout_p)
         own_lse = lse
@@ -81,7 +89,7 @@ def attention_forward(
             mask, own_lse = mask._replace(query_order=None, key_order=None), _run(runs[0], lse).contiguous()
         into = out if runs is None else _run(runs[0], out)
         call = (query, key, value, bias, into, own_lse, mask, scale, dropout_p, dropout_seed, None)
-        kept, words = pack_attention(*call, softcap, sinks, diagonals)
+        kept, words = pack_attention(*call, softcap, sinks, diagonals, joined is not None)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
         if own_lse is not lse and runs is not None:
@@ -209,18 +217,27 @@ def attention_backward(
     sinks: Tensor | None = None,
     diagonals: Tensor | None = None,
     diagonals_require_grad: bool = False,
+    *,
+    added_to: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return dq, dk, dv, dbias, dsinks and ddiagonals, as `reference.attention_backward`."""
+    """Return dq, dk, dv, dbias, dsinks and ddiagonals, as `reference.attention_backward`.
+
+    added_to: contiguous dq, dk and dv of other keys and queries, to which those of this call are added, in place.
+    """
     check_gradients_in_order(mask, grad_weights, sinks, bias if bias_requires_grad else None, query)
-    dq, dk, dv = (empty(t.shape, t.dtype) for t in (query, key, value))
-    if leaves_rows(mask.query_order, query):
-        dq.zero_()
-    if leaves_rows(mask.key_order, key):
-        dk.zero_(), dv.zero_()
+    if added_to is None:
+        dq, dk, dv = (empty(t.shape, t.dtype) for t in (query, key, value))
+        if leaves_rows(mask.query_order, query):
+            dq.zero_()
+        if leaves_rows(mask.key_order, key):
+            dk.zero_(), dv.zero_()
+    else:
+        dq, dk, dv = added_to
     dbias = empty(bias.shape, bias.dtype).zero_() if bias is not None and bias_requires_grad else None
     if out.numel() == 0 or key.shape[2] == 0:
         dsinks, ddiagonals = modifier_gradients_without_keys(grad_lse, sinks, diagonals, diagonals_require_grad)
-        return *zeroed((dq, dk, dv, dbias)), dsinks, ddiagonals
+        results = zeroed((dq, dk, dv, dbias)) if added_to is None else (dq, dk, dv, dbias)
+        return *results, dsinks, ddiagonals
     query, key, value, out, grad_out = map(readable, (query, key, value, out, grad_out))
     into = (dq, dk, dv)
     runs = _runs(mask, bias, dropout_p)
@@ -234,7 +251,7 @@ def attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.to(lse.dtype).contiguous()
     lse = lse.contiguous()
     call = (query, key, value, bias, out, lse, mask, scale, dropout_p, dropout_seed)
-    kept, words = pack_attention(*call, grad_weights, softcap, sinks, diagonals)
+    kept, words = pack_attention(*call, grad_weights, softcap, sinks, diagonals, added_to is not None)
     delta = None if sinks is None else torch.empty_like(lse)
     sums = None
     if diagonals is not None and diagonals_require_grad:

@@ -4,5 +4,6 @@ from . import attention, linear_attention
 
 NEEDS_TRANSPOSED = False
 TAKES_ORDERS = False
+JOINS_PARTS = False
 
-__all__ = ["NEEDS_TRANSPOSED", "TAKES_ORDERS", "attention", "linear_attention"]
+__all__ = ["JOINS_PARTS", "NEEDS_TRANSPOSED", "TAKES_ORDERS", "attention", "linear_attention"]

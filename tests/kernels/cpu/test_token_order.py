@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.token_orders import DTYPES, HQ, NK, NQ, cases, check, order, results_of, tensors
+from support.token_orders import DTYPES, DV, HQ, NK, NQ, SEED, B, cases, check, order, results_of, tensors
 
+from efficient_attn import BlockMask
+from efficient_attn.backends.call import accumulation_dtype
 from efficient_attn.backends.cpu import attention as cpu
 from efficient_attn.backends.cpu.statistics import attention_statistics
+from efficient_attn.backends.reference import attention as reference
 from efficient_attn.backends.statistics import Wanted
 from efficient_attn.errors import InputError, UnsupportedError
 from efficient_attn.masks import MaskArrays
+from efficient_attn.ops.union import join
 
 pytest.importorskip("efficient_attn._cpu", reason="the native module is not built")
 
@@ -56,6 +60,74 @@ def test_parts_joined_by_lse_have_the_gradients_of_the_whole(size: float) -> Non
     want = cpu.attention_backward(grad_out, None, None, *last, MaskArrays(), 0.2, 0.0, None, True)
     for first, second, exact in zip(*(gradients[:4] for gradients in (*each, want)), strict=True):
         torch.testing.assert_close(first + second, exact)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", list(cases()))
+def test_goes_on_from_another_part(name: str, dtype: torch.dtype) -> None:
+    """Results are joined into those of other keys as `ops.union.join` does it, and gradients are added."""
+    part, extra = cases()[name]
+    bias = None if extra.get("bias") is None else extra["bias"].to(dtype)
+    dropout_p = extra.get("dropout_p", 0.0)
+    seed = SEED if dropout_p else None
+    query, key, value, grad_out = tensors(dtype)
+    out, lse = torch.randn(B, HQ, NQ, DV).to(dtype), torch.randn(B, HQ, NQ, dtype=accumulation_dtype(dtype))
+    out[:, :, 3], lse[:, :, 3] = 0, -torch.inf  # a row that has seen nothing so far
+    call = (query, key, value, bias, part, 0.2, dropout_p, seed)
+    alone = cpu.attention_forward(*call)
+    want = out.to(torch.float64, copy=True), lse.to(torch.float64, copy=True)
+    join(*want, *(t.double() for t in alone))
+    joined = out.clone(), lse.clone()
+    assert cpu.attention_forward(*call, joined=joined)[0] is joined[0]
+    rounding = {} if dtype in (torch.float32, torch.float64) else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(joined[0].double(), want[0], **(rounding or {"rtol": 2e-6, "atol": 2e-6}))
+    torch.testing.assert_close(joined[1].double(), want[1], rtol=1e-5, atol=1e-5)
+
+    last = (query, key, value, bias, *joined, part, 0.2, dropout_p, seed, False)
+    own = cpu.attention_backward(grad_out, None, None, *last)[:3]
+    sums = [torch.randn_like(t) for t in own]
+    added_to = tuple(t.clone() for t in sums)
+    found = cpu.attention_backward(grad_out, None, None, *last, added_to=added_to)  # type: ignore[arg-type]
+    for gradient, total, before, into in zip(own, found, sums, added_to, strict=False):
+        assert total is into
+        torch.testing.assert_close(total, before + gradient, **(rounding or {"rtol": 1e-6, "atol": 1e-6}))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("order", [None, "reversed"])
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_a_band_has_one_result_for_any_number_of_threads(block: int, order: str | None) -> None:
+    """Runs of queries that share keys with a neighbour, see none, or keys that no other run sees; grouped heads."""
+    torch.manual_seed(2)
+    n, threads = 1100, torch.get_num_threads()
+    query, key, value, grad_out = (torch.randn(1, h, n, 24) for h in (4, 2, 2, 4))
+    away = torch.arange(n)[:, None] - torch.arange(n)
+    pairs = (away.abs() <= 90) & ((away % 3 == 0) | (away > 0))
+    pairs[300:700] = False
+    pairs[400, 400] = pairs[:, 810:900] = False
+    tokens = None if order is None else torch.arange(n - 1, -1, -1, dtype=torch.int32)[None]
+    mask = BlockMask.from_dense(pairs, block_size=block).arrays()._replace(query_order=tokens, key_order=tokens)
+    made = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            made.append(results_of(cpu, mask, [query, key, value, grad_out], None, 0.0))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in made[1:] for x, y in zip(made[0][:5], other[:5], strict=True))
+    flipped = [t.flip(2) if order else t for t in (query, key, value, grad_out)]
+    want = reference_results(BlockMask.from_dense(pairs, block_size=128).arrays(), flipped, order is not None)
+    for ours, exact in zip(made[0][:5], want, strict=True):
+        torch.testing.assert_close(ours.flip(2) if order else ours, exact.float(), rtol=1e-4, atol=1e-5)
+
+
+def reference_results(mask: MaskArrays, given: list[torch.Tensor], flipped: bool) -> list[torch.Tensor]:
+    """out, lse, dq, dk and dv by the definition in float64; the lse has a gradient, as in `results_of`."""
+    query, key, value, grad_out = (t.double() for t in given)
+    out, lse = reference.attention_forward(query, key, value, None, mask, 0.2, 0.0, None)
+    grad_lse = torch.linspace(-1, 1, lse.numel(), dtype=lse.dtype).view_as(lse)
+    grad_lse = grad_lse.flip(2) if flipped else grad_lse
+    last = (query, key, value, None, out, lse, mask, 0.2, 0.0, None, False)
+    return [out, lse, *reference.attention_backward(grad_out, grad_lse, None, *last)[:3]]
 
 
 def test_no_rows() -> None:

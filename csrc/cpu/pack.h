@@ -70,16 +70,23 @@ inline void copy_row(const T* source, int64_t width, A* out) {
     widen_row(source + d, width - d, out + d);
 }
 
-// Rows [first, first + count) of (b, h) into `buffer`, `stride` apart.
+// Rows [first, first + count) of (b, h) into `buffer`, `stride` apart. What says where they lie is read before: a store
+// into the buffer might change it, as far as a compiler knows.
 template <class T, class A>
 inline void gather_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                         int64_t stride, A* buffer) {
-    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool ahead = t.order && count >= kManyRows;
-    for (int64_t r = 0; r < kRowsAhead && ahead; ++r) prefetch_row(row_pointer<T>(t, b, h, first + r), bytes);
+    const T* data = static_cast<const T*>(t.data) + b * t.batch_stride + h * t.head_stride;
+    const int64_t step = t.row_stride, bytes = width * static_cast<int64_t>(sizeof(T));
+    if (!t.order) {
+        for (int64_t r = 0; r < count; ++r) copy_row(data + (first + r) * step, width, buffer + r * stride);
+        return;
+    }
+    const int32_t* order = t.order + b * t.order_batch_stride + h * t.order_head_stride + first;
+    const bool ahead = count >= kManyRows;
+    for (int64_t r = 0; r < kRowsAhead && ahead; ++r) prefetch_row(data + order[r] * step, bytes);
     for (int64_t r = 0; r < count; ++r) {
-        if (ahead && r + kRowsAhead < count) prefetch_row(row_pointer<T>(t, b, h, first + r + kRowsAhead), bytes);
-        copy_row(row_pointer<T>(t, b, h, first + r), width, buffer + r * stride);
+        if (ahead && r + kRowsAhead < count) prefetch_row(data + order[r + kRowsAhead] * step, bytes);
+        copy_row(data + order[r] * step, width, buffer + r * stride);
     }
 }
 

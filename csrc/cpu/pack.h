@@ -55,13 +55,6 @@ inline T* row_pointer(const TensorView& t, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(t.data) + row_offset(t, b, h, row);
 }
 
-// Rows that lie anywhere are asked for so many ahead of their use, where they are so many that it pays.
-constexpr int64_t kRowsAhead = 8, kManyRows = 64;
-
-inline void prefetch_row(const void* row, int64_t bytes) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte);
-}
-
 template <class T, class A>
 inline void copy_row(const T* source, int64_t width, A* out) {
     int64_t d = 0;
@@ -76,18 +69,10 @@ template <class T, class A>
 inline void gather_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                         int64_t stride, A* buffer) {
     const T* data = static_cast<const T*>(t.data) + b * t.batch_stride + h * t.head_stride;
-    const int64_t step = t.row_stride, bytes = width * static_cast<int64_t>(sizeof(T));
-    if (!t.order) {
-        for (int64_t r = 0; r < count; ++r) copy_row(data + (first + r) * step, width, buffer + r * stride);
-        return;
-    }
-    const int32_t* order = t.order + b * t.order_batch_stride + h * t.order_head_stride + first;
-    const bool ahead = count >= kManyRows;
-    for (int64_t r = 0; r < kRowsAhead && ahead; ++r) prefetch_row(data + order[r] * step, bytes);
-    for (int64_t r = 0; r < count; ++r) {
-        if (ahead && r + kRowsAhead < count) prefetch_row(data + order[r + kRowsAhead] * step, bytes);
-        copy_row(data + order[r] * step, width, buffer + r * stride);
-    }
+    const int64_t step = t.row_stride;
+    const int32_t* order = t.order ? t.order + b * t.order_batch_stride + h * t.order_head_stride : nullptr;
+    for (int64_t r = first; r < first + count; ++r)
+        copy_row(data + (order ? order[r] : r) * step, width, buffer + (r - first) * stride);
 }
 
 // Rows [first, first + count) of (b, h), in place, or gathered or widened into `buffer`.

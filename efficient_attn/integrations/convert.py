@@ -405,7 +405,7 @@ def _convert_eager_layers(model: nn.Module, report: Conversion, wanted: Callable
         report._undo.append(state_restorer(module))
         report._undo.append(eager_layers.serve(module, report.attention))
         report.converted[name] = eager_layers.origin(module)
-    report._undo.append(eager_layers.structure_biases(model))
+    report._undo += [eager_layers.structure(model), eager_layers.follow_changes(model)]
 
 
 def _restorer(old: list[tuple[Any, str]], restore_states: Callable[[], None]) -> Callable[[], None]:

@@ -199,7 +199,7 @@ def _served(
 
 
 def follow_changes(model: nn.Module) -> Callable[[], None]:
-    """Let layers of a kind that modules change to, when they run, be served as those that were. Returns what undoes it."""
+    """Let layers that modules change to, when they run, be served as those before them. Returns what undoes it."""
     changed: list[dict[str, Any]] = []
     undone: list[Callable[[], None]] = []
 

@@ -107,7 +107,7 @@ def blocks_with_random(
             f"{type(layer).__qualname__} returns weights of its blocks, which efficient_attn does not make; leave "
             "output_attentions out, or leave the layer out with convert(predicate=...)"
         )
-    B, N, _ = hidden_states.shape
+    N = hidden_states.shape[1]
     block, H = int(layer.block_size), int(layer.num_attention_heads)
     if N % block:
         raise UnsupportedError(f"{N} tokens are no whole number of blocks of {block}, of which the layer is made")

@@ -1,4 +1,4 @@
-"""Pages read where they lie: the bits of the same rows put together, whatever the layout of the pool and of its table."""
+"""Pages read where they lie: the bits of the same rows put together, whatever the layout of the pool and the table."""
 
 from __future__ import annotations
 

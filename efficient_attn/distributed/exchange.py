@@ -7,8 +7,10 @@ summed in the order of ranks, so that a result is the same to the bit in every r
 from __future__ import annotations
 
 import datetime
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from ..errors import CommunicationError, InputError, InputTypeError
 # Its name since PyTorch 2.13, and before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+GRACE = 2.0  # seconds
 
 Views = Sequence[Sequence[Tensor]]  # for each rank, parts of tensors
 
@@ -39,7 +42,8 @@ class Exchange:
     Args:
         mesh: a DeviceMesh of one dimension, or a process group.
         timeout: seconds after which a wait for another rank ends in `CommunicationError`. On NCCL the group's own
-            timeout holds, since a wait does not stop the CPU there.
+            timeout holds, since a wait does not stop the CPU there. On gloo every exchange gets this limit for itself:
+            one that only its caller gave up would hold the end of the process until the group's own limit.
 
     Raises:
         InputError: no process group, a mesh of several dimensions or one without this rank.
@@ -166,23 +170,48 @@ class Exchange:
 
     def arrived(self, passing: Passing, *, what: str) -> Tensor:
         """What came."""
-        self._wait(what, passing.works)
+        self._wait(what, passing.works, self.timeout)
         return passing.arriving
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
 
     def _finish(self, what: str, start: Any) -> None:
-        self._wait(what, self._start(what, start))
+        # A little longer than it may take, so that gloo has ended it when this ends with an error.
+        self._wait(what, self._start(what, start), self.timeout + GRACE)
 
     def _start(self, what: str, start: Any) -> tuple[Any, ...]:
         try:
-            return start()  # type: ignore[no-any-return]
+            with self._limited():
+                return start()  # type: ignore[no-any-return]
         except RuntimeError as error:
             raise self._failure(what, error) from error
 
-    def _wait(self, what: str, works: tuple[Any, ...]) -> None:
-        limit = datetime.timedelta(seconds=self.timeout)
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """A block in which what gloo starts has `timeout`, whatever the group's own is."""
+        if self._gloo is None:
+            yield
+            return
+        before = self._gloo.options._timeout
+        self._gloo._set_default_timeout(datetime.timedelta(seconds=self.timeout))
+        try:
+            yield
+        finally:
+            self._gloo._set_default_timeout(before)
+
+    @functools.cached_property
+    def _gloo(self) -> Any:
+        """The group's engine for tensors on the CPU if that is gloo."""
+        gloo = getattr(dist, "ProcessGroupGloo", None)
+        try:
+            engine = self.group._get_backend(torch.device("cpu"))
+        except RuntimeError:
+            return None
+        return engine if gloo is not None and isinstance(engine, gloo) else None
+
+    def _wait(self, what: str, works: tuple[Any, ...], seconds: float) -> None:
+        limit = datetime.timedelta(seconds=seconds)
         for work in works:
             try:
                 done = work.wait() if dist.get_backend(self.group) == "nccl" else work.wait(limit)

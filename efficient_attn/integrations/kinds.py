@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -19,11 +19,9 @@ from ..methods import Method
 from ..multihead import MultiheadAttention, replace_attention
 from ..patterns import Pattern
 from . import eager_layers, huggingface, routed
+from .conversion import Conversion
 from .fidelity import Trace
 from .layer_state import state_restorer
-
-if TYPE_CHECKING:
-    from .convert import Conversion
 
 NO_INTERFACE = "does not go through transformers' attention interface"
 ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the name of a class

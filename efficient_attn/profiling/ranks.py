@@ -10,10 +10,8 @@ cannot run here, with the speeds of the largest that did, or with those given.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +26,9 @@ from ..distributed.plan import head_ranks
 from ..errors import InputError, UnsupportedError
 from ..masks import BlockMask
 from ..measuring import records
+from ..measuring.ranks import Ranks, started
 from ..methods import Method, Sparse, parse
+from .session import Report
 
 LINKS = {"h200": H200}
 LAYOUTS = ("zigzag", "contiguous")
@@ -154,6 +154,8 @@ def profile_ranks(
     rounds: int = 5,
     measure: int | None = None,
     mode: str = "fwd",
+    report: Report = lambda *_: None,
+    timeout: float = 300.0,
 ) -> RankProfile:
     """Time attention over several numbers of ranks.
 
@@ -168,9 +170,12 @@ def profile_ranks(
         rounds: measured, of which the median counts.
         measure: the most ranks that are run as processes; default: twice the processors, 0: none.
         mode: "fwd", or "fwd_bwd", which is measured and not predicted.
+        report: called with (what runs now, how much is done, of how much).
+        timeout: seconds that one call may take.
 
     Raises:
         InputError, UnsupportedError: a method, shape, link or numbers that cannot be.
+        CommunicationError: a process that died, or took longer than `timeout`.
     """
     found = parse(method)
     if not isinstance(found, Sparse) or found.pattern.by_content:
@@ -195,9 +200,12 @@ def profile_ranks(
     given = LINKS[link] if isinstance(link, str) else link
     if given is None:
         most = 2 * len(os.sched_getaffinity(0)) if measure is None else measure
-        job = _Job(str(found), length, shape, dtype, causal, layout, rounds, mode)
+        job = _Job(str(found), length, shape, dtype, causal, layout, rounds, mode, timeout)
         flops = float(make_plan(mask, *(Shards.zigzag(length, 1),) * 2).pairs.sum()) * shape.pair_flops
-        found_here = {count: _measured(count, job, flops) for count in sorted({1, *numbers}) if count <= most}
+        counts = [count for count in sorted({1, *numbers}) if count <= most]
+        for done, count in enumerate(counts):
+            report(f"{found} of {length:,} tokens over {count} ranks", done, len(counts))
+            found_here[count] = _measured(count, job, flops)
         given = found_here[max(found_here)].link if found_here else Link()
     if mode != "fwd" and not found_here:
         raise InputError(f"--mode {mode} is measured and not predicted; take --link away, or --mode fwd")
@@ -245,6 +253,7 @@ class _Job:
     layout: str
     rounds: int
     mode: str
+    timeout: float
 
 
 @dataclass(frozen=True)
@@ -264,16 +273,20 @@ def _measured(ranks: int, job: _Job, flops: float) -> _Found:
     threads = min(ranks, len(os.sched_getaffinity(0)))
     samples: dict[str, list[float]] = {}
     small, large = 2**8, 2**22
-    with _Workers(ranks, job, 1) as workers, _Workers(1, job, threads) as one:
-        peaks = {name: int(max(workers.ask("peak", name))) for name in names}
-        one_peak = int(max(one.ask("peak", None)))
+    with started(ranks, 1, job.timeout) as workers, started(1, threads, job.timeout) as one:
+
+        def ask(*what: Any, of: Ranks = workers) -> list[float]:
+            return of.run(_told, job, *what)
+
+        peaks = {name: int(max(ask("peak", name))) for name in names}
+        one_peak = int(max(ask("peak", None, of=one)))
         for number in range(job.rounds + 1):
-            found = {"one": one.ask("call", None)[0]}
-            found |= {name: max(workers.ask("call", name)) for name in names}
-            found["local"] = statistics.median(workers.ask("local"))
+            found = {"one": ask("call", None, of=one)[0]}
+            found |= {name: max(ask("call", name)) for name in names}
+            found["local"] = statistics.median(ask("local"))
             if ranks > 1:
-                found |= {f"swap {n}": max(workers.ask("swap", n)) for n in (small, large)}
-                found["tiny"] = max(workers.ask("tiny"))
+                found |= {f"swap {n}": max(ask("swap", n)) for n in (small, large)}
+                found["tiny"] = max(ask("tiny"))
             for name, seconds in found.items() if number else ():
                 samples.setdefault(name, []).append(seconds)
     middle = {name: statistics.median(values) for name, values in samples.items()}
@@ -286,65 +299,17 @@ def _measured(ranks: int, job: _Job, flops: float) -> _Found:
     return _Found({name: middle[name] for name in names}, peaks, link, middle["one"], one_peak)
 
 
-class _Workers:
-    """Processes that do what they are told, all of them at the same time."""
-
-    def __init__(self, ranks: int, job: _Job, threads: int) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(ranks)]
-        self.pipes = [pipe for pipe, _ in pipes]
-        self.processes = [
-            context.Process(target=_work, args=(rank, ranks, self.folder.name, job, threads, pipe), daemon=True)
-            for rank, (_, pipe) in enumerate(pipes)
-        ]
-
-    def __enter__(self) -> _Workers:
-        for process in self.processes:
-            process.start()
-        return self
-
-    def ask(self, what: str, *arguments: Any) -> list[float]:
-        """What each rank answers."""
-        for pipe in self.pipes:
-            pipe.send((what, *arguments))
-        answers = []
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            while not pipe.poll(0.2):
-                if process.exitcode is not None and not pipe.poll(0):
-                    raise InputError(
-                        f"a process of {len(self.pipes)} ranks ended with code {process.exitcode}; see its error"
-                    )
-            answers.append(pipe.recv())
-        return answers
-
-    def __exit__(self, *_: object) -> None:
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process in self.processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-        self.folder.cleanup()
-
-
-def _work(rank: int, ranks: int, folder: str, job: _Job, threads: int, pipe: Any) -> None:
-    torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    rank_at_work = _Rank(job)
-    while (order := pipe.recv()) is not None:
-        what, *arguments = order
-        pipe.send(getattr(rank_at_work, what)(*arguments))
-    dist.destroy_process_group()
+def _told(group: Any, job: _Job, what: str, *arguments: Any) -> float:
+    """What a rank is asked: a method of `_Rank`."""
+    found: float = getattr(_Rank(group, job), what)(*arguments)
+    return found
 
 
 class _Rank:
     """One rank: `call` and `peak` are of the call that is profiled, the others of what a prediction is made of."""
 
-    def __init__(self, job: _Job) -> None:
-        self.job, self.method = job, parse(job.method)
-        self.group: Any = dist.group.WORLD
+    def __init__(self, group: Any, job: _Job) -> None:
+        self.group, self.job, self.method = group, job, parse(job.method)
 
     def call(self, transport: str | None) -> float:
         """Seconds of the call; without a transport this process does all of it."""
@@ -397,7 +362,7 @@ class _Rank:
     def _context(self, transport: str | None) -> Any:
         if transport is None:
             return contextlib.nullcontext()
-        return context_parallel(self.group, shards=self.job.layout, transport=transport)
+        return context_parallel(self.group, shards=self.job.layout, transport=transport, timeout=self.job.timeout)
 
     def _tensors(self, context: Any, length: int) -> list[torch.Tensor]:
         shape, kind = self.job.shape, getattr(torch, self.job.dtype)

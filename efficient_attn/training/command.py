@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import json
 import os
-import shlex
 import signal
 import sys
 import typing
@@ -19,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import CheckpointError, EfficientAttnError, InputError
+from ..errors import CheckpointError, CommunicationError, EfficientAttnError, InputError
 from ..measuring import terminal
 from ..measuring.terminal import Progress, note
 from . import options, trainer
@@ -46,6 +45,7 @@ COMMON: tuple[tuple[str, Any, Any, str], ...] = (
     ("device", str, "auto", "auto, cpu or cuda."),
     ("parallel", str, "ddp", "Under torchrun: ddp or fsdp."),
     ("context_parallel", int, 1, "Under torchrun: processes that share each sequence."),
+    ("timeout", float, 600.0, "Under torchrun: seconds to wait for another process before the run ends."),
     ("eval_every", int | None, None, "Steps between validations. Default: a tenth of the run."),
     ("save_every", int | None, None, "Steps between checkpoints. Default: a tenth of the run."),
     ("log_every", int, 1, "Steps between lines of metrics.jsonl."),
@@ -128,11 +128,11 @@ def run(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> int:
     except trainer.Interrupted as interrupt:
         by = "Ctrl-C" if interrupt.signum == signal.SIGINT else "SIGTERM"
         note(console, "interrupted", f" by {by} after step {interrupt.step}, which is saved; to go on:")
-        going_on = shlex.join(["efficient-attn", "train", task.name, "--out", str(train_options.out), "--resume"])
+        going_on = terminal.command_line(["train", task.name, "--out", str(train_options.out), "--resume"])
         console.print(f"  {going_on}", soft_wrap=True)
         return 128 + interrupt.signum
     except EfficientAttnError as error:
-        if first:
+        if first or isinstance(error, CommunicationError):  # which the first process may not live to say
             note(terminal.console(stderr=True), "error:", f" {error}", "red")
         return 2
     show(result, console)

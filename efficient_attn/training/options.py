@@ -37,6 +37,7 @@ class TrainOptions:
         device: `cpu`, `cuda` or `auto`.
         parallel: with more than one process, `ddp` copies the model to each, `fsdp` shards it.
         context_parallel: so many processes in a row spread each sequence between them (see docs/distributed.md).
+        timeout: seconds to wait for another process before the run ends with an error that says so.
         start: parameters to start from: the folder of another run, a `.pt` of one, or one of `save_pretrained`.
         freeze: parameters that do not learn: `body` (all but the head) or patterns of names, as `encoder.*`.
         tensorboard: write TensorBoard's files too. Default: if it is installed.
@@ -61,6 +62,7 @@ class TrainOptions:
     device: str = "auto"
     parallel: str = "ddp"
     context_parallel: int = 1
+    timeout: float = 600.0
     start: Path | None = None
     freeze: tuple[str, ...] = ()
     tensorboard: bool | None = None
@@ -89,6 +91,8 @@ class TrainOptions:
             raise InputError(f"--epochs must be above 0, given {self.epochs}")
         if not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, given {self.lr}; 0.001 is usual")
+        if not 0 < self.timeout < math.inf:
+            raise InputError(f"--timeout must be positive seconds, given {self.timeout}")
         for name in ("warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{_flag(name)} is a part, from 0 to 1, given {getattr(self, name)}")
@@ -113,7 +117,8 @@ class TrainOptions:
 # what a run needs that diverged.
 STEADYING = ("lr", "warmup", "clip")
 FREE_ON_RESUME = frozenset(
-    {"out", "steps", "epochs", "save_every", "threads", "device", "context_parallel", "tensorboard", *STEADYING}
+    {"out", "steps", "epochs", "save_every", "threads", "device", "context_parallel", "timeout", "tensorboard"}
+    | {*STEADYING}
 )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import InputError
+from ..errors import CommunicationError, EfficientAttnError, InputError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Processes:
     world: int
     device: torch.device
     context: int = 1
+    timeout: float = 600.0
 
     @property
     def data_world(self) -> int:
@@ -44,7 +46,7 @@ class Processes:
         from ..distributed import context_parallel
 
         mesh = init_device_mesh(self.device.type, (self.data_world, self.context), mesh_dim_names=("data", "context"))
-        return context_parallel(mesh["context"])
+        return context_parallel(mesh["context"], timeout=self.timeout)
 
     @property
     def first(self) -> bool:
@@ -92,11 +94,15 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str, context: int = 1) -> Iterator[Processes]:
+def processes(device: str, context: int = 1, timeout: float = 600.0) -> Iterator[Processes]:
     """The processes that `torchrun` describes in the environment, joined until the end of the block.
+
+    Args:
+        timeout: seconds to wait for another process.
 
     Raises:
         InputError: a number of processes that is no multiple of `context`.
+        CommunicationError: another process that died or hangs, at the beginning or in the block.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -112,13 +118,26 @@ def processes(device: str, context: int = 1) -> Iterator[Processes]:
     if kind == "cuda":
         torch.cuda.set_device(place)
     started_here = not dist.is_initialized()
-    if started_here:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), world, place, context)
-    finally:
         if started_here:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        yield Processes(dist.get_rank(), world, place, context, timeout)
+    except RuntimeError as error:
+        if isinstance(error, EfficientAttnError) or not _is_of_communication(error):
+            raise
+        raise CommunicationError(
+            f"process {os.environ.get('RANK', '0')} of {world} could not reach another one within {timeout:g} s: it "
+            f"has died or hangs ({str(error).splitlines()[0]}). See the first error of the others; a larger --timeout "
+            "helps where one is only slow"
+        ) from error
+    finally:
+        if started_here and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Whether torch.distributed says that another process is not to be reached; gloo has no class for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

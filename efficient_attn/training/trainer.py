@@ -87,11 +87,13 @@ def train(
             with it, other data than the run began with.
         CheckpointError: nothing to go on from, or of something else.
         DivergedError: a loss that is no number.
+        CommunicationError: another process that died or hangs.
         Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
     """
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
-    with processes(chosen.device, chosen.context_parallel) as here, here.context_parallel(), _stops() as stops:
+    joined = processes(chosen.device, chosen.context_parallel, chosen.timeout)
+    with joined as here, here.context_parallel(), _stops() as stops:
         run = _Run(task, chosen, here, resume, (reporter if here.first else None) or Silent(), stops)
         try:
             return run.all()

@@ -1,7 +1,8 @@
 """Ranks that all tests of a module share."""
 
 import pytest
-from support.ranks import started
+
+from efficient_attn.measuring.ranks import started
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`context_parallel` in two processes: the conformance cases, random calls, what is refused, bits, bytes, faults."""
+"""`context_parallel` in two processes: the conformance cases, random calls, what is refused, bits, bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from support import rank_jobs as jobs
 from support.accuracy import Problem, assert_conforms
 from support.cases import CASES, MODIFIED, Case, draw
 from support.random_calls import KINDS, random_call
-from support.ranks import RankError, Ranks, started
 
 from efficient_attn import SlidingWindow
 from efficient_attn.backends.reference.attention import dropout_keep
 from efficient_attn.distributed import Shape, Shards, context_parallel, make_plan
 from efficient_attn.errors import InputError
+from efficient_attn.measuring.ranks import RankError, Ranks, started
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 4e-2}
 LAID_OUT = [case for case in CASES if case.layout == "contiguous" and case.grid == (0, 0)]  # images are refused
@@ -168,35 +168,6 @@ def test_memory_falls_with_the_number_of_ranks(transport):
     # Beside its part of the tensors, a rank has the keys of some heads on their way.
     most = {"gather": 1.25, "ring": 1.5}[transport]
     assert found[2] < most * found[1] / 2 and found[4] < most * found[1] / 4
-
-
-# --- faults ---
-
-
-@pytest.mark.parametrize(
-    ("how", "when"),
-    [
-        ("dies", "agree gather"),
-        ("hangs", "keys ring"),
-        pytest.param("hangs", "agree gather", marks=pytest.mark.slow),
-        *(pytest.param("dies", f"keys {way}", marks=pytest.mark.slow) for way in ("gather", "ring")),
-        *(pytest.param(how, f"backward {way}", marks=pytest.mark.slow)
-          for how in ("dies", "hangs") for way in ("gather", "ring", "all_to_all")),
-    ],
-)  # fmt: skip
-def test_a_rank_that_dies_or_hangs_ends_the_others_in_time(how, when):
-    ranks = Ranks(2)
-    try:
-        for pipe in ranks.pipes:
-            pipe.send((jobs.dies, 2, (how, when, 2.0)))
-        assert ranks.pipes[0].poll(200)
-        answer, error = ranks.pipes[0].recv()
-        assert error is None and "rank 0 of 2 could not finish the exchange of" in answer and "within 2 s" in answer
-        assert ("agreement" in answer) == ("agree" in when), answer
-    finally:
-        for process in ranks.processes:
-            process.kill()
-        ranks.folder.cleanup()
 
 
 def test_wrong_meshes_are_refused_by_each_rank_alone(pair):

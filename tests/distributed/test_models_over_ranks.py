@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support import rank_jobs as jobs
-from support.ranks import started
 
 from efficient_attn import MultiheadAttention
+from efficient_attn.measuring.ranks import started
 
 IDS = torch.randint(0, 11, (2, 45), generator=torch.Generator().manual_seed(1))
 MASK = torch.arange(45) < torch.tensor([[45], [30]])

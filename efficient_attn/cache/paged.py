@@ -145,9 +145,9 @@ class PagedKVCache:
         if self.rotary is not None:
             key = turned(key, before, real, *self.rotary, interleaved=self.interleaved)
         if sum(real):
-            first, count = (torch.tensor(numbers, device=key.device)[:, None] for numbers in (before, real))
+            firsts, ends = (torch.tensor(numbers, device=key.device)[:, None] for numbers in (before, real))
             ahead = torch.arange(n, device=key.device)
-            at, kept = (first + ahead).where(ahead < count, 0), (ahead < count).flatten()
+            at, kept = (firsts + ahead).where(ahead < ends, 0), (ahead < ends).flatten()
             places = self._table_of(sequences).gather(1, at // page).flatten()[kept], (at % page).flatten()[kept]
             for pages, new in ((self.key_pages, key), (self.value_pages, value)):
                 pages[places] = new.transpose(1, 2).flatten(0, 1)[kept].to(pages.dtype)

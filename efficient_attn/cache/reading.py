@@ -198,8 +198,9 @@ def paged_attention(
         own = table[rows]
         call = _in_place(queries, pools, own.shape[0], end, mask=mask, bias=placed, **options)
         if call is not None:
-            return paged_forward(call.query, *pools, Pages(own, end), call.mask, call.scale, *call.modifiers)
-        key, value = (read_pages(pages, own, end) for pages in (key_pages, value_pages))
+            pages = Pages(own, end)
+            return paged_forward(call.query, pools[0], pools[1], pages, call.mask, call.scale, *call.modifiers)
+        key, value = (read_pages(pool, own, end) for pool in (key_pages, value_pages))
         found: tuple[Tensor, Tensor] = attention(
             queries, key, value, mask=mask, bias=placed, return_lse=True, **options
         )

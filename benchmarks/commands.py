@@ -27,6 +27,7 @@ from efficient_attn.measuring.terminal import (
     interrupted,
     named_errors,
     note,
+    resuming,
     sigterm_raises,
 )
 
@@ -244,7 +245,8 @@ def _run(plan: planning.Plan, folder: Path, limits: runner.Limits, *, overview: 
             _say_what_is_left_out(out, plan, left_out, folder)
         except KeyboardInterrupt as interrupt:
             kept = sum(record["type"] == "cell" for record in records.read(path))
-            exit_code = interrupted(interrupt, out, folder, f"{kept} measured cells are kept in {path}")
+            kept_in = f"{kept} measured cells are kept in {path}"
+            exit_code = interrupted(interrupt, out, kept_in, resuming(out=folder))
     _show(list(records.read(path)), folder / "results.png", overview=overview, page=folder / PAGE)
     out.print(f"{path}", soft_wrap=True)
     return exit_code

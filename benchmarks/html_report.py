@@ -137,8 +137,9 @@ def _about(found: Sequence[Record], rows: Sequence[view.Row], sources: Sequence[
     lines = [records.describe(record) for record in view.environments(found)[-1:]]
     failed = sum(row["status"] != "ok" for row in rows)
     noisy = sum(row["noisy"] for row in rows)
-    counts = f"{len(rows)} rows from {', '.join(sources)}: {failed} without a figure, {noisy} noisy (~)"
-    return ". ".join([*lines, counts]) + "."
+    less = [f"{n} {what}" for n, what in ((failed, "without a figure"), (noisy, "noisy (~)")) if n]
+    counts = f"{len(rows)} rows from {', '.join(sources)}"
+    return ". ".join([*lines, ": ".join(filter(None, (counts, ", ".join(less))))]) + "."
 
 
 def _environment(record: Record) -> dict[str, str]:

@@ -4,7 +4,7 @@
     make docs ARGS=--serve      also serves it on 127.0.0.1:8000
 
 A page of a method is its class: name, formula, cost, paper, docstring, options, and the pairs that it shows, or, where
-it shows none, the weights that it gives. Nothing stands in a page that does not stand in the class.
+it shows none, the weights that it gives. Beside the class stands only when it is worth a try (WHEN).
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ NAV: list[Any] = [
     {"Drop-in": "integrations.md"},
     {"Choose a method": "choose.md"},
     {"Long sequences": "long-sequences.md"},
+    {"Examples": "examples.md"},
+    {"Distributed": "distributed.md"},
     {"Other libraries' interfaces": "compat.md"},
     {"Methods": ["methods.md"]},
     {"Models and training": ["models.md", "training.md", "works-with.md", "transformers-sweep.md"]},
-    {"Measuring": ["profiling.md", "benchmarks.md"]},
+    {"Measuring": ["profiling.md", "benchmarks.md", "fields.md"]},
     {"GPU": "gpu.md"},
     {"See attention": "insight.md"},
     {"How it is built": ["contract.md", "architecture.md", "contributing.md"]},
@@ -70,12 +72,89 @@ REFERENCE = {
 }  # fmt: skip
 
 
+# When a method is worth a try, and when not: the part of its page that no class can know.
+WHEN = {
+    "dense": (
+        "the sequence is short enough, or nothing may be lost",
+        "profile says that time or memory grows too fast",
+    ),
+    "sliding_window": (
+        "near pairs matter most, as in text, audio and series",
+        "answers lie far away in a single layer",
+    ),
+    "causal": ("text is generated token by token and nothing may be lost", "the whole input is known at once"),
+    "dilated": (
+        "a wider reach than a window's is wanted for as many pairs",
+        "neighbours differ: most of them are skipped",
+    ),
+    "strided": (
+        "the sequence has a period, as images in rows or days",
+        "there is no period that the stride could match",
+    ),
+    "fixed": (
+        "segments have an end that can sum them up, as sentences do",
+        "what matters lies in the middle of segments",
+    ),
+    "longformer": (
+        "a few tokens stand for all, as [CLS] or a question does",
+        "no token is special; a window costs less",
+    ),
+    "prefix_lm": ("a prompt is read in both directions before text is generated", "there is no prompt"),
+    "documents": (
+        "several documents are packed into one sequence",
+        "there is one document, or lengths differ little: pad",
+    ),
+    "bigbird": ("text is long, and any two tokens should be few steps apart", "queries and keys are two sequences"),
+    "neighborhood": ("tokens are an image, whose near patches matter most", "the tokens are no grid"),
+    "axial": ("tokens are an image or a table, read along rows and columns", "what matters lies diagonally off"),
+    "topk_blocks": ("few far keys matter, other ones for each query", "decoding token by token, unless queries=first"),
+    "topp_blocks": (
+        "as topk_blocks, where some queries need many keys and others few",
+        "every query should cost the same",
+    ),
+    "deepspeed_fixed": (
+        "a model was trained with DeepSpeed's FixedSparsityConfig",
+        "starting afresh: see longformer and fixed",
+    ),
+    "deepspeed_variable": (
+        "a model was trained with DeepSpeed's VariableSparsityConfig",
+        "starting afresh: see bigbird and longformer",
+    ),
+    "deepspeed_bigbird": ("a model was trained with DeepSpeed's BigBirdSparsityConfig", "starting afresh: see bigbird"),
+    "deepspeed_bslongformer": (
+        "a model was trained with DeepSpeed's BSLongformerSparsityConfig",
+        "starting afresh: see longformer",
+    ),
+    "deepspeed_local": (
+        "a model was trained with DeepSpeed's LocalSlidingWindowSparsityConfig",
+        "starting afresh: see sliding_window",
+    ),
+    "lsh": ("a model was trained with Reformer's buckets", "torch.compile(fullgraph=True) or vmap must trace it"),
+    "sorted_buckets": ("equal buckets by content, so that all queries cost the same", "the model is causal"),
+    "linear": (
+        "memory and time must not grow with the past, and the model is trained with it",
+        "taken untrained: it errs most",
+    ),
+    "linformer": (
+        "the length is fixed, and its projections are trained or distilled",
+        "the model is causal or lengths vary",
+    ),
+    "nystrom": ("attention is smooth: of the untrained methods it often errs least", "the model is causal"),
+    "performer": (
+        "causal attention of low rank, at linear cost",
+        "attention is peaked: many features are needed, or a window",
+    ),
+}
+
+
 def method_page(name: str, cls: Any, picture: str) -> str:
     """The page of a class."""
     lines = [f"# {name}", "", "| formula | cost | paper |", "| --- | --- | --- |"]
     lines += [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{cls.formula}`", cls.complexity, cls.paper)) + " |"
     ]
+    use, leave = WHEN[name]
+    lines += ["", f"* **Use it** when {use}.", f"* **Leave it** when {leave}."]
     lines += ["", f"![What {name} sees]({picture})", "", inspect.cleandoc(cls.__doc__ or ""), ""]
     options = [f for f in dataclasses.fields(cls) if f.name in cls.kinds]
     if options:

@@ -53,7 +53,7 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
     },
     "query_gradient": {
         80: {
-            True: {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
+            True: {64: Config(64, 64, 8, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
             False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
         },
         90: {
@@ -86,16 +86,16 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
 # list, with bias or dropout, None where the row above serves.
 VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] = {
     ("forward", 90, True, 64): (None, Config(128, 64, 8, 3)),
-    ("forward", 90, True, 128): (None, Config(64, 64, 8, 2)),
+    ("forward", 90, True, 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
     ("forward", 90, True, 256): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 80, True, 64): (None, Config(64, 64, 4, 2)),
     ("forward", 80, True, 128): (None, Config(64, 64, 8, 2)),
-    ("forward", 80, True, 256): (None, Config(32, 32, 8, 2)),
+    ("forward", 80, True, 256): (Config(64, 32, 8, 1), Config(32, 32, 8, 2)),
     ("key_gradient", 90, True, 64): (None, Config(32, 64, 4, 2)),
     ("key_gradient", 90, True, 128): (None, Config(32, 64, 8, 2)),
     ("query_gradient", 90, True, 64): (None, Config(64, 64, 8, 2)),
     ("query_gradient", 90, True, 128): (None, Config(64, 64, 8, 2)),
-    ("key_gradient", 80, True, 64): (None, Config(32, 64, 8, 2)),
+    ("key_gradient", 80, True, 64): (None, Config(32, 64, 8, 1)),
     ("query_gradient", 90, True, 256): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("query_gradient", 80, True, 64): (None, Config(64, 32, 4, 2)),
     ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),

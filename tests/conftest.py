@@ -99,6 +99,7 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_collection_modifyitems(items):
     """Tests that place their tensors on no device leave the GPU's kernels to those that do.
 
+    Files of few and long tests come first: at the end of a run one would keep one process busy while the others wait.
     EFFICIENT_ATTN_SHARD=k/n leaves every n-th test, from the k-th: `make gpu-check` runs the shares side by side.
     """
     items[:] = [
@@ -108,6 +109,7 @@ def pytest_collection_modifyitems(items):
         or "backend" not in item.fixturenames
         or item.callspec.params["backend"] not in ON_GPU
     ]
+    items.sort(key=lambda item: "kernels" not in item.path.parts)
     share = os.environ.get("EFFICIENT_ATTN_SHARD")
     if share:
         first, step = map(int, share.split("/"))

@@ -203,12 +203,12 @@ function drawFront(all) {
     svg.append(point);
     labels.push({ text: brief(one.name), x: cx, y: cy, bold: inFront });
   }
-  placeLabels(svg, labels, box);
+  placeLabels(svg, labels, box, stand ?? box.bottom + 9);
   place.replaceChildren(svg);
 }
 
 // Names beside their points, moved up or down until none lies on another.
-function placeLabels(svg, labels, box) {
+function placeLabels(svg, labels, box, stand) {
   const taken = [];
   for (const label of labels.sort((a, b) => b.bold - a.bold)) {
     const long = label.text.length * 6.6 + 4;
@@ -217,7 +217,7 @@ function placeLabels(svg, labels, box) {
       .find((place) => place.left >= box.left - 4 && place.right <= box.right + 14 && place.top > 0 && !taken.some((other) => place.left < other.right && place.right > other.left && place.top < other.bottom && place.bottom > other.top) && !labels.some((other) => other !== label && other.x > place.left - 4 && other.x < place.right + 4 && other.y > place.top - 3 && other.y < place.bottom + 3));
     if (!free) continue;
     taken.push(free);
-    svg.append(shape("text", { class: label.bold ? "name bold" : "name", x: free.left.toFixed(1), y: (free.bottom - 3).toFixed(1) }, label.text));
+    svg.append(shape("text", { class: `name${label.bold ? " bold" : ""}${free.bottom - 6 > stand ? " within" : ""}`, x: free.left.toFixed(1), y: (free.bottom - 3).toFixed(1) }, label.text));
   }
 }
 
@@ -252,13 +252,15 @@ function drawCurves() {
   const place = document.getElementById("curves");
   const shown = mattering();
   const columns = Math.max(1, Math.min(3, Math.floor(place.clientWidth / 330)));
-  const width = Math.floor(place.clientWidth / columns) - (columns > 1 ? 36 : 22);
+  place.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
   place.replaceChildren();
   for (const measure of MEASURES) {
+    const whole = columns === 2 && measure === MEASURES[0]; // a row of its own: three charts leave no hole
+    const width = Math.floor(place.clientWidth / (whole ? 1 : columns)) - (columns > 1 && !whole ? 36 : 22);
     const lines = shown.map((method) => ({ method, ...STORY.methods[method], points: CURVES.get(view.mode).get(method).filter((point) => point[measure.key] > (measure.key === "error" ? EXACT : 0)) })).filter((line) => line.points.length);
     if (!lines.length) continue;
     const svg = curves(measure, lines, width, Math.round(Math.max(270, Math.min(330, width * 0.8))));
-    place.append(element("figure", {}, element("h4", {}, `${measure.title}${measure.unit ? ", " + measure.unit : ""}`), svg, element("figcaption", {}, measure.note)));
+    place.append(element("figure", whole ? { class: "whole" } : {}, element("h4", {}, `${measure.title}${measure.unit ? ", " + measure.unit : ""}`), svg, element("figcaption", {}, measure.note)));
   }
   const total = CURVES.get(view.mode).size;
   const chips = document.getElementById("groups");
@@ -273,7 +275,7 @@ function drawCurves() {
 const MARKS = ["", "7 3", "2 3", "9 3 2 3"]; // methods of one group
 
 function curves(measure, lines, width, height) {
-  const names = Math.min(118, width * 0.3); // room for names at the ends
+  const names = Math.min(124, width * 0.38); // room for names at the ends
   const box = { left: 50, right: width - names, top: 10, bottom: height - 40 };
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `${measure.title} against length` });
   const all = lines.flatMap((line) => line.points);
@@ -308,7 +310,7 @@ function curves(measure, lines, width, height) {
       svg.append(dot);
     }
     const last = line.points[line.points.length - 1];
-    ends.push({ text: brief(line.name, Math.floor((names - 24) / 6.6)), y: y.place(last[measure.key]), x: x.place(last.n), colour });
+    ends.push({ text: brief(line.name.replace(" + ", "+"), Math.floor((names - 24) / 6.6)), y: y.place(last[measure.key]), x: x.place(last.n), colour });
   }
   drawEnds(svg, ends, box);
   return svg;
@@ -334,7 +336,9 @@ function drawEnds(svg, ends, box) {
 function drawMultiples() {
   const place = document.getElementById("multiples");
   const methods = [...CURVES.get(view.mode)].filter(([method]) => method !== "dense" || CURVES.get(view.mode).size === 1);
-  const columns = Math.max(2, Math.floor(place.clientWidth / 190));
+  const most = Math.max(2, Math.floor(place.clientWidth / 188));
+  const columns = Math.max(2, Math.ceil(methods.length / Math.ceil(methods.length / most))); // rows as full as can be
+  place.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
   const width = Math.floor(place.clientWidth / columns) - 12;
   const height = 118;
   const gain = (point) => Math.min(point.sdpa, point.dense ?? point.sdpa) / point.ms;

@@ -10,7 +10,8 @@ import typer
 
 from ..errors import InputError
 from ..integrations import Budget, convert
-from ..measuring.terminal import Progress, console, named_errors, sigterm_raises
+from ..integrations.budget import Kept, fingerprint
+from ..measuring.terminal import Progress, console, interrupted, named_errors, resuming, sigterm_raises
 from . import inputs
 
 
@@ -41,6 +42,9 @@ def convert_command(
     out: Annotated[Path, typer.Option(help="The plan; a page with the same name in .html lies beside it.")] = Path(
         "plan.json"
     ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the measurements of a run that was interrupted.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan instead of the report.")] = False,
 ) -> None:
     """Give each layer the fastest attention whose measured error is within a budget: a plan for convert(plan=...)."""
@@ -56,23 +60,19 @@ def convert_command(
         if sample is None:
             raise InputError("give --data, what the model is for; file.py:function brings its own sample")
         err = console(stderr=True)
-        with sigterm_raises(), Progress(err, "steps", transient=True) as bar:
-            wanted = Budget(
-                budget,
-                candidates=candidate or None,
-                per=per,
-                probes=probes,
-                seed=seed,
-                distill=distill,
-                progress=bar.update,
-            )
-            try:
+        options: dict[str, Any] = {"candidates": candidate or None, "probes": probes, "seed": seed, "distill": distill}
+        about = {"model or data": fingerprint(loaded.model, sample), "threads": torch.get_num_threads(), **options}
+        kept = Kept(out.with_suffix(".measured.jsonl"), about, resume=resume)
+        try:
+            with sigterm_raises(), Progress(err, "steps", transient=True) as bar:
+                wanted = Budget(budget, per=per, **options, progress=bar.update, kept=kept)
                 report = convert(loaded.model, budget=wanted, sample=sample)
-            except KeyboardInterrupt as interrupt:
-                err.print("interrupted; nothing is written")
-                raise typer.Exit(143 if interrupt.args else 130) from None
+        except KeyboardInterrupt as interrupt:
+            kept.begin()
+            raise typer.Exit(interrupted(interrupt, err, str(kept), resuming())) from None
         assert report.plan is not None
         report.plan.save(out)
+        kept.remove()
         page = out.with_suffix(".html")
         report.save_page(page)
         if as_json:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,27 +25,45 @@ TOP, MOST = 4, 12  # keys of a query, and tokens of a head
 WANT = ("entropy", "top", "received", "distance", "map", "shares")
 
 
-def gather(model: nn.Module, sample: Any) -> list[dict[str, Any]]:
+def gather(
+    model: nn.Module, sample: Any, told: Callable[[int, int], None] = lambda *_: None, part: str = ""
+) -> list[dict[str, Any]]:
     """By call of attention, JSON values of what its heads do in the first element of the batch.
+
+    Args:
+        told: called with how many calls are done, of how many.
+        part: the module whose calls are wanted; "": all.
 
     Raises:
         InputError: no call of attention was seen.
     """
-    length = _longest(model, sample)
+    calls, length = _calls(model, sample)
     block = max(math.ceil(length / CELLS), 1)
-    with observe(model, options={"top_k": TOP, "map_block": block}) as seen:
+    with _Telling(model, options={"top_k": TOP, "map_block": block}, told=lambda done: told(done, calls)) as seen:
+        told(0, calls)
         run(model, sample)
     if not seen.layers:
         why = ", ".join(seen.left) or "the model makes no call that is known"
         raise InputError(f"no attention was seen in the model: {why}")
-    return [_layer(call) for call in seen.layers]
+    return [_layer(call) for call in seen.layers if not part or call.name.split(".")[0] == part]
 
 
-def _longest(model: nn.Module, sample: Any) -> int:
-    """The most keys of a call."""
+@dataclass
+class _Telling(observe):
+    """Says after each call how many there were."""
+
+    told: Callable[[int], None] = print
+
+    def _see(self, *call: Any) -> None:
+        super()._see(*call)
+        self.told(len(self.layers))
+
+
+def _calls(model: nn.Module, sample: Any) -> tuple[int, int]:
+    """How many calls there are, and the most keys of one."""
     with observe(model, want=()) as seen:
         run(model, sample)
-    return max((call.keys for call in seen.layers), default=1)
+    return len(seen.layers), max((call.keys for call in seen.layers), default=1)
 
 
 def _layer(call: Any) -> dict[str, Any]:

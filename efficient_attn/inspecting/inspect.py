@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ import typer
 from ..errors import InputError
 from ..integrations import convert, fidelity
 from ..integrations.budget.layers import skeleton
-from ..measuring.terminal import console, named_errors
+from ..measuring.terminal import Progress, console, named_errors, nothing_kept
 from . import inputs
 from .gathered import gather
 
@@ -46,14 +48,31 @@ def inspect_command(
             read = inputs.Read(loaded.sample)
         else:
             raise InputError("give one of --text, --image, --series and --data; file.py:function brings its own sample")
-        written = page(describe(loaded.model, read, attention or plan, title=model))
+        err = console(stderr=True)
+        with nothing_kept(err), Progress(err, "calls of attention", transient=True) as bar:
+            written = page(
+                describe(loaded.model, read, attention or plan, title="/".join(Path(model).parts[-2:]), told=bar.update)
+            )
         out.write_text(written, encoding="utf-8")
-        console(stderr=True).print(f"{out}: {len(written) / 2**20:.1f} MiB")
+        err.print(f"{out}: {len(written) / 2**20:.1f} MiB")
 
 
-def describe(model: torch.nn.Module, read: inputs.Read, attention: str | Path | None = None, title: str = "") -> Any:
-    """What the page shows, as JSON values: the model's run, and one with another attention or a plan."""
-    runs: list[dict[str, Any]] = [{"name": "as it is", "layers": gather(model, read.sample), "error": None}]
+def describe(
+    model: torch.nn.Module,
+    read: inputs.Read,
+    attention: str | Path | None = None,
+    title: str = "",
+    told: Callable[[str, int, int], None] = lambda *_: None,
+) -> Any:
+    """What the page shows, as JSON values: the model's run, and one with another attention or a plan.
+
+    told: called with (which run, calls of attention that are done, of how many).
+    """
+
+    def gathered(name: str, model: torch.nn.Module) -> list[dict[str, Any]]:
+        return gather(model, read.sample, lambda done, total: told(name, done, total), read.part)
+
+    runs: list[dict[str, Any]] = [{"name": "as it is", "layers": gathered("as it is", model), "error": None}]
     if attention is not None:
         other = skeleton(model)
         if isinstance(attention, Path):
@@ -62,15 +81,20 @@ def describe(model: torch.nn.Module, read: inputs.Read, attention: str | Path | 
             convert(other, attention)
         before, after = (fidelity.outputs(m, read.sample) for m in (model, other))
         error = max(float((b - a).double().norm() / a.double().norm()) for a, b in zip(before, after, strict=True))
-        runs.append({"name": str(attention), "layers": gather(other, read.sample), "error": error})
+        runs.append({"name": str(attention), "layers": gathered(str(attention), other), "error": error})
     return {
         "title": title,
         "kind": read.kind,
         "labels": read.labels,
         "pixels": None if read.pixels is None else _picture(read.pixels),
-        "values": None if read.values is None else [round(float(v), 4) for v in read.values],
+        "values": None if read.values is None else [_finite(v) for v in read.values.tolist()],
         "runs": runs,
     }
+
+
+def _finite(value: float) -> float | None:
+    """A number of JSON; None where it is missing."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _picture(pixels: torch.Tensor) -> dict[str, Any]:

@@ -7,6 +7,7 @@ goes on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -18,10 +19,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -115,6 +116,19 @@ def _recorded(
     return found
 
 
+@contextlib.contextmanager
+def children_ignore_interrupts() -> Iterator[None]:
+    """Processes that are started within never hear Ctrl-C, not even while they begin: the run decides when they end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @cache
 def fork_server() -> multiprocessing.context.ForkServerContext:
     """Where processes start with PyTorch imported already."""
@@ -125,7 +139,8 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     before = os.open(".", os.O_RDONLY)
     try:
         os.chdir(sys.prefix)
-        forkserver.ensure_running()
+        with children_ignore_interrupts():
+            forkserver.ensure_running()
     finally:
         os.fchdir(before)
         os.close(before)
@@ -137,9 +152,9 @@ def _run_worker(
 ) -> Sequence[Record]:
     context = fork_server()
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile(prefix="efficient-attn-worker-", suffix=".log") as log:
+    with tempfile.TemporaryFile() as log:  # without a name: a run that is killed leaves none behind
         # Not a daemon, which may have no children: a cell that compiles may start some. _follow ends an abandoned one.
-        work = (sender, cells, limits.memory_bytes, log.name, lookup, together)
+        work = (sender, cells, limits.memory_bytes, _Inherited(log.fileno()), lookup, together)
         process = context.Process(target=_work, args=work, daemon=False)
         process.start()
         sender.close()
@@ -150,27 +165,40 @@ def _run_worker(
             return results
         except EOFError:
             process.join()
+            log.seek(0)
             return [_crash(process.exitcode, log.read().decode(errors="replace"))] * len(cells)
         finally:
             _stop(process)
             receiver.close()
 
 
+class _Inherited:
+    """An open file of the run, which a worker has from its start."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self.fd)
+
+    def __setstate__(self, sent: Any) -> None:
+        self.fd = sent.detach()
+
+
 def _work(
     sender: Connection,
     cells: Sequence[Cell],
     memory_bytes: int | None,
-    log: str,
+    log: _Inherited,
     lookup: Callable[[str], Any],
     together: bool,
 ) -> None:
     """The worker: limits first, then the measurement, then one message: a result for each cell."""
     os.setsid()
     threading.Thread(target=_follow, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a cell ends
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    os.dup2(log.fd, 1)
+    os.dup2(log.fd, 2)
+    os.close(log.fd)
     try:
         import torch
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import EfficientAttnError, UnsupportedError
@@ -182,9 +186,44 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def interrupted(interrupt: KeyboardInterrupt, out: Console, folder: object, kept: str = "") -> int:
-    """Say what is kept after an interruption and how to go on; returns 130 after Ctrl-C, 143 after SIGTERM."""
+def interrupted(interrupt: KeyboardInterrupt, out: Console, kept: str, going_on: str, to: str = "go on") -> int:
+    """Say after an interruption what is kept, and the command to go on; returns 130 after Ctrl-C, 143 after SIGTERM."""
     code, by = (143, "SIGTERM") if interrupt.args else (130, "Ctrl-C")
-    kept = f"; {kept}" if kept else ""
-    note(out, "interrupted", f" by {by}{kept}; to go on, repeat the command with --out {folder} --resume")
+    note(out, "interrupted", f" by {by}; {kept}; to {to}:")
+    out.print(f"  {going_on}", soft_wrap=True)
     return code
+
+
+@contextlib.contextmanager
+def nothing_kept(out: Console) -> Iterator[None]:
+    """Of a command that keeps nothing when it is interrupted: it says so, and the command to start again."""
+    import typer
+
+    try:
+        with sigterm_raises():
+            yield
+    except KeyboardInterrupt as interrupt:
+        again = command_line(sys.argv[1:])
+        raise typer.Exit(interrupted(interrupt, out, "nothing is kept", again, "start again")) from None
+
+
+def resuming(**options: object) -> str:
+    """The command that runs, with these options in the place of its own, and --resume."""
+    names = {f"--{name}" for name in options}
+    kept, words = [], iter(sys.argv[1:])
+    for word in words:
+        if word in names:
+            next(words, None)
+        elif word != "--resume" and word.partition("=")[0] not in names:
+            kept.append(word)
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return command_line([*kept, *given, "--resume"])
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """A command of this package as it can be typed where the one that runs was."""
+    program = sys.argv[0]
+    if Path(program).name != "efficient-attn":
+        return shlex.join([sys.executable, "-m", __name__.partition(".")[0], *arguments])
+    found = shutil.which("efficient-attn")
+    return shlex.join(["efficient-attn" if found == program else program, *arguments])

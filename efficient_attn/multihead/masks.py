@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..inputs import may_read
 from ..methods import Method
 from ..tracing import shapes_only, unwrapped
 
@@ -77,7 +78,16 @@ def read_masks(
         key_padding_mask = key_padding_mask.reshape(q.shape[0], -1)
         if key_padding_mask.dtype != torch.bool and not method.accepts_bias:
             key_padding_mask = _padding_as_bool(key_padding_mask, method)
-        if key_padding_mask.dtype == torch.bool:
+        elif key_padding_mask.dtype != torch.bool and method.counts_positions:
+            # From the end of padding on the left: -inf is padding, as nn.TransformerEncoder writes it.
+            padded = key_padding_mask == -torch.inf
+            key_mask = F.pad(~padded, (0, extra), value=True)
+            left = key_padding_mask.masked_fill(padded, 0.0)
+            needed = left.requires_grad or not may_read(left) or bool(left.any())
+            key_padding_mask = left if needed else None
+        if key_padding_mask is None:
+            pass
+        elif key_padding_mask.dtype == torch.bool:
             key_mask = F.pad(~key_padding_mask, (0, extra), value=True)
         else:
             per_key = F.pad(_as_bias(key_padding_mask, q), (0, extra))[:, None, None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from ..errors import InputError
 from ..measuring import records, runner
 from ..measuring.options import read_lengths
 from ..measuring.run_folder import choose_run_folder
-from ..measuring.terminal import Progress, console, interrupted, named_errors, sigterm_raises
+from ..measuring.terminal import Progress, console, interrupted, named_errors, nothing_kept, resuming, sigterm_raises
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
 from .profile import from_records
 from .recommendation import CANDIDATES, from_rows, recommend
 from .session import MODEL, OPERATOR, Report
 
 Text = str | None
+PROFILED = "profiled"  # a row that says that all rows of a method and length are there
 
 
 def profile(
@@ -85,7 +87,7 @@ def profile(
                 {name: value * unit for name, (value, unit) in given.items() if value is not None},
                 timeout,
                 as_json,
-                out,
+                None if out is None else choose_run_folder(out, "profile-results", resume=resume),
             )
             return
         if (op is None) == (model is None):
@@ -111,7 +113,7 @@ def profile(
                 else:
                     found = profile_source(model or "", attention=attention or (), **common, report=report)
         except KeyboardInterrupt as interrupt:
-            code = interrupted(interrupt, err, folder, _kept(folder))
+            code = interrupted(interrupt, err, _kept(folder), resuming(out=folder))
             rows = list(records.read(folder / "results.jsonl"))
             if not any(row.get("suite") in (OPERATOR, MODEL) for row in rows):
                 raise typer.Exit(code) from None
@@ -191,7 +193,7 @@ def recommend_command(
                 else:
                     found = _recommend_for(model, sizes[0], given, {**options, "out": folder, "report": report})
         except KeyboardInterrupt as interrupt:
-            raise typer.Exit(interrupted(interrupt, err, folder, _kept(folder))) from None
+            raise typer.Exit(interrupted(interrupt, err, _kept(folder), resuming(out=folder))) from None
         _print(found, as_json)
         console(stderr=True).print(f"{found.plot(folder / 'recommend.png')}")
 
@@ -204,22 +206,43 @@ def _numbers(text: str) -> list[int]:
 
 def _over_ranks(
     specs: list[str], lengths: tuple[int, ...], ranks: list[int], options: dict[str, Any], beyond: dict[str, float],
-    timeout: float, as_json: bool, out: Path | None,
+    timeout: float, as_json: bool, folder: Path | None,
 ) -> None:  # fmt: skip
-    """The tables of --context-parallel; with a folder also its rows there."""
+    """The tables of --context-parallel; with a folder also its rows there, and what they have already is left out."""
     profiles = importlib.import_module(f"{__package__}.ranks")
-    options_of_all = options | {"beyond": beyond, "timeout": timeout}
-    found = [profiles.profile_ranks(spec, n, ranks, **options_of_all) for spec in specs for n in lengths]
-    if out is not None:
-        with records.ResultFile(out / "results.jsonl") as file:
+    err, found, every = console(stderr=True), [], options | {"beyond": beyond, "timeout": timeout}
+    with contextlib.ExitStack() as stack:
+        file = None if folder is None else stack.enter_context(records.ResultFile(folder / "results.jsonl"))
+        kept = () if folder is None else list(records.read(folder / "results.jsonl"))
+        done = {(row["spec"], row["length"]) for row in kept if row["type"] == PROFILED}
+        work = [(spec, n) for spec in specs for n in lengths if (spec, n) not in done]
+        if file is not None:
             file.append(records.environment())
-            for record in (record for profile in found for record in profile.records(options)):
-                file.append(record)
+        if folder is None:
+            stack.enter_context(nothing_kept(err))
+        try:
+            with _progress(err) as report:
+                for number, (spec, n) in enumerate(work):
+                    part = functools.partial(_part, report, number, len(work))
+                    found.append(profiles.profile_ranks(spec, n, ranks, report=part, **every))
+                    if file is not None:
+                        for record in [*found[-1].records(options), {"type": PROFILED, "spec": spec, "length": n}]:
+                            file.append(record)
+                    if not as_json:
+                        print(found[-1], flush=True)
+        except KeyboardInterrupt as interrupt:
+            if folder is None:
+                raise
+            raise typer.Exit(interrupted(interrupt, err, _kept(folder), resuming(out=folder))) from None
     if as_json:
         print(json.dumps([profile.to_json() for profile in found]))
-        return
-    for profile in found:
-        print(profile)
+    elif len(work) < len(specs) * len(lengths):
+        print(f"{len(specs) * len(lengths) - len(work)} profiles are in {folder} already")
+
+
+def _part(report: Report, number: int, of: int, name: str, done: int, total: int) -> None:
+    """Report how much is done of one of several, all of which take as many steps."""
+    report(name, number * total + done, of * total)
 
 
 def _recommend_for(model: str, length: int, given: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from ..masks import BlockMask
 from ..measuring import records
 from ..measuring.ranks import Ranks, started
 from ..methods import Method, Sparse, parse
+from .session import Report
 
 LINKS = {"h200": H200}
 LAYOUTS = ("zigzag", "contiguous")
@@ -155,6 +156,7 @@ def profile_ranks(
     rounds: int = 5,
     measure: int | None = None,
     mode: str = "fwd",
+    report: Report = lambda *_: None,
     timeout: float = 300.0,
 ) -> RankProfile:
     """Time attention over several numbers of ranks.
@@ -170,6 +172,7 @@ def profile_ranks(
         rounds: measured, of which the median counts.
         measure: the most ranks that are run as processes; default: twice the processors, 0: none.
         mode: "fwd", or "fwd_bwd", which is measured and not predicted.
+        report: called with (what runs now, how much is done, of how much).
         timeout: seconds that one call may take.
 
     Raises:
@@ -201,7 +204,10 @@ def profile_ranks(
     if given is None:
         most = 2 * len(os.sched_getaffinity(0)) if measure is None else measure
         job = _Job(str(found), length, shape, dtype, causal, layout, rounds, mode, timeout)
-        found_here = {count: _measured(count, job) for count in sorted({1, *numbers}) if count <= most}
+        counts = [count for count in sorted({1, *numbers}) if count <= most]
+        for done, count in enumerate(counts):
+            report(f"{found} of {length:,} tokens over {count} ranks", done, len(counts))
+            found_here[count] = _measured(count, job)
         given = found_here[max(found_here)].link_of(None, flops) if found_here else Link()
     if mode != "fwd" and not found_here:
         raise InputError(f"--mode {mode} is measured and not predicted; take --link away, or --mode fwd")

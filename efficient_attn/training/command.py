@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import json
 import os
-import shlex
 import signal
 import sys
 import typing
@@ -129,7 +128,7 @@ def run(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> int:
     except trainer.Interrupted as interrupt:
         by = "Ctrl-C" if interrupt.signum == signal.SIGINT else "SIGTERM"
         note(console, "interrupted", f" by {by} after step {interrupt.step}, which is saved; to go on:")
-        going_on = shlex.join(["efficient-attn", "train", task.name, "--out", str(train_options.out), "--resume"])
+        going_on = terminal.command_line(["train", task.name, "--out", str(train_options.out), "--resume"])
         console.print(f"  {going_on}", soft_wrap=True)
         return 128 + interrupt.signum
     except EfficientAttnError as error:

@@ -13,7 +13,7 @@ from torch import nn
 
 from efficient_attn import ConversionError, InputError, InputTypeError, UnsupportedError, convert, models, parse
 from efficient_attn.integrations import Budget, Plan
-from efficient_attn.integrations.budget import layers
+from efficient_attn.integrations.budget import Kept, calibration, fingerprint, layers
 from efficient_attn.integrations.budget.calibration import calibrate
 from efficient_attn.integrations.budget.candidates import default_candidates
 from efficient_attn.integrations.budget.choice import Option, choose
@@ -155,6 +155,53 @@ def test_a_failure_leaves_the_model_alone(calls):
     with pytest.raises(KeyboardInterrupt):
         convert(model, budget=within(0.1, metric=metric), sample=sample)
     assert [type(m) for m in model.modules()] == kinds and torch.equal(output(model, sample), before)
+
+
+@pytest.mark.parametrize("distill", [0, 2])
+@pytest.mark.parametrize("stop", [("layers measured", 2), ("trials on held-out samples", 3)])
+def test_an_interrupted_search_goes_on_from_what_it_measured(tmp_path, monkeypatch, stop, distill):
+    """Also with another budget; and what was distilled, whose parameters are not kept, is distilled again."""
+    model, sample = torch_encoder()
+    costs = lambda method, call: 2.5 if method.name == "linformer" else cost(method, call)  # noqa: E731
+    options = {"distill": distill, "candidates": (*CANDIDATES, "linformer:rank=8"), "cost": costs}
+    path, about, calls = tmp_path / "kept.jsonl", {"data": fingerprint(model, sample)}, [0]
+
+    def interrupting(what, done, of):
+        calls[0] += what.startswith(stop[0])
+        if calls[0] == stop[1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept = Kept(path, about, resume=False)
+        convert(model, budget=within(0.05, **options, progress=interrupting, kept=kept), sample=sample)
+    kept.begin()  # as the command does when it is interrupted
+    assert re.search(r"\d layers and \d+ trials that were measured are kept in", str(kept))
+    assert (len(kept.layers) >= 1) == (distill == 0) and (len(kept.errors) >= 1) == stop[0].startswith("trials")
+    measured, figures = [], calibration._figures
+    monkeypatch.setattr(calibration, "_figures", lambda *a: measured.append(a[1].name) or figures(*a))
+    again = Kept(path, about, resume=True)
+    assert json.dumps(again.layers) == json.dumps(kept.layers) and again.errors == kept.errors
+    report = convert(copy.deepcopy(model), budget=within(0.05, **options, kept=again), sample=sample, repeats=0)
+    assert not set(measured) & set(kept.layers) and len(set(measured)) == 3 - len(kept.layers)
+    again.remove()
+    assert not path.exists()
+    whole = convert(copy.deepcopy(model), budget=within(0.05, **options), sample=sample, repeats=0)
+    assert report.plan.layers == whole.plan.layers and report.found.error == pytest.approx(whole.found.error)
+
+
+def test_measurements_of_something_else_are_not_gone_on_with(tmp_path):
+    model, sample = torch_encoder()
+    path, mark = tmp_path / "kept.jsonl", fingerprint(model, sample)
+    with pytest.raises(InputError, match="no measurements to go on with"):
+        Kept(path, {"data": mark}, resume=True)
+    kept = Kept(path, {"data": mark, "probes": 4}, resume=False)
+    assert not path.exists(), "what is refused before anything is measured leaves no file"
+    kept.put_error(("dense",), 0.0)
+    with pytest.raises(InputError, match="another probes: 4, now 2"):
+        Kept(path, {"data": mark, "probes": 2}, resume=True)
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1
+    assert fingerprint(model, sample) != mark != fingerprint(model, sample + 1)
 
 
 class Linear(nn.Module):
@@ -366,6 +413,7 @@ def test_default_candidates_are_cheaper_than_all_pairs(length):
         ({"plan": Plan({"layers.9.self_attn": "causal"})}, InputError, "another model"),
         ({"plan": Plan({"layers.0.self_attn": "nonsense"})}, InputError, "nonsense"),
         ({"budget": Budget(0.1, held_out=[]), "sample": torch.randn(2, N, 32)}, InputError, "held_out is empty"),
+        ({"budget": 0.1, "sample": torch.full((2, N, 32), torch.nan)}, InputError, "no finite number"),
         ({"budget": Budget(0.0), "sample": torch.randn(2, N, 32)}, ConversionError, "budget"),
         ({"budget": Budget(0.1, metric=lambda m: "a"), "sample": torch.randn(2, N, 32)}, ConversionError, "metric"),
     ],

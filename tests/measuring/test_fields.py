@@ -65,7 +65,7 @@ def test_the_page_says_which_methods_keep_the_score(page):
         found.append(made("fields", "b", seed, score=exact - 0.1 - 0.01 * (-1) ** seed))
         found.append(made("fields", "c", seed, score=exact + 0.1 - 0.01 * (-1) ** seed))
     found.append(made("fields", "d", 1, score=1.0))
-    said = "`a` (2.0x) keeps it, `b` (2.0x) loses, `c` (2.0x) gains, `d` (2.0x) open, 1 seeds"
+    said = "`a` (2.0x) even ± 0.02, `b` (2.0x) loses, `c` (2.0x) gains, `d` (2.0x) open, 1 seeds"
     assert page.verdicts(found) == [f"* text: {said}."]
     assert page.verdicts([{**row, "score_is": "mase"} for row in found])[0].count("`b` (2.0x) gains") == 1
     assert page.signed(page.differences([{"seed": 1, "score": 0.5}], [{"seed": 1, "score": 0.75}])) == "-0.250"

@@ -413,3 +413,29 @@ def test_nested_tensors_that_cannot_be_served_say_why() -> None:
         MultiheadAttention(E, H)(nested, nested, nested)
     with pytest.raises(InputError, match="as many values as keys"):
         ours(nested, nested, other)
+
+
+@pytest.mark.parametrize("finite", [False, True], ids=["padding alone", "numbers too"])
+@pytest.mark.parametrize(
+    "attention", ["longformer:window=4,global_tokens=1", "bigbird:block=16,window=1,random_blocks=0"]
+)
+def test_float_padding_on_the_left_is_padding(attention: str, finite: bool) -> None:
+    """As nn.TransformerEncoder writes a bool mask; positions count from the first real token all the same."""
+    torch.manual_seed(0)
+    module = MultiheadAttention(16, 2, attention=attention, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    padded = torch.arange(40) < torch.tensor([[25], [0]])
+    added = torch.randn(2, 40, dtype=torch.float64) if finite else torch.zeros(2, 40, dtype=torch.float64)
+    mask = added.masked_fill(padded, -torch.inf).requires_grad_(finite)
+    out = module(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+    alone = x[:1, 25:]
+    expected = module(alone, alone, alone, key_padding_mask=added[:1, 25:], need_weights=False)[0]
+    torch.testing.assert_close(out[:1, 25:], expected)
+    if finite:
+        (gradient,) = torch.autograd.grad(out[0, 25:].square().sum(), mask)
+        assert gradient.isfinite().all() and (gradient[0, 25:] != 0).any() and not gradient[0, :25].any()
+    else:
+        hidden = module(x, x, x, key_padding_mask=padded, need_weights=False)[0]
+        torch.testing.assert_close(out, hidden)
+    compiled = torch.compile(lambda m: module(x, x, x, key_padding_mask=m, need_weights=False)[0], backend="eager")
+    torch.testing.assert_close(compiled(mask), out)

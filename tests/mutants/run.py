@@ -116,7 +116,12 @@ def main() -> int:
                 return 2
         for n, fault in chosen:
             started = time.monotonic()
-            verdict = find(fault, copy, logs, n)
+            try:
+                verdict = find(fault, copy, logs, n)
+            except KeyboardInterrupt:
+                again = f'make mutants ARGS="--first {n}{f" --only {options.only}" if options.only else ""}"'
+                print(f"interrupted by Ctrl-C, {survived} not found so far; to go on:\n  {again}", flush=True)
+                return 130
             survived += verdict != "killed"
             file = fault.file.removeprefix("efficient_attn/")
             print(f"{n:3} {verdict:9} {time.monotonic() - started:5.0f} s  {file:32} {fault.name}", flush=True)

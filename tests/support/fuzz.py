@@ -335,13 +335,23 @@ FAMILIES: dict[str, Callable[[int], str]] = {
 }
 
 
+class Interrupted(Exception):
+    """Ctrl-C ended a family: what it counted, what was wrong, and the first seed that was not run."""
+
+
 def run(family: str, first: int, cases: int, *, at_most: int = 20) -> tuple[Counter, list[str]]:
-    """How many of what were run, and what was wrong; prints how far it is."""
+    """How many of what were run, and what was wrong; prints how far it is.
+
+    Raises:
+        Interrupted: by Ctrl-C.
+    """
     counts, wrong, start, shown = Counter(), [], time.monotonic(), 0.0
     bar = sys.stderr.isatty()
     for n in range(cases):
         try:
             counts[FAMILIES[family](first + n)] += 1
+        except KeyboardInterrupt:
+            raise Interrupted(counts, wrong, first + n) from None
         except Exception as error:
             text = str(error) or type(error).__name__
             wrong.append(f"{family} {first + n}: {type(error).__name__}: {text}")
@@ -352,11 +362,10 @@ def run(family: str, first: int, cases: int, *, at_most: int = 20) -> tuple[Coun
             if len(wrong) >= at_most:
                 break
         now = time.monotonic()
-        if now - shown > (0.2 if bar else 30.0) or n + 1 == cases:
+        if now - shown > (0.2 if bar else 5.0) or n + 1 == cases:
             shown, done = now, (n + 1) / cases
-            line = (
-                f"{family:9} {'#' * int(30 * done):30} {n + 1:,} of {cases:,}, {len(wrong)} wrong, {now - start:.0f} s"
-            )
+            times = f"{now - start:.0f} s, about {(now - start) * (1 / done - 1):.0f} s left"
+            line = f"{family:9} {'#' * int(30 * done):30} {n + 1:,} of {cases:,}, {len(wrong)} wrong, {times}"
             print(f"\r{line}" if bar else line, end="" if bar and n + 1 < cases else "\n", file=sys.stderr, flush=True)
     return counts, wrong
 
@@ -370,13 +379,26 @@ def main() -> int:
     unknown = set(options.families) - set(FAMILIES)
     if unknown:
         parser.error(f"no family {', '.join(unknown)}")
-    failed = False
-    for family in options.families or FAMILIES:
-        counts, wrong = run(family, options.first, options.cases)
+    failed, families = False, list(options.families or FAMILIES)
+    while families:
+        family, stopped = families.pop(0), None
+        try:
+            counts, wrong = run(family, options.first, options.cases)
+        except Interrupted as interrupt:
+            counts, wrong, stopped = interrupt.args
         kinds = ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
         print(f"{family}: {sum(counts.values()):,} random cases agree, {len(wrong)} do not ({kinds})", flush=True)
         failed |= bool(wrong)
+        if stopped is not None:
+            commands = [command([family], stopped, options.first + options.cases - stopped)]
+            commands += [command(families, options.first, options.cases)] if families else []
+            print(f"interrupted by Ctrl-C; to go on:\n  {' && '.join(commands)}", flush=True)
+            return 130
     return int(failed)
+
+
+def command(families: list[str], first: int, cases: int) -> str:
+    return f"{sys.executable} -m support.fuzz {' '.join(families)} --first {first} --cases {cases}"
 
 
 if __name__ == "__main__":

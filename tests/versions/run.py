@@ -3,6 +3,7 @@
     make test-versions                                 all of them
     make test-versions ARGS="triton-3.9 numpy-oldest"  some
     make test-versions ARGS=--light                    without those that download PyTorch
+    make test-versions ARGS="--every 3"                every third test of each sample
 
 A light environment sees the packages of the one that runs this file, with the packages that it names in front. A whole
 one has what pip chooses for the sdist (PyTorch with its CUDA libraries: 6 GB, minutes), and the package built from it.
@@ -116,18 +117,22 @@ def versions(place: Path) -> str:
     return said.stdout.strip()
 
 
-def run(place: Path, sample: str) -> bool:
+def run(place: Path, sample: str, every: int) -> bool:
     """Whether a sample passes. Its folder is no checkout, so that the package is the one that is installed."""
     variables, arguments = SAMPLES[sample]
     paths = [str(TESTS / a) if a.endswith(".py") else a for a in arguments]
     paths = [a if before != "-k" else f"({a}) and not gpu" for before, a in zip(["", *paths], paths, strict=False)]
     options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    options += ["-m", "not slow and not gpu", "-W", "ignore", "-o", "addopts=--strict-markers"]
+    options += ["-m", "not slow and not gpu", "-W", "ignore", "-o", "addopts=--strict-markers", "-p", "every"]
     command = [place / "bin" / "python", "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())"]
+    variables = {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": str(ROOT / "tests" / "versions"),
+        "EVERY": str(every if sample != "compiled" else 1),
+    }
     started = time.monotonic()
-    result = subprocess.run(
-        [*command, *options, *paths], capture_output=True, text=True, cwd=place, env={**os.environ, **variables}
-    )
+    result = subprocess.run([*command, *options, *paths], capture_output=True, text=True, cwd=place, env=variables)
     lines = result.stdout.strip().splitlines() or ["nothing was said"]
     print(f"  {sample}: {lines[-1].strip('= ')} ({time.monotonic() - started:.0f} s)", flush=True)
     if result.returncode:
@@ -139,11 +144,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(ENVIRONMENTS)}; default: all")
     parser.add_argument("--light", action="store_true", help="leave out those that download PyTorch")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="every N-th test of each sample, but all of `compiled`"
+    )
     parser.add_argument("--remove", action="store_true", help="remove each environment when its tests are done")
     chosen = parser.parse_args()
     unknown = set(chosen.names) - set(ENVIRONMENTS)
     if unknown:
         parser.error(f"no environment {', '.join(sorted(unknown))}; there are {', '.join(ENVIRONMENTS)}")
+    if chosen.every < 1:
+        parser.error(f"--every takes 1 or more; got {chosen.every}")
     failed = []
     for name, environment in ENVIRONMENTS.items():
         if (chosen.names and name not in chosen.names) or (chosen.light and environment.whole):
@@ -151,7 +161,7 @@ def main() -> int:
         print(f"{name}: {', '.join(environment.requirements)}", flush=True)
         place = make(name, environment)
         print(f"  {versions(place)}", flush=True)
-        failed += [f"{name} {sample}" for sample in environment.samples if not run(place, sample)]
+        failed += [f"{name} {sample}" for sample in environment.samples if not run(place, sample, chosen.every)]
         if chosen.remove:
             shutil.rmtree(place)
     print("failed: " + ", ".join(failed) if failed else "every sample passed")

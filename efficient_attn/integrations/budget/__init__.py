@@ -6,10 +6,12 @@ calibration.py   one pass: error, sensitivity and time of each candidate in each
 distillation.py  fitting what a method learns to dense attention, in one layer
 choice.py        the knapsack
 search.py        measuring the whole model on held-out samples, until it is within the budget
+kept.py          the measurements of a search that is interrupted, for one that goes on
 comparing.py     the error of outputs; plan.py: the result as JSON; page.py: as a page
 """
 
+from .kept import Kept, fingerprint
 from .plan import Plan, read
 from .search import Budget, Found, Search
 
-__all__ = ["Budget", "Found", "Plan", "Search", "read"]
+__all__ = ["Budget", "Found", "Kept", "Plan", "Search", "fingerprint", "read"]

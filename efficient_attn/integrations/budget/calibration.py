@@ -26,6 +26,7 @@ from ...methods import DENSE, Method
 from . import layers
 from .comparing import Compared
 from .distillation import distilled
+from .kept import Kept
 from .layers import Call, Layer, State
 
 Cost = Callable[[Method, Call], float]
@@ -44,6 +45,10 @@ class Figures:
     head_sensitivities: list[float] = field(default_factory=list)
     refused: str = ""  # why it is none for this layer
     fitted: State | None = None  # its parameters, where they were distilled
+
+    def numbers(self) -> dict[str, Any]:
+        """All fields but the method and its parameters, as JSON values."""
+        return {name: value for name, value in vars(self).items() if name not in ("method", "fitted")}
 
     @property
     def weight(self) -> float:
@@ -84,6 +89,7 @@ def calibrate(
     cost: Cost | None,
     note: Note,
     distill: int = 0,
+    kept: Kept | None = None,
 ) -> Table:
     """One pass over a sample, of a model that attends densely by this package.
 
@@ -108,18 +114,27 @@ def calibrate(
                 f"distillation trains on one half of the batch that calibrates and checks on the other, and {name!r} "
                 "attends with a batch of 1; give a sample of 4 or more, half of which is held out, or 2 and held_out="
             )
+        table.heads[name], table.lengths[name] = layer.heads, length
+        own = None if gradients is None else gradients.pop(name)
+        if kept is not None and name in kept.layers:
+            by_name, known = {str(method): method for method in candidates}, kept.layers[name]
+            table.figures[name] = [Figures(by_name[f["method"]], **f["figures"]) for f in known["figures"]]
+            table.dense[name] = known["dense"]
+            continue
         for call in layer.calls:
             if call.shape not in costs:
                 costs[call.shape] = _costs(call, [DENSE, *candidates], cost)
         by_call = [costs[call.shape] for call in layer.calls]
         table.dense[name] = sum(float(found[DENSE]) for found in by_call)
-        table.heads[name], table.lengths[name] = layer.heads, length
-        own = None if gradients is None else gradients.pop(name)
         figures = [
             _figures(model, layer, method, [f.get(method, math.nan) for f in by_call], table.dense[name], own, distill)
             for method in candidates
         ]
         table.figures[name] = figures
+        if kept is not None and all(f.fitted is None for f in figures):  # parameters are no figures: fitted again
+            kept.put_layer(
+                name, table.dense[name], [{"method": str(f.method), "figures": f.numbers()} for f in figures]
+            )
     note("layers measured", len(free), len(free))
     return table
 

@@ -25,6 +25,7 @@ from . import candidates, layers
 from .calibration import Cost, Note, Table, calibrate
 from .choice import Option, choose
 from .comparing import Compared, Pick, check_finite, split
+from .kept import Kept
 from .plan import Plan
 
 Methods = dict[str, Method]
@@ -54,6 +55,7 @@ class Budget:
         cost: (method, call) -> a number that takes the place of measured seconds, as for another machine's; then no
             time decides.
         progress: called with (what, done, of how many).
+        kept: where what is measured is kept, and taken from; with a metric only the figures of the layers are.
     """
 
     limit: float
@@ -67,6 +69,7 @@ class Budget:
     distill: int = 0
     cost: Cost | None = None
     progress: Note | None = None
+    kept: Kept | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)):
@@ -170,6 +173,11 @@ class Search:
         self.sample, self.held_out = split(sample, budget.held_out)
         self.note: Note = budget.progress or (lambda what, done, of: None)
         self.before = [self.compared.run(model, sample) for sample in self.held_out]
+        if not any(y.isfinite().any() for outputs in self.before for y in outputs):
+            raise InputError(
+                "the model returns no finite number for the samples held out, so that no error can be measured; "
+                "give a sample= or held_out= that it is meant for"
+            )
         self.metric_before = None if budget.metric is None else check_finite(budget.metric(model))
         self.dense = layers.skeleton(model)
         make_dense(self.dense)
@@ -193,7 +201,7 @@ class Search:
         self.table = calibrate(
             self.dense, self.sample, lambda length: candidates.read(budget.candidates, length),
             compared=self.compared, probes=budget.probes, seed=budget.seed, cost=budget.cost, note=self.note,
-            distill=budget.distill,
+            distill=budget.distill, kept=budget.kept,
         )  # fmt: skip
         best, nothing = self._best()
         seconds = self._seconds(best)
@@ -326,6 +334,10 @@ class Search:
         key = _key(methods)
         if methods and key in self.measured:
             return self.measured[key]
+        kept = self.budget.kept if methods and self.budget.metric is None else None
+        if kept is not None and key in kept.errors:
+            self.measured[key] = kept.errors[key]
+            return self.measured[key]
         self.note(f"trials on held-out samples ({why})", len(self.trials), 0)
         undo = self._changed_to(methods)
         try:
@@ -333,6 +345,8 @@ class Search:
         finally:
             undo()
         self.measured[key] = error
+        if kept is not None:
+            kept.put_error(key, error)
         return error
 
     def _changed_to(self, methods: Methods) -> Callable[[], None]:

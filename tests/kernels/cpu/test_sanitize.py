@@ -1,4 +1,7 @@
-"""The CPU kernels alone under AddressSanitizer and UBSan: a short run of `native/` (`make sanitize`: a long one)."""
+"""The CPU kernels alone under AddressSanitizer and UBSan: a short run of `native/` (`make sanitize`: a long one).
+
+Two minutes, most of which compile: `make test-slow`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ NATIVE = Path(__file__).parent / "native"
 FOLDER = ROOT / "build" / "sanitize-quick"  # one set fewer than make sanitize: half of the time is compilation
 CASES = 150
 
+pytestmark = pytest.mark.slow
 sys.path.insert(0, str(NATIVE))
 import build_harness  # noqa: E402
 

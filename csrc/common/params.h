@@ -11,12 +11,16 @@ namespace efficient_attn {
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // A (B, H, N, D) tensor whose last dimension has stride 1; strides count elements. With an order, row i of a call is
-// the tensor's row order[b * order_batch_stride + h * order_head_stride + i] (CPU only).
+// the tensor's row order[b * order_batch_stride + h * order_head_stride + i] (CPU only). With pages, the tensor is
+// (pages, H, page_rows, D), and row i of batch element b is row i % page_rows of page
+// pages[b * pages_batch_stride + i / page_rows] (CPU only, keys and values of a forward).
 struct TensorView {
     void* data;
     int64_t batch_stride, head_stride, row_stride;
     const int32_t* order = nullptr;  // null: row i
     int64_t order_batch_stride = 0, order_head_stride = 0;
+    const int32_t* pages = nullptr;  // null: none; else of every row below Nk, whatever a mask says of it
+    int64_t page_rows = 0, pages_batch_stride = 0;
 };
 
 // Additive bias, each dimension 1 or full of (B, Hq, Nq, Nk); a broadcast dimension has stride 0.
@@ -72,6 +76,7 @@ struct AttentionParams {
     int dtype;
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
     int64_t query_rows, key_rows;  // of the tensors: Nq and Nk where there is no order
+    int64_t page_count;            // of keys and values that are on pages
     TensorView query, key, value, out;
     void* lse;  // (B, Hq, query_rows) contiguous, float32 or float64; in a CPU forward null: not wanted
     BiasView bias;

@@ -105,6 +105,10 @@ inline AttentionParams read_call(Reader& in) {
     read_order(in, {&p.query, &p.out}, &p.query_rows);
     read_order(in, {&p.key, &p.value}, &p.key_rows);
     p.continues = in.integer();
+    p.key.pages = p.value.pages = in.pointer<const int32_t>();
+    p.key.page_rows = p.value.page_rows = in.integer();
+    p.key.pages_batch_stride = p.value.pages_batch_stride = in.integer();
+    p.page_count = in.integer();
     return p;
 }
 

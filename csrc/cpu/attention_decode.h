@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kDecodeQueries = 16;
 constexpr int64_t kDecodeSpan = 1024;  // keys of one task
 
-// Without a query, a key or a head there is nothing to cut. Keys are read where they lie, one behind another. What goes
-// on from other results does so tile by tile.
+// Without a query, a key or a head there is nothing to cut. Keys are read where they lie, in rows or on pages. What
+// goes on from other results does so tile by tile.
 inline bool is_decode(const AttentionParams& p) {
     return p.Nq <= kDecodeQueries && p.Nq * p.Nk * p.Hkv > 0 && !p.weights.data && !p.key.order && !p.continues;
 }
@@ -81,6 +81,7 @@ template <class A>
 struct DecodeTile {
     A *Q, *S, *fade, *K_buffer, *V_buffer, *buffer;  // Q [rows][D], or [D][w]
     uint64_t *bits, *part, *keep;
+    const char **K_rows, **V_rows, **next_rows;  // where each of the keys and values lies, and the keys after them
 
     DecodeTile(const AttentionParams& p, char* memory) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
@@ -94,6 +95,9 @@ struct DecodeTile {
         bits = arena.take<uint64_t>(kKeys);
         part = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
+        K_rows = arena.take<const char*>(kKeys);
+        V_rows = arena.take<const char*>(kKeys);
+        next_rows = arena.take<const char*>(kKeys);
         end = arena.next;
     }
     static int64_t bytes(const AttentionParams& p) { return DecodeTile(p, kNoMemory).end - kNoMemory; }
@@ -102,9 +106,19 @@ struct DecodeTile {
     char* end;
 };
 
+// rows[r] = where row first + r of the call lies, for r < count.
+template <class T>
+inline void find_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, const char** rows) {
+    for_each_row<T>(t, b, h, first, count,
+                    [&](int64_t r, const T* row) { rows[r] = reinterpret_cast<const char*>(row); });
+}
+
 // S[row][key] = sum_d K[key][d] Q[row][d] for MR rows, kCount keys; both are whole vectors wide.
 template <class T, class A, int MR, int kCount>
-EA_NOINLINE void dot_tile(const T* K, int64_t k_stride, const A* Q, int64_t width, A* S) {
+EA_NOINLINE void dot_tile(const char* const* K, const A* Q, int64_t width, A* S) {
+    const T* row[kCount];
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) row[k] = reinterpret_cast<const T*>(K[k]);
     Vec<A> acc[kCount][MR];
     clear<A>(acc);
     for (int64_t d = 0; d < width; d += kLanes<A>) {
@@ -113,7 +127,7 @@ EA_NOINLINE void dot_tile(const T* K, int64_t k_stride, const A* Q, int64_t widt
         for (int r = 0; r < MR; ++r) q[r] = load(Q + r * width + d);
 #pragma GCC unroll 8
         for (int k = 0; k < kCount; ++k) {
-            const Vec<A> key = load_widened<A>(K + k * k_stride + d);
+            const Vec<A> key = load_widened<A>(row[k] + d);
 #pragma GCC unroll 4
             for (int r = 0; r < MR; ++r) acc[k][r] += key * q[r];
         }
@@ -132,26 +146,26 @@ EA_NOINLINE void dot_tile(const T* K, int64_t k_stride, const A* Q, int64_t widt
 // Rows that will be wanted soon: fetched a few at a time beside the arithmetic, since no hardware prefetcher follows
 // the turns between K and V.
 struct Ahead {
-    const char *K, *V;
-    int64_t K_stride, V_stride, K_bytes, V_bytes;
+    const char *const *K, *const *V;
+    int64_t K_bytes, V_bytes;
 
     EA_INLINE void fetch(int64_t first, int64_t count) const {
         for (int64_t k = first; k < first + count; ++k) {
-            for (int64_t byte = 0; byte < K_bytes; byte += 64) __builtin_prefetch(K + k * K_stride + byte, 0, 2);
-            for (int64_t byte = 0; byte < V_bytes; byte += 64) __builtin_prefetch(V + k * V_stride + byte, 0, 2);
+            for (int64_t byte = 0; byte < K_bytes; byte += 64) __builtin_prefetch(K[k] + byte, 0, 2);
+            for (int64_t byte = 0; byte < V_bytes; byte += 64) __builtin_prefetch(V[k] + byte, 0, 2);
         }
     }
 };
 
 template <class T, class A, int MR>
-inline void dot_rows(const T* K, int64_t k_stride, int64_t keys, const A* Q, int64_t width, const Ahead* ahead, A* S) {
+inline void dot_rows(const char* const* K, int64_t keys, const A* Q, int64_t width, const Ahead* ahead, A* S) {
     constexpr int kCount = MR == 1 ? kTileRows : kTileRows / 2;
     int64_t k = 0;
     for (; k + kCount <= keys; k += kCount) {
         if (ahead) ahead->fetch(k, kCount);
-        dot_tile<T, A, MR, kCount>(K + k * k_stride, k_stride, Q, width, S + k);
+        dot_tile<T, A, MR, kCount>(K + k, Q, width, S + k);
     }
-    for (; k < keys; ++k) dot_tile<T, A, MR, 1>(K + k * k_stride, k_stride, Q, width, S + k);
+    for (; k < keys; ++k) dot_tile<T, A, MR, 1>(K + k, Q, width, S + k);
 }
 
 // Calls f(Int<n>, first) over the rows in groups of 4, 2 and 1.
@@ -164,11 +178,10 @@ inline void for_few_rows(int64_t rows, F f) {
 }
 
 template <class T, class A>
-inline void dot_scores(const T* K, int64_t k_stride, int64_t keys, const A* Q, int64_t rows, int64_t width,
-                       const Ahead& ahead, A* S) {
+inline void dot_scores(const char* const* K, int64_t keys, const A* Q, int64_t rows, int64_t width, const Ahead& ahead,
+                       A* S) {
     for_few_rows(rows, [&](auto group, int64_t r) {
-        dot_rows<T, A, decltype(group)::value>(K, k_stride, keys, Q + r * width, width, r == 0 ? &ahead : nullptr,
-                                               S + r * kKeys);
+        dot_rows<T, A, decltype(group)::value>(K, keys, Q + r * width, width, r == 0 ? &ahead : nullptr, S + r * kKeys);
     });
 }
 
@@ -210,7 +223,7 @@ EA_NOINLINE void online_softmax_rows(int64_t rows, int64_t keys, A* S, A* top, A
 // O[row][d] = O[row][d] fade[row] + sum_key P[row][key] V[key][d] for MR rows, NV vectors; runs of keys are summed by
 // themselves, and with few accumulators every second key by itself, so that no sum waits for the one before.
 template <class T, class A, int MR, int NV>
-EA_NOINLINE void add_values_tile(const A* P, int64_t keys, const T* V, int64_t v_stride, const A* fade, A* O,
+EA_NOINLINE void add_values_tile(const A* P, int64_t keys, const char* const* V, int64_t column, const A* fade, A* O,
                                  int64_t ldo) {
     constexpr int kTurns = MR * NV < 8 ? 2 : 1;
     constexpr int64_t kRun = 32 * kTurns;
@@ -229,9 +242,10 @@ EA_NOINLINE void add_values_tile(const A* P, int64_t keys, const T* V, int64_t v
         for (; k + kTurns <= end; k += kTurns) {
 #pragma GCC unroll 2
             for (int turn = 0; turn < kTurns; ++turn) {
+                const T* values = reinterpret_cast<const T*>(V[k + turn]) + column;
                 Vec<A> row[NV];
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) row[v] = load_widened<A>(V + (k + turn) * v_stride + v * kLanes<A>);
+                for (int v = 0; v < NV; ++v) row[v] = load_widened<A>(values + v * kLanes<A>);
 #pragma GCC unroll 4
                 for (int r = 0; r < MR; ++r) {
                     const Vec<A> weight = broadcast<A>(P[r * kKeys + k + turn]);
@@ -241,9 +255,10 @@ EA_NOINLINE void add_values_tile(const A* P, int64_t keys, const T* V, int64_t v
             }
         }
         for (; k < end; ++k) {
+            const T* values = reinterpret_cast<const T*>(V[k]) + column;
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
-                const Vec<A> row = load_widened<A>(V + k * v_stride + v * kLanes<A>);
+                const Vec<A> row = load_widened<A>(values + v * kLanes<A>);
 #pragma GCC unroll 4
                 for (int r = 0; r < MR; ++r) acc[0][r][v] += broadcast<A>(P[r * kKeys + k]) * row;
             }
@@ -263,14 +278,14 @@ EA_NOINLINE void add_values_tile(const A* P, int64_t keys, const T* V, int64_t v
 
 // The same for any number of rows, and Dv a whole number of vectors.
 template <class T, class A>
-inline void add_values_rows(const A* P, int64_t rows, int64_t keys, const T* V, int64_t v_stride, int64_t Dv,
-                            const A* fade, A* O) {
+inline void add_values_rows(const A* P, int64_t rows, int64_t keys, const char* const* V, int64_t Dv, const A* fade,
+                            A* O) {
     for_few_rows(rows, [&](auto group, int64_t r) {
         constexpr int MR = decltype(group)::value, NV = MR == 4 && kTileRows < 8 ? 2 : 4;
         int64_t d = 0;
         auto tile = [&](auto vectors) {
-            add_values_tile<T, A, MR, decltype(vectors)::value>(P + r * kKeys, keys, V + d, v_stride, fade + r,
-                                                                O + r * Dv + d, Dv);
+            add_values_tile<T, A, MR, decltype(vectors)::value>(P + r * kKeys, keys, V, d, fade + r, O + r * Dv + d,
+                                                                Dv);
             d += decltype(vectors)::value * kLanes<A>;
         };
         while (d + NV * kLanes<A> <= Dv) tile(Int<NV>{});
@@ -298,18 +313,14 @@ inline void fill_hidden(const uint64_t* bits, int64_t keys, int64_t rows, int64_
             if (!(bits[k] >> r & 1)) scores.at(k, r) = value;
 }
 
-// The values of these keys and the keys that come next.
-template <class T>
-inline Ahead rows_ahead(const AttentionParams& p, int64_t b, int64_t kv, Range keys) {
-    const T *K = row_pointer<T>(p.key, b, kv, keys.begin), *V = row_pointer<T>(p.value, b, kv, keys.begin);
-    const int64_t size = static_cast<int64_t>(sizeof(T)), step = p.key.row_stride * size;
-    const bool more = keys.end + (keys.end - keys.begin) <= p.Nk;
-    return {reinterpret_cast<const char*>(K) + (more ? (keys.end - keys.begin) * step : 0),
-            reinterpret_cast<const char*>(V),
-            step,
-            p.value.row_stride * size,
-            more ? p.D * size : 0,
-            p.Dv * size};
+// Finds the values of these keys, and says to fetch them and the keys that come next.
+template <class T, class A>
+inline Ahead rows_ahead(const AttentionParams& p, const DecodeTask& task, Range keys, DecodeTile<A>& t) {
+    const int64_t n = keys.end - keys.begin, size = static_cast<int64_t>(sizeof(T));
+    const bool more = keys.end + n <= p.Nk;
+    find_rows<T>(p.value, task.b, task.kv, keys.begin, n, t.V_rows);
+    if (more) find_rows<T>(p.key, task.b, task.kv, keys.end, n, t.next_rows);
+    return {t.next_rows, t.V_rows, more ? p.D * size : 0, p.Dv * size};
 }
 
 // Adds the bias to S; one of -inf hides the pair in `part`. Returns whether it hid any.
@@ -391,20 +402,25 @@ template <class T, class A>
 inline void add_decode_values(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t rows, int64_t w,
                               bool masked, const DecodeScores<A>& scores, DecodeTile<A>& t, A* O) {
     const int64_t n = keys.end - keys.begin, Dv = whole_vectors<A>(p.Dv);
-    const bool few = scores.row_stride != 1;
+    const bool few = scores.row_stride != 1, in_place = !masked && Dv == p.Dv;
     auto add = [&](auto values, int64_t stride) {
-        if (few) return add_values_rows(t.S, rows, n, values, stride, Dv, t.fade, O);
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t d = 0; d < Dv; ++d) O[r * Dv + d] *= t.fade[r];
         product<A, Into::kAdd, 32>(rows, Dv / kLanes<A>, n, t.S, Unit{}, w, values, stride, O, Dv);
     };
-    if (!masked && Dv == p.Dv)
+    if (in_place && few) return add_values_rows<T>(t.S, rows, n, t.V_rows, Dv, t.fade, O);
+    if (in_place && is_run(p.value, task.b, keys.begin, n))
         return add(static_cast<const T*>(row_pointer<T>(p.value, task.b, task.kv, keys.begin)), p.value.row_stride);
     Rows<A> V = load_padded_rows<T>(p.value, task.b, task.kv, keys.begin, n, p.Dv, t.V_buffer);
     const Poison poison = masked ? find_poison(V, n, p.Dv) : Poison{};
     const Rows<A> whole = V;
     if (poison.count) V = without_poison(V, poison, n, Dv, t.buffer);
-    add(static_cast<const A*>(V.data), V.stride);
+    if (few) {
+        for (int64_t k = 0; k < n; ++k) t.V_rows[k] = reinterpret_cast<const char*>(V.data + k * V.stride);
+        add_values_rows<A>(t.S, rows, n, t.V_rows, Dv, t.fade, O);
+    } else {
+        add(V.data, V.stride);
+    }
     for (int64_t m = 0; m < poison.count; ++m) {
         const int64_t k = poison.index[m];
         for (int64_t r = 0; r < rows; ++r)
@@ -436,7 +452,7 @@ template <class T, class A>
 inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t rows, int64_t w,
                           bool few, DecodeTile<A>& t) {
     const int64_t n = keys.end - keys.begin, D = whole_vectors<A>(p.D);
-    const Ahead ahead = rows_ahead<T>(p, task.b, task.kv, keys);
+    const Ahead ahead = rows_ahead<T>(p, task, keys, t);
     if (!few) {
         ahead.fetch(0, n);
         score_tile(load_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer), n, p.D, t.Q, w, t.S);
@@ -444,11 +460,12 @@ inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Rang
         return;
     }
     if (D == p.D) {
-        const T* K = row_pointer<T>(p.key, task.b, task.kv, keys.begin);
-        dot_scores(K, p.key.row_stride, n, t.Q, rows, D, ahead, t.S);
+        find_rows<T>(p.key, task.b, task.kv, keys.begin, n, t.K_rows);
+        dot_scores<T>(t.K_rows, n, t.Q, rows, D, ahead, t.S);
     } else {
         const Rows<A> K = load_padded_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer);
-        dot_scores(K.data, K.stride, n, t.Q, rows, D, ahead, t.S);
+        for (int64_t k = 0; k < n; ++k) t.K_rows[k] = reinterpret_cast<const char*>(K.data + k * K.stride);
+        dot_scores<A>(t.K_rows, n, t.Q, rows, D, ahead, t.S);
     }
     for (int64_t r = 0; r < rows; ++r) cap_scores<A>(p, n, t.S + r * kKeys, nullptr);
 }

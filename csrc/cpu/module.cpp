@@ -89,11 +89,27 @@ void check_order(const TensorView& t, int64_t B, int64_t H, int64_t count, int64
     }
 }
 
+// The same of a table of pages.
+void check_pages(const AttentionParams& p, bool backward) {
+    const TensorView& t = p.key;
+    if (t.pages && (backward || t.order || t.page_rows < 1))
+        throw std::invalid_argument("efficient_attn: pages of one row or more, without an order, are for a forward");
+    for (int64_t b = 0; t.pages && b < p.B; ++b) {
+        for (int64_t i = 0; i * t.page_rows < p.Nk; ++i) {
+            const int64_t page = t.pages[b * t.pages_batch_stride + i];
+            if (page < 0 || page >= p.page_count)
+                throw std::invalid_argument("efficient_attn: a table names page " + std::to_string(page) + " of " +
+                                            std::to_string(p.page_count));
+        }
+    }
+}
+
 template <bool kBackward>
 void attention(const std::string& words, int threads) {
     const AttentionParams p = read_params(words, kBackward);
     check_order(p.query, p.B, p.Hq, p.Nq, p.query_rows);
     check_order(p.key, p.B, p.Hkv, p.Nk, p.key_rows);
+    check_pages(p, kBackward);
     call(p, threads, kBackward);
 }
 

@@ -46,13 +46,42 @@ inline int64_t ordered_row(const TensorView& t, int64_t b, int64_t h, int64_t ro
 }
 
 inline int64_t row_offset(const TensorView& t, int64_t b, int64_t h, int64_t row) {
+    if (t.pages)
+        return t.pages[b * t.pages_batch_stride + row / t.page_rows] * t.batch_stride + h * t.head_stride +
+               row % t.page_rows * t.row_stride;
     return b * t.batch_stride + h * t.head_stride + ordered_row(t, b, h, row) * t.row_stride;
 }
 
-// A row of a tensor. Without an order the next ones lie behind it, row_stride apart.
+// A row of a tensor. The next ones lie behind it, row_stride apart, as far as `run_end` says.
 template <class T>
 inline T* row_pointer(const TensorView& t, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(t.data) + row_offset(t, b, h, row);
+}
+
+// Where the rows from `first` on that lie one behind another end, at `end` at the latest.
+inline int64_t run_end(const TensorView& t, int64_t b, int64_t first, int64_t end) {
+    if (t.order) return min_of(first + 1, end);
+    if (!t.pages) return end;
+    int64_t index = first / t.page_rows, reached = (index + 1) * t.page_rows;
+    const int32_t* page = t.pages + b * t.pages_batch_stride;
+    const bool joined = t.batch_stride == t.page_rows * t.row_stride;  // a page begins where the one before ends
+    for (; joined && reached < end && page[index + 1] == page[index] + 1; ++index) reached += t.page_rows;
+    return min_of(reached, end);
+}
+
+inline bool is_run(const TensorView& t, int64_t b, int64_t first, int64_t count) {
+    if (!t.order && !t.pages) return true;
+    return !t.order && count > 0 && run_end(t, b, first, first + count) == first + count;
+}
+
+// Calls f(r, row first + r), r < count.
+template <class T, class F>
+inline void for_each_row(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, F f) {
+    for (int64_t r = 0; r < count;) {
+        const T* row = row_pointer<T>(t, b, h, first + r);
+        for (const int64_t end = run_end(t, b, first + r, first + count) - first; r < end; ++r, row += t.row_stride)
+            f(r, row);
+    }
 }
 
 template <class T, class A>
@@ -68,6 +97,9 @@ inline void copy_row(const T* source, int64_t width, A* out) {
 template <class T, class A>
 inline void gather_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                         int64_t stride, A* buffer) {
+    if (t.pages)
+        return for_each_row<T>(t, b, h, first, count,
+                               [&](int64_t r, const T* row) { copy_row(row, width, buffer + r * stride); });
     const T* data = static_cast<const T*>(t.data) + b * t.batch_stride + h * t.head_stride;
     const int64_t step = t.row_stride;
     const int32_t* order = t.order ? t.order + b * t.order_batch_stride + h * t.order_head_stride : nullptr;
@@ -80,7 +112,7 @@ template <class T, class A>
 inline Rows<A> load_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                          A* buffer) {
     if constexpr (sizeof(T) == sizeof(A))
-        if (!t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
+        if (is_run(t, b, first, count)) return {row_pointer<T>(t, b, h, first), t.row_stride};
     gather_rows<T>(t, b, h, first, count, width, width, buffer);
     return {buffer, width};
 }
@@ -91,7 +123,7 @@ inline Rows<A> load_padded_rows(const TensorView& t, int64_t b, int64_t h, int64
                                 A* buffer) {
     const int64_t padded = whole_vectors<A>(width);
     if constexpr (sizeof(T) == sizeof(A))
-        if (padded == width && !t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
+        if (padded == width && is_run(t, b, first, count)) return {row_pointer<T>(t, b, h, first), t.row_stride};
     gather_rows<T>(t, b, h, first, count, width, padded, buffer);
     for (int64_t r = 0; r < count && padded > width; ++r)
         for (int64_t d = width; d < padded; ++d) buffer[r * padded + d] = 0;

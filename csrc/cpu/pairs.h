@@ -28,12 +28,12 @@ template <class T>
 inline Rows<T> load_paired_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                                 T* buffer) {
     const int64_t padded = 2 * pair_depth(width);
-    if (padded == width && !t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
-    for (int64_t r = 0; r < count; ++r) {
-        T* row = buffer + r * padded;
-        __builtin_memcpy(row, row_pointer<T>(t, b, h, first + r), static_cast<size_t>(width) * sizeof(T));
-        for (int64_t d = width; d < padded; ++d) row[d] = T{};
-    }
+    if (padded == width && is_run(t, b, first, count)) return {row_pointer<T>(t, b, h, first), t.row_stride};
+    for_each_row<T>(t, b, h, first, count, [&](int64_t r, const T* row) {
+        T* place = buffer + r * padded;
+        __builtin_memcpy(place, row, static_cast<size_t>(width) * sizeof(T));
+        for (int64_t d = width; d < padded; ++d) place[d] = T{};
+    });
     return {buffer, padded};
 }
 
@@ -41,10 +41,11 @@ inline Rows<T> load_paired_rows(const TensorView& t, int64_t b, int64_t h, int64
 template <class T, class A>
 inline Rows<T> gathered_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                              A* buffer) {
-    if (!t.order) return {row_pointer<T>(t, b, h, first), t.row_stride};
+    if (is_run(t, b, first, count)) return {row_pointer<T>(t, b, h, first), t.row_stride};
     T* rows = reinterpret_cast<T*>(buffer);
-    for (int64_t r = 0; r < count; ++r)
-        __builtin_memcpy(rows + r * width, row_pointer<T>(t, b, h, first + r), static_cast<size_t>(width) * sizeof(T));
+    for_each_row<T>(t, b, h, first, count, [&](int64_t r, const T* row) {
+        __builtin_memcpy(rows + r * width, row, static_cast<size_t>(width) * sizeof(T));
+    });
     return {rows, width};
 }
 

@@ -7,6 +7,7 @@ live until the call is done; its backward appends the words of the gradients.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from .statistics import Found, Wanted
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FEATURE_MAPS = {"identity": 0, "elu": 1, "relu": 2, "performer_relu": 2, "exp": 3, "performer_softmax": 3}  # params.h
-_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6qd5q17q8qq"), struct.Struct("16q8q")
+_ATTENTION, _ATTENTION_GRADIENTS = struct.Struct("8q2d4q16q7q6qd5q17q13q"), struct.Struct("16q8q")
 _STATISTICS = struct.Struct("10q7qd")
 _LINEAR, _LINEAR_GRADIENTS = struct.Struct("14q4d16q4q"), struct.Struct("16qq")
 READ_BEYOND = 64  # numbers that a kernel may read beyond the end of a line by relative position
@@ -29,6 +30,14 @@ _NO_BIAS: tuple[int, ...] = (0,) * 6
 _NO_WEIGHTS: tuple[int, ...] = (0,) * 6
 
 Kept = tuple[Tensor | None, ...]
+
+
+class Pages(NamedTuple):
+    """Where keys and values (pages, Hkv, rows of a page, D) lie: row i of batch element b is row i % rows of page
+    table[b, i // rows]."""
+
+    table: Tensor  # int32 (B, pages of `length` rows or more), contiguous, on the CPU
+    length: int  # Nk
 
 
 def pack_attention(
@@ -47,6 +56,7 @@ def pack_attention(
     sinks: Tensor | None = None,
     diagonals: Tensor | None = None,
     continues: bool = False,
+    pages: Pages | None = None,
 ) -> tuple[Kept, bytes]:
     """The words of `read_params`, and what they point to; `weights` (B, Hq | 1, Nq, Nk), or their gradient; whether
     the call `continues` what its results hold."""
@@ -82,6 +92,10 @@ def pack_attention(
     Hkv, Dv = value.shape[1], value.shape[3]
     Nq, query_order = _order_words(mask.query_order, "query_order", query)
     Nk, key_order = _order_words(mask.key_order, "key_order", key)
+    page_words: tuple[int, ...] = (0, 0, 0, 0)
+    if pages is not None:
+        Nk, key_order = pages.length, (pages.length, 0, 0, 0)
+        page_words = (pages.table.data_ptr(), key.shape[2], pages.table.stride(0), key.shape[0])
     words = _ATTENTION.pack(
         DTYPES[query.dtype],
         B,
@@ -111,9 +125,10 @@ def pack_attention(
         *query_order,
         *key_order,
         continues,
+        *page_words,
     )
     kept = (query, key, value, out, lse, bias, weights, sinks, diagonals, *lists, lengths)
-    return (*kept, mask.query_order, mask.key_order), words
+    return (*kept, mask.query_order, mask.key_order, None if pages is None else pages.table), words
 
 
 def _order_words(order: Tensor | None, name: str, tensor: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -6,19 +6,26 @@ lengths[b] keys; its queries are those of its last tokens, so that query i stand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import sharding
+from ..backends.cpu.attention import paged_forward
+from ..backends.words import Pages
 from ..biases import ALiBi, RelativePosition, aligned
 from ..errors import InputError, InputTypeError
-from ..functional import attention
+from ..functional import Prepared, attention, prepare
+from ..inputs import tensors_of
 from ..masks import BlockMask
+from ..ops.attention import is_plain
 
 Lengths = Tensor | Sequence[int]
+# out and lse of some queries, of the sequences of a slice, of their first keys, under a mask and a bias.
+Run = Callable[[Tensor, slice, int, BlockMask | None, RelativePosition | None], tuple[Tensor, Tensor]]
 
 
 def cached_attention(
@@ -57,35 +64,46 @@ def cached_attention(
         InputError, InputTypeError: what `attention` raises, lengths that are not there, another bias.
     """
     ends = checked_integers("lengths", lengths, query.shape[0], key.shape[2])
-    B, _, Nq, _ = query.shape
-    real = [Nq] * B if counts is None else checked_integers("counts", counts, B, Nq)
-    sides, longest, everything = (window[0], 0 if is_causal else window[1]), max(ends, default=0), slice(None)
 
-    placed = _placed(bias)
-
-    def run(queries: Tensor, rows: slice, end: int, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
+    def run(
+        queries: Tensor, rows: slice, end: int, mask: BlockMask | None, placed: RelativePosition | None
+    ) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = attention(
             queries, key[rows, :, :end], value[rows, :, :end], mask=mask, scale=scale, softcap=softcap, sinks=sinks,
-            bias=_of_rows(placed, rows), return_lse=True, backend=backend,
+            bias=placed, return_lse=True, backend=backend,
         )  # fmt: skip
         return found
 
+    out, lse = _at_the_ends(run, query, ends, counts, (window[0], 0 if is_causal else window[1]), bias)
+    return (out, lse) if return_lse else out
+
+
+def _at_the_ends(
+    run: Run,
+    query: Tensor,
+    ends: list[int],
+    counts: Lengths | None,
+    window: tuple[int, int],
+    bias: RelativePosition | None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of queries that are the last tokens of sequences of `ends` keys, in as few calls as say it."""
+    B, _, Nq, _ = query.shape
+    real = [Nq] * B if counts is None else checked_integers("counts", counts, B, Nq)
+    longest, everything, placed = max(ends, default=0), slice(None), _placed(bias)
     if len(set(ends)) <= 1 and len(set(real)) <= 1:
         n = max(real, default=0)
-        found = run(query[:, :, :n], everything, longest, _end_mask(n, longest, sides))
-    elif (
-        Nq == 1 and sides[0] < 0 and min(real) == 1 and bias is None
-    ):  # what the last token sees is up to the length alone
-        tensor = torch.tensor(ends, device=query.device)
-        found = run(query, everything, longest, BlockMask.from_lengths(tensor, q_len=Nq, kv_len=longest))
+        found = run(query[:, :, :n], everything, longest, _end_mask(n, longest, window), placed)
+    elif Nq == 1 and window[0] < 0 and min(real) == 1 and bias is None:
+        lengths = torch.tensor(ends, device=query.device)  # what the last token sees is up to the length alone
+        found = run(query, everything, longest, BlockMask.from_lengths(lengths, q_len=Nq, kv_len=longest), None)
     else:
-        parts = [
-            _padded(run(query[b : b + 1, :, :n], slice(b, b + 1), end, _end_mask(n, end, sides)), Nq)
-            for b, (end, n) in enumerate(zip(ends, real, strict=True))
-        ]
+        parts = []
+        for b, (end, n) in enumerate(zip(ends, real, strict=True)):
+            one = slice(b, b + 1)
+            part = run(query[one, :, :n], one, end, _end_mask(n, end, window), _of_rows(placed, one))
+            parts.append(_padded(part, Nq))
         found = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
-    out, lse = _padded(found, Nq)
-    return (out, lse) if return_lse else out
+    return _padded(found, Nq)
 
 
 def _placed(bias: RelativePosition | None) -> RelativePosition | None:
@@ -156,7 +174,8 @@ def paged_attention(
     """`cached_attention` of keys and values on pages (Kwon et al. 2023): row r of sequence b is row r % page of page
     block_table[b, r // page].
 
-    The pages that a call needs are put together first: O(B N) memory for the time of the call.
+    The CPU backend reads pages where they lie, whatever Nq. The others, and calls that take part in autograd, a
+    compilation or a transformation, put those of the call together first: O(B N) memory for the time of the call.
 
     Args:
         key_pages, value_pages: (pages, page, Hkv, D) and (pages, page, Hkv, Dv).
@@ -168,11 +187,41 @@ def paged_attention(
         InputError, InputTypeError: what `cached_attention` raises; pages that are not there.
     """
     ends = check_pages(key_pages, value_pages, block_table, lengths, query.shape[0])
-    key, value = (read_pages(pages, block_table, max(ends, default=0)) for pages in (key_pages, value_pages))
-    return cached_attention(
-        query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale, softcap=softcap,
-        sinks=sinks, bias=bias, return_lse=return_lse, backend=backend,
-    )  # fmt: skip
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "backend": backend}
+    pools = [x.transpose(1, 2) for x in (key_pages, value_pages)]  # (pages, Hkv, rows of a page, .)
+    # An entry behind a sequence's length may be anything; kernels may look where it points, and see nothing of it.
+    table = block_table.clamp(0, max(key_pages.shape[0] - 1, 0)).int()
+
+    def run(
+        queries: Tensor, rows: slice, end: int, mask: BlockMask | None, placed: RelativePosition | None
+    ) -> tuple[Tensor, Tensor]:
+        own = table[rows]
+        call = _in_place(queries, pools, own.shape[0], end, mask=mask, bias=placed, **options)
+        if call is not None:
+            pages = Pages(own, end)
+            return paged_forward(call.query, pools[0], pools[1], pages, call.mask, call.scale, *call.modifiers)
+        key, value = (read_pages(pool, own, end) for pool in (key_pages, value_pages))
+        found: tuple[Tensor, Tensor] = attention(
+            queries, key, value, mask=mask, bias=placed, return_lse=True, **options
+        )
+        return found
+
+    out, lse = _at_the_ends(run, query, ends, counts, (window[0], 0 if is_causal else window[1]), bias)
+    return (out, lse) if return_lse else out
+
+
+def _in_place(
+    query: Tensor, pools: list[Tensor], B: int, length: int, *, bias: RelativePosition | None, **arguments: Any
+) -> Prepared | None:
+    """The call of `length` keys of each sequence, settled, if the CPU's kernel serves it on the pages themselves."""
+    plain = is_plain(query, *pools, arguments["sinks"], *tensors_of(bias))
+    if not plain or sharding.active is not None or any(x.stride(3) != 1 or x.numel() == 0 for x in pools):
+        return None
+    key, value = (x.new_empty(()).expand(B, x.shape[1], length, x.shape[3]) for x in pools)  # a shape and a type
+    call = prepare(query, key, value, bias=bias, **arguments)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in pools)
+    served = call.backend == "cpu" and call.query.dtype == pools[0].dtype and not (call.differentiable or learns)
+    return call if served else None
 
 
 def check_pages(key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Lengths, B: int) -> list[int]:
@@ -200,6 +249,8 @@ def check_pages(key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: 
     if table.device != key_pages.device:
         raise InputError(f"block_table is on {table.device}, the pages on {key_pages.device}; move it")
     ends = checked_integers("lengths", lengths, B, table.shape[1] * page)
+    if not table.numel() or 0 <= int(table.min()) <= int(table.max()) < count:
+        return ends
     needed = torch.tensor([-(-end // page) for end in ends], device=table.device)[:, None]
     used = table[torch.arange(table.shape[1], device=table.device) < needed]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < count:
@@ -212,8 +263,7 @@ def check_pages(key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: 
 
 def read_pages(pages: Tensor, table: Tensor, length: int) -> Tensor:
     """The first `length` rows of each sequence, put together: (B, heads, length, D)."""
-    table = table[:, : -(-length // pages.shape[1])]
-    rows = pages[table.clamp(0, max(pages.shape[0] - 1, 0)).long()]  # beyond a sequence's length anything may stand
+    rows = pages[table[:, : -(-length // pages.shape[1])].long()]
     return rows.flatten(1, 2)[:, :length].transpose(1, 2)
 
 

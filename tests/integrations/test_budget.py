@@ -174,6 +174,7 @@ def test_an_interrupted_search_goes_on_from_what_it_measured(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         kept = Kept(path, about, resume=False)
         convert(model, budget=within(0.05, **options, progress=interrupting, kept=kept), sample=sample)
+    kept.begin()  # as the command does when it is interrupted
     assert re.search(r"\d layers and \d+ trials that were measured are kept in", str(kept))
     assert (len(kept.layers) >= 1) == (distill == 0) and (len(kept.errors) >= 1) == stop[0].startswith("trials")
     measured, figures = [], calibration._figures
@@ -193,7 +194,9 @@ def test_measurements_of_something_else_are_not_gone_on_with(tmp_path):
     path, mark = tmp_path / "kept.jsonl", fingerprint(model, sample)
     with pytest.raises(InputError, match="no measurements to go on with"):
         Kept(path, {"data": mark}, resume=True)
-    Kept(path, {"data": mark, "probes": 4}, resume=False)
+    kept = Kept(path, {"data": mark, "probes": 4}, resume=False)
+    assert not path.exists(), "what is refused before anything is measured leaves no file"
+    kept.put_error(("dense",), 0.0)
     with pytest.raises(InputError, match="another probes: 4, now 2"):
         Kept(path, {"data": mark, "probes": 2}, resume=True)
     with torch.no_grad():

@@ -70,9 +70,11 @@ def test_convert_writes_a_plan_that_applies_and_a_page(folder, tmp_path):
         (["--model", "{}/lm", "--data", "{}/text.txt", "--candidate", "nonsense"], "nonsense"),
     ],
 )
-def test_errors_of_convert_are_named(folder, arguments, says):
+def test_errors_of_convert_are_named(folder, arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = run("convert", *[a.replace("{}", str(folder)) for a in arguments])
     assert result.exit_code == 2 and says in " ".join(result.output.replace("│", " ").split()), result.output
+    assert not list(tmp_path.iterdir()), "nothing is left of a command that was refused"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from ..call import (
     sink_gradient,
     zeroed,
 )
-from ..words import pack_attention, pack_attention_gradients
+from ..words import Pages, pack_attention, pack_attention_gradients
 
 _cpu: Any
 try:
@@ -94,6 +94,31 @@ def attention_forward(
         del kept
         if own_lse is not lse and runs is not None:
             _run(runs[0], lse).copy_(own_lse)
+    return out, lse
+
+
+def paged_forward(
+    query: Tensor,  # (B, Hq, Nq, D)
+    key: Tensor,  # (pages, Hkv, rows of a page, D)
+    value: Tensor,  # (pages, Hkv, rows of a page, Dv)
+    pages: Pages,
+    mask: MaskArrays,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    diagonals: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of `attention_forward` for keys and values on pages, which are read where they lie: the same bits as
+    of the rows put together."""
+    query = readable(query)
+    out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype, device="cpu")
+    lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="cpu")
+    if out.numel() == 0 or pages.length == 0:
+        return out.zero_(), lse_without_keys(lse, sinks)
+    call = (query, key, value, None, out, lse, mask, scale, 0.0, None, None)
+    kept, words = pack_attention(*call, softcap, sinks, diagonals, pages=pages)
+    _cpu.attention_forward(words, torch.get_num_threads())
+    del kept
     return out, lse
 
 

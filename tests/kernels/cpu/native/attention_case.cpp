@@ -238,6 +238,36 @@ void poison(Random& random, AttentionCase& c) {
     }
 }
 
+// Puts keys and values on pages, in any order, among pages of nobody.
+void draw_pages(Random& random, AttentionCase& c) {
+    if (c.key_rows != c.Nk || !c.key_order.rows.empty() || c.B * c.Hkv * c.Nk == 0) return;
+    Pages& pages = c.pages;
+    pages.rows = random.choose<int64_t>({16, 16, 32, 48, 256, random.integer(1, 40)});
+    const int64_t each = ceil_div(c.Nk, pages.rows), count = c.B * each + random.integer(0, 2);
+    pages.table_stride = each + random.integer(0, 2);
+    std::vector<int32_t> free(static_cast<size_t>(count));
+    for (size_t n = 0; n < free.size(); ++n) free[n] = static_cast<int32_t>(n);
+    for (size_t n = free.size(); n > 1 && random.chance(0.9); --n)
+        std::swap(free[n - 1], free[static_cast<size_t>(random.integer(0, static_cast<int64_t>(n) - 1))]);
+    pages.table.assign(static_cast<size_t>(c.B * pages.table_stride), INT32_MAX);
+    const auto on_pages = [&](Image& rows, Image& pool, int64_t width) {
+        pool = random_layout(random, c.dtype, count, c.Hkv, pages.rows, width);
+        pool.for_each([&](int64_t p, int64_t h, int64_t r, int64_t d) { pool.set(p, h, r, d, NAN); });
+        for (int64_t b = 0; b < c.B; ++b) {
+            for (int64_t i = 0; i < c.Nk; ++i) {
+                const int64_t page = free[static_cast<size_t>(b * each + i / pages.rows)];
+                pages.table[static_cast<size_t>(b * pages.table_stride + i / pages.rows)] = static_cast<int32_t>(page);
+                for (int64_t h = 0; h < c.Hkv; ++h)
+                    for (int64_t d = 0; d < width; ++d)
+                        std::memcpy(pool.place(page, h, i % pages.rows, d), rows.place(b, h, i, d),
+                                    static_cast<size_t>(element_bytes(c.dtype)));
+            }
+        }
+    };
+    on_pages(c.key, pages.key, c.D);
+    on_pages(c.value, pages.value, c.Dv);
+}
+
 }  // namespace
 
 bool AttentionCase::visible(int64_t b, int64_t h, int64_t i, int64_t j) const {
@@ -253,17 +283,19 @@ bool AttentionCase::visible(int64_t b, int64_t h, int64_t i, int64_t j) const {
 std::string AttentionCase::describe() const {
     static const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
     char text[512];
-    std::snprintf(text, sizeof text,
-                  "%s B%ld Hq%ld Hkv%ld Nq%ld Nk%ld D%ld Dv%ld scale %g dropout %g, list %s %ldx%ld blocks %ldx%ld, "
-                  "window (%ld, %ld) offset %ld, lengths %s, bias %s, grad_lse %s, orders %s of %ld and %s of %ld rows",
-                  names[dtype], B, Hq, Hkv, Nq, Nk, D, Dv, scale, dropout_p, mask.listed ? "yes" : "no", mask.batch,
-                  mask.heads, mask.block_q, mask.block_k, mask.window_left, mask.window_right, mask.window_offset,
-                  mask.kv_lengths.empty() ? "no" : "yes",
-                  !has_bias             ? "no"
-                  : wants_bias_gradient ? "with gradient"
-                                        : "yes",
-                  has_grad_lse ? "yes" : "no", query_order.rows.empty() ? "none" : "one", query_rows,
-                  key_order.rows.empty() ? "none" : "one", key_rows);
+    std::snprintf(
+        text, sizeof text,
+        "%s B%ld Hq%ld Hkv%ld Nq%ld Nk%ld D%ld Dv%ld scale %g dropout %g, list %s %ldx%ld blocks %ldx%ld, "
+        "window (%ld, %ld) offset %ld, lengths %s, bias %s, grad_lse %s, orders %s of %ld and %s of %ld rows, "
+        "pages of %ld rows",
+        names[dtype], B, Hq, Hkv, Nq, Nk, D, Dv, scale, dropout_p, mask.listed ? "yes" : "no", mask.batch, mask.heads,
+        mask.block_q, mask.block_k, mask.window_left, mask.window_right, mask.window_offset,
+        mask.kv_lengths.empty() ? "no" : "yes",
+        !has_bias             ? "no"
+        : wants_bias_gradient ? "with gradient"
+                              : "yes",
+        has_grad_lse ? "yes" : "no", query_order.rows.empty() ? "none" : "one", query_rows,
+        key_order.rows.empty() ? "none" : "one", key_rows, pages.rows);
     return text;
 }
 
@@ -300,6 +332,7 @@ AttentionCase random_attention_case(uint64_t seed) {
     drop_what_orders_exclude(c);
     begin_results(c);
     c.weights = random_layout(random, c.dtype, c.B, c.weight_heads, c.Nq, c.Nk);
+    if (random.chance(0.2)) draw_pages(random, c);
     return c;
 }
 

@@ -32,6 +32,14 @@ struct Order {
     }
 };
 
+// The same keys and values on pages of a pool: row i of batch element b is row i % rows of page
+// table[b * table_stride + i / rows].
+struct Pages {
+    int64_t rows = 0, table_stride = 0;
+    std::vector<int32_t> table;  // empty: the forward reads them as the backward does
+    Image key, value;            // (pages, Hkv, rows, D); what no row of the call lies on is NaN
+};
+
 struct AttentionCase {
     int dtype;
     int64_t B, Hq, Hkv, Nq, Nk, D, Dv;
@@ -45,6 +53,7 @@ struct AttentionCase {
     int64_t weight_heads;                        // 0: no weights are asked for; 1: their average over the heads
     Image out, lse, weights, dq, dk, dv, dbias;  // layouts, every byte unwritten
     Mask mask;
+    Pages pages;
 
     int accumulator() const { return dtype == kFloat64 ? kFloat64 : kFloat32; }
     bool visible(int64_t b, int64_t h, int64_t i, int64_t j) const;

@@ -9,9 +9,10 @@ using efficient_attn::Kernels;
 
 // A case's tensors and mask between guard pages, and the arguments that point at them.
 struct Call {
-    Placed query, key, value, grad_out, bias, grad_lse, out, lse, weights, dq, dk, dv, dbias;
+    Placed query, key, value, grad_out, bias, grad_lse, out, lse, weights, dq, dk, dv, dbias, key_pages, value_pages;
     std::vector<Guarded> lists;
     AttentionParams p{};
+    efficient_attn::TensorView paged_key{}, paged_value{};  // of the forward, where keys and values lie on pages
     efficient_attn::WeightsView asked{};
 
     Call(const AttentionCase& c, Flush flush)
@@ -27,7 +28,9 @@ struct Call {
           dq(c.dq, flush),
           dk(c.dk, flush),
           dv(c.dv, flush),
-          dbias(c.dbias, flush) {
+          dbias(c.dbias, flush),
+          key_pages(c.pages.key, flush),
+          value_pages(c.pages.value, flush) {
         p.dtype = c.dtype;
         p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = c.D, p.Dv = c.Dv;
         p.query_rows = c.query_rows, p.key_rows = c.key_rows;
@@ -52,6 +55,12 @@ struct Call {
         set_mask(c.mask, flush);
         set_order(c.query_order, flush, {&p.query, &p.out, &p.grad_out, &p.dq});
         set_order(c.key_order, flush, {&p.key, &p.value, &p.dk, &p.dv});
+        paged_key = p.key, paged_value = p.value;
+        if (c.pages.table.empty()) return;
+        paged_key = key_pages.view(), paged_value = value_pages.view();
+        const int32_t* table = list(c.pages.table, flush);
+        for (efficient_attn::TensorView* t : {&paged_key, &paged_value})
+            t->pages = table, t->page_rows = c.pages.rows, t->pages_batch_stride = c.pages.table_stride;
     }
 
     void set_order(const Order& order, Flush flush, std::initializer_list<efficient_attn::TensorView*> tensors) {
@@ -88,13 +97,14 @@ struct Call {
     }
 
     Inputs inputs() const {
-        return {{"query", &query},       {"key", &key},   {"value", &value},
-                {"grad_out", &grad_out}, {"bias", &bias}, {"grad_lse", &grad_lse}};
+        return {{"query", &query}, {"key", &key},           {"value", &value},         {"grad_out", &grad_out},
+                {"bias", &bias},   {"grad_lse", &grad_lse}, {"key_pages", &key_pages}, {"value_pages", &value_pages}};
     }
     // with_gradient: the weights that were written are their own gradient in the backward.
     bool run(const Kernels& kernels, int threads, bool with_gradient = false) const {
         AttentionParams forward = p, backward = p;
         forward.weights = asked;
+        forward.key = paged_key, forward.value = paged_value;
         if (with_gradient) backward.weights = asked;
         return efficient_attn::run(kernels, &Kernels::forward, forward, threads) &&
                efficient_attn::run(kernels, &Kernels::backward, backward, threads);

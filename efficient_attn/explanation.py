@@ -24,6 +24,8 @@ class Explanation:
     density: visible pairs / (B * Hq * Nq * Nk).
     visited: the same of the pairs in the blocks that the backend visits, hidden ones included.
     parts: where the mask is taken as a union of parts, each in its own order of tokens, what they are; else empty.
+    work: what the call is estimated to take, as a share of exact attention on all pairs: pairs visited, and in pairs
+        the starts of blocks and the loads and joins of rows. From 1 on the mask is too short or too scattered to pay.
     whole_because: where it is such a union, and the call takes it in the order of the sequence all the same, why.
     flops: floating-point operations of the forward on the visible pairs: 2 * pairs * (D + Dv).
     bytes: what the forward must at least read and write: query, key, value, bias, mask, out and lse.
@@ -37,11 +39,14 @@ class Explanation:
     visited: float = 1.0
     parts: tuple[str, ...] = ()
     whole_because: str = ""
+    work: float = 1.0
 
     def __str__(self) -> str:
         lines = [f"backend: {_label(self.backend) if self.backend else 'none can serve this call'}"]
         lines += [f"  {_label(name)}: {'; '.join(why) if why else 'can serve'}" for name, why in self.reasons.items()]
         lines.append(f"density: {self.density:.2%} of all pairs are visible, {self.visited:.2%} are visited")
+        if self.density < 1.0:
+            lines.append(f"work: about {self.work:.2%} of that of exact attention on all pairs{self._whether_it_pays}")
         if self.parts:
             count = "1 part" if len(self.parts) == 1 else f"{len(self.parts)} parts"
             lines.append(f"{count}, each in its own order of tokens, joined by lse:")
@@ -52,6 +57,10 @@ class Explanation:
             )
         lines.append(f"forward: {self.flops / 1e9:.3f} GFLOP, {self.bytes / 1e6:.3f} MB")
         return "\n".join(lines)
+
+    @property
+    def _whether_it_pays(self) -> str:
+        return ", so that the mask does not pay here: it starts to with more tokens" if self.work >= 1.0 else ""
 
 
 def _label(name: str) -> str:
@@ -107,9 +116,10 @@ def explain(
         taken, whole_because = again.parts, again.whole_because
     seen = block_mask if taken is None else taken.mask
     visited = parts.visited(seen) / max(math.prod(seen.shape), 1)
+    work = parts.cost(seen) / max(math.prod(seen.shape[2:]), 1)
     said = () if taken is None or taken.mask.union is None else tuple(map(_said, taken.mask.union))
     flops = 2 * pairs * (call.D + call.Dv)
-    return Explanation(chosen, reasons, density, flops, moved, visited, said, whole_because)
+    return Explanation(chosen, reasons, density, flops, moved, visited, said, whole_because, work)
 
 
 def _said(part: parts.Part) -> str:

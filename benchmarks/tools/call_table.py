@@ -128,11 +128,11 @@ def behind(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [total, *(f"* Bound by {why}: {'; '.join(where)}." for why, where in found.items())]
 
 
-def write(page: Path, text: str) -> None:
+def write(page: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Put the table between its marks."""
     before = page.read_text(encoding="utf-8")
-    begin, end = (before.index(mark) for mark in MARKS)
-    page.write_text(f"{before[:begin]}{MARKS[0]}\n{text}\n{before[end:]}", encoding="utf-8")
+    begin, end = (before.index(mark) for mark in marks)
+    page.write_text(f"{before[:begin]}{marks[0]}\n{text}\n{before[end:]}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ template <class A>
 struct StatisticsTile {
     ForwardTile<A> forward;
     A *inverse, *entropy, *distance, *nearby, *shares, *position, *weight, *mass, *largest;
-    int32_t* largest_key;
+    Integer<A>* largest_key;
 
     StatisticsTile(const StatisticsParams& p, char* memory) : forward(p.attention, memory) {
         Arena arena{memory + ForwardTile<A>::bytes(p.attention)};
@@ -32,7 +32,7 @@ struct StatisticsTile {
         shares = arena.take<A>(p.set_count * kQueries);
         weight = arena.take<A>(p.row_weight_count * kQueries);
         largest = arena.take<A>(p.top * kQueries);
-        largest_key = arena.take<int32_t>(p.top * kQueries);
+        largest_key = arena.take<Integer<A>>(p.top * kQueries);
         end = arena.next;
     }
     static int64_t bytes(const StatisticsParams& p) { return StatisticsTile(p, kNoMemory).end - kNoMemory; }
@@ -45,27 +45,29 @@ inline int64_t statistics_chunks(const StatisticsParams& p) {
     return max_of(1, ceil_div(p.attention.Nq, max_of(1, p.chunk_rows)));
 }
 
-// Keeps the largest scores of each query, descending; of equal ones the first key stays.
+// Keeps the largest scores of each query, descending; of equal ones the first key stays. Where a key is among the
+// largest of some query, all lanes go down the list together: a lane carries its score to its place, and from there on
+// what stood there before.
 template <class A>
-EA_NOINLINE void keep_largest(const A* S, Range keys, int64_t w, int64_t count, int64_t top, A* largest,
-                              int32_t* largest_key) {
-    A* least = largest + (top - 1) * w;
-    for (int64_t k = 0; k < keys.end - keys.begin; ++k)
-        for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
-            uint64_t better = bits_from_lanes<A>(load(S + k * w + lane) > load<A>(least + lane));
-            for (; better; better &= better - 1) {
-                const int64_t r = lane + __builtin_ctzll(better);
-                if (r >= count) break;
-                const A score = S[k * w + r];
-                int64_t place = top - 1;
-                for (; place > 0 && largest[(place - 1) * w + r] < score; --place) {
-                    largest[place * w + r] = largest[(place - 1) * w + r];
-                    largest_key[place * w + r] = largest_key[(place - 1) * w + r];
-                }
-                largest[place * w + r] = score;
-                largest_key[place * w + r] = static_cast<int32_t>(keys.begin + k);
+EA_NOINLINE void keep_largest(const A* S, Range keys, int64_t w, int64_t top, A* largest, Integer<A>* largest_key) {
+    for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
+        Vec<A> least = load<A>(largest + (top - 1) * w + lane);
+        for (int64_t k = 0; k < keys.end - keys.begin; ++k) {
+            Vec<A> score = load(S + k * w + lane);
+            if (!bits_from_lanes<A>(score > least)) continue;
+            Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{}, moved = {};
+            for (int64_t place = lane; place < top * w; place += w) {
+                const Vec<A> held = load<A>(largest + place);
+                const Mask<A> held_key = load_integers<A>(largest_key + place);
+                moved |= score > held;
+                store(largest + place, select<A>(moved, score, held));
+                store_integers<A>(largest_key + place, moved ? key : held_key);
+                score = select<A>(moved, held, score);
+                key = moved ? held_key : key;
             }
+            least = load<A>(largest + (top - 1) * w + lane);
         }
+    }
 }
 
 // S becomes P; entropy gains sum P (s - top), in the unit of the scores.
@@ -188,7 +190,7 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
         bool masked = visible_bits(p, b, h, rows, block_row, keys, segment.tile, segment.tile_key, f.bits);
         masked = add_biases<T>(p, b, h, rows, keys, w, f.S, masked, f.bits, f.scratch, f.bias);
         if (masked) fill_masked(f.bits, n, w, -kInfinity<A>, f.S);
-        if (s.top) keep_largest(f.S, keys, w, count, s.top, t.largest, t.largest_key);
+        if (s.top) keep_largest(f.S, keys, w, s.top, t.largest, t.largest_key);
         is_natural(p) ? weigh<A, true>(n, w, f.top, t.inverse, f.S, t.entropy)
                       : weigh<A, false>(n, w, f.top, t.inverse, f.S, t.entropy);
         if (s.received) receive<A>(f.S, n, w, nullptr, received + keys.begin);
@@ -212,12 +214,14 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
         if (s.distance) rows_of<A>(s.nearby, first)[r] = t.nearby[r];
         for (int64_t set = 0; set < s.set_count; ++set)
             rows_of<A>(s.shares, (first + r) * s.set_count)[set] = t.shares[set * w + r];
+        const bool broken = total != total;  // a NaN score: no weight of the row is known
         for (int64_t k = 0; k < s.top; ++k) {
             const A score = t.largest[k * w + r];
             const double weight =
                 score == -kInfinity<A> ? 0 : __builtin_exp(static_cast<double>(score - f.top[r]) * unit) / total;
-            rows_of<A>(s.top_weights, (first + r) * s.top)[k] = static_cast<A>(weight);
-            rows_of<int32_t>(s.top_keys, (first + r) * s.top)[k] = t.largest_key[k * w + r];
+            rows_of<A>(s.top_weights, (first + r) * s.top)[k] = static_cast<A>(broken ? total : weight);
+            rows_of<int32_t>(s.top_keys, (first + r) * s.top)[k] =
+                broken ? -1 : static_cast<int32_t>(t.largest_key[k * w + r]);
         }
     }
 }
@@ -225,8 +229,8 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
 template <class T, class A>
 inline void statistics_task(const StatisticsParams& s, int64_t task, char* memory) {
     const AttentionParams& p = s.attention;
-    const int64_t chunks = statistics_chunks(s), chunk = task % chunks, h = task / chunks % p.Hq,
-                  b = task / chunks / p.Hq;
+    const int64_t chunks = statistics_chunks(s), h = task / chunks % p.Hq, b = task / chunks / p.Hq;
+    const int64_t chunk = chunks - 1 - task % chunks;  // under a causal mask the last rows are the longest
     const TileRegisters tiles(kPairProducts<T>);
     const StatisticsTile<A> t(s, memory);
     const int64_t last = min_of((chunk + 1) * s.chunk_rows, p.Nq);

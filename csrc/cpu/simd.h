@@ -66,6 +66,18 @@ EA_INLINE void store(A* p, Vec<A> v) {
     __builtin_memcpy(p, &v, sizeof(v));
 }
 
+template <class A>
+EA_INLINE Mask<A> load_integers(const Integer<A>* p) {
+    Mask<A> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+template <class A>
+EA_INLINE void store_integers(Integer<A>* p, Mask<A> v) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
+
 // kLanes elements of half precision or of A itself, as A.
 template <class A>
 EA_INLINE Vec<A> load_widened(const A* p) {

@@ -108,17 +108,20 @@ class _Attend(torch.autograd.Function):
         diagonals: Tensor | None, call: Settled, kind: type[_Rows],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         added, turns = Added(bias, sinks, diagonals), _turns(query, key, value, call, kind is _Ring)
-        out, lse, lses = query.new_empty(0), query.new_empty(0), list[list[Tensor]]()
+        buffers, lses = Buffers(), list[list[Tensor]]()
+        if len(turns) > 1:
+            out = query.new_empty(*query.shape[:3], value.shape[3])
+            lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
         for heads, kv_heads in turns:
-            rows = kind(call.of_heads(heads), added.of_heads(heads))
-            part = rows.forward(query[:, heads], key[:, kv_heads], value[:, kv_heads])
-            lses.append(rows.lses)
+            rows = kind(call.of_heads(heads), added.of_heads(heads), buffers)
             if len(turns) == 1:
-                out, lse = part
-                continue
-            if len(lses) == 1:
-                out, lse = (t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in part)
-            out[:, heads], lse[:, heads] = part
+                out, lse = rows.forward(query, key, value)
+            else:
+                rows.place = out[:, heads]
+                part, lse[:, heads] = rows.forward(query[:, heads], key[:, kv_heads], value[:, kv_heads])
+                if part is not rows.place:
+                    out[:, heads] = part
+            lses.append(rows.lses)
         ctx.save_for_backward(query, key, value, bias, sinks, diagonals, out, lse, *itertools.chain(*lses))
         ctx.call, ctx.kind, ctx.turns, ctx.kept = call, kind, turns, [len(part) for part in lses]
         ctx.set_materialize_grads(False)
@@ -137,23 +140,27 @@ class _Attend(torch.autograd.Function):
         whole = Row(grad_out, grad_lse, query, out, lse)
         wanted = [t is not None and asked for t, asked in zip(added, ctx.needs_input_grad[3:6], strict=True)]
         found: list[Any] = []
+        buffers = Buffers()
+        grad_query = torch.zeros(query.shape, dtype=query.dtype, device=query.device) if len(ctx.turns) > 1 else None
         for (heads, kv_heads), count in zip(ctx.turns, ctx.kept, strict=True):
-            rows = ctx.kind(ctx.call.of_heads(heads), added.of_heads(heads))
+            rows = ctx.kind(ctx.call.of_heads(heads), added.of_heads(heads), buffers)
             rows.lses = list(itertools.islice(kept, count))
+            rows.place = None if grad_query is None else grad_query[:, heads]
             part = rows.backward(whole.of_heads(heads), key[:, kv_heads], value[:, kv_heads], wanted)
             if len(ctx.turns) == 1:
                 return *part, None, None
+            if part[0] is not rows.place:
+                rows.place.copy_(part[0])
             if not found:
                 found = [
                     None if t is None or g is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
-                    for t, g in zip((query, key, value, *added), part, strict=True)
+                    for t, g in zip((key, value, *added), part[1:], strict=True)
                 ]
-            gradients = Added(*found[3:]).of_heads(heads)
-            into = (found[0][:, heads], found[1][:, kv_heads], found[2][:, kv_heads], *gradients)
-            for total, gradient in zip(into, part, strict=True):
+            into = (found[0][:, kv_heads], found[1][:, kv_heads], *Added(*found[2:]).of_heads(heads))
+            for total, gradient in zip(into, part[1:], strict=True):
                 if total is not None:
                     total += gradient
-        return *found, None, None
+        return grad_query, *found, None, None
 
 
 class Row(NamedTuple):
@@ -170,15 +177,34 @@ class Row(NamedTuple):
         return Row(*(None if t is None else t[:, heads] for t in self))  # type: ignore[arg-type]
 
 
+class Buffers:
+    """Memory in which the messages of all turns of a call stand one after the other.
+
+    It is asked for once: what is given back between tensors of other sizes the allocator of the C library keeps, and a
+    ring of 2 ranks grew by a third of what it needs.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What stands under a name, anew."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if name not in self.kept or self.kept[name].numel() < size:
+            self.kept[name] = torch.empty(size, dtype=torch.uint8, device=device)
+        return self.kept[name][:size].view(dtype).view(*shape)
+
+
 class _Rows:
     """What the transports share: the pieces of this rank's queries."""
 
-    def __init__(self, call: Settled, added: Added) -> None:
-        self.call, self.plan, self.exchange = call, call.plan, call.exchange
+    def __init__(self, call: Settled, added: Added, buffers: Buffers) -> None:
+        self.call, self.plan, self.exchange, self.buffers = call, call.plan, call.exchange, buffers
         self.given = added  # as they came; kernels take sinks that no piece rounds
         dtype = torch.float32 if added.sinks is None else accumulation_dtype(added.sinks.dtype)
         self.added = added if added.sinks is None else added._replace(sinks=added.sinks.to(dtype))
         self.lses: list[Tensor] = []  # of each piece whose run of queries has several
+        self.place: Tensor | None = None  # where out, or dq, may be made
         # Both go by a key's distance, which a buffer without gaps would change.
         self.spread = call.dropout_p > 0.0 or added.diagonals is not None
 
@@ -198,8 +224,14 @@ class _Rows:
         dtype = accumulation_dtype(query.dtype)
         if not self.exact:
             shape = (*query.shape[:3], value.shape[3])
-            self.out = query.new_zeros(shape, dtype=dtype if several else query.dtype)
+            self.out = self._zeros(shape, dtype if several else query.dtype, query.device)
             self.lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What is added up: where it belongs, if that has the dtype."""
+        if self.place is not None and self.place.dtype == dtype:
+            return self.place.zero_()
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def _take(self, piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> None:
         """One piece forward, joined with those before; key and value are those at hand."""
@@ -280,7 +312,7 @@ class _Rows:
             if self.dq is None:
                 several = any(count > 1 for count in self.counts.values())
                 dtype = accumulation_dtype(dq.dtype) if several else dq.dtype
-                self.dq = torch.zeros(row.query.shape, dtype=dtype, device=dq.device)
+                self.dq = self._zeros(row.query.shape, dtype, dq.device)
             self.dq[:, :, a:b] += dq
         if sums.bias is not None:
             _add_bias(sums.bias, dbias, piece)
@@ -417,26 +449,25 @@ class _Ring(_Rows):
     def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
         plan, me, R = self.plan, self.call.place, self.plan.ranks
         self._begin_backward(self._met(), row, wanted)
-        passing: Passing | None = None
-        B, H, _, D = key.shape
+        (B, H, _, D), dtype, device = key.shape, accumulation_dtype(key.dtype), key.device
         width, what = D + value.shape[3], "gradients of keys and values"
-        for owner, k, v in self._passing(key, value):
-            dtype = accumulation_dtype(key.dtype)
-            found = torch.zeros(B, H, k.shape[2], width, dtype=dtype, device=key.device)
-            for piece in plan.met(me, owner):
-                dk, dv = self._give_back(piece, row, k, v)
-                columns = found[:, :, slice(*piece.columns)]
-                columns[..., :D] += dk
-                columns[..., D:] += dv
+        passing: Passing | None = None
+        for step, (owner, k, v) in enumerate(self._passing(key, value)):
+            parts = [(piece.columns, *self._give_back(piece, row, k, v)) for piece in plan.met(me, owner)]
+            if passing is None:
+                found = self.buffers.take("gradients 0", (B, H, k.shape[2], width), dtype, device).zero_()
+            else:
+                found = self.exchange.arrived(passing, what=what)
+            while parts:  # each is freed when it is added
+                columns, dk, dv = parts.pop(0)
+                into = found[:, :, slice(*columns)]
+                into[..., :D] += dk
+                into[..., D:] += dv
                 del dk, dv
-            if passing is not None:
-                found += self.exchange.arrived(passing, what=what)
-                passing = None  # what was sent is freed before the next one comes
-            after = plan.keys.counts[(owner - 1) % R]  # the shard that is worked on next, here
             if R > 1:
-                passing = self.exchange.pass_on(
-                    found, (B, H, after, width), self._neighbour(1), self._neighbour(-1), what=what
-                )
+                after = plan.keys.counts[(owner - 1) % R]  # the shard that is worked on next, here
+                coming = self.buffers.take(f"gradients {(step + 1) % 2}", (B, H, after, width), dtype, device)
+                passing = self.exchange.pass_on(found, coming, self._neighbour(1), self._neighbour(-1), what=what)
         if passing is not None:
             found = self.exchange.arrived(passing, what=what)
         return self._gradients(row.query, found[..., :D], found[..., D:], key)
@@ -449,19 +480,22 @@ class _Ring(_Rows):
     def _passing(self, key: Tensor, value: Tensor) -> Any:
         """Yield (owner, its keys, its values), this rank's first, then those of the rank before it, and so on."""
         plan, me, R = self.plan, self.call.place, self.plan.ranks
-        B, H, _, D = key.shape
-        both = torch.cat([key, value], 3) if R > 1 else key
+        if R == 1:
+            yield me, key, value
+            return
+        (B, H, _, D), what = key.shape, "keys and values"
+        width = D + value.shape[3]
+        both = self.buffers.take("keys 0", (B, H, key.shape[2], width), key.dtype, key.device)
+        torch.cat([key, value], 3, out=both)
         for step in range(R):
             owner = (me - step) % R
             if step < R - 1:
-                shape = (B, H, plan.keys.counts[(owner - 1) % R], both.shape[3])
-                passing = self.exchange.pass_on(
-                    both, shape, self._neighbour(1), self._neighbour(-1), what="keys and values"
-                )
+                shape = (B, H, plan.keys.counts[(owner - 1) % R], width)
+                coming = self.buffers.take(f"keys {(step + 1) % 2}", shape, key.dtype, key.device)
+                passing = self.exchange.pass_on(both, coming, self._neighbour(1), self._neighbour(-1), what=what)
             yield (owner, key, value) if step == 0 else (owner, both[..., :D], both[..., D:])
             if step < R - 1:
-                both = self.exchange.arrived(passing, what="keys and values")
-                del passing  # and with it what was sent
+                both = self.exchange.arrived(passing, what=what)
 
     def _neighbour(self, step: int) -> int:
         return self.call.ranks[(self.call.place + step) % self.plan.ranks]

@@ -155,18 +155,18 @@ class Exchange:
                 else:
                     target.copy_(source)
 
-    def pass_on(self, tensor: Tensor, shape: Sequence[int], to: int, source: int, *, what: str) -> Passing:
-        """Begin to send a tensor to one rank while one of `shape` and this dtype comes from another."""
-        leaving = as_bytes(tensor)
-        arriving = leaving.new_empty(tensor.element_size() * int(torch.Size(shape).numel()))
-        self.sent[what] += leaving.numel()
+    def pass_on(self, leaving: Tensor, arriving: Tensor, to: int, source: int, *, what: str) -> Passing:
+        """Begin to send a tensor to one rank while another one, of the same dtype, comes from another; both without
+        gaps, and neither to be touched before `arrived`."""
+        gone, coming = as_bytes(leaving), as_bytes(arriving)
+        self.sent[what] += gone.numel()
         jobs = []
-        if leaving.numel():
-            jobs.append(dist.P2POp(dist.isend, leaving, self._global(to), self.group))
-        if arriving.numel():
-            jobs.append(dist.P2POp(dist.irecv, arriving, self._global(source), self.group))
+        if gone.numel():
+            jobs.append(dist.P2POp(dist.isend, gone, self._global(to), self.group))
+        if coming.numel():
+            jobs.append(dist.P2POp(dist.irecv, coming, self._global(source), self.group))
         works = self._start(what, lambda: tuple(dist.batch_isend_irecv(jobs))) if jobs else ()
-        return Passing(works, arriving.view(tensor.dtype).view(*shape), leaving)
+        return Passing(works, arriving, leaving)
 
     def arrived(self, passing: Passing, *, what: str) -> Tensor:
         """What came."""

@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InputError
+from ..errors import InputError, InputTypeError
 from ..inputs import MAX_HEAD_DIM
 from ..integrations.torch_sdpa import bound
 from ..methods import Method, Sparse
 from ..methods.sparse import DENSE
-from ..tracing import OBSERVERS, unobserved
+from ..tracing import OBSERVERS, shapes_only, unobserved
 from .methods import LINEAR_WANT, method_statistics
-from .statistics import WANT, AttentionStatistics
+from .statistics import AttentionStatistics, check_want
 
 _SDPA = F.scaled_dot_product_attention
 _MULTI_HEAD = F.multi_head_attention_forward
 _SIGNATURE = inspect.signature(_MULTI_HEAD)
+_OPTIONS = ("top_k", "row_weights", "key_sets", "nearby", "map_block", "backend")
 
 
 @dataclass
@@ -61,23 +62,25 @@ class observe:
 
     Our module and methods, torch.nn, timm, diffusers, open_clip and whatever calls scaled_dot_product_attention from
     Python are seen, and so are models of transformers; one that was loaded with attn_implementation="eager" runs with
-    "sdpa" meanwhile, the same function.
+    "sdpa" meanwhile, the same function. What torch.compile compiled runs as the Python that it was made from.
 
     Args:
         model: the module to watch; calls outside its forward are seen, too, as of the module "".
         want: as in `attention_statistics`; () gathers nothing. None: all that is defined for the layer's method.
         keep: keep each call's query, key, value and masks, and the gradient of its output: what `rollout` and
             `relevance` need.
-        to: a folder; each call is written there, at once, as <number>.pt, and only its name stays in memory. For runs
-            that do not fit: `observe.load(folder)` reads them back.
-        options: top_k, row_weights, key_sets, nearby, map_block as in `attention_statistics`.
+        to: a folder; each call is written there, at once and whole, as <number>.pt, and only its name stays in memory.
+            For runs that do not fit: `observe.load(folder)` reads them back, also while the run goes on or after it was
+            killed.
+        options: top_k, row_weights, key_sets, nearby, map_block, backend as in `attention_statistics`.
 
     Attributes:
         layers: an `Observation` of each call, in order.
-        left: why calls were not observed -> how many: nested tensors, wide heads.
+        left: why calls were not observed -> how many: nested tensors, wide heads, tensors without values.
 
     Raises:
-        InputError: `to` is a folder that already holds something.
+        InputTypeError: the model is no module.
+        InputError: unknown names in `want` or `options`; `to` is a folder that already holds something.
     """
 
     model: nn.Module
@@ -89,8 +92,12 @@ class observe:
     left: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.want, str) or any(name not in WANT for name in self.want or ()):
-            raise InputError(f"want must be a sequence of {list(WANT)} or None; got {self.want!r}")
+        if not isinstance(self.model, nn.Module):
+            raise InputTypeError(f"observe takes the torch.nn.Module to watch; got {type(self.model).__name__}")
+        check_want(() if self.want is None else self.want)
+        unknown = [name for name in self.options if name not in _OPTIONS]
+        if unknown:
+            raise InputError(f"options {unknown} are unknown; choose from {list(_OPTIONS)}")
         if self.keep and self.to is not None:
             raise InputError("keep=True holds every call in memory, to= writes it to disk: choose one")
         self._running: list[str] = []
@@ -105,6 +112,7 @@ class observe:
             folder.mkdir(parents=True, exist_ok=True)
         self._watch_names()
         self._leave_eager()
+        self._leave_compiled()
         self._mode = _Calls(self)
         self._mode.__enter__()
         OBSERVERS.append(self._see)
@@ -120,11 +128,15 @@ class observe:
 
     @staticmethod
     def load(folder: str | Path) -> Iterator[Observation]:
-        """The calls that `observe(to=folder)` wrote, one at a time, in order."""
-        for path in sorted(Path(folder).glob("*.pt")):
-            fields = torch.load(path, weights_only=True)
-            statistics = fields.pop("statistics")
-            yield Observation(**fields, statistics=AttentionStatistics(**statistics))
+        """The calls that `observe(to=folder)` has written so far, one at a time, in order.
+
+        Raises:
+            InputError: no such folder.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}; give the one that observe(to=...) wrote to")
+        return _written(folder)
 
     # --- who calls ---
 
@@ -148,12 +160,20 @@ class observe:
                 config._attn_implementation = "sdpa"
                 self._undo.append(lambda config=config: setattr(config, "_attn_implementation", "eager"))
 
+    def _leave_compiled(self) -> None:
+        """A graph that was compiled before anybody looked would tell nothing."""
+        stance = torch.compiler.set_stance("force_eager")
+        stance.__enter__()
+        self._undo.append(lambda: stance.__exit__(None, None, None))
+
     # --- what is called ---
 
     def _see(
         self, method: Method, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], out: Tensor
     ) -> None:
         """Take note of a call of `method.attend` and what it returned."""
+        if _has_no_values(query):
+            return self._pass("tensors without values, or those of torch.func")
         inputs: dict[str, Any] = {name: options.get(name) for name in _ARGUMENTS} | {
             "query": query,
             "key": key,
@@ -179,12 +199,15 @@ class observe:
         self.layers.append(seen)
 
     def _write(self, seen: Observation) -> None:
-        assert self.to is not None and seen.statistics is not None
+        assert self.to is not None
         fields = {name: getattr(seen, name) for name in ("name", "method", "queries", "keys")}
-        path = Path(self.to) / f"{len(self.layers):06d}.pt"
-        part = path.with_suffix(".part")
-        torch.save({**fields, "statistics": seen.statistics._asdict()}, part)
+        path = Path(self.to) / f"{len(self.layers):08d}.pt"
+        part = path.with_suffix(".part")  # a reader, also after this process was killed, finds whole files only
+        torch.save({**fields, "statistics": seen.statistics and seen.statistics._asdict()}, part)
         part.replace(path)
+
+    def _pass(self, reason: str) -> None:
+        self.left[reason] = self.left.get(reason, 0) + 1
 
     def _see_function(self, call: dict[str, Any], out: Tensor) -> None:
         """Take note of a call of scaled_dot_product_attention."""
@@ -198,8 +221,7 @@ class observe:
         else:
             reason = ""
         if reason:
-            self.left[reason] = self.left.get(reason, 0) + 1
-            return
+            return self._pass(reason)
         options = {"scale": call["scale"], "is_causal": call["is_causal"]}
         if call["is_causal"]:
             options["causal_alignment"] = "top_left"
@@ -214,6 +236,22 @@ class observe:
 
 
 _ARGUMENTS = ("state", "key_mask", "mask", "bias", "is_causal", "causal_alignment", "scale", "softcap", "sinks")
+
+
+def _has_own_function(tensors: Sequence[Any]) -> bool:
+    """Of tensors, not of modes: another observer's would take the call away before its attention is seen."""
+    return any(isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in tensors)
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or shapes_only(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _written(folder: Path) -> Iterator[Observation]:
+    for path in sorted(folder.glob("*.pt")):
+        fields = torch.load(path, weights_only=True)
+        statistics = fields.pop("statistics")
+        yield Observation(**fields, statistics=statistics and AttentionStatistics(**statistics))
 
 
 def _defined(want: Sequence[str]) -> list[str]:
@@ -245,7 +283,11 @@ class _Calls(TorchFunctionMode):
     def _multi_head(self, *args: Any, **kwargs: Any) -> Any:
         function = FunctionType(
             _MULTI_HEAD.__code__,
-            {**_MULTI_HEAD.__globals__, "scaled_dot_product_attention": self._call},
+            {
+                **_MULTI_HEAD.__globals__,
+                "scaled_dot_product_attention": self._call,
+                "has_torch_function": _has_own_function,
+            },
             _MULTI_HEAD.__name__,
             _MULTI_HEAD.__defaults__,
         )
@@ -254,6 +296,6 @@ class _Calls(TorchFunctionMode):
         if not arguments.arguments["need_weights"]:
             return function(*args, **kwargs)
         result = _MULTI_HEAD(*args, **kwargs)  # multiplies matrices itself; what it multiplies is seen without weights
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             function(**{**arguments.arguments, "need_weights": False, "training": False})
         return result

@@ -201,10 +201,12 @@ def sets_of_keys(
 
 def _as_words(sets: Mapping[str, Tensor], kv_len: int, device: torch.device) -> Tensor:
     """The sets as bits of one int32 word a key, (1 | B, Nk)."""
-    words = torch.zeros(1, kv_len, dtype=torch.int64, device=device)
+    words = None
     for bit, members in enumerate(sets.values()):
-        words = words | (members.to(torch.int64) << bit)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        # Bit 31 is the sign of a word.
+        added = members.to(torch.int32) * (2**bit if bit < 31 else -(2**31))
+        words = added if words is None else words + added
+    return torch.zeros(1, kv_len, dtype=torch.int32, device=device) if words is None else words
 
 
 def weightings_of_rows(given: Tensor, query: Tensor) -> Tensor:

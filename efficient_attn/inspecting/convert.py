@@ -68,6 +68,7 @@ def convert_command(
                 wanted = Budget(budget, per=per, **options, progress=bar.update, kept=kept)
                 report = convert(loaded.model, budget=wanted, sample=sample)
         except KeyboardInterrupt as interrupt:
+            kept.begin()
             raise typer.Exit(interrupted(interrupt, err, str(kept), resuming())) from None
         assert report.plan is not None
         report.plan.save(out)

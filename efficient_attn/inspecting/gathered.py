@@ -25,11 +25,14 @@ TOP, MOST = 4, 12  # keys of a query, and tokens of a head
 WANT = ("entropy", "top", "received", "distance", "map", "shares")
 
 
-def gather(model: nn.Module, sample: Any, told: Callable[[int, int], None] = lambda *_: None) -> list[dict[str, Any]]:
+def gather(
+    model: nn.Module, sample: Any, told: Callable[[int, int], None] = lambda *_: None, part: str = ""
+) -> list[dict[str, Any]]:
     """By call of attention, JSON values of what its heads do in the first element of the batch.
 
     Args:
         told: called with how many calls are done, of how many.
+        part: the module whose calls are wanted; "": all.
 
     Raises:
         InputError: no call of attention was seen.
@@ -42,7 +45,7 @@ def gather(model: nn.Module, sample: Any, told: Callable[[int, int], None] = lam
     if not seen.layers:
         why = ", ".join(seen.left) or "the model makes no call that is known"
         raise InputError(f"no attention was seen in the model: {why}")
-    return [_layer(call) for call in seen.layers]
+    return [_layer(call) for call in seen.layers if not part or call.name.split(".")[0] == part]
 
 
 @dataclass

@@ -46,8 +46,9 @@ class Read:
     sample: Any
     labels: list[str] | None = None
     pixels: Tensor | None = None  # (H, W, 3) of 0 to 255
-    values: Tensor | None = None  # (N,)
+    values: Tensor | None = None  # (N,), nan where missing
     kind: str = "tensors"
+    part: str = ""  # the module whose attention is shown, where the input is of one part of the model
 
 
 def load(name: str, length: int | None) -> Loaded:
@@ -132,9 +133,12 @@ def _tokens(loaded: Loaded, text: str) -> tuple[list[int], Callable[[int], str],
     if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         tokenizer = sources._transformers().AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+        marks_insides = any(token.startswith("##") for token in tokenizer.get_vocab())  # WordPiece; others mark begins
 
         def word(token: int) -> str:
             written: str = tokenizer.convert_ids_to_tokens(token)
+            if marks_insides:
+                return written[2:] if written.startswith("##") else f" {written}"
             return re.sub(r"^[Ġ▁]", " ", written).replace("Ċ", "\n")
 
         marks: list[int] = tokenizer("")["input_ids"]
@@ -177,14 +181,20 @@ def _image(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
         raise InputError(f"{path} has {len(files)} images, and --batch asks for {batch}")
     pixels = torch.stack([read_image(file, size, channels).float() for file in files[:batch]])
     shown = pixels[0].expand(-1, -1, 3) if channels == 1 else pixels[0]
+    part = ""
     images: Any = pixels.permute(0, 3, 1, 2) / 255.0
     if not loaded.is_ours:
         return Read({"pixel_values": (images - 0.5) / 0.5}, pixels=shown, kind="image")
     if isinstance(loaded.model, CLIP):
-        images = (images, torch.ones(batch, 2, dtype=torch.long))  # attention of the image does not depend on a text
+        end = loaded.model.config.text.eos_token_id
+        images = (
+            images,
+            torch.full((batch, 2), 1 if end is None else end),
+        )  # any text: it is not shown
+        part = "image"
     elif not isinstance(loaded.model, ViT):
         raise InputError(f"{type(loaded.model).__name__} reads no images")
-    return Read(images, pixels=shown, kind="image")
+    return Read(images, pixels=shown, kind="image", part=part)
 
 
 def _series(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
@@ -202,7 +212,7 @@ def _series(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
     step = max((rows - context) // max(batch - 1, 1), 1) if batch > 1 else 0
     starts = [rows - context - n * step for n in range(batch)]
     windows = torch.stack([series.values[start : start + context] for start in starts]).float()
-    return Read(windows, values=windows[0, :, 0].nan_to_num(), kind="series")
+    return Read(windows, values=windows[0, :, 0], kind="series")
 
 
 def _tensors(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,9 @@ def inspect_command(
             raise InputError("give one of --text, --image, --series and --data; file.py:function brings its own sample")
         err = console(stderr=True)
         with nothing_kept(err), Progress(err, "calls of attention", transient=True) as bar:
-            written = page(describe(loaded.model, read, attention or plan, title=model, told=bar.update))
+            written = page(
+                describe(loaded.model, read, attention or plan, title="/".join(Path(model).parts[-2:]), told=bar.update)
+            )
         out.write_text(written, encoding="utf-8")
         err.print(f"{out}: {len(written) / 2**20:.1f} MiB")
 
@@ -67,7 +70,7 @@ def describe(
     """
 
     def gathered(name: str, model: torch.nn.Module) -> list[dict[str, Any]]:
-        return gather(model, read.sample, lambda done, total: told(name, done, total))
+        return gather(model, read.sample, lambda done, total: told(name, done, total), read.part)
 
     runs: list[dict[str, Any]] = [{"name": "as it is", "layers": gathered("as it is", model), "error": None}]
     if attention is not None:
@@ -84,9 +87,14 @@ def describe(
         "kind": read.kind,
         "labels": read.labels,
         "pixels": None if read.pixels is None else _picture(read.pixels),
-        "values": None if read.values is None else [round(float(v), 4) for v in read.values],
+        "values": None if read.values is None else [_finite(v) for v in read.values.tolist()],
         "runs": runs,
     }
+
+
+def _finite(value: float) -> float | None:
+    """A number of JSON; None where it is missing."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _picture(pixels: torch.Tensor) -> dict[str, Any]:

@@ -12,7 +12,8 @@ diffusers.py                attention processors
 
 from typing import TYPE_CHECKING, Any
 
-from .convert import Conversion, convert
+from .conversion import Conversion
+from .convert import convert
 from .eager_layers import register_layer
 from .torch_sdpa import use_for_sdpa
 

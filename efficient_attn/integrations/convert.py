@@ -9,120 +9,28 @@ With `budget=` the measured error decides which layer gets what, see `budget/`; 
 
 from __future__ import annotations
 
-import functools
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, InputError, InputTypeError
-from ..handover import hides_forward
 from ..methods import DENSE, Method, parse
-from ..multihead import MultiheadAttention, replace_attention
+from ..multihead import MultiheadAttention
 from ..patterns import Pattern
-from . import eager_layers, fidelity, huggingface, routed
-from .fidelity import Cost, LayerFidelity, Trace
-from .layer_state import LAYER_METHOD, state_restorer
+from . import fidelity, routed
+from .conversion import Conversion
+from .fidelity import Trace
+from .kinds import convert_kinds, has_setter, unreached
+from .layer_state import LAYER_METHOD
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from .budget import Budget, Plan
 
-    from .budget import Budget, Found, Plan
-
-NO_INTERFACE = "does not go through transformers' attention interface"
-ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the name of a class
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-@dataclass
-class Conversion:
-    """What `convert` did.
-
-    Attributes:
-        attention: the method that the model has now; with a plan, that of the layers it does not name.
-        plan: with `budget` or `plan`, which layer has which method; plan.save("plan.json").
-        found: with `budget`, what the search found: figures of calibration, trials, speed-up, shares of hybrids.
-        converted: name of a module ("" is the model) -> what it is and how it was converted.
-        skipped: name of a module that looks like attention and was left alone -> why.
-        dense_error: with a sample, the largest difference between the original's outputs and those of the converted
-            model with dense attention, relative to the largest output; None without a sample.
-        error: the same for the chosen attention: what the method changes.
-        layers: with a sample, name of a layer that attends -> its errors, in the order in which they ran.
-        unreached: with a sample, name of a converted module, or of an attention layer in one, that ran (or did not)
-            without calling this package's attention -> its class. Nothing has changed there.
-        before, after: with a sample, time and memory of a forward of the original and of the converted model.
-    """
-
-    attention: Method
-    converted: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    dense_error: float | None = None
-    error: float | None = None
-    layers: dict[str, LayerFidelity] = field(default_factory=dict)
-    unreached: dict[str, str] = field(default_factory=dict)
-    before: Cost | None = None
-    after: Cost | None = None
-    plan: Plan | None = None
-    found: Found | None = None
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the model attends densely now."""
-        return self.attention.is_dense and (self.plan is None or self.plan.is_dense)
-
-    def undo(self) -> None:
-        """Give the model its old attention back; parameters that were trained meanwhile stay as they are."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __str__(self) -> str:
-        named = "by a plan" if self.plan is not None else str(self.attention)
-        lines = [f"attention: {named}", f"converted: {len(self.converted)}"]
-        lines += [f"  {name or '(the model)'}: {how}" for name, how in self.converted.items()]
-        lines += [f"left alone: {len(self.skipped)}"] if self.skipped else []
-        lines += [f"  {name}: {why}" for name, why in self.skipped.items()]
-        lines += [f"never reached on the sample: {len(self.unreached)}"] if self.unreached else []
-        lines += [f"  {name}: {kind}" for name, kind in self.unreached.items()]
-        if self.dense_error is not None:
-            lines.append(f"with dense attention: equal to the original within {self.dense_error:.1e}")
-        if self.error is not None:
-            lines.append(f"with attention {named}: differs from the original by {self.error:.1e}")
-        if self.plan is not None:
-            lines += [f"  {name}: {spec}" for name, spec in self.plan.layers.items()]
-        lines += [str(self.found)] if self.found is not None else []
-        return "\n".join(lines + fidelity.table(self.layers, self.before, self.after))
-
-    def save_page(self, path: str | PathLike[str]) -> None:
-        """Write what the search found as one HTML page that needs no network.
-
-        Raises:
-            InputError: there was no search, which `budget=` starts.
-        """
-        if self.found is None:
-            raise InputError("there was no search; give convert a budget=")
-        from .budget.page import page
-
-        Path(path).write_text(page(self.found, self.layers, self.before, self.after), encoding="utf-8")
-
-    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Draw the errors of the layers, time and memory; also written to `path` (its ending says as what) if given.
-
-        Raises:
-            InputError: the conversion had no sample. UnsupportedError: matplotlib is not installed.
-        """
-        if not self.layers:
-            raise InputError("nothing was measured; give convert a sample=")
-        error = self.dense_error if self.error is None else self.error
-        title = f"{self.attention}: outputs differ from the original by {error:.1e}"
-        return fidelity.plot(title, self.layers, self.before, self.after, path)
 
 
 def convert(
@@ -189,7 +97,7 @@ def convert(
         if budget is not None:
             _convert_within(model, report, predicate, sample, tolerance, repeats, budget)
         elif sample is None:
-            _convert(model, report, predicate)
+            convert_kinds(model, report, predicate)
         else:
             _convert_measured(model, report, predicate, sample, tolerance, repeats)
         if not report.converted:
@@ -218,7 +126,7 @@ def _convert_measured(
         # It must equal the original, so its layers stand for those of the original, which may be of any kind.
         dense = report if report.is_dense else Conversion(DENSE)
         try:
-            _convert(model, dense, predicate)
+            convert_kinds(model, dense, predicate)
             with fidelity.traced(model) as original:
                 outputs = fidelity.outputs(model, sample)
             report.dense_error = _compared(before, outputs, tolerance) if dense.converted else None
@@ -226,13 +134,13 @@ def _convert_measured(
             if dense is not report:
                 dense.undo()
     if not comparable or not report.is_dense:
-        _convert(model, report, predicate)
+        convert_kinds(model, report, predicate)
         with fidelity.traced(model) as converted:
             report.error = fidelity.difference(before, fidelity.outputs(model, sample))
     else:
         converted = original
     report.layers = fidelity.compared(original, converted)
-    report.unreached = _unreached(model, report, converted)
+    report.unreached = unreached(model, report, converted)
     if not report.layers and report.converted:
         raise ConversionError(
             f"none of the converted modules ({', '.join(report.converted) or 'the model'}) called this package's "
@@ -270,7 +178,7 @@ def _convert_within(
 
     def make_dense(copy: nn.Module) -> None:
         made = Conversion(DENSE)
-        _convert(copy, made, predicate)
+        convert_kinds(copy, made, predicate)
         if not made.converted:
             found = "; ".join(f"{name}: {why}" for name, why in made.skipped.items())
             raise InputError(f"the model has no attention that can be converted{': ' + found if found else ''}")
@@ -282,7 +190,7 @@ def _convert_within(
         fidelity.run(search.dense, shown)
     report.before = fidelity.cost(model, shown, repeats) if repeats > 0 else None
     report.plan, report.found, report.dense_error = found.plan, found, found.dense_error
-    _convert(model, report, predicate)
+    convert_kinds(model, report, predicate)
     with fidelity.traced(model) as converted:
         report.error = search.error_of(model)
     if not report.error <= wanted.limit:
@@ -291,7 +199,7 @@ def _convert_within(
             f"the budget of {wanted.limit:g}: what the model returns is not the same from run to run"
         )
     report.layers = fidelity.compared(original, converted)
-    report.unreached = _unreached(model, report, converted)
+    report.unreached = unreached(model, report, converted)
     report.after = fidelity.cost(model, shown, repeats) if repeats > 0 else None
 
 
@@ -304,217 +212,11 @@ def _is_dense(model: nn.Module) -> bool:
             return False
         if not parse(vars(module).get(LAYER_METHOD, DENSE)).is_dense:
             return False
-        known = isinstance(module, MultiheadAttention) or _has_setter(module)
+        known = isinstance(module, MultiheadAttention) or has_setter(module)
         own: Any = module.attention if known else getattr(module, "efficient_attn_method", None)
         if (known or routed.is_routed(module)) and not parse(own).is_dense:
             return False
     return True
-
-
-# --- kinds of modules ---
-
-
-def _convert(model: nn.Module, report: Conversion, predicate: Callable[[str, nn.Module], bool] | None) -> None:
-    """Do it, writing into the report what was done, how to undo it, and what was left."""
-    wanted = predicate or (lambda name, module: True)
-    _convert_eager_layers(model, report, wanted)
-    _convert_transformers(model, report, wanted)
-    _convert_own(model, report, wanted)
-    _convert_routed(model, report, wanted)
-    _convert_torch(model, report, wanted)
-    _explain_rest(model, report)
-    if report.plan is not None:
-        from .budget import layers
-
-        report.plan.check(model)
-        report._undo.append(layers.set_methods(model, report.plan.methods.items(), report.plan.fitted))
-
-
-def _convert_torch(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
-    def replaceable(name: str, module: nn.MultiheadAttention) -> bool:
-        if _inside(name, report.converted, but_torch=True):
-            return False
-        if not wanted(name, module):
-            report.skipped[name] = "left out by predicate"
-            return False
-        if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            report.skipped[name] = f"{kind} computes something else, which would be lost"
-            return False
-        if hides_forward(module):
-            report.skipped[name] = "has a forward of its own on the instance that does not lead to the module's"
-            return False
-        report.converted[name] = f"{type(module).__name__}, replaced"
-        return True
-
-    old = replace_attention(model, report.attention, predicate=replaceable)
-
-    def undo() -> None:
-        for name, module in old.items():
-            model.set_submodule(name, module)
-
-    report._undo.append(undo)
-
-
-def _convert_transformers(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
-    transformers = sys.modules.get("transformers")  # if it was never imported, the model has none of its modules
-    if transformers is None:
-        return
-    for name, module in _topmost(model, lambda m: isinstance(m, transformers.PreTrainedModel)):
-        if not wanted(name, module):
-            report.skipped[name] = "left out by predicate"
-            continue
-        huggingface.register()
-        parts = [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
-        configs = list({id(part.config): part.config for part in parts}.values())
-        old = [(config, config._attn_implementation) for config in configs]
-        report._undo.append(_restorer(old, state_restorer(module)))
-        wished = huggingface.implementation_name(report.attention)
-        pretrained: Any = module
-        if any(part._can_set_attn_implementation() for part in parts):
-            with huggingface.in_part():
-                pretrained.set_attn_implementation(wished)
-        deaf = [part for part in parts if part.config._attn_implementation != wished]
-        served = [part for part in deaf if any(eager_layers.is_served(m) for m in part.modules())]
-        for part in served:
-            if any(eager_layers.is_served(m) and eager_layers.writes_scores(m) for m in part.modules()):
-                huggingface.announce(part, wished)  # its layers take masks of ours
-        if not deaf:
-            report.converted[name] = f"{type(module).__name__} of transformers, {wished!r}"
-        elif len(deaf) < len(parts) and not served:
-            report.converted[name] = f"{type(module).__name__} of transformers, in part, {wished!r}"
-            kinds = ", ".join(sorted({type(part).__name__ for part in deaf}))
-            report.skipped[f"{name} ({kinds})"] = NO_INTERFACE
-        else:
-            heard = {id(part) for part in parts} - {id(part) for part in deaf}
-            for inner, part in _topmost(module, functools.partial(_is_one_of, heard)):
-                inner = f"{name}.{inner}" if name else inner
-                report.converted[inner] = f"{type(part).__name__} of transformers, {wished!r}"
-
-
-def _is_one_of(ids: set[int], module: nn.Module) -> bool:
-    return id(module) in ids
-
-
-def _convert_eager_layers(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
-    for name, module in _topmost(model, eager_layers.is_known):
-        reason = eager_layers.why_left(module, report.attention) if wanted(name, module) else "left out by predicate"
-        if reason is not None:
-            report.skipped[name] = f"{type(module).__qualname__} {reason}" if wanted(name, module) else reason
-            continue
-        report._undo.append(state_restorer(module))
-        report._undo.append(eager_layers.serve(module, report.attention))
-        report.converted[name] = eager_layers.origin(module)
-    report._undo.append(eager_layers.structure_biases(model))
-
-
-def _restorer(old: list[tuple[Any, str]], restore_states: Callable[[], None]) -> Callable[[], None]:
-    def undo() -> None:
-        for config, implementation in old:
-            config._attn_implementation_internal = implementation
-        restore_states()
-
-    return undo
-
-
-def _convert_own(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
-    for name, module in _topmost(model, _has_setter):
-        if _inside(name, report.converted):
-            continue
-        if not wanted(name, module):
-            report.skipped[name] = "left out by predicate"
-            continue
-        own: Any = module
-        if getattr(own, "cross", False) is True:  # of this package's models, whose own set_attention leaves it too
-            report.skipped[name] = "attends to a memory, which patterns and low-rank methods are not for"
-            continue
-        report._undo.append(functools.partial(_set_back, own, own.attention, own._modules.get("method_state")))
-        own.set_attention(report.attention)
-        report.converted[name] = f"{type(module).__name__}, by set_attention"
-
-
-def _set_back(module: Any, attention: str | Method | Pattern, state: nn.Module | None) -> None:
-    module.set_attention(attention)
-    if state is not None:  # the parameters that it had, not fresh ones
-        module.method_state = state
-
-
-def _convert_routed(model: nn.Module, report: Conversion, wanted: Callable[[str, nn.Module], bool]) -> None:
-    for name, module in _topmost(model, lambda m: routed.library_of(m) is not None):
-        if _inside(name, report.converted, but_torch=True):
-            continue
-        reason = routed.why_not_routed(module) if wanted(name, module) else "left out by predicate"
-        if reason is not None:
-            report.skipped[name] = reason
-            continue
-        restore_states = state_restorer(module)
-        report._undo.append(restore_states)
-        report._undo.append(routed.route(module, report.attention))
-        kind = f"{type(module).__qualname__} of {routed.library_of(module)}"
-        report.converted[name] = f"{kind}, its call of scaled_dot_product_attention"
-
-
-def _looks_like_attention(module: nn.Module) -> bool:
-    if type(module).__module__.startswith("transformers.") and not any(True for _ in module.parameters()):
-        return False  # what makes masks and positions
-    return bool(ATTENTION.search(type(module).__name__))
-
-
-def _explain_rest(model: nn.Module, report: Conversion) -> None:
-    """Name what looks like attention and was left."""
-    for name, module in model.named_modules():
-        reason = eager_layers.why_left(module, report.attention)
-        if reason is not None and not _inside(name, report.skipped):
-            report.skipped[name] = f"{type(module).__qualname__} {reason}"
-    known = {**report.converted, **report.skipped}
-    for name, module in _topmost(model, _looks_like_attention):
-        holds_known = any(other.startswith(f"{name}.") for other in known) if name else bool(known)
-        if not _inside(name, known) and not holds_known:
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            report.skipped[name] = (
-                f"{kind} {eager_layers.why_left(module, report.attention) or 'is of no kind that convert knows'}"
-            )
-
-
-def _unreached(model: nn.Module, report: Conversion, trace: Trace) -> dict[str, str]:
-    """Converted modules, and what looks like attention in them, in which nothing attended in a trace."""
-    reached = list(trace.outputs)
-
-    def idle(name: str) -> bool:
-        return not any(_inside(layer, [name]) or _inside(name, [layer]) for layer in reached)
-
-    found = {name: type(model.get_submodule(name)).__name__ for name in report.converted if idle(name)}
-    for name, kind in trace.ran.items():  # in the order in which they ran: what holds others comes first
-        if ATTENTION.search(kind) and _inside(name, report.converted) and idle(name) and not _inside(name, found):
-            found[name] = kind
-    return found
-
-
-def _has_setter(module: Any) -> bool:
-    own = getattr(module, "attention", None)
-    return callable(getattr(module, "set_attention", None)) and isinstance(own, (str, Method, Pattern))
-
-
-def _topmost(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that are chosen and lie in no other that is."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if not _inside(name, found) and chosen(module):
-            found.append(name)
-            yield name, module
-
-
-def _inside(name: str, names: Any, *, but_torch: bool = False) -> bool:
-    """Whether a module is, or lies in, one of the named. but_torch: transformers' models, whose own nn.MHA count on."""
-    for other in names:
-        if but_torch and "of transformers" in names[other]:
-            continue
-        if not other or name == other or name.startswith(f"{other}."):
-            return True
-    return False
-
-
-# --- the sample ---
 
 
 def _compared(before: list[Tensor], after: list[Tensor], tolerance: float | None) -> float:

@@ -16,13 +16,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..biases import T5Bias
 from ..errors import InputTypeError, UnsupportedError
+from ..masks import BlockMask
 from ..methods import Method
 from . import huggingface
-from .own_patterns import window_with_globals
+from .huggingface_masks import PairMask
+from .own_patterns import blocks_with_random, window_with_globals
 from .score_mode import ScoreMode
 from .scores import returned
 
@@ -61,7 +64,6 @@ PATTERN = "has a pattern of its own, which only its own code computes"
 APPROXIMATION = "approximates attention in a way of its own"
 # What is not served, and why.
 LEFT = {
-    "big_bird.BigBirdBlockSparseAttention": f"{PATTERN}; config.attention_type='original_full' can be served",
     "longt5.LongT5LocalAttention": PATTERN,
     "longt5.LongT5TransientGlobalAttention": PATTERN,
     "pegasus_x.PegasusXGlobalLocalAttention": PATTERN,
@@ -83,9 +85,14 @@ LEFT = {
     "groupvit.GroupViTAssignAttention": "assigns tokens to groups by a softmax over queries",
 }
 # What is served as its own pattern, by another forward.
-OWN_PATTERN: dict[str, Callable[..., Any]] = dict.fromkeys(
-    ("longformer.LongformerSelfAttention", "led.LEDEncoderSelfAttention"), window_with_globals
-)
+OWN_PATTERN: dict[str, Callable[..., Any]] = {
+    "longformer.LongformerSelfAttention": window_with_globals,
+    "led.LEDEncoderSelfAttention": window_with_globals,
+    "big_bird.BigBirdBlockSparseAttention": blocks_with_random,
+    "bigbird_pegasus.BigBirdPegasusBlockSparseAttention": blocks_with_random,
+}
+# What gives itself another layer, `self`, by set_attention_type, as BigBird does for a short sequence.
+CHANGING = ("big_bird.BigBirdAttention", "bigbird_pegasus.BigBirdPegasusEncoderAttention")
 OF_USERS: set[type] = set()
 CROSS = ("key_value_states", "encoder_hidden_states", "kv", "context", "inputs", "y_attention_mask")
 CACHED = ("past_key_values", "past_key_value", "layer_past", "cache")
@@ -191,7 +198,36 @@ def _served(
     return result
 
 
-# --- biases that a model makes for its layers, n x n, by a few numbers ---
+def follow_changes(model: nn.Module) -> Callable[[], None]:
+    """Let layers that modules change to, when they run, be served as those before them. Returns what undoes it."""
+    changed: list[dict[str, Any]] = []
+    undone: list[Callable[[], None]] = []
+
+    def change(parent: Any, *args: Any, **kwargs: Any) -> None:
+        before = parent.self
+        type(parent).set_attention_type(parent, *args, **kwargs)
+        if parent.self is not before and is_served(before) and is_known(parent.self):
+            method = vars(before)["efficient_attn_method"]
+            reason = why_left(parent.self, method)
+            if reason is not None:
+                raise UnsupportedError(f"{type(parent.self).__qualname__} {reason}")
+            undone.append(serve(parent.self, method))
+
+    for module in model.modules():
+        if _name(type(module)) in CHANGING and "set_attention_type" not in vars(module):
+            vars(module)["set_attention_type"] = functools.partial(change, module)
+            changed.append(vars(module))
+
+    def undo() -> None:
+        for held in changed:
+            held.pop("set_attention_type", None)
+        while undone:
+            undone.pop()()
+
+    return undo
+
+
+# --- what models and layers make n x n, by a few numbers ---
 
 
 def _mpnet_bias(encoder: Any, x: Tensor, position_ids: Tensor | None = None, num_buckets: int = 32) -> Any:
@@ -201,15 +237,38 @@ def _mpnet_bias(encoder: Any, x: Tensor, position_ids: Tensor | None = None, num
     return T5Bias(table) if num_buckets == table.shape[0] else type(encoder).compute_position_bias(encoder, x)
 
 
-BIASES: dict[str, tuple[str, Callable[..., Any]]] = {"mpnet.MPNetEncoder": ("compute_position_bias", _mpnet_bias)}
+def _gpt_neo_attention(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+) -> tuple[Any, Any]:
+    """Its `_attn`. Where queries stand is what the mask says: the layer itself takes the last keys, which with a static
+    cache are places that no token has yet."""
+    Nq, Nk = query.shape[-2], key.shape[-2]
+    placed = isinstance(attention_mask, PairMask) and attention_mask.start is not None
+    start = attention_mask.start if placed else Nk - Nq
+    left = layer.config.window_size - 1 if layer.attention_type == "local" else -1
+    scores = torch.matmul(query.float(), key.float().transpose(-1, -2))
+    if left >= 0 or not placed or not attention_mask.causal:
+        window = BlockMask(Nq, Nk, window=(left, 0), window_offset=start)
+        scores = scores + PairMask((1, 1, Nq, Nk), None, window, start, causal=left < 0, device=query.device)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = layer.attn_dropout(torch.softmax(scores, dim=-1).to(value.dtype))
+    return torch.matmul(weights, value), weights
 
 
-def structure_biases(model: nn.Module) -> Callable[[], None]:
-    """Let models that make such a bias for layers that are served say it by a few numbers. Returns what undoes it."""
+STRUCTURED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "mpnet.MPNetEncoder": ("compute_position_bias", _mpnet_bias),
+    "gpt_neo.GPTNeoSelfAttention": ("_attn", _gpt_neo_attention),
+}
+
+
+def structure(model: nn.Module) -> Callable[[], None]:
+    """Let layers that are served, and what holds them, say such masks and biases by a few numbers. Returns what undoes
+    it."""
     changed: list[tuple[dict[str, Any], str]] = []
     for module in model.modules():
-        name, made = BIASES.get(_name(type(module)), ("", None))
-        if made is not None and name not in vars(module):
+        name, made = STRUCTURED.get(_name(type(module)), ("", None))
+        if made is not None and name not in vars(module) and any(map(is_served, module.modules())):
             vars(module)[name] = functools.partial(made, module)
             changed.append((vars(module), name))
 

@@ -8,6 +8,8 @@ for one query any function is one bit a key; every other function is asked tile 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,7 +146,19 @@ class PairMask:
     __radd__ = __add__
 
     def __and__(self, other: Tensor | PairMask) -> PairMask:
+        if isinstance(other, PairMask) and not any(isinstance(x.pairs, Tensor) for x in (self, other)):
+            return self._joined(other)
         return _as_pair_mask(self.dense() & (other.dense() if isinstance(other, PairMask) else other))
+
+    def _joined(self, other: PairMask) -> PairMask:
+        """What both allow, without a tensor of pairs."""
+        shape = torch.broadcast_shapes(self.shape, other.shape)
+        pairs = [x.pairs for x in (self, other) if isinstance(x.pairs, BlockMask)]
+        keys = [x.key_mask for x in (self, other) if x.key_mask is not None]
+        return PairMask(
+            tuple(shape), functools.reduce(operator.and_, keys) if keys else None,
+            functools.reduce(operator.and_, pairs) if pairs else None, device=self.device,
+        )  # fmt: skip
 
     def __or__(self, other: Tensor | PairMask) -> PairMask:
         return _as_pair_mask(self.dense() | (other.dense() if isinstance(other, PairMask) else other))

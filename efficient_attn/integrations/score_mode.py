@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..methods import Method
+from .lazy import Lazy
 from .routed import LayerMode
-from .scores import Lazy, Scores, letters
+from .scores import Scores, letters
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_attn_heads", "num_attention_head")
 ZEROS_FIRST = ("GPTNeoXJapaneseAttention",)  # add their product to zeros, which take no memory here

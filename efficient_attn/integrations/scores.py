@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import inputs
 from ..biases import Bias
@@ -30,6 +28,7 @@ from ..methods.continuation import goes_by_positions
 from . import huggingface
 from .huggingface_masks import PairMask
 from .layer_state import LAYER_METHOD
+from .lazy import Lazy, made
 from .torch_sdpa import only_hides
 
 HIDES = -1e8  # what is filled into scores at or below this hides a pair
@@ -40,115 +39,6 @@ def letters(equation: str) -> tuple[str, str, str]:
     given, _, out = equation.replace(" ", "").partition("->")
     left, _, right = given.partition(",")
     return left, right, out
-
-
-class Lazy:
-    """What stands for a tensor that is not made."""
-
-    mode: Any
-    lead: tuple[int, ...]
-    query: Tensor
-    key: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.lead, self.query.shape[-2], self.key.shape[-2]))
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return len(self.lead) + 2
-
-    @property
-    def ndim(self) -> int:
-        return self.dim()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.query.device
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "").strip("_")
-        first = args[0] if args else None
-        if name in LIKE and isinstance(first, Tensor):
-            return getattr(first, LIKE[name])(args[1].shape)
-        if name in TURNED and not isinstance(first, Lazy) and len(args) > 1:  # 2 * scores, mask + scores
-            return args[1].operate(name, first)
-        if name == "where":
-            return _where(*args)
-        named = dict(kwargs or {})
-        if not args and isinstance(named.get("input"), Lazy):
-            args = (named.pop("input"),)
-            first = args[0]
-        if isinstance(first, Lazy):
-            found = first.operate(name, *args[1:], **named)
-            return first.given_up(func, args, named) if found is NotImplemented else found
-        if name == "einsum" and isinstance(args[1], Weights):
-            return args[1].operate("einsum", args[0], *args[2:])
-        lazy = next(x for x in tree_leaves((args, named)) if isinstance(x, Lazy))
-        return lazy.given_up(func, args, named)
-
-    def operate(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """What an operation of tensors makes of this; NotImplemented for one that needs the tensor."""
-        raise NotImplementedError
-
-    def given_up(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The operation on tensors that are made."""
-        with self.mode.pause():
-            return func(*tree_map(_tensor, args), **tree_map(_tensor, kwargs))
-
-    def tensor(self) -> Tensor:
-        raise NotImplementedError
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        if not callable(getattr(Tensor, name)):
-            return getattr(self.tensor(), name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = self.operate(name.strip("_"), *args, **kwargs)
-            if result is NotImplemented:
-                return self.given_up(getattr(Tensor, name), (self, *args), kwargs)
-            if name.endswith("_") and isinstance(result, Lazy):
-                vars(self).update(vars(result))
-                return self
-            return result
-
-        return call
-
-
-LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
-TURNED = frozenset({"add", "radd", "mul", "rmul", "multiply", "iadd", "imul"})
-
-
-def _tensor(x: Any) -> Any:
-    return x.tensor() if isinstance(x, Lazy) else x
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    def call(self: Lazy, *args: Any) -> Any:
-        result = self.operate(name, *args)
-        if result is NotImplemented:
-            return self.given_up(getattr(Tensor, f"__{name}__"), (self, *args), {})
-        if name[0] == "i" and name in IN_PLACE and isinstance(result, Lazy):
-            vars(self).update(vars(result))
-            return self
-        return result
-
-    return call
-
-
-IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv"})
-OPERATORS = "add radd iadd sub rsub isub mul rmul imul truediv itruediv matmul getitem neg pow lt le gt ge"
-for _name in OPERATORS.split(" "):
-    setattr(Lazy, f"__{_name}__", _operator(_name))
 
 
 @dataclass(eq=False)
@@ -206,6 +96,14 @@ class Scores(Lazy):
                     return Weights(self.mode, self, self.lead)
         return NotImplemented
 
+    def chosen(self, condition: Any, kept: Any, other: Any) -> Any:
+        """What torch.where makes of the scores: where it fills in what hides, a mask."""
+        if isinstance(condition, Tensor) and kept is self and _hides(other):
+            return self.plus(condition)
+        if isinstance(condition, Tensor) and other is self and _hides(kept):
+            return self.plus(~condition)
+        return NotImplemented
+
     def scaled(self, factor: Any) -> Scores:
         """Times a number, or a tensor that is the same for all keys."""
         if isinstance(factor, (int, float)):
@@ -220,7 +118,7 @@ class Scores(Lazy):
             return self
         if isinstance(term, Tensor):
             term = self._as_held(term)
-        return replace(self, terms=(*self.terms, _tensor(term)))
+        return replace(self, terms=(*self.terms, made(term)))
 
     def _is_term(self, other: Any) -> bool:
         if isinstance(other, (PairMask, Bias, Scores, int, float)):
@@ -462,17 +360,6 @@ def _broad(x: Tensor, held: tuple[int, ...]) -> Tensor:
     if all(n == 1 for n in x.shape[:-3]):
         return x.reshape(1, *x.shape[-3:])
     return x.expand(*held[:-1], *x.shape[-3:]).flatten(0, -4)
-
-
-def _where(condition: Any, kept: Any, other: Any) -> Any:
-    if isinstance(kept, Scores) and isinstance(condition, Tensor) and _hides(other):
-        with kept.mode.pause():
-            return kept.plus(condition)
-    if isinstance(other, Scores) and isinstance(condition, Tensor) and _hides(kept):
-        with other.mode.pause():
-            return other.plus(~condition)
-    lazy = kept if isinstance(kept, Lazy) else other
-    return lazy.given_up(torch.where, (condition, kept, other), {})
 
 
 def _both(mask: Any, other: Any) -> Any:

@@ -246,7 +246,9 @@ def exponential_weights(e: Exponents, key_mask: Tensor | None, is_causal: bool, 
 
 def _refuse_scale(scale: float | None) -> None:
     if scale is not None:
-        raise UnsupportedError(f"elu(x) + 1 attention has no scale, got {scale}; leave it None, or scale the queries")
+        raise UnsupportedError(
+            f"linear attention, of elu(x) + 1, has no scale; got {scale}; leave it None, or scale the queries"
+        )
 
 
 def _check_features(query_features: Tensor, key_features: Tensor, value: Tensor) -> None:

@@ -32,7 +32,7 @@ from .session import Report
 
 LINKS = {"h200": H200}
 LAYOUTS = ("zigzag", "contiguous")
-ONE_PROCESS = f" {'1 process ms':>13} {'peak MB':>8} {'1 process':>10}"
+MEASURED = f" {'1 process ms':>13} {'over it':>8} {'CPU ms':>9} {'1 process':>10} {'peak MB':>8} {'1 process':>10}"
 MODES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 
 
@@ -49,12 +49,10 @@ class Row:
     one_process: float | None = None  # seconds of one process with as many threads as ranks, or as processors
     peak: int | None = None  # bytes by which the memory of the largest rank grows, its part of the tensors included
     one_peak: int | None = None  # likewise of one process that does all without context_parallel
-
-    @property
-    def off(self) -> float | None:
-        """How far the prediction is from what was measured, as a part of that."""
-        known = self.measured is not None and self.predicted is not None
-        return self.predicted / self.measured - 1 if known else None  # type: ignore[operator]
+    cpu: float | None = None  # seconds of processors, over all ranks: what a machine that others use too leaves alone
+    one_process_cpu: float | None = None
+    off: float | None = None  # how far the prediction is from what was measured, as a part of that; of each round
+    speedup: float | None = None  # over one process, of each round
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,14 @@ class RankProfile:
             config = {"method": self.method, "seqlen": self.length, **options, "mode": self.mode}
             config |= {"ranks": row.ranks, "transport": row.transport}
             times = {"ms": row.measured, "predicted_ms": row.predicted, "one_process_ms": row.one_process}
+            times |= {"cpu_ms": row.cpu, "one_process_cpu_ms": row.one_process_cpu}
             cell: dict[str, Any] = {name: t if t is None else round(t * 1e3, 4) for name, t in times.items()}
             cell |= {"sent_bytes": row.sent, "peak_bytes": row.peak, "one_process_peak_bytes": row.one_peak}
             cell["efficiency"] = round(row.efficiency, 4)
             if row.off is not None:
                 cell["prediction_error"] = round(abs(row.off), 4)
-            if row.measured and row.one_process:
-                cell["speedup_one_process"] = round(row.one_process / row.measured, 4)
+            if row.speedup is not None:
+                cell["speedup_one_process"] = round(row.speedup, 4)
             if row.ranks in self.links:
                 cell["link"] = asdict(self.links[row.ranks])
             cell = {name: value for name, value in cell.items() if value is not None}
@@ -110,13 +109,16 @@ class RankProfile:
             f"{self.method} of {self.length:,} tokens over ranks, {MODES[self.mode]}",
             f"link {'measured' if self.measured_link else 'given'}: {speeds}",
             f"{'ranks':>6} {'transport':<11} {'measured ms':>12} {'predicted ms':>13} {'off':>6} {'efficiency':>11} "
-            f"{'MB sent':>10}"
-            + (f" {'1 process ms':>13} {'peak MB':>8} {'1 process':>10}" if self.measured_link else ""),
+            f"{'MB sent':>10}" + (MEASURED if self.measured_link else ""),
         ]
         for row in self.rows:
             measured = _ms(row.measured)
             off = "-" if row.off is None else f"{row.off:+.0%}"
-            alone = f" {_ms(row.one_process):>13} {_mb(row.peak):>8} {_mb(row.one_peak):>10}"
+            over = "-" if row.speedup is None else f"{row.speedup:.2f}x"
+            alone = (
+                f" {_ms(row.one_process):>13} {over:>8} {_ms(row.cpu):>9} {_ms(row.one_process_cpu):>10} "
+                f"{_mb(row.peak):>8} {_mb(row.one_peak):>10}"
+            )
             star = "*" if self.fastest[row.ranks] == row.transport else " "
             lines.append(
                 f"{row.ranks:>6} {row.transport:<10}{star} {measured:>12} {_ms(row.predicted):>13} {off:>6} "
@@ -198,37 +200,48 @@ def profile_ranks(
     shape = Shape(batch, heads, kv_heads or heads, head_dim, head_dim, kind.itemsize)
     found_here: dict[int, _Found] = {}
     given = LINKS[link] if isinstance(link, str) else link
+    flops = float(make_plan(mask, *(Shards.zigzag(length, 1),) * 2).pairs.sum()) * shape.pair_flops
     if given is None:
         most = 2 * len(os.sched_getaffinity(0)) if measure is None else measure
         job = _Job(str(found), length, shape, dtype, causal, layout, rounds, mode, timeout)
-        flops = float(make_plan(mask, *(Shards.zigzag(length, 1),) * 2).pairs.sum()) * shape.pair_flops
         counts = [count for count in sorted({1, *numbers}) if count <= most]
         for done, count in enumerate(counts):
             report(f"{found} of {length:,} tokens over {count} ranks", done, len(counts))
-            found_here[count] = _measured(count, job, flops)
-        given = found_here[max(found_here)].link if found_here else Link()
+            found_here[count] = _measured(count, job)
+        given = found_here[max(found_here)].link_of(None, flops) if found_here else Link()
     if mode != "fwd" and not found_here:
         raise InputError(f"--mode {mode} is measured and not predicted; take --link away, or --mode fwd")
-    alone = found_here[1].times["gather"] if 1 in found_here else None
+    alone = found_here[1].middle("gather") if 1 in found_here else None
     rows = []
     for count in numbers:
         here = found_here.get(count)
         if mode != "fwd" and here is None:
             continue
-        speeds = here.link if here else replace(given, **(beyond or {}))
-        one = max(_plan(mask, length, 1, layout).seconds("gather", shape, found_here[1].link if here else speeds))
+        speeds = found_here[1].link_of(None, flops) if here else replace(given, **(beyond or {}))
+        one = max(_plan(mask, length, 1, layout).seconds("gather", shape, speeds))
         plan = _plan(mask, length, count, layout)
         for name in TRANSPORTS if count > 1 else ("gather",):
             degree = head_ranks(heads, count) if name == "all_to_all" else 1
             if name == "all_to_all" and degree == 1:
                 continue
-            predicted = max(plan.seconds(name, shape, speeds, degree)) if mode == "fwd" else None
-            measured = here.times[name] if here else None
-            ideal = alone / measured if alone and measured else one / (predicted or one)
-            rest = (here.one_process, here.peaks[name], found_here[1].one_peak) if here else ()
             sent = sum(plan.sent(name, shape, degree))
-            rows.append(Row(count, name, sent, predicted, measured, ideal / count, *rest))
-    links = {count: here.link for count, here in found_here.items()}
+            if here is None:
+                predicted = max(plan.seconds(name, shape, speeds, degree))
+                rows.append(Row(count, name, sent, predicted, None, one / predicted / count))
+                continue
+            replayed = [max(plan.seconds(name, shape, here.link_of(n, flops), degree)) for n in range(rounds)]
+            measured, forward = here.middle(name), mode == "fwd"
+            rows.append(
+                Row(
+                    count, name, sent, statistics.median(replayed) if forward else None, measured,
+                    (alone or one) / measured / count, here.middle("one"), here.peaks[name], found_here[1].one_peak,
+                    here.middle(f"{name} cpu"), here.middle("one cpu"),
+                    statistics.median(p / m - 1 for p, m in zip(replayed, here.samples[name], strict=True))
+                    if forward else None,
+                    statistics.median(o / m for o, m in zip(here.samples["one"], here.samples[name], strict=True)),
+                )
+            )  # fmt: skip
+    links = {count: here.link_of(None, flops) for count, here in found_here.items()}
     title = f"{found}{' causal' if causal else ''}"
     return RankProfile(title, length, given, bool(found_here), tuple(rows), mode, links)
 
@@ -256,53 +269,66 @@ class _Job:
     timeout: float
 
 
+SMALL, LARGE = 2**8, 2**22  # bytes that an exchange is measured with
+
+
 @dataclass(frozen=True)
 class _Found:
-    """What so many ranks gave: seconds and bytes of memory by transport, and the speeds of a prediction."""
+    """What so many ranks gave: in each round seconds of everything, and bytes of memory by transport."""
 
-    times: dict[str, float]
+    ranks: int
+    samples: dict[str, list[float]]
     peaks: dict[str, int]
-    link: Link
-    one_process: float
     one_peak: int
 
+    def middle(self, name: str) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.samples[name])
 
-def _measured(ranks: int, job: _Job, flops: float) -> _Found:
-    """Everything once a round, so that what else the machine does meets all alike; medians over the rounds."""
+    def link_of(self, number: int | None, flops: float) -> Link:
+        """The speeds of a prediction, of one round or of all."""
+
+        def seconds(name: str) -> float:
+            return self.middle(name) if number is None else self.samples[name][number]
+
+        link = replace(Link(), flops=flops / seconds("local"), call=0.0, start=0.0)
+        if self.ranks == 1:
+            return link
+        latency, others = seconds(f"swap {SMALL}"), self.ranks - 1
+        bandwidth = LARGE * others / max(seconds(f"swap {LARGE}") - latency, 1e-9)
+        start = max(seconds("tiny") - latency, 0.0)
+        return replace(link, latency=latency / others, bandwidth=bandwidth, start=start)
+
+
+def _measured(ranks: int, job: _Job) -> _Found:
+    """Everything once a round, so that what else the machine does meets all alike. What ranks do together takes as long
+    as the slowest of them; processor time is added up."""
     names = [n for n in TRANSPORTS if ranks > 1 or n == "gather"]
     threads = min(ranks, len(os.sched_getaffinity(0)))
     samples: dict[str, list[float]] = {}
-    small, large = 2**8, 2**22
     with started(ranks, 1, job.timeout) as workers, started(1, threads, job.timeout) as one:
 
-        def ask(*what: Any, of: Ranks = workers) -> list[float]:
+        def ask(*what: Any, of: Ranks = workers) -> list[Any]:
             return of.run(_told, job, *what)
 
         peaks = {name: int(max(ask("peak", name))) for name in names}
         one_peak = int(max(ask("peak", None, of=one)))
         for number in range(job.rounds + 1):
-            found = {"one": ask("call", None, of=one)[0]}
-            found |= {name: max(ask("call", name)) for name in names}
-            found["local"] = statistics.median(ask("local"))
+            calls = {"one": ask("call", None, of=one)} | {name: ask("call", name) for name in names}
+            found = {name: max(wall for wall, _ in each) for name, each in calls.items()}
+            found |= {f"{name} cpu": sum(cpu for _, cpu in each) for name, each in calls.items()}
+            found["local"] = max(ask("local"))
             if ranks > 1:
-                found |= {f"swap {n}": max(ask("swap", n)) for n in (small, large)}
+                found |= {f"swap {n}": max(ask("swap", n)) for n in (SMALL, LARGE)}
                 found["tiny"] = max(ask("tiny"))
             for name, seconds in found.items() if number else ():
                 samples.setdefault(name, []).append(seconds)
-    middle = {name: statistics.median(values) for name, values in samples.items()}
-    link = replace(Link(), flops=flops / middle["local"], call=0.0, start=0.0)
-    if ranks > 1:
-        latency = middle[f"swap {small}"]
-        bandwidth = large * (ranks - 1) / max(middle[f"swap {large}"] - latency, 1e-9)
-        per_message = latency / (ranks - 1)
-        link = replace(link, latency=per_message, bandwidth=bandwidth, start=max(middle["tiny"] - latency, 0.0))
-    return _Found({name: middle[name] for name in names}, peaks, link, middle["one"], one_peak)
+    return _Found(ranks, samples, peaks, one_peak)
 
 
-def _told(group: Any, job: _Job, what: str, *arguments: Any) -> float:
+def _told(group: Any, job: _Job, what: str, *arguments: Any) -> Any:
     """What a rank is asked: a method of `_Rank`."""
-    found: float = getattr(_Rank(group, job), what)(*arguments)
-    return found
+    return getattr(_Rank(group, job), what)(*arguments)
 
 
 class _Rank:
@@ -311,14 +337,14 @@ class _Rank:
     def __init__(self, group: Any, job: _Job) -> None:
         self.group, self.job, self.method = group, job, parse(job.method)
 
-    def call(self, transport: str | None) -> float:
-        """Seconds of the call; without a transport this process does all of it."""
+    def call(self, transport: str | None) -> tuple[float, float]:
+        """Seconds of the call and of processors in it; without a transport this process does all of it."""
         with self._context(transport) as context:
             tensors = self._tensors(context, self.job.length)
             dist.barrier()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             self._attend(*tensors)
-            return time.perf_counter() - began
+            return time.perf_counter() - began, time.process_time() - used
 
     def peak(self, transport: str | None) -> float:
         """Bytes by which this process grows, its tensors included."""

@@ -165,9 +165,8 @@ def test_memory_falls_with_the_number_of_ranks(transport):
         with started(count) as ranks:
             found[count] = max(ranks.run(jobs.peak_memory, length, transport, mask))
     print(transport, {count: f"{size / 2**20:.0f} MiB" for count, size in found.items()})
-    # Beside its part of the tensors, a rank has the keys of some heads on their way.
-    most = {"gather": 1.25, "ring": 1.5}[transport]
-    assert found[2] < most * found[1] / 2 and found[4] < most * found[1] / 4
+    # Beside its part of the tensors, a rank has the keys of one of eight heads on their way.
+    assert found[2] < 1.15 * found[1] / 2 and found[4] < 1.15 * found[1] / 4
 
 
 def test_wrong_meshes_are_refused_by_each_rank_alone(pair):

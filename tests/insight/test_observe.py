@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from efficient_attn import InputError, MultiheadAttention, UnsupportedError, parse, replace_attention
+from efficient_attn import InputError, InputTypeError, MultiheadAttention, UnsupportedError, parse, replace_attention
 from efficient_attn.insight import attention_times_gradient, method_statistics, observe, relevance, rollout
 
 B, H, N, E = 2, 4, 24, 32
@@ -112,6 +118,118 @@ def test_what_is_written_can_be_read_back(tmp_path) -> None:
         assert torch.equal(a.statistics.shares["sinks"], b.statistics.shares["sinks"])
     with pytest.raises(InputError, match="not empty"), observe(model, to=tmp_path / "run"):
         pass
+    with observe(model, want=(), to=tmp_path / "names"):
+        model(x)
+    assert [call.name for call in observe.load(tmp_path / "names")] == [layer.name for layer in seen.layers]
+    with pytest.raises(InputError, match="no folder"):
+        observe.load(tmp_path / "none")
+
+
+KILLED = """
+import os, signal, sys, torch
+from torch import nn
+from efficient_attn.insight import observe
+model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+x = torch.randn(1, 64, 32)
+with observe(model, to=sys.argv[1]) as seen:
+    for step in range(10**6):
+        model(x, x, x)
+        if step == 5:
+            print("five", flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_another_process_reads_what_a_running_and_an_ended_one_wrote(tmp_path, end) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "five\n"
+        while_it_runs = list(observe.load(folder))
+        process.send_signal(end)
+        process.wait(60)
+    assert process.returncode != 0 and len(while_it_runs) >= 5
+    afterwards = list(observe.load(folder))
+    assert len(afterwards) >= len(while_it_runs) and len(list(folder.glob("*.part"))) <= 1
+    for call in afterwards:
+        torch.testing.assert_close(call.statistics.received.sum(-1), torch.full((1, 4), 64.0))
+
+
+@pytest.mark.parametrize("compiled_before", [True, False])
+@pytest.mark.parametrize("make", [torch_encoder, own_encoder])
+def test_a_compiled_model_is_seen_and_stays_compiled(make, compiled_before: bool) -> None:
+    torch._dynamo.reset()
+    runs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            runs.append(1)
+            return graph(*inputs)
+
+        return run
+
+    model, x = make(), torch.randn(B, N, E)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        plain = compiled(x) if compiled_before else model(x)
+        with observe(model) as seen:
+            watched = compiled(x)
+        assert len(seen.layers) == 2 and not seen.left
+        torch.testing.assert_close(plain, watched, rtol=1e-5, atol=1e-5)
+        before = len(runs)
+        compiled(x)
+    assert len(runs) > before and (before > 0) == compiled_before
+
+
+@pytest.mark.parametrize("make", [torch_encoder, own_encoder])
+def test_tensors_without_values_are_counted_and_left(make) -> None:
+    model, x = make(), torch.randn(B, N, E)
+    with observe(model) as seen:
+        torch.func.vmap(lambda one: model(one[None])[0])(x)
+    assert not seen.layers and sum(seen.left.values()) == 2
+    model.to("meta")
+    with observe(model) as seen:
+        model(x.to("meta"))
+    assert not seen.layers and sum(seen.left.values()) == 2
+
+
+def test_two_observers_see_the_same() -> None:
+    model = nn.Sequential(torch_encoder(), own_encoder())
+    with torch.no_grad(), observe(model) as outer, observe(model, want=("entropy",)) as inner:
+        model(torch.randn(B, N, E))
+    assert [call.name for call in outer.layers] == [call.name for call in inner.layers] and len(inner.layers) == 4
+    for one, other in zip(outer.layers, inner.layers, strict=True):
+        assert torch.equal(one.statistics.entropy, other.statistics.entropy) and other.statistics.map is None
+    module, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(B, N, E)
+    with observe(module) as outer, observe(module) as inner:
+        module(x, x, x, need_weights=True)
+    assert len(outer.layers) == len(inner.layers) == 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 65])
+@pytest.mark.parametrize("make", [torch_encoder, own_encoder])
+def test_short_inputs_and_more_top_keys_than_keys(make, length: int) -> None:
+    with torch.no_grad(), observe(make(), options={"top_k": 32}) as seen:
+        seen.model(torch.randn(B, length, E))
+    for call in seen.layers:
+        weights, keys = call.statistics.top_weights, call.statistics.top_keys
+        assert weights.shape == (B, H, length, 32) and (keys[..., min(length, 32) :] == -1).all()
+        assert (keys[..., : min(length, 32)] >= 0).all() and (weights[..., min(length, 32) :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"want": ("entropie",)}, InputError, "want must be"),
+        ({"want": "entropy"}, InputError, "want must be"),
+        ({"options": {"topk": 3}}, InputError, "topk"),
+        ({"keep": True, "to": "somewhere"}, InputError, "choose one"),
+        ({"model": torch.relu}, InputTypeError, "the torch.nn.Module to watch"),
+    ],
+)
+def test_errors_of_observe_are_named(arguments, error, says) -> None:
+    with pytest.raises(error, match=says):
+        observe(**{"model": own_encoder(), **arguments})
 
 
 def test_nothing_stays_behind_also_after_an_error() -> None:
@@ -214,3 +332,43 @@ def test_models_of_transformers(implementation: str) -> None:
     assert len(seen.layers) == 2 and seen.layers[0].name == "encoder.layer.0.attention.self"
     for layer, P in zip(seen.layers, weights, strict=True):
         torch.testing.assert_close(layer.statistics.received, P.sum(2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_generation_with_a_cache(family: str) -> None:
+    """Each step has the statistics of the last row of the n x n weights so far."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    same = {
+        "vocab_size": 50,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+        "pad_token_id": 1,
+        "attn_implementation": "eager",
+    }
+    if family == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=E, n_head=H, n_layer=2, **same))
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=E,
+            num_attention_heads=H,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            **same,
+        )
+        model = transformers.LlamaForCausalLM(config)
+    model.eval()
+    tokens, steps = torch.randint(2, 50, (B, 7)), 4
+    options = {"max_new_tokens": steps, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    plain = model.generate(tokens, **options)
+    with observe(model) as seen:
+        watched = model.generate(tokens, **options)
+    assert torch.equal(plain, watched) and not seen.left
+    assert [(call.queries, call.keys) for call in seen.layers[::2]] == [(7, 7)] + [(1, 7 + n) for n in range(1, steps)]
+    with torch.no_grad():
+        weights = model(plain[:, :-1], output_attentions=True).attentions
+    for number, call in enumerate(seen.layers):
+        P = weights[number % 2][:, :, call.keys - call.queries : call.keys, : call.keys]
+        torch.testing.assert_close(call.statistics.received, P.sum(2), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(call.statistics.largest, P.amax(-1), rtol=1e-4, atol=1e-5)

@@ -382,3 +382,50 @@ def test_few_queries_and_keys(lengths, backend: str) -> None:
     torch.testing.assert_close(found.top_weights.sum(-1), P.sum(-1))
     torch.testing.assert_close(found.distance, (P * (i - j).abs()).sum(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.largest, P.amax(-1))
+
+
+@pytest.mark.parametrize("where", ["query", "key", "hidden key"])
+def test_nan_stays_in_the_rows_that_see_it(where: str, backend: str, device: torch.device) -> None:
+    if left_out(backend):
+        pytest.skip(left_out(backend))
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 40, 16)
+    broken = torch.zeros(40, dtype=torch.bool)
+    if where == "query":
+        query[:, :, 7] = torch.nan
+        broken[7] = True
+    else:
+        key[:, :, 30] = torch.nan
+        broken[30 if where == "hidden key" else 0 :] = True
+    found = attention_statistics(query.to(device), key.to(device), is_causal=where == "hidden key", backend=backend)
+    for name in ("lse", "entropy", "distance", "nearby", "top_weights"):
+        values = getattr(found, name)[0, 0].cpu()
+        values = values if name == "top_weights" else values[:, None]
+        assert (values.isnan() == broken[:, None]).all(), name
+    assert ((found.top_keys[0, 0].cpu() == -1).all(-1) == broken).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 32])
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "random"])
+def test_the_largest_weights_in_any_order_of_the_keys(
+    order: str, top_k: int, backend: str, device: torch.device
+) -> None:
+    """Of equal weights the first key comes first, whatever stood in its place before."""
+    if left_out(backend):
+        pytest.skip(left_out(backend))
+    torch.manual_seed(0)
+    Nq, Nk = 33, 300
+    scores = {
+        "rising": torch.arange(Nk) / Nk,
+        "falling": -torch.arange(Nk) / Nk,
+        "equal": torch.zeros(Nk),
+        "random": torch.randint(0, 9, (Nk,)) / 8,  # many ties
+    }[order]
+    query, key = torch.zeros(1, 1, Nq, 16), torch.zeros(1, 1, Nk, 16)
+    query[..., 0], key[..., 0] = 1, scores
+    found = attention_statistics(
+        query.to(device), key.to(device), scale=1.0, top_k=top_k, want=("top",), backend=backend
+    )
+    right = scores.softmax(0).sort(stable=True, descending=True)
+    assert (found.top_keys.cpu() == right.indices[:top_k]).all()
+    torch.testing.assert_close(found.top_weights[0, 0].cpu(), right.values[:top_k].expand(Nq, -1))

@@ -174,6 +174,7 @@ def test_an_interrupted_search_goes_on_from_what_it_measured(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         kept = Kept(path, about, resume=False)
         convert(model, budget=within(0.05, **options, progress=interrupting, kept=kept), sample=sample)
+    kept.begin()  # as the command does when it is interrupted
     assert re.search(r"\d layers and \d+ trials that were measured are kept in", str(kept))
     assert (len(kept.layers) >= 1) == (distill == 0) and (len(kept.errors) >= 1) == stop[0].startswith("trials")
     measured, figures = [], calibration._figures
@@ -193,7 +194,9 @@ def test_measurements_of_something_else_are_not_gone_on_with(tmp_path):
     path, mark = tmp_path / "kept.jsonl", fingerprint(model, sample)
     with pytest.raises(InputError, match="no measurements to go on with"):
         Kept(path, {"data": mark}, resume=True)
-    Kept(path, {"data": mark, "probes": 4}, resume=False)
+    kept = Kept(path, {"data": mark, "probes": 4}, resume=False)
+    assert not path.exists(), "what is refused before anything is measured leaves no file"
+    kept.put_error(("dense",), 0.0)
     with pytest.raises(InputError, match="another probes: 4, now 2"):
         Kept(path, {"data": mark, "probes": 2}, resume=True)
     with torch.no_grad():
@@ -410,6 +413,7 @@ def test_default_candidates_are_cheaper_than_all_pairs(length):
         ({"plan": Plan({"layers.9.self_attn": "causal"})}, InputError, "another model"),
         ({"plan": Plan({"layers.0.self_attn": "nonsense"})}, InputError, "nonsense"),
         ({"budget": Budget(0.1, held_out=[]), "sample": torch.randn(2, N, 32)}, InputError, "held_out is empty"),
+        ({"budget": 0.1, "sample": torch.full((2, N, 32), torch.nan)}, InputError, "no finite number"),
         ({"budget": Budget(0.0), "sample": torch.randn(2, N, 32)}, ConversionError, "budget"),
         ({"budget": Budget(0.1, metric=lambda m: "a"), "sample": torch.randn(2, N, 32)}, ConversionError, "metric"),
     ],

@@ -6,6 +6,8 @@ import base64
 import json
 import re
 import shutil
+import subprocess
+import types
 
 import pytest
 import torch
@@ -68,9 +70,11 @@ def test_convert_writes_a_plan_that_applies_and_a_page(folder, tmp_path):
         (["--model", "{}/lm", "--data", "{}/text.txt", "--candidate", "nonsense"], "nonsense"),
     ],
 )
-def test_errors_of_convert_are_named(folder, arguments, says):
+def test_errors_of_convert_are_named(folder, arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = run("convert", *[a.replace("{}", str(folder)) for a in arguments])
     assert result.exit_code == 2 and says in " ".join(result.output.replace("│", " ").split()), result.output
+    assert not list(tmp_path.iterdir()), "nothing is left of a command that was refused"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,58 @@ def test_an_image_and_a_low_rank_method_have_their_page(folder, tmp_path):
     assert "top" in exact and "top" not in low_rank  # of which single weights are not known
 
 
+def test_an_image_of_a_model_of_images_and_texts(folder, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    small = models.TransformerConfig(32, 2, 4)
+    tower = models.ImageConfig(image_size=32, patch_size=8, encoder=small)
+    text = models.TextTowerConfig(vocab_size=20, max_len=8, eos_token_id=7, encoder=small)
+    models.CLIP(models.CLIPConfig(tower, text)).save_pretrained(tmp_path / "clip")
+    result = run(
+        "inspect", "--model", tmp_path / "clip", "--image", tmp_path / "red.png", "--out", tmp_path / "page.html"
+    )
+    assert result.exit_code == 0, result.output
+    data = embedded(tmp_path / "page.html")
+    assert data["kind"] == "image" and data["title"].endswith("clip")
+    assert [len(layer["heads"]) for layer in data["runs"][0]["layers"]] == [4, 4]  # of the image's tower alone
+
+
+def test_missing_values_of_a_series_stay_missing():
+    values = torch.tensor([1.0, torch.nan, 3.0, torch.inf])
+    data = inspect.describe(torch.nn.MultiheadAttention(8, 2), inputs.Read((torch.randn(4, 8),) * 3, values=values))
+    assert data["values"] == [1.0, None, 3.0, None] and "null" in inspect.page(data)
+
+
+def test_words_are_told_apart_whatever_marks_them(monkeypatch):
+    class Tokenizer:
+        cls_token_id = bos_token_id = None
+
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def __call__(self, text, **_):
+            return {"input_ids": list(range(len(self.tokens))) if text else []}
+
+        def get_vocab(self):
+            return {token: n for n, token in enumerate(self.tokens)}
+
+        def convert_ids_to_tokens(self, token):
+            return self.tokens[token]
+
+    for tokens in (
+        ["un", "##known", "words"],
+        ["\u2581un", "known", "\u2581words"],
+        ["\u0120un", "known", "\u0120words"],
+    ):
+        library = types.SimpleNamespace(
+            AutoTokenizer=types.SimpleNamespace(from_pretrained=lambda _, tokens=tokens: Tokenizer(tokens))
+        )
+        monkeypatch.setattr(inputs.sources, "_transformers", lambda library=library: library)
+        monkeypatch.setattr(inputs.Path, "is_file", lambda _: True)
+        ids, name_of, _ = inputs._tokens(inputs.Loaded(torch.nn.Identity(), inputs.Path("folder")), "text")
+        assert [name_of(token) for token in ids] == [" un", "known", " words"]
+
+
 def test_errors_of_inspect_are_named(folder, tmp_path):
     for arguments, says in (
         (("--model", folder / "lm"), "one of"),
@@ -152,12 +208,37 @@ def test_a_long_input_stays_small():
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 
 
-@pytest.fixture
-def browser_page(report):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+@pytest.fixture(scope="module")
+def chromium():
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
         pytest.skip("no Chromium here: apt-get install chromium")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("address", "which"), [("", "Layer 1, head 1"), ("#2.3", "Layer 2, head 3"), ("#9.9", "1, head 1")]
+)
+def test_the_address_says_which_head_is_shown(report, chromium, tmp_path, address, which):
+    command = [
+        chromium,
+        "--headless",
+        *FLAGS.split(),
+        f"--user-data-dir={tmp_path}",
+        "--dump-dom",
+        report.as_uri() + address,
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    (heading,) = re.findall(r'<h2 id="which"[^>]*>([^<]*)<', shown)
+    assert which in heading
+    assert shown.count('aria-pressed="true"') == 1 and shown.count("<circle") == 16
+    received = re.findall(r'<table class="list most">.*?</table>', shown)
+    assert len(received) == 2  # as it is, and beside it the window
+
+
+@pytest.fixture
+def browser_page(report, chromium):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS.split())
         page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()

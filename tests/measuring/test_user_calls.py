@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 
@@ -94,6 +97,27 @@ def test_the_table_of_every_call(tmp_path) -> None:
     page.write_text(f"before\n{call_table.MARKS[0]}\nold\n{call_table.MARKS[1]}\nafter\n")
     call_table.write(page, "new")
     assert page.read_text() == f"before\n{call_table.MARKS[0]}\nnew\n{call_table.MARKS[1]}\nafter\n"
+
+
+def test_the_table_of_sparse_methods(tmp_path) -> None:
+    from efficient_attn.benchmarks.tools import sparsity_table
+
+    config = {"pattern": "axial", "percent": None, "seqlen": 4096, "mode": "fwd", "dtype": "float32"}
+    found = {"density": 0.03125, "visited": 0.0625, "parts": 2, "ms": 5.0, "efficiency": 0.5, "speedup_dense": 16.0}
+    cell = {"type": "cell", "suite": "sparsity", "status": "ok", **found}
+    changes: tuple[dict[str, Any], ...] = ({}, {"mode": "fwd_bwd"}, {"percent": 5}, {"ms": 4.0})
+    of_config = ("mode", "percent")
+    cells = [
+        {**cell, **{k: v for k, v in new.items() if k not in of_config}}
+        | {"config": config | {k: v for k, v in new.items() if k in of_config}}
+        for new in changes
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in cells))
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(sparsity_table.MARKS))
+    assert sparsity_table.main([str(tmp_path), "--page", str(page)]) == 0
+    line = "| 4096 | float32 | `axial` | 3.1% | 6.2% | 2 | 4 | 0.50 | 0.45 | 0.06 | 5 | 0.50 | 0.06 |"
+    assert page.read_text().splitlines()[1:-1][2:] == [line]
 
 
 def test_cells_are_chosen_by_direction_and_length() -> None:

@@ -145,3 +145,13 @@ def test_explain_shows_parts_and_orders() -> None:
 def test_lines_are_ascending() -> None:
     line = Line.of(torch.arange(10), torch.arange(10) % 3, torch.arange(10) // 3)
     assert line.token.tolist() == [0, 3, 6, 9, 1, 4, 7, 2, 5, 8]
+
+
+def test_explain_says_where_a_mask_pays() -> None:
+    long, short = torch.zeros(1, 1, 4096, 8), torch.zeros(1, 1, 256, 8)
+    few = explain(long, long, long, mask=parse("axial").pattern)
+    assert few.density < few.work < 0.1 and "work: about 4.2" in str(few) and "not pay" not in str(few)
+    scattered = explain(short, short, short, mask=parse("axial").pattern)
+    assert scattered.work >= 1.0 and "does not pay here: it starts to with more tokens" in str(scattered)
+    dense = explain(short, short, short)
+    assert dense.work == pytest.approx(1.0, abs=0.01) and "work" not in str(dense)

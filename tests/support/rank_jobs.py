@@ -328,7 +328,11 @@ def sent_by_window(group: Any, length: int, transport: str) -> int:
 
 def peak_memory(group: Any, length: int, transport: str, mask: Any) -> int:
     """How much the memory of this process grows at most in a forward and backward, its part of the tensors included, in
-    bytes; `transport` "": one process without context_parallel."""
+    bytes; `transport` "": one process without context_parallel.
+
+    What is freed goes back to the system at once here: what glibc keeps for itself differs from run to run.
+    """
+    import ctypes
     from contextlib import nullcontext
     from pathlib import Path
 
@@ -342,6 +346,8 @@ def peak_memory(group: Any, length: int, transport: str, mask: Any) -> int:
         out = attention(q, k, v, mask=mask)
         out.backward(torch.ones(()).expand_as(out))
 
+    M_MMAP_THRESHOLD = -3
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     with context_parallel(group, transport=transport, timeout=200) if transport else nullcontext() as context:
         step(512)  # what libraries keep for themselves
         before = status("VmRSS")

@@ -79,9 +79,10 @@ def _of_rows(weights: Tensor, scores: Tensor, first: int, wanted: Wanted) -> tup
     top_weights = top_keys = distance = nearby = shares = None
     if wanted.top:
         order = scores.sort(stable=True, dim=-1, descending=True).indices[..., : wanted.top]
-        seen = scores.gather(-1, order) > -torch.inf
+        broken = weights.isnan().any(-1, keepdim=True)  # a NaN score: no weight of the row is known
+        seen = (scores.gather(-1, order) > -torch.inf) & ~broken
         missing = wanted.top - order.shape[-1]
-        top_weights = F.pad(weights.gather(-1, order), (0, missing))
+        top_weights = F.pad(weights.gather(-1, order), (0, missing)).masked_fill(broken, torch.nan)
         top_keys = F.pad(order.masked_fill(~seen, -1), (0, missing), value=-1).int()
     if wanted.position_offset is not None:
         places = torch.arange(weights.shape[2], device=weights.device) + first + wanted.position_offset

@@ -133,7 +133,9 @@ def _in_order(rows: Any, softmax: Any, top: int) -> tuple[Tensor | None, Tensor 
     scores, keys = scores.gather(-1, by_score), keys.gather(-1, by_score)
     nothing = scores == -torch.inf
     weights = torch.exp2(scores - softmax.largest[..., None]) * softmax.inverse[..., None]
-    return weights.masked_fill(nothing, 0.0), keys.masked_fill(nothing, -1)
+    broken = rows.lse.isnan()[..., None]  # a NaN score: no weight of the row is known
+    weights = weights.masked_fill(nothing, 0.0).masked_fill(broken, torch.nan)
+    return weights, keys.masked_fill(nothing | broken, -1)
 
 
 def _joined(cells: Tensor, side: int) -> Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError
+
+if TYPE_CHECKING:
+    from ...measuring import records
 
 ABOUT, LAYER, TRIAL = "about", "layer", "trial"
 
@@ -45,29 +48,39 @@ class Kept:
         self.path = path
         self.layers = {row["name"]: row for row in rows if row["type"] == LAYER}
         self.errors = {tuple(row["methods"]): row["error"] for row in rows if row["type"] == TRIAL}
-        if not resume:
-            path.unlink(missing_ok=True)
-        self._file = records.ResultFile(path)
-        if not resume:
-            self._file.append({"type": ABOUT, "values": dict(about)})
+        self._about, self._resume = {"type": ABOUT, "values": dict(about)}, resume
+        self._file: records.ResultFile | None = None
+
+    def begin(self) -> records.ResultFile:
+        """The file, made now at the latest: what was refused before leaves none, and an older one as it is."""
+        from ...measuring import records  # reads what only some systems tell
+
+        if self._file is None:
+            if not self._resume:
+                self.path.unlink(missing_ok=True)
+            self._file = records.ResultFile(self.path)
+            if not self._resume:
+                self._file.append(self._about)
+        return self._file
 
     def put_layer(self, name: str, dense: float, figures: Sequence[Mapping[str, Any]]) -> None:
         """Keep the cost of a layer as it is, and the figures of its candidates."""
         self.layers[name] = {"type": LAYER, "name": name, "dense": dense, "figures": list(figures)}
-        self._file.append(self.layers[name])
+        self.begin().append(self.layers[name])
 
     def put_error(self, methods: tuple[str, ...], error: float) -> None:
         """Keep what the whole model loses with these methods."""
         self.errors[methods] = error
-        self._file.append({"type": TRIAL, "methods": list(methods), "error": error})
+        self.begin().append({"type": TRIAL, "methods": list(methods), "error": error})
 
     def __str__(self) -> str:
         return f"{len(self.layers)} layers and {len(self.errors)} trials that were measured are kept in {self.path}"
 
     def remove(self) -> None:
         """The search is done."""
-        self._file.__exit__()
-        self.path.unlink()
+        if self._file is not None:
+            self._file.__exit__()
+        self.path.unlink(missing_ok=True)
 
 
 def fingerprint(model: nn.Module, sample: Any) -> str:

@@ -173,6 +173,11 @@ class Search:
         self.sample, self.held_out = split(sample, budget.held_out)
         self.note: Note = budget.progress or (lambda what, done, of: None)
         self.before = [self.compared.run(model, sample) for sample in self.held_out]
+        if not any(y.isfinite().any() for outputs in self.before for y in outputs):
+            raise InputError(
+                "the model returns no finite number for the samples held out, so that no error can be measured; "
+                "give a sample= or held_out= that it is meant for"
+            )
         self.metric_before = None if budget.metric is None else check_finite(budget.metric(model))
         self.dense = layers.skeleton(model)
         make_dense(self.dense)

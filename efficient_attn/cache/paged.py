@@ -62,6 +62,7 @@ class PagedKVCache:
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
+        self._table: tuple[list[int], Tensor] | None = None  # the last one that was asked for, until a page changes
 
     # --- sequences ---
 
@@ -95,6 +96,7 @@ class PagedKVCache:
     def free(self, sequence: int) -> None:
         """Forget a sequence; its pages that no other has are free again."""
         self.rewind(sequence, 0)
+        self._table = None
         del self._pages[sequence], self._lengths[sequence]
 
     def rewind(self, sequence: int, length: int) -> None:
@@ -102,7 +104,7 @@ class PagedKVCache:
         checked_integers("length", [length], 1, self._length(sequence))
         pages = self._pages[sequence]
         while len(pages) * self.page_size >= length + self.page_size:
-            page = pages.pop()
+            page, self._table = pages.pop(), None
             self._users[page] -= 1
             if not self._users[page]:
                 self._free.append(page)
@@ -114,10 +116,7 @@ class PagedKVCache:
 
     def block_table(self, sequences: Sequence[int]) -> Tensor:
         """int32 (sequences, pages of the longest), -1 behind the last page of each."""
-        pages = [self._pages[sequence] for sequence in sequences if self._length(sequence) >= 0]
-        longest = max(map(len, pages), default=0)
-        rows = [[*own, *([-1] * (longest - len(own)))] for own in pages]
-        return torch.tensor(rows, dtype=torch.int32, device=self.key_pages.device).view(len(rows), longest)
+        return self._table_of(sequences).clone()
 
     # --- writing and reading ---
 
@@ -145,12 +144,14 @@ class PagedKVCache:
         self._take_pages(sequences, before, real)
         if self.rotary is not None:
             key = turned(key, before, real, *self.rotary, interleaved=self.interleaved)
-        for s, (sequence, start, count) in enumerate(zip(sequences, before, real, strict=True)):
-            if count:
-                at = torch.arange(start, start + count, device=key.device)
-                own = torch.tensor(self._pages[sequence], device=key.device)[at // page]
-                self.key_pages[own, at % page] = key[s, :, :count].transpose(0, 1).to(self.key_pages.dtype)
-                self.value_pages[own, at % page] = value[s, :, :count].transpose(0, 1).to(self.value_pages.dtype)
+        if sum(real):
+            firsts, ends = (torch.tensor(numbers, device=key.device)[:, None] for numbers in (before, real))
+            ahead = torch.arange(n, device=key.device)
+            at, kept = (firsts + ahead).where(ahead < ends, 0), (ahead < ends).flatten()
+            places = self._table_of(sequences).gather(1, at // page).flatten()[kept], (at % page).flatten()[kept]
+            for pages, new in ((self.key_pages, key), (self.value_pages, value)):
+                pages[places] = new.transpose(1, 2).flatten(0, 1)[kept].to(pages.dtype)
+        for sequence, start, count in zip(sequences, before, real, strict=True):
             self._lengths[sequence] = start + count
 
     def attend(
@@ -196,7 +197,7 @@ class PagedKVCache:
             firsts = [length - n for length, n in zip(lengths, real, strict=True)]
             query = turned(query, firsts, real, *self.rotary, interleaved=self.interleaved)
         return paged_attention(
-            query, self.key_pages, self.value_pages, self.block_table(sequences), lengths, counts=real,
+            query, self.key_pages, self.value_pages, self._table_of(sequences), lengths, counts=real,
             is_causal=is_causal, window=window, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
@@ -207,6 +208,17 @@ class PagedKVCache:
         if sequence not in self._lengths:
             raise InputError(f"there is no sequence {sequence}; there are {sorted(self._lengths)}")
         return self._lengths[sequence]
+
+    def _table_of(self, sequences: Sequence[int]) -> Tensor:
+        """`block_table`, the same tensor until a page changes."""
+        asked = list(sequences)
+        if self._table is None or self._table[0] != asked:
+            pages = [self._pages[sequence] for sequence in asked if self._length(sequence) >= 0]
+            longest = max(map(len, pages), default=0)
+            rows = [[*own, *([-1] * (longest - len(own)))] for own in pages]
+            table = torch.tensor(rows, dtype=torch.int32, device=self.key_pages.device).view(len(rows), longest)
+            self._table = (asked, table)
+        return self._table[1]
 
     def _take_pages(self, sequences: Sequence[int], before: list[int], counts: list[int]) -> None:
         """Pages for `counts` more tokens; one that others have, too, is copied before it is written."""
@@ -231,7 +243,7 @@ class PagedKVCache:
             old = self._pages[sequence][-1]
             if self._users[old] == 1:  # who shared it has just got a copy
                 continue
-            new = self._free.pop()
+            new, self._table = self._free.pop(), None
             for pages in (self.key_pages, self.value_pages):
                 pages[new] = pages[old]
             self._users[old] -= 1
@@ -239,6 +251,6 @@ class PagedKVCache:
             self._pages[sequence][-1] = new
         for sequence, start, count in zip(sequences, before, counts, strict=True):
             while len(self._pages[sequence]) * size < start + count:
-                new = self._free.pop()
+                new, self._table = self._free.pop(), None
                 self._users[new] = 1
                 self._pages[sequence].append(new)

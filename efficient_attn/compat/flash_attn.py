@@ -26,7 +26,7 @@ from ..functional import attention
 from ..masks.packed import offset_of, starts_of
 from ..varlen import attention_varlen
 from .kv_cache import append, read_cache, rows_of
-from .scores import BY_KERNELS, attend
+from .scores import BY_KERNELS, alibi, attend, checked_cap
 
 __all__ = [
     "flash_attn_func",
@@ -243,10 +243,11 @@ def flash_attn_with_kvcache(
     options: dict[str, Any] = {"scale": softmax_scale, "backend": backend}
     query, longest = q.transpose(1, 2), max(ends, default=0)
     plain = softcap == 0.0 and alibi_slopes is None and not any(begins)
-    if plain and block_table is not None:
+    if block_table is not None and (plain or q.device.type in BY_KERNELS):
         out, lse = paged_attention(
-            query, k_cache, v_cache, block_table, ends, is_causal=False, window=window, return_lse=True, **options
-        )
+            query, k_cache, v_cache, block_table, ends, is_causal=False, window=window, softcap=checked_cap(softcap),
+            bias=alibi(alibi_slopes, query), return_lse=True, **options,
+        )  # fmt: skip
     else:
         key, value = (_cached(x, rows.where, block_table, longest) for x in (k_cache, v_cache))
         if plain:

@@ -64,15 +64,13 @@ def attend(
         )  # fmt: skip
     query, key, value = prepare_inputs(query, key, value)
     check_dropout(dropout_p)
-    if not softcap >= 0.0:
-        raise InputError(f"softcap must be 0 (none) or positive, got {softcap}")
-    slopes = None if slopes is None else _check_slopes(slopes, query)
+    cap = checked_cap(softcap)
     if query.device.type in BY_KERNELS and offset == key.shape[2] - query.shape[2]:
         return attention(
-            query, key, value, mask=_window_mask(query, key, window, offset), scale=scale, softcap=softcap or None,
-            bias=None if slopes is None else ALiBi(slopes.flatten(1), "bottom_right"), dropout_p=dropout_p,
-            dropout_seed=dropout_seed, return_lse=True, backend=backend,
+            query, key, value, mask=_window_mask(query, key, window, offset), scale=scale, softcap=cap,
+            bias=alibi(slopes, query), dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=True, backend=backend,
         )  # fmt: skip
+    slopes = None if slopes is None else _check_slopes(slopes, query)
     scale = default_scale(scale, query.shape[3])
     seed = resolve_seed(dropout_seed) if dropout_p > 0.0 else None
     options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "scale": scale, "backend": backend}
@@ -86,6 +84,18 @@ def attend(
         some_rows = functools.partial(_biased_rows, slopes=slopes, **options)
         size = _rows_of(query, key)
     return _by_rows(some_rows, size, query, key, value, window, offset)
+
+
+def checked_cap(softcap: float) -> float | None:
+    """flash-attn's cap as `attention` takes it, None for 0; raises InputError for a negative one."""
+    if not softcap >= 0.0:
+        raise InputError(f"softcap must be 0 (none) or positive, got {softcap}")
+    return softcap or None
+
+
+def alibi(slopes: Tensor | None, query: Tensor) -> ALiBi | None:
+    """The bias of slopes (Hq) or (B, Hq); raises InputError, InputTypeError for others."""
+    return None if slopes is None else ALiBi(_check_slopes(slopes, query).flatten(1), "bottom_right")
 
 
 def _by_rows(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InputError
+from ..errors import EfficientAttnError, InputError
 from ..integrations import Budget, convert
 from ..integrations.budget import Kept, fingerprint
 from ..measuring.terminal import Progress, console, interrupted, named_errors, resuming, sigterm_raises
@@ -70,6 +70,9 @@ def convert_command(
         except KeyboardInterrupt as interrupt:
             kept.begin()
             raise typer.Exit(interrupted(interrupt, err, str(kept), resuming())) from None
+        except EfficientAttnError:
+            kept.remove()
+            raise
         assert report.plan is not None
         report.plan.save(out)
         kept.remove()

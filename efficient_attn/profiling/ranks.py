@@ -295,7 +295,8 @@ class _Found:
         if self.ranks == 1:
             return link
         latency, others = seconds(f"swap {SMALL}"), self.ranks - 1
-        bandwidth = LARGE * others / max(seconds(f"swap {LARGE}") - latency, 1e-9)
+        large = seconds(f"swap {LARGE}")
+        bandwidth = LARGE * others / max(large - latency, large / 2)  # a small one that was held up says nothing of it
         start = max(seconds("tiny") - latency, 0.0)
         return replace(link, latency=latency / others, bandwidth=bandwidth, start=start)
 

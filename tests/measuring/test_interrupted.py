@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str | None, int]] = {
     "train": ("train digits --steps 200 --out run", "run/metrics.jsonl", 3),
     "convert": (f"convert --model model.py:make --probes 1 --budget 0.5 {WINDOWS}", "plan.measured.jsonl", 2),
     "inspect": ("inspect --model model.py:make --length 4096", "forward.txt", 1),
-    "fuzz": ("mask module --cases 700", None, 0),
+    "fuzz": ("mask module --cases 250", None, 0),
 }
 FAST = (("convert", "terminal"), ("bench", "terminal"))  # the others: make test-slow
 

@@ -428,15 +428,17 @@ inline void accumulate_rows_masked(const A* P, int64_t keys, int64_t w, int64_t 
 }
 
 // Calls visit(chunk) for the chunks of keys that the queries `rows` see inside `limits`. Chunks end at multiples of
-// kKeys, so that sums are grouped alike however the keys are divided among passes.
+// kKeys, so that sums are grouped alike however the keys are divided among passes. Small blocks side by side are one
+// chunk; larger ones are not, since little is gained and a row's sums would be grouped by what its neighbours see.
 template <class Visit>
 inline void for_each_chunk(const AttentionParams& p, int64_t b, int64_t h, int64_t block, Range rows, Range limits,
                            Visit visit) {
+    const bool joins = p.mask.block_k <= 32;
     Chunk chunk{{0, 0}, 0, {}};
     for_each_segment(p, b, h, block, rows, limits, [&](const Segment& segment) {
         for (int64_t key = segment.keys.begin, end; key < segment.keys.end; key = end) {
             end = min_of((key / kKeys + 1) * kKeys, segment.keys.end);
-            if (chunk.count && (key != chunk.keys.end || key % kKeys == 0)) {
+            if (chunk.count && (!joins || key != chunk.keys.end || key % kKeys == 0)) {
                 visit(static_cast<const Chunk&>(chunk));
                 chunk.count = 0;
             }

@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str | None, int]] = {
     "inspect": ("inspect --model model.py:make --length 4096", "forward.txt", 1),
     "fuzz": ("mask module --cases 250", None, 0),
 }
-FAST = (("convert", "terminal"), ("bench", "terminal"))  # the others: make test-slow
+FAST = (("convert", "terminal"),)  # the others: make test-slow
 
 
 def cases() -> list:

@@ -34,6 +34,8 @@ Measure = Callable[[Mapping[str, Any]], dict[str, Any]]
 # Of several configurations at once: the metrics of each in their order, or the error that it ended with.
 MeasureTogether = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any] | BaseException]]
 
+END_S = 2.0  # what a worker has to end by itself once it has answered
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -162,6 +164,7 @@ def _run_worker(
             if not receiver.poll(limits.seconds):
                 return [{"status": "timeout", "message": f"stopped after {limits.seconds:.4g} s"}] * len(cells)
             results: list[Record] = receiver.recv()
+            process.join(END_S)  # it gives back its semaphores; ended within that, Python says at last that they leak
             return results
         except EOFError:
             process.join()

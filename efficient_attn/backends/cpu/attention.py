@@ -36,7 +36,7 @@ except ImportError as error:
     _cpu = None
     MISSING = f"the native module is not built or cannot be loaded ({error}); reinstall with a C++17 compiler"
 
-LARGE = 4 * 2**20  # bytes from which a result is worth huge pages: a whole one lies in it wherever it begins
+LARGE = 64 * 2**20  # bytes from which a result is worth huge pages
 
 
 def not_supported_reasons(call: Call) -> list[str]:
@@ -75,7 +75,7 @@ def attention_forward(
     B, Hq, Nq, _ = query.shape
     dtype = query.dtype
     if joined is None:
-        out = empty((B, Hq, Nq, value.shape[3]), dtype)
+        out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
         lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
         if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
             out.zero_(), lse_without_keys(lse, sinks)
@@ -251,7 +251,7 @@ def attention_backward(
     """
     check_gradients_in_order(mask, grad_weights, sinks, bias if bias_requires_grad else None, query)
     if added_to is None:
-        dq, dk, dv = (empty(t.shape, t.dtype) for t in (query, key, value))
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in (query, key, value))
         if leaves_rows(mask.query_order, query):
             dq.zero_()
         if leaves_rows(mask.key_order, key):

@@ -46,26 +46,34 @@ inline int64_t statistics_chunks(const StatisticsParams& p) {
 }
 
 // Keeps the largest scores of each query, descending; of equal ones the first key stays. Where a key is among the
-// largest of some query, all lanes go down the list together: a lane carries its score to its place, and from there on
-// what stood there before.
+// largest of some query, all lanes go up the list together. What a place takes follows from what it and the place above
+// held, so that no place waits for another.
 template <class A>
 EA_NOINLINE void keep_largest(const A* S, Range keys, int64_t w, int64_t top, A* largest, Integer<A>* largest_key) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
-        Vec<A> least = load<A>(largest + (top - 1) * w + lane);
+        const int64_t last = (top - 1) * w + lane;
+        Vec<A> least = load<A>(largest + last);
         for (int64_t k = 0; k < keys.end - keys.begin; ++k) {
-            Vec<A> score = load(S + k * w + lane);
+            const Vec<A> score = load(S + k * w + lane);
             if (!bits_from_lanes<A>(score > least)) continue;
-            Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{}, moved = {};
-            for (int64_t place = lane; place < top * w; place += w) {
-                const Vec<A> held = load<A>(largest + place);
-                const Mask<A> held_key = load_integers<A>(largest_key + place);
-                moved |= score > held;
-                store(largest + place, select<A>(moved, score, held));
-                store_integers<A>(largest_key + place, moved ? key : held_key);
-                score = select<A>(moved, held, score);
-                key = moved ? held_key : key;
+            const Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{};
+            Vec<A> held = least;
+            Mask<A> held_key = load_integers<A>(largest_key + last), above = score > held;
+            for (int64_t place = last; place > lane; place -= w) {
+                const Vec<A> next = load<A>(largest + place - w);
+                const Mask<A> next_key = load_integers<A>(largest_key + place - w), here = above;
+                above = score > next;
+                const Vec<A> kept = select<A>(here, select<A>(above, next, score), held);
+                store(largest + place, kept);
+                store_integers<A>(largest_key + place, here ? (above ? next_key : key) : held_key);
+                if (place == last) least = kept;
+                held = next;
+                held_key = next_key;
             }
-            least = load<A>(largest + (top - 1) * w + lane);
+            const Vec<A> first = select<A>(above, score, held);
+            store(largest + lane, first);
+            store_integers<A>(largest_key + lane, above ? key : held_key);
+            if (top == 1) least = first;
         }
     }
 }

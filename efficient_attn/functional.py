@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -165,15 +166,18 @@ def attention(
         if entry is not None:
             out, lse = repeated.run(entry, query, key, value, return_lse)
             return out if lse is None else (out, lse)
+    takes_parts = plain or (not modified and mask is not None and ops.is_only_watched(query, key, value, bias))
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend, parts=plain,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+        parts=takes_parts,
     )  # fmt: skip
     query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers, _ = call
     options = (scale, dropout_p, seed, *modifiers)
     if parts is not None:
         function = union.union_attention if differentiable else union.union_forward
-        out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
+        with nullcontext() if plain else ops.watched("union_attention"):
+            out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
     elif differentiable and plain:
         out, lse = ops.direct_attention(query, key, value, bias, arrays, *options, chosen)
         if known is not None:

@@ -15,7 +15,8 @@ The backward operator has a derivative of its own (double backward), see second_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -287,6 +288,14 @@ def goes_back_plainly(grad: Tensor, *tensors: Tensor | None) -> bool:
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors can pass the dispatcher by: no subclass, transformation, mode, tracer or profiler
     would see anything of it."""
+    return is_only_watched(*tensors) and not (
+        torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled()
+    )
+
+
+def is_only_watched(*tensors: Tensor | None) -> bool:
+    """Whether nothing but a profiler and modes of torch functions, such as a default device, stands against passing the
+    dispatcher by: see `watched`."""
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:  # a loop: a generator costs a short call as much as all that is asked here
@@ -295,8 +304,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+@contextmanager
+def watched(name: str) -> Iterator[None]:
+    """A range that profilers see by its name, and in which modes of torch functions see and change nothing."""
+    with torch._C.DisableTorchFunction(), torch.autograd.profiler.record_function(f"efficient_attn::{name}"):
+        yield

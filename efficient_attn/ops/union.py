@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..masks import MaskArrays, PartedMask
-from .attention import attention_backward, is_plain, operands, too_coarse
+from .attention import attention_backward, is_only_watched, operands, too_coarse, watched
 
 COARSE_LSE = 1024.0  # where kernels stop to trust it, too (csrc/cpu/attention_backward_rows.h)
 
@@ -126,29 +126,37 @@ class _Union(torch.autograd.Function):
         grad_out = torch.zeros_like(tensors[4]) if grad_out is None else grad_out
         last = (scale, dropout_p, dropout_seed, bias_requires_grad)
         totals: Any
-        differentiated = torch.is_grad_enabled() or not is_plain(grad_out, grad_lse, *tensors)
+        differentiated = torch.is_grad_enabled() or not is_only_watched(grad_out, grad_lse, *tensors)
         if differentiated or too_coarse(parts.backend, tensors[3], None, tensors[5]):
             whole = operands(parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED))  # has a derivative again
             call = (grad_out, grad_lse, None, *tensors, *whole, *last, 0.0, None, None, False, parts.backend)
             totals = attention_backward(*call)
         else:
-            backend = BACKENDS[parts.backend]
-            backward = backend.attention.attention_backward
-            coarse = _coarse_rows(tensors[5], tensors[3], parts)
-            of_rows = [(grad_out, grad_lse, arrays) for arrays in parts.arrays]
-            if coarse is not None:  # each row has its gradient from one of the two
-                whole = parts.mask.arrays(BACKENDS[parts.backend].NEEDS_TRANSPOSED)
-                rest, own = (_only(rows, grad_out, grad_lse) for rows in (~coarse, coarse))
-                of_rows = [*((*rest, arrays) for arrays in parts.arrays), (*own, whole)]
-            (do, dlse, arrays), *others = of_rows
-            totals = backward(do, dlse, None, *tensors, arrays, *last)
-            for do, dlse, arrays in others:
-                into: dict[str, Any] = {"added_to": totals[:3]} if backend.JOINS_PARTS else {}
-                gradients = backward(do, dlse, None, *tensors, arrays, *last, **into)
-                for total, gradient in zip(totals, gradients, strict=True):
-                    if total is not None and total is not gradient:
-                        total.add_(gradient)
+            with watched("union_attention_backward"):
+                totals = _backward_by_parts(grad_out, grad_lse, tensors, parts, last)
         return *totals[:3], totals[3] if bias_requires_grad else None, None, None, None, None
+
+
+def _backward_by_parts(
+    grad_out: Tensor, grad_lse: Tensor | None, tensors: list[Any], parts: Parts, last: tuple[Any, ...]
+) -> Any:
+    backend = BACKENDS[parts.backend]
+    backward = backend.attention.attention_backward
+    coarse = _coarse_rows(tensors[5], tensors[3], parts)
+    of_rows = [(grad_out, grad_lse, arrays) for arrays in parts.arrays]
+    if coarse is not None:  # each row has its gradient from one of the two
+        whole = parts.mask.arrays(backend.NEEDS_TRANSPOSED)
+        rest, own = (_only(rows, grad_out, grad_lse) for rows in (~coarse, coarse))
+        of_rows = [*((*rest, arrays) for arrays in parts.arrays), (*own, whole)]
+    (do, dlse, arrays), *others = of_rows
+    totals: Any = backward(do, dlse, None, *tensors, arrays, *last)
+    for do, dlse, arrays in others:
+        into: dict[str, Any] = {"added_to": totals[:3]} if backend.JOINS_PARTS else {}
+        gradients = backward(do, dlse, None, *tensors, arrays, *last, **into)
+        for total, gradient in zip(totals, gradients, strict=True):
+            if total is not None and total is not gradient:
+                total.add_(gradient)
+    return totals
 
 
 def _only(rows: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -195,8 +195,9 @@ class _Blocks(ContentPattern):
         short = n * self.block - N
         there = torch.arange(n * self.block, device=x.device) < N
         there = there[None] if mask is None else torch.nn.functional.pad(mask, (0, short))
-        x = torch.nn.functional.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, short))
-        x = x.masked_fill(~there[:, None, :, None], neutral)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = torch.nn.functional.pad(x, (0, 0, 0, short), value=neutral) if short else x  # a copy, also of none
+        x = x if mask is None else x.masked_fill(~there[:, None, :, None], neutral)
         counts = there.unflatten(1, (n, self.block)).sum(-1)[:, None, :, None]
         return reduce(x.unflatten(2, (n, self.block)), dim=3), counts
 

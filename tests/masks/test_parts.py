@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch
 from support.cases import Case, band_and_columns, parts
+from torch.overrides import TorchFunctionMode
 
-from efficient_attn import BlockMask, MaskError, attention
+from efficient_attn import BlockMask, MaskError, attention, parse
 from efficient_attn.backends.reference.attention import visible_pairs
 from efficient_attn.masks import Part, PartedMask
 
@@ -129,3 +130,50 @@ def test_plot_shows_a_part_in_its_order() -> None:
     with pytest.raises(MaskError, match="2 parts"):
         mask.plot(part=2)
     pyplot.close("all")
+
+
+class _Watching(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+LOOKERS = {
+    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "default device": lambda: torch.device("cpu"),
+    "a default device that is not that of the tensors": lambda: torch.device("meta"),
+    "function mode": _Watching,
+}
+
+
+AXIAL = parse("axial").pattern
+
+
+@pytest.mark.parametrize("looker", LOOKERS)
+def test_who_looks_on_does_not_turn_parts_into_one_mask_of_all(looker: str, monkeypatch) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 1024, 16, requires_grad=True) for _ in range(3))
+    grad = torch.randn(1, 2, 1024, 16)
+    assert isinstance(AXIAL.block_mask(1024, 1024), PartedMask)
+
+    def run() -> list[torch.Tensor]:
+        out = attention(query, key, value, mask=AXIAL)
+        return [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the mask of all pairs was made")
+
+    plain = run()
+    monkeypatch.setattr(PartedMask, "arrays", refuse)
+    with LOOKERS[looker]():
+        seen = run()
+        with torch.no_grad():
+            still = attention(query, key, value, mask=AXIAL)
+    assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True)) and torch.equal(still, plain[0])
+
+
+def test_a_profiler_names_a_union() -> None:
+    query = torch.randn(1, 2, 1024, 16, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attention(query, query, query, mask=AXIAL).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"efficient_attn::union_attention", "efficient_attn::union_attention_backward"} <= names

@@ -43,6 +43,7 @@ from .inputs import (
 from .masks import BlockMask, MaskArrays, PartedMask, trainable
 from .ops import attention as ops
 from .ops import union
+from .pattern_operator import pattern_attention, pattern_of
 from .patterns import Pattern
 from .strips import by_strips, has_strips
 from .torchscript import check_traceable, traced_attention
@@ -166,15 +167,22 @@ def attention(
         if entry is not None:
             out, lse = repeated.run(entry, query, key, value, return_lse)
             return out if lse is None else (out, lse)
-    takes_parts = plain or (not modified and mask is not None and ops.is_only_watched(query, key, value, bias))
+    takes_parts = plain or (
+        not modified and mask is not None and ops.is_only_watched(query, key, value, *tensors_of(bias))
+    )
+    takes_parts |= torch.compiler.is_compiling()
     call = prepare(
         query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
         parts=takes_parts,
     )  # fmt: skip
-    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers, _ = call
+    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers, _, pattern = (
+        call
+    )
     options = (scale, dropout_p, seed, *modifiers)
-    if parts is not None:
+    if pattern:
+        out, lse = pattern_attention(query, key, value, pattern, scale, dropout_p, seed, chosen)
+    elif parts is not None:
         function = union.union_attention if differentiable else union.union_forward
         with nullcontext() if plain else ops.watched("union_attention"):
             out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
@@ -414,6 +422,7 @@ class Prepared(NamedTuple):
     sinks: Tensor | None = None  # (Hq)
     diagonals: Tensor | None = None  # (1 | B, 1 | Hq, Nq + Nk - 1), of the accumulation dtype
     whole_because: str = ""  # why a mask that is a union of parts is taken as the ordinary one that it is too
+    pattern: str = ""  # the JSON of a pattern that serves the call instead of `mask`, see pattern_operator.py
 
     @property
     def modifiers(self) -> tuple[float, Tensor | None, Tensor | None]:
@@ -442,7 +451,7 @@ def prepare(
     """Check the arguments of `attention`, make its mask and choose its backend; raises what `attention` raises.
 
     Args:
-        parts: whether the caller can take a mask that is a union of parts as that.
+        parts: whether the caller can take a mask that is a union of parts as that, or in a compiled program a pattern.
         transposed: whether the caller needs the lists of query blocks for each key block, gradients or not.
     """
     query, key, value = prepare_inputs(query, key, value)
@@ -460,22 +469,27 @@ def prepare(
         bias = check_bias(bias, query, key)
     check_dropout(dropout_p)
     modifiers = modifier_names(cap, sinks, diagonals)
-    arrays, block_mask = DENSE, None
+    arrays, block_mask, pattern = DENSE, None, ""
+    compiled = parts and torch.compiler.is_compiling()
+    parts = parts and not compiled
     if mask is not None or is_causal or causal_alignment is not None:
         Nq, Nk = query.shape[2], key.shape[2]
         check_alignment(is_causal, causal_alignment, Nq, Nk)
         if mask is not None:
             if is_pattern(mask):
                 mask.check_scores(bias, softcap, structured or None)
-            causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
-            block_mask = _planned_mask(mask, shown_query, shown_key, causal, scale, causal_alignment, bias)
-            if not parts or block_mask.union is None or modifiers:
-                arrays = block_mask.arrays()
+            if compiled and not (is_causal or modifiers) and bias is None:
+                pattern = pattern_of(mask, causal_alignment)
+            if not pattern:
+                causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
+                block_mask = _planned_mask(mask, shown_query, shown_key, causal, scale, causal_alignment, bias)
+                if not parts or block_mask.union is None or modifiers:
+                    arrays = block_mask.arrays()
         elif is_causal:
             arrays = MaskArrays(window_right=0, window_offset=alignment_offset(causal_alignment, Nq, Nk))
     select = backends.select if torch.compiler.is_compiling() else backends.cached_select
     call = describe(query, key, value, bias, arrays, dropout_p, returns_weights, modifiers)
-    if parts and block_mask is not None and block_mask.union is not None:
+    if pattern or (parts and block_mask is not None and block_mask.union is not None):
         call = call._replace(has_lists=True)
     chosen = select(backend, call)
     differentiable = torch.is_grad_enabled() and any(
@@ -496,7 +510,7 @@ def prepare(
         arrays = trainable(arrays)
     return Prepared(
         query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, None, cap, sinks, diagonals,
-        whole_because,
+        whole_because, pattern,
     )  # fmt: skip
 
 

@@ -133,13 +133,15 @@ class _Union(torch.autograd.Function):
             totals = attention_backward(*call)
         else:
             with watched("union_attention_backward"):
-                totals = _backward_by_parts(grad_out, grad_lse, tensors, parts, last)
+                totals = backward_by_parts(grad_out, grad_lse, tensors, parts, last)
         return *totals[:3], totals[3] if bias_requires_grad else None, None, None, None, None
 
 
-def _backward_by_parts(
+def backward_by_parts(
     grad_out: Tensor, grad_lse: Tensor | None, tensors: list[Any], parts: Parts, last: tuple[Any, ...]
 ) -> Any:
+    """The gradients of query, key, value and bias. tensors: these four, out and lse; last: scale, dropout_p,
+    dropout_seed and whether the bias wants one."""
     backend = BACKENDS[parts.backend]
     backward = backend.attention.attention_backward
     coarse = _coarse_rows(tensors[5], tensors[3], parts)

@@ -191,6 +191,11 @@ class Pattern(Named):
         return None
 
     @property
+    def has_orders(self) -> bool:
+        """Whether it may be taken in parts, each in an order of tokens in which what it shows lies together."""
+        return type(self)._proposals is not Pattern._proposals
+
+    @property
     def _own_block(self) -> tuple[int, int]:
         return (128, 128)
 

@@ -177,3 +177,52 @@ def test_a_profiler_names_a_union() -> None:
         attention(query, query, query, mask=AXIAL).sum().backward()
     names = {event.name for event in profile.events()}
     assert {"efficient_attn::union_attention", "efficient_attn::union_attention_backward"} <= names
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["axial", "strided:stride=32", "fixed:stride=32,summary=4", "dilated:left=16,right=16,dilation=4",
+     "neighborhood:kernel=5", "longformer:window=64,global_tokens=4"],
+)  # fmt: skip
+def test_a_compiled_call_takes_the_same_parts(spec: str, monkeypatch) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    pattern = parse(spec).pattern
+    query, key, value = (torch.randn(1, 2, 1024, 16, requires_grad=True) for _ in range(3))
+    grads = torch.randn(1, 2, 1024, 16), torch.randn(1, 2, 1024)
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, p: float = 0.0) -> tuple[torch.Tensor, ...]:
+        return attention(query, key, value, mask=pattern, dropout_p=p, dropout_seed=3, return_lse=True)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the mask of all pairs was made")
+
+    monkeypatch.setattr(PartedMask, "arrays", refuse)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for p in (0.0, 0.2):
+        plain, seen = call(query, key, value, p), compiled(query, key, value, p)
+        assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
+        wanted, found = (torch.autograd.grad(pair, (query, key, value), grads) for pair in (plain, seen))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_compiled_parts_at_other_lengths_and_under_vmap() -> None:
+    torch._dynamo.reset()
+    pattern = parse("strided:stride=16,alignment=bottom_right").pattern
+    compiled = torch.compile(lambda q, k: attention(q, k, k, mask=pattern), backend="aot_eager", dynamic=True)
+    for q_len, kv_len in ((700, 700), (1024, 1024), (1, 900), (300, 640), (17, 17)):
+        query, key = torch.randn(2, 4, q_len, 16), torch.randn(2, 2, kv_len, 16)
+        assert torch.equal(compiled(query, key), attention(query, key, key, mask=pattern))
+    many = torch.randn(3, 1, 2, 640, 16)
+    mapped = torch.compile(torch.vmap(lambda x: attention(x, x, x, mask=pattern)), backend="aot_eager")(many)
+    torch.testing.assert_close(mapped, torch.stack([attention(x, x, x, mask=pattern) for x in many]))
+
+
+def test_a_second_derivative_of_a_compiled_union_is_refused_by_name_or_right() -> None:
+    torch._dynamo.reset()
+    query = torch.randn(1, 1, 640, 8, requires_grad=True)
+    pattern = parse("strided:stride=16").pattern
+    out = torch.compile(lambda x: attention(x, x, x, mask=pattern), backend="aot_eager")(query)
+    with pytest.raises(RuntimeError):
+        (gradient,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), query)

@@ -44,7 +44,7 @@ from .masks import BlockMask, MaskArrays, PartedMask, trainable
 from .ops import attention as ops
 from .ops import union
 from .pattern_operator import pattern_attention, pattern_of
-from .patterns import Pattern
+from .patterns import Pattern, past_of
 from .strips import by_strips, has_strips
 from .torchscript import check_traceable, traced_attention
 from .tracing import PLAN, is_jit_traced, named
@@ -266,7 +266,8 @@ def attention_with_weights(
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
         backend="reference" if traced else backend, returns_weights=True,
     )  # fmt: skip
-    q, k, v, given, arrays, factor, _, seed, chosen, differentiable, _, *modifiers, _ = call
+    q, k, v, given, arrays, factor, _, seed, chosen, differentiable = call[:10]
+    modifiers = call.modifiers
     # The operator looks whether lse is fine enough to make weights of, where a backend does that.
     if traced or (plain and not differentiable and chosen not in ops.FROM_LSE_ALONE):
         function = backends.BACKENDS[chosen].attention.attention_with_weights
@@ -478,8 +479,8 @@ def prepare(
         if mask is not None:
             if is_pattern(mask):
                 mask.check_scores(bias, softcap, structured or None)
-            if compiled and not (is_causal or modifiers) and bias is None:
-                pattern = pattern_of(mask, causal_alignment)
+            if compiled and not modifiers and bias is None:
+                pattern = pattern_of(mask, is_causal, causal_alignment)
             if not pattern:
                 causal = causal_mask(Nq, Nk, is_causal, causal_alignment)
                 block_mask = _planned_mask(mask, shown_query, shown_key, causal, scale, causal_alignment, bias)
@@ -548,6 +549,8 @@ def _planned_mask(
     bias: Tensor | None,
 ) -> BlockMask:
     counted, within = None, causal
+    if causal is not None and isinstance(mask, Pattern) and mask.has_orders:  # which may have parts in the past alone
+        mask, causal, within = past_of(mask, alignment), None, None
     if bias is not None and is_pattern(mask) and mask.by_content:
         shown = shown_by_bias(bias, query, key)
         within = causal if shown is None else shown if causal is None else shown & causal

@@ -20,10 +20,10 @@ from .inputs import MaskLike
 from .masks import BlockMask, PartedMask
 from .ops.operator import in_one_batch, one_by_one, register
 from .ops.union import Parts, backward_by_parts, union_forward
-from .patterns import Pattern
+from .patterns import Pattern, past_of
 
 
-def pattern_of(mask: MaskLike, alignment: str | None) -> str:
+def pattern_of(mask: MaskLike, is_causal: bool, alignment: str | None) -> str:
     """The JSON of a pattern that a compiled call shall hold as that; empty for other masks."""
     if not isinstance(mask, Pattern) or not mask.has_orders or not torch.compiler.is_compiling():
         return ""
@@ -31,7 +31,7 @@ def pattern_of(mask: MaskLike, alignment: str | None) -> str:
         return (
             ""  # exported programs hold operators that other runtimes know; torch.func may ask for a second derivative
         )
-    return mask.aligned(alignment).to_json()
+    return (past_of(mask, alignment) if is_causal else mask.aligned(alignment)).to_json()
 
 
 @functools.lru_cache(maxsize=64)

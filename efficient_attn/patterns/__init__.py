@@ -35,7 +35,7 @@ from .deepspeed import (
 
 # isort: split
 from .buckets import LSH, BucketPattern, Buckets, SortedBuckets
-from .combined import Combined, PerHead, per_head
+from .combined import Combined, PerHead, past_of, per_head
 
 __all__ = [
     "LSH",
@@ -66,6 +66,7 @@ __all__ = [
     "Strided",
     "TopKBlocks",
     "TopPBlocks",
+    "past_of",
     "pattern_lists",
     "per_head",
     "register",

@@ -16,6 +16,8 @@ from ..masks import BlockMask
 from ..masks.lists import BlockLists, Grid, assemble, entry_rows, expand
 from ..options import Named, check_choice, register
 from .base import Pattern
+from .orders import Band, Proposal
+from .tokens import Causal
 
 
 class _OfParts(Pattern):
@@ -57,6 +59,11 @@ class _OfParts(Pattern):
         return (min(q for q, _ in sizes), min(k for _, k in sizes))
 
 
+def past_of(pattern: Pattern, alignment: str | None) -> Pattern:
+    """A pattern of which queries see the past alone, as is_causal says in a call."""
+    return pattern.aligned(alignment) & Causal(alignment or "top_left")
+
+
 @register
 @dataclass(frozen=True)
 class Combined(_OfParts):
@@ -79,6 +86,20 @@ class Combined(_OfParts):
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         return functools.reduce(self._join, (part.visible(i, j, q_len, kv_len, head) for part in self.parts))
+
+    def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
+        """Those of a pattern of which only the past is shown."""
+        pattern, *others = sorted(self.parts, key=lambda part: part.has_orders, reverse=True)
+        if self.operator != "and" or len(others) != 1 or not isinstance(others[0], Causal):
+            return None
+        offset = others[0]._offset(q_len, kv_len)
+        proposed = pattern._proposals(q_len, kv_len) or ()
+        bands = [each.past(offset) if isinstance(each, Band) else None for each in proposed]
+        return None if None in bands else [band for band in bands if band is not None]
+
+    @property
+    def has_orders(self) -> bool:
+        return self.operator == "and" and any(part.has_orders for part in self.parts)
 
     def for_inputs(
         self,

@@ -80,6 +80,27 @@ class Band(NamedTuple):
         grid = self._grid(self._size(size))
         return Part(self._mask(grid), self.queries.order(q_len), self.keys.order(kv_len))
 
+    def past(self, offset: int) -> Band | None:
+        """Its pairs with key <= query + offset, where places tell which these are; else None.
+
+        Places must grow with positions, for queries and keys of a segment alike; tokens that share a place must be one
+        position, or see none of one another.
+        """
+        (i, sq, tq), (j, sk, tk) = self.queries, self.keys
+        position, segment, place = (torch.cat(pair) for pair in ((i + offset, j), (sq, sk), (tq, tk)))
+        order = position.argsort(stable=True)
+        order = order[place[order].argsort(stable=True)]
+        order = order[segment[order].argsort(stable=True)]
+        further, apart, same = (x[order].diff() for x in (position, place, segment))
+        grows, shared = (further > 0) | (same != 0) | (apart == 0), (apart == 0) & (same == 0) & (further != 0)
+        apart_only = (self.high is not None and self.high < 0) or (
+            self.hole is not None and self.hole[0] <= 0 <= self.hole[1]
+        )
+        if not bool(grows.all()) or (bool(shared.any()) and not apart_only):
+            return None
+        most = -1 if apart_only else 0
+        return self._replace(high=most if self.high is None else min(self.high, most))
+
     def _grid(self, size: tuple[int, int]) -> Grid:
         return Grid(self.queries.token.numel(), self.keys.token.numel(), *size)
 

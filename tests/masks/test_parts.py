@@ -12,7 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from efficient_attn import BlockMask, MaskError, attention, parse
 from efficient_attn.backends.reference.attention import visible_pairs
+from efficient_attn.inputs import causal_mask
 from efficient_attn.masks import Part, PartedMask
+from efficient_attn.patterns import past_of
 
 CASE = Case("", B=2, Hq=4, Hkv=2, Nq=75, Nk=130)
 
@@ -204,6 +206,34 @@ def test_a_compiled_call_takes_the_same_parts(spec: str, monkeypatch) -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
         wanted, found = (torch.autograd.grad(pair, (query, key, value), grads) for pair in (plain, seen))
         assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(1024, 1024, None), (700, 1000, "bottom_right"), (1000, 700, "top_left")])
+@pytest.mark.parametrize(
+    "spec",
+    ["axial", "axial:size=31x33,prefix=1", "strided:stride=32", "fixed:stride=32,summary=4", "neighborhood:kernel=5",
+     "fixed:stride=32,summary=4,causal=false", "dilated:left=16,right=16,dilation=4",
+     "longformer:window=64,global_tokens=4"],
+)  # fmt: skip
+def test_the_past_of_a_union_has_parts_too(spec: str, lengths: tuple[int, int, str | None]) -> None:
+    q_len, kv_len, alignment = lengths
+    pattern = parse(spec).pattern
+    if q_len != kv_len and pattern.name in ("axial", "neighborhood"):
+        pytest.skip("images attend to themselves")
+    mask = past_of(pattern, alignment).block_mask(q_len, kv_len)
+    wanted = pattern.aligned(alignment).block_mask(q_len, kv_len) & causal_mask(q_len, kv_len, True, alignment)
+    assert torch.equal(mask.to_dense(), wanted.to_dense())
+    assert isinstance(mask, PartedMask) == (pattern.name != "neighborhood") or q_len != kv_len
+    if isinstance(mask, PartedMask):
+        assert torch.equal(drawn(mask)[0, 0], wanted.to_dense()[0, 0])
+    query, key = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, kv_len, 16)
+    call = {"is_causal": True, "causal_alignment": alignment}
+    torch.testing.assert_close(
+        attention(query, key, key, mask=pattern, **call), attention(query, key, key, mask=wanted.to_dense())
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k: attention(q, k, k, mask=pattern, **call), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(query, key), attention(query, key, key, mask=pattern, **call))
 
 
 def test_compiled_parts_at_other_lengths_and_under_vmap() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..biases import RelativePosition
 from ..errors import InputError, UnsupportedError
-from .reading import Lengths, attend_rows, checked_integers, written
+from .reading import Lengths, attend_rows, check_query, checked_integers, written
 from .rotary import turned
 
 FIRST_CAPACITY = 64
@@ -126,6 +126,7 @@ class KVCache:
         Raises:
             InputError: an empty cache, and what `append` and `attention` raise.
         """
+        check_query(query)
         if key is not None and value is not None:
             self._append(key, value, counts)
         elif key is not None or value is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..biases import RelativePosition
 from ..errors import InputError, UnsupportedError
-from .reading import Lengths, attend_pages, checked_integers, written
+from .reading import Lengths, attend_pages, check_query, checked_integers, written
 from .rotary import turned
 
 
@@ -57,8 +57,9 @@ class PagedKVCache:
             raise InputError(f"a pool has one page or more, of one row or more; got {num_pages} of {page_size}")
         rows = (num_pages, num_kv_heads, page_size)  # a head's rows lie together, which is how they are read
         widths = head_dim, value_dim or head_dim
-        self._pools = tuple(torch.zeros(*rows, width, dtype=dtype, device=device) for width in widths)
-        self.key_pages, self.value_pages = (pool.transpose(1, 2) for pool in self._pools)
+        keys, values = (torch.zeros(*rows, width, dtype=dtype, device=device) for width in widths)
+        self._pools = keys, values
+        self.key_pages, self.value_pages = keys.transpose(1, 2), values.transpose(1, 2)
         self.page_size, self.rotary, self.interleaved = page_size, rotary, interleaved
         self._free = list(range(num_pages - 1, -1, -1))
         self._users = [0] * num_pages  # sequences that have the page
@@ -66,6 +67,7 @@ class PagedKVCache:
         self._lengths: dict[int, int] = {}
         self._next = 0
         self._tables = _Tables()
+        self._copied: tuple[tuple[list[int], int], Tensor] | None = None  # the last table on another device
 
     # --- sequences ---
 
@@ -156,7 +158,7 @@ class PagedKVCache:
         self._take_pages(sequences, before, real)
         if self.rotary is not None:
             key = turned(key, before, real, *self.rotary, interleaved=self.interleaved)
-        if not written(self._pools, (key, value), before, real, self._table_of(sequences)) and sum(real):
+        if not written(self._pools, (key, value), before, real, self._table_of(sequences)) and any(real):
             firsts, ends = (torch.tensor(numbers, device=key.device)[:, None] for numbers in (before, real))
             ahead = torch.arange(n, device=key.device)
             at, kept = (firsts + ahead).where(ahead < ends, 0), (ahead < ends).flatten()
@@ -194,6 +196,7 @@ class PagedKVCache:
         Returns:
             out (S, Hq, Nq, Dv), or (out, lse (S, Hq, Nq)).
         """
+        check_query(query)
         if (key is None) != (value is None):
             raise InputError("key and value are appended together; give both or none")
         if key is not None and value is not None:
@@ -223,7 +226,12 @@ class PagedKVCache:
 
     def _table_of(self, sequences: Sequence[int]) -> Tensor:
         """int32 (sequences, capacity): what stands behind a sequence's pages means nothing, but is a page."""
-        return self._tables.of(sequences).to(self.key_pages.device)
+        if self._pools[0].is_cpu:
+            return self._tables.of(sequences)
+        asked = list(sequences), self._tables.version
+        if self._copied is None or self._copied[0] != asked:
+            self._copied = asked, self._tables.of(sequences).to(self._pools[0].device)
+        return self._copied[1]
 
     def _take_pages(self, sequences: Sequence[int], before: list[int], counts: list[int]) -> None:
         """Pages for `counts` more tokens; one that others have, too, is copied before it is written."""
@@ -270,7 +278,11 @@ class _Tables:
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}  # of each sequence
         self._free: list[int] = []
-        self._make(0, 0)
+        self.version = 0  # counts pages that were put
+        self._count, self._width = 0, 0
+        self._numbers = array("i", [0])
+        self._tensor = torch.zeros(0, 0, dtype=torch.int32)
+        self._asked: tuple[list[int], Tensor] | None = None  # what was asked for last, and the part of the table
 
     def add(self, sequence: int) -> None:
         if not self._free:
@@ -285,24 +297,25 @@ class _Tables:
         if index >= self._width:
             self._make(self._count, max(64, 2 * index))
         self._numbers[self._rows[sequence] * self._width + index] = page
+        self.version += 1
 
     def of(self, sequences: Sequence[int]) -> Tensor:
         """(sequences, width), in place where they stand one behind another: then it is good for later pages too."""
-        if self._asked is None or self._asked[0] != sequences:
-            rows = [self._rows[sequence] for sequence in sequences]
-            first = rows[0] if rows else 0
-            if rows != list(range(first, first + len(rows))):
-                return self._tensor[rows]
-            self._asked = list(sequences), self._tensor[first : first + len(rows)]
-        return self._asked[1]
+        if self._asked is not None and self._asked[0] == sequences:
+            return self._asked[1]
+        rows = [self._rows[sequence] for sequence in sequences]
+        first = rows[0] if rows else 0
+        if rows != list(range(first, first + len(rows))):
+            return self._tensor[rows]
+        found = self._tensor[first : first + len(rows)]
+        self._asked = list(sequences), found
+        return found
 
     def _make(self, count: int, width: int) -> None:
         """Room for so many rows of so many pages. An array, since its elements are written without an operator."""
-        before = self._tensor if count else None
-        self._numbers = array("i", bytes(4 * max(1, count * width)))
-        tensor = torch.frombuffer(self._numbers, dtype=torch.int32)[: count * width].view(count, width)
-        if before is not None:
-            tensor[: before.shape[0], : before.shape[1]] = before
-        self._free += range(count - 1, (0 if before is None else before.shape[0]) - 1, -1)
-        self._tensor, self._count, self._width = tensor, count, width
-        self._asked: tuple[list[int], Tensor] | None = None  # what was asked for last, and the part of the table
+        numbers = array("i", bytes(4 * max(1, count * width)))
+        tensor = torch.frombuffer(numbers, dtype=torch.int32)[: count * width].view(count, width)
+        tensor[: self._count, : self._width] = self._tensor
+        self._free += range(count - 1, self._count - 1, -1)
+        self._numbers, self._tensor, self._asked = numbers, tensor, None
+        self._count, self._width = count, width

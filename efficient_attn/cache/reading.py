@@ -64,6 +64,7 @@ def cached_attention(
     Raises:
         InputError, InputTypeError: what `attention` raises, lengths that are not there, another bias.
     """
+    check_query(query)
     ends = checked_integers("lengths", lengths, query.shape[0], key.shape[2])
     return attend_rows(
         query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale, softcap=softcap,
@@ -112,7 +113,7 @@ def _by_one_step(
     **options: Any,
 ) -> tuple[Tensor, Tensor] | None:
     """The call as a step like one before, which is quicker to start; None where it is none."""
-    if bias is not None or query.dim() != 4 or not ends or len(ends) != query.shape[0]:
+    if bias is not None or not ends or len(ends) != query.shape[0]:
         return None
     Nq, least = query.shape[2], min(ends)
     if Nq == 1:
@@ -234,6 +235,7 @@ def paged_attention(
     Raises:
         InputError, InputTypeError: what `cached_attention` raises; pages that are not there.
     """
+    check_query(query)
     ends = check_pages(key_pages, value_pages, block_table, lengths, query.shape[0])
     # An entry behind a sequence's length may be anything; kernels may look where it points, and see nothing of it.
     table = block_table.clamp(0, max(key_pages.shape[0] - 1, 0)).int()
@@ -281,6 +283,14 @@ def attend_pages(
     found = _by_one_step(query, keys, values, table, ends, counts, seen, bias, **options)
     out, lse = found or _at_the_ends(run, query, ends, counts, seen, bias)
     return (out, lse) if return_lse else out
+
+
+def check_query(query: Tensor) -> None:
+    """Raise unless query is (B, Hq, Nq, D)."""
+    if not isinstance(query, Tensor):
+        raise InputTypeError(f"query must be a tensor, got {type(query).__name__}")
+    if query.dim() != 4:
+        raise InputError(f"query must have 4 dimensions (batch, heads, length, head_dim), got {tuple(query.shape)}")
 
 
 def check_pages(key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Lengths, B: int) -> list[int]:

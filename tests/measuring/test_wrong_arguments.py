@@ -197,9 +197,9 @@ def test_the_line_names_what_is_wrong(command, folder, monkeypatch, capsys):
 
 
 def test_options_that_do_not_exist_and_numbers_that_are_none(monkeypatch, capsys):
-    count = 0
+    every, count = commands(), 0
     monkeypatch.setattr(cli, "app", typer.main.get_command(cli.app))  # which otherwise is made anew each time
-    for name, command in commands().items():
+    for name, command in every.items():
         words = name.split()
         assert "--nosuch" in said([*words, "--nosuch"], monkeypatch, capsys)
         for option in command.params:

@@ -71,10 +71,11 @@ def describe(
     """
     from .gathered import gather  # imports torch._dynamo: a second, which no other command should take
 
-    def gathered(name: str, model: torch.nn.Module) -> list[dict[str, Any]]:
-        return gather(model, read.sample, lambda done, total: told(name, done, total), read.part)
+    def seen(name: str, model: torch.nn.Module, error: float | None) -> dict[str, Any]:
+        layers, unseen = gather(model, read.sample, lambda done, total: told(name, done, total), read.part)
+        return {"name": name, "layers": layers, "unseen": unseen, "error": error}
 
-    runs: list[dict[str, Any]] = [{"name": "as it is", "layers": gathered("as it is", model), "error": None}]
+    runs = [seen("as it is", model, None)]
     if attention is not None:
         other = skeleton(model)
         if isinstance(attention, Path):
@@ -83,7 +84,7 @@ def describe(
             convert(other, attention)
         before, after = (fidelity.outputs(m, read.sample) for m in (model, other))
         error = max(float((b - a).double().norm() / a.double().norm()) for a, b in zip(before, after, strict=True))
-        runs.append({"name": str(attention), "layers": gathered(str(attention), other), "error": error})
+        runs.append(seen(str(attention), other, error))
     return {
         "title": title,
         "kind": read.kind,

@@ -388,7 +388,7 @@ def fault(group: Any, how: str, when: str, transport: str, limit: float) -> tupl
                 def behind(send: Any) -> Any:
                     return lambda *arguments, **named: (here(), send(*arguments, **named))[1]
 
-                exchange.swap, exchange.pass_on = behind(exchange.swap), behind(exchange.pass_on)  # type: ignore
+                exchange.begin, exchange.pass_on = behind(exchange.begin), behind(exchange.pass_on)  # type: ignore
             else:
                 here()
             out.sum().backward() if when == "backward" else attention(x, x, x)

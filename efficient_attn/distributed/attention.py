@@ -6,7 +6,8 @@ as `merge_attention` does, with shares w_p = exp(lse_p - lse). Backward, with th
     dS_p = w_p P_p (g V^T - delta),   delta = g . out - g_lse,   P_p the softmax within the piece,
 
 which is what a kernel's backward gives for grad_out = w_p g, grad_lse = w_p g_lse, the row's out and the piece's lse.
-So only lse_p is kept of a piece, and keys are sent again in the backward instead of being kept.
+So only lse_p is kept of a piece, and keys are sent again in the backward instead of being kept. A backend that joins
+pieces itself, in its accumulator, is told lse, for which the same call gives dS_p without shares.
 
 Sinks are a key without a value that each query sees once: they go with the first piece of a run of queries. A bias by
 relative position goes to a piece as the diagonals that its corner of the whole has.
@@ -112,7 +113,7 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         added = Added(bias, sinks, diagonals)
         turns = _turns(query, key, value, call, added, kind is _Ring)
-        buffers, lses = Buffers(), list[list[Tensor]]()
+        buffers, lses = Buffers(), list[list[Tensor | None]]()
         if len(turns) > 1:
             out = query.new_empty(*query.shape[:3], value.shape[3])
             lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
@@ -197,7 +198,7 @@ class _Rows:
         self.given = added  # as they came; kernels take sinks that no piece rounds
         dtype = torch.float32 if added.sinks is None else accumulation_dtype(added.sinks.dtype)
         self.added = added if added.sinks is None else added._replace(sinks=added.sinks.to(dtype))
-        self.lses: list[Tensor] = []  # of each piece whose run of queries has several
+        self.lses: list[Tensor | None] = []  # of each piece whose run of queries has several; None: backward takes lse
         self.place: Tensor | None = None  # where out, or dq, may be made
         self.spread = _is_spread(call, added)
 
@@ -235,12 +236,24 @@ class _Rows:
         a, b = piece.rows
         q, k, v = query[:, :, a:b], _columns(key, piece), _columns(value, piece)
         first = self._is_first(piece)
-        part, arrays = self._added(piece, first), piece.mask.arrays()
+        part, arrays, several = self._added(piece, first), piece.mask.arrays(), self.counts[piece.rows] > 1
+        numbers = self.call.scale, self.call.dropout_p, self._seed(piece), self.call.softcap
+        backend = self._backend(q, k, v, part, arrays)
+        if self._goes_on(backend, q, several) and not self.exact and self.out.dtype == q.dtype:
+            kept = self.lse[:, :, a:b]
+            lse = torch.empty_like(kept, memory_format=torch.contiguous_format) if first else kept.contiguous()
+            backends.BACKENDS[backend].attention.attention_forward(
+                q, k, v, part.bias, arrays, *numbers, part.sinks, part.diagonals,
+                **{"into" if first else "joined": (self.out[:, :, a:b], lse)},
+            )  # fmt: skip
+            kept.copy_(lse)
+            if several:
+                self.lses.append(None)
+            return
         out, lse = ops.attention_forward(
-            q, k, v, part.bias, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece),
-            self.call.softcap, part.sinks, part.diagonals, self._backend(q, k, v, part, arrays),
-        )  # fmt: skip
-        if self.counts[piece.rows] > 1:
+            q, k, v, part.bias, *ops.operands(arrays), *numbers, part.sinks, part.diagonals, backend
+        )
+        if several:
             self.lses.append(lse)
         if self.exact:
             self.out, self.lse = out, lse
@@ -248,6 +261,16 @@ class _Rows:
             self.out[:, :, a:b], self.lse[:, :, a:b] = out, lse
         else:
             _join(self.out[:, :, a:b], self.lse[:, :, a:b], out, lse)
+
+    def _goes_on(self, backend: str, query: Tensor, several: bool) -> bool:
+        """Whether a backend makes its results where they belong, and joins them itself with those of other pieces.
+
+        Not under a bias, since the backward then takes the whole row's lse, which large numbers leave no digit; and not
+        in half precision, where each join would round.
+        """
+        plain = self.added.bias is None and self.added.diagonals is None
+        exact = plain and query.dtype == accumulation_dtype(query.dtype)
+        return backends.BACKENDS[backend].JOINS_PARTS and ops.is_plain(query) and (exact or not several)
 
     def _end(self, query: Tensor) -> tuple[Tensor, Tensor]:
         if self.added.sinks is not None:
@@ -288,14 +311,14 @@ class _Rows:
         first = self._is_first(piece)
         part, sums, whole = self._added(piece, first), self.sums, row.lse[:, :, a:b]
         g, g_lse = row.grad_out[:, :, a:b], None if row.grad_lse is None else row.grad_lse[:, :, a:b]
-        part_lse = whole
-        if self.counts[piece.rows] > 1:
-            part_lse = self.left.pop(0)
+        arrays = piece.mask.arrays()
+        backend, part_lse = self._backend(q, k, v, part, arrays), whole
+        kept = self.left.pop(0) if self.counts[piece.rows] > 1 else None
+        if kept is not None:
+            part_lse = kept
             share = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0.0))
             g = (g * share[..., None]).to(row.out.dtype)
             g_lse = None if g_lse is None else g_lse * share
-        arrays = piece.mask.arrays()
-        backend = self._backend(q, k, v, part, arrays)
         if backends.BACKENDS[backend].NEEDS_TRANSPOSED:
             arrays = piece.mask.arrays(transposed=True)
         dq, part_dk, part_dv, dbias, dsinks, ddiagonals = ops.attention_backward(

@@ -50,6 +50,21 @@ def test_the_module_takes_a_part_of_the_sequence(pair, attention):
     torch.testing.assert_close(shards.whole([part for part, _ in found], 1), wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_masks_of_the_module_are_those_of_the_whole_sequence(pair):
+    x = torch.randn(1, 45, 16, generator=torch.Generator().manual_seed(0))
+    found = pair.run(jobs.module_masks, x)
+    torch.manual_seed(0)
+    module = MultiheadAttention(16, 4, batch_first=True).eval()
+    hidden = torch.ones(45, 45, dtype=torch.bool).triu(1)
+    wanted, _ = module(x, x, x, attn_mask=hidden, need_weights=False)
+    for answers in found:
+        for kind in ("mask", "promise", "scores"):
+            torch.testing.assert_close(answers["plain", kind], wanted.detach(), rtol=1e-4, atol=1e-5, msg=kind)
+        assert answers["plain", "local"].startswith("InputError: mask")
+        for name in ("zero", "learned"):
+            assert "add_bias_kv, add_zero_attn" in answers[name, "mask"], answers[name, "mask"]
+
+
 @pytest.mark.slow
 def test_fsdp_on_the_other_dimension_of_the_mesh(four):
     ids = torch.randint(0, 11, (4, 45), generator=torch.Generator().manual_seed(2))

@@ -242,6 +242,30 @@ def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tup
         return out.detach(), context.shards(x.shape[1])
 
 
+def module_masks(group: Any, x: Tensor) -> dict[str, Any]:
+    """Our drop-in module under masks of the whole sequence, its output joined; what is refused, in words."""
+    from efficient_attn import MultiheadAttention
+    from efficient_attn.errors import EfficientAttnError
+
+    n, found = x.shape[1], {}
+    for name, options in (("plain", {}), ("zero", {"add_zero_attn": True}), ("learned", {"add_bias_kv": True})):
+        torch.manual_seed(0)
+        module = MultiheadAttention(16, 4, batch_first=True, **options).eval()
+        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        with context_parallel(group, timeout=200) as context:
+            part, rows = context.split(x, 1), context.split(hidden, 0)
+            masks = {"mask": {"attn_mask": hidden}, "promise": {"attn_mask": hidden, "is_causal": True}}
+            masks |= {"scores": {"attn_mask": torch.zeros(rows.shape).masked_fill(rows, -torch.inf)}}
+            masks |= {"local": {"attn_mask": rows[:, : len(rows)]}}
+            for kind, arguments in masks.items():
+                try:
+                    out, _ = module(part, part, part, need_weights=False, **arguments)
+                    found[name, kind] = context.join(out.detach(), 1, n)
+                except EfficientAttnError as error:
+                    found[name, kind] = f"{type(error).__name__}: {error}"
+    return found
+
+
 # --- what is refused, and what is counted ---
 
 

@@ -62,7 +62,9 @@ def cached_attention(
 
     Raises:
         InputError, InputTypeError: what `attention` raises, lengths that are not there, another bias.
+        UnsupportedError: inside `context_parallel`, whose ranks have a part of the keys each.
     """
+    sharding.refuse("attention over a cache")
     ends = checked_integers("lengths", lengths, query.shape[0], key.shape[2])
 
     def run(
@@ -186,6 +188,7 @@ def paged_attention(
     Raises:
         InputError, InputTypeError: what `cached_attention` raises; pages that are not there.
     """
+    sharding.refuse("attention over a cache")
     ends = check_pages(key_pages, value_pages, block_table, lengths, query.shape[0])
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "backend": backend}
     pools = [x.transpose(1, 2) for x in (key_pages, value_pages)]  # (pages, Hkv, rows of a page, .)

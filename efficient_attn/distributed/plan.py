@@ -283,7 +283,7 @@ class Plan:
 
     def _replayed(self, transport: str, shape: Shape, link: Link, heads_ranks: int) -> list[float]:
         R, flops = self.ranks, shape.pair_flops / link.flops
-        if transport == "gather":
+        if transport == "gather":  # as if nothing were computed until all keys are here
             work = self.pairs.sum(1) * flops
             arrive = [
                 link.exchange(r, [(owner, shape.token_bytes * n) for owner, n in self.arrivals(r).items()])

@@ -272,6 +272,7 @@ def module_masks(group: Any, x: Tensor) -> dict[str, Any]:
 def refused(group: Any, name: str) -> str:
     """The error of a call that must be refused by every rank, before anything travels."""
     from efficient_attn import ALiBi, DecomposedBias2D, LowRankBias, RelativeBias, RelativeBias2D, SlidingWindow
+    from efficient_attn.cache.reading import cached_attention
     from efficient_attn.errors import EfficientAttnError
     from efficient_attn.functional import attention_weights
     from efficient_attn.methods import parse
@@ -318,6 +319,8 @@ def refused(group: Any, name: str) -> str:
                 parse("linear").attend(q, q, q, sinks=torch.zeros(2))
             elif name == "content":
                 parse("topk_blocks").attend(q, q, q)
+            elif name == "cache":
+                cached_attention(q, q, q, torch.tensor([32]))
             elif name == "hybrid":
                 parse("sliding_window+centroid").attend(q, q, q)
         return "nothing"

@@ -30,7 +30,7 @@ def main(limit: float) -> None:
         for pair, case in zip(pairs, cases, strict=True):
             pair.tell(rank_jobs.fault, *case, limit, ranks=2)
         for pair, (how, when, transport) in zip(pairs, cases, strict=True):
-            found, error = pair.answer(0, 200)
+            found, error = pair.answer(0, 600)
             began = clock.seconds
             pair.pipes[0].send(None)
             pair.processes[0].join(60)

@@ -15,6 +15,8 @@
 namespace efficient_attn {
 namespace {
 
+constexpr int kUsualTop = 8;  // the default of attention_statistics
+
 template <class A>
 struct StatisticsTile {
     ForwardTile<A> forward;
@@ -46,26 +48,67 @@ inline int64_t statistics_chunks(const StatisticsParams& p) {
 }
 
 // Keeps the largest scores of each query, descending; of equal ones the first key stays. Where a key is among the
-// largest of some query, all lanes go down the list together: a lane carries its score to its place, and from there on
-// what stood there before.
+// largest of some query, all lanes go down the list together. What a place takes follows from what it and the place
+// above held, so that no place waits for another.
+template <class A>
+EA_INLINE void take_place(Mask<A> above, Mask<A> here, Vec<A> next, Mask<A> next_key, Vec<A> score, Mask<A> key,
+                          Vec<A>& held, Mask<A>& held_key) {
+    held = select<A>(here, select<A>(above, next, score), held);
+    held_key = here ? (above ? next_key : key) : held_key;
+}
+
 template <class A>
 EA_NOINLINE void keep_largest(const A* S, Range keys, int64_t w, int64_t top, A* largest, Integer<A>* largest_key) {
     for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
-        Vec<A> least = load<A>(largest + (top - 1) * w + lane);
+        const int64_t last = (top - 1) * w + lane;
         for (int64_t k = 0; k < keys.end - keys.begin; ++k) {
-            Vec<A> score = load(S + k * w + lane);
-            if (!bits_from_lanes<A>(score > least)) continue;
-            Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{}, moved = {};
-            for (int64_t place = lane; place < top * w; place += w) {
-                const Vec<A> held = load<A>(largest + place);
-                const Mask<A> held_key = load_integers<A>(largest_key + place);
-                moved |= score > held;
-                store(largest + place, select<A>(moved, score, held));
-                store_integers<A>(largest_key + place, moved ? key : held_key);
-                score = select<A>(moved, held, score);
-                key = moved ? held_key : key;
+            const Vec<A> score = load(S + k * w + lane);
+            Vec<A> held = load<A>(largest + last);
+            Mask<A> here = score > held;
+            if (!bits_from_lanes<A>(here)) continue;
+            const Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{};
+            Mask<A> held_key = load_integers<A>(largest_key + last);
+            for (int64_t place = last; place >= lane; place -= w) {
+                const bool first = place == lane;
+                const Vec<A> next = first ? score : load<A>(largest + place - w);
+                const Mask<A> next_key = first ? key : load_integers<A>(largest_key + place - w);
+                const Mask<A> above = score > next;
+                take_place<A>(above, here, next, next_key, score, key, held, held_key);
+                store(largest + place, held);
+                store_integers<A>(largest_key + place, held_key);
+                held = next, held_key = next_key, here = above;
             }
-            least = load<A>(largest + (top - 1) * w + lane);
+        }
+    }
+}
+
+// The same, with the lists of a vector of queries in registers.
+template <class A, int kTop>
+EA_NOINLINE void keep_largest(const A* S, Range keys, int64_t w, A* largest, Integer<A>* largest_key) {
+    for (int64_t lane = 0; lane < w; lane += kLanes<A>) {
+        Vec<A> held[kTop];
+        Mask<A> held_key[kTop];
+#pragma GCC unroll 16
+        for (int place = 0; place < kTop; ++place) {
+            held[place] = load<A>(largest + place * w + lane);
+            held_key[place] = load_integers<A>(largest_key + place * w + lane);
+        }
+        for (int64_t k = 0; k < keys.end - keys.begin; ++k) {
+            const Vec<A> score = load(S + k * w + lane);
+            if (!bits_from_lanes<A>(score > held[kTop - 1])) continue;
+            const Mask<A> key = static_cast<Integer<A>>(keys.begin + k) - Mask<A>{};
+#pragma GCC unroll 16
+            for (int place = kTop - 1; place > 0; --place)
+                take_place<A>(score > held[place - 1], score > held[place], held[place - 1], held_key[place - 1], score,
+                              key, held[place], held_key[place]);
+            const Mask<A> here = score > held[0];
+            held[0] = select<A>(here, score, held[0]);
+            held_key[0] = here ? key : held_key[0];
+        }
+#pragma GCC unroll 16
+        for (int place = 0; place < kTop; ++place) {
+            store(largest + place * w + lane, held[place]);
+            store_integers<A>(largest_key + place * w + lane, held_key[place]);
         }
     }
 }
@@ -192,7 +235,10 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
         bool masked = visible_bits(p, b, h, rows, block_row, chunk, f.bits);
         masked = add_biases<T>(p, b, h, rows, keys, w, f.S, masked, f.bits, f.scratch, f.bias);
         if (masked) fill_masked(f.bits, n, w, -kInfinity<A>, f.S);
-        if (s.top) keep_largest(f.S, keys, w, s.top, t.largest, t.largest_key);
+        if (s.top == kUsualTop)
+            keep_largest<A, kUsualTop>(f.S, keys, w, t.largest, t.largest_key);
+        else if (s.top)
+            keep_largest(f.S, keys, w, s.top, t.largest, t.largest_key);
         is_natural(p) ? weigh<A, true>(n, w, f.top, t.inverse, f.S, t.entropy)
                       : weigh<A, false>(n, w, f.top, t.inverse, f.S, t.entropy);
         if (s.received) receive<A>(f.S, n, w, nullptr, received + keys.begin);

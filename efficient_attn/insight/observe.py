@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError, InputTypeError
 from ..inputs import MAX_HEAD_DIM
+from ..integrations.routed import library_of
 from ..integrations.torch_sdpa import bound
 from ..methods import Method, Sparse
 from ..methods.sparse import DENSE
@@ -62,7 +64,8 @@ class observe:
 
     Our module and methods, torch.nn, timm, diffusers, open_clip and whatever calls scaled_dot_product_attention from
     Python are seen, and so are models of transformers; one that was loaded with attn_implementation="eager" runs with
-    "sdpa" meanwhile, the same function. What torch.compile compiled runs as the Python that it was made from.
+    "sdpa" meanwhile, the same function, and so does timm's that is told not to use the fused one. What torch.compile
+    compiled runs as the Python that it was made from.
 
     Args:
         model: the module to watch; calls outside its forward are seen, too, as of the module "".
@@ -76,7 +79,8 @@ class observe:
 
     Attributes:
         layers: an `Observation` of each call, in order.
-        left: why calls were not observed -> how many: nested tensors, wide heads, tensors without values.
+        left: why calls were not observed -> how many: nested tensors, wide heads, tensors without values, and modules
+            that multiply by a softmax themselves.
 
     Raises:
         InputTypeError: the model is no module.
@@ -112,6 +116,7 @@ class observe:
             folder.mkdir(parents=True, exist_ok=True)
         self._watch_names()
         self._leave_eager()
+        self._leave_unfused()
         self._leave_compiled()
         self._mode = _Calls(self)
         self._mode.__enter__()
@@ -159,6 +164,14 @@ class observe:
             if getattr(config, "_attn_implementation", None) == "eager":
                 config._attn_implementation = "sdpa"
                 self._undo.append(lambda config=config: setattr(config, "_attn_implementation", "eager"))
+
+    def _leave_unfused(self) -> None:
+        """Attention of timm that multiplies matrices itself, likewise."""
+        for module in self.model.modules():
+            held = vars(module)
+            if library_of(module) == "timm" and held.get("fused_attn") is False:
+                held["fused_attn"] = True
+                self._undo.append(lambda held=held: held.update(fused_attn=False))
 
     def _leave_compiled(self) -> None:
         """A graph that was compiled before anybody looked would tell nothing."""
@@ -209,6 +222,11 @@ class observe:
     def _pass(self, reason: str) -> None:
         self.left[reason] = self.left.get(reason, 0) + 1
 
+    def _see_written_out(self) -> None:
+        """Take note of an attention that is made of matrix products and a softmax, whose weights go unseen."""
+        module = self.model.get_submodule(self._running[-1]) if self._running else self.model
+        self._pass(f"attention written out by {type(module).__qualname__}")
+
     def _see_function(self, call: dict[str, Any], out: Tensor) -> None:
         """Take note of a call of scaled_dot_product_attention."""
         query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
@@ -258,12 +276,21 @@ def _defined(want: Sequence[str]) -> list[str]:
     return [name for name in want if name in LINEAR_WANT]
 
 
+_SOFTMAXES = frozenset((F.softmax, torch.softmax, Tensor.softmax))
+_PRODUCTS = frozenset((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum))
+
+
 class _Calls(TorchFunctionMode):
-    """Calls of scaled_dot_product_attention, also those of torch.nn.MultiheadAttention."""
+    """Calls of scaled_dot_product_attention, also those of torch.nn.MultiheadAttention.
+
+    A softmax that, dropped out, cast or reshaped, ends in a matrix product is an attention that somebody wrote out;
+    `weights` holds those that have not come to their product yet.
+    """
 
     def __init__(self, watcher: observe) -> None:
         super().__init__()
         self.watcher = watcher
+        self.weights = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -271,7 +298,25 @@ class _Calls(TorchFunctionMode):
             return self._call(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if OBSERVERS:  # not within a method, which tells of itself
+            self._follow(func, args, kwargs, result)
+        return result
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if not isinstance(result, Tensor):
+            return
+        if func in _SOFTMAXES:
+            if result.dim() > 2:  # rows without heads and batches choose experts or classes
+                self.weights[result] = True
+        elif len(self.weights):
+            first = [*args, *kwargs.values()][:3]  # einsum has its equation before them
+            held = [t for t in first if isinstance(t, Tensor) and t in self.weights]
+            if held and func in _PRODUCTS:
+                self.weights.pop(held[0])
+                self.watcher._see_written_out()
+            elif held and result.numel() == held[0].numel():
+                self.weights[result] = True
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         out = _SDPA(*args, **kwargs)

@@ -121,13 +121,13 @@ def attention_statistics(
     )  # fmt: skip
     (B, _, Nq, _), Nk = call.query.shape, call.key.shape[2]
     offset = _position_offset(causal_alignment, Nq, Nk) if "distance" in want else None
-    sets = sets_of_keys(key_sets, B, Nk, call.key.device) if "shares" in want else {}
+    sets, words = _asked_sets(key_sets, B, Nk, call.key.device) if "shares" in want else ((), None)
     weightings = None if row_weights is None else weightings_of_rows(row_weights, call.query)
     wanted = Wanted(
         top=top_k if "top" in want else 0,
         received=wants_received,
         row_weights=weightings,
-        key_sets=_as_words(sets, Nk, call.key.device) if sets else None,
+        key_sets=words if sets else None,
         set_count=len(sets),
         map_block=map_block if "map" in want else 0,
         position_offset=offset,
@@ -199,14 +199,19 @@ def sets_of_keys(
     return sets
 
 
-def _as_words(sets: Mapping[str, Tensor], kv_len: int, device: torch.device) -> Tensor:
-    """The sets as bits of one int32 word a key, (1 | B, Nk)."""
-    words = None
+def _asked_sets(
+    given: Mapping[str, Tensor] | None, batch: int, kv_len: int, device: torch.device
+) -> tuple[tuple[str, ...], Tensor]:
+    """The names of the sets, and the sets as bits of one int32 word a key, (1 | B, Nk)."""
+    words = torch.zeros(1, kv_len, dtype=torch.int32, device=device)
+    if given is None:
+        words[:, :SINKS] = 1
+        return ("sinks",), words
+    sets = sets_of_keys(given, batch, kv_len, device)
     for bit, members in enumerate(sets.values()):
         # Bit 31 is the sign of a word.
-        added = members.to(torch.int32) * (2**bit if bit < 31 else -(2**31))
-        words = added if words is None else words + added
-    return torch.zeros(1, kv_len, dtype=torch.int32, device=device) if words is None else words
+        words = words + members.to(torch.int32) * (2**bit if bit < 31 else -(2**31))
+    return tuple(sets), words
 
 
 def weightings_of_rows(given: Tensor, query: Tensor) -> Tensor:

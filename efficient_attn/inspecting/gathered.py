@@ -27,8 +27,8 @@ WANT = ("entropy", "top", "received", "distance", "map", "shares")
 
 def gather(
     model: nn.Module, sample: Any, told: Callable[[int, int], None] = lambda *_: None, part: str = ""
-) -> list[dict[str, Any]]:
-    """By call of attention, JSON values of what its heads do in the first element of the batch.
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """By call of attention, JSON values of what its heads do in the first element of the batch; and `observe.left`.
 
     Args:
         told: called with how many calls are done, of how many.
@@ -45,7 +45,7 @@ def gather(
     if not seen.layers:
         why = ", ".join(seen.left) or "the model makes no call that is known"
         raise InputError(f"no attention was seen in the model: {why}")
-    return [_layer(call) for call in seen.layers if not part or call.name.split(".")[0] == part]
+    return [_layer(call) for call in seen.layers if not part or call.name.split(".")[0] == part], seen.left
 
 
 @dataclass

@@ -162,6 +162,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def say_error(error: object) -> None:
+    """Say what went wrong in one line, however many its text has."""
+    note(console(stderr=True), "error:", f" {' '.join(str(error).split())}", "red")
+
+
+def usage_error() -> Any:
+    """The class of the errors that the command line raises for its arguments: click's, or typer's own copy of it."""
+    import typer
+
+    return typer.BadParameter.__base__
+
+
 @contextlib.contextmanager
 def named_errors(option: str = "") -> Iterator[None]:
     """This package's errors, and files that cannot be read or written, as errors of the command: exit code 2."""

@@ -71,7 +71,8 @@ class Pattern(Named):
         heads = num_heads if self._heads_differ else 1
         check_sizes(q_len, kv_len, 1, heads)
         if self._analytic:
-            return self._build(Grid(q_len, kv_len, *size), heads)
+            known = type(q_len) is int and type(kv_len) is int  # not a symbol of torch.compile
+            return _window(self, q_len, kv_len, size) if known else self._build(Grid(q_len, kv_len, *size), heads)
         place = str(torch.device("cpu" if device is None else device))
         if place != "meta" and not (torch.compiler.is_compiling() or shapes_only()):
             return _cached(self, q_len, kv_len, heads, size, place)
@@ -278,6 +279,12 @@ def _combined(operator: str, *parts: Pattern) -> Pattern:
 
 
 # --- kept lists, and what torch.compile sees of them ---
+
+
+@functools.lru_cache(maxsize=128)
+def _window(pattern: Pattern, q_len: int, kv_len: int, size: tuple[int, int]) -> BlockMask:
+    """A mask without lists, which is the same on every device and for every head."""
+    return pattern._build(Grid(q_len, kv_len, *size), 1)
 
 
 @functools.lru_cache(maxsize=32)

@@ -372,3 +372,65 @@ def test_generation_with_a_cache(family: str) -> None:
         P = weights[number % 2][:, :, call.keys - call.queries : call.keys, : call.keys]
         torch.testing.assert_close(call.statistics.received, P.sum(2), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(call.statistics.largest, P.amax(-1), rtol=1e-4, atol=1e-5)
+
+
+class WrittenOut(nn.Module):
+    """Attention of matrix products, in the ways that people write it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.fused_attn = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused_attn:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+        scores = x @ x.transpose(-2, -1) * x.shape[-1] ** -0.5
+        if self.how == "method":
+            return scores.softmax(-1) @ x
+        if self.how == "einsum":
+            return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, dim=3), x)
+        if self.how == "einsum, values first":
+            return torch.einsum("bhkd,bhqk->bhqd", x, torch.softmax(scores, dim=3))
+        if self.how == "bmm":
+            return torch.bmm(scores.softmax(dim=-1).flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float64).to(x.dtype)
+        return torch.matmul(nn.functional.dropout(weights, 0.1, self.training), x)
+
+
+@pytest.mark.parametrize("how", ["method", "einsum", "einsum, values first", "bmm", "as transformers"])
+def test_an_attention_that_is_written_out_is_not_passed_over_in_silence(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(WrittenOut(how), nn.LayerNorm(8), WrittenOut(how)).eval(), torch.randn(B, H, N, 8)
+    plain = model(x)
+    with observe(model) as seen:
+        assert torch.equal(model(x), plain)
+    assert not seen.layers and seen.left == {"attention written out by WrittenOut": 2}
+
+
+def test_a_softmax_that_weighs_nothing_is_no_attention() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(dim=-1))
+    with observe(model) as seen:
+        model(torch.randn(B, N, 8)) @ torch.ones(8, 1)  # a product that is given the softmax is one
+        assert sum(seen.left.values()) == 1
+        model(torch.randn(B, N, 8)).argmax(-1)
+        torch.softmax(torch.randn(N, 8), -1) @ torch.randn(8, 3)  # rows without heads: a router
+    assert sum(seen.left.values()) == 1
+
+
+@pytest.mark.parametrize("spec", ["dense", "bigbird", "nystrom:landmarks=8", "linformer:rank=8", "performer", "lsh"])
+def test_what_a_method_is_made_of_is_not_taken_for_another_attention(spec: str) -> None:
+    model = own_encoder(spec)
+    with observe(model) as seen:
+        model(torch.randn(B, 150 if spec == "lsh" else N, E))
+    assert len(seen.layers) == 2 and not seen.left
+
+
+def test_attention_of_timm_that_is_not_fused_is_seen() -> None:
+    torch.manual_seed(0)
+    model = type("WindowAttention", (WrittenOut,), {"__module__": "timm.models.swin_transformer"})("method")
+    x = torch.randn(B, H, N, 8)
+    plain = model(x)
+    with observe(model) as seen:
+        torch.testing.assert_close(model(x), plain)
+    assert len(seen.layers) == 1 and not seen.left and model.fused_attn is False

@@ -201,6 +201,48 @@ def forward_of_pointers(
     return run
 
 
+def cached_of_pointers(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    softcap: float,
+    on_pages: bool,
+) -> Callable[..., None] | None:
+    """The forward of queries that are those of the last keys, of tensors like these (of which sizes and strides are
+    meant), as a function of the addresses of query, key, value, out, lse (contiguous), sinks (contiguous, of the
+    accumulation dtype; 0 without), of the address and the stride of a table of pages (0 without: rows) and the address
+    of lengths (int32; 0 where all are alike), and of the numbers of keys and of threads. The window of `mask` goes
+    along with the keys.
+
+    None where a call is more than the kernel.
+    """
+    if not _read_in_place(query, key, value):
+        return None
+    lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
+    pages = Pages(torch.empty((query.shape[0], 1), dtype=torch.int32), 1) if on_pages else None
+    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, softcap=softcap, pages=pages)
+    run: Callable[..., None] = _cpu.cached_forward(words)
+    return run
+
+
+def append_rows(
+    cache: Tensor,  # (B, Hkv, capacity, D), or with a table (pages, Hkv, rows of a page, D)
+    added: Tensor,  # (B, Hkv, n, D)
+    firsts: list[int],
+    counts: list[int],
+    table: Tensor | None = None,  # int32 (B, pages of the longest)
+) -> None:
+    """Copy the first counts[b] rows of each sequence behind its first firsts[b] ones; both dense in D, of one dtype."""
+    place, stride = (0, 0) if table is None else (table.data_ptr(), table.stride(0))
+    _cpu.append_rows(
+        cache.data_ptr(), cache.stride(), added.data_ptr(), added.stride(), added.shape[1], added.shape[3],
+        added.element_size(), place, stride, cache.shape[2], firsts, counts,
+    )  # fmt: skip
+
+
 def backward_of_pointers(
     grad_out: Tensor,
     query: Tensor,

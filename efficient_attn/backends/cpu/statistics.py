@@ -41,8 +41,11 @@ def attention_statistics(
     chunks = max(1, -(-Nq // rows))
     weightings = 0 if wanted.row_weights is None else wanted.row_weights.shape[0]
 
+    runs = B * Hq * Nq * Nk > 0
+    rows_of = torch.empty if runs else torch.zeros  # the kernel writes every row
+
     def result(*shape: int, when: bool = True) -> Any:
-        return torch.zeros((B, Hq, *shape), dtype=dtype) if when else None
+        return rows_of((B, Hq, *shape), dtype=dtype) if when else None
 
     has_places = wanted.position_offset is not None
     found = Found(
@@ -54,9 +57,11 @@ def attention_statistics(
         distance=result(Nq, when=has_places),
         nearby=result(Nq, when=has_places),
         shares=result(Nq, wanted.set_count, when=wanted.key_sets is not None),
-        map=result(*(-(-n // wanted.map_block) for n in (Nq, Nk)), when=True) if wanted.map_block else None,
+        map=torch.zeros((B, Hq, *(-(-n // wanted.map_block) for n in (Nq, Nk))), dtype=dtype)
+        if wanted.map_block
+        else None,
     )
-    if found.lse.numel() and Nk:
+    if runs:
         # The kernel reads no values and writes no output: the key stands for both.
         call = (query, key, key, bias, query, found.lse, mask, scale, 0.0, None, None)
         kept, words = pack_attention(*call, softcap, sinks, diagonals)

@@ -60,7 +60,7 @@ def test_masks_of_the_module_are_those_of_the_whole_sequence(pair):
     for answers in found:
         for kind in ("mask", "promise", "scores"):
             torch.testing.assert_close(answers["plain", kind], wanted.detach(), rtol=1e-4, atol=1e-5, msg=kind)
-        assert answers["plain", "local"].startswith("InputError: mask")
+        assert "a mask being that of the whole sequence" in answers["plain", "local"]  # rows of each rank: they differ
         for name in ("zero", "learned"):
             assert "add_bias_kv, add_zero_attn" in answers[name, "mask"], answers[name, "mask"]
 

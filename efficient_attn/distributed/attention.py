@@ -219,8 +219,8 @@ class _Rows:
         if not self.exact:
             shape = (*query.shape[:3], value.shape[3])
             kind = dtype if several else query.dtype
-            fits = self.place is not None and self.place.dtype == kind
-            self.out = self.place if fits else query.new_empty(shape, dtype=kind)
+            place = self.place if self.place is not None and self.place.dtype == kind else None
+            self.out = query.new_empty(shape, dtype=kind) if place is None else place
             self.lse = query.new_empty(query.shape[:3], dtype=dtype)
             for a, b in self._bare(query.shape[2]):
                 self.out[:, :, a:b], self.lse[:, :, a:b] = 0.0, -torch.inf
@@ -465,7 +465,7 @@ class _Ring(_Rows):
             here = _KeyGradients(k, v)
             for piece in plan.met(me, owner):
                 here.add(piece, *self._give_back(piece, row, k, v))
-            found = here.summable()
+            found: tuple[Tensor, ...] = here.summable()
             del here
             if passing is not None:
                 came = self.exchange.arrived(passing, what=what)
@@ -494,7 +494,8 @@ class _Ring(_Rows):
         if R == 1:
             yield me, key, value
             return
-        what, both = "keys and values", (key, value)
+        both: tuple[Tensor, ...] = (key, value)
+        what = "keys and values"
         for step in range(R):
             owner = (me - step) % R
             if step < R - 1:

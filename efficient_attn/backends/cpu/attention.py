@@ -91,8 +91,8 @@ def attention_forward(
         if runs is not None:
             query, key, value = _run(runs[0], query), _run(runs[1], key), _run(runs[1], value)
             mask, own_lse = mask._replace(query_order=None, key_order=None), _run(runs[0], lse).contiguous()
-        into = out if runs is None else _run(runs[0], out)
-        call = (query, key, value, bias, into, own_lse, mask, scale, dropout_p, dropout_seed, None)
+        place = out if runs is None else _run(runs[0], out)
+        call = (query, key, value, bias, place, own_lse, mask, scale, dropout_p, dropout_seed, None)
         kept, words = pack_attention(*call, softcap, sinks, diagonals, joined is not None)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept

@@ -481,7 +481,7 @@ class _Ring(_Rows):
                 passing = self.exchange.pass_on(found, coming, self._neighbour(1), self._neighbour(-1), what=what)
         if passing is not None:
             found = self.exchange.arrived(passing, what=what)
-        return self._gradients(row.query, *found, key)
+        return self._gradients(row.query, found[0], found[1], key)
 
     def _met(self) -> list[Piece]:
         """All pieces of this rank, in the order in which shards come."""

@@ -63,6 +63,7 @@ def cached_attention(
 
     Raises:
         InputError, InputTypeError: what `attention` raises, lengths that are not there, another bias.
+        UnsupportedError: inside `context_parallel`, whose ranks have a part of the keys each.
     """
     check_query(query)
     ends = checked_integers("lengths", lengths, query.shape[0], key.shape[2])
@@ -86,6 +87,7 @@ def attend_rows(
     **options: Any,
 ) -> Any:
     """`cached_attention` of lengths that are checked; `options`: scale, softcap, sinks, backend."""
+    sharding.refuse("attention over a cache")
 
     def run(
         queries: Tensor, rows: slice, end: int, mask: BlockMask | None, placed: RelativePosition | None
@@ -262,13 +264,14 @@ def attend_pages(
 ) -> Any:
     """`paged_attention` of keys and values (pages, Hkv, rows of a page, .), lengths that are checked and an int32 table
     of which every entry is a page; `options`: scale, softcap, sinks, backend."""
+    sharding.refuse("attention over a cache")
 
     def run(
         queries: Tensor, rows: slice, end: int, mask: BlockMask | None, placed: RelativePosition | None
     ) -> tuple[Tensor, Tensor]:
         own = table[rows]
         call = None
-        if is_plain(queries, keys, values, options["sinks"], *tensors_of(placed)) and sharding.active is None:
+        if is_plain(queries, keys, values, options["sinks"], *tensors_of(placed)):
             call = steps.settled(queries, (keys, values), end, mask=mask, bias=placed, **options)
         if call is not None:
             pages = Pages(own, end)

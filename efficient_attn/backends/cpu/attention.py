@@ -66,17 +66,21 @@ def attention_forward(
     diagonals: Tensor | None = None,
     *,
     joined: tuple[Tensor, Tensor] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`.
 
-    joined: contiguous results of the same queries for other keys; those of these keys are joined into them, in place.
+    joined: results of the same queries for other keys; those of these keys are joined into them, in place.
+    into: where the results are made. Of both, out has any strides with a unit last one, and lse is contiguous.
     """
     query, key, value = readable(query), readable(key), readable(value)
     B, Hq, Nq, _ = query.shape
     dtype = query.dtype
     if joined is None:
-        out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
-        lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
+        out, lse = into or (
+            torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu"),
+            torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu"),
+        )
         if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
             out.zero_(), lse_without_keys(lse, sinks)
     else:
@@ -87,8 +91,8 @@ def attention_forward(
         if runs is not None:
             query, key, value = _run(runs[0], query), _run(runs[1], key), _run(runs[1], value)
             mask, own_lse = mask._replace(query_order=None, key_order=None), _run(runs[0], lse).contiguous()
-        into = out if runs is None else _run(runs[0], out)
-        call = (query, key, value, bias, into, own_lse, mask, scale, dropout_p, dropout_seed, None)
+        place = out if runs is None else _run(runs[0], out)
+        call = (query, key, value, bias, place, own_lse, mask, scale, dropout_p, dropout_seed, None)
         kept, words = pack_attention(*call, softcap, sinks, diagonals, joined is not None)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept

@@ -36,6 +36,9 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 BUILD = ROOT / "build"
 PAGES = BUILD / "pages"
+STYLE = "site.css"
+# The theme's headings are thin and grey, in the dark hardly to be read.
+HEADINGS = ".md-typeset h1, .md-typeset h2 { color: var(--md-default-fg-color); font-weight: 400; }\n"
 LENGTH = 128  # tokens of the matrices of weights, at most a head dimension
 
 NAV: list[Any] = [
@@ -197,6 +200,7 @@ def write_pages() -> None:
         text = text.replace("](docs/", "](")
         # what lies beside docs/ in the repository is no page: its name stays
         page.write_text(re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", text), encoding="utf-8")
+    (PAGES / STYLE).write_text(HEADINGS, encoding="utf-8")
     methods, reference = PAGES / "methods", PAGES / "reference"
     methods.mkdir()
     reference.mkdir()
@@ -239,6 +243,7 @@ def configuration() -> dict[str, Any]:
             "palette": schemes,
             "features": ["navigation.sections", "toc.follow"],
         },
+        "extra_css": [STYLE],
         "markdown_extensions": [
             "tables",
             "admonition",

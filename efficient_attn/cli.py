@@ -44,7 +44,13 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal in ASCII or cp1252 shows what it can
     try:
-        app()
+        raise SystemExit(app(sys.argv[1:] or ["--help"], prog_name="efficient-attn", standalone_mode=False))
+    except terminal.usage_error() as error:
+        context = error.ctx
+        own = type(error) is typer.BadParameter and error.param is None  # said by us, with what to do
+        see = "" if own or context is None else f"; see {context.command_path} --help"
+        terminal.say_error(f"{error.message if own else error.format_message().rstrip('.')}{see}")
+        raise SystemExit(2) from None
     except OSError as error:  # a full disk, a folder that may not be written to
         raise SystemExit(f"efficient-attn: {error}") from error
 

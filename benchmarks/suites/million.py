@@ -59,7 +59,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     for row in rows[:1]:
         minutes = row["dense_predicted_ms"] / 6e4
         text = f"{row['seqlen']:,} tokens take {row['ms'] / 1e3:.2g} s with {row['method']} on {row['threads']} threads"
-        text += f" (one head, {row['mode']}); exact attention would take {minutes:.2g} minutes."
+        text += f" (one head, {row['mode']}); our exact attention would take {minutes:.2g} minutes."
         found.append(Claim(text, (row["id"],)))
     return found
 

@@ -60,6 +60,14 @@ inline DecodeTask decode_task(const AttentionParams& p, const DecodeCut& cut, in
     return {b, kv, kv * (p.Hq / p.Hkv) + first, min_of(cut.heads, p.Hq / p.Hkv - first), cut.first_span + span};
 }
 
+// Which task is done as the `position`th. A page holds the rows of all heads, one head behind another, so that what is
+// fetched beyond a head's own rows is what comes next where the heads of a span follow one another.
+inline int64_t task_in_order(const AttentionParams& p, const DecodeCut& cut, int64_t position) {
+    if (!p.key.pages) return position;
+    const int64_t parts = p.Hkv * cut.head_parts, part = position % parts, span = position / parts % cut.spans;
+    return (position / parts / cut.spans * parts + part) * cut.spans + span;
+}
+
 // What a span of keys leaves behind: O [rows][Dv, whole vectors], top and total [rows, whole vectors].
 template <class A>
 struct DecodePartial {
@@ -82,6 +90,7 @@ struct DecodeTile {
     A *Q, *S, *fade, *K_buffer, *V_buffer, *buffer;  // Q [rows][D], or [D][w]
     uint64_t *bits, *part, *keep;
     const char **K_rows, **V_rows, **next_rows;  // where each of the keys and values lies, and the keys after them
+    Range next{0, 0};                            // which keys these are
 
     DecodeTile(const AttentionParams& p, char* memory) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv);
@@ -109,8 +118,21 @@ struct DecodeTile {
 // rows[r] = where row first + r of the call lies, for r < count.
 template <class T>
 inline void find_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, int64_t count, const char** rows) {
-    for_each_row<T>(t, b, h, first, count,
-                    [&](int64_t r, const T* row) { rows[r] = reinterpret_cast<const char*>(row); });
+    const char* data = reinterpret_cast<const char*>(static_cast<const T*>(t.data) + h * t.head_stride);
+    const int64_t size = static_cast<int64_t>(sizeof(T)), step = t.row_stride * size, next = t.batch_stride * size;
+    if (!t.pages) {
+        data += b * next + first * step;
+        for (int64_t r = 0; r < count; ++r) rows[r] = data + r * step;
+        return;
+    }
+    const int32_t* page = t.pages + b * t.pages_batch_stride + first / t.page_rows;  // divided once a tile
+    int64_t skipped = first % t.page_rows;
+    for (int64_t r = 0; r < count; ++page, skipped = 0) {
+        const char* row = data + *page * next + skipped * step;
+        const int64_t n = min_of(t.page_rows - skipped, count - r);
+        for (int64_t i = 0; i < n; ++i) rows[r + i] = row + i * step;
+        r += n;
+    }
 }
 
 // S[row][key] = sum_d K[key][d] Q[row][d] for MR rows, kCount keys; both are whole vectors wide.
@@ -320,6 +342,7 @@ inline Ahead rows_ahead(const AttentionParams& p, const DecodeTask& task, Range 
     const bool more = keys.end + n <= p.Nk;
     find_rows<T>(p.value, task.b, task.kv, keys.begin, n, t.V_rows);
     if (more) find_rows<T>(p.key, task.b, task.kv, keys.end, n, t.next_rows);
+    t.next = {keys.end, more ? keys.end + n : keys.end};
     return {t.next_rows, t.V_rows, more ? p.D * size : 0, p.Dv * size};
 }
 
@@ -452,6 +475,12 @@ template <class T, class A>
 inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Range keys, int64_t rows, int64_t w,
                           bool few, DecodeTile<A>& t) {
     const int64_t n = keys.end - keys.begin, D = whole_vectors<A>(p.D);
+    const bool found = t.next.begin == keys.begin && keys.end <= t.next.end;
+    if (found) {
+        const char** const rows = t.K_rows;
+        t.K_rows = t.next_rows;
+        t.next_rows = rows;
+    }
     const Ahead ahead = rows_ahead<T>(p, task, keys, t);
     if (!few) {
         ahead.fetch(0, n);
@@ -460,7 +489,7 @@ inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Rang
         return;
     }
     if (D == p.D) {
-        find_rows<T>(p.key, task.b, task.kv, keys.begin, n, t.K_rows);
+        if (!found) find_rows<T>(p.key, task.b, task.kv, keys.begin, n, t.K_rows);
         dot_scores<T>(t.K_rows, n, t.Q, rows, D, ahead, t.S);
     } else {
         const Rows<A> K = load_padded_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer);
@@ -484,6 +513,7 @@ inline void store_decoded(const AttentionParams& p, const DecodeTask& task, int6
 template <class T, class A>
 inline void decode_span(const AttentionParams& p, int64_t index, char* memory, A* shared) {
     const DecodeCut cut(p);
+    index = task_in_order(p, cut, index);
     const DecodeTask task = decode_task(p, cut, index);
     const DecodePartial<A> result(p, cut, shared, index);
     const int64_t rows = task.heads * p.Nq, w = whole_vectors<A>(rows), Dv = whole_vectors<A>(p.Dv);

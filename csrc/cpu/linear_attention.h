@@ -362,17 +362,6 @@ inline void transpose(const A* in, int64_t ld_in, int64_t rows, int64_t columns,
     }
 }
 
-template <class A>
-EA_INLINE A sum_of_lanes(Vec<A> v) {
-    A part[kLanes<A>];
-    store(part, v);
-#pragma GCC unroll 8
-    for (int h = kLanes<A> / 2; h > 0; h /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < h; ++i) part[i] += part[i + h];
-    return part[0];
-}
-
 // sums[r] = the sum of the lanes of partial[r], for whole vectors of rows
 template <class A>
 inline void sum_lanes(const A* partial, int64_t rows, A* sums) {

@@ -1,6 +1,7 @@
 // The Python module efficient_attn._cpu. A call arrives as one bytes object of 8-byte words, in the order in which
 // backends/cpu.py packs them and common/words.h takes them off.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -8,10 +9,12 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/words.h"
 #include "dispatch.h"
@@ -164,6 +167,69 @@ py::cpp_function repeated(const AttentionParams& params, std::index_sequence<I..
     });
 }
 
+// The same where the number of keys changes from call to call: queries that are those of the last of Nk keys, which lie
+// in rows or, with a table, on pages; with lengths (int32, B), the last of so many in each batch element.
+py::cpp_function cached(const AttentionParams& params) {
+    return py::cpp_function([params](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t lse,
+                                     uintptr_t sinks, uintptr_t table, int64_t table_stride, uintptr_t lengths,
+                                     int64_t Nk, int threads) {
+        AttentionParams p = params;
+        p.query.data = reinterpret_cast<void*>(query);
+        p.key.data = reinterpret_cast<void*>(key);
+        p.value.data = reinterpret_cast<void*>(value);
+        p.out.data = reinterpret_cast<void*>(out);
+        p.lse = reinterpret_cast<void*>(lse);
+        p.sinks = reinterpret_cast<const void*>(sinks);
+        p.key.pages = p.value.pages = reinterpret_cast<const int32_t*>(table);
+        p.key.pages_batch_stride = p.value.pages_batch_stride = table_stride;
+        p.mask.kv_lengths = reinterpret_cast<const int32_t*>(lengths);
+        p.mask.window_offset = Nk - p.Nq;
+        p.Nk = p.key_rows = Nk;
+        check_pages(p, false);
+        call(p, threads, false);
+    });
+}
+
+// A tensor (B or pages, H, rows, width), whose last dimension is dense.
+struct Rows {
+    char* data;
+    int64_t batch, head, row;  // in bytes
+
+    Rows(uintptr_t address, const std::array<int64_t, 4>& strides, int64_t size)
+        : data(reinterpret_cast<char*>(address)),
+          batch(strides[0] * size),
+          head(strides[1] * size),
+          row(strides[2] * size) {}
+};
+
+// Copies rows [0, counts[b]) of `added` behind the first firsts[b] rows of batch element b of a cache: to its own rows,
+// or to the pages of a table.
+void append_rows(uintptr_t cache, const std::array<int64_t, 4>& cache_strides, uintptr_t added,
+                 const std::array<int64_t, 4>& strides, int64_t H, int64_t width, int64_t size, uintptr_t table,
+                 int64_t table_stride, int64_t page_rows, const std::vector<int64_t>& firsts,
+                 const std::vector<int64_t>& counts) {
+    const Rows to(cache, cache_strides, size), from(added, strides, size);
+    const int32_t* pages = reinterpret_cast<const int32_t*>(table);
+    const size_t bytes = static_cast<size_t>(width * size);
+    if (firsts.size() != counts.size() || (pages && page_rows < 1))
+        throw std::invalid_argument("efficient_attn: rows are appended with a first and a count of each batch element");
+    const py::gil_scoped_release release;
+    for (int64_t b = 0; b < static_cast<int64_t>(counts.size()); ++b) {
+        const int64_t first = firsts[static_cast<size_t>(b)], count = counts[static_cast<size_t>(b)];
+        for (int64_t r = 0; r < count;) {
+            const int64_t skipped = pages ? (first + r) % page_rows : first + r;
+            const int64_t block = pages ? pages[b * table_stride + (first + r) / page_rows] : b;
+            const int64_t end = pages ? std::min(count, r + page_rows - skipped) : count;
+            for (int64_t h = 0; h < H; ++h) {
+                char* place = to.data + block * to.batch + h * to.head + skipped * to.row;
+                const char* row = from.data + b * from.batch + h * from.head + r * from.row;
+                for (int64_t i = r; i < end; ++i, place += to.row, row += from.row) std::memcpy(place, row, bytes);
+            }
+            r = end;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace efficient_attn
 
@@ -182,6 +248,10 @@ PYBIND11_MODULE(_cpu, module) {
             return repeated<false>(read_params(words, false), std::make_index_sequence<6>());
         },
         "A forward as a function of its addresses and of the number of threads.");
+    module.def(
+        "cached_forward", [](const std::string& words) { return cached(read_params(words, false)); },
+        "A forward of the last queries as a function of its addresses, of the number of keys and of threads.");
+    module.def("append_rows", &append_rows, "Writes new rows into a cache of keys or values.");
     module.def(
         "repeated_backward",
         [](const std::string& words) {

@@ -4,7 +4,8 @@ A backend is a package with two modules, equal in signature and meaning to those
 (`attention_forward`, `attention_backward`, `not_supported_reasons`) and linear_attention.py (the same for linear
 attention). Its `NEEDS_TRANSPOSED` says whether attention_backward reads the lists of query blocks for each key block,
 `TAKES_ORDERS` whether attention_forward and attention_backward take a mask with `query_order` and `key_order`,
-`JOINS_PARTS` whether they take `joined` and `added_to`, results of other parts of a mask, and go on from these.
+`JOINS_PARTS` whether they take `joined` and `added_to`, results of other parts of a mask, and go on from these, and
+`into`, where the first part's are made.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 contiguous.py  `KVCache`: a row of memory for each sequence, which grows, is fixed, or keeps a window
 paged.py       `PagedKVCache`: sequences on pages of one pool, which may share them
 reading.py     attention of queries at the end of sequences of different lengths; pages and their tables
+steps.py       steps like one before, which are started at once
 rotary.py      rotary positions, applied while writing
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..biases import RelativePosition
 from ..errors import InputError, UnsupportedError
-from .reading import Lengths, cached_attention, checked_integers
+from .reading import Lengths, attend_rows, check_query, checked_integers, written
 from .rotary import turned
 
 FIRST_CAPACITY = 64
@@ -88,9 +88,11 @@ class KVCache:
             InputError: tensors that do not fit what is held, or no room with growing=False.
             UnsupportedError: keys that take part in autograd.
         """
-        held = self._append(key, value, counts)
+        self._append(key, value, counts)
+        assert self.store is not None
+        keys, values = (x[:, :, : max(self._rows, default=0)] for x in self.store)
         self._trim()
-        return held
+        return keys, values
 
     def attend(
         self,
@@ -124,15 +126,14 @@ class KVCache:
         Raises:
             InputError: an empty cache, and what `append` and `attention` raise.
         """
+        check_query(query)
         if key is not None and value is not None:
-            keys, values = self._append(key, value, counts)
+            self._append(key, value, counts)
         elif key is not None or value is not None:
             raise InputError("key and value are appended together; give both or none")
-        elif self.store is None:
+        if self.store is None:
             raise InputError("the cache is empty: append keys and values first, or give them")
-        else:
-            keys, values = (x[:, :, : max(self._rows)] for x in self.store)
-        rows, dropped = self._rows, self._dropped
+        (keys, values), rows, dropped = self.store, self._rows, self._dropped
         if keys.shape[0] == 1 != query.shape[0]:
             keys, values = (x.expand(query.shape[0], -1, -1, -1) for x in (keys, values))
             rows, dropped = (x * query.shape[0] for x in (rows, dropped))
@@ -143,7 +144,7 @@ class KVCache:
         if self.rotary is not None:
             firsts = [r + d - n for r, d, n in zip(rows, dropped, real, strict=True)]
             query = turned(query, firsts, real, *self.rotary, interleaved=self.interleaved)
-        found = cached_attention(
+        found = attend_rows(
             query, keys, values, rows, counts=real, is_causal=is_causal,
             window=(-1 if self.window is None else self.window - 1, -1), scale=scale, softcap=softcap,
             sinks=sinks, bias=bias, return_lse=return_lse, backend=backend,
@@ -185,7 +186,7 @@ class KVCache:
 
     # --- inside ---
 
-    def _append(self, key: Tensor, value: Tensor, counts: Lengths | None) -> tuple[Tensor, Tensor]:
+    def _append(self, key: Tensor, value: Tensor, counts: Lengths | None) -> None:
         if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise UnsupportedError("a cache is for generation; call the model under torch.no_grad(), or without cache=")
         self._check(key, value)
@@ -197,18 +198,17 @@ class KVCache:
             key = turned(key, self.lengths, real, *self.rotary, interleaved=self.interleaved)
         self._make_room(n, key, value)
         assert self.store is not None
-        first = self._rows[0] if B else 0
-        if len(set(self._rows)) <= 1 and len(set(real)) <= 1:
-            n = max(real, default=0)
+        if written(self.store, (key, value), self._rows, real):
+            pass
+        elif len(set(self._rows)) <= 1 and len(set(real)) <= 1:
+            first, count = max(self._rows, default=0), max(real, default=0)
             for kept, new in zip(self.store, (key, value), strict=True):
-                kept[:, :, first : first + n] = new[:, :, :n]
+                kept[:, :, first : first + count] = new[:, :, :count]
         else:
             for b, (start, count) in enumerate(zip(self._rows, real, strict=True)):
                 for kept, new in zip(self.store, (key, value), strict=True):
                     kept[b, :, start : start + count] = new[b, :, :count]
         self._rows = [rows + count for rows, count in zip(self._rows, real, strict=True)]
-        longest = max(self._rows, default=0)
-        return self.store[0][:, :, :longest], self.store[1][:, :, :longest]
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
+from operator import gt
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ..biases import RelativePosition
 from ..errors import InputError, UnsupportedError
-from .reading import Lengths, checked_integers, paged_attention
+from .reading import Lengths, attend_pages, check_query, checked_integers, written
 from .rotary import turned
 
 
@@ -54,15 +56,18 @@ class PagedKVCache:
         if num_pages < 1 or page_size < 1:
             raise InputError(f"a pool has one page or more, of one row or more; got {num_pages} of {page_size}")
         rows = (num_pages, num_kv_heads, page_size)  # a head's rows lie together, which is how they are read
-        self.key_pages = torch.zeros(*rows, head_dim, dtype=dtype, device=device).transpose(1, 2)
-        self.value_pages = torch.zeros(*rows, value_dim or head_dim, dtype=dtype, device=device).transpose(1, 2)
+        widths = head_dim, value_dim or head_dim
+        keys, values = (torch.zeros(*rows, width, dtype=dtype, device=device) for width in widths)
+        self._pools = keys, values
+        self.key_pages, self.value_pages = keys.transpose(1, 2), values.transpose(1, 2)
         self.page_size, self.rotary, self.interleaved = page_size, rotary, interleaved
         self._free = list(range(num_pages - 1, -1, -1))
         self._users = [0] * num_pages  # sequences that have the page
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
-        self._table: tuple[list[int], Tensor] | None = None  # the last one that was asked for, until a page changes
+        self._tables = _Tables()
+        self._copied: tuple[tuple[list[int], int], Tensor] | None = None  # the last table on another device
 
     # --- sequences ---
 
@@ -75,6 +80,7 @@ class PagedKVCache:
         """A new sequence without tokens; returns its name."""
         name, self._next = self._next, self._next + 1
         self._pages[name], self._lengths[name] = [], 0
+        self._tables.add(name)
         return name
 
     def fork(self, sequence: int, length: int | None = None) -> int:
@@ -89,22 +95,24 @@ class PagedKVCache:
         name = self.add()
         self._pages[name] = self._pages[sequence][: -(-length // self.page_size)]
         self._lengths[name] = length
-        for page in self._pages[name]:
+        for i, page in enumerate(self._pages[name]):
             self._users[page] += 1
+            self._tables.put(name, i, page)
         return name
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; its pages that no other has are free again."""
         self.rewind(sequence, 0)
-        self._table = None
+        self._tables.remove(sequence)
         del self._pages[sequence], self._lengths[sequence]
 
     def rewind(self, sequence: int, length: int) -> None:
         """Forget a sequence's tokens from `length` on."""
-        checked_integers("length", [length], 1, self._length(sequence))
+        if type(length) is not int or not 0 <= length <= self._length(sequence):
+            length = checked_integers("length", [length], 1, self._length(sequence))[0]
         pages = self._pages[sequence]
         while len(pages) * self.page_size >= length + self.page_size:
-            page, self._table = pages.pop(), None
+            page = pages.pop()
             self._users[page] -= 1
             if not self._users[page]:
                 self._free.append(page)
@@ -112,11 +120,17 @@ class PagedKVCache:
 
     def lengths(self, sequences: Sequence[int]) -> list[int]:
         """How many tokens sequences have."""
-        return [self._length(sequence) for sequence in sequences]
+        try:
+            return [self._lengths[sequence] for sequence in sequences]
+        except KeyError:
+            return [self._length(sequence) for sequence in sequences]
 
     def block_table(self, sequences: Sequence[int]) -> Tensor:
         """int32 (sequences, pages of the longest), -1 behind the last page of each."""
-        return self._table_of(sequences).clone()
+        counts = [len(self._pages[sequence]) for sequence in sequences if self._length(sequence) >= 0]
+        table = self._table_of(sequences)[:, : max(counts, default=0)]
+        own = torch.arange(table.shape[1], device=table.device) < torch.tensor(counts, device=table.device)[:, None]
+        return table.where(own, -1)
 
     # --- writing and reading ---
 
@@ -132,7 +146,7 @@ class PagedKVCache:
         """
         if (key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
             raise UnsupportedError("a cache is for generation; call the model under torch.no_grad(), or without cache=")
-        (_, page, Hkv, D), Dv = self.key_pages.shape, self.value_pages.shape[3]
+        (_, Hkv, page, D), Dv = self._pools[0].shape, self._pools[1].shape[3]
         S, n = len(sequences), key.shape[2] if key.dim() == 4 else 0
         if key.shape != (S, Hkv, n, D) or value.shape != (S, Hkv, n, Dv) or len(set(sequences)) != S:
             raise InputError(
@@ -144,7 +158,7 @@ class PagedKVCache:
         self._take_pages(sequences, before, real)
         if self.rotary is not None:
             key = turned(key, before, real, *self.rotary, interleaved=self.interleaved)
-        if sum(real):
+        if not written(self._pools, (key, value), before, real, self._table_of(sequences)) and any(real):
             firsts, ends = (torch.tensor(numbers, device=key.device)[:, None] for numbers in (before, real))
             ahead = torch.arange(n, device=key.device)
             at, kept = (firsts + ahead).where(ahead < ends, 0), (ahead < ends).flatten()
@@ -182,6 +196,7 @@ class PagedKVCache:
         Returns:
             out (S, Hq, Nq, Dv), or (out, lse (S, Hq, Nq)).
         """
+        check_query(query)
         if (key is None) != (value is None):
             raise InputError("key and value are appended together; give both or none")
         if key is not None and value is not None:
@@ -191,13 +206,13 @@ class PagedKVCache:
             raise InputError(f"{S} sequences, and queries of {query.shape[0]}")
         lengths = self.lengths(sequences)
         real = [Nq] * S if counts is None else checked_integers("counts", counts, S, Nq)
-        if any(n > length for n, length in zip(real, lengths, strict=True)):
+        if any(map(gt, real, lengths)):
             raise InputError(f"{real} queries at the end of sequences of {lengths} tokens")
         if self.rotary is not None:
             firsts = [length - n for length, n in zip(lengths, real, strict=True)]
             query = turned(query, firsts, real, *self.rotary, interleaved=self.interleaved)
-        return paged_attention(
-            query, self.key_pages, self.value_pages, self._table_of(sequences), lengths, counts=real,
+        return attend_pages(
+            query, *self._pools, self._table_of(sequences), lengths, counts=real,
             is_causal=is_causal, window=window, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
@@ -210,30 +225,28 @@ class PagedKVCache:
         return self._lengths[sequence]
 
     def _table_of(self, sequences: Sequence[int]) -> Tensor:
-        """`block_table`, the same tensor until a page changes."""
-        asked = list(sequences)
-        if self._table is None or self._table[0] != asked:
-            pages = [self._pages[sequence] for sequence in asked if self._length(sequence) >= 0]
-            longest = max(map(len, pages), default=0)
-            rows = [[*own, *([-1] * (longest - len(own)))] for own in pages]
-            table = torch.tensor(rows, dtype=torch.int32, device=self.key_pages.device).view(len(rows), longest)
-            self._table = (asked, table)
-        return self._table[1]
+        """int32 (sequences, capacity): what stands behind a sequence's pages means nothing, but is a page."""
+        if self._pools[0].is_cpu:
+            return self._tables.of(sequences)
+        asked = list(sequences), self._tables.version
+        if self._copied is None or self._copied[0] != asked:
+            self._copied = asked, self._tables.of(sequences).to(self._pools[0].device)
+        return self._copied[1]
 
     def _take_pages(self, sequences: Sequence[int], before: list[int], counts: list[int]) -> None:
         """Pages for `counts` more tokens; one that others have, too, is copied before it is written."""
-        size = self.page_size
-        shared = [
-            sequence
-            for sequence, start, count in zip(sequences, before, counts, strict=True)
-            if count and start % size and self._users[self._pages[sequence][-1]] > 1
-        ]
-        writers = Counter(self._pages[sequence][-1] for sequence in shared)
-        copies = sum(min(count, self._users[page] - 1) for page, count in writers.items())
-        needed = copies + sum(
-            -(-(start + count) // size) - len(self._pages[sequence])
-            for sequence, start, count in zip(sequences, before, counts, strict=True)
-        )
+        size, shared, longer, needed = self.page_size, [], [], 0
+        for sequence, start, count in zip(sequences, before, counts, strict=True):
+            pages = self._pages[sequence]
+            had, end = len(pages), -(-(start + count) // size)
+            if end > had:
+                needed += end - had
+                longer.append((sequence, had, end))
+            if count and start % size and self._users[pages[-1]] > 1:
+                shared.append(sequence)
+        if shared:
+            writers = Counter(self._pages[sequence][-1] for sequence in shared)
+            needed += sum(min(count, self._users[page] - 1) for page, count in writers.items())
         if needed > len(self._free):
             raise InputError(
                 f"{needed} more pages of {size} tokens are needed, and {len(self._free)} are free; free a sequence, or "
@@ -243,14 +256,66 @@ class PagedKVCache:
             old = self._pages[sequence][-1]
             if self._users[old] == 1:  # who shared it has just got a copy
                 continue
-            new, self._table = self._free.pop(), None
-            for pages in (self.key_pages, self.value_pages):
-                pages[new] = pages[old]
+            new = self._free.pop()
+            for pool in self._pools:
+                pool[new] = pool[old]
             self._users[old] -= 1
-            self._users[new] = 1
-            self._pages[sequence][-1] = new
-        for sequence, start, count in zip(sequences, before, counts, strict=True):
-            while len(self._pages[sequence]) * size < start + count:
-                new, self._table = self._free.pop(), None
-                self._users[new] = 1
-                self._pages[sequence].append(new)
+            self._take(sequence, len(self._pages[sequence]) - 1, new)
+        for sequence, had, end in longer:
+            for i in range(had, end):
+                self._take(sequence, i, self._free.pop())
+
+    def _take(self, sequence: int, index: int, page: int) -> None:
+        """Give a sequence a page that nobody has, as its page `index`."""
+        self._users[page] = 1
+        self._pages[sequence][index : index + 1] = [page]
+        self._tables.put(sequence, index, page)
+
+
+class _Tables:
+    """Which pages sequences have, as a kernel reads it: int32, a row for each sequence, kept up page by page."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}  # of each sequence
+        self._free: list[int] = []
+        self.version = 0  # counts pages that were put
+        self._count, self._width = 0, 0
+        self._numbers = array("i", [0])
+        self._tensor = torch.zeros(0, 0, dtype=torch.int32)
+        self._asked: tuple[list[int], Tensor] | None = None  # what was asked for last, and the part of the table
+
+    def add(self, sequence: int) -> None:
+        if not self._free:
+            self._make(max(8, 2 * self._count), self._width)
+        self._rows[sequence] = self._free.pop()
+
+    def remove(self, sequence: int) -> None:
+        self._asked = None
+        self._free.append(self._rows.pop(sequence))
+
+    def put(self, sequence: int, index: int, page: int) -> None:
+        if index >= self._width:
+            self._make(self._count, max(64, 2 * index))
+        self._numbers[self._rows[sequence] * self._width + index] = page
+        self.version += 1
+
+    def of(self, sequences: Sequence[int]) -> Tensor:
+        """(sequences, width), in place where they stand one behind another: then it is good for later pages too."""
+        if self._asked is not None and self._asked[0] == sequences:
+            return self._asked[1]
+        rows = [self._rows[sequence] for sequence in sequences]
+        first = rows[0] if rows else 0
+        if rows != list(range(first, first + len(rows))):
+            return self._tensor[rows]
+        found = self._tensor[first : first + len(rows)]
+        self._asked = list(sequences), found
+        return found
+
+    def _make(self, count: int, width: int) -> None:
+        """Room for so many rows of so many pages. An array, since its elements are written without an operator."""
+        numbers = array("i", bytes(4 * max(1, count * width)))
+        tensor = torch.frombuffer(numbers, dtype=torch.int32)[: count * width].view(count, width)
+        tensor[: self._count, : self._width] = self._tensor
+        self._free += range(count - 1, self._count - 1, -1)
+        self._numbers, self._tensor, self._asked = numbers, tensor, None
+        self._count, self._width = count, width

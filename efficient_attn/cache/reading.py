@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from .. import sharding
-from ..backends.cpu.attention import paged_forward
+from ..backends.cpu import attention as cpu
 from ..backends.words import Pages
 from ..biases import ALiBi, RelativePosition, aligned
 from ..errors import InputError, InputTypeError
-from ..functional import Prepared, attention, prepare
+from ..functional import attention
 from ..inputs import tensors_of
 from ..masks import BlockMask
 from ..ops.attention import is_plain
+from . import steps
 
 Lengths = Tensor | Sequence[int]
 # out and lse of some queries, of the sequences of a slice, of their first keys, under a mask and a bias.
@@ -62,20 +63,70 @@ def cached_attention(
 
     Raises:
         InputError, InputTypeError: what `attention` raises, lengths that are not there, another bias.
+        UnsupportedError: inside `context_parallel`, whose ranks have a part of the keys each.
     """
+    check_query(query)
     ends = checked_integers("lengths", lengths, query.shape[0], key.shape[2])
+    return attend_rows(
+        query, key, value, ends, counts=counts, is_causal=is_causal, window=window, scale=scale, softcap=softcap,
+        sinks=sinks, bias=bias, return_lse=return_lse, backend=backend,
+    )  # fmt: skip
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: list[int],
+    *,
+    counts: Lengths | None,
+    is_causal: bool,
+    window: tuple[int, int],
+    bias: RelativePosition | None,
+    return_lse: bool,
+    **options: Any,
+) -> Any:
+    """`cached_attention` of lengths that are checked; `options`: scale, softcap, sinks, backend."""
+    sharding.refuse("attention over a cache")
 
     def run(
         queries: Tensor, rows: slice, end: int, mask: BlockMask | None, placed: RelativePosition | None
     ) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = attention(
-            queries, key[rows, :, :end], value[rows, :, :end], mask=mask, scale=scale, softcap=softcap, sinks=sinks,
-            bias=placed, return_lse=True, backend=backend,
-        )  # fmt: skip
+            queries, key[rows, :, :end], value[rows, :, :end], mask=mask, bias=placed, return_lse=True, **options
+        )
         return found
 
-    out, lse = _at_the_ends(run, query, ends, counts, (window[0], 0 if is_causal else window[1]), bias)
+    seen = window[0], 0 if is_causal else window[1]
+    found = _by_one_step(query, key, value, None, ends, counts, seen, bias, **options)
+    out, lse = found or _at_the_ends(run, query, ends, counts, seen, bias)
     return (out, lse) if return_lse else out
+
+
+def _by_one_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None,
+    ends: list[int],
+    counts: Lengths | None,
+    window: tuple[int, int],
+    bias: RelativePosition | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor] | None:
+    """The call as a step like one before, which is quicker to start; None where it is none."""
+    if bias is not None or not ends or len(ends) != query.shape[0]:
+        return None
+    Nq, least = query.shape[2], min(ends)
+    if Nq == 1:
+        window = (window[0], -1)  # there is nothing behind the last key
+    alike = least == max(ends) or (Nq == 1 and window[0] < 0)
+    if not alike or least < Nq or not (counts is None or (isinstance(counts, list) and counts == [Nq] * len(ends))):
+        return None
+    given = (query, key, value, window, options["scale"], options["softcap"], options["sinks"], options["backend"])
+    known = steps.key_of(*given, table is not None)
+    step = None if known is None else steps.find(known, *given, table is not None)
+    return None if step is None else steps.run(step, query, key, value, options["sinks"], table, ends)
 
 
 def _at_the_ends(
@@ -186,42 +237,63 @@ def paged_attention(
     Raises:
         InputError, InputTypeError: what `cached_attention` raises; pages that are not there.
     """
+    check_query(query)
     ends = check_pages(key_pages, value_pages, block_table, lengths, query.shape[0])
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "backend": backend}
-    pools = [x.transpose(1, 2) for x in (key_pages, value_pages)]  # (pages, Hkv, rows of a page, .)
     # An entry behind a sequence's length may be anything; kernels may look where it points, and see nothing of it.
     table = block_table.clamp(0, max(key_pages.shape[0] - 1, 0)).int()
+    return attend_pages(
+        query, key_pages.transpose(1, 2), value_pages.transpose(1, 2), table, ends, counts=counts,
+        is_causal=is_causal, window=window, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
+        return_lse=return_lse, backend=backend,
+    )  # fmt: skip
+
+
+def attend_pages(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    ends: list[int],
+    *,
+    counts: Lengths | None,
+    is_causal: bool,
+    window: tuple[int, int],
+    bias: RelativePosition | None,
+    return_lse: bool,
+    **options: Any,
+) -> Any:
+    """`paged_attention` of keys and values (pages, Hkv, rows of a page, .), lengths that are checked and an int32 table
+    of which every entry is a page; `options`: scale, softcap, sinks, backend."""
+    sharding.refuse("attention over a cache")
 
     def run(
         queries: Tensor, rows: slice, end: int, mask: BlockMask | None, placed: RelativePosition | None
     ) -> tuple[Tensor, Tensor]:
         own = table[rows]
-        call = _in_place(queries, pools, own.shape[0], end, mask=mask, bias=placed, **options)
+        call = None
+        if is_plain(queries, keys, values, options["sinks"], *tensors_of(placed)):
+            call = steps.settled(queries, (keys, values), end, mask=mask, bias=placed, **options)
         if call is not None:
             pages = Pages(own, end)
-            return paged_forward(call.query, pools[0], pools[1], pages, call.mask, call.scale, *call.modifiers)
-        key, value = (read_pages(pool, own, end) for pool in (key_pages, value_pages))
+            return cpu.paged_forward(call.query, keys, values, pages, call.mask, call.scale, *call.modifiers)
+        key, value = (read_pages(pool.transpose(1, 2), own, end) for pool in (keys, values))
         found: tuple[Tensor, Tensor] = attention(
             queries, key, value, mask=mask, bias=placed, return_lse=True, **options
         )
         return found
 
-    out, lse = _at_the_ends(run, query, ends, counts, (window[0], 0 if is_causal else window[1]), bias)
+    seen = window[0], 0 if is_causal else window[1]
+    found = _by_one_step(query, keys, values, table, ends, counts, seen, bias, **options)
+    out, lse = found or _at_the_ends(run, query, ends, counts, seen, bias)
     return (out, lse) if return_lse else out
 
 
-def _in_place(
-    query: Tensor, pools: list[Tensor], B: int, length: int, *, bias: RelativePosition | None, **arguments: Any
-) -> Prepared | None:
-    """The call of `length` keys of each sequence, settled, if the CPU's kernel serves it on the pages themselves."""
-    plain = is_plain(query, *pools, arguments["sinks"], *tensors_of(bias))
-    if not plain or sharding.active is not None or any(x.stride(3) != 1 or x.numel() == 0 for x in pools):
-        return None
-    key, value = (x.new_empty(()).expand(B, x.shape[1], length, x.shape[3]) for x in pools)  # a shape and a type
-    call = prepare(query, key, value, bias=bias, **arguments)
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in pools)
-    served = call.backend == "cpu" and call.query.dtype == pools[0].dtype and not (call.differentiable or learns)
-    return call if served else None
+def check_query(query: Tensor) -> None:
+    """Raise unless query is (B, Hq, Nq, D)."""
+    if not isinstance(query, Tensor):
+        raise InputTypeError(f"query must be a tensor, got {type(query).__name__}")
+    if query.dim() != 4:
+        raise InputError(f"query must have 4 dimensions (batch, heads, length, head_dim), got {tuple(query.shape)}")
 
 
 def check_pages(key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Lengths, B: int) -> list[int]:
@@ -267,6 +339,24 @@ def read_pages(pages: Tensor, table: Tensor, length: int) -> Tensor:
     return rows.flatten(1, 2)[:, :length].transpose(1, 2)
 
 
+def written(
+    cache: tuple[Tensor, Tensor],
+    added: tuple[Tensor, Tensor],
+    firsts: list[int],
+    counts: list[int],
+    table: Tensor | None = None,
+) -> bool:
+    """Write new keys and values as `append_rows` says, where the CPU's module can; returns whether it did."""
+    if cpu.MISSING or not is_plain(*added):
+        return False
+    for old, new in zip(cache, added, strict=True):
+        if not (old.is_cpu and new.is_cpu and old.dtype == new.dtype and old.stride(3) == 1 and new.stride(3) == 1):
+            return False
+    for old, new in zip(cache, added, strict=True):
+        cpu.append_rows(old, new, firsts, counts, table)
+    return True
+
+
 def checked_integers(name: str, given: Lengths, count: int, most: int) -> list[int]:
     """Integers from 0 to `most`, `count` of them.
 
@@ -276,6 +366,6 @@ def checked_integers(name: str, given: Lengths, count: int, most: int) -> list[i
     if isinstance(given, Tensor) and (given.is_floating_point() or given.dtype == torch.bool):
         raise InputTypeError(f"{name} must be integers, got {given.dtype}")
     found = [int(n) for n in (given.tolist() if isinstance(given, Tensor) else given)]
-    if len(found) != count or any(not 0 <= n <= most for n in found):
+    if len(found) != count or (found and not 0 <= min(found) <= max(found) <= most):
         raise InputError(f"{name} must be {count} integers from 0 to {most}; got {found}")
     return found

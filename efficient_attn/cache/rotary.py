@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import add
+
 import torch
 from torch import Tensor
 
@@ -18,25 +20,41 @@ def rotate(x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, *, interleaved: 
     Raises:
         InputError: tables of other shapes, or without a row that is asked for.
     """
-    half = cos.shape[-1]
-    if sin.shape != cos.shape or 2 * half > x.shape[-1]:
-        raise InputError(
-            f"rotary_cos and rotary_sin must be (positions, at most {x.shape[-1] // 2}); got {tuple(cos.shape)} and "
-            f"{tuple(sin.shape)}"
-        )
-    if places.numel() and int(places.max()) >= cos.shape[0]:
-        raise InputError(f"position {int(places.max())} is asked for, and rotary_cos has {cos.shape[0]}")
-    c, s = (t.float()[places][:, :, None] for t in (cos, sin))  # [B, N, 1, half]
-    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
-    pair = (a * c - b * s, a * s + b * c)
-    found = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat([found.to(x.dtype), rest], -1)
+    _check_tables(x, cos, sin, int(places.max()) if places.numel() else -1)
+    c, s = (t[places].float()[:, :, None] for t in (cos, sin))  # [B, N, 1, half]
+    return _turn(x, c, s, interleaved)
 
 
 def turned(x: Tensor, firsts: list[int], counts: list[int], cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """x (B, H, n, D) by rotary positions, its first `counts` tokens at `firsts` and behind; the others mean nothing."""
-    first, count = (torch.tensor(numbers, device=x.device).view(-1, 1) for numbers in (firsts, counts))
-    ahead = torch.arange(x.shape[2], device=x.device)
-    places = torch.where(ahead < count, first + ahead, 0)
-    return rotate(x.transpose(1, 2), places, cos, sin, interleaved=interleaved).transpose(1, 2)
+    n = x.shape[2]
+    _check_tables(x, cos, sin, max(map(add, firsts, counts), default=0) - 1)
+    if len(set(firsts)) == 1 and min(counts) == n:  # the same rows for every sequence
+        c, s = (t[firsts[0] : firsts[0] + n].float() for t in (cos, sin))  # [n, half]
+    else:
+        first, count = (torch.tensor(numbers, device=x.device).view(-1, 1) for numbers in (firsts, counts))
+        ahead = torch.arange(n, device=x.device)
+        places = torch.where(ahead < count, first + ahead, 0)
+        c, s = (t[places].float()[:, None] for t in (cos, sin))  # [B, 1, n, half]
+    return _turn(x, c, s, interleaved)
+
+
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor, last: int) -> None:
+    if sin.shape != cos.shape or 2 * cos.shape[-1] > x.shape[-1]:
+        raise InputError(
+            f"rotary_cos and rotary_sin must be (positions, at most {x.shape[-1] // 2}); got {tuple(cos.shape)} and "
+            f"{tuple(sin.shape)}"
+        )
+    if last >= cos.shape[0]:
+        raise InputError(f"position {last} is asked for, and rotary_cos has {cos.shape[0]}")
+
+
+def _turn(x: Tensor, c: Tensor, s: Tensor, interleaved: bool) -> Tensor:
+    """x (..., D), its first features turned by angles of which c and s (..., half) are cosine and sine."""
+    half = c.shape[-1]
+    whole = 2 * half == x.shape[-1]
+    first = (x if whole else x[..., : 2 * half]).float()
+    a, b = (first[..., ::2], first[..., 1::2]) if interleaved else (first[..., :half], first[..., half:])
+    pair = (a * c - b * s, a * s + b * c)
+    found = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
+    return found if whole else torch.cat([found, x[..., 2 * half :]], -1)

@@ -6,7 +6,8 @@ as `merge_attention` does, with shares w_p = exp(lse_p - lse). Backward, with th
     dS_p = w_p P_p (g V^T - delta),   delta = g . out - g_lse,   P_p the softmax within the piece,
 
 which is what a kernel's backward gives for grad_out = w_p g, grad_lse = w_p g_lse, the row's out and the piece's lse.
-So only lse_p is kept of a piece, and keys are sent again in the backward instead of being kept.
+So only lse_p is kept of a piece, and keys are sent again in the backward instead of being kept. A backend that joins
+pieces itself, in its accumulator, is told lse, for which the same call gives dS_p without shares.
 
 Sinks are a key without a value that each query sees once: they go with the first piece of a run of queries. A bias by
 relative position goes to a piece as the diagonals that its corner of the whole has.
@@ -29,7 +30,7 @@ from ..functional import describe
 from ..inputs import modifier_names
 from ..masks import MaskArrays
 from ..ops import attention as ops
-from .exchange import Exchange, Passing
+from .exchange import Buffers, Exchange, Passing, Swapping
 from .plan import Piece, Plan, head_range
 from .shards import Run, size
 
@@ -87,13 +88,16 @@ def exact_attention(
     return out, lse
 
 
-def _turns(query: Tensor, key: Tensor, value: Tensor, call: Settled, ring: bool) -> list[tuple[slice, slice]]:
+def _turns(
+    query: Tensor, key: Tensor, value: Tensor, call: Settled, added: Added, ring: bool
+) -> list[tuple[slice, slice]]:
     """The query heads and the key heads that are worked on at once: what is here of other ranks' keys stays small
     beside the tensors of the call, as long as there are heads to take one after the other."""
     plan, Hkv = call.plan, key.shape[1]
     if plan.ranks == 1 or not Hkv:
         return [(slice(0, query.shape[1]), slice(0, Hkv))]
-    tokens = max(plan.keys.counts if ring else map(size, plan.reads))
+    spread = _is_spread(call, added)
+    tokens = max(plan.keys.counts) if ring else max(size(plan.at_hand(rank, spread)) for rank in range(plan.ranks))
     there = tokens * key.shape[0] * Hkv * (key.shape[3] + value.shape[3]) * key.element_size()
     count = max(1, min(Hkv, there // AT_ONCE))
     group = query.shape[1] // Hkv
@@ -107,8 +111,9 @@ class _Attend(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None,
         diagonals: Tensor | None, call: Settled, kind: type[_Rows],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        added, turns = Added(bias, sinks, diagonals), _turns(query, key, value, call, kind is _Ring)
-        buffers, lses = Buffers(), list[list[Tensor]]()
+        added = Added(bias, sinks, diagonals)
+        turns = _turns(query, key, value, call, added, kind is _Ring)
+        buffers, lses = Buffers(), list[list[Tensor | None]]()
         if len(turns) > 1:
             out = query.new_empty(*query.shape[:3], value.shape[3])
             lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
@@ -122,6 +127,7 @@ class _Attend(torch.autograd.Function):
                 if part is not rows.place:
                     out[:, heads] = part
             lses.append(rows.lses)
+        call.exchange.buffers.end()
         ctx.save_for_backward(query, key, value, bias, sinks, diagonals, out, lse, *itertools.chain(*lses))
         ctx.call, ctx.kind, ctx.turns, ctx.kept = call, kind, turns, [len(part) for part in lses]
         ctx.set_materialize_grads(False)
@@ -148,6 +154,7 @@ class _Attend(torch.autograd.Function):
             rows.place = None if grad_query is None else grad_query[:, heads]
             part = rows.backward(whole.of_heads(heads), key[:, kv_heads], value[:, kv_heads], wanted)
             if len(ctx.turns) == 1:
+                ctx.call.exchange.buffers.end()
                 return *part, None, None
             if part[0] is not rows.place:
                 rows.place.copy_(part[0])
@@ -160,6 +167,7 @@ class _Attend(torch.autograd.Function):
             for total, gradient in zip(into, part[1:], strict=True):
                 if total is not None:
                     total += gradient
+        ctx.call.exchange.buffers.end()
         return grad_query, *found, None, None
 
 
@@ -177,22 +185,9 @@ class Row(NamedTuple):
         return Row(*(None if t is None else t[:, heads] for t in self))  # type: ignore[arg-type]
 
 
-class Buffers:
-    """Memory in which the messages of all turns of a call stand one after the other.
-
-    It is asked for once: what is given back between tensors of other sizes the allocator of the C library keeps, and a
-    ring of 2 ranks grew by a third of what it needs.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What stands under a name, anew."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = torch.empty(size, dtype=torch.uint8, device=device)
-        return self.kept[name][:size].view(dtype).view(*shape)
+def _is_spread(call: Settled, added: Added) -> bool:
+    """Whether something goes by a key's distance, which a buffer without gaps would change."""
+    return call.dropout_p > 0.0 or added.diagonals is not None
 
 
 class _Rows:
@@ -203,10 +198,9 @@ class _Rows:
         self.given = added  # as they came; kernels take sinks that no piece rounds
         dtype = torch.float32 if added.sinks is None else accumulation_dtype(added.sinks.dtype)
         self.added = added if added.sinks is None else added._replace(sinks=added.sinks.to(dtype))
-        self.lses: list[Tensor] = []  # of each piece whose run of queries has several
+        self.lses: list[Tensor | None] = []  # of each piece whose run of queries has several; None: backward takes lse
         self.place: Tensor | None = None  # where out, or dq, may be made
-        # Both go by a key's distance, which a buffer without gaps would change.
-        self.spread = call.dropout_p > 0.0 or added.diagonals is not None
+        self.spread = _is_spread(call, added)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse of this rank's queries; `lses` is what the backward needs of pieces."""
@@ -224,8 +218,12 @@ class _Rows:
         dtype = accumulation_dtype(query.dtype)
         if not self.exact:
             shape = (*query.shape[:3], value.shape[3])
-            self.out = self._zeros(shape, dtype if several else query.dtype, query.device)
-            self.lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+            kind = dtype if several else query.dtype
+            place = self.place if self.place is not None and self.place.dtype == kind else None
+            self.out = query.new_empty(shape, dtype=kind) if place is None else place
+            self.lse = query.new_empty(query.shape[:3], dtype=dtype)
+            for a, b in self._bare(query.shape[2]):
+                self.out[:, :, a:b], self.lse[:, :, a:b] = 0.0, -torch.inf
 
     def _zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """What is added up: where it belongs, if that has the dtype."""
@@ -238,12 +236,24 @@ class _Rows:
         a, b = piece.rows
         q, k, v = query[:, :, a:b], _columns(key, piece), _columns(value, piece)
         first = self._is_first(piece)
-        part, arrays = self._added(piece, first), piece.mask.arrays()
+        part, arrays, several = self._added(piece, first), piece.mask.arrays(), self.counts[piece.rows] > 1
+        numbers = self.call.scale, self.call.dropout_p, self._seed(piece), self.call.softcap
+        backend = self._backend(q, k, v, part, arrays)
+        if self._goes_on(backend, q, several) and not self.exact and self.out.dtype == q.dtype:
+            kept = self.lse[:, :, a:b]
+            lse = torch.empty_like(kept, memory_format=torch.contiguous_format) if first else kept.contiguous()
+            backends.BACKENDS[backend].attention.attention_forward(
+                q, k, v, part.bias, arrays, *numbers, part.sinks, part.diagonals,
+                **{"into" if first else "joined": (self.out[:, :, a:b], lse)},
+            )  # fmt: skip
+            kept.copy_(lse)
+            if several:
+                self.lses.append(None)
+            return
         out, lse = ops.attention_forward(
-            q, k, v, part.bias, *ops.operands(arrays), self.call.scale, self.call.dropout_p, self._seed(piece),
-            self.call.softcap, part.sinks, part.diagonals, self._backend(q, k, v, part, arrays),
-        )  # fmt: skip
-        if self.counts[piece.rows] > 1:
+            q, k, v, part.bias, *ops.operands(arrays), *numbers, part.sinks, part.diagonals, backend
+        )
+        if several:
             self.lses.append(lse)
         if self.exact:
             self.out, self.lse = out, lse
@@ -252,9 +262,19 @@ class _Rows:
         else:
             _join(self.out[:, :, a:b], self.lse[:, :, a:b], out, lse)
 
+    def _goes_on(self, backend: str, query: Tensor, several: bool) -> bool:
+        """Whether a backend makes its results where they belong, and joins them itself with those of other pieces.
+
+        Not under a bias, since the backward then takes the whole row's lse, which large numbers leave no digit; and not
+        in half precision, where each join would round.
+        """
+        plain = self.added.bias is None and self.added.diagonals is None
+        exact = plain and query.dtype == accumulation_dtype(query.dtype)
+        return backends.BACKENDS[backend].JOINS_PARTS and ops.is_plain(query) and (exact or not several)
+
     def _end(self, query: Tensor) -> tuple[Tensor, Tensor]:
         if self.added.sinks is not None:
-            for a, b in self._bare():
+            for a, b in self._bare(query.shape[2]):
                 self.lse[:, :, a:b] = self.added.sinks[:, None]
         return self.out.to(query.dtype), self.lse
 
@@ -281,7 +301,7 @@ class _Rows:
               for t, asked in zip(self.added, wanted, strict=True))
         )  # fmt: skip
         if self.sums.sinks is not None and row.grad_lse is not None:
-            for a, b in self._bare():
+            for a, b in self._bare(row.query.shape[2]):
                 self.sums.sinks.add_(row.grad_lse[:, :, a:b].sum((0, 2)))
 
     def _give_back(self, piece: Piece, row: Row, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,14 +311,14 @@ class _Rows:
         first = self._is_first(piece)
         part, sums, whole = self._added(piece, first), self.sums, row.lse[:, :, a:b]
         g, g_lse = row.grad_out[:, :, a:b], None if row.grad_lse is None else row.grad_lse[:, :, a:b]
-        part_lse = whole
-        if self.counts[piece.rows] > 1:
-            part_lse = self.left.pop(0)
+        arrays = piece.mask.arrays()
+        backend, part_lse = self._backend(q, k, v, part, arrays), whole
+        kept = self.left.pop(0) if self.counts[piece.rows] > 1 else None
+        if kept is not None:
+            part_lse = kept
             share = torch.exp(part_lse - whole.masked_fill(whole == -torch.inf, 0.0))
             g = (g * share[..., None]).to(row.out.dtype)
             g_lse = None if g_lse is None else g_lse * share
-        arrays = piece.mask.arrays()
-        backend = self._backend(q, k, v, part, arrays)
         if backends.BACKENDS[backend].NEEDS_TRANSPOSED:
             arrays = piece.mask.arrays(transposed=True)
         dq, part_dk, part_dv, dbias, dsinks, ddiagonals = ops.attention_backward(
@@ -346,11 +366,10 @@ class _Rows:
         facts = describe(q, k, v, part.bias, arrays, self.call.dropout_p, False, modifiers)
         return backends.cached_select(self.call.backend, facts)
 
-    def _bare(self) -> list[Run]:
-        """The rows of the runs of queries that have no piece: their queries see no key."""
-        sizes = [stop - start for start, stop in self.plan.queries.runs[self.call.place]]
-        edges = list(itertools.accumulate(sizes, initial=0))
-        return [run for run in itertools.pairwise(edges) if run not in self.counts]
+    def _bare(self, count: int) -> list[Run]:
+        """The rows of `count` that have no piece: their queries see no key."""
+        edges = [(0, 0), *sorted(self.counts), (count, count)]
+        return [(end, start) for (_, end), (start, _) in itertools.pairwise(edges) if end < start]
 
     def _seed(self, piece: Piece) -> Tensor | None:
         if self.call.dropout_p == 0.0:
@@ -360,64 +379,54 @@ class _Rows:
 
 
 class _Fetched(_Rows):
-    """Each rank fetches the keys that its queries read."""
+    """Each rank fetches the keys that its queries read, and attends meanwhile where those that it has are enough."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._fetch(key, value)
-        pieces = self.plan.fetched(self.call.place, self.spread)
-        self._begin(query, value, pieces)
-        for piece in pieces:
+        here, there = self._pieces()
+        self._begin(query, value, here + there)
+        k, v, fetching = self._fetch(key, value)
+        for piece in here:
+            self._take(piece, query, key, value)
+        self.exchange.finish(fetching, what="keys and values")
+        for piece in there:
             self._take(piece, query, k, v)
         return self._end(query)
 
     def backward(self, row: Row, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> tuple[Any, ...]:
-        k, v = self._fetch(key, value)
-        pieces = self.plan.fetched(self.call.place, self.spread)
-        self._begin_backward(pieces, row, wanted)
-        columns, found = [piece.columns for piece in pieces], list[Tensor]()
-        for piece in pieces:
-            parts = self._give_back(piece, row, k, v)
-            if columns == [(0, k.shape[2])]:
-                found = list(parts)
-                continue
-            if not found:
-                dtype = accumulation_dtype(k.dtype)
-                found = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v)]
-            for total, part in zip(found, parts, strict=True):
-                total[:, :, slice(*piece.columns)] += part
-        found = found or [torch.zeros_like(t) for t in (k, v)]
+        here, there = self._pieces()
+        self._begin_backward(here + there, row, wanted)
+        k, v, fetching = self._fetch(key, value)
+        own = _KeyGradients(key, value)
+        for piece in here:
+            own.add(piece, *self._give_back(piece, row, key, value))
+        self.exchange.finish(fetching, what="keys and values")
+        fetched = _KeyGradients(k, v)
+        for piece in there:
+            fetched.add(piece, *self._give_back(piece, row, k, v))
         del k, v
-        return self._gradients(row.query, *self._return((found[0], found[1]), key, value), key)
+        if self.plan.travels or there:
+            # A contribution travels in the dtype of keys: as exact as the kernel that gave it.
+            self.exchange.swap(
+                self._at_hand(*fetched.found), self._held(*own.summable()), what="gradients of keys and values",
+                travels=key.dtype, add=True, alone=not self.plan.travels,
+            )  # fmt: skip
+        return self._gradients(row.query, *own.found, key)
 
-    @property
-    def _is_here(self) -> bool:
-        """Whether what is at hand is what this rank has."""
-        return self.plan.ranks == 1 and self.plan.at_hand(0, self.spread) == self.plan.keys.runs[0]
+    def _pieces(self) -> tuple[list[Piece], list[Piece]]:
+        """Those on this rank's own keys, and those on fetched ones."""
+        pieces = self.plan.fetched(self.call.place, self.spread)
+        return [p for p in pieces if p.own], [p for p in pieces if not p.own]
 
-    def _fetch(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of `Plan.at_hand`."""
-        if self._is_here:
-            return key, value
+    def _fetch(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Swapping]:
+        """Begin to fill the keys and values of `Plan.at_hand`."""
         tokens = size(self.plan.at_hand(self.call.place, self.spread))
-        k, v = (t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in (key, value))
-        alone = self.plan.ranks == 1
-        self.exchange.swap(self._held(key, value), self._at_hand(k, v), what="keys and values", alone=alone)
-        return k, v
-
-    def _return(self, found: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the gradients of fetched keys to their owners; what each owner has got, in the order of ranks.
-
-        A contribution travels in the dtype of keys: as exact as the kernel that gave it.
-        """
-        if self._is_here:
-            return found
-        dtype = accumulation_dtype(key.dtype)
-        totals = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (key, value)]
-        self.exchange.swap(
-            self._at_hand(*found), self._held(*totals),
-            what="gradients of keys and values", travels=key.dtype, add=True, alone=self.plan.ranks == 1,
-        )  # fmt: skip
-        return totals[0], totals[1]
+        k, v = (
+            self.exchange.buffers.take(name, (*t.shape[:2], tokens, t.shape[3]), t.dtype, t.device)
+            for name, t in (("keys 0", key), ("values 0", value))
+        )
+        alone = not self.plan.travels
+        held, at_hand = self._held(key, value), self._at_hand(k, v)
+        return k, v, self.exchange.begin(held, at_hand, what="keys and values", alone=alone)
 
     def _held(self, *tensors: Tensor) -> list[list[Tensor]]:
         """What of this rank's tokens each rank reads, stretch by stretch."""
@@ -450,27 +459,29 @@ class _Ring(_Rows):
         plan, me, R = self.plan, self.call.place, self.plan.ranks
         self._begin_backward(self._met(), row, wanted)
         (B, H, _, D), dtype, device = key.shape, accumulation_dtype(key.dtype), key.device
-        width, what = D + value.shape[3], "gradients of keys and values"
+        what = "gradients of keys and values"
         passing: Passing | None = None
         for step, (owner, k, v) in enumerate(self._passing(key, value)):
-            parts = [(piece.columns, *self._give_back(piece, row, k, v)) for piece in plan.met(me, owner)]
-            if passing is None:
-                found = self.buffers.take("gradients 0", (B, H, k.shape[2], width), dtype, device).zero_()
-            else:
-                found = self.exchange.arrived(passing, what=what)
-            while parts:  # each is freed when it is added
-                columns, dk, dv = parts.pop(0)
-                into = found[:, :, slice(*columns)]
-                into[..., :D] += dk
-                into[..., D:] += dv
-                del dk, dv
+            here = _KeyGradients(k, v)
+            for piece in plan.met(me, owner):
+                here.add(piece, *self._give_back(piece, row, k, v))
+            found: tuple[Tensor, ...] = here.summable()
+            del here
+            if passing is not None:
+                came = self.exchange.arrived(passing, what=what)
+                for total, part in zip(came, found, strict=True):
+                    total += part
+                found = came
             if R > 1:
                 after = plan.keys.counts[(owner - 1) % R]  # the shard that is worked on next, here
-                coming = self.buffers.take(f"gradients {(step + 1) % 2}", (B, H, after, width), dtype, device)
+                coming = tuple(
+                    self.buffers.take(f"{name} {step % 2}", (B, H, after, width), dtype, device)
+                    for name, width in (("keys", D), ("values", value.shape[3]))
+                )
                 passing = self.exchange.pass_on(found, coming, self._neighbour(1), self._neighbour(-1), what=what)
         if passing is not None:
             found = self.exchange.arrived(passing, what=what)
-        return self._gradients(row.query, found[..., :D], found[..., D:], key)
+        return self._gradients(row.query, found[0], found[1], key)
 
     def _met(self) -> list[Piece]:
         """All pieces of this rank, in the order in which shards come."""
@@ -483,22 +494,54 @@ class _Ring(_Rows):
         if R == 1:
             yield me, key, value
             return
-        (B, H, _, D), what = key.shape, "keys and values"
-        width = D + value.shape[3]
-        both = self.buffers.take("keys 0", (B, H, key.shape[2], width), key.dtype, key.device)
-        torch.cat([key, value], 3, out=both)
+        both: tuple[Tensor, ...] = (key, value)
+        what = "keys and values"
         for step in range(R):
             owner = (me - step) % R
             if step < R - 1:
-                shape = (B, H, plan.keys.counts[(owner - 1) % R], width)
-                coming = self.buffers.take(f"keys {(step + 1) % 2}", shape, key.dtype, key.device)
+                after = plan.keys.counts[(owner - 1) % R]
+                coming = [
+                    self.exchange.buffers.take(
+                        f"{name} {step % 2}", (*t.shape[:2], after, t.shape[3]), t.dtype, t.device
+                    )
+                    for name, t in (("keys", key), ("values", value))
+                ]
                 passing = self.exchange.pass_on(both, coming, self._neighbour(1), self._neighbour(-1), what=what)
-            yield (owner, key, value) if step == 0 else (owner, both[..., :D], both[..., D:])
+            yield owner, *both
             if step < R - 1:
                 both = self.exchange.arrived(passing, what=what)
 
     def _neighbour(self, step: int) -> int:
         return self.call.ranks[(self.call.place + step) % self.plan.ranks]
+
+
+class _KeyGradients:
+    """The gradients of some keys and values, added up over pieces."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.like, self.dtype = (key, value), accumulation_dtype(key.dtype)
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def add(self, piece: Piece, dk: Tensor, dv: Tensor) -> None:
+        """Those of one piece, in the columns that it has."""
+        if self.kept is None and piece.columns == (0, self.like[0].shape[2]):
+            self.kept = dk, dv
+            return
+        for total, part in zip(self.summable(), (dk, dv), strict=True):
+            total[:, :, slice(*piece.columns)] += part
+
+    def summable(self) -> tuple[Tensor, Tensor]:
+        """In the dtype in which sums are made; what is added to them stays."""
+        if self.kept is None:
+            dk, dv = (torch.zeros(t.shape, dtype=self.dtype, device=t.device) for t in self.like)
+        else:
+            dk, dv = (part.to(self.dtype) for part in self.kept)
+        self.kept = dk, dv
+        return dk, dv
+
+    @property
+    def found(self) -> tuple[Tensor, Tensor]:
+        return self.kept or self.summable()
 
 
 def _join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:

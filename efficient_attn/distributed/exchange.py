@@ -24,16 +24,54 @@ from ..errors import CommunicationError, InputError, InputTypeError
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 GRACE = 2.0  # seconds
+KEPT = 2**23  # bytes of a buffer that stays between calls
 
 Views = Sequence[Sequence[Tensor]]  # for each rank, parts of tensors
 
 
 class Passing(NamedTuple):
-    """A message on its way from one neighbour, and one to the other."""
+    """Messages on their way from one neighbour, and to the other."""
 
     works: tuple[Any, ...]
-    arriving: Tensor
-    leaving: Tensor  # must live until it is sent
+    arriving: tuple[Tensor, ...]
+    leaving: tuple[Tensor, ...]  # must live until they are sent
+
+
+class Swapping(NamedTuple):
+    """An exchange that has begun, and all that `Exchange.finish` does with what comes."""
+
+    works: tuple[Any, ...]
+    came: list[Tensor]  # for each rank, bytes
+    leaving: Views
+    arriving: Views
+    travels: torch.dtype | None
+    add: bool
+    buffers: tuple[Tensor, ...]  # must live until they are sent
+
+
+class Buffers:
+    """Memory in which messages stand, one of a name after the other.
+
+    It is asked for once: what is given back between tensors of other sizes the allocator of the C library keeps, and a
+    ring of 2 ranks grew by a third of what it needs. Between calls small ones stay, since the pages of new memory
+    cost as much as to send them; on other devices PyTorch's own allocator does that, and knows of streams.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What stands under a name, anew."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if name not in self.kept or self.kept[name].numel() < size or self.kept[name].device != device:
+            self.kept.pop(name, None)
+            self.kept[name] = torch.empty(size, dtype=torch.uint8, device=device)
+        return self.kept[name][:size].view(dtype).view(*shape)
+
+    def end(self) -> None:
+        """Give back what is not kept between calls."""
+        for name in [n for n, raw in self.kept.items() if raw.numel() > KEPT or raw.device.type != "cpu"]:
+            del self.kept[name]
 
 
 class Exchange:
@@ -76,6 +114,7 @@ class Exchange:
             raise InputError(f"rank {dist.get_rank()} is not in the group of context_parallel")
         self.timeout = timeout
         self.sent: Counter[str] = Counter()
+        self.buffers = Buffers()
 
     def device_reason(self, device: torch.device) -> str | None:
         """Why tensors on this device cannot travel, or None."""
@@ -124,51 +163,64 @@ class Exchange:
             add: add to what stands there, in the order of ranks.
             alone: nothing leaves this rank, and the others do not call.
         """
-        outgoing = [0 if r == self.rank else sum(_span(t, travels) for t in part) for r, part in enumerate(leaving)]
-        incoming = [0 if r == self.rank else sum(_span(t, travels) for t in part) for r, part in enumerate(arriving)]
-        came: dict[int, Sequence[Tensor]] = {self.rank: list(leaving[self.rank])}
-        if self.ranks > 1 and not alone:
-            some = next((t for part in (*leaving, *arriving) for t in part), None)
-            device = self._number_device() if some is None else some.device
-            buffers = [torch.empty(sum(sizes), dtype=torch.uint8, device=device) for sizes in (outgoing, incoming)]
-            others = [(r, part) for r, part in enumerate(leaving) if r != self.rank]
-            for view, tensor in zip(
-                _messages(buffers[0], [t for _, part in others for t in part], travels),
-                (t for _, part in others for t in part),
-                strict=True,
-            ):
-                view.copy_(tensor)
-            self.sent[what] += sum(outgoing)
-            self._finish(
-                what,
-                lambda: (
-                    dist.all_to_all_single(buffers[1], buffers[0], incoming, outgoing, self.group, async_op=True),
-                ),
-            )
-            for (r, part), raw in zip(enumerate(arriving), buffers[1].split(incoming), strict=True):
-                if r != self.rank:
-                    came[r] = _messages(raw, part, travels)
-        for r, part in enumerate(arriving):
-            for target, source in zip(part, came.get(r, ()), strict=True):
-                if add:
+        self.finish(self.begin(leaving, arriving, what=what, travels=travels, add=add, alone=alone), what=what)
+
+    def begin(
+        self, leaving: Views, arriving: Views, *, what: str, travels: torch.dtype | None = None, add: bool = False,
+        alone: bool = False,
+    ) -> Swapping:  # fmt: skip
+        """Send what `swap` sends, and return while it travels. Only one exchange is under way at a time."""
+        others = [r for r in range(self.ranks) if r != self.rank]
+        outgoing, incoming = [0] * self.ranks, [0] * self.ranks
+        for r in others:
+            outgoing[r] = sum(_span(t, travels) for t in leaving[r])
+            incoming[r] = sum(_span(t, travels) for t in arriving[r])
+        if alone or not others:
+            return Swapping((), [], leaving, arriving, travels, add, ())
+        some = next((t for part in (*leaving, *arriving) for t in part), None)
+        device = self._number_device() if some is None else some.device
+        gone = self.buffers.take("leaving", (sum(outgoing),), torch.uint8, device)
+        coming = self.buffers.take("arriving", (sum(incoming),), torch.uint8, device)
+        sent = [t for r in others for t in leaving[r]]
+        for view, tensor in zip(_messages(gone, sent, travels), sent, strict=True):
+            view.copy_(tensor)
+        self.sent[what] += sum(outgoing)
+        works = self._start(
+            what, lambda: (dist.all_to_all_single(coming, gone, incoming, outgoing, self.group, async_op=True),)
+        )
+        return Swapping(works, list(coming.split(incoming)), leaving, arriving, travels, add, (gone,))
+
+    def finish(self, swapping: Swapping, *, what: str) -> None:
+        """Wait for what `begin` has begun, and put it where it belongs."""
+        if swapping.works:
+            # A little longer than it may take, so that gloo has ended it when this ends with an error.
+            self._wait(what, swapping.works, self.timeout + GRACE)
+        for r, part in enumerate(swapping.arriving):
+            if r != self.rank and not swapping.works:
+                continue
+            own = r == self.rank
+            sources = swapping.leaving[r] if own else _messages(swapping.came[r], part, swapping.travels)
+            for target, source in zip(part, sources, strict=True):
+                if swapping.add:
                     target += source
                 else:
                     target.copy_(source)
 
-    def pass_on(self, leaving: Tensor, arriving: Tensor, to: int, source: int, *, what: str) -> Passing:
-        """Begin to send a tensor to one rank while another one, of the same dtype, comes from another; both without
-        gaps, and neither to be touched before `arrived`."""
-        gone, coming = as_bytes(leaving), as_bytes(arriving)
-        self.sent[what] += gone.numel()
-        jobs = []
-        if gone.numel():
-            jobs.append(dist.P2POp(dist.isend, gone, self._global(to), self.group))
-        if coming.numel():
-            jobs.append(dist.P2POp(dist.irecv, coming, self._global(source), self.group))
+    def pass_on(
+        self, leaving: Sequence[Tensor], arriving: Sequence[Tensor], to: int, source: int, *, what: str
+    ) -> Passing:
+        """Begin to send tensors to one rank while others, of the same dtypes, come from another; those that arrive
+        without gaps, and none to be touched before `arrived`."""
+        gone = tuple(as_bytes(tensor) for tensor in leaving)
+        self.sent[what] += sum(map(Tensor.numel, gone))
+        jobs = [dist.P2POp(dist.isend, part, self._global(to), self.group) for part in gone if part.numel()]
+        for part in map(as_bytes, arriving):
+            if part.numel():
+                jobs.append(dist.P2POp(dist.irecv, part, self._global(source), self.group))
         works = self._start(what, lambda: tuple(dist.batch_isend_irecv(jobs))) if jobs else ()
-        return Passing(works, arriving, leaving)
+        return Passing(works, tuple(arriving), gone)
 
-    def arrived(self, passing: Passing, *, what: str) -> Tensor:
+    def arrived(self, passing: Passing, *, what: str) -> tuple[Tensor, ...]:
         """What came."""
         self._wait(what, passing.works, self.timeout)
         return passing.arriving
@@ -266,6 +318,7 @@ class _AllGather(torch.autograd.Function):
         total = torch.zeros_like(grad[0])
         leaving, arriving = [[part] for part in grad.unbind(0)], [[total]] * exchange.ranks
         exchange.swap(leaving, arriving, what=f"gradients of {ctx.what}", add=True)
+        exchange.buffers.end()
         return total, None, None
 
 
@@ -289,6 +342,7 @@ class _Moved(torch.autograd.Function):
         leaving = _together([route.leaving(t) for t, route in zip(tensors, routes, strict=True)])
         arriving = _together([route.arriving(t) for t, route in zip(found, routes, strict=True)])
         exchange.swap(leaving, arriving, what=what)
+        exchange.buffers.end()
         return found
 
     @staticmethod
@@ -297,6 +351,7 @@ class _Moved(torch.autograd.Function):
         leaving = _together([way[1](g) for g, way in zip(grads, ctx.ways, strict=True)])
         arriving = _together([way[0](g) for g, way in zip(found, ctx.ways, strict=True)])
         ctx.exchange.swap(leaving, arriving, what=f"gradients of {ctx.what}", add=True)
+        ctx.exchange.buffers.end()
         return (None, None, None, *found)
 
 

@@ -62,6 +62,25 @@ def keys_read(mask: BlockMask, queries: Sequence[Run]) -> list[Run]:
     return [(a * grid.block_k, min(b * grid.block_k, grid.kv_len)) for a, b in zip(starts, stops, strict=True)]
 
 
+def hulls(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """For each query block the first key that it may read in any batch element and head, and the one behind the last:
+    int64 [n_q] twice, the first not below the last where it reads none."""
+    grid, lists, window, lengths = mask.parts
+    low = torch.full((grid.n_q,), grid.kv_len, dtype=torch.int64)
+    high = torch.zeros_like(low)
+    if lists is None:
+        first, counts = (part.cpu() for part in reach(grid, window, lengths))
+        for start, count in zip(first, counts, strict=True):
+            low = torch.where(count > 0, torch.minimum(low, start * grid.block_k), low)
+            high = torch.where(count > 0, torch.maximum(high, (start + count) * grid.block_k), high)
+        return low, high.clamp(max=grid.kv_len)
+    rows, cols, touched = (part.cpu() for part in entries(mask))
+    block, cols = (rows % max(grid.n_q, 1))[touched], cols[touched]
+    low.scatter_reduce_(0, block, cols * grid.block_k, "amin")
+    high.scatter_reduce_(0, block, (cols + 1) * grid.block_k, "amax")
+    return low, high.clamp(max=grid.kv_len)
+
+
 def submask(mask: BlockMask, queries: Run, keys: Run) -> BlockMask | None:
     """The mask between a run of queries and a run of keys; None where no block of it is visited.
 

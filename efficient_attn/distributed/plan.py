@@ -24,8 +24,8 @@ from ..errors import InputError
 from ..masks import BlockMask
 from ..masks.algebra import reach
 from .links import Link
-from .needs import entries, keys_read, packed_mask, submask
-from .shards import Run, Runs, Shards, joined, overlap, size
+from .needs import entries, hulls, keys_read, packed_mask, submask
+from .shards import GRAIN, Run, Runs, Shards, joined, overlap, size
 from .tokens import Stretch, stretches
 
 TRANSPORTS = ("gather", "ring", "all_to_all")
@@ -40,6 +40,7 @@ class Piece(NamedTuple):
     first_row: int  # where the first query and the first key stand in the whole sequence
     first_column: int
     keys: Runs  # the columns as tokens of the whole sequence
+    own: bool = False  # the keys at hand are those that the rank holds, and nothing needs to come for it
 
 
 class Shape(NamedTuple):
@@ -85,8 +86,8 @@ class Plan:
         return self.queries.ranks
 
     def move(self, owner: int, reader: int) -> Runs:
-        """The keys that `owner` sends to `reader` when only needed ones travel."""
-        return overlap(self.keys.runs[owner], self.reads[reader])
+        """The keys that `owner` sends to `reader` when only needed ones travel; to itself, those between them."""
+        return overlap(self.keys.runs[owner], self.fetches(reader))
 
     def stretches(self, owner: int, reader: int, spread: bool) -> tuple[Stretch, ...]:
         """Where the tokens of `move` stand among those that the owner holds and those at the reader's hand."""
@@ -129,11 +130,63 @@ class Plan:
         spread: as one run with gaps, in which a key's distance from the first is that in the sequence; dropout, which
             goes by it, needs that. The gaps cost memory on a GPU, and on a CPU only addresses.
         """
-        reads = self.reads[rank]
+        reads = self.fetches(rank)
         return ((reads[0][0], reads[-1][1]),) if spread and reads else reads
 
+    @functools.cached_property
+    def travels(self) -> bool:
+        """Whether any rank reads keys of another one."""
+        return any(self.arrivals(rank) for rank in range(self.ranks))
+
+    def fetches(self, rank: int) -> Runs:
+        """The keys that those queries of a rank read that read a key of another rank, its own ones among them."""
+        if rank not in self._fetches:
+            runs = [run for run, home in self._parts(rank) if home is None]
+            self._fetches[rank] = joined(keys_read(self.mask, runs))
+        return self._fetches[rank]
+
+    @functools.cached_property
+    def _fetches(self) -> dict[int, Runs]:
+        return {}
+
+    def _parts(self, rank: int) -> list[tuple[Run, Run | None]]:
+        """The runs of queries of a rank, each cut where a long stretch of it reads keys of one run of the rank alone;
+        with that run of keys."""
+        if rank not in self._cut_queries:
+            found: list[tuple[Run, Run | None]] = []
+            (first, last), grain = self._hulls, self._grain
+            for start, stop in self.queries.runs[rank]:
+                a, b = start // grain, -(-stop // grain)
+                best: tuple[int, int, Run | None] = (a, a, None)
+                for keys in self.keys.runs[rank]:
+                    inside = (first[a:b] >= keys[0]) & (last[a:b] <= keys[1]) | (first[a:b] >= last[a:b])
+                    c, d = _longest(inside)
+                    if d - c > best[1] - best[0]:
+                        best = a + c, a + d, keys
+                c, d = (min(edge * grain, stop) for edge in best[:2])
+                if 4 * (d - c) < stop - start:  # not worth a call of its own
+                    found.append(((start, stop), None))
+                    continue
+                cuts: list[tuple[Run, Run | None]] = [((start, c), None), ((c, d), best[2]), ((d, stop), None)]
+                found += [part for part in cuts if part[0][0] < part[0][1]]
+            self._cut_queries[rank] = found
+        return self._cut_queries[rank]
+
+    @functools.cached_property
+    def _cut_queries(self) -> dict[int, list[tuple[Run, Run | None]]]:
+        return {}
+
+    @property
+    def _grain(self) -> int:
+        """The queries of a block of `_hulls`, of which every run starts at a multiple."""
+        return GRAIN if self.mask.indptr is None else self.mask.block_size[0]
+
+    @functools.cached_property
+    def _hulls(self) -> tuple[Tensor, Tensor]:
+        return hulls(self.mask if self.mask.indptr is not None else self.mask.reblock((GRAIN, GRAIN)))
+
     def fetched(self, rank: int, spread: bool) -> list[Piece]:
-        """The calls of a rank on the buffer `at_hand`, at most one for each run of queries."""
+        """The calls of a rank on its own keys and on the buffer `at_hand`, at most one for each part of its queries."""
         key = (rank, spread)
         if key not in self._kept:
             self._kept[key] = self._fetched(rank, self.at_hand(rank, spread))
@@ -141,19 +194,19 @@ class Plan:
 
     def _fetched(self, rank: int, buffer: Runs) -> list[Piece]:
         pieces, row = [], 0
-        for run in self.queries.runs[rank]:
+        for run, home in self._parts(rank):
             rows = (row, row + run[1] - run[0])
             row = rows[1]
             wanted = keys_read(self.mask, [run])
             if not wanted:
                 continue
             hull, place = (wanted[0][0], wanted[-1][1]), 0
-            for start, stop in buffer:
+            for start, stop in buffer if home is None else self.keys.runs[rank]:
                 if start <= hull[0] and hull[1] <= stop:
                     part = submask(self.mask, run, hull)
                     columns = (place + hull[0] - start, place + hull[1] - start)
                     if part is not None:
-                        pieces.append(Piece(rows, columns, part, run[0], hull[0], (hull,)))
+                        pieces.append(Piece(rows, columns, part, run[0], hull[0], (hull,), home is not None))
                     break
                 place += stop - start
             else:
@@ -230,7 +283,7 @@ class Plan:
 
     def _replayed(self, transport: str, shape: Shape, link: Link, heads_ranks: int) -> list[float]:
         R, flops = self.ranks, shape.pair_flops / link.flops
-        if transport == "gather":
+        if transport == "gather":  # as if nothing were computed until all keys are here
             work = self.pairs.sum(1) * flops
             arrive = [
                 link.exchange(r, [(owner, shape.token_bytes * n) for owner, n in self.arrivals(r).items()])
@@ -407,6 +460,16 @@ def visited(mask: BlockMask, queries: Shards, keys: Shards) -> Tensor:
     column_owner = _owner(cols * grid.block_k, torch.tensor([run[0] for run, _ in key_runs]), key_owner)
     place = row_owner[rows % max(grid.n_q, 1)] * R + column_owner
     return found.view(-1).index_add_(0, place, pairs).view(R, R)
+
+
+def _longest(flags: Tensor) -> Run:
+    """The longest stretch of true flags, the first of equals."""
+    edges = torch.cat([flags.new_zeros(1), flags, flags.new_zeros(1)]).int().diff()
+    starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+    if not starts.numel():
+        return 0, 0
+    n = int((stops - starts).argmax())
+    return int(starts[n]), int(stops[n])
 
 
 def _owner(tokens: Tensor, starts: Tensor, owners: Tensor) -> Tensor:

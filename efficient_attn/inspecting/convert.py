@@ -11,6 +11,7 @@ import typer
 from ..errors import EfficientAttnError, InputError
 from ..integrations import Budget, convert
 from ..integrations.budget import Kept, fingerprint
+from ..measuring.run_folder import check_file
 from ..measuring.terminal import Progress, console, interrupted, named_errors, resuming, sigterm_raises
 from . import inputs
 
@@ -51,8 +52,7 @@ def convert_command(
     with named_errors():
         if threads is not None:
             torch.set_num_threads(threads)
-        if not out.parent.is_dir():
-            raise InputError(f"--out {out}: there is no folder {out.parent}")
+        check_file("--out", out)
         loaded = inputs.load(model, length)
         sample: Any = loaded.sample
         if data is not None:

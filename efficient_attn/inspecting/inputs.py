@@ -59,7 +59,8 @@ def load(name: str, length: int | None) -> Loaded:
     """
     place, colon, function = name.rpartition(":")
     if colon and function.isidentifier() and (place.endswith(".py") or not Path(name).exists()):
-        model, sample = sources.find(name)({"seqlen": length or 512, "batch": 2, "model": name})
+        with sources.named_failure(name):
+            model, sample = sources.find(name)({"seqlen": length or 512, "batch": 2, "model": name})
         return Loaded(model.eval(), None, sample)
     folder = Path(name)
     folder = folder / "model" if (folder / "model" / checkpoints.CONFIG).is_file() else folder
@@ -88,7 +89,8 @@ def read(loaded: Loaded, path: Path, kind: str | None, length: int | None, batch
     Raises:
         InputError: no such file, one of another kind than the model reads, or one with too little.
     """
-    path = existing(path, "a text, an image or a folder of images, a .csv, .npz or .safetensors")
+    option = "--data" if kind in (None, "tensors") else f"--{kind}"
+    path = existing(path, "a text, an image or a folder of images, a .csv, .npz or .safetensors", option)
     kind = kind or _kind(path)
     made: Callable[..., Read] = {"text": _text, "image": _image, "series": _series, "tensors": _tensors}[kind]
     return made(loaded, path, length, batch)
@@ -118,8 +120,8 @@ def _text(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
         raise InputError(f"the model has positions for {limit} tokens, and --length asks for {length}")
     if own < 1 or length < 2 or len(ids) < batch * own:
         raise InputError(
-            f"{path} has {len(ids)} tokens, too few for {batch} pieces of {max(own, 2)}; give a longer text, a "
-            "smaller --length or a smaller --batch"
+            f"{path} has {len(ids)} tokens, too few for {batch} pieces of {max(own, 2)}; give a longer text or a "
+            f"smaller --length{' or --batch' if batch > 1 else ''}"
         )
     pieces = [[*before, *ids[start : start + own], *after] for start in range(0, batch * own, own)]
     tokens = torch.tensor(pieces)
@@ -218,7 +220,7 @@ def _series(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
 def _tensors(loaded: Loaded, path: Path, length: int | None, batch: int) -> Read:
     found: Mapping[str, Tensor]
     if path.suffix == ".safetensors":
-        found = checkpoints.safetensors().load_file(str(path))
+        found = checkpoints.read_tensors([path])
     else:
         import numpy as np
 

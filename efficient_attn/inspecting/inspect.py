@@ -14,9 +14,9 @@ import typer
 from ..errors import InputError
 from ..integrations import convert, fidelity
 from ..integrations.budget.layers import skeleton
+from ..measuring.run_folder import check_file
 from ..measuring.terminal import Progress, console, named_errors, nothing_kept
 from . import inputs
-from .gathered import gather
 
 PAGE = Path(__file__).parent / "page.html"
 SIDE = 128  # pixels of a picture on the page, at most
@@ -41,6 +41,7 @@ def inspect_command(
         given += [("tensors", data)] if data else []
         if len(given) > 1 or (attention is not None and plan is not None):
             raise InputError("give one of --text, --image, --series and --data, and one of --attention and --plan")
+        check_file("--out", out)
         loaded = inputs.load(model, length)
         if given:
             read = inputs.read(loaded, given[0][1], given[0][0], length, 1)
@@ -68,6 +69,7 @@ def describe(
 
     told: called with (which run, calls of attention that are done, of how many).
     """
+    from .gathered import gather  # imports torch._dynamo: a second, which no other command should take
 
     def seen(name: str, model: torch.nn.Module, error: float | None) -> dict[str, Any]:
         layers, unseen = gather(model, read.sample, lambda done, total: told(name, done, total), read.part)

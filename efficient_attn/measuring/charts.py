@@ -80,9 +80,7 @@ def front(axis: Any, points: Iterable[tuple[str, float, float, str, bool]], *, l
         right = x > middle
         style: dict[str, Any] = {"ha": "right" if right else "left", "weight": "bold" if bold else "normal"}
         offset = (-7 if right else 7, 5 if number % 2 else -12)  # neighbours above and below, not on each other
-        axis.annotate(
-            name, at, offset, textcoords="offset points", fontsize=8, color="k" if on_front else "0.4", **style
-        )
+        axis.annotate(name, at, offset, textcoords="offset points", fontsize=8, color=colour, **style)
     axis.set(xscale="log", yscale="log", ylabel="error against exact attention", ylim=(floor / 1.6, None))
     log_scale(axis.xaxis, [min(x for _, x, *_ in found), max(x for _, x, *_ in found)], own=False)
     log_scale(axis.yaxis, [floor, 1.0], own=False)
@@ -92,12 +90,13 @@ def front(axis: Any, points: Iterable[tuple[str, float, float, str, bool]], *, l
     plain(axis)
 
 
-def end_names(axis: Any, ends: Iterable[tuple[str, float, float, str]], apart: float = 1.55) -> None:
+def end_names(axis: Any, ends: Iterable[tuple[str, float, float, str]], apart: float = 1.65) -> None:
     """Names (text, x, y, colour) at the ends of lines on a logarithmic axis, pushed apart by this factor."""
     below = 0.0
     for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
         below = max(y, below * apart)
-        arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.8}
+        # To the text's edge: to its middle, as by default, the line runs through the names below.
+        arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.8, "relpos": (0.0, 0.5)}
         axis.annotate(name, (x, y), (x * 1.5, below), fontsize=8, color=colour, va="center", arrowprops=arrow)
 
 

@@ -24,6 +24,26 @@ def make_run_folder(out: Path, *, holds_run: bool) -> None:
         ) from error
 
 
+def check_file(option: str, path: Path) -> Path:
+    """`path`, before the work whose result it will hold; what is there stays as it is.
+
+    Raises:
+        InputError: a folder, or a file that cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}")
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise InputError(
+            f"{option} {path} cannot be written: {error.strerror}; name a file in a folder that you may write to"
+        ) from error
+    if not there:
+        path.unlink()
+    return path
+
+
 def choose_run_folder(out: Path | None, under: str, *, resume: bool, latest: bool = True) -> Path:
     """The folder of a run with a results.jsonl, made: `out`, or one below `under`, named after the time.
 

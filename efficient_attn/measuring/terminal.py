@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import shutil
 import signal
@@ -161,6 +162,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def say_error(error: object) -> None:
+    """Say what went wrong in one line, however many its text has."""
+    note(console(stderr=True), "error:", f" {' '.join(str(error).split())}", "red")
+
+
+def usage_error() -> Any:
+    """The class of the errors that the command line raises for its arguments: click's, or typer's own copy of it."""
+    import typer
+
+    return typer.BadParameter.__base__
+
+
 @contextlib.contextmanager
 def named_errors(option: str = "") -> Iterator[None]:
     """This package's errors, and files that cannot be read or written, as errors of the command: exit code 2."""
@@ -221,8 +234,12 @@ def resuming(**options: object) -> str:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """A command of this package as it can be typed where the one that runs was."""
+    """A command of this package as it can be typed where the one that runs was; under torchrun, for its processes."""
     program = sys.argv[0]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        count = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", count]
+        return shlex.join([sys.executable, *launcher, "-m", __name__.partition(".")[0], *arguments])
     if Path(program).name != "efficient-attn":
         return shlex.join([sys.executable, "-m", __name__.partition(".")[0], *arguments])
     found = shutil.which("efficient-attn")

@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..biases import ALiBi, PositionBias, T5Bias
+from ..errors import InputError, UnsupportedError
+from ..inputs import check_softcap
 from ..methods import Hybrid, Method, parse
 from ..methods.base import keep_state
 from ..methods.continuation import continuation
@@ -19,6 +22,8 @@ from ..methods.left_padding import attend_from_first, left_padding
 from ..patterns import Pattern
 from .cache import LayerCache
 from .positions import rotate
+
+POSITION_BIASES = ("none", "alibi", "t5")
 
 
 class Attention(nn.Module):
@@ -31,17 +36,23 @@ class Attention(nn.Module):
         cross: keys and values come from a memory.
         dropout: of attention weights, in training.
         attention: a spec, `Method` or `Pattern`.
+        softcap: None or c > 0: scores x become c tanh(x / c) (Gemma 2).
+        sinks: learn a logit for each head that stands beside those of the keys and has no value (gpt-oss).
+        position_bias: one of `POSITION_BIASES`: "alibi", the paper's slopes, or "t5", a learned table of 32 buckets.
 
     Attributes:
         attention: the `Method`; `set_attention` changes it.
         method_state: the method's own parameters, None for a method without any.
 
     Raises:
-        UnsupportedError: causal with a method that cannot be.
+        InputError: a softcap or position bias that is none.
+        UnsupportedError: causal with a method that cannot be; a softcap, sinks or a position bias with a method that
+            knows none (low rank, hybrids).
     """
 
     attention: Method
     method_state: nn.Module | None
+    sinks: nn.Parameter | None
 
     def __init__(
         self,
@@ -54,14 +65,21 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         attention: str | Method | Pattern = "dense",
+        softcap: float | None = None,
+        sinks: bool = False,
+        position_bias: str = "none",
     ) -> None:
         super().__init__()
+        check_softcap(softcap)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.causal, self.cross, self.dropout = causal, cross, dropout
         self.q_proj = nn.Linear(dim, dim, bias=bias)
         self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(dim, dim, bias=bias)
+        self.softcap = softcap
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(num_heads)) if sinks else None)
+        self.position_bias = make_position_bias(position_bias, num_heads, causal)
         self.method_state = None
         self.set_attention(attention)
 
@@ -73,6 +91,7 @@ class Attention(nn.Module):
         """
         method = parse(attention)
         check_causal(method, self.causal)
+        check_modifiers(method, self.softcap, self.sinks is not None, self.position_bias is not None)
         if method_state is None and getattr(self, "attention", None) == method:
             return
         if method_state is None:
@@ -123,6 +142,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         method = self.attention
         call: dict[str, Any] = {"key_mask": key_mask, "need_weights": need_weights, "is_causal": self.causal}
+        if self.softcap is not None:
+            call["softcap"] = self.softcap
+        if self.sinks is not None:
+            call["sinks"] = self.sinks
+        if self.position_bias is not None:
+            call["bias"] = self.position_bias()
         N, M = query.shape[2], key.shape[2]
         attend = method.attend if self.cross else functools.partial(attend_from_first, method)
         if self.causal and N != M:
@@ -160,6 +185,25 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         kinds = [kind for kind, is_so in (("causal", self.causal), ("cross", self.cross)) if is_so]
         return ", ".join([f"heads={self.num_heads}/{self.num_kv_heads}", f"attention={str(self.attention)!r}", *kinds])
+
+
+def make_position_bias(kind: str, num_heads: int, causal: bool) -> PositionBias | None:
+    """The module of a kind in `POSITION_BIASES`; None for "none"."""
+    if kind not in POSITION_BIASES:
+        raise InputError(f"position_bias must be one of {', '.join(POSITION_BIASES)}; got {kind!r}")
+    if kind == "none":
+        return None
+    if kind == "alibi":
+        return PositionBias(ALiBi(ALiBi.usual_slopes(num_heads)))
+    return PositionBias(T5Bias(torch.zeros(32, num_heads), bidirectional=not causal))
+
+
+def check_modifiers(method: Method, softcap: float | None, sinks: bool, position_bias: bool) -> None:
+    """Raise UnsupportedError for a method that does not know what is done to a layer's scores."""
+    has = {"softcap": softcap is not None, "sinks": sinks, "position_bias": position_bias}
+    found = [name for name, present in has.items() if present]
+    if found and not method.accepts_modifiers:
+        raise UnsupportedError(f"{' and '.join(found)} cannot be served by {method}; use dense or a sparse method")
 
 
 def check_causal(method: Method, causal: bool) -> None:

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,8 @@ def locate(path: str | os.PathLike[str], *, revision: str | None, local_files_on
     folder = Path(path)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise CheckpointError(f"{path} is a file; a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or str(path).startswith("."):
         raise CheckpointError(f"there is no folder {path}, and that is no id of the Hugging Face hub")
     hub = _module("huggingface_hub")
@@ -200,7 +202,7 @@ def locate(path: str | os.PathLike[str], *, revision: str | None, local_files_on
         )
     except Exception as error:  # the hub's, its HTTP client's and the file system's own kinds
         raise CheckpointError(
-            f"there is no folder {path!r}, and the hub does not give it: {type(error).__name__}: {error}"
+            f"there is no folder {str(path)!r}, and the hub does not give it: {type(error).__name__}: {error}"
         ) from error
     return Path(found)
 
@@ -245,6 +247,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             )
         listed = _read_json(folder / INDEX).get("weight_map", {}).values()
         files = [folder / Path(name).name for name in sorted(set(listed))]
+    return read_tensors(files)
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files; raises CheckpointError, with its name, for one that is damaged."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:

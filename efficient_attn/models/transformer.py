@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from .. import sharding
 from ..errors import InputError, InputTypeError, UnsupportedError
-from ..inputs import MAX_HEAD_DIM
+from ..inputs import MAX_HEAD_DIM, check_softcap
 from ..methods import Method, parse
 from ..patterns import Pattern
-from .attention import Attention, check_causal
+from .attention import POSITION_BIASES, Attention, check_causal, check_modifiers
 from .cache import Cache, LayerCache
 from .positions import Rotary
 
@@ -59,10 +59,11 @@ class TransformerConfig:
         attention: a spec for all layers, or a tuple with one a layer; given as `Method` or `Pattern`, kept as text.
         memory_attention: the same for the cross-attention.
         rotary: rotary positions in each layer; rotary_base: their base.
+        softcap, sinks, position_bias: what each self-attention does to its scores, see `Attention`.
 
     Raises:
         InputError, InputTypeError: values out of range, or specs that cannot be read.
-        UnsupportedError: causal with an attention that cannot be.
+        UnsupportedError: causal, softcap, sinks or position_bias with an attention that does not know it.
     """
 
     hidden_dim: int = 256
@@ -84,6 +85,9 @@ class TransformerConfig:
     memory_attention: Specs = "dense"
     rotary: bool = False
     rotary_base: float = 10000.0
+    softcap: float | None = None
+    sinks: bool = False
+    position_bias: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim"):
@@ -102,8 +106,12 @@ class TransformerConfig:
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        check_softcap(self.softcap)
+        if self.position_bias not in POSITION_BIASES:
+            raise InputError(f"position_bias must be one of {', '.join(POSITION_BIASES)}; got {self.position_bias!r}")
         for method in each_layer(self.attention, self.num_layers):
             check_causal(method, self.causal)
+            check_modifiers(method, self.softcap, self.sinks, self.position_bias != "none")
         object.__setattr__(self, "attention", as_text(self.attention, self.num_layers))
         object.__setattr__(self, "memory_attention", as_text(self.memory_attention, self.num_layers))
 
@@ -191,6 +199,9 @@ class Layer(nn.Module):
                 dropout=config.attention_dropout,
                 bias=config.bias,
                 attention=memory_method if cross else method,
+                softcap=None if cross else config.softcap,
+                sinks=config.sinks and not cross,
+                position_bias="none" if cross else config.position_bias,
             )
 
         self.norm_first = config.norm_first
@@ -268,8 +279,11 @@ class Transformer(nn.Module):
         if cross and not self._config.cross_attention:
             raise InputError("this Transformer has no cross-attention")
         methods = each_layer(attention, self._config.num_layers)
+        config = self._config
         for method in methods:
-            check_causal(method, self._config.causal and not cross)
+            check_causal(method, config.causal and not cross)
+            if not cross:
+                check_modifiers(method, config.softcap, config.sinks, config.position_bias != "none")
         return methods
 
     def set_attention(self, attention: Specs, *, cross: bool = False) -> None:

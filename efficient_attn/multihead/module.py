@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .. import sharding
 from ..biases import Bias, BiasLike, PositionBias, join
 from ..errors import InputError, UnsupportedError
 from ..handover import clone, hides_forward
@@ -263,7 +264,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         check_mask_dtype("key_padding_mask", key_padding_mask, "attn_mask", attn_mask)
         check_mask_dtype("attn_mask", attn_mask)
-        _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        # Inside context_parallel a mask is that of the whole sequence, which attention() knows the sizes of.
+        own_mask = attn_mask if sharding.active is None else None
+        _functional._mha_shape_check(query, key, value, key_padding_mask, own_mask, self.num_heads)
         promised = is_causal and attn_mask is not None
         as_bias = attn_mask is not None and attn_mask.dtype != torch.bool
         method = self._method_for(query, key)
@@ -272,7 +275,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             read_mask, causal = None, True  # as the parent, without a look at the mask
         else:
             read_mask, causal = attn_mask, False
-        if is_causal != promised or not fits(self, query, key, value, key_padding_mask, read_mask):
+        if is_causal != promised or not fits(
+            self, query, key, value, key_padding_mask, read_mask if sharding.active is None else None
+        ):
             # The parent says what is wrong, in its own words; value[:] keeps it off its fast path, which checks less.
             super().forward(query, key, value[:], key_padding_mask, need_weights, attn_mask, is_causal=is_causal)
             raise InputError(
@@ -335,6 +340,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = project_to_heads(self, query, key, value)
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra:
+            sharding.refuse("a key beside the sequence (add_bias_kv, add_zero_attn)")
             k, v = append_columns(self, k, self.bias_k), append_columns(self, v, self.bias_v)
         key_mask, mask, bias = read_masks(self, method, key_padding_mask, attn_mask, q, extra)
         scores: BiasLike = bias if self.position_bias is None else join(bias, [self.position_bias()])

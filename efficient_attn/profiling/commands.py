@@ -16,7 +16,7 @@ from rich.console import Console
 from ..errors import InputError
 from ..measuring import records, runner
 from ..measuring.options import read_lengths
-from ..measuring.run_folder import choose_run_folder
+from ..measuring.run_folder import check_file, choose_run_folder
 from ..measuring.terminal import Progress, console, interrupted, named_errors, nothing_kept, resuming, sigterm_raises
 from .api import LENGTHS, MODEL_LENGTHS, profile_op, profile_source
 from .profile import from_records
@@ -94,6 +94,9 @@ def profile(
             raise InputError("give --op SPEC or --model NAME, one of the two")
         chosen = read_lengths(lengths) if lengths else (LENGTHS if model is None else MODEL_LENGTHS)
         folder = choose_run_folder(out, "profile-results", resume=resume, latest=False)
+        if trace is not None:
+            trace.parent.mkdir(parents=True, exist_ok=True)
+            check_file("--trace", trace)
         common: dict[str, Any] = {"lengths": chosen, "mode": mode.split(","), "batch": batch, "dtype": dtype}
         common |= {
             "seed": seed,
@@ -251,7 +254,8 @@ def _recommend_for(model: str, length: int, given: dict[str, Any], options: dict
     if wrong:
         raise InputError(f"--{wrong[0].replace('_', '-')} is the model's own; leave it out with --model")
     config = {"model": model, "seqlen": length, "batch": given.get("batch", 1), "seed": options["seed"]}
-    network, sample = sources.load({**config, "dtype": given.get("dtype", "float32")})
+    with sources.named_failure(model):
+        network, sample = sources.load({**config, "dtype": given.get("dtype", "float32")})
     return recommend(network, sample, mode=given.get("mode", "fwd"), **options)
 
 

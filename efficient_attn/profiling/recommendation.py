@@ -177,7 +177,7 @@ def from_rows(files: Iterable[str | Path], *, budget: float, **shape: Any) -> Re
     """Recommend from rows that were measured before, by `recommend` or by the suite ops of `efficient-attn bench`.
 
     Args:
-        files: JSONL files.
+        files: runs, by their folders or results.jsonl.
         budget: the error allowed.
         shape: any of batch, heads, kv_heads, head_dim, seqlen, dtype, mode, causal, to choose rows by.
 
@@ -192,7 +192,7 @@ def from_rows(files: Iterable[str | Path], *, budget: float, **shape: Any) -> Re
     latest: dict[str, Record] = {}
     for file in files:
         try:
-            for record in records.read(Path(file)):
+            for record in records.read(records.results_file(Path(file))):
                 if record["type"] == "environment":
                     environment = record
                 elif record.get("suite") in (OPERATOR, BENCHMARKED):
@@ -200,13 +200,16 @@ def from_rows(files: Iterable[str | Path], *, budget: float, **shape: Any) -> Re
         except (ValueError, OSError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
     usable = [r for r in latest.values() if r["status"] != "ok" or "error" in r]
+    if not usable:
+        raise InputError(
+            "no rows with times and errors in these files; efficient-attn recommend --length N measures some"
+        )
     given = {name: value for name, value in shape.items() if value is not None}
     chosen = [r for r in usable if all(r["config"].get(name, value) == value for name, value in given.items())]
     shapes = sorted({_shape(r) for r in (chosen or usable)})
     if not chosen or len(shapes) > 1:
         what = "rows of several shapes" if chosen else f"no rows for {given}"
-        listed = "; ".join(shapes) or "none with times and errors"
-        raise InputError(f"{what} in these files. There are: {listed}. Choose by {', '.join(SHAPE)}")
+        raise InputError(f"{what} in these files. There are: {'; '.join(shapes)}. Choose by {', '.join(SHAPE)}")
     on = f"rows measured before, {chosen[0]['config'].get('activations', 'photographs')} activations"
     return _decide(chosen, budget, on, environment)
 

@@ -9,9 +9,11 @@ file.py:function            your own; also package.module:function
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..errors import InputError, UnsupportedError
+from ..errors import EfficientAttnError, InputError, UnsupportedError
 from ..integrations import convert
 from ..models import checkpoints
 
@@ -72,13 +74,29 @@ def find(source: str) -> Source:
     )
 
 
+@contextlib.contextmanager
+def named_failure(source: str) -> Iterator[None]:
+    """Whatever a user's file raises as InputError, with its place; what this package raises, and a lack of memory,
+    stays what it is."""
+    try:
+        yield
+    except (EfficientAttnError, MemoryError):
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"the model {source!r} fails with {type(error).__name__}: {error} (line {last.lineno} of {last.filename})"
+        ) from error
+
+
 def _module(place: str, source: str) -> Any:
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location("efficient_attn_profiled", place)
         if spec is None or spec.loader is None or not Path(place).is_file():
             raise InputError(f"the model {source!r} names the file {place}, which does not exist")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with named_failure(source):
+            spec.loader.exec_module(module)
         return module
     try:
         return importlib.import_module(place)

@@ -133,7 +133,7 @@ def run(task: type[Task], given: Mapping[str, Any], chosen: set[str]) -> int:
         return 128 + interrupt.signum
     except EfficientAttnError as error:
         if first or isinstance(error, CommunicationError):  # which the first process may not live to say
-            note(terminal.console(stderr=True), "error:", f" {error}", "red")
+            terminal.say_error(error)
         return 2
     show(result, console)
     console.print(f"{train_options.out / trainer.RESULT}", soft_wrap=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import EfficientAttnError, InputError, UnsupportedError
 from ..measuring import terminal
+from ..measuring.run_folder import check_file
 from ..measuring.terminal import note
 from ..models import PatchForecaster
 from .data import series as data
@@ -47,7 +48,7 @@ def load(run: Path) -> tuple[PatchForecaster, SeriesReader]:
     Raises:
         InputError: no such folder. CheckpointError: it holds something else.
     """
-    folder = existing(run, "the folder of a run of train forecast")
+    folder = existing(run, "the folder of a run of train forecast", "the run")
     folder = folder / "model" if (folder / "model").is_dir() else folder
     return PatchForecaster.from_pretrained(folder), SeriesReader.from_pretrained(folder)
 
@@ -315,6 +316,8 @@ def backtest_command(
         steps = season or reader.season
         if steps is None:
             raise InputError("give --season, how many observations make one")
+        if out is not None:
+            check_file("--out", out)
         read = reader.read(existing(table, "a .csv file"))
         found = backtest(model, reader, read, windows, season=steps, ets=ets)
         shown = Table("", "MASE", "sMAPE %", "CRPS", "windows", box=None, padding=(0, 2, 0, 0))
@@ -332,5 +335,5 @@ def _run(work: Callable[[], None]) -> None:
     try:
         work()
     except EfficientAttnError as error:
-        note(terminal.console(stderr=True), "error:", f" {error}", "red")
+        terminal.say_error(error)
         raise typer.Exit(2) from None

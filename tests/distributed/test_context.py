@@ -117,6 +117,7 @@ REFUSED = {
     "whole u": "InputError: u of LowRankBias, (1, 1, 64, 2), does not fit (1, 2, 32, 4)",
     "low-rank sinks": "UnsupportedError: sinks cannot be served by linear",
     "content": "UnsupportedError: topk_blocks",
+    "cache": "UnsupportedError: attention over a cache is not defined inside context_parallel",
     "hybrid": "UnsupportedError: sliding_window",
 }
 

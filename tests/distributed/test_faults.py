@@ -21,8 +21,10 @@ from efficient_attn.measuring.ranks import started
 TESTS = Path(__file__).resolve().parents[1]
 TRAIN = shlex.split(
     "-m efficient_attn.cli train lm --length 512 --batch 1 --steps 100000 --dim 32 --layers 2 --heads 2 --threads 1 "
-    "--attention dense --context-parallel 2 --timeout 5 --out"
+    "--attention dense --context-parallel 2"
 )
+# Two processes that start on a busy machine may come several seconds apart: that is no fault.
+PATIENCE = 30
 
 
 def test_a_rank_that_ends_or_hangs_ends_the_others_in_time():
@@ -30,7 +32,7 @@ def test_a_rank_that_ends_or_hangs_ends_the_others_in_time():
     limit = 3.0
     made = subprocess.run(
         [sys.executable, "-m", "support.rank_faults", str(limit)],
-        cwd=TESTS, stdout=subprocess.PIPE, text=True, check=True, timeout=300,
+        cwd=TESTS, stdout=subprocess.PIPE, text=True, check=True, timeout=1200,
     )  # fmt: skip
     rows = [json.loads(line) for line in made.stdout.splitlines()]
     assert len(rows) == 4 * 7
@@ -56,8 +58,9 @@ def test_a_process_that_never_comes_is_named(tmp_path):
         port = free.getsockname()[1]
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     made = subprocess.run(
-        [sys.executable, *TRAIN, tmp_path / "run"], env=os.environ | place, capture_output=True, text=True, timeout=200
-    )
+        [sys.executable, *TRAIN, "--timeout", "5", "--out", tmp_path / "run"],
+        env=os.environ | place, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
     assert made.returncode == 2 and "process 0 of 2 could not reach another one within 5 s" in made.stderr, made.stderr
 
 
@@ -67,7 +70,8 @@ def test_a_fault_under_torchrun_ends_all(tmp_path, fault):
     run = tmp_path / "run"
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *TRAIN, run],
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+             *TRAIN, "--timeout", str(PATIENCE), "--out", run],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
         )  # fmt: skip
     try:
@@ -81,10 +85,14 @@ def test_a_fault_under_torchrun_ends_all(tmp_path, fault):
             launcher.send_signal(signal.SIGINT)
         else:
             os.kill(children[1], {"is killed": signal.SIGKILL, "hangs": signal.SIGSTOP}[fault])
-        assert launcher.wait(120) != 0  # torchrun gives what it ends half a minute
+        assert launcher.wait(4 * PATIENCE + 60) != 0  # torchrun gives what it ends half a minute
         assert not any(Path(f"/proc/{child}").exists() for child in children)
         said = (tmp_path / "log").read_text()
         assert ("interrupted by Ctrl-C" if fault == "Ctrl-C" else "could not") in said
-        assert fault == "Ctrl-C" or " within 5 s" in said
+        assert (
+            fault != "Ctrl-C"
+            or f"torch.distributed.run --nproc-per-node 2 -m efficient_attn train lm --out {run}" in said
+        )
+        assert fault == "Ctrl-C" or f" within {PATIENCE} s" in said
     finally:
         launcher.kill()

@@ -91,8 +91,9 @@ def test_pieces_are_the_mask_each_pair_once():
                 else:
                     runs = plan.at_hand(rank, way == "spread")
                     keys = torch.cat([torch.arange(0), *(torch.arange(*run) for run in runs)])
-                    met = [(piece, keys) for piece in plan.fetched(rank, way == "spread")]
-                    assert way == "ring" or size(plan.reads[rank]) <= size(runs)
+                    fetched = plan.fetched(rank, way == "spread")
+                    met = [(piece, shards.positions(rank) if piece.own else keys) for piece in fetched]
+                    assert size(plan.fetches(rank)) <= size(runs)
                 for piece, keys in met:
                     i, j = queries[slice(*piece.rows)], keys[slice(*piece.columns)]
                     BlockMask(**piece.mask._fields())  # checks its arrays

@@ -67,6 +67,7 @@ class Running:
 
         def begin() -> None:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background of a script ignores it
             if self.terminal:
                 fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 

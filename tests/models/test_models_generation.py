@@ -29,9 +29,9 @@ METHODS = (
 )
 
 
-def model(attention="dense", **options):
+def model(attention="dense", modifiers=None, **options):
     torch.manual_seed(0)
-    decoder = TransformerConfig(32, 2, 4, causal=True, attention=attention)
+    decoder = TransformerConfig(32, 2, 4, causal=True, attention=attention, **modifiers or {})
     made = CausalLM(CausalLMConfig(V, 80, decoder, **options)).eval()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -69,6 +69,57 @@ def test_padding_on_the_left_changes_no_logits(attention):
     for row, length in enumerate(LENGTHS):
         alone = made(ids[row : row + 1, N - length :])
         torch.testing.assert_close(logits[row : row + 1, N - length :], alone, atol=1e-4, rtol=1e-4)
+
+
+MODIFIERS = (
+    {"softcap": 1.5},
+    {"sinks": True},
+    {"position_bias": "alibi"},
+    {"position_bias": "t5"},
+    {"softcap": 2.0, "sinks": True, "position_bias": "alibi", "num_kv_heads": 2, "rotary": True},
+)
+
+
+@pytest.mark.parametrize("attention", ["dense", "sliding_window:left=6,right=0", "longformer:window=4"])
+@pytest.mark.parametrize("modifiers", MODIFIERS, ids=str)
+def test_what_is_done_to_scores(attention, modifiers, tmp_path):
+    """Prefill, cached steps, a batch padded on the left, checkpoints and gradients know softcap, sinks and biases."""
+    made, (ids, mask) = model(attention, modifiers), prompts()
+    for layer in made.decoder.layers:
+        if layer.attention.sinks is not None:
+            torch.nn.init.uniform_(layer.attention.sinks, 5.0, 20.0)
+        if modifiers.get("position_bias") == "t5":
+            torch.nn.init.normal_(layer.attention.position_bias.table)
+    logits = made(ids, mask)
+    plain = {name: value for name, value in modifiers.items() if name in ("num_kv_heads", "rotary")}
+    other = model(attention, plain)
+    other.load_state_dict(made.state_dict(), strict=False)
+    assert not torch.allclose(other(ids, mask)[:, -1], logits[:, -1], atol=1e-2)
+    for row, length in enumerate(LENGTHS):
+        alone = made(ids[row : row + 1, N - length :])
+        torch.testing.assert_close(logits[row : row + 1, N - length :], alone, atol=1e-4, rtol=1e-4)
+    steps = [made.generate(ids, mask, max_new_tokens=6, use_cache=use_cache) for use_cache in (True, False)]
+    assert torch.equal(*steps)
+    made.save_pretrained(tmp_path)
+    again = CausalLM.from_pretrained(tmp_path)
+    assert again.config == made.config and torch.equal(again(ids, mask), logits)
+    logits.square().sum().backward()
+    learned = [p for name, p in made.named_parameters() if name.endswith(("sinks", "position_bias.table"))]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in learned)
+    assert bool(learned) == (modifiers.get("sinks", False) or modifiers.get("position_bias") == "t5")
+
+
+def test_a_method_that_knows_no_modifier_is_refused():
+    with pytest.raises(UnsupportedError, match="softcap and sinks cannot be served by linear"):
+        TransformerConfig(32, 2, 4, causal=True, attention="linear", softcap=2.0, sinks=True)
+    made = model("dense", {"position_bias": "t5"})
+    with pytest.raises(UnsupportedError, match="position_bias cannot be served by performer"):
+        made.set_attention("performer")
+    assert str(made.config.decoder.attention) == "dense"
+    with pytest.raises(InputError, match="position_bias must be one of none, alibi, t5"):
+        TransformerConfig(32, 2, 4, position_bias="rope")
+    with pytest.raises(InputError, match="softcap must be None or a positive"):
+        TransformerConfig(32, 2, 4, softcap=0.0)
 
 
 def test_groups_end_together():

@@ -12,6 +12,7 @@ from torch import Tensor
 from efficient_attn import BlockMask, attention, distributed
 from efficient_attn.distributed import Shards, context_parallel
 from support.accuracy import gradients
+from support.awake import Awake
 from support.cases import CASES, draw
 
 SEED = 0x1234_5678_9ABC
@@ -242,12 +243,37 @@ def module_output(group: Any, x: Tensor, padding: Tensor, attention: str) -> tup
         return out.detach(), context.shards(x.shape[1])
 
 
+def module_masks(group: Any, x: Tensor) -> dict[str, Any]:
+    """Our drop-in module under masks of the whole sequence, its output joined; what is refused, in words."""
+    from efficient_attn import MultiheadAttention
+    from efficient_attn.errors import EfficientAttnError
+
+    n, found = x.shape[1], {}
+    for name, options in (("plain", {}), ("zero", {"add_zero_attn": True}), ("learned", {"add_bias_kv": True})):
+        torch.manual_seed(0)
+        module = MultiheadAttention(16, 4, batch_first=True, **options).eval()
+        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        with context_parallel(group, timeout=200) as context:
+            part, rows = context.split(x, 1), context.split(hidden, 0)
+            masks = {"mask": {"attn_mask": hidden}, "promise": {"attn_mask": hidden, "is_causal": True}}
+            masks |= {"scores": {"attn_mask": torch.zeros(rows.shape).masked_fill(rows, -torch.inf)}}
+            masks |= {"local": {"attn_mask": rows[:, : len(rows)]}}
+            for kind, arguments in masks.items():
+                try:
+                    out, _ = module(part, part, part, need_weights=False, **arguments)
+                    found[name, kind] = context.join(out.detach(), 1, n)
+                except EfficientAttnError as error:
+                    found[name, kind] = f"{type(error).__name__}: {error}"
+    return found
+
+
 # --- what is refused, and what is counted ---
 
 
 def refused(group: Any, name: str) -> str:
     """The error of a call that must be refused by every rank, before anything travels."""
     from efficient_attn import ALiBi, DecomposedBias2D, LowRankBias, RelativeBias, RelativeBias2D, SlidingWindow
+    from efficient_attn.cache.reading import cached_attention
     from efficient_attn.errors import EfficientAttnError
     from efficient_attn.functional import attention_weights
     from efficient_attn.methods import parse
@@ -294,6 +320,8 @@ def refused(group: Any, name: str) -> str:
                 parse("linear").attend(q, q, q, sinks=torch.zeros(2))
             elif name == "content":
                 parse("topk_blocks").attend(q, q, q)
+            elif name == "cache":
+                cached_attention(q, q, q, torch.tensor([32]))
             elif name == "hybrid":
                 parse("sliding_window+centroid").attend(q, q, q)
         return "nothing"
@@ -363,13 +391,11 @@ def fault(group: Any, how: str, when: str, transport: str, limit: float) -> tupl
         travel; "backward", behind a whole forward; "alone", without the others. Only from there on the limit is short:
         what comes before may take its time on a busy machine.
     """
-    import time
-
     from efficient_attn import sharding
     from efficient_attn.errors import CommunicationError
 
     x = torch.randn(1, 2, 32, 4, requires_grad=True)
-    began = 0.0
+    began, clock = 0.0, Awake()
     if when == "alone":
         stop(how)
     try:
@@ -381,20 +407,20 @@ def fault(group: Any, how: str, when: str, transport: str, limit: float) -> tupl
                 nonlocal began
                 if dist.get_rank(group) == 1:
                     stop(how)
-                exchange.timeout, began = limit, time.monotonic()
+                exchange.timeout, began = limit, clock.seconds
 
             if when == "keys":
 
                 def behind(send: Any) -> Any:
                     return lambda *arguments, **named: (here(), send(*arguments, **named))[1]
 
-                exchange.swap, exchange.pass_on = behind(exchange.swap), behind(exchange.pass_on)  # type: ignore
+                exchange.begin, exchange.pass_on = behind(exchange.begin), behind(exchange.pass_on)  # type: ignore
             else:
                 here()
             out.sum().backward() if when == "backward" else attention(x, x, x)
     except CommunicationError as error:
         assert sharding.active is None
-        return str(error), time.monotonic() - began
+        return str(error), clock.seconds - began
     return "nothing", 0.0
 
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 OUTCOMES = {
     "agree": "forward, backward and generated tokens are eager's",
+    "agree with sdpa": "forward, backward and tokens are those of sdpa, from which transformers' own eager differs",
     "agree by convert": "the same, with layers that no name reaches served by `convert`",
     "agree by convert, in part": "the same, beside layers that stay eager: `convert` names them",
     "refused": "a named error says what is missing",
@@ -80,10 +81,30 @@ def outcome(kind: str) -> tuple[str, str]:
     if isinstance(made, str):
         return "not run", made
     config, calls = made[0], list[int]()
-    found, why = _compared(kind, made, lambda factory: _made(factory, config, huggingface.NAME), calls)
+    serve = functools.partial(_made, config=config, implementation=huggingface.NAME)
+    found, why = _compared(kind, made, serve, calls)
+    if found == "disagree":
+        calls.clear()
+        return _against_sdpa(kind, made, serve, calls) or (found, why)
     if found == "not on the interface" or (found == "refused" and not calls):
         return _by_convert(kind, made, why)
     return found, why
+
+
+def _against_sdpa(kind: str, made: Any, serve: Any, calls: list[int]) -> tuple[str, str] | None:
+    """The outcome beside sdpa, where transformers' two ways differ from each other; None where it is no agreement."""
+    from transformers import AutoModel
+
+    config, eager, given, expected = made
+    try:
+        sdpa = _made(AutoModel, config, "sdpa")
+        sdpa.load_state_dict(eager.state_dict())
+        other = _run(sdpa, given)
+    except Exception:  # a model that has no sdpa
+        return None
+    apart = _difference(expected, other, given)
+    found, _ = _compared(kind, (config, sdpa, given, other), serve, calls, "sdpa")
+    return ("agree with sdpa", f"eager differs from sdpa by {apart:.1e} of the largest") if found == "agree" else None
 
 
 def _by_convert(kind: str, made: Any, why: str) -> tuple[str, str]:
@@ -104,8 +125,8 @@ def _by_convert(kind: str, made: Any, why: str) -> tuple[str, str]:
     return (found, reason) if found in ("disagree", "crash", "refused") else ("not on the interface", reason or why)
 
 
-def _compared(kind: str, made: Any, serve: Any, calls: list[int]) -> tuple[str, str]:
-    """The outcome of a model that is served, against eager's; calls of attention are appended."""
+def _compared(kind: str, made: Any, serve: Any, calls: list[int], beside: str = "eager") -> tuple[str, str]:
+    """The outcome of a model that is served, against eager's or sdpa's; calls of attention are appended."""
     from transformers import AutoModel
 
     from efficient_attn import tracing
@@ -138,7 +159,7 @@ def _compared(kind: str, made: Any, serve: Any, calls: list[int]) -> tuple[str, 
         worst = _without_padding(eager, ours, given)
         if worst > TOLERANCE:
             return "disagree", f"without attention_mask by {worst:.1e} of the largest"
-        generated = _generates(kind, made[0], serve)
+        generated = _generates(kind, made[0], serve, beside)
         return ("disagree", generated) if generated else ("agree", "")
     except EfficientAttnError as error:
         return "refused", _first_line(error)
@@ -231,7 +252,7 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], given: di
     return max([float(out), *errors])
 
 
-def _generates(kind: str, config: Any, serve: Any) -> str:
+def _generates(kind: str, config: Any, serve: Any, beside: str) -> str:
     """What differs in generated tokens, "" for nothing; only for types with a causal model."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -244,7 +265,7 @@ def _generates(kind: str, config: Any, serve: Any) -> str:
     written = []
     for ours in (False, True):
         try:
-            model = serve(AutoModelForCausalLM) if ours else _made(AutoModelForCausalLM, config, "eager")
+            model = serve(AutoModelForCausalLM) if ours else _made(AutoModelForCausalLM, config, beside)
             with torch.no_grad():
                 options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
                 written.append(model.generate(ids, attention_mask=mask, **options))

@@ -136,7 +136,7 @@ def run(place: Path, sample: str, every: int) -> bool:
     lines = result.stdout.strip().splitlines() or ["nothing was said"]
     print(f"  {sample}: {lines[-1].strip('= ')} ({time.monotonic() - started:.0f} s)", flush=True)
     if result.returncode:
-        print(result.stdout[-6000:], result.stderr[-2000:], sep="\n")
+        print(f"exit code {result.returncode}", result.stdout[-6000:], result.stderr[-2000:], sep="\n")
     return result.returncode == 0
 
 

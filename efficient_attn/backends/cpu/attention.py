@@ -66,17 +66,21 @@ def attention_forward(
     diagonals: Tensor | None = None,
     *,
     joined: tuple[Tensor, Tensor] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, Hq, Nq, Dv) in the query's dtype and lse (B, Hq, Nq), as `reference.attention_forward`.
 
-    joined: contiguous results of the same queries for other keys; those of these keys are joined into them, in place.
+    joined: results of the same queries for other keys; those of these keys are joined into them, in place.
+    into: where the results are made. Of both, out has any strides with a unit last one, and lse is contiguous.
     """
     query, key, value = readable(query), readable(key), readable(value)
     B, Hq, Nq, _ = query.shape
     dtype = query.dtype
     if joined is None:
-        out = torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu")
-        lse = torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu")
+        out, lse = into or (
+            torch.empty((B, Hq, Nq, value.shape[3]), dtype=dtype, device="cpu"),
+            torch.empty((B, Hq, Nq), dtype=accumulation_dtype(dtype), device="cpu"),
+        )
         if key.shape[2] == 0 or leaves_rows(mask.query_order, query):
             out.zero_(), lse_without_keys(lse, sinks)
     else:
@@ -87,8 +91,8 @@ def attention_forward(
         if runs is not None:
             query, key, value = _run(runs[0], query), _run(runs[1], key), _run(runs[1], value)
             mask, own_lse = mask._replace(query_order=None, key_order=None), _run(runs[0], lse).contiguous()
-        into = out if runs is None else _run(runs[0], out)
-        call = (query, key, value, bias, into, own_lse, mask, scale, dropout_p, dropout_seed, None)
+        place = out if runs is None else _run(runs[0], out)
+        call = (query, key, value, bias, place, own_lse, mask, scale, dropout_p, dropout_seed, None)
         kept, words = pack_attention(*call, softcap, sinks, diagonals, joined is not None)
         _cpu.attention_forward(words, torch.get_num_threads())
         del kept
@@ -195,6 +199,48 @@ def forward_of_pointers(
     _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, weights)
     run: Callable[[int, int, int, int, int, int, int], None] = _cpu.repeated_forward(words)
     return run
+
+
+def cached_of_pointers(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    mask: MaskArrays,
+    scale: float,
+    softcap: float,
+    on_pages: bool,
+) -> Callable[..., None] | None:
+    """The forward of queries that are those of the last keys, of tensors like these (of which sizes and strides are
+    meant), as a function of the addresses of query, key, value, out, lse (contiguous), sinks (contiguous, of the
+    accumulation dtype; 0 without), of the address and the stride of a table of pages (0 without: rows) and the address
+    of lengths (int32; 0 where all are alike), and of the numbers of keys and of threads. The window of `mask` goes
+    along with the keys.
+
+    None where a call is more than the kernel.
+    """
+    if not _read_in_place(query, key, value):
+        return None
+    lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
+    pages = Pages(torch.empty((query.shape[0], 1), dtype=torch.int32), 1) if on_pages else None
+    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, softcap=softcap, pages=pages)
+    run: Callable[..., None] = _cpu.cached_forward(words)
+    return run
+
+
+def append_rows(
+    cache: Tensor,  # (B, Hkv, capacity, D), or with a table (pages, Hkv, rows of a page, D)
+    added: Tensor,  # (B, Hkv, n, D)
+    firsts: list[int],
+    counts: list[int],
+    table: Tensor | None = None,  # int32 (B, pages of the longest)
+) -> None:
+    """Copy the first counts[b] rows of each sequence behind its first firsts[b] ones; both dense in D, of one dtype."""
+    place, stride = (0, 0) if table is None else (table.data_ptr(), table.stride(0))
+    _cpu.append_rows(
+        cache.data_ptr(), cache.stride(), added.data_ptr(), added.stride(), added.shape[1], added.shape[3],
+        added.element_size(), place, stride, cache.shape[2], firsts, counts,
+    )  # fmt: skip
 
 
 def backward_of_pointers(

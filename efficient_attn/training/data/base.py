@@ -249,10 +249,10 @@ def majority(train: Tensor, test: Tensor) -> float:
     return (test == torch.bincount(train).argmax()).double().mean().item()
 
 
-def existing(path: Path, what: str) -> Path:
-    """`path`, or `InputError` when nothing is there."""
+def existing(path: Path, what: str, option: str = "--data") -> Path:
+    """`path`, which an option gave, or `InputError` when nothing is there."""
     if not path.exists():
-        raise InputError(f"--data {path} does not exist; name {what}")
+        raise InputError(f"{option} {path} does not exist; name {what}")
     return path
 
 

@@ -176,12 +176,10 @@ def attention(
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
         parts=takes_parts,
     )  # fmt: skip
-    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts, *modifiers, _, pattern = (
-        call
-    )
-    options = (scale, dropout_p, seed, *modifiers)
-    if pattern:
-        out, lse = pattern_attention(query, key, value, pattern, scale, dropout_p, seed, chosen)
+    query, key, value, bias, arrays, scale, dropout_p, seed, chosen, differentiable, parts = call[:11]
+    options = (scale, dropout_p, seed, *call.modifiers)
+    if call.pattern:
+        out, lse = pattern_attention(query, key, value, call.pattern, scale, dropout_p, seed, chosen)
     elif parts is not None:
         function = union.union_attention if differentiable else union.union_forward
         with nullcontext() if plain else ops.watched("union_attention"):

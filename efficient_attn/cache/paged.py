@@ -59,7 +59,6 @@ class PagedKVCache:
         widths = head_dim, value_dim or head_dim
         keys, values = (torch.zeros(*rows, width, dtype=dtype, device=device) for width in widths)
         self._pools = keys, values
-        self.key_pages, self.value_pages = keys.transpose(1, 2), values.transpose(1, 2)
         self.page_size, self.rotary, self.interleaved = page_size, rotary, interleaved
         self._free = list(range(num_pages - 1, -1, -1))
         self._users = [0] * num_pages  # sequences that have the page
@@ -68,6 +67,16 @@ class PagedKVCache:
         self._next = 0
         self._tables = _Tables()
         self._copied: tuple[tuple[list[int], int], Tensor] | None = None  # the last table on another device
+
+    @property
+    def key_pages(self) -> Tensor:
+        """(num_pages, page_size, num_kv_heads, head_dim), what `paged_attention` takes."""
+        return self._pools[0].transpose(1, 2)
+
+    @property
+    def value_pages(self) -> Tensor:
+        """(num_pages, page_size, num_kv_heads, value_dim)."""
+        return self._pools[1].transpose(1, 2)
 
     # --- sequences ---
 
@@ -284,6 +293,14 @@ class _Tables:
         self._tensor = torch.zeros(0, 0, dtype=torch.int32)
         self._asked: tuple[list[int], Tensor] | None = None  # what was asked for last, and the part of the table
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensor would be memory of its own, which nobody writes to.
+        return {**vars(self), "_tensor": None, "_asked": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._tensor = self._view()
+
     def add(self, sequence: int) -> None:
         if not self._free:
             self._make(max(8, 2 * self._count), self._width)
@@ -313,9 +330,13 @@ class _Tables:
 
     def _make(self, count: int, width: int) -> None:
         """Room for so many rows of so many pages. An array, since its elements are written without an operator."""
-        numbers = array("i", bytes(4 * max(1, count * width)))
-        tensor = torch.frombuffer(numbers, dtype=torch.int32)[: count * width].view(count, width)
-        tensor[: self._count, : self._width] = self._tensor
-        self._free += range(count - 1, self._count - 1, -1)
-        self._numbers, self._tensor, self._asked = numbers, tensor, None
-        self._count, self._width = count, width
+        old, rows, pages = self._tensor, self._count, self._width
+        self._numbers = array("i", bytes(4 * max(1, count * width)))
+        self._free += range(count - 1, rows - 1, -1)
+        self._count, self._width, self._asked = count, width, None
+        self._tensor = self._view()
+        self._tensor[:rows, :pages] = old
+
+    def _view(self) -> Tensor:
+        size = self._count * self._width
+        return torch.frombuffer(self._numbers, dtype=torch.int32)[:size].view(self._count, self._width)

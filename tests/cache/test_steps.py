@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from itertools import pairwise
 from typing import Any
@@ -137,3 +139,23 @@ def test_gradients_autocast_and_transforms_are_no_steps() -> None:
         assert rows.attend(q).dtype == torch.bfloat16
     mapped = torch.func.vmap(lambda x: rows.attend(x[None])[0])(torch.cat([q, q]))
     torch.testing.assert_close(mapped, torch.cat([right, right]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_paged_cache_goes_on_by_itself(copied) -> None:
+    torch.manual_seed(0)
+
+    def new(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(2, 2, count, 16), torch.randn(2, 2, count, 16)
+
+    cache = PagedKVCache(64, 16, num_kv_heads=2, head_dim=16)
+    sequences = [cache.add(), cache.add()]
+    (key, value), more, query = new(40), new(60), torch.randn(2, 4, 1, 16)
+    cache.append(sequences, key, value)
+    other = copied(cache)
+    other.append(sequences, *more)
+    keys, values = (torch.cat(pair, 2) for pair in zip((key, value), more, strict=True))
+    wanted = attention(query, keys, values)
+    torch.testing.assert_close(other.attend(sequences, query), wanted)
+    torch.testing.assert_close(cache.attend(sequences, query), attention(query, key, value))
+    assert other.key_pages.data_ptr() == other._pools[0].data_ptr()

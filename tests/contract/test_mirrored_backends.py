@@ -19,8 +19,8 @@ PRIMITIVES = {
 
 def parameters(module: ModuleType, function: str) -> list[str]:
     """Names in order, but for piece, the reference's own, for callers that walk the pairs piece by piece, and for
-    those of backends that go on from other parts' results."""
-    own = ("piece", "joined", "added_to")
+    those of backends that make results where they belong and go on from other parts'."""
+    own = ("piece", "joined", "into", "added_to")
     return [name for name in inspect.signature(getattr(module, function)).parameters if name not in own]
 
 
@@ -42,8 +42,9 @@ def test_every_backend_says_which_lists_it_walks(name: str) -> None:
 def test_every_backend_says_whether_it_goes_on_from_other_parts(name: str) -> None:
     backend = backends.BACKENDS[name]
     forward, backward = backend.attention.attention_forward, backend.attention.attention_backward
-    taken = ("joined" in inspect.signature(forward).parameters, "added_to" in inspect.signature(backward).parameters)
-    assert taken == (backend.JOINS_PARTS, backend.JOINS_PARTS)
+    taken = [name in inspect.signature(forward).parameters for name in ("joined", "into")]
+    taken.append("added_to" in inspect.signature(backward).parameters)
+    assert set(taken) == {backend.JOINS_PARTS}
 
 
 @pytest.mark.parametrize("name", ["attention_forward", "attention_with_weights", "attention_backward"])

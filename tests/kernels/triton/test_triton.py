@@ -57,7 +57,7 @@ def test_conformance_of_half_precision() -> None:
     some = "head_dim_80 or bits- or large"
     cases = f"{some} or value_dim_3- or causal_bottom or blocks_grouped or per_key or dropout- or softcap_sinks_table-"
     selection = f"not returned and (-bfloat16 and ({cases}) or -float16 and ({some}))"
-    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), f"-k={selection}", at_least=20)
+    pytest_passes(str(TESTS / "contract" / "test_conformance.py"), f"-k={selection}", at_least=19)
 
 
 def test_statistics_of_the_weights() -> None:

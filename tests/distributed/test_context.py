@@ -33,7 +33,7 @@ def conforms(ranks: Ranks, count: int, case: Case, dtype: torch.dtype, transport
         scale, drawn["grad_out"], drawn["grad_lse"], kept, case.dropout_p, None, case.softcap or 0.0,
         *(drawn[n] for n in ("sinks", "slopes", "table")), case.Nk - case.Nq if case.causal == "bottom_right" else 0,
     )  # fmt: skip
-    assert_conforms(problem, found, joined=dtype == torch.float32)
+    assert_conforms(problem, found, joined=dtype == torch.float32 and count > 2)
 
 
 def equals_one_process(ranks: Ranks, seed: int, count: int, kind: str | None = None) -> None:

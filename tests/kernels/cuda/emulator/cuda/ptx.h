@@ -61,6 +61,14 @@ EA_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
 
+EA_DEVICE void require_aligned_shared() {}
+
+EA_DEVICE int draw_ticket(int32_t* counter, int end) {
+    emulator::Ticket ticket{counter, end, 0};
+    emulator::warp_wide(emulator::kDrawTicket, &ticket);
+    return ticket.value;
+}
+
 EA_DEVICE void store_shared_32(uint32_t address, uint32_t value) {
     emulator::Access access{address, {value, 0, 0, 0}};
     emulator::warp_wide(emulator::kStore32, &access);

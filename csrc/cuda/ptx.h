@@ -76,6 +76,10 @@ EA_DEVICE bool warp_any(bool value) { return __any_sync(0xFFFFFFFFu, value) != 0
 // shfl.bfly: `value` of the lane whose number differs by the bits of `mask`; warp-wide.
 EA_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
+// A value that is the same in all lanes, said so (shfl.idx of lane 0): what follows from it needs no register of a
+// lane's own; warp-wide.
+EA_DEVICE int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
 // --- global memory ---
 
 template <class T>

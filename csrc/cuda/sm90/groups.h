@@ -163,7 +163,7 @@ EA_DEVICE bool read_step(Step& step, uint32_t line) {
 
 EA_DEVICE void send_end(uint32_t line, int lane) { send_step(line, {0, 0, -1, 0}, false, 0, kNoMore, lane); }
 
-EA_DEVICE int read_tile(uint32_t line) { return static_cast<int>(load_shared_32(line + 24)); }
+EA_DEVICE int read_tile(uint32_t line) { return uniform(static_cast<int>(load_shared_32(line + 24))); }
 EA_DEVICE int read_head(uint32_t line) { return static_cast<int>(load_shared_32(line + 20)); }
 
 }  // namespace

@@ -44,6 +44,8 @@ EA_DEVICE bool warp_any(bool value) {
     return vote.value;
 }
 
+EA_DEVICE int uniform(int value) { return value; }
+
 EA_DEVICE float shuffle_xor(float value, int mask) {
     emulator::Shuffle shuffle{value, mask};
     emulator::warp_wide(emulator::kShuffle, &shuffle);

@@ -110,7 +110,7 @@ attention_backward(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs in) 
                 add_step<G>(dk, dv, p, at.b, step, alive, sight.any && sight.all, slot, tile);
                 tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one
             };
-            consume_own<G>(p, in, add);
+            consume_own<G>(p, add);
             if (thread_index() % kGroup == 0) bulk_wait();
         };
         share_work<G>([&] { produce_queries<G>(p, in); }, consume);

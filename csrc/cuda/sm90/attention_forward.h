@@ -126,7 +126,9 @@ EA_DEVICE int receive_tile(const Slot<F::kStages>& slot) {
 template <class F>
 EA_DEVICE bool receive(Step& step, const Slot<F::kStages>& slot) {
     barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);
-    return read_step(step, slot.of(F::kSteps, kLineBytes));
+    const uint32_t line = slot.of(F::kSteps, kLineBytes);
+    step = read_step(line);
+    return read_more(line);
 }
 
 // Starts s = Q K^T.

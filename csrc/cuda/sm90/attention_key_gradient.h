@@ -320,9 +320,9 @@ EA_DEVICE void consume_own(const KernelParams& p, Add add) {
         bool more;
         EA_KEEP_LOOP
         do {
-            Step step;
-            more = await_step<G>(step, slot);
+            const Step step = await_step<G>(slot);
             add(dk, dv, at, step, alive, sight_of_keys<G>(p, step, alive, rows), slot);
+            more = more_follow<G>(slot);
             release(slot.of(G::kEmpty, 8), lane);
             slot.advance();
         } while (more);
@@ -354,8 +354,7 @@ EA_DEVICE void consume_shared(const KernelParams& p) {
         bool more;
         EA_KEEP_LOOP
         do {
-            Step step;
-            more = await_step<G>(step, slot);
+            const Step step = await_step<G>(slot);
             const Sight sight = sight_of_keys<G>(p, step, alive, rows);
             if (sight.any) {
                 if (gathers_values) {
@@ -365,6 +364,7 @@ EA_DEVICE void consume_shared(const KernelParams& p) {
                 }
                 weights_parity ^= 1;
             }
+            more = more_follow<G>(slot);
             release(slot.of(G::kEmpty, 8), lane);
             slot.advance();
         } while (more);

@@ -141,10 +141,10 @@ EA_DEVICE void consume_keys(const KernelParams& p) {
         bool more;
         EA_KEEP_LOOP
         do {
-            Step step;
-            more = await_step<G>(step, slot);
+            const Step step = await_step<G>(slot);
             const Sight sight = sight_of(sees, step, G::kKeys);
             if (sight.any && rows.begin < rows.end) add_keys<G>(dq, p, step, rows, sums, sight.all, slot);
+            more = more_follow<G>(slot);
             release(slot.of(G::kEmpty, 8), lane);
             slot.advance();
         } while (more);

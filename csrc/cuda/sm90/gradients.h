@@ -27,11 +27,17 @@ EA_DEVICE int await_tile(const Slot<G::kStages>& slot) {
     return read_tile(slot.of(G::kSteps, kLineBytes));
 }
 
-// The step in a slot, once it has arrived; says whether more follow.
+// The step in a slot, once it has arrived.
 template <class G>
-EA_DEVICE bool await_step(Step& step, const Slot<G::kStages>& slot) {
+EA_DEVICE Step await_step(const Slot<G::kStages>& slot) {
     barrier_wait(slot.of(G::kFull, 8), slot.parity);
-    return read_step(step, slot.of(G::kSteps, kLineBytes));
+    return read_step(slot.of(G::kSteps, kLineBytes));
+}
+
+// Whether more follow it. Asked for behind the step: registers are scarce.
+template <class G>
+EA_DEVICE bool more_follow(const Slot<G::kStages>& slot) {
+    return read_more(slot.of(G::kSteps, kLineBytes));
 }
 
 // Starts copying what a step's slot holds of two tensors.

@@ -154,12 +154,11 @@ EA_DEVICE void send_step(uint32_t line, const Step& step, bool more, int head, i
     store_shared_32(line + lane * 4, static_cast<uint32_t>(word));
 }
 
-// Says whether more follow.
-EA_DEVICE bool read_step(Step& step, uint32_t line) {
+EA_DEVICE Step read_step(uint32_t line) {
     const Words4 words = load_shared_128(line);
-    step = {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};
-    return load_shared_32(line + 16) != 0;
+    return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};
 }
+EA_DEVICE bool read_more(uint32_t line) { return load_shared_32(line + 16) != 0; }
 
 EA_DEVICE void send_end(uint32_t line, int lane) { send_step(line, {0, 0, -1, 0}, false, 0, kNoMore, lane); }
 

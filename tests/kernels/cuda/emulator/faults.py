@@ -117,10 +117,10 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         LINEAR_TILES, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
     ),
     "no wait for the keys": (
-        HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n    return read_step", "    return read_step",
+        HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n    const uint32_t line", "    const uint32_t line",
     ),
     "the wait for the keys has the other parity": (
-        HOPPER, "slot.parity);\n    return read_step", "slot.parity ^ 1);\n    return read_step",
+        HOPPER, "slot.parity);\n    const uint32_t line", "slot.parity ^ 1);\n    const uint32_t line",
     ),
     "the tile is read before it is there": (
         HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n    return read_tile", "    return read_tile",
@@ -255,7 +255,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         ONE_PASS, "    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and", "    // and",
     ),
     "the tile of dS is that of the step before": (
-        ONE_PASS, "tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one", "",
+        ONE_PASS, "tile = slot.of(G::kGradients, G::kGradientBytes)", "tile = G::kGradients",
     ),
     "dK passes through keys that the other consumer reads": (
         HOPPER_KEYS, "        if (G::kOnePass) named_sync(kMeetingOfBoth, kConsumers * kGroup);", "        ",

@@ -321,10 +321,11 @@ def test_blocks_of_a_list_in_order_give_the_same_bits(
 ) -> None:
     """Lists of one head for all or of each, two batch elements, blocks of two tiles; also with every block reversed."""
     generator = torch.Generator().manual_seed(8)
-    visible = torch.rand(2, heads, 700, 700, generator=generator) < 0.2
-    visible &= (torch.rand(2, heads, 3, 1, generator=generator) < 0.8).repeat_interleave(256, 2)[:, :, :700]
+    visible = torch.rand(2, heads, 530, 300, generator=generator) < 0.2
+    visible &= (torch.rand(2, heads, 3, 1, generator=generator) < 0.8).repeat_interleave(256, 2)[:, :, :530]
     mask = BlockMask.from_dense(visible, block_size=(256, 128))
-    tensors, grad_out = [draw(2, h, 700, 64, seed=h) for h in (4, 2, 2)], draw(2, 4, 700, 64, seed=3)
+    lengths = {4: 530, 2: 300}
+    tensors, grad_out = [draw(2, h, lengths[h], 64, seed=h) for h in (4, 2, 2)], draw(2, 4, 530, 64, seed=3)
     first = results("cuda", tensors, grad_out, mask=mask)
     assert cuda.kernels().counters()["draw_ticket"]["calls"] > 0
     order = schedule._order
@@ -332,7 +333,8 @@ def test_blocks_of_a_list_in_order_give_the_same_bits(
                         if given[0] is given[1].indptr else order(*given))  # fmt: skip
     second = results("cuda", tensors, grad_out, mask=mask)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    close_to_the_reference(tensors, grad_out, mask=mask)
+    for ours, expected in zip(first, results("reference", tensors, grad_out, mask=mask), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("why", ["bias", "dropout", "scale", "rows", "expanded", "small blocks"])

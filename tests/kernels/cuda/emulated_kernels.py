@@ -315,6 +315,24 @@ def test_all_processors_end_together(kind: str) -> None:
     print(kind, {key: round(value, 3) for key, value in found.items()})
 
 
+@pytest.mark.parametrize("D", [64, 256])
+def test_who_does_a_tile_changes_no_bit(hopper: None, D: int) -> None:
+    """A block of threads for each tile, or a few that draw from the counter."""
+    tensors, grad_out = [draw(1, h, 300, D, seed=h) for h in (2, 1, 1)], draw(1, 2, 300, D, seed=3)
+    found, draws = [], []
+    try:
+        for processors in (1000, 3, 1):
+            cuda.kernels().set_multiprocessors(processors)
+            cuda.kernels().reset_counters()
+            found.append(results("cuda", tensors, grad_out, is_causal=True))
+            draws.append(cuda.kernels().counters()["draw_ticket"]["calls"])
+    finally:
+        cuda.kernels().set_multiprocessors(3)
+    assert draws[0] == 0 and min(draws[1:]) > 0
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_blocks_of_a_list_in_order_give_the_same_bits(
     hopper: None, heads: int, monkeypatch: pytest.MonkeyPatch

@@ -24,6 +24,7 @@ int from_environment(const char* name, int otherwise) {
 
 uint64_t schedule = static_cast<uint64_t>(from_environment("EFFICIENT_ATTN_CUDA_EMULATOR_SCHEDULE", 0));
 int emulated_capability = from_environment("EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY", 80);
+int emulated_multiprocessors = 3;
 
 #ifdef EFFICIENT_ATTN_EMULATOR_SMALL
 constexpr int kWidest = 64;
@@ -33,7 +34,7 @@ constexpr int kWidest = kWidestLinear;
 
 struct EmulatorLaunch {
     int capability() const { return emulated_capability; }
-    int multiprocessors() const { return 3; }
+    int multiprocessors() const { return emulated_multiprocessors; }
 
     TensorMap tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows) const {
         const auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? 16 : stride * 2; };
@@ -304,6 +305,9 @@ PYBIND11_MODULE(_cuda_emulator, module) {
     module.def("set_schedule", [](uint64_t seed) { schedule = seed; }, "The seed of the order in which threads run.");
     module.def(
         "set_capability", [](int capability) { emulated_capability = capability; }, "80 or 90: which kernels run.");
+    module.def(
+        "set_multiprocessors", [](int count) { emulated_multiprocessors = count; },
+        "How many blocks of threads share Hopper's work; 3.");
     module.def("counters", &counted);
     module.def("reset_counters", [] { emulator::counters() = {}; });
 }

@@ -117,7 +117,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         LINEAR_TILES, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
     ),
     "no wait for the keys": (
-        HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n    const uint32_t line", "    const uint32_t line",
+        HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n    const uint32_t line",
+        "    const uint32_t line",
     ),
     "the wait for the keys has the other parity": (
         HOPPER, "slot.parity);\n    const uint32_t line", "slot.parity ^ 1);\n    const uint32_t line",
@@ -262,8 +263,9 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a part of dQ is written over while it is added": (ONE_PASS, "    if (adds) bulk_wait_read();\n", ""),
     "no proxy fence before a part of dQ is added": (
-        ONE_PASS, "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
-        "    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
+        ONE_PASS,
+        "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
+        "    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
     ),
     "the sums are not waited for": (ONE_PASS, "            if (thread_index() % kGroup == 0) bulk_wait();\n", ""),
     "the sums of the other half": (ONE_PASS, "consumer_index(), step.first)", "1 - consumer_index(), step.first)"),

@@ -71,6 +71,22 @@ EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& st
     hide_lines(s, p, step, [&](int r) { return row + r * 8; }, lines, low, high, lane);
 }
 
+// The same where there is no list, so that a row sees one span of keys.
+template <int kN>
+EA_DEVICE void hide_outside(float (&s)[1][kN][4], const Step& step, int row, Span lines, int low, int high, int lane) {
+    EA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int i = row + half * 8, place = step.first + lane % 4 * 2;  // of column 0
+        const int begin = i + low - place, end = i < lines.end ? smaller(i + high + 1, step.end) - place : begin;
+        EA_UNROLL
+        for (int k = 0; k < 2 * kN; ++k) {
+            const int column = k / 2 * 8 + k % 2;
+            float& score = s[0][k / 2][half * 2 + k % 2];
+            score = column >= begin && column < end ? score : -infinity();
+        }
+    }
+}
+
 // The same for fragments whose rows are keys and whose columns are queries: a row of the bit tile is a column here.
 // Line j sees the steps j + low .. j + high; the fragments begin at line `row` - lane / 4, a multiple of 16.
 template <int kM, int kN>

@@ -99,9 +99,9 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     group_commit();
     group_multiply_rows<typename G::T, G::kHead, G::kQueries>(dk[0], gradients, slot.of(G::kQuerySlots, G::kTileBytes));
     group_commit();
-    group_wait<1>(dq);
+    group_wait<1>(dq, dv[0], weights);
     add_to_sums<G>(dq, p, b, slot);  // while dK is multiplied
-    group_wait<0>(dk[0], dv[0], weights, gradients);
+    group_wait<0>(dk[0], gradients);
 }
 
 // Grid: any; p.flags as for attention_key_gradient. p.query_sums: zeros before.

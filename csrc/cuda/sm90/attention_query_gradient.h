@@ -106,12 +106,14 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
     group_multiply_transposed<T, G::kHead, G::kKeys>(s[0], G::kQuery + own, keys);
+    group_commit();
     group_multiply_transposed<T, G::kHead, G::kKeys>(dp[0], G::kGradOut + own, values);
     group_commit();
-    group_wait<0>(s[0], dp[0]);
+    group_wait<1>(s[0]);
     each(s,
          [&](float& x, int, int, int e) { x = power_of_2(multiply_add_scalar(x, p.score_scale, -sums.shift[e / 2])); });
     if (visible != kEveryPair) drop(s, visible);
+    group_wait<0>(dp[0]);  // the weights are found while dP is multiplied
     each(dp, [&](float& x, int m, int n, int e) { x = score_gradient(s[m][n][e], x, sums.delta[e / 2]); });
     uint32_t gradients[G::kN / 2][4];
     pack_a<T>(gradients, dp[0]);

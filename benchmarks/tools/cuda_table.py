@@ -78,6 +78,9 @@ def shared_bytes(head_dim: int, kernel: str, extra: bool) -> int:
     if kernel == "sm90::attention_key_gradient":
         rows, stages, weights = (64, 2, 64 * 64 * 4) if head_dim == 256 else (128, 3, 0)
         return (2 * rows + 2 * stages * 64) * line + weights + stages * (2 * 64 * 4 + 128) + (4 + 2 * stages) * 8
+    if kernel == "sm90::attention_query_gradient_wide":
+        stages = 3 if head_dim == 64 else 2
+        return (2 * 128 + 2 * stages * 128) * line + stages * 128 + (2 + 2 * stages) * 8
     if kernel == "sm90::attention_query_gradient":
         return (2 * 128 + 2 * 3 * (32 if head_dim == 256 else 64)) * line + 3 * 128 + (2 + 2 * 3) * 8
     if kernel == "sm90::attention_backward":

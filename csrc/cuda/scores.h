@@ -175,8 +175,8 @@ EA_DEVICE uint32_t draw_kept(const KernelParams& p, int b, int h, int row, int c
 }
 
 // Whether bit (m kN + n) 4 + e is set.
-template <int kN>
-EA_DEVICE bool is_kept(uint32_t kept, int m, int n, int e) {
+template <int kN, class Bits>
+EA_DEVICE bool is_kept(Bits kept, int m, int n, int e) {
     return kept >> ((m * kN + n) * 4 + e) & 1;
 }
 
@@ -242,8 +242,8 @@ EA_DEVICE void each_flagged(const KernelParams& p, int64_t tiles, Function f) {
 }
 
 // Sets the weights of dropped pairs to 0.
-template <int kM, int kN>
-EA_DEVICE void drop(float (&s)[kM][kN][4], uint32_t kept) {
+template <int kM, int kN, class Bits>
+EA_DEVICE void drop(float (&s)[kM][kN][4], Bits kept) {
     each(s, [&](float& x, int m, int n, int e) { x = is_kept<kN>(kept, m, n, e) ? x : 0.0f; });
 }
 

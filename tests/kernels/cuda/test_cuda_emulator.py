@@ -187,6 +187,7 @@ def test_the_table_holds_every_kernel() -> None:
         for part in ("forward", "key_gradient", "query_gradient") for head_dim in (64, 128, 256)
     } | {("sm90::attention_backward", 128, False), ("sm90::attention_round_queries", 0, False)}  # fmt: skip
     hopper |= {("sm90::attention_forward_wide", head_dim, False) for head_dim in (128, 256)}
+    hopper |= {("sm90::attention_query_gradient_wide", head_dim, False) for head_dim in (64, 128)}
     shapes |= {(f"attention_decode_{rows}", head_dim, False) for rows in (16, 64) for head_dim in (64, 128, 256)}
     shapes |= {("attention_delta", 0, False), ("attention_decode_join", 0, False)}
     linear = {

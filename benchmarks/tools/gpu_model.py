@@ -245,7 +245,9 @@ def read_object(path: Path) -> list[dict[str, Any]]:
     if not dtype:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([tool("cuobjdump"), "-xelf", "sm_90a", str(path.resolve())], cwd=folder, capture_output=True, check=True)
+        subprocess.run(
+            [tool("cuobjdump"), "-xelf", "sm_90a", str(path.resolve())], cwd=folder, capture_output=True, check=True
+        )
         return [row for cubin in sorted(Path(folder).glob("*.cubin")) for row in read(cubin, dtype)]
 
 

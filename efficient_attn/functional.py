@@ -150,7 +150,7 @@ def attention(
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
     modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
-    if modified and query_sinks.has_queries(sinks):
+    if sinks is not None and query_sinks.has_queries(sinks):
         return query_sinks.attend(  # type: ignore[no-any-return]
             attention, query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
             scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
@@ -262,7 +262,7 @@ def attention_with_weights(
     goes to query, key and bias; they are no part of the output's own gradient.
     """
     modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
-    if modified and query_sinks.has_queries(sinks):
+    if sinks is not None and query_sinks.has_queries(sinks):
         return query_sinks.attend_with_weights(
             attention_with_weights, query, key, value, mask=mask, bias=bias, is_causal=is_causal,
             causal_alignment=causal_alignment, scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import InputError, InputTypeError
 
 
-def has_queries(sinks: Tensor | None) -> bool:
+def has_queries(sinks: Tensor) -> bool:
     """Whether sinks have a score for each query."""
     return isinstance(sinks, Tensor) and sinks.dim() > 1
 

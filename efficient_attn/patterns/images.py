@@ -1,15 +1,16 @@
 """Patterns of grids: a sequence that is an image (or a line, or a video) in row-major order, after some prefix tokens.
 
-Prefix tokens, such as [CLS], stand before the grid, see everything and are seen by everything.
+Prefix tokens, such as [CLS], stand before the grid, see everything and are seen by everything. Additional keys, such as
+those of a text, stand behind it: every query sees them, and no query stands at them.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class _OnGrid(Pattern):
 
     size: tuple[int, ...] | None
     prefix: int
+    additional_keys: int = 0
 
     @property
     def _may_begin_later(self) -> bool:
@@ -46,7 +48,12 @@ class _OnGrid(Pattern):
 
     def _shape(self, q_len: int, kv_len: int, axes: int = 2) -> tuple[int, ...]:
         """The grid for these lengths: `size`, or the line or square that they hold."""
-        self._check_square(q_len, kv_len)
+        if self.additional_keys and kv_len != q_len + self.additional_keys:
+            raise InputError(
+                f"{self.name}: additional_keys={self.additional_keys} are keys behind those of the {q_len} tokens, "
+                f"{q_len + self.additional_keys} in all; got {kv_len}"
+            )
+        self._check_square(q_len, kv_len - self.additional_keys)
         tokens = q_len - self.prefix
         if self.size is not None:
             if math.prod(self.size) != tokens:
@@ -65,18 +72,20 @@ class _OnGrid(Pattern):
         return (tokens,) if axes == 1 else (side, side)
 
     def _with_prefix(self, mask: BlockMask) -> BlockMask:
-        if not self.prefix:
+        if not self.prefix and not self.additional_keys:
             return mask
-        tokens = torch.arange(mask.q_len) < self.prefix
-        return mask | cross(tokens, tokens, mask.grid)
+        i, j = torch.arange(mask.q_len), torch.arange(mask.kv_len)
+        return mask | cross(i < self.prefix, (j < self.prefix) | (j >= mask.q_len), mask.grid)
 
     def _around_prefix(self, tokens: int, proposals: Sequence[Proposal]) -> Sequence[Proposal]:
-        """Parts of the grid, and those of the prefix tokens: all see them, and they see the others."""
+        """Parts of the grid, and those of the prefix tokens and additional keys: all see them, the first see all."""
         everything, first = torch.arange(tokens), torch.arange(min(self.prefix, tokens))
-        return [*proposals, *between(everything, first), *between(first, everything[self.prefix :])]
+        behind = torch.arange(tokens, tokens + self.additional_keys)
+        seen_by_all = torch.cat([first, behind])
+        return [*proposals, *between(everything, seen_by_all), *between(first, everything[self.prefix :])]
 
-    def _join_prefix(self, seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return seen | (i < self.prefix) | (j < self.prefix)
+    def _join_prefix(self, seen: Tensor, i: Tensor, j: Tensor, q_len: int) -> Tensor:
+        return seen | (i < self.prefix) | (j < self.prefix) | (j >= q_len)
 
 
 @register
@@ -88,9 +97,16 @@ class Neighborhood(_OnGrid):
     and x at place p, a query sees the places s .. s + kernel - 1, s = min(max(p - kernel // 2, 0), n' - kernel): a
     window of fixed size that is shifted, not cut, at the borders. On a causal axis it sees p - kernel + 1 .. p, cut.
 
+    With a stride (generalized neighborhood attention, Hassani et al. 2025, arXiv:2504.16922) each run of `stride`
+    places shares the window of its leader, the place stride // 2 of the run, or its last on a causal axis, and in any
+    case one of the n': in s, the leader stands for p, and on a causal axis a query sees leader - kernel + 1 .. p. With
+    stride = kernel, windows that do not overlap: those of Swin.
+
     size: of the grid, one to three axes; None: `axes` = 2 is the square image that the sequence is, 1 the line.
-    kernel, dilation, causal: of each axis, or one for all. kernel * dilation may not exceed the axis.
+    kernel, dilation, causal, stride: of each axis, or one for all. kernel * dilation may not exceed the axis, nor the
+        stride the kernel.
     prefix: tokens before the grid that see and are seen by everything.
+    additional_keys: keys behind those of the grid, which every query sees, under the same softmax; Nk = Nq + them.
     """
 
     name = "neighborhood"
@@ -104,32 +120,37 @@ class Neighborhood(_OnGrid):
     causal: tuple[bool, ...] = (False,)
     prefix: int = 0
     axes: int = 2
+    stride: tuple[int, ...] = (1,)
+    additional_keys: int = 0
 
     def check(self) -> None:
         self._check_size((1, 2, 3))
-        self._at_least(kernel=1, dilation=1)
+        self._at_least(kernel=1, dilation=1, stride=1, additional_keys=0)
         if self.axes not in (1, 2):
             raise InputError(f"{self.name}: axes must be 1 or 2, got {self.axes!r}; for others give the size")
         count = self.axes if self.size is None else len(self.size)
-        for option in ("kernel", "dilation", "causal"):
+        for option in ("kernel", "dilation", "causal", "stride"):
             given = getattr(self, option)
             if len(given) not in (1, count):
                 raise InputError(f"{self.name}: {option} needs one value for each of {count} axes, or one for all")
+        if any(stride > kernel for kernel, stride in zip(*self._spread(count, self.kernel, self.stride), strict=True)):
+            raise InputError(f"{self.name}: stride may not exceed kernel={self.kernel} on any axis, got {self.stride}")
 
     def visible(self, i: Tensor, j: Tensor, q_len: int, kv_len: int, head: int = 0) -> Tensor:
         seen = torch.ones_like(i * j, dtype=torch.bool)
-        stride = q_len - self.prefix
-        for n, kernel, dilation, causal in self._per_axis(q_len, kv_len):
-            stride //= max(n, 1)
-            x, y = ((t - self.prefix) // max(stride, 1) % max(n, 1) for t in (i, j))
-            start, stop = _window(x, n, kernel, dilation, causal)
-            seen = seen & (x % dilation == y % dilation) & (y // dilation >= start) & (y // dilation < stop)
-        return self._join_prefix(seen, i, j)
+        step = q_len - self.prefix
+        for axis in self._per_axis(q_len, kv_len):
+            step //= max(axis.length, 1)
+            x, y = ((t - self.prefix) // max(step, 1) % max(axis.length, 1) for t in (i, j))
+            start, stop = axis.window(x)
+            place = y // axis.dilation
+            seen = seen & (x % axis.dilation == y % axis.dilation) & (place >= start) & (place < stop)
+        return self._join_prefix(seen, i, j, q_len)
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         axes = self._per_axis(grid.q_len, grid.kv_len)
         parts = torch.arange(grid.q_len - self.prefix).split(_TOKENS)
-        longest = axes[-1][1] if axes[-1][2] == 1 else 1
+        longest = axes[-1].kernel if axes[-1].dilation == 1 else 1
         touched = torch.zeros(grid.n_q * grid.n_k, dtype=torch.bool)
         for x in parts:
             row = (x + self.prefix) // grid.block_q * grid.n_k
@@ -167,21 +188,21 @@ class Neighborhood(_OnGrid):
         return self._with_prefix(BlockMask.from_lists(grid, lists))
 
     def _proposals(self, q_len: int, kv_len: int) -> Sequence[Proposal] | None:
-        axes = [
-            Axis(n, dilation, functools.partial(_window, n=n, kernel=kernel, dilation=dilation, causal=causal))
-            for n, kernel, dilation, causal in self._per_axis(q_len, kv_len)
-        ]
+        axes = [Axis(axis.length, axis.dilation, axis.window) for axis in self._per_axis(q_len, kv_len)]
         if any(axis.length == 0 for axis in axes):
             return None
         return self._around_prefix(q_len, [Tiles(axes, self.prefix, lambda i, j: self.visible(i, j, q_len, kv_len))])
 
-    def _per_axis(self, q_len: int, kv_len: int) -> list[tuple[int, int, int, bool]]:
-        """(length, kernel, dilation, causal) of each axis."""
+    @staticmethod
+    def _spread(count: int, *options: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Options with one value for each axis."""
+        return [option * count if len(option) == 1 else option for option in options]
+
+    def _per_axis(self, q_len: int, kv_len: int) -> list[_Windows]:
         shape = self._shape(q_len, kv_len, self.axes)
-        options = (option * len(shape) if len(option) == 1 else option
-                   for option in (self.kernel, self.dilation, self.causal))  # fmt: skip
-        axes = list(zip(shape, *options, strict=True))
-        for n, kernel, dilation, _ in axes:
+        options = self._spread(len(shape), self.kernel, self.dilation, self.causal, self.stride)
+        axes = [_Windows(*values) for values in zip(shape, *options, strict=True)]
+        for n, kernel, dilation, *_ in axes:
             if n and kernel * dilation > n:
                 raise InputError(
                     f"{self.name}: a kernel of {kernel} with dilation {dilation} spans {kernel * dilation} positions; "
@@ -190,14 +211,27 @@ class Neighborhood(_OnGrid):
         return axes
 
 
-def _window(x: Tensor, n: int, kernel: int, dilation: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """The places start <= p < stop that positions x of an axis see among those with x's residue."""
-    place = x // dilation
-    if causal:
-        return (place - kernel + 1).clamp(min=0), place + 1
-    count = (n - x % dilation + dilation - 1) // dilation
-    start = torch.minimum((place - kernel // 2).clamp(min=0), count - kernel)
-    return start, start + kernel
+class _Windows(NamedTuple):
+    """What a neighbourhood sees along one axis."""
+
+    length: int
+    kernel: int
+    dilation: int
+    causal: bool
+    stride: int
+
+    def window(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The places start <= p < stop that positions x of the axis see among those with x's residue."""
+        place = x // self.dilation
+        count = (self.length - x % self.dilation + self.dilation - 1) // self.dilation
+        leader = place
+        if self.stride > 1:
+            within = self.stride - 1 if self.causal else self.stride // 2
+            leader = torch.minimum(place // self.stride * self.stride + within, count - 1)
+        if self.causal:
+            return (leader - self.kernel + 1).clamp(min=0), place + 1
+        start = torch.minimum((leader - self.kernel // 2).clamp(min=0), count - self.kernel)
+        return start, start + self.kernel
 
 
 # Tokens at a time when bit tiles are made: what is in work stays in the cache and in memory that malloc keeps.
@@ -211,24 +245,24 @@ def _quotient(x: Tensor, divisor: int, out: Tensor) -> Tensor:
     return torch.bitwise_right_shift(x, divisor.bit_length() - 1, out=out)
 
 
-def _runs(x: Tensor, axes: list[tuple[int, int, int, bool]], prefix: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _runs(x: Tensor, axes: list[_Windows], prefix: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys start <= y < start + length that each of the tokens x of a grid sees, run by run.
 
     Both are written over by the next run.
     """
-    in_one = axes[-1][2] == 1  # neighbours along the last axis are neighbours in the sequence
+    in_one = axes[-1].dilation == 1  # neighbours along the last axis are neighbours in the sequence
     per_axis: list[list[tuple[Tensor, Tensor]]] = []  # (offset, length) of each step
-    stride = math.prod(n for n, *_ in axes)
-    for axis, (n, kernel, dilation, causal) in enumerate(axes):
-        stride //= max(n, 1)
-        own = x // max(stride, 1) % max(n, 1)
-        start, stop = _window(own, n, kernel, dilation, causal)
-        residue = own % dilation
-        if in_one and axis == len(axes) - 1:
-            per_axis.append([(start * stride, stop - start)])
+    step = math.prod(axis.length for axis in axes)
+    for a, axis in enumerate(axes):
+        step //= max(axis.length, 1)
+        own = x // max(step, 1) % max(axis.length, 1)
+        start, stop = axis.window(own)
+        residue = own % axis.dilation
+        if in_one and a == len(axes) - 1:
+            per_axis.append([(start * step, stop - start)])
             continue
-        seen = [(start + step, start + step < stop) for step in range(kernel)]  # a causal axis is cut
-        per_axis.append([(torch.where(s, (at * dilation + residue) * stride, 0), s.long()) for at, s in seen])
+        seen = [(start + p, start + p < stop) for p in range(axis.kernel)]  # a causal axis is cut
+        per_axis.append([(torch.where(s, (at * axis.dilation + residue) * step, 0), s.long()) for at, s in seen])
     start, length = torch.empty_like(x), torch.empty_like(x)
     for chosen in itertools.product(*per_axis):
         start.fill_(prefix)
@@ -270,7 +304,7 @@ class Axial(_OnGrid):
         x, y = i - self.prefix, j - self.prefix
         row, column = x // width == y // width, x % width == y % width
         seen = {"both": row | column, "rows": row, "columns": column}[self.part]
-        return self._join_prefix(seen & (j <= i) if self.causal else seen, i, j)
+        return self._join_prefix(seen & (j <= i) if self.causal else seen, i, j, q_len)
 
     def _build(self, grid: Grid, num_heads: int) -> BlockMask:
         width = max(self._shape(grid.q_len, grid.kv_len)[1], 1)

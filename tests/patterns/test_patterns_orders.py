@@ -42,6 +42,9 @@ IMAGES = (
     ("neighborhood:size=100,kernel=7,dilation=3", 100),
     ("neighborhood:size=6x7x9,kernel=3x3x5", 378),
     ("neighborhood:size=6x8x9,kernel=3,dilation=2,causal=truexfalsexfalse,prefix=1", 433),
+    ("neighborhood:size=16x16,kernel=8,stride=4,additional_keys=20", 256),
+    ("neighborhood:size=20x17,kernel=5x3,stride=4x3,dilation=1x2,causal=falsextrue,prefix=3,additional_keys=1", 343),
+    ("neighborhood:size=7x7x9,kernel=3x5x4,stride=2x4x4,causal=truexfalsexfalse", 441),
 )
 
 
@@ -69,7 +72,8 @@ def test_parts_of_patterns_of_a_line(spec: str, alignment: str) -> None:
 
 @pytest.mark.parametrize("spec, tokens", IMAGES)
 def test_parts_of_patterns_of_images(spec: str, tokens: int) -> None:
-    check(parse(spec).pattern, tokens, tokens, SIZES)
+    pattern = parse(spec).pattern
+    check(pattern, tokens, tokens + getattr(pattern, "additional_keys", 0), SIZES)
 
 
 @pytest.mark.parametrize("spec", ["axial", "strided:stride=64", "fixed", "dilated:dilation=4", "neighborhood"])
@@ -101,12 +105,18 @@ def test_a_plan_of_many_tokens_is_short_and_soon_made(spec: str, tokens: int) ->
     assert sum(t.numel() * t.element_size() for part in made for t in part.tensors) < 400 * tokens
 
 
-@pytest.mark.parametrize("spec", ["axial", "strided:stride=32", "longformer:window=64,global_tokens=3", "neighborhood"])
+@pytest.mark.parametrize(
+    "spec",
+    ["axial", "strided:stride=32", "longformer:window=64,global_tokens=3", "neighborhood",
+     "neighborhood:kernel=8,stride=4", "neighborhood:kernel=9x6,stride=5x6,prefix=0,additional_keys=77"],
+)  # fmt: skip
 def test_patterns_in_orders_are_exact(spec: str) -> None:
     pattern, tokens = parse(spec).pattern, 1024
+    keys = tokens + getattr(pattern, "additional_keys", 0)
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(1, h, tokens, 16, generator=generator).requires_grad_() for h in (2, 1, 1)]
-    assert pattern.block_mask(tokens, tokens).union is not None
+    shapes = ((2, tokens), (1, keys), (1, keys))
+    leaves = [torch.randn(1, *shape, 16, generator=generator).requires_grad_() for shape in shapes]
+    assert pattern.block_mask(tokens, keys).union is not None
     found = []
     for backend in ("cpu", "reference"):
         out, lse = attention(*leaves, mask=pattern, return_lse=True, backend=backend)

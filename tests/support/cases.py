@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efficient_attn import ALiBi, BlockMask, DecomposedBias2D, RelativeBias, RelativeBias2D, SlidingWindow
+from efficient_attn import ALiBi, BlockMask, DecomposedBias2D, Neighborhood, RelativeBias, RelativeBias2D, SlidingWindow
 from efficient_attn.backends.call import Call
 from efficient_attn.biases import BiasLike
 from efficient_attn.masks import Part, PartedMask
@@ -131,6 +131,20 @@ def parts(count: int, *, lines: str = "one", density: float = 0.3, block_size: t
     return draw
 
 
+NEIGHBORS = Neighborhood((10, 9), (4, 5), stride=(3, 2), causal=(False, True), prefix=3, additional_keys=20)
+
+
+def neighborhood(case: Case, generator: torch.Generator) -> BlockMask:
+    """Windows of an image that neighbouring queries share, after three tokens that see everything, and more keys."""
+    return NEIGHBORS.block_mask(case.Nq, case.Nk, block_size=(32, 16))
+
+
+def neighborhood_parts(case: Case, generator: torch.Generator) -> PartedMask:
+    """The same as the parts that a longer sequence has."""
+    made = [each.part((16, 16), case.Nq, case.Nk) for each in NEIGHBORS._proposals(case.Nq, case.Nk)]
+    return PartedMask.of(made, q_len=case.Nq, kv_len=case.Nk)
+
+
 def band_and_columns(case: Case, generator: torch.Generator) -> PartedMask:
     """A window in the order of the sequence, and classes modulo 5 beyond it: a part without an order, and a window in
     an order."""
@@ -199,6 +213,8 @@ CASES = [
     Case("parts_of_each_batch", B=3, Hq=4, Hkv=2, Nq=45, Nk=80, mask=parts(2, lines="batch"), grad_lse=True),
     Case("parts_lengths", B=3, Nq=100, Nk=150, mask=parts_with_lengths),
     Case("parts_band", Nq=150, Nk=150, mask=band_and_columns),
+    Case("neighborhood_stride", Hq=4, Hkv=2, Nq=93, Nk=113, mask=neighborhood, grad_lse=True),
+    Case("neighborhood_parts", Hq=4, Hkv=2, Nq=93, Nk=113, mask=neighborhood_parts),
     Case("parts_bias_dropout", Nq=70, Nk=90, mask=parts(2), bias=(1, 0, 0, 0), dropout_p=0.3),
     Case("parts_few_queries", Hq=4, Hkv=2, Nq=3, Nk=300, mask=parts(2, lines="heads")),
     Case("bias_full", bias=(0, 0, 0, 0)),

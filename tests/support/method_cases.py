@@ -73,7 +73,8 @@ def random_spec(choose: random.Random, Nq: int, Nk: int) -> str:
             f"deepspeed_bigbird:block=16,num_random_blocks={several(0, 1)},num_sliding_window_blocks=1",
         ]
         if n >= 5:
-            places.append(f"neighborhood:axes=1,kernel={c((1, 3, 5))}")
+            kernel = c((1, 3, 5))
+            places.append(f"neighborhood:axes=1,kernel={kernel},stride={several(1, kernel)}")
         divisors = [d for d in range(1, n + 1) if n % d == 0]
         height = c(divisors)
         places.append(f"axial:size={height}x{n // height},part={c(('both', 'rows', 'columns'))}")

@@ -54,7 +54,7 @@ def random_call(seed: int, ranks: int, kind: str | None = None) -> Call:
         lengths = torch.randint(0, Nk + 1, (B,), generator=generator)
         arguments["mask"] = BlockMask.from_lengths(lengths, q_len=Nq, kv_len=Nk)
     elif kind == "pattern":
-        squares = ("axial", "neighborhood:kernel=5") if Nq in (64, 100) else ()
+        squares = ("axial", "neighborhood:kernel=5", "neighborhood:kernel=5,stride=3") if Nq in (64, 100) else ()
         method = (parse(draw.choice((*PATTERNS, *squares))), None)
         if method[0].accepts_causal and draw.random() < 0.5:
             arguments["is_causal"] = True

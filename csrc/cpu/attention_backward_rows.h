@@ -139,7 +139,7 @@ inline void measure_rows(const AttentionParams& p, int64_t b, int64_t h, Range r
     const TileRegisters tiles(kPairProducts<T>);
     ForwardTile<A> t(p, memory);
     begin_softmax(p, h, whole_lanes<T, A>(count), t);
-    softmax_pass<T>(p, b, h, rows, whole_lanes<T, A>(count), t, [](const AttentionParams&, Range, bool) {});
+    softmax_pass<T>(p, b, h, rows, whole_lanes<T, A>(count), t, [](Range, bool) {});
     for (int64_t r = 0; r < count; ++r) {
         const int64_t i = rows.begin + r, row = first + i;
         const A lse = static_cast<const A*>(p.lse)[lse_row(p, b, h, i)];

@@ -15,8 +15,7 @@ template <class A>
 struct ForwardTile {
     A* strip;  // where S lies of every key at once, [Nk][w]; null: of one piece of keys after another
     A *Qt, *S, *bias, *Ot, *top, *total, *fade, *scratch, *K_buffer, *V_buffer;
-    uint64_t *bits, *keep, *seen;
-    int32_t* picked;
+    uint64_t *bits, *keep;
     Pair *Q_pairs, *V_pairs, *P_pairs;  // with products of pairs only
     A* scale;
 
@@ -35,8 +34,6 @@ struct ForwardTile {
         V_buffer = arena.take<A>(kKeys * p.Dv);
         bits = arena.take<uint64_t>(kKeys);
         keep = arena.take<uint64_t>(kKeys);
-        seen = arena.take<uint64_t>(kKeys);
-        picked = arena.take<int32_t>(kKeys);
         if constexpr (kMultipliesPairs) {
             Q_pairs = arena.take<Pair>(pair_depth(p.D) * kQueries);
             V_pairs = arena.take<Pair>(kKeys / 2 * p.Dv);
@@ -223,74 +220,25 @@ inline void resume_softmax(const AttentionParams& p, int64_t b, int64_t h, Range
     }
 }
 
-// Whether keys are loaded one by one, so that those which no query of a tile sees may as well be left out.
-inline bool picks_keys(const AttentionParams& p) { return p.key.order && !p.diagonals.data && !shares_values(p); }
-
-// The online softmax of a tile of queries goes on with some keys; `masked`: by t.bits.
-template <class T, class A, class Visit>
-inline void softmax_step(const AttentionParams& p, int64_t b, int64_t h, Range rows, Range keys, bool masked, int64_t w,
-                         ForwardTile<A>& t, Visit visit) {
-    const int64_t n = keys.end - keys.begin;
-    if (t.strip) t.S = t.strip + keys.begin * w;
-    score<T>(p, b, h / (p.Hq / p.Hkv), keys, w, t);
-    masked = add_biases<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
-    if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
-    online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
-    visit(p, keys, masked);
-}
-
-// The steps of keys in an order, kKeys of those that some query sees at a time: to a step they are a call's first keys.
-template <class T, class A, class Visit>
-inline void softmax_of_picked(const AttentionParams& p, int64_t b, int64_t h, int64_t block, int64_t block_row,
-                              Range rows, int64_t w, ForwardTile<A>& t, Visit visit) {
-    AttentionParams own = p;
-    own.key.order = own.value.order = t.picked;
-    own.key.order_batch_stride = own.key.order_head_stride = 0;
-    own.value.order_batch_stride = own.value.order_head_stride = 0;
-    const int32_t* order = p.key.order + b * p.key.order_batch_stride + h / (p.Hq / p.Hkv) * p.key.order_head_stride;
-    const uint64_t full = low_bits(rows.end - rows.begin);
-    int64_t count = 0;
-    bool masked = false;
-    const auto step = [&] {
-        for (; count % 8 != 0; ++count) {  // of fewer rows a product is no quicker
-            t.picked[count] = t.picked[count - 1];
-            t.bits[count] = 0;
-            masked = true;
-        }
-        if (count) softmax_step<T>(own, b, h, rows, {0, count}, masked, w, t, visit);
-        count = 0, masked = false;
-    };
-    for_each_segment(p, b, h, block, rows, {0, p.Nk}, [&](const Segment& segment) {
-        for (int64_t first = segment.keys.begin, end; first < segment.keys.end; first = end) {
-            end = min_of(first + kKeys, segment.keys.end);
-            const Chunk chunk{{first, end}, 1, {{{first, end}, segment.tile, segment.tile_key}}};
-            const bool some = visible_bits(p, b, h, rows, block_row, chunk, t.seen);
-            for (int64_t key = first; key < end; ++key) {
-                const uint64_t seen = some ? t.seen[key - first] & full : full;
-                t.bits[count] = seen;
-                t.picked[count] = order[key];
-                masked |= seen != full && seen != 0;
-                count += seen != 0;
-                if (count == kKeys) step();
-            }
-        }
-    });
-    step();
-}
-
-// The online softmax of a tile of queries from a begun one on: calls visit(p, keys, masked) for each piece of keys that
-// they see, when S holds the weights exp(s - top) of it; p and keys are the call's, or what says as much. Afterwards
-// top and total are those of the whole rows.
+// The online softmax of a tile of queries from a begun one on: calls visit(keys, masked) for each piece of keys that
+// they see, when S holds the weights exp(s - top) of it. Afterwards top and total are those of the whole rows.
 template <class T, class A, class Visit>
 inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range rows, int64_t w, ForwardTile<A>& t,
                          Visit visit) {
     const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
+    const int64_t kv = h / (p.Hq / p.Hkv);
     load_queries<T>(p, b, h, rows.begin, rows.end - rows.begin, w, t);
-    if (picks_keys(p)) return softmax_of_picked<T>(p, b, h, block, block_row, rows, w, t, visit);
     for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](const Chunk& chunk) {
-        const bool masked = visible_bits(p, b, h, rows, block_row, chunk, t.bits);
-        softmax_step<T>(p, b, h, rows, chunk.keys, masked, w, t, visit);
+        const Range keys = chunk.keys;
+        const int64_t n = keys.end - keys.begin;
+        if (t.strip) t.S = t.strip + keys.begin * w;
+        score<T>(p, b, kv, keys, w, t);
+        bool masked = visible_bits(p, b, h, rows, block_row, chunk, t.bits);
+        masked = add_biases<T>(p, b, h, rows, keys, w, t.S, masked, t.bits, t.scratch, t.bias);
+        if (masked) fill_masked(t.bits, n, w, -kInfinity<A>, t.S);
+        online_softmax_update(p, n, w, t.S, t.top, t.total, t.fade);
+        visit(keys, masked);
     });
 }
 
@@ -306,12 +254,12 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
         fill_zero(t.Ot, p.Dv * w);
         begin_softmax(p, h, w, t);
     }
-    softmax_pass<T>(p, b, h, rows, w, t, [&](const AttentionParams& own, Range keys, bool masked) {
+    softmax_pass<T>(p, b, h, rows, w, t, [&](Range keys, bool masked) {
         if (p.dropout_p > 0) {
-            kept_bits(own, b, h, rows, keys, t.keep);
+            kept_bits(p, b, h, rows, keys, t.keep);
             fill_masked(t.keep, keys.end - keys.begin, w, A{0}, t.S);
         }
-        accumulate<T>(own, b, kv, count, keys, masked, w, shared, t);
+        accumulate<T>(p, b, kv, count, keys, masked, w, shared, t);
         visit(keys);
     });
 

@@ -210,7 +210,7 @@ inline void tile_statistics(const StatisticsParams& s, int64_t b, int64_t h, int
     const int64_t block = p.mask.indptr ? rows.begin / p.mask.block_q : 0;
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
     begin_softmax(p, h, w, f);
-    softmax_pass<T>(p, b, h, rows, w, f, [](const AttentionParams&, Range, bool) {});
+    softmax_pass<T>(p, b, h, rows, w, f, [](Range, bool) {});
 
     for (int64_t r = 0; r < w; ++r) {
         t.inverse[r] = r < count && f.total[r] != 0 ? 1 / f.total[r] : 0;

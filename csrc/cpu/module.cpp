@@ -157,8 +157,8 @@ auto places(AttentionParams& p) {
 template <size_t>
 using Address = uintptr_t;
 
-// A call that is made again and again: a function of where its tensors lie and of the number of threads. None of them
-// has an order.
+// A call that is made again and again: a function of where its tensors lie and of the number of threads. Whoever
+// makes it keeps alive what they read of a mask.
 template <bool kBackward, size_t... I>
 py::cpp_function repeated(const AttentionParams& params, std::index_sequence<I...>) {
     return py::cpp_function([params](Address<I>... address, int threads) {

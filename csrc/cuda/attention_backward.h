@@ -2,6 +2,7 @@
 // kernels (sm90/) where they serve the call, else by those of sm80/. `launch` as in plan.h.
 #pragma once
 
+#include "cuda/attention_forward.h"
 #include "cuda/plan.h"
 #include "cuda/sm80/attention_key_gradient.h"
 #include "cuda/sm80/attention_query_gradient.h"
@@ -41,6 +42,14 @@ void launch_bias_gradient(const KernelParams& k, Launch& launch) {
 
 // --- Hopper ---
 
+// The tiles of dK and dV, of `rows` keys each.
+inline sm90::Work key_work(const KernelParams& k, int rows) {
+    const AttentionParams& p = k.call;
+    sm90::Work work = sm90::work_of(key_tiles(p, rows), p.B * p.Hkv, k.group * p.Nq * (p.D + p.Dv) * 2);
+    sm90::put_in_order(work, p.mask, k.key_order, p.Hkv, p.mask.block_k, rows);
+    return work;
+}
+
 // A kernel that walks queries, dK and dV alone or all in one pass.
 template <class G, class Kernel, class Launch>
 void launch_hopper_keys(const KernelParams& k, Kernel kernel, Launch& launch) {
@@ -50,9 +59,9 @@ void launch_hopper_keys(const KernelParams& k, Kernel kernel, Launch& launch) {
     in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, sm90::kGroupRows);
     in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, sm90::kGroupRows);
     in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, G::kQueries);
-    in.work = sm90::work_of(key_tiles(p, G::kRows), p.B * p.Hkv, k.group * p.Nq * (p.D + p.Dv) * 2);
-    launch(kernel, std::min<int64_t>(in.work.tiles, launch.multiprocessors()), sm90::kBlockThreads, G::kSharedBytes, k,
-           in);
+    in.work = key_work(k, G::kRows);
+    const int64_t blocks = sm90::share_out(in.work, launch.multiprocessors(), k.counters);
+    launch(kernel, blocks, sm90::kBlockThreads, G::kSharedBytes, k, in);
 }
 
 template <class G, class Launch>
@@ -63,9 +72,9 @@ void launch_hopper_queries(const KernelParams& k, Launch& launch) {
     in.key = launch.tensor_map(p.key, p.B, p.Hkv, p.Nk, p.D, G::kKeys);
     in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, G::kKeys);
     in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, sm90::kGroupRows);
-    in.work = sm90::work_of(query_tiles(p, G::kRows), p.B * p.Hq, p.Nk * (p.D + p.Dv) * 2);
-    launch(&sm90::attention_query_gradient<G>, std::min<int64_t>(in.work.tiles, launch.multiprocessors()),
-           sm90::kBlockThreads, G::kSharedBytes, k, in);
+    in.work = query_work(k, G::kRows, 1);
+    const int64_t blocks = sm90::share_out(in.work, launch.multiprocessors(), k.counters ? k.counters + 1 : nullptr);
+    launch(&sm90::attention_query_gradient<G>, blocks, sm90::kBlockThreads, G::kSharedBytes, k, in);
 }
 
 // Keys, Queries: sm80's kernels, which do the suspicious tiles again.

@@ -29,9 +29,13 @@ KernelParams params(const std::string& words, bool backward, uintptr_t seed = 0,
     return k;
 }
 
-// flags: flag_count of them, or null.
-void attention_forward(const std::string& words, uintptr_t seed, uintptr_t flags, int device, uintptr_t stream) {
-    const KernelParams k = params(words, false, seed, flags);
+// flags: flag_count of them, or null; counters: counter_count zeros, or null; order: the list's blocks with the longest
+// first, or null.
+void attention_forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t counters, uintptr_t order,
+                       int device, uintptr_t stream) {
+    KernelParams k = params(words, false, seed, flags);
+    k.counters = reinterpret_cast<int32_t*>(counters);
+    k.query_order = reinterpret_cast<const int32_t*>(order);
     Launch launch(device, stream);
     choose_instance(
         k.call, [&](auto dtype, auto head, auto extras) { attention_forward_unit<dtype, head, extras>(k, launch); });
@@ -49,11 +53,15 @@ void attention_decode(const std::string& words, uintptr_t part_out, uintptr_t pa
 
 // query_sums: query_sum_count zeros, or null. bias_sums: the gradient of the bias is written in float32.
 void attention_backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums,
-                        uintptr_t query_sums, int device, uintptr_t stream) {
+                        uintptr_t query_sums, uintptr_t counters, uintptr_t query_order, uintptr_t key_order,
+                        int device, uintptr_t stream) {
     KernelParams k = params(words, true, seed, flags);
     if (bias_sums) k.call.dbias.dtype = kFloat32;
     k.delta = reinterpret_cast<float*>(delta);
     k.query_sums = reinterpret_cast<float*>(query_sums);
+    k.counters = reinterpret_cast<int32_t*>(counters);
+    k.query_order = reinterpret_cast<const int32_t*>(query_order);
+    k.key_order = reinterpret_cast<const int32_t*>(key_order);
     Launch launch(device, stream);
     choose_instance(
         k.call, [&](auto dtype, auto head, auto extras) { attention_backward_unit<dtype, head, extras>(k, launch); });
@@ -77,6 +85,11 @@ int64_t splits_of(const std::string& words, int64_t processors) {
 
 int64_t query_sums_of(const std::string& words, int device) {
     return query_sum_count(read_params(words, true), Launch(device, 0).capability());
+}
+
+int64_t counters_of(const std::string& words, bool backward, int device) {
+    const Launch launch(device, 0);
+    return counter_count(read_params(words, backward), backward, launch.capability(), launch.multiprocessors());
 }
 
 int64_t flags_of(const std::string& words, bool backward) { return flag_count(read_params(words, backward), backward); }
@@ -193,6 +206,7 @@ PyMethodDef methods[] = {
     method<&most_shared_bytes>("most_shared_bytes"),
     method<&query_sums_of>("query_sum_count"),
     method<&flags_of>("flag_count"),
+    method<&counters_of>("counter_count"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -10,15 +10,17 @@ namespace efficient_attn {
 
 struct KernelParams {
     AttentionParams call;
-    const int64_t* seed;      // on the device; null: call.dropout_seed
-    int32_t* flags;           // one for each block of the grid: 1 where its tile is suspicious; null: not asked
-    float* delta;             // (B, Hq, Nq) contiguous, backward only
-    float* query_sums;        // see sm90/attention_backward.h; null: every sum in a fixed order
-    float score_scale;        // scale in units of log2
-    float scale, keep_scale;  // keep_scale = 1 / (1 - dropout_p)
-    uint32_t threshold;       // a pair is kept iff its random word is not below
-    int group;                // query heads of a key/value head
-    int low, high;            // query i sees the keys i + low .. i + high, bounded so that beyond nothing changes
+    const int64_t* seed;  // on the device; null: call.dropout_seed
+    int32_t* flags;       // one for each block of the grid: 1 where its tile is suspicious; null: not asked
+    float* delta;         // (B, Hq, Nq) contiguous, backward only
+    float* query_sums;    // see sm90/attention_backward.h; null: every sum in a fixed order
+    int32_t* counters;    // zeros, see counter_count in plan.h; null: not asked for
+    const int32_t *query_order, *key_order;  // of each list, its blocks with the longest first; null: as they lie
+    float score_scale;                       // scale in units of log2
+    float scale, keep_scale;                 // keep_scale = 1 / (1 - dropout_p)
+    uint32_t threshold;                      // a pair is kept iff its random word is not below
+    int group;                               // query heads of a key/value head
+    int low, high;  // query i sees the keys i + low .. i + high, bounded so that beyond nothing changes
     bool query_aligned, key_aligned, value_aligned, out_aligned, grad_out_aligned, dq_aligned, dk_aligned,
         dv_aligned;  // every row begins on 16 bytes
 };

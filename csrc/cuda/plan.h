@@ -95,6 +95,15 @@ inline int64_t query_sum_count(const AttentionParams& p, int capability) {
     return served ? p.B * p.Hq * p.Nq * 128 : 0;
 }
 
+// How many counters of tickets, zeros, Hopper's kernels of a call need: one for each kernel that has more tiles than
+// the GPU has processors.
+inline int64_t counter_count(const AttentionParams& p, bool backward, int capability, int64_t processors) {
+    if (capability < 90 || has_extras(p)) return 0;
+    if (!backward) return hopper_serves(p) && query_tiles(p, kForwardRows) > processors ? 1 : 0;
+    const int64_t most = std::max(query_tiles(p, kForwardRows), key_tiles(p, kGradientRows));
+    return hopper_serves_backward(p) && most > processors ? 2 : 0;
+}
+
 // --- a NaN that must be kept away ---
 
 // Whether a key may be visible to one query of a tile and not to another, so that a NaN in it must be kept away.

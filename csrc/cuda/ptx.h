@@ -76,6 +76,10 @@ EA_DEVICE bool warp_any(bool value) { return __any_sync(0xFFFFFFFFu, value) != 0
 // shfl.bfly: `value` of the lane whose number differs by the bits of `mask`; warp-wide.
 EA_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
+// A value that is the same in all lanes, said so (shfl.idx of lane 0): what follows from it needs no register of a
+// lane's own; warp-wide.
+EA_DEVICE int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
 // --- global memory ---
 
 template <class T>
@@ -87,12 +91,26 @@ EA_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
 
+// atom.add by one lane: what stood there before, for the whole warp; warp-wide. `end`: beyond it nothing is drawn for.
+EA_DEVICE int draw_ticket(int32_t* counter, int /*end*/) {
+    int drawn = 0;
+    if (threadIdx.x % 32 == 0)
+        asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(drawn) : "l"(counter) : "memory");
+    return __shfl_sync(0xFFFFFFFFu, drawn, 0);
+}
+
 // --- shared memory ---
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 EA_DEVICE uint32_t shared_address(uint32_t offset) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + offset;
+}
+
+// The swizzle of tensor copies and of wgmma goes by the address: a beginning that is no multiple of 1024, which only a
+// toolchain that ignores the alignment above could give, would be silently wrong numbers. So it is an error.
+EA_DEVICE void require_aligned_shared() {
+    if (shared_address(0) % 1024 != 0) asm volatile("trap;");
 }
 
 // st.shared.b32, warp-wide.

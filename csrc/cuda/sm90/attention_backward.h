@@ -32,9 +32,10 @@ EA_DEVICE float* query_sums(const KernelParams& p, int b, int h, int half, int i
 template <class G>
 EA_DEVICE void store_gradients(const uint32_t (&gradients)[G::kN / 2][4], uint32_t tile, int lane) {
     const int row = consumer_index() * kGroupRows + group_warp_row() + lane / 4;
+    const uint32_t first = tile + chunk_offset<kPanel>(row, 0) + lane % 4 * 4;  // of chunk 0; registers are scarce
     EA_UNROLL
     for (int k = 0; k < 2 * G::kN; ++k)
-        store_shared_32(tile + chunk_offset<kPanel>(row + k % 2 * 8, k / 2) + lane % 4 * 4, gradients[k / 4][k % 4]);
+        store_shared_32((first ^ static_cast<uint32_t>(k / 2 << 4)) + k % 2 * (8 * 128), gradients[k / 4][k % 4]);
 }
 
 // dq = dS K for the consumer's half of the columns; of dS^T there is the tile [keys, queries].
@@ -59,19 +60,22 @@ EA_DEVICE void add_to_sums(const float (&dq)[kPanel / 8][4], const KernelParams&
     const bool adds = thread_index() % kGroup == 0;
     if (adds) bulk_wait_read();
     named_sync(meeting_of(consumer_index()), kGroup);  // the sum before no longer reads
+    // Registers are scarce: the other chunks lie behind the first two.
+    const int row = group_warp_row() + lane / 4;
+    const uint32_t line = partial + row * (kPanel * 4);
+    const uint32_t chunks[2] = {line + sum_chunk(row, lane % 4), line + sum_chunk(row, 4 + lane % 4)};
     EA_UNROLL
     for (int k = 0; k < kPanel / 8; ++k) {
-        const int n = k / 2 * 2, half = k % 2, row = group_warp_row() + lane / 4 + half * 8;
-        store_shared_128(partial + row * (kPanel * 4) + sum_chunk(row, n / 2 * 4 + lane % 4),
+        const int n = k / 2 * 2, half = k % 2;
+        store_shared_128(chunks[n / 2 % 2] + n / 4 * 128 + half * (8 * kPanel * 4),
                          {as_bits(dq[n][2 * half]), as_bits(dq[n][2 * half + 1]), as_bits(dq[n + 1][2 * half]),
                           as_bits(dq[n + 1][2 * half + 1])});
     }
     async_proxy_fence();
     named_sync(meeting_of(consumer_index()), kGroup);
-    Step step;  // read again: registers are scarce
-    const uint32_t line = slot.of(G::kSteps, kLineBytes);
-    read_step(step, line);
-    const int head = read_head(line);
+    const uint32_t words = slot.of(G::kSteps, kLineBytes);
+    const Step step = read_step(words);  // again: registers are scarce
+    const int head = read_head(words);
     if (!adds) return;
     bulk_add(query_sums(p, b, head, consumer_index(), step.first), partial, (step.end - step.first) * kPanel * 4);
     bulk_commit();
@@ -80,7 +84,9 @@ EA_DEVICE void add_to_sums(const float (&dq)[kPanel / 8][4], const KernelParams&
 // Adds a step to dK and dV of the consumer's keys, and half of dQ.
 template <class G>
 EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead / 8][4], const KernelParams& p, int b,
-                        const Step& step, Span alive, bool full, const Slot<G::kStages>& slot, uint32_t tile) {
+                        const Step& step, Span alive, bool full, const Slot<G::kStages>& slot) {
+    static_assert(G::kStages == 2, "two tiles of dS in turns, as the slots are");
+    const uint32_t tile = slot.of(G::kGradients, G::kGradientBytes);
     const int lane = thread_index() % kWarp;
     uint32_t weights[G::kN / 2][4], gradients[G::kN / 2][4];
     find_gradients<G>(weights, gradients, dv, p, step, alive, full, slot);
@@ -103,14 +109,11 @@ attention_backward(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs in) 
     if constexpr (kHopper) {
         init_barriers<G>();
         const auto consume = [&] {
-            uint32_t tile = G::kGradients;
             const auto add = [&](auto& dk, auto& dv, const Place& at, const Step& step, Span alive, Sight sight,
                                  const Slot<G::kStages>& slot) {
-                if (step.first == step.end) return;
-                add_step<G>(dk, dv, p, at.b, step, alive, sight.any && sight.all, slot, tile);
-                tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one
+                if (step.first < step.end) add_step<G>(dk, dv, p, at.b, step, alive, sight.any && sight.all, slot);
             };
-            consume_own<G>(p, in, add);
+            consume_own<G>(p, add);
             if (thread_index() % kGroup == 0) bulk_wait();
         };
         share_work<G>([&] { produce_queries<G>(p, in); }, consume);

@@ -70,9 +70,12 @@ EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
     const int lane = thread_index() % kWarp;
     Slot<F::kStages> slot;
     int query_parity = 0;
-    each_tile(in.work, [&](int tile) {
+    draw_tiles(in.work, [&](int tile) {
         const Place at = query_place<F::kRows>(p, tile);
-        if (at.lines.begin >= at.lines.end) return;
+        if (at.lines.begin >= at.lines.end) {
+            if (p.flags && lane == 0) store_global(p.flags + tile, 0);
+            return;
+        }
         const int kv = at.h / p.group;
         const Reach sees = reach(at.lines.begin, at.lines.end - 1, p.low, p.high, key_count(p, at.b));
         Walk<F::kKeys, kByQuery> walk(p, at.b, at.h, at.lines.begin, sees.any);
@@ -82,7 +85,7 @@ EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
             const Step step = next;
             more = more && walk.next(p, next);
             barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);
-            send_step(slot.of(F::kSteps, kLineBytes), step, more, at.h, lane);
+            send_step(slot.of(F::kSteps, kLineBytes), step, more, at.h, tile, lane);
             warp_sync();
             if (lane == 0) {
                 const uint32_t key_full = slot.of(F::kKeyFull, 8), value_full = slot.of(F::kValueFull, 8);
@@ -100,6 +103,9 @@ EA_DEVICE void produce(const KernelParams& p, const ForwardInputs& in) {
         } while (more);
         query_parity ^= 1;
     });
+    barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);
+    send_end(slot.of(F::kSteps, kLineBytes), lane);
+    release(slot.of(F::kKeyFull, 8), lane);
 }
 
 // --- the consumers ---
@@ -109,11 +115,20 @@ struct Consumer {
     int index, lane, row;
 };
 
+// The tile that a slot's step is of, once it has arrived.
+template <class F>
+EA_DEVICE int receive_tile(const Slot<F::kStages>& slot) {
+    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);
+    return read_tile(slot.of(F::kSteps, kLineBytes));
+}
+
 // The step in a slot, once its keys are there; says whether more follow.
 template <class F>
 EA_DEVICE bool receive(Step& step, const Slot<F::kStages>& slot) {
     barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);
-    return read_step(step, slot.of(F::kSteps, kLineBytes));
+    const uint32_t line = slot.of(F::kSteps, kLineBytes);
+    step = read_step(line);
+    return read_more(line);
 }
 
 // Starts s = Q K^T.
@@ -221,25 +236,22 @@ EA_DEVICE void store_output(F& f, const KernelParams& p, const Place& at, int ti
 }
 
 template <class F>
-EA_DEVICE void consume(const KernelParams& p, const ForwardInputs& in) {
+EA_DEVICE void consume(const KernelParams& p) {
     const int lane = thread_index() % kWarp, index = thread_index() / kGroup - 1;
     const Consumer c{index, lane, thread_index() / kWarp * 16 - kGroupRows};
     Slot<F::kStages> keys, values;
     int query_parity = 0;
     if (F::kTurns && index == 1) named_arrive(turn_of(0), F::kConsumers * kGroup);
-    each_tile(in.work, [&](int tile) {
+    EA_KEEP_LOOP
+    for (int tile = receive_tile<F>(keys); tile != kNoMore; tile = receive_tile<F>(keys)) {
         const Place at = query_place<F::kRows>(p, tile);
-        if (at.lines.begin >= at.lines.end) {
-            if (p.flags && thread_index() == kGroup) store_global(p.flags + tile, 0);
-            return;
-        }
         F f;
         barrier_wait(F::kQueryFull, query_parity);
         query_parity ^= 1;
         attend(f, p, at, c, keys, values);
         store_output(f, p, at, tile, c);
         release(F::kQueryEmpty, lane);
-    });
+    }
     if (F::kTurns && index == 0) named_sync(turn_of(0), F::kConsumers * kGroup);  // the last turn given
 }
 
@@ -263,7 +275,7 @@ attention_forward(EA_PARAMETER KernelParams p, EA_PARAMETER ForwardInputs in) {
             tensor_prefetch(in.key);
             tensor_prefetch(in.value);
         }
-        share_work<F>([&] { produce<F>(p, in); }, [&] { consume<F>(p, in); });
+        share_work<F>([&] { produce<F>(p, in); }, [&] { consume<F>(p); });
     }
 }
 

@@ -89,6 +89,19 @@ EA_DEVICE void load_own_keys(const BackwardInputs& in, const Place& at) {
     }
 }
 
+// A consumer's flag, of the sm80 kernel's tiles; kHalves: both consumers share it.
+template <class G>
+struct KeyFlags {
+    static constexpr int kFlagRows = sm80::KeyGradient<typename G::T, G::kHead, false>::kRows;
+    static constexpr bool kHalves = kFlagRows == G::kRows;
+
+    static EA_DEVICE int64_t of(const KernelParams& p, const Place& at, int consumer) {
+        const int line = at.lines.begin + (kHalves ? 0 : consumer * kGroupRows);
+        return flag_of<kFlagRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k),
+                                  static_cast<int>(p.call.Nk), at.b * p.call.Hkv + at.h, at.lines.begin, line, false);
+    }
+};
+
 // The producer, one warp. A tile that no query sees has one step, with no query in it.
 template <class G>
 EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) {
@@ -96,9 +109,13 @@ EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) 
     const int lane = thread_index() % kWarp;
     Slot<G::kStages> slot;
     int keys_parity = 0;
-    each_tile(in.work, [&](int tile) {
+    draw_tiles(in.work, [&](int tile) {
         const Place at = sm80::key_place<G>(p, tile);
-        if (at.lines.begin >= at.lines.end) return;
+        if (at.lines.begin >= at.lines.end) {
+            for (int consumer = 0; p.flags && lane == 0 && consumer < kConsumers; ++consumer)
+                write_consumer_flag<KeyFlags<G>::kHalves>(p.flags, KeyFlags<G>::of(p, at, consumer), consumer, false);
+            return;
+        }
         const Span alive{at.lines.begin, smaller(at.lines.end, key_count(p, at.b))};
         Reach seen = reach(alive.begin, alive.end - 1, -p.high, -p.low, static_cast<int>(p.call.Nq));
         if (alive.end <= alive.begin) seen.any.end = seen.any.begin;
@@ -119,11 +136,15 @@ EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) 
                                           slot.of(G::kGradOutSlots, G::kTileBytes), full, step.first, step.head, at.b);
             }
             store_query_sums(sums, shifts, shifts + G::kSumBytes, lane);
-            send_step(slot.of(G::kSteps, kLineBytes), step, more, step.head, lane);
+            send_step(slot.of(G::kSteps, kLineBytes), step, more, step.head, tile, lane);
             release(full, lane);
             slot.advance();
         } while (more);
     });
+    barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
+    send_end(slot.of(G::kSteps, kLineBytes), lane);
+    warp_sync();
+    for (int arrival = 0; lane == 0 && arrival < 2; ++arrival) barrier_arrive(slot.of(G::kFull, 8));
 }
 
 template <class G>
@@ -269,13 +290,7 @@ EA_DEVICE void add_keys(float (&dk)[1][G::kHead / 8][4], const Slot<G::kStages>&
 // Every warp of the consumer comes here with its sums.
 template <class G>
 EA_DEVICE void meet_over_keys(const KernelParams& p, const Place& at, bool suspect) {
-    constexpr int kFlagRows = sm80::KeyGradient<typename G::T, G::kHead, false>::kRows;
-    constexpr bool kHalves = kFlagRows == G::kRows;
-    const int line = at.lines.begin + (kHalves ? 0 : consumer_index() * kGroupRows);
-    const int64_t flag =
-        flag_of<kFlagRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_k),
-                           static_cast<int>(p.call.Nk), at.b * p.call.Hkv + at.h, at.lines.begin, line, false);
-    meet<kHalves>(p.flags, flag, suspect);
+    meet<KeyFlags<G>::kHalves>(p.flags, KeyFlags<G>::of(p, at, consumer_index()), suspect);
 }
 
 // Rounds and writes dK or dV of a consumer's rows, through its tile of K or V.
@@ -289,13 +304,13 @@ EA_DEVICE void store_sums(float (&sums)[1][G::kHead / 8][4], uint32_t tile, cons
 
 // The consumers, each with keys of its own; add(dk, dv, place, step, keys, sight, slot) takes in a step.
 template <class G, class Add>
-EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in, Add add) {
+EA_DEVICE void consume_own(const KernelParams& p, Add add) {
     const int lane = thread_index() % kWarp;
     Slot<G::kStages> slot;
     int keys_parity = 0;
-    each_tile(in.work, [&](int tile) {
+    EA_KEEP_LOOP
+    for (int tile = await_tile<G>(slot); tile != kNoMore; tile = await_tile<G>(slot)) {
         const Place at = sm80::key_place<G>(p, tile);
-        if (at.lines.begin >= at.lines.end) return meet_over_keys<G>(p, at, false);
         const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
         float dk[1][G::kHead / 8][4], dv[1][G::kHead / 8][4];
         clear(dk);
@@ -305,9 +320,9 @@ EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in, Add 
         bool more;
         EA_KEEP_LOOP
         do {
-            Step step;
-            more = await_step<G>(step, slot);
+            const Step step = await_step<G>(slot);
             add(dk, dv, at, step, alive, sight_of_keys<G>(p, step, alive, rows), slot);
+            more = more_follow<G>(slot);
             release(slot.of(G::kEmpty, 8), lane);
             slot.advance();
         } while (more);
@@ -318,19 +333,19 @@ EA_DEVICE void consume_own(const KernelParams& p, const BackwardInputs& in, Add 
         store_sums<G>(dv, G::kValue + G::own(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned);
         async_proxy_fence();  // the next tile is copied to where the results have been
         release(G::kKeysEmpty, lane);
-    });
+    }
 }
 
 // The consumers with shared keys: the first gathers dV, the second dK.
 template <class G>
-EA_DEVICE void consume_shared(const KernelParams& p, const BackwardInputs& in) {
+EA_DEVICE void consume_shared(const KernelParams& p) {
     const int lane = thread_index() % kWarp;
     const bool gathers_values = consumer_index() == 0;
     Slot<G::kStages> slot;
     int keys_parity = 0, weights_parity = 0;
-    each_tile(in.work, [&](int tile) {
+    EA_KEEP_LOOP
+    for (int tile = await_tile<G>(slot); tile != kNoMore; tile = await_tile<G>(slot)) {
         const Place at = sm80::key_place<G>(p, tile);
-        if (at.lines.begin >= at.lines.end) return meet_over_keys<G>(p, at, false);
         const Span rows = G::rows(at.lines), alive{rows.begin, smaller(rows.end, key_count(p, at.b))};
         float sums[1][G::kHead / 8][4];
         clear(sums);
@@ -339,8 +354,7 @@ EA_DEVICE void consume_shared(const KernelParams& p, const BackwardInputs& in) {
         bool more;
         EA_KEEP_LOOP
         do {
-            Step step;
-            more = await_step<G>(step, slot);
+            const Step step = await_step<G>(slot);
             const Sight sight = sight_of_keys<G>(p, step, alive, rows);
             if (sight.any) {
                 if (gathers_values) {
@@ -350,6 +364,7 @@ EA_DEVICE void consume_shared(const KernelParams& p, const BackwardInputs& in) {
                 }
                 weights_parity ^= 1;
             }
+            more = more_follow<G>(slot);
             release(slot.of(G::kEmpty, 8), lane);
             slot.advance();
         } while (more);
@@ -361,7 +376,7 @@ EA_DEVICE void consume_shared(const KernelParams& p, const BackwardInputs& in) {
         }
         async_proxy_fence();  // the next tile is copied to where the results have been
         release(G::kKeysEmpty, lane);
-    });
+    }
 }
 
 template <class G>
@@ -387,9 +402,9 @@ attention_key_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInputs 
         };
         const auto consume = [&] {
             if constexpr (G::kShared) {
-                consume_shared<G>(p, in);
+                consume_shared<G>(p);
             } else {
-                consume_own<G>(p, in, add);
+                consume_own<G>(p, add);
             }
         };
         share_work<G>([&] { produce_queries<G>(p, in); }, consume);

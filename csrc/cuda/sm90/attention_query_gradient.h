@@ -43,15 +43,29 @@ EA_DEVICE void load_rows(const BackwardInputs& in, const Place& at) {
     }
 }
 
+// The flag of the consumer whose lines begin at `line`.
+template <class G>
+EA_DEVICE int64_t query_flag(const KernelParams& p, const Place& at, int line) {
+    constexpr int kFlagRows = sm80::QueryGradient<typename G::T, G::kHead, false, 1>::kRows;
+    static_assert(kFlagRows == kGroupRows, "a consumer has a flag of its own");
+    return flag_of<kFlagRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_q),
+                              static_cast<int>(p.call.Nq), at.b * p.call.Hq + at.h, at.lines.begin, line, true);
+}
+
 // The producer, one warp. A tile without visible keys has one step, with no key in it.
 template <class G>
 EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
     const int lane = thread_index() % kWarp;
     Slot<G::kStages> slot;
     int rows_parity = 0;
-    each_tile(in.work, [&](int tile) {
+    draw_tiles(in.work, [&](int tile) {
         const Place at = query_place<G::kRows>(p, tile);
-        if (at.lines.begin >= at.lines.end) return;
+        if (at.lines.begin >= at.lines.end) {
+            for (int consumer = 0; p.flags && lane == 0 && consumer < kConsumers; ++consumer)
+                write_consumer_flag<false>(p.flags, query_flag<G>(p, at, at.lines.begin + consumer * kGroupRows),
+                                           consumer, false);
+            return;
+        }
         const Reach sees = reach(at.lines.begin, at.lines.end - 1, p.low, p.high, key_count(p, at.b));
         Walk<G::kKeys, kByQuery> walk(p, at.b, at.h, at.lines.begin, sees.any);
         Step next{0, 0, -1, 0};
@@ -63,7 +77,7 @@ EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
             const Step step = next;
             more = more && walk.next(p, next);
             barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
-            send_step(slot.of(G::kSteps, kLineBytes), step, more, at.h, lane);
+            send_step(slot.of(G::kSteps, kLineBytes), step, more, at.h, tile, lane);
             warp_sync();
             if (lane == 0) {
                 load_pair<G, G::kKeys>(in.key, slot.of(G::kKeySlots, G::kTileBytes), in.value,
@@ -73,6 +87,9 @@ EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
             slot.advance();
         } while (more);
     });
+    barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
+    send_end(slot.of(G::kSteps, kLineBytes), lane);
+    release(slot.of(G::kFull, 8), lane);
 }
 
 // Adds a step to dQ.
@@ -105,23 +122,15 @@ EA_DEVICE void add_keys(float (&dq)[1][G::kHead / 8][4], const KernelParams& p, 
 }
 
 template <class G>
-EA_DEVICE int64_t query_flag(const KernelParams& p, const Place& at, int line) {
-    constexpr int kFlagRows = sm80::QueryGradient<typename G::T, G::kHead, false, 1>::kRows;
-    static_assert(kFlagRows == kGroupRows, "a consumer has a flag of its own");
-    return flag_of<kFlagRows>(p.call.mask.indptr != nullptr, static_cast<int>(p.call.mask.block_q),
-                              static_cast<int>(p.call.Nq), at.b * p.call.Hq + at.h, at.lines.begin, line, true);
-}
-
-template <class G>
-EA_DEVICE void consume_keys(const KernelParams& p, const BackwardInputs& in) {
+EA_DEVICE void consume_keys(const KernelParams& p) {
     const int lane = thread_index() % kWarp;
     Slot<G::kStages> slot;
     int rows_parity = 0;
-    each_tile(in.work, [&](int tile) {
+    EA_KEEP_LOOP
+    for (int tile = await_tile<G>(slot); tile != kNoMore; tile = await_tile<G>(slot)) {
         const Place at = query_place<G::kRows>(p, tile);
         const int first = at.lines.begin + consumer_index() * kGroupRows;
         const Span rows{first, smaller(first + kGroupRows, at.lines.end)};
-        if (at.lines.begin >= at.lines.end) return meet<false>(p.flags, query_flag<G>(p, at, first), false);
         const int row = first + group_warp_row() + lane / 4;
         const RowSums sums = load_sums(p, at.b, at.h, row, rows.end);
         const Reach sees = reach(rows.begin, rows.end - 1, p.low, p.high, key_count(p, at.b));
@@ -132,10 +141,10 @@ EA_DEVICE void consume_keys(const KernelParams& p, const BackwardInputs& in) {
         bool more;
         EA_KEEP_LOOP
         do {
-            Step step;
-            more = await_step<G>(step, slot);
+            const Step step = await_step<G>(slot);
             const Sight sight = sight_of(sees, step, G::kKeys);
             if (sight.any && rows.begin < rows.end) add_keys<G>(dq, p, step, rows, sums, sight.all, slot);
+            more = more_follow<G>(slot);
             release(slot.of(G::kEmpty, 8), lane);
             slot.advance();
         } while (more);
@@ -146,7 +155,7 @@ EA_DEVICE void consume_keys(const KernelParams& p, const BackwardInputs& in) {
                                               rows.end, static_cast<int>(p.call.D), p.dq_aligned);
         async_proxy_fence();  // Q of the next tile is copied to where dQ has been
         release(G::kRowsEmpty, lane);
-    });
+    }
 }
 
 // Grid: any; p.flags as in sm80, whose attention_query_gradient_safe does the suspicious tiles again.
@@ -159,7 +168,7 @@ attention_query_gradient(EA_PARAMETER KernelParams p, EA_PARAMETER BackwardInput
             barrier_init(G::kRowsEmpty, kConsumerWarps);
             init_slots<G>(1);
         }
-        share_work<G>([&] { produce_keys<G>(p, in); }, [&] { consume_keys<G>(p, in); });
+        share_work<G>([&] { produce_keys<G>(p, in); }, [&] { consume_keys<G>(p); });
     }
 }
 

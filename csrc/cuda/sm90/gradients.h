@@ -20,11 +20,24 @@ constexpr int kConsumers = 2, kConsumerWarps = kConsumers * kGroup / kWarp, kBlo
 EA_DEVICE int consumer_index() { return thread_index() / kGroup - 1; }
 EA_DEVICE int group_warp_row() { return thread_index() % kGroup / kWarp * 16; }
 
-// The step in a slot, once it has arrived; says whether more follow.
+// The tile that a slot's step is of, once it has arrived.
 template <class G>
-EA_DEVICE bool await_step(Step& step, const Slot<G::kStages>& slot) {
+EA_DEVICE int await_tile(const Slot<G::kStages>& slot) {
     barrier_wait(slot.of(G::kFull, 8), slot.parity);
-    return read_step(step, slot.of(G::kSteps, kLineBytes));
+    return read_tile(slot.of(G::kSteps, kLineBytes));
+}
+
+// The step in a slot, once it has arrived.
+template <class G>
+EA_DEVICE Step await_step(const Slot<G::kStages>& slot) {
+    barrier_wait(slot.of(G::kFull, 8), slot.parity);
+    return read_step(slot.of(G::kSteps, kLineBytes));
+}
+
+// Whether more follow it. Asked for behind the step: registers are scarce.
+template <class G>
+EA_DEVICE bool more_follow(const Slot<G::kStages>& slot) {
+    return read_more(slot.of(G::kSteps, kLineBytes));
 }
 
 // Starts copying what a step's slot holds of two tensors.
@@ -110,19 +123,25 @@ EA_DEVICE int64_t flag_of(bool listed, int block, int count, int64_t head, int b
     return head * in_head + (last_first ? in_head - 1 - tile : tile);
 }
 
-// Every warp of a consumer is done with its tiles in shared memory. Writes whether its lines are suspicious: into the
-// flag of that number, or where both consumers share the flag, into a half of it.
+// By one thread: whether the lines of a consumer are suspicious, into the flag of that number (below 0: none), or where
+// both consumers share the flag, into a half of it.
 template <bool kHalves>
-EA_DEVICE void meet(int32_t* flags, int64_t place, bool suspect) {
-    const int consumer = consumer_index();
-    if (!flags) return named_sync(meeting_of(consumer), kGroup);
-    suspect = named_any(meeting_of(consumer), kGroup, suspect);
-    if (thread_index() % kGroup != 0 || place < 0) return;
+EA_DEVICE void write_consumer_flag(int32_t* flags, int64_t place, int consumer, bool suspect) {
+    if (place < 0) return;
     if (kHalves) {
         store_global(reinterpret_cast<uint16_t*>(flags + place) + consumer, static_cast<uint16_t>(suspect));
     } else {
         store_global(flags + place, suspect ? 1 : 0);
     }
+}
+
+// Every warp of a consumer is done with its tiles in shared memory; with its flag.
+template <bool kHalves>
+EA_DEVICE void meet(int32_t* flags, int64_t place, bool suspect) {
+    const int consumer = consumer_index();
+    if (!flags) return named_sync(meeting_of(consumer), kGroup);
+    suspect = named_any(meeting_of(consumer), kGroup, suspect);
+    if (thread_index() % kGroup == 0) write_consumer_flag<kHalves>(flags, place, consumer, suspect);
 }
 
 }  // namespace

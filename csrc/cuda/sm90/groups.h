@@ -5,6 +5,9 @@
 // and wgmma reads them; chunk_offset<64> of tile.h addresses them.
 #pragma once
 
+#include <algorithm>
+#include <stdexcept>
+
 #include "cuda/scores.h"
 
 namespace efficient_attn {
@@ -29,32 +32,77 @@ struct Slot {
     EA_DEVICE uint32_t of(uint32_t first, uint32_t bytes) const { return first + static_cast<uint32_t>(index) * bytes; }
 };
 
-// The work of a grid: tiles numbered head by head, in each head the longest under a causal mask first.
+// The work of a grid: its tiles in the order of tickets. The first ticket of a block of threads is its number; further
+// ones it draws from a counter, so that whoever is done goes on, and the tiles that take longest come first. Which
+// block does a tile changes no bit of it.
 struct Work {
     int tiles, tiles_per_head, heads_at_once;
+    int tiles_per_block;     // of a list
+    bool last_first;         // tiles of a head are numbered from its last block on
+    int32_t* counter;        // 0 before; null: there are no more tiles than blocks of threads
+    const int32_t* order;    // of each head of the list, its blocks with the longest first; null: as they are numbered
+    int heads, order_heads;  // of a batch element, and of these in `order`: all or one
+    bool order_batch;        // whether each batch element has an order of its own
 };
 
 // The work of `tiles` tiles of so many heads, `shared` of which read the same `bytes` of global memory.
 inline Work work_of(int64_t tiles, int64_t heads, int64_t bytes, int64_t shared = 1) {
     constexpr int64_t kCacheBytes = int64_t{32} << 20;
-    return {static_cast<int>(tiles), static_cast<int>(tiles / heads),
-            static_cast<int>(bounded(kCacheBytes / bytes, 1, heads / shared) * shared)};
+    Work work{};
+    work.tiles = static_cast<int>(tiles);
+    work.tiles_per_head = static_cast<int>(tiles / heads);
+    work.heads_at_once = static_cast<int>(bounded(kCacheBytes / bytes, 1, heads / shared) * shared);
+    return work;
 }
 
-// The tiles of one block of threads, f(tile) each. Work lies in sections of heads whose keys and values stay in the L2
-// cache; in a section the longest tiles of all heads come first. Blocks take it in turns there and back.
+// How many blocks of threads do the work on so many processors: with more tiles than that they draw from the counter.
+inline int64_t share_out(Work& work, int64_t processors, int32_t* counter) {
+    if (work.tiles <= processors) return work.tiles;
+    if (!counter) throw std::logic_error("efficient_attn: more tiles than processors, and no counter of tickets");
+    work.counter = counter;
+    return processors;
+}
+
+// The order of a list's blocks, of `heads` heads of a batch element and tiles of at most `rows` lines.
+inline void put_in_order(Work& work, const MaskView& mask, const int32_t* order, int64_t heads, int64_t block,
+                         int64_t rows) {
+    if (!mask.indptr) return;
+    // Rows of a list differ at random: a last section of few tiles would leave processors waiting for its longest.
+    constexpr int kEnough = 512;
+    const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
+    const int all = work.tiles / work.tiles_per_head, least = std::min(all, parts(kEnough, work.tiles_per_head));
+    work.heads_at_once = parts(all, parts(all, std::max(work.heads_at_once, least)));
+    work.order = order;
+    work.tiles_per_block = static_cast<int>((block + rows - 1) / rows);
+    work.heads = static_cast<int>(heads);
+    work.order_heads = mask.heads == 1 ? 1 : work.heads;
+    work.order_batch = mask.batch > 1;
+}
+
+// The tile of a ticket. Work lies in sections of heads whose keys and values stay in the L2 cache; in a section the
+// longest tiles of all heads come first.
+EA_DEVICE int tile_of(const Work& in, int ticket) {
+    const int in_section = in.tiles_per_head * in.heads_at_once;
+    const int first = ticket / in_section * in.heads_at_once;
+    const int here = smaller(in.heads_at_once, in.tiles / in.tiles_per_head - first), place = ticket % in_section;
+    const int head = first + place % here, rank = place / here;
+    if (!in.order) return head * in.tiles_per_head + rank;
+    const int list = (in.order_batch ? head / in.heads * in.order_heads : 0) + head % in.heads % in.order_heads;
+    const int blocks = in.tiles_per_head / in.tiles_per_block, part = rank % in.tiles_per_block;
+    const int block = load_global(in.order + static_cast<int64_t>(list) * blocks + rank / in.tiles_per_block);
+    const int tile = block * in.tiles_per_block + part;
+    return head * in.tiles_per_head + (in.last_first ? in.tiles_per_head - 1 - tile : tile);
+}
+
+// The tiles of one block of threads, f(tile) each: by the producer's warp, which tells the consumers (see send_step).
 template <class Function>
-EA_DEVICE void each_tile(const Work& in, Function f) {
-    const int blocks = static_cast<int>(block_count()), block = static_cast<int>(block_index());
-    const int heads = in.tiles / in.tiles_per_head, in_section = in.tiles_per_head * in.heads_at_once;
+EA_DEVICE void draw_tiles(const Work& in, Function f) {
+    const int blocks = static_cast<int>(block_count());
+    int ticket = static_cast<int>(block_index());
     EA_KEEP_LOOP
-    for (int first = 0, turned = 0; first < in.tiles; first += blocks, turned ^= 1) {
-        const int work = first + (turned ? blocks - 1 - block : block);
-        if (work >= in.tiles) continue;
-        const int head = work / in_section * in.heads_at_once, here = smaller(in.heads_at_once, heads - head);
-        const int place = work % in_section;
-        const int tile = (head + place % here) * in.tiles_per_head + place / here;
-        f(tile);
+    while (ticket < in.tiles) {
+        f(tile_of(in, ticket));
+        ticket = in.counter ? blocks + draw_ticket(in.counter, in.tiles - blocks) : in.tiles;
     }
 }
 
@@ -62,6 +110,7 @@ EA_DEVICE void each_tile(const Work& in, Function f) {
 // consume.
 template <class Shape, class Produce, class Consume>
 EA_DEVICE void share_work(Produce produce, Consume consume) {
+    require_aligned_shared();
     block_sync();
     if (thread_index() < kGroup) {
         registers_give<Shape::kProducerRegisters>();
@@ -89,26 +138,31 @@ EA_DEVICE void release(uint32_t barrier, int lane) {
     if (lane == 0) barrier_arrive(barrier);
 }
 
-// The line of a slot, a word for each lane: which step it holds, whether more follow in the tile, and its query head.
+// The line of a slot, a word for each lane: which step it holds, whether more follow in the tile, its query head and
+// its tile; tile kNoMore, in a slot with nothing else in it, ends the consumers.
 constexpr uint32_t kLineBytes = kWarp * 4;
+constexpr int kNoMore = -1;
 
-EA_DEVICE void send_step(uint32_t line, const Step& step, bool more, int head, int lane) {
+EA_DEVICE void send_step(uint32_t line, const Step& step, bool more, int head, int tile, int lane) {
     const int word = lane == 0   ? step.first
                      : lane == 1 ? step.end
                      : lane == 2 ? step.tile
                      : lane == 3 ? step.offset
                      : lane == 4 ? more
-                                 : head;
+                     : lane == 5 ? head
+                                 : tile;
     store_shared_32(line + lane * 4, static_cast<uint32_t>(word));
 }
 
-// Says whether more follow.
-EA_DEVICE bool read_step(Step& step, uint32_t line) {
+EA_DEVICE Step read_step(uint32_t line) {
     const Words4 words = load_shared_128(line);
-    step = {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};
-    return load_shared_32(line + 16) != 0;
+    return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};
 }
+EA_DEVICE bool read_more(uint32_t line) { return load_shared_32(line + 16) != 0; }
 
+EA_DEVICE void send_end(uint32_t line, int lane) { send_step(line, {0, 0, -1, 0}, false, 0, kNoMore, lane); }
+
+EA_DEVICE int read_tile(uint32_t line) { return uniform(static_cast<int>(load_shared_32(line + 24))); }
 EA_DEVICE int read_head(uint32_t line) { return static_cast<int>(load_shared_32(line + 20)); }
 
 }  // namespace

@@ -26,6 +26,7 @@ from ...errors import UnsupportedError
 from ...masks import MaskArrays
 from ..call import Call, readable, zeroed
 from ..words import pack_attention, pack_attention_gradients, pointer
+from . import schedule
 
 MODULE = "efficient_attn._cuda"
 NO_WEIGHTS = "it returns no attention weights, and takes no gradient of them"
@@ -171,7 +172,11 @@ def attention_forward(
         del kept
         return out, lse
     flags = query.new_empty(kernels().flag_count(words, False), dtype=torch.int32)
-    kernels().attention_forward(words, pointer(seed), _workspace(flags), *place(query.device))
+    counters = _counters(words, False, query)
+    order = schedule.query_order(mask, query.shape[1]) if counters.numel() else None
+    kernels().attention_forward(
+        words, pointer(seed), _workspace(flags), _workspace(counters), pointer(order), *place(query.device)
+    )
     del kept
     return out, lse
 
@@ -228,9 +233,14 @@ def attention_backward(
     words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, target)
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
-    sums, query_sums = target is not dbias, _query_sums(words, query)
+    sums, query_sums, counters = target is not dbias, _query_sums(words, query), _counters(words, True, query)
+    drawn = counters.numel() > 0
+    query_order = schedule.query_order(mask, query.shape[1]) if drawn else None
+    key_order = schedule.key_order(mask, key.shape[1]) if drawn else None
+    workspace = map(_workspace, (query_sums, counters))
+    orders = map(pointer, (query_order, key_order))
     kernels().attention_backward(
-        words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, _workspace(query_sums), *place(query.device)
+        words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, *workspace, *orders, *place(query.device)
     )
     if dbias is not None and target is not None and target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
@@ -295,6 +305,12 @@ def _query_sums(words: bytes, query: Tensor) -> Tensor:
     asked_for = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
     count = kernels().query_sum_count(words, place(query.device)[0]) if asked_for else 0
     return query.new_zeros(count, dtype=torch.float32)
+
+
+def _counters(words: bytes, backward: bool, query: Tensor) -> Tensor:
+    """Zeros that Hopper's kernels draw the numbers of their tiles from; empty where every tile has its processor."""
+    count = kernels().counter_count(words, backward, place(query.device)[0])
+    return query.new_zeros(count, dtype=torch.int32)
 
 
 def _workspace(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +12,12 @@ import torch
 from support.kernel_checks import POISONED, KernelChecks, masked, results
 from support.kernel_checks import draw as draw_float32
 
-from efficient_attn import BlockMask, UnsupportedError, attention
+from efficient_attn import BlockMask, SlidingWindow, UnsupportedError, attention
 from efficient_attn.backends.cuda import attention as cuda
+from efficient_attn.backends.cuda import schedule
+from efficient_attn.backends.words import pack_attention, pointer
+from efficient_attn.masks import MaskArrays
+from efficient_attn.measuring.inputs import random_blocks
 
 pytestmark = pytest.mark.interpreter
 N = 140
@@ -42,8 +47,8 @@ def assert_the_same_bits(
 ) -> None:
     """Under every schedule of the threads."""
     found = []
-    for schedule in range(schedules):
-        cuda.kernels().set_schedule(schedule)
+    for number in range(schedules):
+        cuda.kernels().set_schedule(number)
         found.append(results("cuda", tensors, grad_out, **arguments))
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
@@ -217,6 +222,137 @@ def test_one_pass_only_where_it_is_asked_for(any_order: None, monkeypatch: pytes
     monkeypatch.delenv("EFFICIENT_ATTN_CUDA_ANY_ORDER")
     results("cuda", tensors, grad_out)
     assert sums() == before
+
+
+# --- who does which tile ---
+
+PROCESSORS = 132
+
+
+def load(tiles: list[int], costs: dict[int, float]) -> float:
+    """The longest load over the mean one, where each processor takes the next tile when it is done."""
+    ready = [0.0] * PROCESSORS
+    for tile in tiles:
+        heapq.heapreplace(ready, ready[0] + costs[tile])
+    return max(ready) / (sum(ready) / PROCESSORS)
+
+
+def schedule_of(mask: BlockMask | None, length: int, heads: int, D: int, rows: int, keys: bool) -> tuple[float, float]:
+    """That of a kernel over tiles of `rows`, and what no order can undercut. A tile costs its steps and
+    half a step to begin and end."""
+    arrays = MaskArrays() if mask is None else mask.arrays(True)
+    row = torch.zeros(D, dtype=torch.bfloat16)
+    q = row.as_strided((1, heads, length, D), (0, 0, 0, 1))
+    words = pack_attention(q, q, q, None, q, torch.zeros(1), arrays, 1.0, 0.0, None)[1]
+    order = (schedule.key_order if keys else schedule.query_order)(arrays, heads)
+    tiles = cuda.kernels().tiles_in_order(words, keys, rows, pointer(order))
+    per_head, step = length // rows, 64 if keys else 128
+    assert sorted(tiles) == list(range(heads * per_head))
+    starts = torch.arange(0, length, rows)
+    steps = torch.zeros(per_head)
+    indptr = arrays.t_indptr if keys else arrays.indptr
+    if indptr is not None:
+        block = arrays.block_k if keys else arrays.block_q
+        steps = (indptr.diff() * ((arrays.block_q if keys else arrays.block_k) / step))[starts // block].float()
+    else:
+        low = arrays.window_offset - arrays.window_left if arrays.window_left >= 0 else -length
+        high = arrays.window_offset + arrays.window_right if arrays.window_right >= 0 else length
+        low, high = (-high, -low) if keys else (low, high)
+        first, last = (starts + low).clamp(0, length), (starts + rows + high).clamp(0, length)
+        steps = (last - first // step * step).div(step).ceil()
+    costs = {
+        h * per_head + (k if keys else per_head - 1 - k): float(steps[k]) + 0.5
+        for h in range(heads) for k in range(per_head)
+    }  # fmt: skip
+    # Of the k P + 1 costliest tiles some processor has k + 1.
+    largest = sorted(costs.values(), reverse=True)[::PROCESSORS]
+    least = max((k + 1) * cost for k, cost in enumerate(largest)) / (sum(costs.values()) / PROCESSORS)
+    return load(tiles, costs), least
+
+
+def documents(length: int) -> BlockMask:
+    """A causal list over documents of very different lengths, as packed training data has."""
+    ends = torch.tensor([0.02, 0.03, 0.1, 0.5, 0.55, 0.56, 0.6, 0.9, 1.0]) * (length // 128)
+    document = torch.bucketize(torch.arange(length // 128), ends.round().long(), right=True)
+    visible = (document[:, None] == document) & torch.ones(length // 128, length // 128).tril().bool()
+    return blocks(visible)
+
+
+def blocks(visible: torch.Tensor) -> BlockMask:
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), visible.sum(1).cumsum(0)])
+    n = visible.shape[0] * 128
+    return BlockMask.from_csr(indptr, visible.nonzero()[:, 1].int(), q_len=n, kv_len=n, block_size=(128, 128))
+
+
+def uneven(length: int) -> BlockMask:
+    """Rows of random lengths, in no order."""
+    generator, n = torch.Generator().manual_seed(4), length // 128
+    return blocks(torch.rand(n, n, generator=generator) < torch.rand(n, 1, generator=generator).clamp(0.05))
+
+
+SCHEDULED = {
+    "dense": lambda n: None,
+    "causal": lambda n: BlockMask(n, n).with_causal(),
+    "window": lambda n: SlidingWindow(left=1023, right=0, alignment="bottom_right").block_mask(n, n),
+    "documents": documents,
+    "uneven": uneven,
+    **{f"blocks {d} %": lambda n, d=d: random_blocks(n, n, d / 100, block=128) for d in (5, 10, 25, 50)},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULED)
+def test_all_processors_end_together(kind: str) -> None:
+    """The heaviest of an H200's 132 has at most 3 % more than the mean, or than what no order can undercut."""
+    shapes = [(16384, 16, 128), (16384, 16, 64), (16384, 8, 256)] + ([(1024, 128, 128)] if kind == "dense" else [])
+    found = {}
+    for length, heads, D in shapes:
+        mask = SCHEDULED[kind](length)
+        for keys in (False, True):
+            rows = 64 if keys and D == 256 else 128
+            longest, least = schedule_of(mask, length, heads, D, rows, keys)
+            found[length, D, keys] = longest
+            assert longest <= 1.03 * max(1.0, least), (length, heads, D, keys, longest, least)
+    print(kind, {key: round(value, 3) for key, value in found.items()})
+
+
+@pytest.mark.parametrize("D", [64, 256])
+def test_who_does_a_tile_changes_no_bit(hopper: None, D: int) -> None:
+    """A block of threads for each tile, or a few that draw from the counter."""
+    tensors, grad_out = [draw(1, h, 300, D, seed=h) for h in (2, 1, 1)], draw(1, 2, 300, D, seed=3)
+    found, draws = [], []
+    try:
+        for processors in (1000, 3, 1):
+            cuda.kernels().set_multiprocessors(processors)
+            cuda.kernels().reset_counters()
+            found.append(results("cuda", tensors, grad_out, is_causal=True))
+            draws.append(cuda.kernels().counters()["draw_ticket"]["calls"])
+    finally:
+        cuda.kernels().set_multiprocessors(3)
+    assert draws[0] == 0 and min(draws[1:]) > 0
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_blocks_of_a_list_in_order_give_the_same_bits(
+    hopper: None, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of one head for all or of each, two batch elements, blocks of two tiles; also with every block reversed."""
+    generator = torch.Generator().manual_seed(8)
+    visible = torch.rand(2, heads, 530, 300, generator=generator) < 0.2
+    visible &= (torch.rand(2, heads, 3, 1, generator=generator) < 0.8).repeat_interleave(256, 2)[:, :, :530]
+    mask = BlockMask.from_dense(visible, block_size=(256, 128))
+    lengths = {4: 530, 2: 300}
+    tensors, grad_out = [draw(2, h, lengths[h], 64, seed=h) for h in (4, 2, 2)], draw(2, 4, 530, 64, seed=3)
+    first = results("cuda", tensors, grad_out, mask=mask)
+    assert cuda.kernels().counters()["draw_ticket"]["calls"] > 0
+    order = schedule._order
+    monkeypatch.setattr(schedule, "_order", lambda *given: order(*given).view(2, -1, 3).flip(2).flatten()
+                        if given[0] is given[1].indptr else order(*given))  # fmt: skip
+    second = results("cuda", tensors, grad_out, mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for ours, expected in zip(first, results("reference", tensors, grad_out, mask=mask), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("why", ["bias", "dropout", "scale", "rows", "expanded", "small blocks"])

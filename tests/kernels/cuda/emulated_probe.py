@@ -29,7 +29,7 @@ NAMES_80 = (
     "few_queries_window", "few_queries_blocks", "few_queries_bits",
     "few_queries_of_many_heads",
 )  # fmt: skip
-NAMES_90 = ("dense_long", "window", "bits", "causal_top_left", "lengths")
+NAMES_90 = ("dense_long", "window", "bits", "causal_top_left", "lengths", "blocks_128")
 PROBES = [
     Case("ragged", B=1, Nq=70, Nk=150, D=20, Dv=36),
     *(case for case in CASES if case.name in (NAMES_90 if HOPPER else NAMES_80)),

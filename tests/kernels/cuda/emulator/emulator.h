@@ -46,6 +46,7 @@ enum Operation : int {
     kGroupWait,
     kTensorLoad,  // by one thread
     kBulkAdd,     // likewise
+    kDrawTicket,
     kOperations
 };
 
@@ -62,10 +63,11 @@ Counters& counters();
 // Elements of a tensor that kernels may read, or write each exactly once (by one block of threads).
 void allow(const void* data, const int64_t* sizes, const int64_t* strides, int dimensions, int element, bool written);
 void allow(const void* data, int64_t bytes, bool written);
-void allow_workspace(void* data, int64_t bytes);  // like an output, of which some may stay unwritten
-void allow_sums(void* data, int64_t bytes);       // float32 that any block may add to by bulk_add, and read
-void forget();                                    // what was allowed
-void check_all_written();                         // throws unless every element that may be written is
+void allow_workspace(void* data, int64_t bytes);    // like an output, of which some may stay unwritten
+void allow_sums(void* data, int64_t bytes);         // float32 that any block may add to by bulk_add, and read
+void allow_counters(int32_t* data, int64_t count);  // that one launch each may draw tickets from
+void forget();                                      // what was allowed
+void check_all_written();                           // throws unless every element that may be written is
 
 // Runs `kernel` for each of the blocks in a random order; throws std::runtime_error with a report.
 void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed);
@@ -98,6 +100,10 @@ struct Copy {
     uint32_t address;
     const void* source;
     int bytes, whole;  // what is read, and written with zeros behind it
+};
+struct Ticket {
+    const int32_t* counter;
+    int end, value;
 };
 struct Mma {
     float* c;

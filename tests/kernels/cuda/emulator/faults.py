@@ -116,9 +116,32 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a NaN of the future meets a weight of zero": (
         LINEAR_TILES, "if (bad) b.high[r] = read_as<BFloat16>(b.high[r], kFinite);", "",
     ),
-    "no wait for the keys": (HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n", ""),
-    "the wait for the keys has the other parity": (HOPPER, "(slot.of(F::kKeyFull, 8), slot.parity)",
-                                                   "(slot.of(F::kKeyFull, 8), slot.parity ^ 1)"),
+    "no wait for the keys": (
+        HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n    const uint32_t line",
+        "    const uint32_t line",
+    ),
+    "the wait for the keys has the other parity": (
+        HOPPER, "slot.parity);\n    const uint32_t line", "slot.parity ^ 1);\n    const uint32_t line",
+    ),
+    "the tile is read before it is there": (
+        HOPPER, "    barrier_wait(slot.of(F::kKeyFull, 8), slot.parity);\n    return read_tile", "    return read_tile",
+    ),
+    "the end of the work is not sent": (
+        HOPPER, "lane);\n    release(slot.of(F::kKeyFull, 8), lane);\n", "lane);\n",
+    ),
+    "the end is sent into a slot in use": (
+        HOPPER, "    barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);\n    send_end", "    send_end",
+    ),
+    "tickets begin at 0 again": (GROUPS, "? blocks + draw_ticket", "? draw_ticket"),
+    "the last ticket is left": (GROUPS, "while (ticket < in.tiles)", "while (ticket < in.tiles - 1)"),
+    "the consumers take the head for the tile": (GROUPS, "load_shared_32(line + 24)", "load_shared_32(line + 20)"),
+    "a block of the list twice": (GROUPS, "+ rank / in.tiles_per_block);", "+ rank / in.tiles_per_block / 2);"),
+    "a block of the list read from its other end": (
+        GROUPS, "in.last_first ? in.tiles_per_head - 1 - tile", "in.last_first ? in.tiles_per_head - tile",
+    ),
+    "both of Hopper's kernels draw from one counter": (
+        "attention_backward.h", "k.counters ? k.counters + 1 : nullptr", "k.counters",
+    ),
     "no wait for the values": (HOPPER, "barrier_wait(values.of(F::kValueFull, 8), values.parity);\n        start_sums",
                                "start_sums"),
     "no wait for the queries": (HOPPER, "        barrier_wait(F::kQueryFull, query_parity);\n", ""),
@@ -166,11 +189,20 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "index == 0) ;\n",
     ),
     "more registers than there are": (HOPPER, "kConsumerRegisters = 232", "kConsumerRegisters = 240"),
-    "tiles taken in turn, one off": (GROUPS, "blocks - 1 - block", "blocks - block"),
     "the same values twice": (HOPPER, "        values.advance();\n        if (warp_any", "        if (warp_any"),
     "the output is not faded": (HOPPER, "x *= fade[m][e / 2];", "x *= 1.0f;"),
     "Hopper's flags are not written": (HOPPER, "static_cast<uint16_t>(suspect)", "uint16_t{0}"),
-    "no wait for a step of the backward": (GRADIENTS, "    barrier_wait(slot.of(G::kFull, 8), slot.parity);\n", ""),
+    "no wait for a step of the backward": (
+        GRADIENTS, "    barrier_wait(slot.of(G::kFull, 8), slot.parity);\n    return read_step", "    return read_step",
+    ),
+    "the tile of the backward is read before it is there": (
+        GRADIENTS, "    barrier_wait(slot.of(G::kFull, 8), slot.parity);\n    return read_tile", "    return read_tile",
+    ),
+    "the end of the backward is sent into a slot in use": (
+        HOPPER_KEYS, "    barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);\n    send_end", "    send_end",
+    ),
+    "the end of the backward arrives once": (HOPPER_KEYS, "arrival < 2; ++arrival", "arrival < 1; ++arrival"),
+    "the end of dQ is not sent": (HOPPER_QUERIES, "lane);\n    release(slot.of(G::kFull, 8), lane);\n", "lane);\n"),
     "no wait for K and V": (HOPPER_KEYS, "        clear(dv);\n        barrier_wait(G::kKeysFull, keys_parity);\n",
                             "        clear(dv);\n"),
     "no wait for Q and dO": (HOPPER_QUERIES, "        barrier_wait(G::kRowsFull, rows_parity);\n", ""),
@@ -224,15 +256,16 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         ONE_PASS, "    named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and", "    // and",
     ),
     "the tile of dS is that of the step before": (
-        ONE_PASS, "tile = 2 * G::kGradients + G::kGradientBytes - tile;  // the other one", "",
+        ONE_PASS, "tile = slot.of(G::kGradients, G::kGradientBytes)", "tile = G::kGradients",
     ),
     "dK passes through keys that the other consumer reads": (
         HOPPER_KEYS, "        if (G::kOnePass) named_sync(kMeetingOfBoth, kConsumers * kGroup);", "        ",
     ),
     "a part of dQ is written over while it is added": (ONE_PASS, "    if (adds) bulk_wait_read();\n", ""),
     "no proxy fence before a part of dQ is added": (
-        ONE_PASS, "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
-        "    named_sync(meeting_of(consumer_index()), kGroup);\n    Step step;",
+        ONE_PASS,
+        "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
+        "    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
     ),
     "the sums are not waited for": (ONE_PASS, "            if (thread_index() % kGroup == 0) bulk_wait();\n", ""),
     "the sums of the other half": (ONE_PASS, "consumer_index(), step.first)", "1 - consumer_index(), step.first)"),

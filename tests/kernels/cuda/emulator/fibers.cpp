@@ -175,7 +175,10 @@ void launch(const std::function<void()>& kernel, int64_t blocks, int threads, ui
     }
     ++totals.launches;
     begin_launch();
-    for (int64_t index : order) run_block(index);
+    for (int64_t index : order) {
+        block.last = index == order.back();
+        run_block(index);
+    }
 }
 
 int thread_index() { return block.current; }

@@ -17,6 +17,14 @@ constexpr int64_t kOutside = -2, kFree = -1, kEarlierLaunch = INT64_MAX;
 
 std::vector<Region> regions;
 
+// Tickets that are still to be drawn, and what the block that runs has drawn last.
+struct TicketCounter {
+    int64_t launch = -1, block = -1;
+    std::vector<int> left;
+    int last = -1;
+};
+std::map<const int32_t*, TicketCounter> ticket_counters;
+
 // What is wrong with an access that begins in `region`, or an empty text.
 const char* judge(Region& region, int64_t first, int bytes, bool write) {
     if (first + bytes > region.bytes) return "across the end of a tensor";
@@ -91,7 +99,41 @@ void allow_sums(void* data, int64_t bytes) {
     regions.back().sums = true;
 }
 
-void forget() { regions.clear(); }
+void allow_counters(int32_t* data, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+        if (data[k] != 0) throw std::runtime_error("emulator: a counter of tickets that is not zero");
+        ticket_counters[data + k] = {};
+    }
+}
+
+// Blocks run one after another, so one that draws leaves some tickets, as if others had been faster, to those behind
+// it; now and then all that are left. The last one gets whatever is left.
+int draw_ticket(const int32_t* counter, int end) {
+    const auto found = ticket_counters.find(counter);
+    if (found == ticket_counters.end()) fail(here() + "a ticket is drawn from what is no counter");
+    TicketCounter& c = found->second;
+    if (c.launch != totals.launches) {
+        if (c.launch >= 0) fail(here() + "a ticket is drawn from a counter that an earlier launch has drawn from");
+        c.launch = totals.launches;
+        for (int k = 0; k < end; ++k) c.left.push_back(k);
+    }
+    if (c.block != block.index) c.block = block.index, c.last = -1;
+    size_t place = 0;
+    while (place < c.left.size() && c.left[place] <= c.last) ++place;
+    if (!block.last) place += draw() % 8 == 0 ? c.left.size() : draw() % 3;
+    if (place >= c.left.size()) {
+        c.last = INT32_MAX;
+        return end + static_cast<int>(draw() % 3);
+    }
+    c.last = c.left[place];
+    c.left.erase(c.left.begin() + static_cast<std::ptrdiff_t>(place));
+    return c.last;
+}
+
+void forget() {
+    regions.clear();
+    ticket_counters.clear();
+}
 
 void check_all_written() {
     for (const Region& region : regions)

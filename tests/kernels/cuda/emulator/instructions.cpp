@@ -85,6 +85,13 @@ void execute(int operation, int w) {
             }
             break;
         }
+        case kDrawTicket: {
+            const Ticket& first = argument<Ticket>(w, 0);
+            block.current = w * kLanes;
+            const int drawn = draw_ticket(first.counter, first.end);
+            for (int lane = 0; lane < kLanes; ++lane) argument<Ticket>(w, lane).value = drawn;
+            break;
+        }
         case kMatrices:
         case kMatricesTransposed:
             load_matrices(operation, w);
@@ -111,7 +118,7 @@ const char* operation_name(int operation) {
         "nothing",      "warp_sync",    "vote.any",      "shfl",       "st.shared.32",   "st.shared.128",
         "ld.shared.32", "ld.shared.64", "ld.shared.128", "ldmatrix",   "ldmatrix.trans", "cp.async",
         "cp.async.32",  "mma.bf16",     "mma.f16",       "setmaxnreg", "group_fence",    "wgmma",
-        "group_commit", "group_wait",   "tensor_load",   "bulk_add"};
+        "group_commit", "group_wait",   "tensor_load",   "bulk_add",   "draw_ticket"};
     return names[operation];
 }
 

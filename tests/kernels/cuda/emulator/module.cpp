@@ -24,6 +24,7 @@ int from_environment(const char* name, int otherwise) {
 
 uint64_t schedule = static_cast<uint64_t>(from_environment("EFFICIENT_ATTN_CUDA_EMULATOR_SCHEDULE", 0));
 int emulated_capability = from_environment("EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY", 80);
+int emulated_multiprocessors = 3;
 
 #ifdef EFFICIENT_ATTN_EMULATOR_SMALL
 constexpr int kWidest = 64;
@@ -33,7 +34,7 @@ constexpr int kWidest = kWidestLinear;
 
 struct EmulatorLaunch {
     int capability() const { return emulated_capability; }
-    int multiprocessors() const { return 3; }
+    int multiprocessors() const { return emulated_multiprocessors; }
 
     TensorMap tensor_map(const TensorView& view, int64_t B, int64_t H, int64_t N, int64_t D, int rows) const {
         const auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? 16 : stride * 2; };
@@ -104,8 +105,42 @@ KernelParams params(const AttentionParams& p, uintptr_t seed, uintptr_t flags) {
     return k;
 }
 
+// The counters and orders of a call, and that kernels may read them.
+void schedule_with(KernelParams& k, bool backward, uintptr_t counters, uintptr_t query_order, uintptr_t key_order) {
+    const AttentionParams& p = k.call;
+    const MaskView& m = p.mask;
+    k.counters = reinterpret_cast<int32_t*>(counters);
+    const int64_t count = counter_count(p, backward, emulated_capability, EmulatorLaunch().multiprocessors());
+    if (counters) emulator::allow_counters(k.counters, count);
+    k.query_order = reinterpret_cast<const int32_t*>(query_order);
+    k.key_order = reinterpret_cast<const int32_t*>(key_order);
+    const auto allow_order = [&](const int32_t* order, int64_t heads, int64_t count, int64_t block) {
+        const int64_t lists = m.batch * (m.heads == 1 ? 1 : heads);
+        if (order) emulator::allow(order, lists * ((count + block - 1) / block) * 4, false);
+    };
+    allow_order(k.query_order, p.Hq, p.Nq, m.block_q);
+    allow_order(k.key_order, p.Hkv, p.Nk, m.block_k);
+}
+
+// The tiles of Hopper's kernels in the order of their tickets: of the forward (as of dQ), or of dK and dV.
+py::list tiles_in_order(const std::string& words, bool keys, int rows, uintptr_t order) {
+    KernelParams k = params(read_params(words, false), 0, 0);
+    Allowed allowed;
+    schedule_with(k, false, 0, keys ? 0 : order, keys ? order : 0);
+    const sm90::Work work = keys ? key_work(k, rows) : query_work(k, rows, k.group);
+    py::list found;
+    emulator::launch(
+        [&] {
+            if (emulator::thread_index() != 0) return;
+            for (int ticket = 0; ticket < work.tiles; ++ticket) found.append(sm90::tile_of(work, ticket));
+        },
+        1, 32, 0, 0);
+    return found;
+}
+
 // The last arguments are the number of the GPU and its stream, of which there are none here.
-void attention_forward(const std::string& words, uintptr_t seed, uintptr_t flags, int, uintptr_t) {
+void attention_forward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t counters, uintptr_t order,
+                       int, uintptr_t) {
     const AttentionParams p = read_params(words, false);
     Allowed allowed;
     allow_inputs(p);
@@ -113,8 +148,9 @@ void attention_forward(const std::string& words, uintptr_t seed, uintptr_t flags
     allow(p.out, p.B, p.Hq, p.Nq, p.Dv, true);
     emulator::allow(p.lse, p.B * p.Hq * p.Nq * 4, true);
     if (flags) emulator::allow_workspace(reinterpret_cast<void*>(flags), flag_count(p, false) * 4);
-    const KernelParams k = params(p, seed, flags);
+    KernelParams k = params(p, seed, flags);
     EmulatorLaunch launch;
+    schedule_with(k, false, counters, order, 0);
     choose(p, [&](auto dtype, auto head, auto extras) {
         launch_attention_forward<Element<dtype>, head, extras>(k, launch);
     });
@@ -144,7 +180,8 @@ void attention_decode(const std::string& words, uintptr_t part_out, uintptr_t pa
 }
 
 void attention_backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums,
-                        uintptr_t query_sums, int, uintptr_t) {
+                        uintptr_t query_sums, uintptr_t counters, uintptr_t query_order, uintptr_t key_order, int,
+                        uintptr_t) {
     AttentionParams p = read_params(words, true);
     if (bias_sums) p.dbias.dtype = kFloat32;
     KernelParams k = params(p, seed, flags);
@@ -166,6 +203,7 @@ void attention_backward(const std::string& words, uintptr_t seed, uintptr_t flag
     const int64_t* size = p.dbias.size;
     emulator::allow(p.dbias.data, size[0] * size[1] * size[2] * size[3] * bytes_of(p.dbias.dtype), true);
     if (flags) emulator::allow_workspace(reinterpret_cast<void*>(flags), flag_count(p, true) * 4);
+    schedule_with(k, true, counters, query_order, key_order);
     EmulatorLaunch launch;
     choose(p, [&](auto dtype, auto head, auto extras) {
         launch_attention_backward<Element<dtype>, head, extras>(k, launch);
@@ -256,12 +294,20 @@ PYBIND11_MODULE(_cuda_emulator, module) {
     module.def("query_sum_count", [](const std::string& words, int) {
         return query_sum_count(read_params(words, true), emulated_capability);
     });
+    module.def("tiles_in_order", &tiles_in_order);
+    module.def("counter_count", [](const std::string& words, bool backward, int) {
+        const AttentionParams p = read_params(words, backward);
+        return counter_count(p, backward, emulated_capability, EmulatorLaunch().multiprocessors());
+    });
     module.def("flag_count", [](const std::string& words, bool backward) {
         return flag_count(read_params(words, backward), backward);
     });
     module.def("set_schedule", [](uint64_t seed) { schedule = seed; }, "The seed of the order in which threads run.");
     module.def(
         "set_capability", [](int capability) { emulated_capability = capability; }, "80 or 90: which kernels run.");
+    module.def(
+        "set_multiprocessors", [](int count) { emulated_multiprocessors = count; },
+        "How many blocks of threads share Hopper's work; 3.");
     module.def("counters", &counted);
     module.def("reset_counters", [] { emulator::counters() = {}; });
 }

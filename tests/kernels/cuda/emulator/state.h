@@ -63,6 +63,7 @@ struct Barrier {
 struct Block {
     int threads = 0, warps = 0, current = 0;
     int64_t index = 0, count = 0;
+    bool last = false;  // of the launch: what tickets are left are its
     uint32_t shared_bytes = 0;
     std::vector<Fiber> fibers;
     std::vector<Warp> warp;
@@ -104,6 +105,7 @@ void stop(State state);
 
 void check_elements(const void* address, int bytes, bool write);
 bool may_add_to(const float* target, int bytes);
+int draw_ticket(const int32_t* counter, int end);
 void begin_launch();
 
 // --- shared_memory.cpp ---

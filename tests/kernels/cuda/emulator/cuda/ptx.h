@@ -44,6 +44,8 @@ EA_DEVICE bool warp_any(bool value) {
     return vote.value;
 }
 
+EA_DEVICE int uniform(int value) { return value; }
+
 EA_DEVICE float shuffle_xor(float value, int mask) {
     emulator::Shuffle shuffle{value, mask};
     emulator::warp_wide(emulator::kShuffle, &shuffle);
@@ -59,6 +61,14 @@ template <class T>
 EA_DEVICE void store_global(T* address, T value) {
     emulator::check_global(address, sizeof(T), true);
     *address = value;
+}
+
+EA_DEVICE void require_aligned_shared() {}
+
+EA_DEVICE int draw_ticket(int32_t* counter, int end) {
+    emulator::Ticket ticket{counter, end, 0};
+    emulator::warp_wide(emulator::kDrawTicket, &ticket);
+    return ticket.value;
 }
 
 EA_DEVICE void store_shared_32(uint32_t address, uint32_t value) {

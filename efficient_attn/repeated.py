@@ -200,7 +200,8 @@ def remember(
         return
     if known not in _known:
         if len(_known) >= LIMIT:
-            _known.clear(), _listed.clear()
+            _known.clear()
+            _listed.clear()
         _known[known] = None
         return
     rows = tuple(query.shape[:3])

@@ -18,7 +18,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
 	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu bench-calls \
-	cuda-carry gpu-check gpu-sanitize triton-table cuda-table cuda-limits readme clean fields budget statistics certify works-with \
+	cuda-carry gpu-check gpu-sanitize triton-table cuda-table gpu-model readme clean fields budget statistics certify works-with \
 	sweep-transformers
 
 help: ## this list
@@ -152,8 +152,8 @@ triton-table: $(STAMP) ## registers, spills and shared memory of every Triton ke
 cuda-table: $(STAMP) ## the same of every CUDA kernel (needs nvcc)
 	$(BIN)/python -m efficient_attn.benchmarks.tools.cuda_table $(ARGS)
 
-cuda-limits: $(STAMP) ## what bounds Hopper's CUDA kernels, counted from their machine code (needs nvcc)
-	$(BIN)/python -m efficient_attn.benchmarks.tools.cuda_limits $(ARGS)
+gpu-model: $(STAMP) ## TFLOP/s that the machine code of make cuda-carry allows and predicts, into docs/gpu.md (no GPU)
+	$(BIN)/python -m efficient_attn.benchmarks.tools.gpu_model --page docs/gpu.md $(ARGS)
 
 # Writes the generated parts of README.md anew: the table of methods, and with ARGS=<results.jsonl> the picture and figures.
 readme: $(STAMP) ## write the generated parts of README.md and docs/methods.md anew

@@ -6,12 +6,10 @@ In a record "ours" are the Triton kernels; the CUDA kernels, where they are buil
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from efficient_attn import BlockMask, SlidingWindow, attention, linear_attention
 from efficient_attn.measuring.calls import Call, Operator, binder
 from efficient_attn.measuring.inputs import random_blocks
 
+from .. import machine
 from . import Chart, Claim, Column, Config, Options, Row, Suite
 
 DEFAULTS: Mapping[str, Any] = {
@@ -57,15 +56,10 @@ TARGETS: Sequence[tuple[str, str, str, str, float]] = (
     ("linear 64k D64", "fwd", "Triton", "share of copy", 1 / 1.5),
     ("linear causal 64k D64", "fwd", "Triton", "share of copy", 1 / 1.5),
     ("dense 16k D128", "fwd", "CUDA", "vs cudnn", 1.0),
-    ("dense 16k D128", "fwd", "CUDA", "tflops", 650.0),
     ("causal 16k D128", "fwd", "CUDA", "vs cudnn", 1.0),
-    ("causal 16k D128", "fwd", "CUDA", "tflops", 620.0),
     ("dense 16k D128", "bwd", "CUDA", "vs cudnn", 0.95),
-    ("dense 16k D128", "bwd", "CUDA", "tflops", 480.0),
     ("dense 16k D128", "bwd", "CUDA, any order", "vs cudnn", 0.95),
-    ("dense 16k D128", "bwd", "CUDA, any order", "tflops", 560.0),
-    ("dense 16k D64", "fwd", "CUDA", "tflops", 470.0),
-    ("dense 16k D256", "fwd", "CUDA", "tflops", 680.0),
+    *((*call, "tflops", float(least)) for call, least in machine.TARGETS.items()),
     *((f"blocks {d}% 16k D128", "fwd", "CUDA", "density efficiency", 1 / 1.10) for d in (50, 25, 10, 5)),
     *((f"blocks {d}% 16k D128", "bwd", "CUDA", "density efficiency", 1 / 1.15) for d in (50, 25, 10, 5)),
     ("decode 8k GQA 32/8", "fwd", "CUDA", "share of copy", 0.8),
@@ -322,7 +316,13 @@ def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
     peers = {f"{name}_ms": times.get(name) for name in PEERS}
     found = []
     for ours, (name, _) in KERNELS.items():
-        named = {**row, "id": row["id"] + (f"-{ours}" if ours != "ours" else "").replace(" ", "-"), "kernels": name}
+        expected = machine.prediction(row, name)
+        named = {
+            **row,
+            "predicted": expected,
+            "id": row["id"] + (f"-{ours}" if ours != "ours" else "").replace(" ", "-"),
+            "kernels": name,
+        }
         if ours in times:
             labels = ("tflops", "gbs", "share of copy", "density efficiency", *(f"vs {peer}" for peer in PEERS))
             found.append({**named, **peers, "ms": times[ours], **{k: row.get(_prefix(ours) + k) for k in labels}})
@@ -340,7 +340,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         if row.get(figure) is not None:
             met += row[figure] >= least
             verdict = "reached" if row[figure] >= least else "MISSED"
-            beside = allowed(*name) if figure == "tflops" else ""
+            width = {**DEFAULTS, **CASES[name[0]][2]}["head_dim"]
+            beside = machine.remark(*name[1:], width) if figure == "tflops" else ""
             text = (
                 f"{' '.join(name[:2])}, {name[2]}: {figure} {row[figure]:g}, at least {least:.3g}{beside}: {verdict}."
             )
@@ -348,35 +349,6 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     text = f"{met} of the {len(found)} targets for an H200 that were measured are reached, {len(TARGETS) - len(found)} "
     ids = tuple(row_id for claim in found for row_id in claim.rows)
     return [Claim(f"{text}were not measured.", ids), *found] if found else []
-
-
-def machine_limits() -> dict[tuple[str, int], dict[str, Any]]:
-    """What `make cuda-limits` has counted, by kernel and head dimension."""
-    path = Path(__file__).resolve().parents[1] / "results" / "cuda" / "limits.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row["kernel"], row["head_dim"]): row for row in rows}
-
-
-def allowed(
-    case: str, mode: str, kernels: str, limits: Mapping[tuple[str, int], Mapping[str, Any]] | None = None
-) -> str:
-    """What the machine code of a case of the CUDA kernels allows, as a remark; '' where it was not counted.
-
-    The repeatable backward multiplies seven products in two kernels, four and three, of which five count.
-    """
-    limits = machine_limits() if limits is None else limits
-    width = {**DEFAULTS, **CASES[case][2]}["head_dim"]
-    parts = {("fwd", "CUDA"): ("forward",), ("bwd", "CUDA"): ("key_gradient", "query_gradient")}
-    parts[("bwd", "CUDA, any order")] = ("backward",)
-    names = parts.get((mode, kernels), ())
-    rows = [limits.get((f"sm90::attention_{part}", width), {}) for part in names]
-    if not names or "decode" in case or not all("bound" in row for row in rows):
-        return ""
-    shares = (4 / 5, 3 / 5) if len(rows) == 2 else (1.0,)
-    apart, most = (
-        1 / sum(s / row[k] for s, row in zip(shares, rows, strict=True)) for k in ("without_overlap", "at_most")
-    )
-    return f" (its machine code: {apart:.0f} where nothing overlaps, {most:.0f} by {rows[0]['bound']})"
 
 
 def retry(config: Config) -> Config | None:
@@ -393,13 +365,15 @@ SUITE = Suite(
     name="gpu",
     about="The Triton and the CUDA kernels beside PyTorch's backends and compiled FlexAttention in one alternation, by "
     "CUDA events; vs: their time over ours. TFLOP/s count visible pairs, 4 B Hq Nq Nk D forward and 2.5 times that "
-    "backward; of copy: bytes that must move over what a copy moves; of dense: density x our dense time over ours.",
+    "backward; predicted: the same by docs/gpu.md; of copy: bytes that must move over what a copy moves; of dense: "
+    "density x our dense time over ours.",
     configs=configs,
     run_cell=run_cell,
     key=(Column("case", "case", "text"), Column("mode", "mode", "text"), Column("kernels", "kernels", "text")),
     columns=(
         Column("ms", "ms", "ms"),
         Column("TFLOP/s", "tflops"),
+        Column("predicted", "predicted"),
         Column("vs flash", "vs flash", "times"),
         Column("vs cuDNN", "vs cudnn", "times"),
         Column("vs efficient", "vs efficient", "times"),

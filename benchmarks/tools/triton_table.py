@@ -77,10 +77,11 @@ class _Compiled:
         self.kernel, self.rows = kernel, rows
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, num_warps: int, num_stages: int = 3) -> None:
+        def launch(*arguments: Any, num_warps: int, num_stages: int, **options: Any) -> None:
             names = [p.name for p in self.kernel.params]
             given = dict(zip(names, arguments, strict=True))
-            compiled = self.kernel.warmup(*arguments, grid=(1,), num_warps=num_warps, num_stages=num_stages)
+            options |= {"num_warps": num_warps, "num_stages": num_stages}
+            compiled = self.kernel.warmup(*arguments, grid=(1,), **options)
             given |= given["C"]._asdict() if "C" in given else {}
             row = {"kernel": self.kernel.fn.__name__, "safe": bool(given.get("SAFE", False))}
             tiles = {n.lower(): given[n] for n in ("BLOCK_Q", "BLOCK_K", "CHUNK", "BLOCK_R") if n in given}
@@ -107,6 +108,7 @@ def measure(compiled: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
+        "fma": ptx.count("fma.rn"),
         "cp_async": ptx.count("cp.async.cg") + ptx.count("cp.async.ca"),
         "tma": ptx.count("cp.async.bulk.tensor"),
     }

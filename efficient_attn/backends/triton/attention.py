@@ -27,6 +27,7 @@ from ..call import (
     zeroed,
 )
 from . import shared
+from .launch import launch
 from .shared import device_reasons  # asked of every backend
 
 WIDEST = 256  # head dimension
@@ -100,7 +101,9 @@ def attention_forward(
         )  # fmt: skip
         if splits > 1:
             rows, block = B * Hq * tokens, 16
-            k.merge_kernel[(-(-rows // block),)](
+            launch(
+                k.merge_kernel,
+                -(-rows // block),
                 part_out,
                 part_lse,
                 shared.rows_of(out),
@@ -112,7 +115,7 @@ def attention_forward(
                 Dv,
                 k.padded(Dv),
                 block,
-                num_warps=4,
+                warps=4,
             )
 
     with shared.on_device(query.device):
@@ -152,9 +155,9 @@ def attention_with_weights(
     config = shared.config_of("bias_gradient", query, 0, mask, problem, True)  # the same scores, a tile at a time
     tiles = (-(-Nq // config.block_q), -(-Nk // config.block_k))
     with shared.on_device(query.device):
-        k.attention_weights_kernel[(B * heads * math.prod(tiles),)](
+        launch(k.attention_weights_kernel, B * heads * math.prod(tiles),
             *inputs, shared.upstream_of(out, lse, lse, scale, None, Hq), k.Weights(weights, heads, *tiles, Hq // heads),
-            shared.constants_of(config, mask, problem), num_warps=config.warps, num_stages=config.stages,
+            shared.constants_of(config, mask, problem), warps=config.warps, stages=config.stages,
         )  # fmt: skip
     return out, lse, weights
 
@@ -225,7 +228,9 @@ def attention_backward(
 
     with shared.on_device(query.device):
         rows, block = B * Hq * tokens, 32
-        k.delta_kernel[(-(-rows // block),)](
+        launch(
+            k.delta_kernel,
+            -(-rows // block),
             shared.rows_of(out),
             shared.rows_of(grad_out),
             grad_lse,
@@ -236,15 +241,15 @@ def attention_backward(
             Dv,
             k.padded(Dv),
             block,
-            num_warps=4,
+            warps=4,
         )
         if grad_weights is not None:
             config = shared.config_of("query_gradient", query, Dv, mask, problem, biased)
             programs = shared.tile_count(Nq, config.block_q, mask, 0) * B * Hq
-            k.weight_products_kernel[(programs,)](
+            launch(k.weight_products_kernel, programs,
                 *inputs._replace(mask=shared.mask_of(mask, B, False, problem, Hq)), given,
                 k.Grid(programs, B * Hq, Hq, shared.section_of(B * Hq, Nk, key, value, group)),
-                shared.constants_of(config, mask, problem), num_warps=config.warps, num_stages=config.stages,
+                shared.constants_of(config, mask, problem), warps=config.warps, stages=config.stages,
             )  # fmt: skip
         run_keys(shared.config_of("key_gradient", query, Dv, mask, problem, biased, run_keys))
         run_queries(shared.config_of("query_gradient", query, Dv, mask, problem, biased, run_queries))
@@ -280,9 +285,9 @@ def _launch(
     for safe in (False, True) if hides else (False,):
         if safe:
             config, programs = shared.kernels().safe(config, **steps), min(programs, shared.processors(device))
-        kernel[(programs,)](
+        launch(kernel, programs,
             *inputs, *arguments, flags, grid, shared.constants_of(config, mask, problem, pack, grid.splits > 1, safe),
-            num_warps=config.warps, num_stages=config.stages,
+            warps=config.warps, stages=config.stages,
         )  # fmt: skip
 
 
@@ -310,10 +315,10 @@ def _bias_gradient(
     q_tiles, k_tiles = -(-Nq // config.block_q), -(-Nk // config.block_k)
     out_tiles = (1 if sum_q else q_tiles, 1 if sum_k else k_tiles)
     loops = (B // target.shape[0], Hq // target.shape[1], q_tiles // out_tiles[0], k_tiles // out_tiles[1])
-    k.bias_gradient_kernel[(target.shape[0] * target.shape[1] * math.prod(out_tiles),)](
+    launch(k.bias_gradient_kernel, target.shape[0] * target.shape[1] * math.prod(out_tiles),
         *inputs, given, k.Bias(target, *target.stride()), k.Broadcast(target.shape[1], *out_tiles, *loops),
-        shared.constants_of(config, mask, problem), sum_q, sum_k, False, num_warps=config.warps,
-        num_stages=config.stages,
+        shared.constants_of(config, mask, problem), sum_q, sum_k, False, warps=config.warps,
+        stages=config.stages,
     )  # fmt: skip
     if target is not dbias:
         dbias.copy_(target.sum_to_size(dbias.shape))
@@ -330,11 +335,11 @@ def _diagonal_gradient(
     q_tiles, k_tiles = -(-Nq // side), -(-Nk // side)
     count, lines = q_tiles + k_tiles - 1, diagonals.shape[:2]
     sums = diagonals.new_empty(*lines, count, side, side)
-    k.bias_gradient_kernel[(lines[0] * lines[1] * count,)](
+    launch(k.bias_gradient_kernel, lines[0] * lines[1] * count,
         *inputs, given, k.Bias(sums, *sums.stride()[:2], side, 1),
         k.Broadcast(lines[1], count, 1, B // lines[0], Hq // lines[1], 1, k_tiles),
-        shared.constants_of(config, mask, problem), False, False, True, num_warps=config.warps,
-        num_stages=config.stages,
+        shared.constants_of(config, mask, problem), False, False, True, warps=config.warps,
+        stages=config.stages,
     )  # fmt: skip
     # Of a tile, (r, c) belongs to r - c: with its columns turned round, r + c' after the skew.
     skewed = F.pad(sums.flip(-1), (0, side)).flatten(-2)[..., : side * (2 * side - 1)]

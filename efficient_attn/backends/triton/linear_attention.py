@@ -10,6 +10,7 @@ from torch import Tensor
 from ..call import LinearCall, readable
 from ..features import given_or_mapped, input_gradients, some_columns
 from . import shared
+from .launch import launch
 
 MAX_FEATURES = 256
 PROGRAMS_PER_PROCESSOR = 4
@@ -110,9 +111,9 @@ def _feature_gradients(
     with shared.on_device(v.device):
         rows, block = B * Hq * Nq, 32
         grad_n = None if grad_normaliser is None else grad_normaliser.to(torch.float32).contiguous()
-        k.terms_kernel[(-(-rows // block),)](
+        launch(k.terms_kernel, -(-rows // block),
             shared.rows_of(out), shared.rows_of(grad_out), normaliser, grad_n, terms, rows, Hq, Nq,
-            Dv, k.padded(Dv), block, num_warps=4,
+            Dv, k.padded(Dv), block, warps=4,
         )  # fmt: skip
         keys = {"b": _Side(b, times.offset, alive=alive), "v": _Side(v, times.offset, alive=alive)}
         a_rows, g_rows = _Side(a, 0), _Side(grad_out, 0, norm=normaliser)
@@ -184,22 +185,34 @@ def _sums(
     block_r = min(block_r, k.padded(R))
     r_tiles = -(-R // block_r)
     precision = "tf32" if half or torch.get_float32_matmul_precision() != "highest" else "ieee"
-    config = {"num_warps": warps, "num_stages": 1}
+    config = {"warps": warps, "stages": 1}
     constants = k.LinearConstants(
         E, R, k.padded(E), block_r, times.chunk, spread, extra, normaliser is not None, causal, reverse, precision
     )
     cut = k.Times(times.slots, times.chunks, times.first)
     x_side, y_side, u_side = map(_side, (x, y, u))
-    k.state_kernel[(lines * times.slots * r_tiles,)](y_side, u_side, states, vectors, cut, r_tiles, constants, **config)
+    launch(
+        k.state_kernel,
+        lines * times.slots * r_tiles,
+        y_side,
+        u_side,
+        states,
+        vectors,
+        cut,
+        r_tiles,
+        constants,
+        **config,
+    )
     for array, size in ((states, E * R), (vectors, wide)):
         if array is states or extra or normaliser is not None:
             block = 256
-            k.scan_kernel[(lines * -(-size // block),)](
-                array, times.slots, size, not causal, reverse, block, num_warps=4
+            launch(
+                k.scan_kernel, lines * -(-size // block), array, times.slots, size, not causal, reverse, block, warps=4
             )
-    k.sums_kernel[(B * x_heads * times.slots * r_tiles,)](
-        x_side, y_side, u_side, shared.rows_of(out), states, vectors, normaliser, cut, r_tiles, constants, **config
-    )
+    launch(
+        k.sums_kernel, B * x_heads * times.slots * r_tiles,
+        x_side, y_side, u_side, shared.rows_of(out), states, vectors, normaliser, cut, r_tiles, constants, **config,
+    )  # fmt: skip
 
 
 def _side(side: _Side) -> Any:

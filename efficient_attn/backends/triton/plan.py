@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...masks import MaskArrays
+from .launch import launch
 
 
 class Plan(NamedTuple):
@@ -87,7 +88,7 @@ def _make(
     blocks = rows // (mask.batch * mask.heads)
     numbers = (mask.batch, mask.heads, blocks, indices.numel(), mask.tiles.shape[0], low, high)
     view = kernels.Mask(indptr, indices, tile_ids, None, None, None, None, None, *numbers)
-    kernels.plan_kernel[(rows,)](
-        view, *made[:4], q_len, kv_len, mask.block_q, mask.block_k, transposed, 128, num_warps=4
+    launch(
+        kernels.plan_kernel, rows, view, *made[:4], q_len, kv_len, mask.block_q, mask.block_k, transposed, 128, warps=4
     )
     return made

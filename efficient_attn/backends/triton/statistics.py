@@ -15,6 +15,7 @@ from ...masks import MaskArrays
 from ..call import lse_without_keys, readable, refuse_orders
 from ..statistics import Found, Wanted
 from . import shared
+from .launch import launch
 
 NEEDS_TRANSPOSED = True  # attention received is summed up along the query blocks of each key block
 WEIGHTINGS = 32  # of rows, in one launch
@@ -64,31 +65,32 @@ def attention_statistics(
         extras = bias is not None or softcap > 0.0 or diagonals is not None
         config = shared.config_of("statistics", query, 0, mask, problem, extras)
         constants = shared.constants_of(config, mask, problem)
-        launch: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
+        options: dict[str, Any] = {"warps": config.warps, "stages": config.stages}
         busy = shared.processors(query.device)
         with shared.on_device(query.device):
             programs = shared.tile_count(Nq, config.block_q, mask, 0) * B * Hq
             walked = shared.mask_of(mask, B, False, problem, Hq, programs > busy)
             grid = k.Grid(programs, B * Hq, Hq, shared.section_of(B * Hq, Nk, key, key, Hq // key.shape[1]))
-            k.row_statistics_kernel[(programs,)](
-                *inputs._replace(mask=walked), softmax, rows, grid, constants, sets, slots, **launch
-            )
+            launch(
+                k.row_statistics_kernel, programs,
+                *inputs._replace(mask=walked), softmax, rows, grid, constants, sets, slots, **options,
+            )  # fmt: skip
             if received is not None:
                 programs = shared.tile_count(Nk, config.block_k, mask, 1) * B * Hq
                 walked = shared.mask_of(mask, B, True, problem, Hq, programs > busy)
                 grid = k.Grid(programs, B * Hq, Hq, shared.section_of(B * Hq, Nq, query, query, 1))
                 for part in _weightings(k, received, wanted.row_weights):
-                    k.received_kernel[(programs,)](
+                    launch(k.received_kernel, programs,
                         *inputs._replace(mask=walked), softmax, part, grid, constants, _power(part.weightings),
-                        **launch,
+                        **options,
                     )  # fmt: skip
             if cells is not None:
                 own = [max(1, block // cell) for block in (config.block_q, config.block_k)]
                 counts = [-(-n // size) for n, size in zip(cells.shape[2:], own, strict=True)]
-                k.mass_map_kernel[(B * Hq * counts[0] * counts[1],)](
+                launch(k.mass_map_kernel, B * Hq * counts[0] * counts[1],
                     *inputs._replace(mask=shared.mask_of(mask, B, False, problem)), softmax,
                     k.Cells(cells, *cells.shape[2:], cell), constants, *own, *(max(16, _power(n)) for n in own),
-                    **launch,
+                    **options,
                 )  # fmt: skip
     top_weights, top_keys = _in_order(rows, softmax, wanted.top)
     return Found(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -60,6 +61,19 @@ def test_compiled_now(sm: int, head_dim: int, feature: str) -> None:
         [{k: r.get(k) for k in ("kernel", "block_q", "block_k", "warps", "stages")} for r in s] for s in (rows, kept)
     ]
     assert tiles[0] == tiles[1], "benchmarks/results/triton/compile.jsonl is of other kernels; run make triton-table"
+
+
+def test_compiled_now_with_products_and_sums_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for at each launch: Triton's own default, which 3.10 turns off, does not matter, and 3.9 does not warn."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    rows = table.compile_case(90, torch.bfloat16, 64, "decode")
+    assert {r["kernel"] for r in rows} == {"attention_forward_kernel", "merge_kernel"}
+    assert all(row["fma"] > 0 for row in rows)
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        table.compile_case(80, torch.bfloat16, 64, "decode")
+    assert not [w for w in said if "fusion" in str(w.message).lower()]
 
 
 @pytest.mark.slow

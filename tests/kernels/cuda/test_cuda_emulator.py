@@ -121,7 +121,7 @@ def run_fault(name: str, folder: Path) -> tuple[int, str]:
         file, right, wrong = FAULTS[name]
         text = (sources / "cuda" / file).read_text()
         (sources / "cuda" / file).write_text(text.replace(right, wrong))
-        hopper = file.startswith("sm90")
+        hopper |= file.startswith("sm90")
     head = SOUND.get(name) or HEADS.get(name, 64)
     module = build_emulator.build(folder / "built", sources, small=head)
     environment = emulator_environment(module, 90 if hopper else 80)

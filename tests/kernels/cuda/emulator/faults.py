@@ -167,7 +167,9 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER, "barrier_wait(F::kQueryFull + index * 8", "barrier_wait(F::kQueryFull",
     ),
     "a step is taken for a whole one at its end": (HOPPER, "step.end == step.first + F::kKeys && ", ""),
-    "a wide step on Hopper sees a key too many": ("scores.h", "smaller(i + high + 1, step.end) - place", "i + high + 1 - place"),
+    "a wide step on Hopper sees a key too many": (
+        "scores.h", "smaller(i + high + 1, step.end) - place", "i + high + 1 - place",
+    ),
     "every lane releases": (GROUPS, "    if (lane == 0) barrier_arrive(barrier);", "    barrier_arrive(barrier);"),
     "no group_wait for the scores": (HOPPER, "    group_wait<0>(s[0]);\n", ""),
     "a group_wait that leaves the scores under way": (HOPPER, "group_wait<1>(s[0])", "group_wait<2>(s[0])"),

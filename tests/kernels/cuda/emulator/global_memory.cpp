@@ -21,7 +21,7 @@ std::vector<Region> regions;
 struct TicketCounter {
     int64_t launch = -1, block = -1;
     std::vector<int> left;
-    int last = -1;
+    int last = -1, beyond = 0;  // beyond: how many were drawn when none was left
 };
 std::map<const int32_t*, TicketCounter> ticket_counters;
 
@@ -123,7 +123,7 @@ int draw_ticket(const int32_t* counter, int end) {
     if (!block.last) place += draw() % 8 == 0 ? c.left.size() : draw() % 3;
     if (place >= c.left.size()) {
         c.last = INT32_MAX;
-        return end + static_cast<int>(draw() % 3);
+        return end + c.beyond++ + static_cast<int>(draw() % 3);
     }
     c.last = c.left[place];
     c.left.erase(c.left.begin() + static_cast<std::ptrdiff_t>(place));

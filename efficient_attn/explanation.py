@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backends, functional, inputs
+from . import backends, functional, inputs, query_sinks
 from .backends.call import accumulation_dtype
 from .biases import BiasLike
 from .masks import BlockMask, parts
@@ -91,6 +91,9 @@ def explain(
     Raises what `attention` raises for wrong input, but not for a backend that cannot serve: that is part of the answer.
     """
     backends.check_name(backend)
+    if sinks is not None and query_sinks.has_queries(sinks):  # which are beside the call of a backend
+        query_sinks.check(sinks, query)
+        sinks = None
     arguments: dict[str, Any] = {
         "mask": mask, "bias": bias, "is_causal": is_causal, "causal_alignment": causal_alignment, "scale": scale,
         "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "dropout_seed": dropout_seed,

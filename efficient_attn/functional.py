@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import backends, biases, repeated, sharding
+from . import backends, biases, query_sinks, repeated, sharding
 from .backends.call import Call
 from .biases import BiasLike
 from .defaults import alignment_offset, default_scale
@@ -127,7 +127,8 @@ def attention(
         scale: default 1 / sqrt(D).
         softcap: None or c > 0: scaled scores x become c tanh(x / c), before any bias is added (Gemma 2).
         sinks: (Hq), one more score for each head, that of a key without a value (gpt-oss): in the query's dtype or
-            float32. lse includes it; a query that sees no key returns 0 and the sink as its lse. Gets a gradient.
+            float32. lse includes it; a query that sees no key returns 0 and the sink as its lse. Gets a gradient. Or
+            (Hq, Nq) or (B, Hq, Nq), one for each query.
         dropout_p: probability of dropping an attention weight; kept ones are scaled by 1 / (1 - dropout_p).
         dropout_seed: int or int64 tensor with one element. The dropped pairs are a pure function of
             (seed, batch, head, query, key); None draws a seed from PyTorch's generator.
@@ -149,6 +150,12 @@ def attention(
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
     modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
+    if sinks is not None and query_sinks.has_queries(sinks):
+        return query_sinks.attend(  # type: ignore[no-any-return]
+            attention, query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
+            scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     if modified and has_strips(bias, query, key):
         return by_strips(  # type: ignore[no-any-return]
             attention, query, key, value, mask=mask, bias=bias, is_causal=is_causal, causal_alignment=causal_alignment,
@@ -184,6 +191,8 @@ def attention(
         function = union.union_attention if differentiable else union.union_forward
         with nullcontext() if plain else ops.watched("union_attention"):
             out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
+        if known is not None and not differentiable:
+            repeated.remember(known, mask, query, key, value, arrays, scale, chosen, False, parts)
     elif differentiable and plain:
         out, lse = ops.direct_attention(query, key, value, bias, arrays, *options, chosen)
         if known is not None:
@@ -255,6 +264,12 @@ def attention_with_weights(
     goes to query, key and bias; they are no part of the output's own gradient.
     """
     modified = softcap is not None or sinks is not None or not (bias is None or isinstance(bias, Tensor))
+    if sinks is not None and query_sinks.has_queries(sinks):
+        return query_sinks.attend_with_weights(
+            attention_with_weights, query, key, value, mask=mask, bias=bias, is_causal=is_causal,
+            causal_alignment=causal_alignment, scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+            dropout_seed=dropout_seed, average=average, backend=backend,
+        )  # fmt: skip
     plain = ops.is_plain(query, key, value, sinks, *tensors_of(bias))
     traced = not plain and is_jit_traced()
     if traced and modified:

@@ -139,7 +139,11 @@ def check_sinks(sinks: Tensor, query: Tensor) -> Tensor:
             raise InputTypeError(f"sinks must be a tensor of {names}, got {kind}; cast it")
         sinks = sinks.to(allowed[-1])
     if tuple(sinks.shape) != (query.shape[1],):
-        raise InputError(f"sinks must be (Hq) = ({query.shape[1]},), got {tuple(sinks.shape)}")
+        raise InputError(
+            f"sinks must be (Hq) = ({query.shape[1]},), got {tuple(sinks.shape)}; sinks of each query are taken by "
+            "attention and by dense and sparse methods. Elsewhere leave them out and take lse: with lse - sink as x, "
+            "out * sigmoid(x) is the same, and torch.logaddexp(lse, sink) its lse"
+        )
     if sinks.device != query.device:
         raise InputError(f"sinks are on {sinks.device}, query on {query.device}; move them")
     return sinks

@@ -24,7 +24,7 @@ from ..errors import InputTypeError, UnsupportedError
 from ..masks import BlockMask
 from ..methods import Method
 from . import huggingface
-from .huggingface_masks import PairMask
+from .huggingface_masks import MaskWithoutBias, PairMask
 from .own_patterns import blocks_with_random, window_with_globals
 from .score_mode import ScoreMode
 from .scores import returned
@@ -230,15 +230,17 @@ def follow_changes(model: nn.Module) -> Callable[[], None]:
 # --- what models and layers make n x n, by a few numbers ---
 
 
-def _mpnet_bias(encoder: Any, x: Tensor, position_ids: Tensor | None = None, num_buckets: int = 32) -> Any:
+def _mpnet_bias(
+    encoder: Any, own: Callable[..., Any], x: Tensor, position_ids: Tensor | None = None, num_buckets: int = 32
+) -> Any:
     if position_ids is not None:
-        return type(encoder).compute_position_bias(encoder, x, position_ids, num_buckets)
+        return own(x, position_ids, num_buckets)
     table = encoder.relative_attention_bias.weight
-    return T5Bias(table) if num_buckets == table.shape[0] else type(encoder).compute_position_bias(encoder, x)
+    return T5Bias(table) if num_buckets == table.shape[0] else own(x)
 
 
 def _gpt_neo_attention(
-    layer: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    layer: Any, own: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
 ) -> tuple[Any, Any]:
     """Its `_attn`. Where queries stand is what the mask says: the layer itself takes the last keys, which with a static
     cache are places that no token has yet."""
@@ -256,24 +258,48 @@ def _gpt_neo_attention(
     return torch.matmul(weights, value), weights
 
 
+def _falcon_attention(layer: Any, own: Callable[..., Any], *args: Any, alibi: Any = None, **kwargs: Any) -> Any:
+    """Its forward under a mask without ALiBi: as often as it was added is what it adds."""
+    mask = kwargs.get("attention_mask")
+    times = layer.efficient_attn_alibis if isinstance(mask, MaskWithoutBias) and alibi is not None else 1
+    return own(*args, alibi=alibi if times == 1 else alibi * times, **kwargs)
+
+
+def _count_alibis(layer: Any) -> int:
+    """transformers' eager adds Falcon's ALiBi with the mask and to the scores, its sdpa, which is the default, once."""
+    return 2 if layer.config._attn_implementation == "eager" else 1
+
+
 STRUCTURED: dict[str, tuple[str, Callable[..., Any]]] = {
     "mpnet.MPNetEncoder": ("compute_position_bias", _mpnet_bias),
     "gpt_neo.GPTNeoSelfAttention": ("_attn", _gpt_neo_attention),
+    "falcon.FalconAttention": ("forward", _falcon_attention),
 }
 
 
 def structure(model: nn.Module) -> Callable[[], None]:
     """Let layers that are served, and what holds them, say such masks and biases by a few numbers. Returns what undoes
     it."""
-    changed: list[tuple[dict[str, Any], str]] = []
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    some = any(map(is_served, model.modules()))
     for module in model.modules():
         name, made = STRUCTURED.get(_name(type(module)), ("", None))
-        if made is not None and name not in vars(module) and any(map(is_served, module.modules())):
-            vars(module)[name] = functools.partial(made, module)
-            changed.append((vars(module), name))
+        held: dict[str, Any] = vars(module)
+        if made is None or getattr(held.get(name), "func", None) is made:
+            continue
+        if made is _falcon_attention and some:  # those that are not served get the same mask
+            held["efficient_attn_alibis"] = _count_alibis(module)
+        elif not any(map(is_served, module.modules())):
+            continue
+        before.append((held, name, held.get(name)))
+        held[name] = functools.partial(made, module, getattr(module, name))
 
     def undo() -> None:
-        for held, name in changed:
+        while before:
+            held, name, own = before.pop()
             held.pop(name, None)
+            held.pop("efficient_attn_alibis", None)
+            if own is not None:
+                held[name] = own
 
     return undo

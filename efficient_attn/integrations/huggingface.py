@@ -225,6 +225,7 @@ def attend(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -235,8 +236,8 @@ def attend(
         attention_mask: what `pair_mask` made; or 4-D, bool with True = attend, or float to add to the scores.
         is_causal: counts only without a mask; None: what the module says, which is not causal if it says nothing.
         position_bias: (B | 1, Hq, Nq, Nk), added to the scores.
-        softcap: bounds the scaled scores before (Gemma 2). s_aux: (Hq), the logits of sinks (gpt-oss). Dense and sparse
-            methods know both.
+        softcap: bounds the scaled scores before (Gemma 2). s_aux: (Hq), the logits of sinks (gpt-oss). sinks: those of
+            each query, (B, Hq, Nq, 1) (Inkling 2). Dense and sparse methods know all three.
         indices: int (B, Nq, chosen), the keys that an indexer has left to each query besides what the mask says
             (DeepSeek sparse attention); n x n bits, for every method that takes a mask.
 
@@ -283,6 +284,8 @@ def attend(
         call["softcap"] = float(softcap)
     if s_aux is not None:
         call["sinks"] = s_aux.to(query.dtype)
+    if sinks is not None:
+        call["sinks"] = sinks.squeeze(-1)
     left = _left_padding(method, attention_mask, call)
     turned = None
     if place is not None and (place[0] != place[1] or Nq != Nk):

@@ -181,6 +181,22 @@ class PairMask:
         )
 
 
+class MaskWithoutBias(PairMask):
+    """A mask for layers that add ALiBi to their scores themselves.
+
+    Falcon's model writes its ALiBi into a mask of four dimensions, which makes that one of pairs and heads, n x n each;
+    any other goes to its layers as it is.
+    """
+
+    @property
+    def ndim(self) -> int:
+        return 0
+
+
+def _layers_add_alibi(config: Any) -> bool:
+    return getattr(config, "model_type", None) == "falcon" and bool(getattr(config, "alibi", False))
+
+
 # Of a mask another mask; together with numbers, numbers; only where a bool is asked for.
 REARRANGING = frozenset(
     {"expand", "expand_as", "repeat", "repeat_interleave", "broadcast_to", "unsqueeze", "squeeze", "view", "reshape",
@@ -229,6 +245,7 @@ def pair_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **ignored: Any,
 ) -> PairMask | None:
     """The mask function to register in transformers' AttentionMaskInterface; its signature is transformers'.
@@ -239,6 +256,7 @@ def pair_mask(
         attention_mask: padding, bool (B, keys seen so far), or a mask that this function made before.
         allow_is_bidirectional_skip: whether None may stand for a mask that hides nothing.
         use_vmap: whether mask_function may ask about single positions only.
+        config: of the model.
 
     Raises:
         InputError: a padding mask that is not (B, keys).
@@ -250,6 +268,8 @@ def pair_mask(
         allow_is_bidirectional_skip, use_vmap, device,
     )  # fmt: skip
     made = None if made is None else dataclasses.replace(made, device=torch.device(device))
+    if made is not None and _layers_add_alibi(config):
+        made = MaskWithoutBias(**vars(made))
     if made is None or made.key_mask is None or attention_mask is None or is_jit_traced():
         return made  # traced attention is dense, which asks for no places
     left = left_padding(attention_mask.bool())

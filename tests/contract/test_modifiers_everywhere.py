@@ -61,9 +61,11 @@ MODIFIERS: dict[str, dict[str, Any]] = {
     "low rank": {"bias": LowRankBias(U, W)},
     "grid": {"bias": RelativeBias2D(GRID_TABLE, GRID)},
     "decomposed": {"bias": DecomposedBias2D(REL_H, REL_W, GRID)},
+    "sinks of queries": {"sinks": drawn(H, N, seed=12)},
 }
 BY_DISTANCE = ("alibi", "relative", "t5")
 EVERY = tuple(MODIFIERS)
+OF_KERNELS = tuple(name for name in MODIFIERS if name != "sinks of queries")
 
 
 def scores(name: str, q: Tensor = Q, k: Tensor = K) -> Tensor:
@@ -75,6 +77,8 @@ def scores(name: str, q: Tensor = Q, k: Tensor = K) -> Tensor:
         return 1.5 * torch.tanh(s / 1.5)
     if name == "sinks":
         return torch.cat([s, SINKS[:, None, None].expand(1, H, N, 1)], -1)
+    if name == "sinks of queries":
+        return torch.cat([s, MODIFIERS[name]["sinks"].expand(1, H, N)[..., None]], -1)
     if name == "decomposed":
         return s + sum(
             (q @ rel.T).gather(3, apart.expand(1, H, N, N))
@@ -141,6 +145,8 @@ def in_module(**modifier: Any) -> Tensor:
     """A module whose projections are the identity, of one head's width each."""
     modifier["position_bias"] = modifier.pop("bias", None)
     sinks = modifier.pop("sinks", None)
+    if sinks is not None and sinks.dim() > 1:
+        raise TypeError("a module has sinks of heads, and no argument for others")
     module = MultiheadAttention(
         H * D, H, bias=False, batch_first=True, sinks=sinks is not None, dtype=torch.float64, **modifier
     )
@@ -165,14 +171,14 @@ WAYS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "attention_weights": (lambda **m: attention_weights(Q, K, **m) @ V, EVERY),
     "attention_with_weights": (lambda **m: attention_with_weights(Q, K, V, **m)[0], EVERY),
     "padded_attention": (lambda **m: padded_attention(Q, K, V, SEEN, **m), EVERY),
-    "merge_attention": (in_halves, ("softcap", "sinks")),
+    "merge_attention": (in_halves, ("softcap", "sinks", "sinks of queries")),
     "attention_varlen": (packed, EVERY),
     "cached_attention": (lambda **m: cached_attention(Q, K, V, [N], is_causal=False, **m),
                          ("softcap", "sinks", *BY_DISTANCE)),
     "paged_attention": (by_pages, ("softcap", "sinks", *BY_DISTANCE)),
     "KVCache": (lambda **m: KVCache().attend(Q, K, V, is_causal=False, **m), ("softcap", "sinks", *BY_DISTANCE)),
     "PagedKVCache": (by_paged_cache, ("softcap", "sinks", *BY_DISTANCE)),
-    "MultiheadAttention": (in_module, EVERY),
+    "MultiheadAttention": (in_module, OF_KERNELS),
     "dense": (by_method("dense"), EVERY),
     "dense, padded": (by_method("dense", key_mask=SEEN), EVERY),
     "dense, with weights": (by_method("dense", need_weights=True), EVERY),
@@ -210,7 +216,19 @@ def test_explain_knows_who_serves(name: str) -> None:
     assert explain(Q, K, V, **MODIFIERS[name]).backend == "cpu"
 
 
-@pytest.mark.parametrize("name", MODIFIERS)
+def test_what_looks_at_weights_takes_sinks_of_heads() -> None:
+    modifier = MODIFIERS["sinks of queries"]
+    with pytest.raises(EfficientAttnError, match="sinks must be"):
+        attention_statistics(Q, K, V, want=("received",), **modifier)
+    with pytest.raises(EfficientAttnError, match=r"out \* sigmoid\(x\)"):
+        method_statistics(parse("dense"), Q, K, V, want=("received",), **modifier)
+    lost = certificate(Q, K, V, mask=torch.ones(N, N, dtype=torch.bool).tril(), **modifier)  # which goes by lse
+    torch.testing.assert_close(lost.dense, expected("sinks of queries"))
+    weights = torch.softmax(scores("sinks of queries"), -1)[..., :N]
+    torch.testing.assert_close(lost.tau, weights.triu(1).sum(-1))
+
+
+@pytest.mark.parametrize("name", OF_KERNELS)
 def test_what_looks_at_weights(name: str) -> None:
     """Statistics, of a method and of a model too, and certificates: of the weights that the definition has."""
     modifier = MODIFIERS[name]

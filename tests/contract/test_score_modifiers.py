@@ -194,6 +194,8 @@ def test_explain_says_who_refuses() -> None:
         ({"softcap": 0.0}, InputError, "softcap must be None or a positive"),
         ({"softcap": float("nan")}, InputError, "softcap must be"),
         ({"sinks": torch.zeros(3)}, InputError, r"sinks must be \(Hq\) = \(2,\)"),
+        ({"sinks": torch.zeros(2, 7)}, InputError, r"or one for each query, \(Hq, Nq\) = \(2, 8\)"),
+        ({"sinks": torch.zeros(2, 8, dtype=torch.int64)}, InputTypeError, "sinks must be a floating-point"),
         ({"sinks": torch.zeros(2, dtype=torch.int64)}, InputTypeError, "sinks must be a tensor of"),
         ({"bias": ALiBi(torch.ones(3))}, InputError, "is for batch 1 and 3 heads"),
         ({"bias": "alibi"}, InputTypeError, "bias must be a floating-point tensor, a structured"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +31,7 @@ WRITERS = {
     "Bloom": ("BloomForCausalLM", {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "Falcon": ("FalconForCausalLM", FALCON),
     "Falcon, ALiBi": ("FalconForCausalLM", {**FALCON, "alibi": True, "multi_query": False}),
+    "Falcon, ALiBi, sdpa": ("FalconForCausalLM", {**FALCON, "alibi": True, "multi_query": False}),  # added once there
     "Falcon, groups": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "Mpt": ("MptForCausalLM", {"vocab_size": 50, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "RemBert": ("RemBertForCausalLM", {**BERT, "input_embedding_size": 16, "is_decoder": True}),
@@ -64,7 +68,7 @@ def make(family: str, **options):
     cls = getattr(transformers, model)
     ids = {} if family in SEERS or family in HEARERS else {"bos_token_id": 1, "eos_token_id": 2}
     config = cls.config_class(**{**ids, **numbers, **options})
-    made = cls._from_config(config, attn_implementation="eager")
+    made = cls._from_config(config, attn_implementation="sdpa" if family.endswith("sdpa") else "eager")
     with torch.no_grad():
         for name, parameter in made.named_parameters():  # beyond 0.02, so that attention decides over what comes out
             parameter.mul_(1 if "norm" in name.lower() or "weight_" in name or "original" in name else 3)
@@ -154,10 +158,6 @@ def test_a_window_is_one_in_the_prompt_and_in_what_is_generated(family: str) -> 
     assert not torch.allclose(after[:, 8:], before[:, 8:], rtol=1e-3, atol=1e-3)
     step = model(IDS[:, :9], use_cache=True)
     found = [step.logits]
-    if family == "Falcon, ALiBi":  # which adds its bias to a tensor for a mask
-        with pytest.raises(UnsupportedError, match="cached keys"):
-            model(IDS[:, 9:10], past_key_values=step.past_key_values, use_cache=True)
-        return
     for i in range(9, IDS.shape[1]):
         step = model(IDS[:, i : i + 1], past_key_values=step.past_key_values, use_cache=True)
         found.append(step.logits)
@@ -287,7 +287,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("family", ["GPTJ", "GPTNeoXJapanese", "Bloom", "Falcon", "Mpt", "MPNet", "BigBird", "GPTNeo"])
+@pytest.mark.parametrize(
+    "family",
+    ["GPTJ", "GPTNeoXJapanese", "Bloom", "Falcon", "Falcon, ALiBi", "Falcon, ALiBi, sdpa", "Mpt", "MPNet", "BigBird",
+     "GPTNeo"],
+)  # fmt: skip
 def test_nothing_is_as_large_as_queries_times_keys(family: str) -> None:
     n = 512
     model = make(family, max_position_embeddings=n + 2, n_positions=n, max_seq_len=n, n_ctx=n).float()
@@ -296,6 +300,20 @@ def test_nothing_is_as_large_as_queries_times_keys(family: str) -> None:
     with torch.no_grad(), Largest() as largest:
         model(ids)
     assert largest.numbers < n * n
+
+
+@pytest.mark.parametrize("family", ["Falcon, ALiBi", "Falcon, ALiBi, sdpa"])
+def test_falcon_adds_its_bias_as_often_as_before_in_every_layer(family: str) -> None:
+    model = make(family)
+    before = model(IDS, attention_mask=MASK).logits
+    first = convert(model, predicate=lambda name, module: ".h." not in name or ".h.0." in name)  # one of two layers
+    torch.testing.assert_close(model(IDS, attention_mask=MASK).logits[MASK.bool()], before[MASK.bool()])
+    second = convert(copy.deepcopy(model))  # from one method to another, in a copy
+    assert len(second.converted) > len(first.converted)
+    other = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(other(IDS, attention_mask=MASK).logits[MASK.bool()], before[MASK.bool()])
+    first.undo()
+    assert torch.equal(model(IDS, attention_mask=MASK).logits, before)
 
 
 class Mine(nn.Module):

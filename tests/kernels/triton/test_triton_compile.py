@@ -106,8 +106,11 @@ def test_every_version_was_compiled_and_spills_where_it_is_said() -> None:
     """Linear attention holds its state and its rows in registers, of which there are too few beyond 128 features."""
     rows = [json.loads(line) for line in registers.RESULTS.read_text().splitlines()]
     wanted = {table.name_of(*case) for case in registers.cases()}
-    for version in {row["triton"] for row in rows} | {"3.6", "3.7", "3.9"}:
-        assert {row["case"] for row in rows if row["triton"] == version} == wanted, version
+    for version in configs.BY_VERSION:
+        found = {row["case"] for row in rows if row["triton"] == version}
+        # Of 3.7, the version that tests run with, float32 is in compile.jsonl and in what a run compiles anew.
+        missing = {case for case in wanted - found if version != "3.7" or "float32" not in case}
+        assert not missing and found <= wanted, (version, missing)
     for row in rows:
         _, dtype, head_dim, feature = row["case"].split("/")
         allowed = FEW_BYTES if row["kernel"] == "mass_map_kernel" else 0

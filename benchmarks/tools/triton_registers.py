@@ -36,7 +36,7 @@ FEATURES = {
 KEYS = ("kernel", "block_q", "block_k", "chunk", "block_r", "warps", "stages", "registers", "spilled")
 # Families of kernels, as the table names them, by the first that a kernel's name contains.
 FAMILIES = {
-    "attention_forward": "forward", "merge": "forward", "delta": "backward", "gradient": "backward",
+    "plan": "forward", "attention_forward": "forward", "merge": "forward", "delta": "backward", "gradient": "backward",
     "statistics": "statistics", "received": "statistics", "mass_map": "statistics", "": "linear",
 }  # fmt: skip
 
@@ -110,10 +110,13 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         f"{sum(row['triton'] == v for row in rows)} with {v}"
         for v in versions
     ]
+    worst: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        if row["spilled"]:
+            key = (row["case"], row["kernel"], row["triton"])
+            worst[key] = max(worst.get(key, 0), row["spilled"])
     named = [
-        f"* Triton {row['triton']}, {row['case']}: `{row['kernel']}` {row['spilled']} B"
-        for row in rows
-        if row["spilled"]
+        f"* {case}, Triton {version}: `{kernel}` {spilled} B" for (case, kernel, version), spilled in worst.items()
     ]
     said = "The most registers of a thread among the launches of a family, and bytes spilled where there are any. They "
     return "\n\n".join(part for part in (f"{said}spill in {', '.join(counts)}.", table(rows), "\n".join(named)) if part)

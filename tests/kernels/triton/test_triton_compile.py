@@ -108,9 +108,8 @@ def test_every_version_was_compiled_and_spills_where_it_is_said() -> None:
     wanted = {table.name_of(*case) for case in registers.cases()}
     for version in configs.BY_VERSION:
         found = {row["case"] for row in rows if row["triton"] == version}
-        # Of 3.7, the version that tests run with, float32 is in compile.jsonl and in what a run compiles anew.
-        missing = {case for case in wanted - found if version != "3.7" or "float32" not in case}
-        assert not missing and found <= wanted, (version, missing)
+        # Those of 3.7, with which the tests run, are compiled anew by the slow ones below.
+        assert found <= wanted and (version == "3.7" or found == wanted), (version, wanted - found)
     for row in rows:
         _, dtype, head_dim, feature = row["case"].split("/")
         allowed = FEW_BYTES if row["kernel"] == "mass_map_kernel" else 0

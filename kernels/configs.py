@@ -133,7 +133,7 @@ BY_VERSION: dict[str, dict[tuple[str, int, bool, int, str], Config]] = {
         ("bias_gradient", 90, False, 64, "extras"): Config(32, 16, 8, 1),
         ("statistics", 80, True, 128, "extras"): Config(32, 32, 8, 1),
     },
-    "3.7": {},
+    "3.7": {("forward", 90, True, 128, "plain"): Config(128, 64, 8, 3)},
     "3.9": {
         ("forward", 90, False, 64, "ordered"): Config(64, 32, 8, 1),
         ("forward", 90, False, 128, "extras"): Config(32, 32, 8, 1),

@@ -184,7 +184,7 @@ struct Ahead {
 
   private:
     EA_INLINE void fetch_rows(const char* const* rows, int64_t bytes, int64_t first, int64_t count) const {
-        constexpr int64_t kTold = 4;
+        constexpr int64_t kTold = 2;
         if (bytes == 0) return;
         if (followed) {
             const char* last = rows[first + count - 1];

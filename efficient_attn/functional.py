@@ -191,6 +191,8 @@ def attention(
         function = union.union_attention if differentiable else union.union_forward
         with nullcontext() if plain else ops.watched("union_attention"):
             out, lse = function(query, key, value, bias, parts, scale, dropout_p, seed)
+        if known is not None and not differentiable:
+            repeated.remember(known, mask, query, key, value, arrays, scale, chosen, False, parts)
     elif differentiable and plain:
         out, lse = ops.direct_attention(query, key, value, bias, arrays, *options, chosen)
         if known is not None:

@@ -19,9 +19,11 @@ from . import backends
 from .backends.call import accumulation_dtype, readable
 from .masks import MaskArrays
 from .ops import attention as ops
+from .ops import union
 from .patterns import Pattern
 
 LIMIT = 1024  # entries, of which one holds some hundred bytes; the table starts again beyond
+LISTED_LIMIT = 16  # of those with lists, which may hold megabytes; the oldest goes
 
 
 class Entry(NamedTuple):
@@ -35,9 +37,11 @@ class Entry(NamedTuple):
     scale: float
     backend: str
     backward: dict[Hashable, Callable[..., None]] | None  # by strides; None: nobody wants a gradient
+    parts: union.Parts | None = None  # of a mask that is a union
 
 
 _known: dict[Hashable, Entry | None] = {}  # None: seen once, which may be the only time, as while a cache grows
+_listed: list[Hashable] = []  # the keys of those entries that keep the lists of a mask alive
 
 
 def key_of(
@@ -97,7 +101,7 @@ def run(entry: Entry, query: Tensor, key: Tensor, value: Tensor, return_lse: boo
 
 def _forward(entry: Entry, query: Tensor, key: Tensor, value: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     out = query.new_empty(*entry.out)  # sizes as numbers: the quickest of the ways to allocate
-    lse = torch.empty(entry.lse, dtype=entry.lse_dtype) if return_lse else None
+    lse = torch.empty(entry.lse, dtype=entry.lse_dtype) if return_lse or entry.parts is not None else None
     entry.run(
         query.data_ptr(),
         key.data_ptr(),
@@ -107,7 +111,9 @@ def _forward(entry: Entry, query: Tensor, key: Tensor, value: Tensor, return_lse
         0,
         torch.get_num_threads(),
     )
-    return out, lse
+    if entry.parts is not None and lse is not None:
+        out, lse = union.mended(query, key, value, None, entry.parts, entry.scale, 0.0, None, out, lse)
+    return out, lse if return_lse else None
 
 
 class _Again(torch.autograd.Function):
@@ -181,23 +187,34 @@ def remember(
     scale: float,
     backend: str,
     differentiable: bool,
+    parts: union.Parts | None = None,
 ) -> None:
     """Keep a checked call of this key when it comes the second time, if its backend can run it from pointers alone."""
+    has_lists = parts is not None or arrays.indptr is not None
     if (
         getattr(mask, "by_content", False)
         or backend != "cpu"
-        or arrays.indptr is not None
         or arrays.kv_lengths is not None
+        or (has_lists and differentiable)
     ):
-        return  # lists and lengths are tensors, which an entry would keep alive, and whose content may change
+        return
     if known not in _known:
         if len(_known) >= LIMIT:
             _known.clear()
+            _listed.clear()
         _known[known] = None
         return
     rows = tuple(query.shape[:3])
     out = torch.empty((*rows, value.shape[3]), dtype=query.dtype, device="meta")  # its strides are meant
-    runs = backends.cpu.attention.forward_of_pointers(query, key, value, out, arrays, scale)
-    if runs is not None:
-        shapes = (tuple(out.shape), rows, accumulation_dtype(query.dtype))
-        _known[known] = Entry(runs, *shapes, arrays, scale, backend, {} if differentiable else None)
+    if parts is None:
+        runs = backends.cpu.attention.forward_of_pointers(query, key, value, out, arrays, scale)
+    else:
+        runs = union.forward_of_pointers(query, key, value, out, parts, scale)
+    if runs is None:
+        return
+    if has_lists:
+        _listed.append(known)
+        if len(_listed) > LISTED_LIMIT:
+            _known.pop(_listed.pop(0), None)
+    shapes = (tuple(out.shape), rows, accumulation_dtype(query.dtype))
+    _known[known] = Entry(runs, *shapes, arrays, scale, backend, {} if differentiable else None, parts)

@@ -70,12 +70,17 @@ def source(dtype: str, head_dims: Sequence[int], parts: Sequence[str], extras: S
 def shared_bytes(head_dim: int, kernel: str, extra: bool) -> int:
     """Shared memory of a kernel, as the shapes in csrc/cuda/sm80 and sm90 add it up."""
     line = 2 * head_dim
-    if kernel == "sm90::attention_forward":
-        keys, stages = {64: (128, 4), 128: (128, 3), 256: (64, 2)}[head_dim]
-        return (128 + 2 * stages * keys) * line + stages * 128 + (2 + 4 * stages) * 8
+    if kernel.startswith("sm90::attention_forward"):
+        narrow, wide = {64: (128, 4), 128: (128, 3), 256: (64, 2)}, {128: (176, 2), 256: (80, 2)}
+        keys, stages = (wide if kernel.endswith("_wide") else narrow)[head_dim]
+        rows = 128 * (2 if head_dim == 64 else 1)  # of 64 the output has its own
+        return (rows + 2 * stages * keys) * line + stages * 128 + (4 + 4 * stages) * 8
     if kernel == "sm90::attention_key_gradient":
         rows, stages, weights = (64, 2, 64 * 64 * 4) if head_dim == 256 else (128, 3, 0)
         return (2 * rows + 2 * stages * 64) * line + weights + stages * (2 * 64 * 4 + 128) + (4 + 2 * stages) * 8
+    if kernel == "sm90::attention_query_gradient_wide":
+        stages = 3 if head_dim == 64 else 2
+        return (2 * 128 + 2 * stages * 128) * line + stages * 128 + (2 + 2 * stages) * 8
     if kernel == "sm90::attention_query_gradient":
         return (2 * 128 + 2 * 3 * (32 if head_dim == 256 else 64)) * line + 3 * 128 + (2 + 2 * 3) * 8
     if kernel == "sm90::attention_backward":
@@ -138,7 +143,7 @@ def read_report(text: str) -> list[dict[str, Any]]:
     for part in text.split("Compiling entry function '")[1:]:
         symbol = part.split("'", 1)[0]
         name = re.search(
-            r"\d+(attention_(?:forward|backward|key_gradient|query_gradient|bias_gradient|delta|round_queries)(?:_safe)?"
+            r"\d+(attention_(?:forward|backward|key_gradient|query_gradient|bias_gradient|delta|round_queries)(?:_safe|_wide)?"
             r"|attention_decode(?:_join)?|linear_attention_(?:states|scan|sums|terms))(?:[IE]|NS)", symbol
         )  # fmt: skip
         shape = re.search(r"(?:__nv_bfloat16|6__half|4SumsI)Li(\d+)E(?:Lb([01])E)?", symbol)

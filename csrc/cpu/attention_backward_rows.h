@@ -28,16 +28,15 @@ inline int64_t key_span(const AttentionParams& p) {
     return max_of(span / kKeys, 1) * kKeys;
 }
 
-// Of all heads, only so many are under way that the accumulators of dQ stay few. Spans of one head run behind one
-// another well where all tiles of queries meet each of them. Under lists they wait, and as many heads as there are
-// threads take turns, span by span.
+// Of all heads, only so many are under way that the accumulators of dQ stay few. As many as there are threads take
+// turns, span by span: where spans of one head run behind one another, a short one waits for a long one.
 struct Pipeline {
     int64_t spans, heads, slots, tiles, turns;
 
     template <class A>
     static Pipeline of(const AttentionParams& p) {
         const int64_t heads = p.B * p.Hkv;
-        const int64_t threads = max_of(1, p.threads), turns = p.mask.indptr ? min_of(threads, max_of(1, heads)) : 1;
+        const int64_t threads = max_of(1, p.threads), turns = min_of(threads, max_of(1, heads));
         return {max_of(1, ceil_div(p.Nk, key_span<A>(p))), heads, min_of(heads, max_of(threads + 1, 2 * turns)),
                 p.Hq / max_of(1, p.Hkv) * attention_tiling(p).count, turns};
     }

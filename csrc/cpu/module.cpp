@@ -11,11 +11,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "buckets.h"
 #include "common/words.h"
 #include "dispatch.h"
 
@@ -155,8 +157,8 @@ auto places(AttentionParams& p) {
 template <size_t>
 using Address = uintptr_t;
 
-// A call that is made again and again: a function of where its tensors lie and of the number of threads. None of them
-// has an order.
+// A call that is made again and again: a function of where its tensors lie and of the number of threads. Whoever
+// makes it keeps alive what they read of a mask.
 template <bool kBackward, size_t... I>
 py::cpp_function repeated(const AttentionParams& params, std::index_sequence<I...>) {
     return py::cpp_function([params](Address<I>... address, int threads) {
@@ -230,6 +232,23 @@ void append_rows(uintptr_t cache, const std::array<int64_t, 4>& cache_strides, u
     }
 }
 
+// The lists of round `round` of buckets at these addresses; `sizes`: B, H, Hkv, Nq, Nk; `offset`: None where all keys
+// of a bucket are seen.
+BucketLists bucket_lists(const std::array<uintptr_t, 4>& addresses, int64_t round, const std::array<int64_t, 5>& sizes,
+                         const std::optional<int64_t>& offset, bool others) {
+    const auto at = [&](size_t i) { return reinterpret_cast<const int32_t*>(addresses[i]); };
+    const py::gil_scoped_release release;
+    return BucketLists({at(0), at(1), at(2), at(3), round, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                        offset.has_value(), offset.value_or(0), others});
+}
+
+void write_lists(const BucketLists& lists, uintptr_t indptr, uintptr_t indices, uintptr_t ids, uintptr_t tiles) {
+    const auto write = [](const auto& from, uintptr_t to) {
+        if (!from.empty()) std::memcpy(reinterpret_cast<void*>(to), from.data(), from.size() * sizeof(from[0]));
+    };
+    write(lists.indptr, indptr), write(lists.indices, indices), write(lists.ids, ids), write(lists.tiles, tiles);
+}
+
 }  // namespace
 }  // namespace efficient_attn
 
@@ -251,6 +270,15 @@ PYBIND11_MODULE(_cpu, module) {
     module.def(
         "cached_forward", [](const std::string& words) { return cached(read_params(words, false)); },
         "A forward of the last queries as a function of its addresses, of the number of keys and of threads.");
+    module.def("sort_buckets", [](uintptr_t bucket, int64_t lines, int64_t count, uintptr_t order) {
+        const py::gil_scoped_release release;
+        sort_buckets(reinterpret_cast<const int32_t*>(bucket), lines, count, reinterpret_cast<int32_t*>(order));
+    });
+    py::class_<BucketLists>(module, "BucketLists", "The lists of a round of buckets; see csrc/cpu/buckets.h.")
+        .def(py::init(&bucket_lists))
+        .def_property_readonly("entries", &BucketLists::entries)
+        .def_property_readonly("tile_count", &BucketLists::tile_count)
+        .def("write", &write_lists);
     module.def("append_rows", &append_rows, "Writes new rows into a cache of keys or values.");
     module.def(
         "repeated_backward",

@@ -66,6 +66,13 @@ void launch_hopper_keys(const KernelParams& k, Kernel kernel, Launch& launch) {
 
 template <class G, class Launch>
 void launch_hopper_queries(const KernelParams& k, Launch& launch) {
+    constexpr auto kernel = [] {
+        if constexpr (G::kWide) {
+            return &sm90::attention_query_gradient_wide<G>;
+        } else {
+            return &sm90::attention_query_gradient<G>;
+        }
+    }();
     const AttentionParams& p = k.call;
     sm90::BackwardInputs in;
     in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
@@ -74,7 +81,7 @@ void launch_hopper_queries(const KernelParams& k, Launch& launch) {
     in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, sm90::kGroupRows);
     in.work = query_work(k, G::kRows, 1);
     const int64_t blocks = sm90::share_out(in.work, launch.multiprocessors(), k.counters ? k.counters + 1 : nullptr);
-    launch(&sm90::attention_query_gradient<G>, blocks, sm90::kBlockThreads, G::kSharedBytes, k, in);
+    launch(kernel, blocks, sm90::kBlockThreads, G::kSharedBytes, k, in);
 }
 
 // Keys, Queries: sm80's kernels, which do the suspicious tiles again.
@@ -93,7 +100,11 @@ void launch_hopper_backward(const KernelParams& k, Launch& launch) {
     using G = sm90::KeyGradient<T, kHead>;
     launch_hopper_keys<G>(k, &sm90::attention_key_gradient<G>, launch);
     launch_safe_keys<Keys>(k, launch);
-    launch_hopper_queries<sm90::QueryGradient<T, kHead>>(k, launch);
+    const bool wide = takes_wide_gradient_steps(k.call, kHead);
+    if constexpr (kHead < 256) {
+        if (wide) launch_hopper_queries<sm90::QueryGradient<T, kHead, true>>(k, launch);
+    }
+    if (!wide) launch_hopper_queries<sm90::QueryGradient<T, kHead>>(k, launch);
     launch_safe_queries<Queries>(k, launch);
 }
 

@@ -20,6 +20,13 @@ inline sm90::Work query_work(const KernelParams& k, int rows, int64_t heads_of_k
 
 template <class F, class Launch>
 void launch_hopper_forward(const KernelParams& k, Launch& launch) {
+    constexpr auto kernel = [] {
+        if constexpr (F::kWide) {
+            return &sm90::attention_forward_wide<F>;
+        } else {
+            return &sm90::attention_forward<F>;
+        }
+    }();
     const AttentionParams& p = k.call;
     sm90::ForwardInputs in;
     in.query = launch.tensor_map(p.query, p.B, p.Hq, p.Nq, p.D, sm90::kGroupRows);
@@ -27,7 +34,7 @@ void launch_hopper_forward(const KernelParams& k, Launch& launch) {
     in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, F::kKeys);
     in.work = query_work(k, F::kRows, k.group);
     const int64_t blocks = sm90::share_out(in.work, launch.multiprocessors(), k.counters);
-    launch(&sm90::attention_forward<F>, blocks, F::kThreads, F::kSharedBytes, k, in);
+    launch(kernel, blocks, F::kThreads, F::kSharedBytes, k, in);
 }
 
 template <class T, int kHead, bool kExtras, class Launch>
@@ -37,7 +44,11 @@ void launch_attention_forward(const KernelParams& k, Launch& launch) {
     const int64_t tiles = query_tiles(k.call, kForwardRows);
     const bool on_hopper = !kExtras && launch.capability() >= 90 && hopper_serves(k.call);
     if constexpr (!kExtras) {
-        if (on_hopper) launch_hopper_forward<sm90::Forward<T, kHead>>(k, launch);
+        const bool wide = takes_wide_steps(k.call, kHead);
+        if constexpr (kHead > 64) {
+            if (on_hopper && wide) launch_hopper_forward<sm90::Forward<T, kHead, true>>(k, launch);
+        }
+        if (on_hopper && !wide) launch_hopper_forward<sm90::Forward<T, kHead>>(k, launch);
     }
     if (!on_hopper) launch(&sm80::attention_forward<F>, tiles, F::kThreads, F::kSharedBytes, k);
     launch_safe<Safe>(k, tiles, &sm80::attention_forward_safe<Safe>, launch);

@@ -84,6 +84,29 @@ inline bool hopper_serves(const AttentionParams& p) {
            (!mask.indptr || (mask.block_q >= 64 && mask.block_k >= 64));
 }
 
+// Keys of a step of Hopper's forward where no list cuts them short: as many as registers and shared memory hold.
+constexpr int wide_step(int head) { return head == 256 ? 80 : 176; }
+
+// Whether the end cuts off at most a 32nd more of steps of `wide` keys than of `narrow` ones.
+inline bool pads_little(const AttentionParams& p, int64_t wide, int64_t narrow) {
+    const auto padded = [&](int64_t step) { return (p.Nk + step - 1) / step * step; };
+    return padded(wide) * 32 <= padded(narrow) * 33;
+}
+
+// Whether its steps are that wide. A causal mask or a window would cut too many of 176 off.
+inline bool takes_wide_steps(const AttentionParams& p, int head) {
+    if (head == 64 || p.mask.indptr) return false;
+    if (head == 128 && (p.mask.window_left >= 0 || p.mask.window_right >= 0)) return false;
+    return pads_little(p, wide_step(head), head == 256 ? 64 : 128);
+}
+
+// Whether those of Hopper's dQ have 128 keys instead of 64.
+inline bool takes_wide_gradient_steps(const AttentionParams& p, int head) {
+    if (head == 256) return false;
+    if (p.mask.indptr) return p.mask.block_k % 128 == 0;
+    return (p.mask.window_left < 0 || p.mask.window_right < 0) && pads_little(p, 128, 64);
+}
+
 inline bool hopper_serves_backward(const AttentionParams& p) {
     return hopper_serves(p) && copies_serve(p.grad_out, p.B, p.Hq, p.Nq) && key_tiles(p, kGradientRows) <= INT_MAX / 2;
 }

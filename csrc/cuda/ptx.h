@@ -378,6 +378,8 @@ EA_DEVICE void group_wait(Registers&... done) {
 #define EA_NAMES_80 EA_TEN_0 ", " EA_TEN(1) ", " EA_TEN(2) ", " EA_TEN(3)
 #define EA_NAMES_96 EA_NAMES_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define EA_NAMES_128 EA_NAMES_80 ", " EA_TEN(4) ", " EA_TEN(5) ", %60, %61, %62, %63"
+#define EA_NAMES_176 \
+    EA_NAMES_80 ", " EA_TEN(4) ", " EA_TEN(5) ", " EA_TEN(6) ", " EA_TEN(7) ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define EA_NAMES_256                                                                                                   \
     EA_NAMES_80 ", " EA_TEN(4) ", " EA_TEN(5) ", " EA_TEN(6) ", " EA_TEN(7) ", " EA_TEN(8) ", " EA_TEN(9) ", " EA_TEN( \
         10) ", " EA_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127"
@@ -388,6 +390,7 @@ EA_DEVICE void group_wait(Registers&... done) {
 #define EA_C_80 EA_C_64, EA_C(8), EA_C(9)
 #define EA_C_96 EA_C_64, EA_C4(8)
 #define EA_C_128 EA_C_96, EA_C4(12)
+#define EA_C_176 EA_C_128, EA_C4(16), EA_C(20), EA_C(21)
 #define EA_C_256 EA_C_128, EA_C4(16), EA_C4(20), EA_C4(24), EA_C4(28)
 
 // wgmma of kN = N columns; the operands behind the accumulators have the numbers that follow.
@@ -421,7 +424,7 @@ EA_DEVICE void group_wait(Registers&... done) {
     }
 
 template <int kN>
-constexpr bool kGroupWidth = kN == 32 || kN == 64 || kN == 80 || kN == 96 || kN == 128 || kN == 256;
+constexpr bool kGroupWidth = kN == 32 || kN == 64 || kN == 80 || kN == 96 || kN == 128 || kN == 176 || kN == 256;
 
 // wgmma.mma_async.m64nNk16: c = a b, or c += a b where `accumulate`. a: [64, 16] in shared memory, K-major, or
 // MN-major where kTransposeA. b: [16, kN], K-major in shared memory (as the rows of B^T), or MN-major where
@@ -434,6 +437,7 @@ EA_DEVICE void group_multiply(float (&c)[kN / 8][4], uint64_t a, uint64_t b, boo
     EA_SHARED(80, 40, 41, 42, 43, 44)
     EA_SHARED(96, 48, 49, 50, 51, 52)
     EA_SHARED(128, 64, 65, 66, 67, 68)
+    EA_SHARED(176, 88, 89, 90, 91, 92)
     EA_SHARED(256, 128, 129, 130, 131, 132)
 }
 

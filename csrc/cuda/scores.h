@@ -71,6 +71,22 @@ EA_DEVICE void hide(float (&s)[kM][kN][4], const KernelParams& p, const Step& st
     hide_lines(s, p, step, [&](int r) { return row + r * 8; }, lines, low, high, lane);
 }
 
+// The same where there is no list, so that a row sees one span of keys.
+template <int kN>
+EA_DEVICE void hide_outside(float (&s)[1][kN][4], const Step& step, int row, Span lines, int low, int high, int lane) {
+    EA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int i = row + half * 8, place = step.first + lane % 4 * 2;  // of column 0
+        const int begin = i + low - place, end = i < lines.end ? smaller(i + high + 1, step.end) - place : begin;
+        EA_UNROLL
+        for (int k = 0; k < 2 * kN; ++k) {
+            const int column = k / 2 * 8 + k % 2;
+            float& score = s[0][k / 2][half * 2 + k % 2];
+            score = column >= begin && column < end ? score : -infinity();
+        }
+    }
+}
+
 // The same for fragments whose rows are keys and whose columns are queries: a row of the bit tile is a column here.
 // Line j sees the steps j + low .. j + high; the fragments begin at line `row` - lane / 4, a multiple of 16.
 template <int kM, int kN>
@@ -159,8 +175,8 @@ EA_DEVICE uint32_t draw_kept(const KernelParams& p, int b, int h, int row, int c
 }
 
 // Whether bit (m kN + n) 4 + e is set.
-template <int kN>
-EA_DEVICE bool is_kept(uint32_t kept, int m, int n, int e) {
+template <int kN, class Bits>
+EA_DEVICE bool is_kept(Bits kept, int m, int n, int e) {
     return kept >> ((m * kN + n) * 4 + e) & 1;
 }
 
@@ -226,8 +242,8 @@ EA_DEVICE void each_flagged(const KernelParams& p, int64_t tiles, Function f) {
 }
 
 // Sets the weights of dropped pairs to 0.
-template <int kM, int kN>
-EA_DEVICE void drop(float (&s)[kM][kN][4], uint32_t kept) {
+template <int kM, int kN, class Bits>
+EA_DEVICE void drop(float (&s)[kM][kN][4], Bits kept) {
     each(s, [&](float& x, int m, int n, int e) { x = is_kept<kN>(kept, m, n, e) ? x : 0.0f; });
 }
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.cpu import selection
 from ..defaults import alignment_offset
 from ..functional import attention, attention_weights, attention_with_weights, merge_attention
 from ..inputs import prepare_inputs, resolve_seed, select_keys
@@ -101,6 +102,9 @@ def sorted_mask(found: Buckets, *, rounds: int, offset: int | None, others: bool
     """The mask of buckets, each round a part in the order of its buckets; arguments as `sorted_lists` has them."""
     parts = []
     for r in range(rounds):
+        if selection.serves(found):
+            parts.append(selection.sorted_part(found, r, offset=offset, others=others))
+            continue
         by_query, by_key = found.orders(r)
         lists = sorted_lists(found, r, by_query, by_key, offset=offset, others=others)
         parts.append(Part(lists, *(order.flatten(0, 1).int() for order in (by_query, by_key))))

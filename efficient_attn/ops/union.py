@@ -12,6 +12,7 @@ as a bias of finfo.min makes it, is computed by the mask without parts; the othe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -75,11 +76,39 @@ def union_forward(
             join(*own, *few)
             out.index_copy_(2, rows, own[0])
             lse.index_copy_(2, rows, own[1])
+    return mended(query, key, value, bias, parts, scale, dropout_p, dropout_seed, out, lse)
+
+
+def mended(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, parts: Parts, scale: float, dropout_p: float,
+    dropout_seed: Tensor | None, out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The joined results, with those of the mask without parts where lse is too coarse to join by."""
     coarse = _coarse_rows(lse, bias, parts)
-    if coarse is not None:
-        whole = forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
-        out, lse = torch.where(coarse[..., None], whole[0], out), torch.where(coarse, whole[1], lse)
-    return out, lse
+    if coarse is None:
+        return out, lse
+    forward = BACKENDS[parts.backend].attention.attention_forward
+    whole = forward(query, key, value, bias, parts.mask.arrays(), scale, dropout_p, dropout_seed)
+    return torch.where(coarse[..., None], whole[0], out), torch.where(coarse, whole[1], lse)
+
+
+def forward_of_pointers(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, parts: Parts, scale: float
+) -> Callable[[int, int, int, int, int, int, int], None] | None:
+    """The forward before it is mended, as `backends.cpu.attention.forward_of_pointers` has that of one mask."""
+    one = BACKENDS[parts.backend].attention.forward_of_pointers
+    runs: list[Any] = [
+        None if n and _few_rows(arrays, query) is not None else one(query, key, value, out, arrays, scale, joined=n > 0)
+        for n, arrays in enumerate(parts.arrays)
+    ]
+    if any(run is None for run in runs):
+        return None
+
+    def forward(*addresses: int) -> None:
+        for run in runs:
+            run(*addresses)
+
+    return forward
 
 
 def _few_rows(arrays: MaskArrays, query: Tensor) -> Tensor | None:

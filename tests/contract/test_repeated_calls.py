@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from efficient_attn import (
+    BigBird,
     BlockMask,
     InputError,
     MultiheadAttention,
@@ -18,6 +19,7 @@ from efficient_attn import (
     attention,
     repeated,
 )
+from efficient_attn.methods import parse
 from efficient_attn.patterns import PATTERNS, Pattern
 
 NQ, D = 7, 16
@@ -29,9 +31,9 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def table() -> Iterator[None]:
-    repeated._known.clear()
+    repeated._known.clear(), repeated._listed.clear()
     yield
-    repeated._known.clear()
+    repeated._known.clear(), repeated._listed.clear()
 
 
 def hits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -349,3 +351,38 @@ def test_the_short_way_of_the_gradient_is_the_operators(retain: bool) -> None:
     )
     assert torch.equal(short, long)
     assert all(torch.equal(a, b) for a, b in zip(grads(short), grads(long), strict=True))
+
+
+LISTED = (
+    "axial:size=16x32",
+    "strided:stride=32",
+    "dilated:left=16,right=16,dilation=4",
+    "neighborhood:kernel=5,size=16x32",
+    "bigbird:block=64",
+    "longformer:window=64,global_tokens=16",
+)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4], ids=["fine", "coarse"])  # beyond COARSE_LSE rows are mended
+@pytest.mark.parametrize("spec", LISTED)
+def test_lists_and_unions_are_found_with_the_same_bits(spec: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = hits(monkeypatch)
+    pattern: Any = parse(spec)
+    q, k, v = drawn(1, 4, 512, 8) * size, drawn(1, 2, 512, 8), drawn(1, 2, 512, 5)
+    first = attention(q, k, v, mask=pattern.pattern, return_lse=True)
+    attention(q, k, v, mask=pattern.pattern)
+    again = attention(q, k, v, mask=pattern.pattern, return_lse=True)
+    alone = attention(q, k, v, mask=pattern.pattern)
+    assert len(found) == (2 if spec.partition(":")[0] != "longformer" else 0)  # which names a few rows in a part
+    assert all(torch.equal(a, b) for a, b in zip((*first, first[0]), (*again, alone), strict=True))
+    other = attention(q.requires_grad_(), k, v, mask=pattern.pattern)
+    assert other.requires_grad and torch.equal(other, alone)
+
+
+def test_few_lists_are_kept() -> None:
+    q, k, v = drawn(1, 1, 64, 8), drawn(1, 1, 64, 8), drawn(1, 1, 64, 8)
+    for seed in range(repeated.LISTED_LIMIT + 3):
+        for _ in range(2):
+            attention(q, k, v, mask=BigBird(block=16, random_blocks=1, seed=seed))
+    kept = [entry for entry in repeated._known.values() if entry is not None and entry.arrays.indptr is not None]
+    assert len(kept) == repeated.LISTED_LIMIT

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support import rank_jobs as jobs
+from support import rank_calls, rank_errors
 from support.accuracy import Problem, assert_conforms
 from support.cases import CASES, MODIFIED, Case, draw
 from support.random_calls import KINDS, random_call
@@ -24,8 +24,8 @@ SAMPLE = [case for number, case in enumerate(LAID_OUT) if number % 2 == 0 or cas
 
 def conforms(ranks: Ranks, count: int, case: Case, dtype: torch.dtype, transport: str, layout: object) -> None:
     drawn = draw(case, dtype)
-    found = jobs.joined(ranks.run(jobs.run_case, case.name, dtype, transport, layout, ranks=count), drawn)
-    shape, seed = torch.Size((case.B, case.Hq, case.Nq, case.Nk)), torch.tensor(jobs.SEED)
+    found = rank_calls.joined(ranks.run(rank_calls.run_case, case.name, dtype, transport, layout, ranks=count), drawn)
+    shape, seed = torch.Size((case.B, case.Hq, case.Nq, case.Nk)), torch.tensor(rank_calls.SEED)
     kept = dropout_keep(shape, case.dropout_p, seed, torch.device("cpu")) if case.dropout_p else None
     scale = case.D**-0.5 if case.scale is None else case.scale
     problem = Problem(
@@ -38,8 +38,8 @@ def conforms(ranks: Ranks, count: int, case: Case, dtype: torch.dtype, transport
 
 def equals_one_process(ranks: Ranks, seed: int, count: int, kind: str | None = None) -> None:
     call = random_call(seed, count, kind)
-    one = jobs.whole_call(call)
-    many = jobs.joined_call(ranks.run(jobs.run_call, call, ranks=count), call)
+    one = rank_calls.whole_call(call)
+    many = rank_calls.joined_call(ranks.run(rank_calls.run_call, call, ranks=count), call)
     assert one.keys() == many.keys()
     for name, x in one.items():
         y = many[name]
@@ -95,7 +95,7 @@ def test_300_random_calls_through_1_2_3_4_and_8_ranks_equal_one_process():
 
 @pytest.mark.parametrize("transport", ["gather", "ring", "all_to_all"])
 def test_the_same_bits_each_time(pair, transport):
-    for first, second in pair.run(jobs.repeated, transport):
+    for first, second in pair.run(rank_calls.repeated, transport):
         assert first == second
 
 
@@ -124,12 +124,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_all_ranks_refuse_before_anything_travels(pair, name):
-    for answer in pair.run(jobs.refused, name):
+    for answer in pair.run(rank_errors.refused, name):
         assert answer.startswith(REFUSED[name]) and not answer.endswith("}"), answer
 
 
 def test_a_rank_that_refuses_tells_the_others(pair):
-    first, second = pair.run(jobs.refused, "one rank")
+    first, second = pair.run(rank_errors.refused, "one rank")
     assert first.startswith("CommunicationError: rank 1 refused this call") and second.startswith("InputError: head")
 
 
@@ -141,8 +141,8 @@ def test_wrong_groups_and_options_are_refused():
 
 
 def test_window_of_512_over_two_ranks_sends_512_keys(pair):
-    sent = pair.run(jobs.sent_by_window, 8192, "auto")
-    everything = pair.run(jobs.sent_by_window, 8192, "ring")
+    sent = pair.run(rank_calls.sent_by_window, 8192, "auto")
+    everything = pair.run(rank_calls.sent_by_window, 8192, "ring")
     assert sent == [512 * 2 * 16 * 4, 0] and everything == [4096 * 2 * 16 * 4] * 2
 
 
@@ -151,7 +151,7 @@ def test_bytes_of_a_window_of_512_at_64k_over_8_ranks():
     mask, shards = SlidingWindow(left=512, right=0).block_mask(65536, 65536), Shards.contiguous(65536, 8)
     least = make_plan(mask, shards, shards).least_sent(Shape(1, 1, 1, 16, 16, 4))
     with started(8) as ranks:
-        sent = {way: sum(ranks.run(jobs.sent_by_window, 65536, way)) for way in ("gather", "ring")}
+        sent = {way: sum(ranks.run(rank_calls.sent_by_window, 65536, way)) for way in ("gather", "ring")}
     print(f"minimum {least:,}, gather {sent['gather']:,}, ring {sent['ring']:,} bytes")
     assert least <= sent["gather"] <= 1.1 * least and sent["ring"] > 50 * least
 
@@ -161,17 +161,17 @@ def test_bytes_of_a_window_of_512_at_64k_over_8_ranks():
 def test_memory_falls_with_the_number_of_ranks(transport):
     length, mask, found = 32768, SlidingWindow(left=64, right=0), {}
     with started(1) as ranks:
-        [found[1]] = ranks.run(jobs.peak_memory, length, "", mask)
+        [found[1]] = ranks.run(rank_calls.peak_memory, length, "", mask)
     for count in (2, 4):
         with started(count) as ranks:
-            found[count] = max(ranks.run(jobs.peak_memory, length, transport, mask))
+            found[count] = max(ranks.run(rank_calls.peak_memory, length, transport, mask))
     print(transport, {count: f"{size / 2**20:.0f} MiB" for count, size in found.items()})
     # Beside its part of the tensors, a rank has the keys of one of eight heads on their way.
     assert found[2] < 1.15 * found[1] / 2 and found[4] < 1.15 * found[1] / 4
 
 
 def test_wrong_meshes_are_refused_by_each_rank_alone(pair):
-    for answers in pair.run(jobs.wrong_meshes):
+    for answers in pair.run(rank_errors.wrong_meshes):
         starts = ("InputError: context_parallel takes a mesh of one dimension, got 2", "InputTypeError: mesh must be a",
                   "InputTypeError: mesh must be a|InputError: rank", "InputError: timeout must be positive",
                   "InputError: shards must be", "InputError: shards of 3 ranks in a group of 2")  # fmt: skip
@@ -183,23 +183,23 @@ def test_wrong_meshes_are_refused_by_each_rank_alone(pair):
 
 
 def test_a_context_leaves_nothing_behind(pair):
-    for found in pair.run(jobs.left_open):
+    for found in pair.run(rank_errors.left_open):
         assert "cannot stand inside context_parallel" in found[0] and found[1:] == [True, True, True]
 
 
 def test_one_rank_is_attention_as_it_is(pair):
-    pair.run(jobs.one_rank, ranks=1)
+    pair.run(rank_calls.one_rank, ranks=1)
 
 
 def test_few_tokens_autocast_and_no_gradients(pair):
-    pair.run(jobs.short_and_cast)
+    pair.run(rank_calls.short_and_cast)
 
 
 @pytest.mark.parametrize("transport", ["gather", "ring", "all_to_all"])
 def test_gradients_are_those_of_differences(pair, transport):
-    pair.run(jobs.gradients_of_differences, transport)
+    pair.run(rank_calls.gradients_of_differences, transport)
 
 
 def test_what_a_rank_raises_is_seen(pair):
     with pytest.raises(RankError, match="nothing here"):
-        pair.run(jobs.refused_by_python)
+        pair.run(rank_errors.refused_by_python)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import rank_jobs as jobs
+from support import rank_models
 
 from efficient_attn.distributed import Link
 from efficient_attn.errors import InputError, UnsupportedError
@@ -22,7 +22,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 def test_the_page_runs_in_two_processes(pair):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 3
-    pair.run(jobs.run_page, "\n".join(blocks))
+    pair.run(rank_models.run_page, "\n".join(blocks))
 
 
 def predicted() -> tuple[str, str]:

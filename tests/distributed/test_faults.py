@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import rank_jobs as jobs
+from support import rank_errors
 
 from efficient_attn.errors import CommunicationError
 from efficient_attn.measuring.ranks import started
@@ -47,9 +47,9 @@ def test_a_rank_that_ends_or_hangs_ends_the_others_in_time():
 
 def test_a_question_to_ranks_ends_when_one_of_them_does():
     with started(2) as ranks, pytest.raises(CommunicationError, match=r"rank [01] of 2 was ended by SIGKILL"):
-        ranks.run(jobs.fault, "is killed", "alone", "gather", 1.0)
+        ranks.run(rank_errors.fault, "is killed", "alone", "gather", 1.0)
     with started(1) as ranks, pytest.raises(CommunicationError, match="rank 0 of 1 gave no answer within 1 s"):
-        ranks.run(jobs.hang, limit=1.0)
+        ranks.run(rank_errors.hang, limit=1.0)
 
 
 def test_a_process_that_never_comes_is_named(tmp_path):

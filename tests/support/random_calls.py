@@ -11,7 +11,7 @@ import torch
 from efficient_attn import BlockMask, Longformer, SlidingWindow
 from efficient_attn.distributed import Shards
 from efficient_attn.methods import parse
-from support.rank_jobs import Call
+from support.rank_calls import Call
 
 KINDS = ("none", "causal", "window", "bits", "blocks", "documents", "lengths", "pattern", "low_rank")
 LOW_RANK = ("linear", "performer:features=16", "performer:features=16,feature=relu", "linformer:rank=8,max_len=400",

@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 
 from efficient_attn.measuring.ranks import Ranks
-from support import rank_jobs
+from support import rank_errors
 from support.awake import Awake
 
 HOW = ("exits", "is killed", "raises", "hangs")
@@ -22,13 +22,13 @@ WHERE = (("agreement", "gather"), *itertools.product(("keys", "backward"), ("gat
 def main(limit: float) -> None:
     """All of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([rank_jobs.__name__])
+    context.set_forkserver_preload([rank_errors.__name__])
     clock = Awake()
     cases = [(how, *where) for how in HOW for where in WHERE]
     pairs = [Ranks(2, context=context) for _ in cases]
     try:
         for pair, case in zip(pairs, cases, strict=True):
-            pair.tell(rank_jobs.fault, *case, limit, ranks=2)
+            pair.tell(rank_errors.fault, *case, limit, ranks=2)
         for pair, (how, when, transport) in zip(pairs, cases, strict=True):
             found, error = pair.answer(0, 600)
             began = clock.seconds

@@ -95,11 +95,13 @@ EA_DEVICE void add_step(float (&dk)[1][G::kHead / 8][4], float (&dv)[1][G::kHead
     named_sync(kMeetingOfBoth, kConsumers * kGroup);  // and the tile of the step before is free
     float dq[kPanel / 8][4];
     group_fence(gradients, dk[0], dq);
-    group_multiply_rows<typename G::T, G::kHead, G::kQueries>(dk[0], gradients, slot.of(G::kQuerySlots, G::kTileBytes));
     multiply_by_keys<G>(dq, tile);
     group_commit();
-    group_wait<0>(dk[0], dv[0], dq, weights, gradients);
-    add_to_sums<G>(dq, p, b, slot);
+    group_multiply_rows<typename G::T, G::kHead, G::kQueries>(dk[0], gradients, slot.of(G::kQuerySlots, G::kTileBytes));
+    group_commit();
+    group_wait<1>(dq, dv[0], weights);
+    add_to_sums<G>(dq, p, b, slot);  // while dK is multiplied
+    group_wait<0>(dk[0], gradients);
 }
 
 // Grid: any; p.flags as for attention_key_gradient. p.query_sums: zeros before.

@@ -148,7 +148,7 @@ EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) 
 }
 
 template <class G>
-EA_DEVICE uint32_t visible_to_keys(const KernelParams& p, const Step& step, Span alive, int lane) {
+EA_DEVICE Bits<G::kN> visible_to_keys(const KernelParams& p, const Step& step, Span alive, int lane) {
     return visible_bits<G::kN>([&](float (&s)[1][G::kN][4]) {
         hide_transposed(s, p, step, alive.begin + group_warp_row() + lane / 4, alive, -p.high, -p.low, lane);
     });
@@ -156,7 +156,7 @@ EA_DEVICE uint32_t visible_to_keys(const KernelParams& p, const Step& step, Span
 
 // Scores become weights: of hidden pairs 0.
 template <class G>
-EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, uint32_t visible, uint32_t shifts, int lane) {
+EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, Bits<G::kN> visible, uint32_t shifts, int lane) {
     EA_UNROLL
     for (int n = 0; n < G::kN; ++n) {
         const Words2 words = load_shared_64(shifts + n * 32 + lane % 4 * 8);
@@ -165,7 +165,7 @@ EA_DEVICE void weigh(float (&s)[1][G::kN][4], const KernelParams& p, uint32_t vi
         for (int e = 0; e < 4; ++e)
             s[0][n][e] = power_of_2(multiply_add_scalar(s[0][n][e], p.score_scale, -shift[e % 2]));
     }
-    if (visible != kEveryPair) drop(s, visible);
+    if (visible != kEveryPair<G::kN>) drop(s, visible);
 }
 
 // dP becomes dS.
@@ -200,7 +200,7 @@ EA_DEVICE void find_gradients(uint32_t (&weights)[G::kN / 2][4], uint32_t (&grad
     const uint32_t queries = slot.of(G::kQuerySlots, G::kTileBytes),
                    grad_out = slot.of(G::kGradOutSlots, G::kTileBytes);
     const uint32_t shifts = slot.of(G::kSums, 2 * G::kSumBytes), deltas = shifts + G::kSumBytes;
-    const uint32_t visible = full ? kEveryPair : visible_to_keys<G>(p, step, alive, lane);
+    const Bits<G::kN> visible = full ? kEveryPair<G::kN> : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4], dp[1][G::kN][4];
     group_fence(s[0], dp[0]);
     group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::kKey + G::own(), queries);
@@ -239,7 +239,7 @@ EA_DEVICE void add_values(float (&dv)[1][G::kHead / 8][4], const KernelParams& p
                           bool full, const Slot<G::kStages>& slot, int parity) {
     using T = typename G::T;
     const int lane = thread_index() % kWarp;
-    const uint32_t visible = full ? kEveryPair : visible_to_keys<G>(p, step, alive, lane);
+    const Bits<G::kN> visible = full ? kEveryPair<G::kN> : visible_to_keys<G>(p, step, alive, lane);
     float s[1][G::kN][4];
     group_fence(s[0]);
     group_multiply_transposed<T, G::kHead, G::kQueries>(s[0], G::kKey, slot.of(G::kQuerySlots, G::kTileBytes));

@@ -80,18 +80,22 @@ EA_DEVICE void group_multiply_rows(float (&c)[kHead / 8][4], const uint32_t (&a)
         group_multiply<T, kHead, true>(c, a[k], matrix_further(matrix, k * (16 * 128)), true);
 }
 
-constexpr uint32_t kEveryPair = 0xFFFFFFFFu;
+// A bit for each of a thread's elements of kN times eight columns.
+template <int kN>
+using Bits = std::conditional_t<(kN > 8), uint64_t, uint32_t>;
+template <int kN>
+constexpr Bits<kN> kEveryPair = ~Bits<kN>{0};
 
 // Which pairs `hide` lets be seen, a bit each as is_kept reads them: known before there are scores, whose registers are
 // free until then.
 template <int kN, class Hide>
-EA_DEVICE uint32_t visible_bits(Hide hide) {
-    static_assert(kN * 4 <= 32, "one bit an element");
+EA_DEVICE Bits<kN> visible_bits(Hide hide) {
+    static_assert(kN <= 16, "one bit an element");
     float s[1][kN][4];
     clear(s);
     hide(s);
-    uint32_t visible = 0;
-    each(s, [&](float x, int, int n, int e) { visible |= static_cast<uint32_t>(x == 0.0f) << (n * 4 + e); });
+    Bits<kN> visible = 0;
+    each(s, [&](float x, int, int n, int e) { visible |= static_cast<Bits<kN>>(x == 0.0f) << (n * 4 + e); });
     return visible;
 }
 

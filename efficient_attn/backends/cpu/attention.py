@@ -186,17 +186,23 @@ def forward_of_pointers(
     mask: MaskArrays,
     scale: float,
     weights: Tensor | None = None,
+    joined: bool = False,
 ) -> Callable[[int, int, int, int, int, int, int], None] | None:
-    """The forward of tensors like these (of which sizes and strides are meant), without bias, lists and dropout, as a
-    function of the addresses of query, key, value, out, lse (0: not wanted; else contiguous) and weights (0 without),
-    and of the number of threads.
+    """The forward of tensors like these (of which sizes and strides are meant), without bias and dropout, as a function
+    of the addresses of query, key, value, out, lse (0: not wanted; else contiguous) and weights (0 without), and of the
+    number of threads. It reads the tensors of `mask`, which whoever calls it keeps alive. joined: as in
+    `attention_forward`, with what these addresses hold.
 
     None where a call is more than the kernel: copies of the operands, or results without a kernel.
     """
-    if not _read_in_place(query, key, value):
+    if not _read_in_place(query, key, value) or _runs(mask, None, 0.0) is not None:
+        return None
+    if leaves_rows(mask.query_order, query) and not joined:
+        return None
+    if not all(t.is_contiguous() for t in mask if isinstance(t, Tensor)):
         return None
     lse = torch.empty(query.shape[:3], dtype=accumulation_dtype(query.dtype), device="meta")
-    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, weights)
+    _, words = pack_attention(query, key, value, None, out, lse, mask, scale, 0.0, None, weights, continues=joined)
     run: Callable[[int, int, int, int, int, int, int], None] = _cpu.repeated_forward(words)
     return run
 

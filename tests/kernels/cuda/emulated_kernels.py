@@ -159,6 +159,30 @@ def test_hopper_walks_blocks_that_are_no_tiles(hopper: None, block_size: tuple[i
     close_to_the_reference(tensors, draw(1, 2, 300, 40, seed=3), mask=listed(block_size, 300, 420))
 
 
+# D, keys, mask -> products of the forward: 2 consumers, steps, those of the scores and of the values
+WIDE_STEPS = {
+    (128, 350, "dense"): 2 * 2 * (8 + 11), (128, 350, "lengths"): 2 * 2 * (8 + 11), (104, 176, "dense"): 2 * (8 + 11),
+    (128, 350, "causal"): 2 * 3 * (8 + 8), (128, 130, "dense"): 2 * (8 + 11), (128, 120, "dense"): 2 * (8 + 8),
+    (256, 150, "dense"): 2 * 2 * (16 + 5), (256, 230, "causal"): 2 * 3 * (16 + 5),
+    (200, 310, "window"): 2 * 4 * (16 + 5), (256, 190, "list"): 2 * 2 * 3 * (16 + 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("D", "keys", "mask"), WIDE_STEPS)
+def test_hopper_takes_wide_steps_where_nothing_cuts_them_short(hopper: None, D: int, keys: int, mask: str) -> None:
+    q, k, v = draw(1, 1, 100, D), draw(1, 1, keys, D, seed=1), draw(1, 1, keys, D, seed=2)
+    arguments: dict[str, Any] = {
+        "causal": {"is_causal": True, "causal_alignment": "bottom_right"},
+        "lengths": {"mask": BlockMask.from_lengths(torch.tensor([keys - 7]), q_len=100, kv_len=keys)},
+        "window": {"mask": SlidingWindow(left=220, right=9, alignment="bottom_right").block_mask(100, keys)},
+        "list": {"mask": BlockMask.from_dense(torch.ones(100, keys, dtype=torch.bool), block_size=(64, 64))},
+    }.get(mask, {})
+    ours = attention(q, k, v, backend="cuda", **arguments)
+    assert multiplies() == WIDE_STEPS[D, keys, mask]
+    expected = attention(q, k, v, backend="reference", **arguments)
+    torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+
+
 def test_hopper_keeps_a_hidden_nan_away(hopper: None) -> None:
     q, k, v = (draw(2, 1, 200, 64, seed=s) for s in range(3))
     cases = {

@@ -121,7 +121,7 @@ def run_fault(name: str, folder: Path) -> tuple[int, str]:
         file, right, wrong = FAULTS[name]
         text = (sources / "cuda" / file).read_text()
         (sources / "cuda" / file).write_text(text.replace(right, wrong))
-        hopper = file.startswith("sm90")
+        hopper |= file.startswith("sm90")
     head = SOUND.get(name) or HEADS.get(name, 64)
     module = build_emulator.build(folder / "built", sources, small=head)
     environment = emulator_environment(module, 90 if hopper else 80)
@@ -186,6 +186,8 @@ def test_the_table_holds_every_kernel() -> None:
         (f"sm90::attention_{part}", head_dim, False)
         for part in ("forward", "key_gradient", "query_gradient") for head_dim in (64, 128, 256)
     } | {("sm90::attention_backward", 128, False), ("sm90::attention_round_queries", 0, False)}  # fmt: skip
+    hopper |= {("sm90::attention_forward_wide", head_dim, False) for head_dim in (128, 256)}
+    hopper |= {("sm90::attention_query_gradient_wide", head_dim, False) for head_dim in (64, 128)}
     shapes |= {(f"attention_decode_{rows}", head_dim, False) for rows in (16, 64) for head_dim in (64, 128, 256)}
     shapes |= {("attention_delta", 0, False), ("attention_decode_join", 0, False)}
     linear = {

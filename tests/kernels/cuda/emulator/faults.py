@@ -144,7 +144,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "no wait for the values": (HOPPER, "barrier_wait(values.of(F::kValueFull, 8), values.parity);\n        start_sums",
                                "start_sums"),
-    "no wait for the queries": (HOPPER, "        barrier_wait(F::kQueryFull, query_parity);\n", ""),
+    "no wait for the queries": (HOPPER, "        barrier_wait(F::kQueryFull + index * 8, query_parity);\n", ""),
     "no bytes are expected": (HOPPER, "barrier_arrive_expect(key_full, F::kTileBytes)", "barrier_arrive(key_full)"),
     "half the bytes are expected": (HOPPER, "barrier_arrive_expect(value_full, F::kTileBytes)",
                                     "barrier_arrive_expect(value_full, F::kTileBytes / 2)"),
@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER, "            barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);\n", "",
     ),
     "the queries are loaded over the ones before": (
-        HOPPER, "    barrier_wait(F::kQueryEmpty, parity ^ 1);\n", "",
+        HOPPER, "        barrier_wait(F::kQueryEmpty + consumer * 8, parity ^ 1);\n", "",
     ),
     "a slot is released before its keys are read": (
         HOPPER, "    group_wait<0>(s[0]);\n    release(keys.of(F::kKeyEmpty, 8), c.lane);\n",
@@ -160,8 +160,15 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a slot is released before its values are read": (HOPPER, SUMS + RELEASE, RELEASE + SUMS),
     "the queries are released before the output has passed": (
-        HOPPER, "        store_output(f, p, at, tile, c);\n        release(F::kQueryEmpty, lane);\n",
-        "        release(F::kQueryEmpty, lane);\n        store_output(f, p, at, tile, c);\n",
+        HOPPER, "        if (F::kOutputApart) release(", "        release(",
+    ),
+    "the output passes through the queries that are released": (HOPPER, "F::kOutputApart ? F::kOutput", "0 ? 0u"),
+    "both consumers wait for the first one's queries": (
+        HOPPER, "barrier_wait(F::kQueryFull + index * 8", "barrier_wait(F::kQueryFull",
+    ),
+    "a step is taken for a whole one at its end": (HOPPER, "step.end == step.first + F::kKeys && ", ""),
+    "a wide step on Hopper sees a key too many": (
+        "scores.h", "smaller(i + high + 1, step.end) - place", "i + high + 1 - place",
     ),
     "every lane releases": (GROUPS, "    if (lane == 0) barrier_arrive(barrier);", "    barrier_arrive(barrier);"),
     "no group_wait for the scores": (HOPPER, "    group_wait<0>(s[0]);\n", ""),
@@ -175,7 +182,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER, "        // Waiting for the next keys",
         "        pack_a<typename F::T>(f.weights, s[0]);\n        // Waiting for the next keys",
     ),
-    "no proxy fence behind the output": (HOPPER, "    async_proxy_fence();  // Q of", "    // Q of"),
+    "no proxy fence behind the output": (HOPPER, "    if (!F::kOutputApart) async_proxy_fence();", ""),
     "barriers that copies may not see": (HOPPER, "            barrier_init_fence();\n", ""),
     "a descriptor with another stride": (HOPPER, "kTileBytes), 0, kPattern)", "kTileBytes), 0, kPattern / 2)"),
     "a descriptor that goes on by rows": (HOPPER, "k * 2 * kPattern)", "k * kPattern)"),
@@ -188,7 +195,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         HOPPER, "index == 0) named_sync(turn_of(0), F::kConsumers * kGroup);  // the last turn given\n",
         "index == 0) ;\n",
     ),
-    "more registers than there are": (HOPPER, "kConsumerRegisters = 232", "kConsumerRegisters = 240"),
+    "more registers than there are": (HOPPER, "kHead == 64 ? 224 : 232", "240"),
     "the same values twice": (HOPPER, "        values.advance();\n        if (warp_any", "        if (warp_any"),
     "the output is not faded": (HOPPER, "x *= fade[m][e / 2];", "x *= 1.0f;"),
     "Hopper's flags are not written": (HOPPER, "static_cast<uint16_t>(suspect)", "uint16_t{0}"),
@@ -277,5 +284,8 @@ HEADS = {
     "weights are read before they are there": 256,
     "weights are written over those in use": 256,
     "dK passes through keys that the other consumer reads": 128,
+    "the queries are released before the output has passed": 128,
+    "no proxy fence behind the output": 128,
+    "a wide step on Hopper sees a key too many": 128,
     **{name: 128 for name, (file, _, _) in FAULTS.items() if file == ONE_PASS},
 }

@@ -239,6 +239,10 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "a slot of K is released while it is multiplied": (
         HOPPER_QUERIES, "    group_wait<0>(dq[0], gradients);\n", "    group_wait<1>(dq[0], gradients);\n",
     ),
+    "dQ: weights are found before the scores are there": (
+        HOPPER_QUERIES, "    group_wait<1>(s[0]);\n", "    group_wait<2>(s[0]);\n",
+    ),
+    "dQ: dS is found before dP is there": (HOPPER_QUERIES, "    group_wait<0>(dp[0]);  // the", "    // the"),
     "both consumers read the first one's keys": (
         HOPPER_KEYS, "return kShared ? 0 : consumer_index() * kOwnBytes;", "return 0;",
     ),
@@ -273,6 +277,9 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         ONE_PASS,
         "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
         "    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
+    ),
+    "a part of dQ is added before it is there": (
+        ONE_PASS, "group_wait<1>(dq, dv[0], weights);", "group_wait<2>(dq, dv[0], weights);",
     ),
     "the sums are not waited for": (ONE_PASS, "            if (thread_index() % kGroup == 0) bulk_wait();\n", ""),
     "the sums of the other half": (ONE_PASS, "consumer_index(), step.first)", "1 - consumer_index(), step.first)"),

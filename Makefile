@@ -18,7 +18,7 @@ NATIVE := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/kernels/*.cpp'
 .DELETE_ON_ERROR:
 .PHONY: help setup cuda test test-slow first-hour test-triton test-timm test-cuda-emulator fuzz fuzz-native mutants \
 	test-ranks sanitize test-arm64 test-upstream test-versions wheels docs lint format bench bench-all bench-cpu bench-calls \
-	cuda-carry gpu-check gpu-sanitize triton-table cuda-table gpu-model readme clean fields budget statistics certify works-with \
+	cuda-carry gpu-check gpu-sanitize triton-table triton-registers cuda-table gpu-model readme clean fields budget statistics certify works-with \
 	sweep-transformers
 
 help: ## this list
@@ -148,6 +148,9 @@ gpu-sanitize: ## compute-sanitizer's four tools over the CUDA kernels (needs a G
 # Both tables go to benchmarks/results/{triton,cuda}/compile.jsonl.
 triton-table: $(STAMP) ## registers, spills and shared memory of every Triton kernel, for sm_80 and sm_90
 	$(BIN)/python -m efficient_attn.benchmarks.tools.triton_table $(ARGS)
+
+triton-registers: $(STAMP) ## registers and spills under every version of Triton that is tested, into docs/gpu.md (an hour)
+	$(BIN)/python tests/versions/registers.py $(ARGS)
 
 cuda-table: $(STAMP) ## the same of every CUDA kernel (needs nvcc)
 	$(BIN)/python -m efficient_attn.benchmarks.tools.cuda_table $(ARGS)

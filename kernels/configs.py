@@ -7,6 +7,8 @@ the machine at hand and keeps the winner in a private directory (efficient_attn/
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import NamedTuple
 
 HEAD_DIMS = (64, 128, 256)  # the tables' steps: a head dimension takes the row of the least that holds it
@@ -44,21 +46,21 @@ TABLE: dict[str, dict[int, dict[bool, dict[int, Config]]]] = {
     "key_gradient": {
         80: {
             True: {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 32, 8, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 2), 256: Config(16, 16, 8, 2)},
         },
         90: {
             True: {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 32, 8, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 2)},
         },
     },
     "query_gradient": {
         80: {
             True: {64: Config(64, 64, 8, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 2)},
         },
         90: {
             True: {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 64, 4, 1)},
-            False: {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+            False: {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 2)},
         },
     },
     "bias_gradient": {
@@ -99,6 +101,9 @@ VARIANTS: dict[tuple[str, int, bool, int], tuple[Config | None, Config | None]] 
     ("query_gradient", 90, True, 256): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("query_gradient", 80, True, 64): (None, Config(64, 32, 4, 2)),
     ("key_gradient", 80, True, 128): (None, Config(16, 64, 8, 1)),
+    ("forward", 90, False, 128): (Config(32, 32, 8, 1), None),
+    ("key_gradient", 90, False, 128): (Config(16, 16, 8, 2), None),
+    ("query_gradient", 90, False, 128): (Config(16, 16, 8, 2), None),
 }
 # Tokens in an order, whose rows have an address each: those that fit where neither of these does.
 ORDERED: dict[tuple[str, int, bool, int], Config] = {
@@ -111,18 +116,76 @@ ORDERED: dict[tuple[str, int, bool, int], Config] = {
 }
 
 
-# capability -> half precision? -> largest of features and Dv -> rows of a chunk, columns of a program, warps; see
-# linear_attention.py
-LINEAR: dict[int, dict[bool, dict[int, tuple[int, int, int]]]] = {
-    80: {
-        True: {64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 8)},
-        False: {64: (16, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
+# Where the compiler of a version of Triton needs more registers than the tables above allow for: version -> kernel,
+# capability, half precision?, padded size, "plain", "listed", "extras" or "ordered" (see `default_config`) -> what
+# serves in their place. A version that is not here takes the rows of the one before it.
+BY_VERSION: dict[str, dict[tuple[str, int, bool, int, str], Config]] = {
+    "3.6": {
+        ("forward", 90, True, 128, "plain"): Config(128, 64, 8, 3),
+        ("forward", 80, True, 128, "extras"): Config(64, 64, 8, 1),
+        ("forward", 80, True, 128, "ordered"): Config(64, 64, 8, 1),
+        ("forward", 80, False, 256, "listed"): Config(16, 32, 8, 1),
+        ("forward", 90, False, 256, "listed"): Config(16, 32, 8, 1),
+        ("forward", 90, False, 256, "ordered"): Config(16, 32, 8, 1),
+        ("query_gradient", 80, True, 256, "extras"): Config(32, 32, 8, 1),
+        ("query_gradient", 80, False, 128, "ordered"): Config(16, 32, 8, 2),
+        ("bias_gradient", 80, False, 128, "extras"): Config(32, 16, 8, 1),
+        ("bias_gradient", 90, False, 64, "extras"): Config(32, 16, 8, 1),
+        ("statistics", 80, True, 128, "extras"): Config(32, 32, 8, 1),
     },
-    90: {
-        True: {64: (64, 64, 8), 128: (64, 32, 8), 256: (16, 32, 8)},
-        False: {64: (16, 16, 4), 128: (16, 16, 8), 256: (16, 16, 8)},
+    "3.7": {("forward", 90, True, 128, "plain"): Config(128, 64, 8, 3)},
+    "3.9": {
+        ("forward", 90, False, 64, "ordered"): Config(64, 32, 8, 1),
+        ("forward", 90, False, 128, "extras"): Config(32, 32, 8, 1),
+        ("key_gradient", 80, False, 128, "ordered"): Config(16, 16, 8, 1),
+        ("key_gradient", 90, True, 128, "extras"): Config(32, 32, 8, 2),
+        ("key_gradient", 90, True, 256, "extras"): Config(16, 16, 8, 1),
+        ("query_gradient", 90, True, 128, "extras"): Config(64, 32, 8, 2),
+        ("query_gradient", 90, True, 256, "plain"): Config(32, 32, 8, 1),
+        ("query_gradient", 90, True, 256, "ordered"): Config(32, 16, 4, 1),
+        ("statistics", 80, True, 128, "plain"): Config(16, 64, 8, 1),
+        ("statistics", 80, True, 128, "extras"): Config(32, 32, 4, 1),
+        ("statistics", 80, True, 256, "extras"): Config(16, 32, 4, 1),
     },
 }
+
+
+class LinearConfig(NamedTuple):
+    """Rows of a chunk, columns of a program, its warps, and chunks in flight: with two, the rows of the next chunk are
+    copied to shared memory (cp.async) while this one is multiplied."""
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# capability -> half precision? -> largest of features and Dv -> configuration; see linear_attention.py
+LINEAR: dict[int, dict[bool, dict[int, LinearConfig]]] = {
+    80: {
+        True: {64: LinearConfig(32, 16, 4, 2), 128: LinearConfig(16, 32, 8, 2), 256: LinearConfig(16, 16, 8, 2)},
+        False: {64: LinearConfig(16, 16, 8, 2), 128: LinearConfig(16, 16, 8, 2), 256: LinearConfig(16, 16, 8, 1)},
+    },
+    90: {
+        True: {64: LinearConfig(32, 64, 4, 2), 128: LinearConfig(16, 32, 4, 2), 256: LinearConfig(16, 32, 8, 2)},
+        False: {64: LinearConfig(16, 16, 8, 2), 128: LinearConfig(16, 16, 8, 2), 256: LinearConfig(16, 16, 8, 1)},
+    },
+}
+
+
+def of_version(version: str) -> dict[tuple[str, int, bool, int, str], Config]:
+    """The rows of `BY_VERSION` that serve a version of Triton, such as 3.9.0."""
+    numbers = lambda text: tuple(map(int, re.findall(r"\d+", text)[:2]))  # noqa: E731
+    known = [name for name in BY_VERSION if numbers(name) <= numbers(version)]
+    return BY_VERSION[max(known or list(BY_VERSION)[:1], key=numbers)]
+
+
+@cache
+def version_rows() -> dict[tuple[str, int, bool, int, str], Config]:
+    """The rows of the version that is installed."""
+    import triton
+
+    return of_version(triton.__version__)
 
 
 def step(size: int) -> int:
@@ -135,10 +198,10 @@ def tabled(capability: int) -> int:
     return 90 if capability >= 90 else 80
 
 
-def linear_config(features: int, half: bool, capability: int) -> tuple[int, int, int]:
-    """Rows of a chunk, columns of a program and its warps, for linear attention."""
+def linear_config(features: int, half: bool, capability: int) -> LinearConfig:
+    """The table's configuration of linear attention; `capability` as in `default_config`."""
     if capability == 0:
-        return (64, 64, 4)
+        return LinearConfig(64, 64, 4, 1)
     return LINEAR[tabled(capability)][half][step(features)]
 
 
@@ -167,8 +230,10 @@ def default_config(
     capability, size = tabled(capability), step(head_dim)
     with_list, with_extras = VARIANTS.get((kernel, capability, half, size), (None, None))
     in_order = ORDERED.get((kernel, capability, half, size)) if ordered else None
+    kind = "ordered" if ordered else "extras" if extras else "listed" if listed else "plain"
     chosen = (
-        in_order
+        version_rows().get((kernel, capability, half, size, kind))
+        or in_order
         or ((extras or ordered) and with_extras)
         or (listed and with_list)
         or TABLE[kernel][capability][half][size]

@@ -277,13 +277,18 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{machine.GHZ} GHz if the slowest unit alone\ncounts, if nothing overlaps, and if "
         f"{machine.UNHIDDEN:.0%} of what could overlap does not."
     )
+    told = (
+        "Of a call: whole rounds of all multiprocessors, and of a causal mask the visible half of the tiles on the\n"
+        "diagonal; balanced otherwise. Decoding and linear attention are bound by memory and have no row. A first time "
+        "near\n*at most* says to relieve the unit that is the limit, one near *apart* to mend the schedule."
+    )
     checked = (
         "Beside FlashAttention-3's published figures, the first of which sets that share: " + "; ".join(known) + "."
     )
     sources = [f"| {unit} | {rate.amount:g} | {rate.of} | {rate.source} |" for unit, rate in machine.RATES.items()]
     calls = machine.targets(list(gpu.configs(Options())))
     heading = "| unit | in a cycle | | source |\n| --- | ---: | --- | --- |"
-    return "\n\n".join([about, machine.table(hopper), calls, checked, "\n".join([heading, *sources])])
+    return "\n\n".join([about, machine.table(hopper), told, calls, checked, "\n".join([heading, *sources])])
 
 
 def replace_rows(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -126,12 +126,16 @@ inline void find_rows(const TensorView& t, int64_t b, int64_t h, int64_t first, 
         return;
     }
     const int32_t* page = t.pages + b * t.pages_batch_stride + first / t.page_rows;  // divided once a tile
-    int64_t skipped = first % t.page_rows;
+    const int64_t page_rows = t.page_rows;
+    constexpr int kSmallest = 16;  // rows of the smallest page that is usual: whole vectors of places
+    int64_t ahead[kSmallest], skipped = first % page_rows;
+    for (int i = 0; i < kSmallest; ++i) ahead[i] = i * step;
     for (int64_t r = 0; r < count; ++page, skipped = 0) {
         const char* row = data + *page * next + skipped * step;
-        const int64_t n = min_of(t.page_rows - skipped, count - r);
-        for (int64_t i = 0; i < n; ++i) rows[r + i] = row + i * step;
-        r += n;
+        const int64_t end = min_of(r + page_rows - skipped, count);
+        for (; r + kSmallest <= end; r += kSmallest, row += kSmallest * step)
+            for (int i = 0; i < kSmallest; ++i) rows[r + i] = row + ahead[i];
+        for (; r < end; ++r, row += step) rows[r] = row;
     }
 }
 
@@ -166,17 +170,29 @@ EA_NOINLINE void dot_tile(const char* const* K, const A* Q, int64_t width, A* S)
 }
 
 // Rows that will be wanted soon: fetched a few at a time beside the arithmetic, where no hardware prefetcher follows
-// the turns between K and V.
+// the turns between K and V. Where one does (`followed`), rows behind one another are told to it by the first few.
 struct Ahead {
     const char *const *K, *const *V;
     int64_t K_bytes, V_bytes;
+    bool followed;
 
     EA_INLINE void fetch(int64_t first, int64_t count) const {
         if (V_bytes == 0) return;
-        for (int64_t k = first; k < first + count; ++k) {
-            for (int64_t byte = 0; byte < K_bytes; byte += 64) __builtin_prefetch(K[k] + byte, 0, 2);
-            for (int64_t byte = 0; byte < V_bytes; byte += 64) __builtin_prefetch(V[k] + byte, 0, 2);
+        fetch_rows(K, K_bytes, first, count);
+        fetch_rows(V, V_bytes, first, count);
+    }
+
+  private:
+    EA_INLINE void fetch_rows(const char* const* rows, int64_t bytes, int64_t first, int64_t count) const {
+        constexpr int64_t kTold = 2;
+        if (bytes == 0) return;
+        if (followed) {
+            const char* last = rows[first + count - 1];
+            if (first > 0 && last == rows[first - 1] + count * bytes) return;
+            if (last == rows[first] + (count - 1) * bytes) count = min_of(count, kTold);
         }
+        for (int64_t k = first; k < first + count; ++k)
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(rows[k] + byte, 0, 2);
     }
 };
 
@@ -336,17 +352,22 @@ inline void fill_hidden(const uint64_t* bits, int64_t keys, int64_t rows, int64_
             if (!(bits[k] >> r & 1)) scores.at(k, r) = value;
 }
 
-// Whether the processor fetches these keys and values by itself: Intel's do where the rows lie one behind another, and
-// what it is told to fetch as well costs a tenth of the time.
-inline bool is_followed(const AttentionParams& p, const DecodeTask& task, Range keys) {
+// Whether the processor fetches rows by itself that lie one behind another: Intel's do, and what it is told to fetch as
+// well costs a tenth of the time.
+inline bool follows_rows() {
 #if defined(__x86_64__)
-    const auto is_block = [&](const TensorView& t, int64_t width) {
-        return t.row_stride == width && is_run(t, task.b, keys.begin, keys.end - keys.begin);
-    };
-    return __builtin_cpu_is("intel") && is_block(p.key, p.D) && is_block(p.value, p.Dv);
+    return __builtin_cpu_is("intel");
 #else
     return false;
 #endif
+}
+
+// Whether these keys and values do.
+inline bool is_followed(const AttentionParams& p, const DecodeTask& task, Range keys) {
+    const auto is_block = [&](const TensorView& t, int64_t width) {
+        return t.row_stride == width && is_run(t, task.b, keys.begin, keys.end - keys.begin);
+    };
+    return follows_rows() && is_block(p.key, p.D) && is_block(p.value, p.Dv);
 }
 
 // Finds the values of these keys, and says to fetch them and the keys that come next.
@@ -358,7 +379,7 @@ inline Ahead rows_ahead(const AttentionParams& p, const DecodeTask& task, Range 
     if (more) find_rows<T>(p.key, task.b, task.kv, keys.end, n, t.next_rows);
     t.next = {keys.end, more ? keys.end + n : keys.end};
     if (is_followed(p, task, keys)) return {};
-    return {t.next_rows, t.V_rows, more ? p.D * size : 0, p.Dv * size};
+    return {t.next_rows, t.V_rows, more ? p.D * size : 0, p.Dv * size, follows_rows()};
 }
 
 // Adds the bias to S; one of -inf hides the pair in `part`. Returns whether it hid any.
@@ -498,7 +519,7 @@ inline void decode_scores(const AttentionParams& p, const DecodeTask& task, Rang
     }
     const Ahead ahead = rows_ahead<T>(p, task, keys, t);
     if (!few) {
-        ahead.fetch(0, n);
+        for (int64_t k = 0; k < n; k += 8) ahead.fetch(k, min_of(int64_t{8}, n - k));
         score_tile(load_rows<T>(p.key, task.b, task.kv, keys.begin, n, p.D, t.K_buffer), n, p.D, t.Q, w, t.S);
         cap_scores<A>(p, n * w, t.S, nullptr);
         return;

@@ -71,6 +71,8 @@ inline int64_t run_end(const TensorView& t, int64_t b, int64_t first, int64_t en
 
 inline bool is_run(const TensorView& t, int64_t b, int64_t first, int64_t count) {
     if (!t.order && !t.pages) return true;
+    // Without dividing:
+    if (t.pages && count > t.page_rows && t.batch_stride != t.page_rows * t.row_stride) return false;
     return !t.order && count > 0 && run_end(t, b, first, first + count) == first + count;
 }
 

@@ -100,7 +100,7 @@ def attention_forward(
             config, mask, problem, {} if splits > 1 else {"walk_k": 32}, pack,
         )  # fmt: skip
         if splits > 1:
-            rows, block = B * Hq * tokens, 16
+            rows, block = B * Hq * tokens, max(1, 1024 // k.padded(Dv))
             launch(
                 k.merge_kernel,
                 -(-rows // block),

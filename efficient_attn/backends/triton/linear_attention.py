@@ -153,7 +153,7 @@ def _times(a: Tensor, b: Tensor, v: Tensor, is_causal: bool, offset: int) -> _Ti
     B, _, Nq, F = a.shape
     Hkv, Nk = b.shape[1:3]
     offset = min(max(offset, -Nq), Nk) if is_causal else 0  # beyond these bounds nothing changes
-    chunk, _, _ = shared.kernels().linear_config(max(F, v.shape[3]), _half(a, b, v), shared.capability(a.device))
+    chunk = shared.kernels().linear_config(max(F, v.shape[3]), _half(a, b, v), shared.capability(a.device)).chunk
     first, last = min(0, -offset), max(Nq, Nk - offset)
     wanted = -(-PROGRAMS_PER_PROCESSOR * shared.processors(a.device) // max(B * Hkv, 1))
     chunks = max(1, min(2048 // chunk, (last - first) // (chunk * wanted)))
@@ -181,11 +181,11 @@ def _sums(
     wide = E if normaliser is not None else R
     vectors = torch.empty(lines, times.slots, wide, dtype=torch.float32, device=device)
     half = _half(x.rows, y.rows, u.rows)
-    _, block_r, warps = k.linear_config(max(E, R), half, shared.capability(device))
+    _, block_r, warps, stages = k.linear_config(max(E, R), half, shared.capability(device))
     block_r = min(block_r, k.padded(R))
     r_tiles = -(-R // block_r)
     precision = "tf32" if half or torch.get_float32_matmul_precision() != "highest" else "ieee"
-    config = {"warps": warps, "stages": 1}
+    config = {"warps": warps, "stages": stages}
     constants = k.LinearConstants(
         E, R, k.padded(E), block_r, times.chunk, spread, extra, normaliser is not None, causal, reverse, precision
     )

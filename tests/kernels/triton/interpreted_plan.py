@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import heapq
 from collections import Counter
 
 import pytest
@@ -103,6 +104,47 @@ def test_the_longest_rows_start_first(heads: int) -> None:
         assert own == sorted(own, reverse=True)
     first = section * tiles
     assert set(out[:first, 1].tolist()) == set(range(section)) and set(out[first:, 1].tolist()) == {4, 5}
+
+
+def blocks_of_rows(name: str, rows: int) -> torch.Tensor:
+    """Which blocks of 128 x 128 a mask lists, bool [rows, rows]."""
+    first = torch.arange(rows)
+    if name == "documents":  # packed sequences of very different lengths
+        document = torch.bucketize(first, torch.tensor([30, 34, 50, 51, 57]), right=True)
+        return document[:, None] == document
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(rows, rows, generator=generator) < torch.rand(rows, 1, generator=generator) * 0.5
+
+
+@pytest.mark.parametrize("name", ["documents", "random"])
+def test_longest_first_leaves_no_processor_idle(name: str) -> None:
+    """A GPU gives the next program to the first processor that is free, as a persistent kernel would take it from a
+    counter: in this order those of half an H200 end together, at half of 16 heads."""
+    rows, heads, processors = 64, 8, 66
+    listed = blocks_of_rows(name, rows)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
+    indices = listed.nonzero()[:, 1].to(torch.int32)
+    q = torch.zeros(1, heads, rows * 128, 16)
+    tiles = torch.zeros(0, 128, 16, dtype=torch.uint8)
+    mask = BlockMask(rows * 128, rows * 128, (128, 128), 1, 1, indptr, indices, torch.full_like(indices, -1), tiles)
+    problem = shared.problem_of(q, q, q, mask.arrays(), 1.0, 0.0, None)
+    view = shared.mask_of(mask.arrays(), 1, False, problem, heads, True)
+    out = torch.full((rows * heads, 2), -1, dtype=torch.int32)
+    like = torch.empty(1, heads, rows * 128, 128, dtype=torch.bfloat16, device="meta")
+    grid = Grid(rows * heads, heads, heads, shared.section_of(heads, rows * 128, like, like, 1))
+    where_programs_are[(rows * heads,)](view, out, grid, rows * 128, 128, 128)
+    work = listed.sum(1)[out[:, 0].long()].float() + 0.5  # a program begins and ends too
+    assert work.sum() == (listed.sum() + 0.5 * rows) * heads
+    loads = {order: load(taken.tolist(), processors) for order, taken in (("ours", work), ("short", work.sort()[0]))}
+    assert loads["ours"] <= 1.03 < loads["short"]
+
+
+def load(work: list[float], processors: int) -> float:
+    """Longest over mean time of processors that take pieces of work in order."""
+    busy = [0.0] * processors
+    for piece in work:
+        heapq.heapreplace(busy, busy[0] + piece)
+    return max(busy) * processors / sum(work)
 
 
 def test_a_plan_is_made_once_and_goes_with_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:

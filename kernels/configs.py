@@ -173,11 +173,14 @@ LINEAR: dict[int, dict[bool, dict[int, LinearConfig]]] = {
 }
 
 
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
 def of_version(version: str) -> dict[tuple[str, int, bool, int, str], Config]:
     """The rows of `BY_VERSION` that serve a version of Triton, such as 3.9.0."""
-    numbers = lambda text: tuple(map(int, re.findall(r"\d+", text)[:2]))  # noqa: E731
-    known = [name for name in BY_VERSION if numbers(name) <= numbers(version)]
-    return BY_VERSION[max(known or list(BY_VERSION)[:1], key=numbers)]
+    known = [name for name in BY_VERSION if _minor(name) <= _minor(version)]
+    return BY_VERSION[max(known or list(BY_VERSION)[:1], key=_minor)]
 
 
 @cache

@@ -68,3 +68,26 @@ def performer(query: Tensor, key: Tensor, value: Tensor, projection: Tensor) -> 
     normaliser = torch.einsum("bhnm,bhm->bhn", a, b.sum(2))
     context = torch.einsum("bhnm,bhnd->bhmd", b, value)
     return torch.einsum("bhmd,bhnm,bhn->bhnd", context, a, 1.0 / normaliser)
+
+
+def sorted_chunks(query: Tensor, value: Tensor, rotations: Tensor, chunk: int) -> Tensor:
+    """Reformer's attention (Kitaev et al. 2020), whose keys are its queries of length 1: in each round tokens are
+    sorted by the hash of a random rotation and cut into chunks; a token sees the others of its bucket in its chunk and
+    the one before, itself if there are none, and the rounds are joined by their weights. rotations: (rounds, D,
+    buckets / 2)."""
+    key, outs, sums = torch.nn.functional.normalize(query, dim=-1), [], []
+    for rotation in rotations:
+        turned = query @ rotation
+        bucket = torch.cat([turned, -turned], -1).argmax(-1)
+        order = bucket.argsort(dim=-1, stable=True)
+        q, k, v = (x.gather(2, order[..., None].expand_as(x)).unflatten(2, (-1, chunk)) for x in (query, key, value))
+        own, place = (x.unflatten(2, (-1, chunk)) for x in (bucket.gather(2, order), order))
+        k, v, other, at = (torch.cat([x, x.roll(1, 2)], 3) for x in (k, v, own, place))
+        scores = (q @ k.mT) * query.shape[-1] ** -0.5
+        scores = scores.masked_fill(own[..., None] != other[..., None, :], -torch.inf)
+        scores = scores.masked_fill(place[..., None] == at[..., None, :], -1e5)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out, back = ((scores - lse).exp() @ v).flatten(2, 3), order.argsort(dim=-1)[..., None]
+        outs.append(out.gather(2, back.expand_as(out)))
+        sums.append(lse.flatten(2, 3).gather(2, back))
+    return (torch.stack(outs) * torch.stack(sums).softmax(0)).sum(0)

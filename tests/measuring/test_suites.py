@@ -244,6 +244,8 @@ def test_peers_present_and_absent():
         "nystrom_attention",
         "hf_bigbird",
         "hf_longformer",
+        "local_attention",
+        "reformer_formula",
     } <= set(names)
     if not torch.cuda.is_available():
         assert "needs an NVIDIA GPU" in peers.get("flash_attn").absent()

@@ -192,17 +192,9 @@ def _sums(
     cut = k.Times(times.slots, times.chunks, times.first)
     x_side, y_side, u_side = map(_side, (x, y, u))
     launch(
-        k.state_kernel,
-        lines * times.slots * r_tiles,
-        y_side,
-        u_side,
-        states,
-        vectors,
-        cut,
-        r_tiles,
-        constants,
-        **config,
-    )
+        k.state_kernel, lines * times.slots * r_tiles,
+        y_side, u_side, states, vectors, cut, r_tiles, constants, **config,
+    )  # fmt: skip
     for array, size in ((states, E * R), (vectors, wide)):
         if array is states or extra or normaliser is not None:
             block = 256

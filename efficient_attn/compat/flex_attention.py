@@ -56,8 +56,8 @@ def flex_attention(
         name = getattr(score_mod, "__name__", type(score_mod).__name__)
         raise UnsupportedError(
             f"score_mod={name} changes scores, and only masks are served here; hide pairs by a mask_mod "
-            "(create_block_mask), add numbers by efficient_attn.attention(bias=...), or take ALiBi or a soft cap of "
-            "efficient_attn.compat.flash_attn"
+            "(create_block_mask), add numbers by efficient_attn.attention(bias=...), take its softcap, or write any "
+            "other as docs/compat.md does"
         )
     if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
         if query.shape[1] != key.shape[1] and not enable_gqa:

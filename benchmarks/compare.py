@@ -39,7 +39,7 @@ LOWER = (
 )
 NEUTRAL = (
     r"layers|changed|trials|score_before|density|parts|visited|parameters|tokens|windows|samples|tolerance"
-    r"|baseline|load|most|least"
+    r"|baseline|load|most|least|predicted"
 )
 LOW_SCORES = ("loss", "mase", "naive_mase", "mae", "mse", "bits_per_character", "to_naive")
 

@@ -111,7 +111,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: torch.device, we
     if weights:
         assert returned.dtype == dtype
         ours["weights"] = returned.detach().cpu()
-    assert_conforms(problem, ours)
+    union = mask.union if isinstance(mask, BlockMask) else None
+    assert_conforms(problem, ours, joined=dtype == torch.float32 and union is not None and len(union) > 2)
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,9 @@ def sorted_part(found: Buckets, r: int, *, offset: int | None, others: bool) -> 
     addresses = tuple(t.data_ptr() for t in (query, key, query_order, key_order))
     made = _cpu.BucketLists(addresses, r, (batch, heads, key_heads, q_len, kv_len), offset, others)
     grid = Grid(q_len, kv_len, BLOCK, BLOCK)
-    indptr = torch.empty(batch * heads * grid.n_q + 1, dtype=torch.int64)
-    indices, ids = (torch.empty(made.entries, dtype=torch.int32) for _ in range(2))
-    tiles = torch.empty(made.tile_count, BLOCK, BLOCK // 8, dtype=torch.uint8)
+    indptr = torch.empty(batch * heads * grid.n_q + 1, dtype=torch.int64, device="cpu")
+    indices, ids = (torch.empty(made.entries, dtype=torch.int32, device="cpu") for _ in range(2))
+    tiles = torch.empty(made.tile_count, BLOCK, BLOCK // 8, dtype=torch.uint8, device="cpu")
     made.write(*(t.data_ptr() for t in (indptr, indices, ids, tiles)))
     lists = BlockLists(batch, heads, indptr, indices, ids, tiles)
     return Part(BlockMask.from_lists(grid, lists), query_order, key_order)
@@ -40,6 +40,6 @@ def _order(buckets: Tensor, order: Tensor | None) -> Tensor:
     """int32 (B * H, N): the tokens of (B, H, N) sorted by bucket."""
     if order is not None:
         return order.flatten(0, 1).int().contiguous()
-    made = torch.empty(buckets.shape, dtype=torch.int32).flatten(0, 1)
+    made = torch.empty(buckets.shape, dtype=torch.int32, device="cpu").flatten(0, 1)
     _cpu.sort_buckets(buckets.data_ptr(), *made.shape, made.data_ptr())
     return made

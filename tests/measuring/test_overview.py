@@ -262,6 +262,7 @@ def test_a_time_beside_a_load_is_that_without_it_or_is_called_unsure(load):
     assert clock.is_noisy(busy) or clock.is_noisy(quiet) or busy["ms"] == pytest.approx(quiet["ms"], rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not scheduling.waits(), reason="this system does not tell what a thread waited for a core")
 def test_a_profile_beside_a_load_says_what_is_so_or_that_it_cannot_tell(load, tmp_path):
     threads = cores()

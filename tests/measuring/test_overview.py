@@ -266,8 +266,8 @@ def test_a_time_beside_a_load_is_that_without_it_or_is_called_unsure(load):
 @pytest.mark.skipif(not scheduling.waits(), reason="this system does not tell what a thread waited for a core")
 def test_a_profile_beside_a_load_says_what_is_so_or_that_it_cannot_tell(load, tmp_path):
     threads = cores()
-    lengths = (256, 512, 1024)
-    options = {"lengths": lengths, "heads": 2, "threads": threads, "budget_s": 0.1}
+    lengths = (512, 1024, 2048)
+    options = {"lengths": lengths, "heads": 2, "threads": threads, "budget_s": 0.2}
     quiet = profile_op("dense", **options, out=tmp_path / "quiet").ceilings
     load()
     found = profile_op(["dense", "sliding_window:left=64,right=64"], **options, out=tmp_path / "busy")

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     wrong = complaints("".join(said))
     if options.table:
-        cuda_table.replace_rows(cuda_table.RESULTS, table(report.read_text()))
+        cuda_table.replace(cuda_table.RESULTS, table(report.read_text()))
     unit, seconds = longest((work / ".ninja_log").read_text())
     if not options.only:
         module = out / MODULE

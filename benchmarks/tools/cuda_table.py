@@ -10,14 +10,14 @@ are part of sm_90a alone.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from efficient_attn.benchmarks.tools.table_rows import replace_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda" / "compile.jsonl"
@@ -203,16 +203,9 @@ def text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def replace_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def replace(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put rows in the place of those of the same architecture and dtype; returns all."""
-    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    fresh = {(row["arch"], row["dtype"]) for row in rows}
-    kept = [row for row in kept if (row["arch"], row["dtype"]) not in fresh] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(partial, path)
-    return kept
+    return replace_rows(path, rows, lambda row: (row["arch"], row["dtype"]))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -225,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in options.dtype or DTYPES:
             rows = compile_rows(arch, dtype)
             print(text(rows), flush=True)
-            kept = replace_rows(options.out, rows)
+            kept = replace(options.out, rows)
     spilling = sum(row["spill_stores"] > 0 for row in kept)
     print(f"{len(kept)} kernels, {spilling} of them spill")
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
-import os
 import re
 import subprocess
 import tempfile
@@ -25,6 +23,7 @@ from typing import Any, NamedTuple
 from efficient_attn.benchmarks import machine
 from efficient_attn.benchmarks.tools import cuda_table
 from efficient_attn.benchmarks.tools.call_table import write
+from efficient_attn.benchmarks.tools.table_rows import replace_rows
 
 RESULTS = machine.RESULTS
 CARRIED = cuda_table.ROOT / "build" / "carry-objects"
@@ -291,15 +290,13 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join([about, machine.table(hopper), told, calls, checked, "\n".join([heading, *sources])])
 
 
-def replace_rows(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put rows in the place of those of the same kernels; all that are there then."""
-    key = lambda row: (row["kernel"], row["head_dim"], row["dtype"])  # noqa: E731
-    kept = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    kept = sorted([row for row in kept if key(row) not in set(map(key, rows))] + rows, key=key)
-    partial = out.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(partial, out)
-    return kept
+def replace(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put rows in the place of those of the same kernels; returns all."""
+
+    def kernel(row: dict[str, Any]) -> tuple[str, int, str]:
+        return (row["kernel"], row["head_dim"], row["dtype"])
+
+    return replace_rows(path, rows, kernel, kernel)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -324,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not objects:
             parser.error(f"no object files in {options.objects}; run make cuda-carry first, or name a --head-dim")
         rows = [row for path in objects for row in read_object(path)]
-    kept = replace_rows(options.out, rows)
+    kept = replace(options.out, rows)
     print(machine.table(rows))
     if options.page is not None:
         write(options.page, page(kept), MARKS)

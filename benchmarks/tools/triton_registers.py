@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 from efficient_attn.benchmarks.tools import triton_table
 from efficient_attn.benchmarks.tools.call_table import write
+from efficient_attn.benchmarks.tools.table_rows import replace_rows
 from efficient_attn.kernels import configs
 
 RESULTS = triton_table.RESULTS.with_name("registers.jsonl")
@@ -70,17 +70,14 @@ def compiled(case: tuple[int, torch.dtype, int, str]) -> list[dict[str, Any]]:
     return [row for k, row in enumerate(rows) if row not in rows[:k]]
 
 
-def replace_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def replace(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put the rows of some cases and a version in the place of those that were there."""
-    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    new = {(row["case"], row["triton"]) for row in rows}
-    kept = [row for row in kept if (row["case"], row["triton"]) not in new] + list(rows)
     order = {triton_table.name_of(*case): k for k, case in enumerate(cases())}
-    kept = [row for row in kept if row["case"] in order]
-    kept.sort(key=lambda row: (float(row["triton"]), order[row["case"]]))
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(partial, path)
+
+    def place(row: dict[str, Any]) -> tuple[float, int] | None:
+        return (float(row["triton"]), order[row["case"]]) if row["case"] in order else None
+
+    replace_rows(path, rows, lambda row: (row["case"], row["triton"]), place)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -131,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases():
         if re.search(options.only, triton_table.name_of(*case)):
             rows = compiled(case)
-            replace_rows(options.out, rows)
+            replace(options.out, rows)
             spilled = sum(row["spilled"] > 0 for row in rows)
             print(f"{triton_table.name_of(*case)}: {len(rows)} launches, {spilled} spill", flush=True)
     if options.page is not None:

@@ -10,8 +10,6 @@ of being launched, each kernel is compiled with the very arguments of the launch
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import subprocess
 import tempfile
@@ -28,6 +26,7 @@ from efficient_attn.backends.statistics import Wanted
 from efficient_attn.backends.triton import attention as backend
 from efficient_attn.backends.triton import linear_attention as triton_linear
 from efficient_attn.backends.triton import shared, statistics
+from efficient_attn.benchmarks.tools.table_rows import replace_rows
 from efficient_attn.kernels import configs
 from efficient_attn.masks import MaskArrays
 
@@ -218,17 +217,14 @@ def text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows in the place of those of the same cases, in the order of `cases`, or behind."""
-    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    order = {name_of(c, t, d, f): k for k, (c, t, d, f) in enumerate(cases())}
-    name = lambda row: name_of(row["sm"], row["dtype"], row["head_dim"], row["feature"])  # noqa: E731
-    new = {name(row) for row in rows}
-    rows = [row for row in kept if name(row) not in new and name(row) in order] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: order[name(row)])))
-    os.replace(partial, path)
+def replace(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows in the place of those of the same cases, in the order of `cases`."""
+    order = {name_of(*case): k for k, case in enumerate(cases())}
+
+    def name(row: dict[str, Any]) -> str:
+        return name_of(row["sm"], row["dtype"], row["head_dim"], row["feature"])
+
+    replace_rows(path, rows, name, lambda row: order.get(name(row)))
 
 
 def name_of(capability: int, dtype: object, head_dim: int, feature: str) -> str:
@@ -248,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
             found = compile_case(*case)
             print(text(found).split("\n", 1)[1] if rows else text(found), flush=True)
             rows += found
-            replace_rows(options.out, found)
+            replace(options.out, found)
     spilling = sum(row["spilled"] > 0 for row in rows)
     print(f"{len(rows)} kernels, {spilling} of them spill; Triton {triton.__version__}")
 

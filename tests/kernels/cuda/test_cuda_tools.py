@@ -9,6 +9,7 @@ import pytest
 from efficient_attn.benchmarks import machine
 from efficient_attn.benchmarks.suites import Options, gpu
 from efficient_attn.benchmarks.tools import cuda_carry, gpu_model
+from efficient_attn.benchmarks.tools.table_rows import replace_rows
 
 FORWARD = (
     "_ZN14efficient_attn4sm9053_GLOBAL__N__1_20_attention_forward_cu_117attention_forwardINS1_7ForwardI13__nv_bfloat16"
@@ -182,3 +183,21 @@ def test_what_is_carried_spills_nothing_and_stays_asynchronous(spill: int, line:
 def test_the_longest_unit() -> None:
     log = "# ninja log v5\n0\t1500\t7\ta.o\tff\n100\t900\t7\tb.o\tff\n"
     assert cuda_carry.longest(log) == ("a", 1.5)
+
+
+def test_rows_of_a_table_are_replaced_in_their_place(tmp_path):
+    path = tmp_path / "folder" / "rows.jsonl"
+    kinds = "abc"
+
+    def replaced(*rows, ordered=True):
+        place = (lambda row: kinds.find(row["kind"]) if row["kind"] in kinds else None) if ordered else None
+        found = replace_rows(path, [{"kind": k, "value": v} for k, v in rows], lambda row: row["kind"], place)
+        assert found == [json.loads(line) for line in path.read_text().splitlines()]
+        assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
+        return [(row["kind"], row["value"]) for row in found]
+
+    assert replaced(("c", 1), ("a", 1)) == [("a", 1), ("c", 1)]
+    assert replaced(("b", 1), ("c", 2), ("c", 3)) == [("a", 1), ("b", 1), ("c", 2), ("c", 3)]
+    assert replaced(("a", 4), ordered=False) == [("b", 1), ("c", 2), ("c", 3), ("a", 4)]
+    kinds = "ab"  # what is no more
+    assert replaced(("b", 5)) == [("a", 4), ("b", 5)]

@@ -40,6 +40,7 @@ from ..inputs import (
 from ..masks import BlockMask
 from ..methods import Method, Sparse
 from ..patterns import BucketPattern
+from ..untraced import untraced
 from . import states
 from .agreement import agree, as_number, combined, mask_digest, shape_facts, text_digest, wanted
 from .attention import Added, Settled, exact_attention
@@ -168,7 +169,8 @@ class ContextParallel:
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
         """`efficient_attn.attention` over the whole sequence; `key_mask` (B, n) as in `padded_attention`."""
-        return _outside_graphs(self._attention, query, key, value, arguments)
+        # exchanges are steered by sizes that only Python knows
+        return untraced(self._attention, query, key, value, arguments)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Any:
         return_lse = arguments.pop("return_lse", False)
@@ -357,7 +359,7 @@ class ContextParallel:
         Raises:
             UnsupportedError: a method that looks at all tokens in a way that has no distributed form, weights.
         """
-        found: tuple[Tensor, Tensor | None] = _outside_graphs(self._attend, method, query, key, value, arguments)
+        found: tuple[Tensor, Tensor | None] = untraced(self._attend, method, query, key, value, arguments)
         return found
 
     def _attend(
@@ -380,12 +382,6 @@ class ContextParallel:
         if not method.is_dense:
             arguments["masks"] = (method.pattern,)
         return self._attention(query, key, value, arguments), None
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A graph of torch.compile breaks here: exchanges are steered by sizes that only Python knows."""
-    return function(*arguments)
 
 
 def shape_of(query: Tensor, key: Tensor, value: Tensor) -> Shape:

@@ -101,9 +101,17 @@ def with_trivial(tiles: Tensor) -> Tensor:
     return torch.cat([tiles, trivial[:, None, None].expand(2, *tiles.shape[1:])])
 
 
+def words_of(tiles: Tensor) -> Tensor:
+    """The bits of each tile in words: uint8 [n, block_q, block_k // 8] -> int64 [n, words]."""
+    words = tiles.contiguous().flatten(1).view(torch.int64)
+    # A program of torch.compile that was made for other sizes returns such a view of its input with a wrong width
+    # (PyTorch 2.13: (92, 8) for (92, 64)), but not a copy.
+    return words.clone() if torch.compiler.is_compiling() else words
+
+
 def count_bits(tiles: Tensor) -> Tensor:
     """Number of set bits of each tile: uint8 [n, block_q, block_k // 8] -> int64 [n]."""
-    words = tiles.contiguous().flatten(1).view(torch.int64)
+    words = words_of(tiles)
     counts = [_count_bits(part) for part in words.split(rows_at_a_time(words))]
     return torch.cat(counts)
 
@@ -260,7 +268,7 @@ def assemble(
     classes = torch.where(seen == pairs, FULL, classes)
     rows, cols, classes = rows[keep], cols[keep], classes[keep]
     tile_ids, tiles = used_tiles(classes, packed)
-    first, inverse = unique_rows(tiles.flatten(1).view(torch.int64))
+    first, inverse = unique_rows(words_of(tiles))
     partial = tile_ids >= 0
     tile_ids[partial] = inverse[tile_ids[partial].long()].int()
     counts = torch.bincount(rows, minlength=batch * heads * grid.n_q)
@@ -330,7 +338,7 @@ def _strip_entries(
     listed = count_bits(tiles).nonzero().squeeze(1)
     tiles, row = tiles[listed], listed // n_k
     rows = first_row + row // n_rows * grid.n_q + row % n_rows
-    first, classes = unique_rows(tiles.flatten(1).view(torch.int64))
+    first, classes = unique_rows(words_of(tiles))
     return rows, listed % n_k, classes + first_class, tiles[first]
 
 

@@ -41,9 +41,19 @@ def bucketed_inputs(
     return query, key, value
 
 
-# Programs of torch.compile gave other numbers; what a bucket holds is known to no graph anyway.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def bucketed_attention(
+    pattern: BucketPattern, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`Method.attend` of a pattern of buckets, round by round, for what `bucketed_inputs` returned."""
+    if torch.compiler.is_compiling():  # no graph knows what a bucket holds
+        from ..untraced import untraced
+
+        found: tuple[Tensor, Tensor | None] = untraced(_attention, pattern, query, key, value, **options)
+        return found
+    return _attention(pattern, query, key, value, **options)
+
+
+def _attention(
     pattern: BucketPattern,
     query: Tensor,
     key: Tensor,
@@ -58,7 +68,6 @@ def bucketed_attention(
     backend: str,
     need_weights: bool | Literal["mean"],
 ) -> tuple[Tensor, Tensor | None]:
-    """`Method.attend` of a pattern of buckets, round by round, for what `bucketed_inputs` returned."""
     Nq, Nk = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
     offset = alignment_offset(causal_alignment, Nq, Nk) if is_causal else None

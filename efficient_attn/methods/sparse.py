@@ -94,7 +94,7 @@ class Sparse(Method):
         if isinstance(self.pattern, BucketPattern):
             query, key, value = bucketed_inputs(self.pattern, query, key, value, counted)
             if mask is None and bias is None and softcap is None and sinks is None:
-                return bucketed_attention(  # type: ignore[no-any-return]
+                return bucketed_attention(
                     self.pattern,
                     query,
                     key,

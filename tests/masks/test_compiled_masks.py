@@ -1,7 +1,7 @@
 """Lists that a program of torch.compile makes: those made outside of it, whatever sizes the program was made for.
 
-A program is made anew for the second number of blocks, with sizes left open; there PyTorch 2.13 returns a view in another
-dtype with a wrong width, which took different tiles for equal ones.
+A program is made anew for the second number of blocks, with sizes left open; there PyTorch 2.13 returns a view in
+another dtype with a wrong width, which took different tiles for equal ones.
 """
 
 from __future__ import annotations

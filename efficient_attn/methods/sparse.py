@@ -14,7 +14,7 @@ from ..errors import InputTypeError, UnsupportedError
 from ..functional import attention, padded_attention
 from ..inputs import as_block_mask, causal_mask, check_alignment, check_bias, check_key_mask, seen_keys, shown_by_bias
 from ..masks import BlockMask
-from ..patterns import BucketPattern, Dense, Pattern
+from ..patterns import BucketPattern, Dense, Pattern, past_of
 from ..tracing import PLAN, named, shapes_only
 from .base import Method
 from .buckets import bucketed_attention, bucketed_inputs
@@ -109,8 +109,13 @@ class Sparse(Method):
                     need_weights=need_weights,
                 )
         if not self.is_dense:
+            method = self
+            if is_causal and mask is None and self.pattern.has_orders and not torch.compiler.is_compiling():
+                # The pattern's past has parts of its own; the past of its parts would be one mask of all of them.
+                method = Sparse(past_of(self.pattern, causal_alignment))
+                is_causal, causal_alignment = False, None
             causal = causal_mask(query.shape[2], key.shape[2], is_causal, causal_alignment)
-            mask, dense = self.restricted(
+            mask, dense = method.restricted(
                 mask, dense, query, key, scale=scale, key_mask=counted, causal=causal, alignment=causal_alignment
             )
         shared: dict[str, Any] = {

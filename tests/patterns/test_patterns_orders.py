@@ -12,6 +12,7 @@ from efficient_attn import attention, explain
 from efficient_attn.masks import PartedMask
 from efficient_attn.masks.parts import cost, visited
 from efficient_attn.methods.spec import parse
+from efficient_attn.ops import union
 from efficient_attn.patterns import Pattern
 from efficient_attn.patterns.orders import SIZES, Line
 
@@ -123,6 +124,30 @@ def test_patterns_in_orders_are_exact(spec: str) -> None:
         found.append((out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("spec", ["axial:size=32x32", "strided:stride=32", "fixed:stride=32,summary=3"])
+def test_parts_are_kept_under_padding_and_causality(spec: str, holes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pairs before a query, of which a sequence in a batch is shorter than others."""
+    method, tokens, taken = parse(spec), 1024, []
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, heads, tokens, 8, generator=generator).requires_grad_() for heads in (2, 1, 1)]
+    padding = torch.arange(tokens) < torch.tensor([[tokens], [700]])
+    if holes:
+        padding[0, 100:130] = False
+    forward = union.union_forward
+    monkeypatch.setattr(union, "union_forward", lambda *a: taken.append(len(a[4].arrays)) or forward(*a))
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)
+    pairs = method.pattern.visible(i, j, tokens, tokens) & (j <= i) & padding[:, None, None]
+    out = method.attend(*leaves, key_mask=padding, is_causal=True)[0]
+    assert taken == [2]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = attention(*exact, mask=pairs, backend="reference")
+    found = (out, *torch.autograd.grad(out.square().sum(), leaves))
+    wanted = (expected, *torch.autograd.grad(expected.square().sum(), exact))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["axial", "strided:stride=64", "longformer:window=64,global_tokens=3"])

@@ -18,14 +18,14 @@ from efficient_attn.integrations import huggingface
 from efficient_attn.measuring import inputs
 from efficient_attn.measuring.calls import Call, binder
 
-from . import peers
+from . import engines, peers
 
 Config = Mapping[str, Any]
 ENGINES = {False: ("onnxruntime_mha", "openvino"), True: ("openvino_causal",)}
 
 
 def operator(config: Config) -> dict[str, Call]:
-    """attention() beside SDPA and, forward, the engines that are installed."""
+    """attention() beside SDPA and, forward, the engines that are installed, in processes apart."""
     causal, dtype = config["causal"], getattr(torch, config["dtype"])
     shape = peers.Shape(
         config["seqlen"], batch=config["batch"], heads=config["heads"], head_dim=config["head_dim"], dtype=dtype
@@ -38,8 +38,7 @@ def operator(config: Config) -> dict[str, Call]:
     for name in ENGINES[causal] if config["mode"] == "fwd" and config["engines"] else ():
         peer = peers.get(name)
         if peer.absent() is None and not (name.startswith("onnx") and dtype != torch.float32):
-            pair = peer.build(shape)
-            calls[name] = binder("fwd", pair.inputs)(pair.theirs)
+            calls[name] = engines.Engine(name, shape)
     return calls
 
 

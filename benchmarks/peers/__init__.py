@@ -101,6 +101,7 @@ class Peer:
         absent: why it cannot run here, or None; by default it can.
         trains: whether a backward can follow.
         compiles: its first call compiles, which is timed apart and left out where a run must be quick.
+        apart: it has threads of its own, so that it is measured in a process of its own (see `engines`).
     """
 
     name: str
@@ -110,6 +111,7 @@ class Peer:
     absent: Callable[[], str | None] = lambda: None
     trains: bool = True
     compiles: bool = False
+    apart: bool = False
 
 
 PEERS: dict[str, Peer] = {}

@@ -31,8 +31,6 @@ def _session(operator: str, inputs: Mapping[str, Tensor], outputs: Sequence[str]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads go on looking for work after a call, on the cores that the next one in the alternation needs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -110,7 +108,7 @@ def _absent() -> str | None:
 
 
 def _peer(name: str, computes: str, build: Any) -> Peer:
-    return Peer(name, computes, build, "onnxruntime", _absent, trains=False)
+    return Peer(name, computes, build, "onnxruntime", _absent, trains=False, apart=True)
 
 
 PEERS = (

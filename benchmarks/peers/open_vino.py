@@ -45,7 +45,7 @@ def _build(causal: bool, shape: Shape) -> Pair:
 
 def _peer(name: str, causal: bool) -> Peer:
     computes = f"exact attention{', causal' if causal else ''}, forward"
-    return Peer(name, computes, lambda shape: _build(causal, shape), "openvino", _absent, trains=False)
+    return Peer(name, computes, lambda shape: _build(causal, shape), "openvino", _absent, trains=False, apart=True)
 
 
 _absent = missing("openvino", "openvino")

@@ -16,7 +16,7 @@ import torch
 from efficient_attn.backends.cpu import attention as cpu
 from efficient_attn.measuring import clock
 
-from .. import users
+from .. import engines, users
 from . import Claim, Column, Options, Row, Suite
 
 # batch, sequence length, heads, head_dim
@@ -32,8 +32,6 @@ BRIEFLY = {
     (16, 64, 8, 64),
 }
 ENCODERS = ((16, 64, 8, 64), (4, 512, 12, 64))
-PYTORCHS = ("ours", "torch", "sdpa", "eager", "compiled")  # on one pool of threads
-ENGINES_REST_S = 0.01
 HELD = "ATEN_CPU_CAPABILITY"  # holds PyTorch's kernels to an instruction set
 MODELS = {"bert": (4, 256, 8, 64), "vit": (4, 256, 8, 64), "gpt2": (2, 512, 8, 64), "llama": (2, 512, 8, 64)}
 
@@ -47,10 +45,12 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     """Times of ours and of every peer in one alternation; the figure is the best peer's time over ours."""
     torch.manual_seed(config["seed"])
     calls = users.BUILDERS[config["work"]](config)
-    with clock.PeakMemory() as peak:
-        calls["ours"]()
-    rest_s = ENGINES_REST_S if any(name not in PYTORCHS for name in calls) else 0.0
-    times = clock.interleaved(calls, config["budget_s"], patience_s=6 * config["budget_s"], rest_s=rest_s)
+    try:
+        with clock.PeakMemory() as peak:
+            calls["ours"]()
+        times = clock.interleaved(calls, config["budget_s"], patience_s=6 * config["budget_s"])
+    finally:
+        engines.close(calls.values())
     ours = times["ours"]
     others = {name: found["ms"] for name, found in times.items() if name != "ours"}
     best = min(others, key=lambda name: others[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from efficient_attn.measuring import clock, records
-from efficient_attn.measuring.calls import binder
+from efficient_attn.measuring.calls import Call, binder
 
-from .. import peers
+from .. import engines, peers
 from . import Chart, Claim, Column, Options, Row, Suite, beside, grid
 
 SHAPE = {"batch": 1, "heads": 4, "head_dim": 64}
@@ -42,31 +41,35 @@ def run_cell(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     pair = peer.build(shape)
     bound = binder(config["mode"], pair.inputs)
-    ours, theirs = bound(pair.ours), bound(pair.theirs)
-    started = time.perf_counter()
-    theirs()
-    first_ms = (time.perf_counter() - started) * 1e3
+    ours, theirs = bound(pair.ours), engines.Engine(peer.name, shape) if peer.apart else bound(pair.theirs)
+    try:
+        found = _compared(pair, ours, theirs, config["budget_s"])
+    finally:
+        engines.close([theirs])
+    return {
+        **found,
+        "tolerance": pair.tolerance,
+        "equal": None if pair.tolerance is None else found["difference"] <= pair.tolerance,
+        "computes": peer.computes,
+        "note": pair.note,
+        "package": f"{peer.package} {records.version(peer.package)}",
+    }
+
+
+def _compared(pair: peers.Pair, ours: Call, theirs: Call, budget_s: float) -> dict[str, Any]:
+    first_ms = clock.timed(theirs, 1).wall * 1e3
     ours()
     with torch.no_grad():
-        difference = _difference(pair.ours(*pair.inputs), pair.theirs(*pair.inputs))
-    peaks = {}
-    for name, call in (("ours", ours), ("theirs", theirs)):
-        with clock.PeakMemory() as peak:
-            call()
-        peaks[name] = peak.bytes
-    times = clock.interleaved({"ours": ours, "peer": theirs}, config["budget_s"])
+        out = theirs() if isinstance(theirs, engines.Engine) else pair.theirs(*pair.inputs)
+        difference = _difference(pair.ours(*pair.inputs), out)
+    peaks = {"peak_bytes": engines.peak_bytes(ours), "peer_peak_bytes": engines.peak_bytes(theirs)}
+    times = clock.interleaved({"ours": ours, "peer": theirs}, budget_s)
     return {
         **beside(times, "ours", ("peer",)),
         "peer_spread": times["peer"]["spread"],
         "peer_first_ms": round(first_ms, 2),
-        "peak_bytes": peaks["ours"],
-        "peer_peak_bytes": peaks["theirs"],
+        **peaks,
         "difference": difference,
-        "tolerance": pair.tolerance,
-        "equal": None if pair.tolerance is None else difference <= pair.tolerance,
-        "computes": peer.computes,
-        "note": pair.note,
-        "package": f"{peer.package} {records.version(peer.package)}",
     }
 
 

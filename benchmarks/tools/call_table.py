@@ -43,17 +43,6 @@ BOUNDS: Sequence[tuple[Mapping[str, Any], str]] = (
         {"work": "operator", "mode": "fwd_bwd", "seqlen": 16},
         "autograd: a node of it that is written in Python costs some 38 µs, one in C++ (which would link PyTorch) 15",
     ),
-    (
-        {"work": "operator", "mode": "fwd", "batch": 16, "seqlen": 128},
-        "threads of ONNX Runtime and OpenVINO in the same process: without them it takes 3.7 ms, SDPA 4.5",
-    ),
-    *(
-        (
-            {"work": "operator", "mode": "fwd", "seqlen": seqlen, "set": "avx512"},
-            "threads of ONNX Runtime and OpenVINO in the same process, which the avx2 column has not",
-        )
-        for seqlen in (16, 197)
-    ),
     ({"work": "operator", "mode": "fwd", "seqlen": 4096}, "multiply-adds, of which both reach some 80 % of the peak"),
     ({"work": "operator", "mode": "fwd", "seqlen": 16}, "two microseconds of checks in Python"),
     (

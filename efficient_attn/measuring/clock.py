@@ -34,6 +34,11 @@ PATIENCE = 4.0
 DISTURBED, ENOUGH = 0.1, 3
 DOUBT = 0.25  # of the waiting that was taken off a time, how much may be wrong
 KEPT = 48
+# A call shorter than this runs once unmeasured after another process had its turn: its threads sleep, and the caches
+# hold the other's.
+WAKES_S = 0.05
+# Threads sleep when this process spends less than this share of the time; no longer than QUIET_S is waited for that.
+ASLEEP, QUIET_S = 0.05, 0.25
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -55,13 +60,22 @@ class Sample(NamedTuple):
         return self.waited > DISTURBED * self.wall
 
 
+class Elsewhere:
+    """A call in another process, which times it there and answers when its threads sleep."""
+
+    def __call__(self) -> object:
+        raise NotImplementedError
+
+    def timed(self, count: int, wake: bool) -> Sample:
+        raise NotImplementedError
+
+
 def interleaved(
     calls: Mapping[str, Call],
     budget_s: float,
     min_rounds: int = 3,
     max_rounds: int = 200,
     patience_s: float | None = None,
-    rest_s: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """Times the calls in alternation, so that a drift of the machine meets all of them alike.
 
@@ -69,8 +83,8 @@ def interleaved(
     a call is not known to `UNSURE` until `patience_s` (default: `PATIENCE` times the budget). A call that is so slow
     that `min_rounds` of it alone exceed both is represented by its first run only.
 
-    Before each sample nothing is done for `rest_s`: libraries with threads of their own let these look for more work
-    for a while after a call, on the cores that the next one needs.
+    Where some of the calls are `Elsewhere`, short ones run once before each of their samples: all meet the machine as
+    they leave it themselves, whoever had it before.
 
     Where others have the cores, the time that the call's threads waited for one (which Linux tells) is taken off; when
     enough samples are undisturbed, they alone count.
@@ -83,13 +97,16 @@ def interleaved(
     patience_s = PATIENCE * budget_s if patience_s is None else max(budget_s, patience_s)
     samples: dict[str, list[Sample]] = {}
     inner: dict[str, int] = {}
+    wake: dict[str, bool] = {}
+    apart = any(isinstance(call, Elsewhere) for call in calls.values())
     for name, call in calls.items():
-        first = _timed(call, 1)
+        first = timed(call, 1)
         if first.wall * min_rounds > patience_s:
             samples[name] = [first]
         else:
             samples[name] = []
-            again = _timed(call, 1) if first.wall * min_rounds <= budget_s else first
+            again = timed(call, 1) if first.wall * min_rounds <= budget_s else first
+            wake[name] = apart and again.wall < WAKES_S
             inner[name] = max(1, math.ceil(SHORTEST_SAMPLE_S / max(again.wall, 1e-7)))
     started = time.perf_counter()
     for done in range(max_rounds if inner else 0):
@@ -97,9 +114,7 @@ def interleaved(
         if done >= min_rounds and spent > budget_s and (spent > patience_s or _known(samples[name] for name in inner)):
             break
         for name, count in inner.items():
-            if rest_s:
-                time.sleep(rest_s)
-            samples[name].append(_timed(calls[name], count))
+            samples[name].append(timed(calls[name], count, wake[name]))
     return {name: _summary(values) for name, values in samples.items()}
 
 
@@ -114,7 +129,22 @@ def _known(samples: Iterable[list[Sample]]) -> bool:
     return not any(is_noisy(_summary(values)) for values in samples)
 
 
-def _timed(call: Call, count: int) -> Sample:
+def settle() -> None:
+    """Waits until the threads of this process sleep: libraries let theirs look for more work for a while."""
+    for _ in range(round(QUIET_S / 1e-3)):
+        cpu, started = time.process_time(), time.perf_counter()
+        time.sleep(1e-3)
+        used = (time.process_time() - cpu) / (time.perf_counter() - started)
+        if used < ASLEEP and scheduling.at_work() <= 1:
+            return
+
+
+def timed(call: Call, count: int, wake: bool = False) -> Sample:
+    """One sample: `count` calls, after one that is not measured with `wake`."""
+    if isinstance(call, Elsewhere):
+        return call.timed(count, wake)
+    if wake:
+        call()
     before, cpu = scheduling.waits(), time.process_time()
     started = time.perf_counter()
     for _ in range(count):
@@ -155,7 +185,7 @@ def noise() -> float:
     samples = []
     started = time.perf_counter()
     while time.perf_counter() - started < 0.2:
-        samples.append(_timed(lambda: sum(range(20_000)), 1).wall)
+        samples.append(timed(lambda: sum(range(20_000)), 1).wall)
     low, median, high = statistics.quantiles(samples, n=4)
     return _rounded((high - low) / median)
 

@@ -1,4 +1,4 @@
-"""How long the threads of this process stood ready to run while others had the cores, as Linux counts it."""
+"""What Linux tells of the threads of this process: how long they stood ready while others had the cores, who is now."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def waits() -> dict[str, int]:
                 found[thread] = int(file.read().split()[1])
     except (OSError, IndexError, ValueError):  # another system, a kernel without it, a thread that ended
         return {}
+    return found
+
+
+def at_work() -> int:
+    """How many threads run or are ready to, the caller among them; 0 where the system does not tell."""
+    found = 0
+    try:
+        for thread in os.listdir(_TASKS):
+            with open(f"{_TASKS}/{thread}/stat", "rb", buffering=0) as file:
+                found += file.read().rpartition(b")")[2].split()[0] == b"R"
+    except (OSError, IndexError):
+        return 0
     return found
 
 

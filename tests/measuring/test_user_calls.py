@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from efficient_attn.benchmarks import users
+from efficient_attn.benchmarks import engines, users
 from efficient_attn.benchmarks.suites import Options, calls, get
 
 
@@ -38,7 +38,9 @@ def test_all_calls_of_a_cell_compute_the_same(kind) -> None:
         pytest.importorskip("transformers")
     cell = small(*kind)
     torch.manual_seed(0)
-    found = {name: first(call()) for name, call in users.BUILDERS[cell["work"]](cell).items()}
+    made = users.BUILDERS[cell["work"]](cell)
+    found = {name: first(call()) for name, call in made.items()}
+    engines.close(made.values())
     ours = found.pop("ours")
     assert found
     for name, theirs in found.items():

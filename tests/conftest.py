@@ -7,6 +7,7 @@ are the CUDA kernels, with a GPU where they are built, and alone in a process wi
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from efficient_attn.backends.cuda import attention as cuda
 # Tests that run side by side (make test) have one thread each, and so have the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+# What a script starts in its background ignores Ctrl-C, and so would every process that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

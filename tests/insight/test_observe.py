@@ -126,7 +126,7 @@ def test_what_is_written_can_be_read_back(tmp_path) -> None:
 
 
 KILLED = """
-import os, signal, sys, torch
+import sys, torch
 from torch import nn
 from efficient_attn.insight import observe
 model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
@@ -147,7 +147,10 @@ def test_another_process_reads_what_a_running_and_an_ended_one_wrote(tmp_path, e
         assert process.stdout is not None and process.stdout.readline() == "five\n"
         while_it_runs = list(observe.load(folder))
         process.send_signal(end)
-        process.wait(60)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()  # or leaving this block waits for what never ends
     assert process.returncode != 0 and len(while_it_runs) >= 5
     afterwards = list(observe.load(folder))
     assert len(afterwards) >= len(while_it_runs) and len(list(folder.glob("*.part"))) <= 1

@@ -1,10 +1,11 @@
-"""Triton's interpreter, quicker: it spends a third of its time on patching triton.language anew at every call."""
+"""Triton's interpreter, twice as quick: it spends its time on types of tensors, and on patching triton.language anew at
+every call."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
+from triton.language import core
 from triton.runtime import interpreter
 
 
@@ -15,14 +16,46 @@ class _Lasting:
 
 
 def patch_once() -> None:
-    """Let the interpreter patch the modules that a function sees at the first call that sees them, and never again."""
+    """Patch what a function sees at its first call and never again, and make each type and shape once."""
     patch, patched = interpreter._patch_lang, set()
 
     def once(function: Any) -> _Lasting:
-        seen = frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
-        if seen not in patched:
-            patched.add(seen)
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
             patch(function)
         return _Lasting()
 
     interpreter._patch_lang = once
+
+    # Sums of integers are watched for overflow, but nothing is said of one without debug.
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+
+    find, found = interpreter._get_np_dtype, {}
+
+    def dtype_of(type: Any) -> Any:
+        name = type.scalar.name
+        if name not in found:
+            found[name] = find(type)
+        return found[name]
+
+    interpreter._get_np_dtype = dtype_of
+
+    make_tensor, make_block, shapes, blocks = core.tensor.__init__, core.block_type.__init__, {}, {}
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        """As it does, but what follows from the type alone is made at its first tensor."""
+        if type.name not in shapes:
+            make_tensor(self, handle, type)
+            shapes[type.name] = self.numel, self.shape, self.dtype
+        self.handle, self.type = handle, type
+        self.numel, self.shape, self.dtype = shapes[type.name]
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        """As it does, once for each element type and shape."""
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = vars(self)
+        vars(self).update(blocks[key])
+
+    core.tensor.__init__, core.block_type.__init__ = tensor, block

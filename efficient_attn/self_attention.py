@@ -27,6 +27,8 @@ from .masks import MaskArrays
 from .ops import attention as ops
 from .tracing import OBSERVERS
 
+LONG = 1024  # tokens from which on weights are so large that a call keeps little beside them
+
 Weights = Literal["mean", "each"] | None  # those wanted: averaged over the heads, of each head, none
 
 
@@ -40,12 +42,12 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     weights: Weights
     is_causal: bool
+    in_place: bool = False  # queries have a tensor of their own, in which the kernel leaves its output
 
-    def heads_of(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (N, H, L, D), views of (., ., 3 E)."""
-        parts = packed.view(*self.sizes, 3, self.heads, self.head_dim)
-        q, k, v = parts.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind(0)
-        return q, k, v
+    def heads_of(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v (N, H, L, D), views of (., ., 3 E); or fewer of them, of fewer E."""
+        parts = packed.view(*self.sizes, -1, self.heads, self.head_dim)
+        return parts.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind(0)
 
     def heads_in(self, merged: Tensor) -> Tensor:
         """(., ., E) as heads (N, H, L, D)."""
@@ -80,10 +82,18 @@ def self_attention(
     first, second, width = x.shape
     if in_weight.shape != (3 * width, width) or out_weight.shape != (width, width):
         return None
-    plan = plan_of(Kind((first, second), heads, width // heads, batch_first, x.dtype, weights, is_causal))
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    length = second if batch_first else first
+    in_place = not recorded and weights is not None and length >= LONG
+    plan = plan_of(Kind((first, second), heads, width // heads, batch_first, x.dtype, weights, is_causal, in_place))
     if plan is None:
         return None
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    if in_place:
+        biases = (None, None) if in_bias is None else in_bias.split((width, 2 * width))
+        query = F.linear(x, in_weight[:width], biases[0])
+        found = plan.forward_in_place(query, F.linear(x, in_weight[width:], biases[1]))
+        return F.linear(query, out_weight, out_bias), found
+    if not recorded:
         packed = F.linear(x, in_weight, in_bias)
         merged, _, found = plan.forward(packed, with_lse=False)
         del packed
@@ -127,13 +137,15 @@ class Plan:
         first, second = kind.sizes
         N, L = (first, second) if kind.batch_first else (second, first)
         self.kind = kind
-        self.packed_shape = (first, second, 3 * kind.heads * kind.head_dim)
         self.merged_shape = (first, second, kind.heads * kind.head_dim)
         self.lse_shape = (N, kind.heads, L)
         self.weights_shape = (N, L, L) if kind.weights == "mean" else (N, kind.heads, L, L)
         self.part = kind.heads * kind.head_dim * kind.dtype.itemsize  # from q to k, and from k to v
-        self.operands = kind.heads_of(torch.empty(self.packed_shape, dtype=kind.dtype, device="meta"))
         self._out = kind.heads_in(torch.empty(self.merged_shape, dtype=kind.dtype, device="meta"))
+        parts = (first, second, (2 if kind.in_place else 3) * kind.heads * kind.head_dim)
+        together = kind.heads_of(torch.empty(parts, dtype=kind.dtype, device="meta"))
+        q, k, v = (self._out, *together) if kind.in_place else together
+        self.operands = q, k, v
         self._weights = None
         if kind.weights is not None:
             averaged_or_not = (N, 1 if kind.weights == "mean" else kind.heads, L, L)
@@ -145,26 +157,30 @@ class Plan:
 
     def forward(self, packed: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """merged (., ., E), lse (N, H, L) and weights."""
+        at, merged = packed.data_ptr(), packed.new_empty(self.merged_shape)
+        lse, weights = self._run(at, at + self.part, at + 2 * self.part, merged.data_ptr(), with_lse)
+        return merged, lse, weights
+
+    def forward_in_place(self, query: Tensor, key_value: Tensor) -> Tensor | None:
+        """weights, of (., ., E) and (., ., 2 E); `query` becomes merged. A tile of queries is read before any of it is
+        written, by the only task that reads it."""
+        q, k = query.data_ptr(), key_value.data_ptr()
+        return self._run(q, k, k + self.part, q, with_lse=False)[1]
+
+    def _run(self, q: int, k: int, v: int, out: int, with_lse: bool) -> tuple[Tensor | None, Tensor | None]:
+        """lse and weights, of addresses."""
+        kind = self.kind
         if self._forward is None:
             operands = (*self.operands, self._out, self._mask, self._scale, self._weights)
             self._forward = backends.cpu.attention.forward_of_pointers(*operands)
-        kind, at = self.kind, packed.data_ptr()
-        merged = packed.new_empty(self.merged_shape)
         lse = weights = None
         if with_lse or kind.weights is not None:
             lse = torch.empty(self.lse_shape, dtype=accumulation_dtype(kind.dtype), device="cpu")
         if kind.weights is not None:
             weights = backends.cpu.attention.empty(self.weights_shape, kind.dtype)
-        self._forward(
-            at,
-            at + self.part,
-            at + 2 * self.part,
-            merged.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            0 if weights is None else weights.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return merged, lse, weights
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (lse, weights))
+        self._forward(q, k, v, out, *addresses, torch.get_num_threads())
+        return lse, weights
 
     def backward(
         self, packed: Tensor, merged: Tensor, lse: Tensor, grad_merged: Tensor, grad_weights: Tensor | None

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efficient_attn import MultiheadAttention
 from efficient_attn.backends.cpu.attention import MISSING
-from efficient_attn.self_attention import Kind, Plan, by_steps, plan_of
+from efficient_attn.self_attention import LONG, Kind, Plan, by_steps, plan_of
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the CPU kernels are what is tested: {MISSING}")
 E, H, L, N = 24, 3, 7, 2
@@ -46,13 +46,13 @@ def steps(
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Kind]:
     """The kinds of the steps that were made as one."""
     found: list[Kind] = []
-    forward = Plan.forward
+    run = Plan._run
 
     def counted(self: Plan, *arguments: Any, **options: Any) -> Any:
         found.append(self.kind)
-        return forward(self, *arguments, **options)
+        return run(self, *arguments, **options)
 
-    monkeypatch.setattr(Plan, "forward", counted)
+    monkeypatch.setattr(Plan, "_run", counted)
     return found
 
 
@@ -60,7 +60,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Kind]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("length", [1, 7, 150])
+@pytest.mark.parametrize("length", [1, 7, 150, LONG + 3])
 def test_values_are_those_of_the_steps(
     weights: Any, dtype: torch.dtype, batch_first: bool, bias: bool, length: int, taken: list[Kind]
 ) -> None:

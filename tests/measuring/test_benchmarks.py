@@ -367,7 +367,12 @@ def run_operator(method, **changes):
     return suites.get("ops").run_cell({**OPS, "method": method, **changes})
 
 
-@pytest.mark.parametrize("method", cases.VIT_METHODS)
+OF_EACH_KIND = ("dense", "neighborhood:kernel=5", "linformer:rank=16")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in OF_EACH_KIND else pytest.mark.slow) for m in cases.VIT_METHODS]
+)
 def test_the_vision_transformer_learns_with_every_default_method(method):
     """It begins to fit as many images as a batch holds in 60 steps."""
     images, labels, _, _ = inputs.digits()

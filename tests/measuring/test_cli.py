@@ -164,7 +164,9 @@ def test_report_of_a_file_without_cells_is_an_error(tmp_path):
     assert result.exit_code == 2 and "no cell" in result.output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_shows_its_results_and_can_go_on(tmp_path, number, code):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "efficient_attn.cli", "bench", "ops", "--mode", "fwd", "--threads", "1"]
@@ -213,7 +215,7 @@ def test_a_working_directory_is_not_imported_from(tmp_path):
     assert statuses == ["ok"] * 4
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_a_terminal_that_lacks_a_sign_shows_the_rest(encoding, tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     for arguments in (["bench", "--help"], ["train", "--list"], ["bench", "no\u2713suite"]):

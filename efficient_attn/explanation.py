@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends, functional, inputs, query_sinks
 from .backends.call import accumulation_dtype
+from .backends.cpu import attention as cpu
 from .biases import BiasLike
 from .masks import BlockMask, parts
 from .ops.attention import is_plain
@@ -120,15 +121,21 @@ def explain(
     seen = block_mask if taken is None else taken.mask
     visited = parts.visited(seen) / max(math.prod(seen.shape), 1)
     work = parts.cost(seen) / max(math.prod(seen.shape[2:]), 1)
-    said = () if taken is None or taken.mask.union is None else tuple(map(_said, taken.mask.union))
+    said: tuple[str, ...] = ()
+    if taken is not None and taken.mask.union is not None:
+        copies = [0] * len(taken.arrays)
+        if chosen == "cpu":
+            copies = [cpu.tiles_of_a_copy(query, key, value, part) for part in taken.arrays]
+        said = tuple(map(_said, taken.mask.union, copies))
     flops = 2 * pairs * (call.D + call.Dv)
     return Explanation(chosen, reasons, density, flops, moved, visited, said, whole_because, work)
 
 
-def _said(part: parts.Part) -> str:
-    """One line about a part."""
+def _said(part: parts.Part, tiles: int) -> str:
+    """One line about a part. tiles: of queries, which share one copy of their keys."""
     mask, shares = part.mask, (part.mask.density, part.mask.block_density)
     orders = [name for name, order in zip(("queries", "keys"), part[1:], strict=True) if order is not None]
     text = f"{mask.q_len} x {mask.kv_len} tokens in blocks of {mask.block_size[0]} x {mask.block_size[1]}, "
     text += f"{' and '.join(orders)} in another order" if orders else "in the order of the sequence"
+    text += f", keys copied once for {tiles} tiles of queries" if tiles else ""
     return f"{text}: {shares[0]:.2%} of its pairs visible, {shares[1]:.2%} of its blocks visited"

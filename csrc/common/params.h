@@ -97,7 +97,10 @@ struct AttentionParams {
     BiasGradient dbias;    // data null: not wanted
     void* delta;           // a result: delta of every row, (B, Hq, Nq), like lse; null: not wanted
     void* ddiagonals;      // (B, Hq, Nq + Nk - 1) of the accumulation type, zeros at first; null: not wanted
-    int64_t band_keys, band_overlap, band_tiles;  // of the CPU, which sets them itself: see cpu/bands.h
+
+    // Of the CPU, which sets them itself: see cpu/bands.h.
+    int64_t band_keys, band_overlap, band_tiles;
+    int64_t copies_keys;  // whether tasks copy their keys and values once for all of their tiles
 };
 
 // One pass over the weights of a call for what is known of them; see cpu/attention_statistics.h. `out` and `value` of

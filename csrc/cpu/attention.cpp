@@ -62,7 +62,7 @@ int64_t forward_bytes(const AttentionParams& p) {
     return with_accumulator(p, [&](auto a) {
         using A = decltype(a);
         if (p.weights.data) return WeightsTile<A>::bytes(p);
-        return is_decode(p) ? DecodeTile<A>::bytes(p) : ForwardTile<A>::bytes(p);
+        return is_decode(p) ? DecodeTile<A>::bytes(p) : forward_tile_bytes<A>(p);
     });
 }
 int64_t forward_tasks(const AttentionParams& p, int phase) {
@@ -75,7 +75,7 @@ int64_t forward_tasks(const AttentionParams& p, int phase) {
     return with_accumulator(p, [&](auto a) { return weights_task_count<decltype(a)>(p); });
 }
 double forward_cost(const AttentionParams& p, int phase, int64_t task) {
-    const bool differ = p.mask.indptr && !is_decode(p) && !p.weights.data && phase == tiles_phase(p);
+    const bool differ = p.mask.indptr && !is_decode(p) && !p.weights.data && !p.copies_keys && phase == tiles_phase(p);
     return differ ? query_tile_cost(p, task) : -1;
 }
 bool forward_is_short(const AttentionParams& p, int phase) { return phase == 1 && is_decode(p) && merges_quickly(p); }
@@ -88,6 +88,7 @@ void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory
             if (phase < last) return pack_values_task<T>(p, task, shared);
             const TileRegisters tiles(kPairProducts<T>);
             char* values = last > 0 ? shared : nullptr;
+            if (p.copies_keys) return forward_run_task<T, A>(p, task, memory);
             return p.weights.data ? weights_task<T, A>(p, task, memory, values)
                                   : forward_task<T, A>(p, task, memory, values);
         }
@@ -96,12 +97,21 @@ void forward_run(const AttentionParams& p, int phase, int64_t task, char* memory
     });
 }
 
-void forward_prepare(AttentionParams& p) { join_rows(p); }
+void forward_prepare(AttentionParams& p) {
+    join_rows(p);
+    if (is_decode(p) || p.weights.data) return;
+    with_types(p, [&](auto types) {
+        using Of = decltype(types);
+        measure_copies<typename Of::Storage, typename Of::Accumulator>(p);
+    });
+}
 void backward_prepare(AttentionParams& p) {
     join_rows(p);
-    with_accumulator(p, [&](auto a) {
-        measure_bands<decltype(a)>(p);
-        return int64_t{0};
+    with_types(p, [&](auto types) {
+        using T = typename decltype(types)::Storage;
+        using A = typename decltype(types)::Accumulator;
+        measure_bands<A>(p);
+        measure_backward_copies<T, A>(p, key_span<A>(p));
     });
 }
 int64_t backward_shared(const AttentionParams& p) {

@@ -50,6 +50,8 @@ struct BackwardTile {
     Pair *Q_columns, *dO_columns, *Q_pairs, *dO_pairs, *K_pairs, *dS_pairs;  // with products of pairs only
     BFloat16* rounded;
     A* scale;
+    A *K_place, *V_place;  // of copies, where they are made
+    CopiedRows<A> K_copy, V_copy;
 
     BackwardTile(const AttentionParams& p, char* memory) {
         const int64_t D = whole_vectors<A>(p.D), Dv = whole_vectors<A>(p.Dv), widest = max_of(D, Dv);
@@ -70,8 +72,11 @@ struct BackwardTile {
         V_buffer = arena.take<A>(kKeys * max_of(p.Dv, pair_depth(p.Dv)));
         buffer = arena.take<A>(kKeys * widest);
         scratch = arena.take<A>(transpose_scratch<A>(max_of(kKeys, widest)));
-        dK = arena.take<A>((has_bands(p) ? p.band_keys : key_span<A>(p)) * D);
-        dV = arena.take<A>((has_bands(p) ? p.band_keys : key_span<A>(p)) * Dv);
+        const int64_t keys = has_bands(p) ? p.band_keys : key_span<A>(p), copied = p.copies_keys ? keys : 0;
+        dK = arena.take<A>(keys * D);
+        dV = arena.take<A>(keys * Dv);
+        K_place = arena.take<A>(copied * p.D);
+        V_place = arena.take<A>(copied * p.Dv);
         dQt = arena.take<A>(has_bands(p) ? p.D * kQueries : 0);
         sum = arena.take<double>(p.dbias.data ? kKeys * kQueries : 0);
         bits = arena.take<uint64_t>(kKeys);
@@ -397,8 +402,8 @@ inline void add_query_gradients(const AttentionParams& p, const QueryTile& q, Ra
         const Range keys = chunk.keys;
         if (!begun) begin();
         begun = true;
-        const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_buffer);
-        const auto V = load_operand<T>(p.value, q.b, kv, keys, p.Dv, t.V_buffer);
+        const auto K = load_operand<T>(p.key, q.b, kv, keys, p.D, t.K_copy, t.K_buffer);
+        const auto V = load_operand<T>(p.value, q.b, kv, keys, p.Dv, t.V_copy, t.V_buffer);
         const bool masked = score_gradients<T>(p, q, chunk, K, V, w, t);
         if (bias_is_full(p)) store_bias_tile<T>(p, q, keys, w, t);
         if (p.ddiagonals) add_diagonal_gradients(p, q, keys, w, t);
@@ -419,6 +424,14 @@ inline void store_query_gradients(const AttentionParams& p, const QueryTile& q, 
         p.continues);
 }
 
+// The keys and values of a task, for all of its tiles.
+template <class T, class A>
+inline void copy_keys(const AttentionParams& p, int64_t b, int64_t kv, Range keys, BackwardTile<A>& t) {
+    if (!p.copies_keys) return;
+    t.K_copy = copy_rows<T>(p.key, b, kv, keys, p.D, t.K_place);
+    t.V_copy = copy_rows<T>(p.value, b, kv, keys, p.Dv, t.V_place);
+}
+
 // Phase 1.
 template <class T, class A>
 inline void span_task(const AttentionParams& p, int64_t task, char* memory, const BackwardShared<A>& shared) {
@@ -431,6 +444,7 @@ inline void span_task(const AttentionParams& p, int64_t task, char* memory, cons
     BackwardTile<A> t(p, memory);
     fill_zero(t.dK, size * D);
     fill_zero(t.dV, size * Dv);
+    copy_keys<T>(p, b, kv, keys, t);
     // Tasks are taken in order, so what is waited for is done or being done.
     if (span == 0 && head >= line.slots) wait_until(done - line.slots * line.spans + line.spans - 1, line.tiles);
 

@@ -83,6 +83,7 @@ inline void run_task(const AttentionParams& p, int64_t task, char* memory, const
     BackwardTile<A> t(p, memory);
     fill_zero(t.dK, (keys.end - keys.begin) * D);
     fill_zero(t.dV, (keys.end - keys.begin) * Dv);
+    copy_keys<T>(p, b, kv, keys, t);
 
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         for (int64_t tile = run * size; tile < min_of((run + 1) * size, tiling.count); ++tile) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "attention_forward.h"
-#include "bands.h"
 
 namespace efficient_attn {
 namespace {

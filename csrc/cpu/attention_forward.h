@@ -3,10 +3,11 @@
 // with a sink's score beside those of the keys, where there are sinks: the online softmax begins with it.
 //
 // Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over tiles of keys. A task is a tile of queries of one
-// (batch, head); it owns its rows of out and lse, so tasks run in any order and the bits do not depend on the threads.
+// (batch, head), or a run of tiles that copies its keys once; it owns its rows of out and lse, so tasks run in any
+// order and the bits do not depend on the threads.
 #pragma once
 
-#include "tile.h"
+#include "bands.h"
 
 namespace efficient_attn {
 namespace {
@@ -18,6 +19,7 @@ struct ForwardTile {
     uint64_t *bits, *keep;
     Pair *Q_pairs, *V_pairs, *P_pairs;  // with products of pairs only
     A* scale;
+    CopiedRows<A> K_copy, V_copy;
 
     ForwardTile(const AttentionParams& p, char* memory) {
         Arena arena{memory};
@@ -158,7 +160,7 @@ inline void load_queries(const AttentionParams& p, int64_t b, int64_t h, int64_t
 // S of the tile's queries and some keys.
 template <class T, class A>
 inline void score(const AttentionParams& p, int64_t b, int64_t kv, Range keys, int64_t w, ForwardTile<A>& t) {
-    const auto rows = load_operand<T>(p.key, b, kv, keys, p.D, t.K_buffer);
+    const auto rows = load_operand<T>(p.key, b, kv, keys, p.D, t.K_copy, t.K_buffer);
     if constexpr (kPairProducts<T>) {
         score_tile(rows, keys.end - keys.begin, p.D, t.Q_pairs, w, t.scale, t.S);
     } else {
@@ -194,7 +196,7 @@ inline void accumulate(const AttentionParams& p, int64_t b, int64_t kv, int64_t 
         accumulate_columns(load_values<T>(p, b, kv, keys, poison, shared, t), n, p.Dv, t.P_pairs, w, t.fade, t.Ot);
         add_poison_to_columns(values, poison, p.Dv, t.S, w, t.bits, t.Ot);
     } else {
-        const Rows<A> values = load_rows<T>(p.value, b, kv, keys.begin, n, p.Dv, t.V_buffer);
+        const Rows<A> values = load_operand<T>(p.value, b, kv, keys, p.Dv, t.V_copy, t.V_buffer);
         if (masked) {
             accumulate_columns_masked(values, n, p.Dv, t.S, w, t.fade, t.bits, low_bits(count), t.K_buffer, t.Ot);
         } else {
@@ -229,7 +231,8 @@ inline void softmax_pass(const AttentionParams& p, int64_t b, int64_t h, Range r
     const int64_t block_row = p.mask.indptr ? rows.begin % p.mask.block_q : 0;
     const int64_t kv = h / (p.Hq / p.Hkv);
     load_queries<T>(p, b, h, rows.begin, rows.end - rows.begin, w, t);
-    for_each_chunk(p, b, h, block, rows, {0, p.Nk}, [&](const Chunk& chunk) {
+    const Range limits = t.K_copy.data ? t.K_copy.rows : Range{0, p.Nk};
+    for_each_chunk(p, b, h, block, rows, limits, [&](const Chunk& chunk) {
         const Range keys = chunk.keys;
         const int64_t n = keys.end - keys.begin;
         if (t.strip) t.S = t.strip + keys.begin * w;
@@ -273,14 +276,41 @@ inline void attend(const AttentionParams& p, int64_t b, int64_t h, Range rows, i
 }
 
 template <class T, class A>
-inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
-    const QueryTiling tiling = attention_tiling(p);
-    const int64_t tile = tiling.count - 1 - task % tiling.count;  // under a causal mask the last tiles are the longest
-    const Range rows = tile_rows(p, tiling, tile);
+inline void attend_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t tile, char* shared, ForwardTile<A>& t) {
+    const Range rows = tile_rows(p, attention_tiling(p), tile);
     if (rows.begin >= rows.end) return;
+    attend<T>(p, b, h, rows, whole_lanes<T, A>(rows.end - rows.begin), shared, t, [](Range) {});
+}
+
+template <class T, class A>
+inline void forward_task(const AttentionParams& p, int64_t task, char* memory, char* shared) {
+    const int64_t tiles = attention_tiling(p).count, head = task / tiles;
     ForwardTile<A> t(p, memory);
-    attend<T>(p, task / tiling.count / p.Hq, task / tiling.count % p.Hq, rows, whole_lanes<T, A>(rows.end - rows.begin),
-              shared, t, [](Range) {});
+    // Under a causal mask the last tiles are the longest.
+    attend_tile<T>(p, head / p.Hq, head % p.Hq, tiles - 1 - task % tiles, shared, t);
+}
+
+// A run of tiles of queries of one (batch, key/value head), whose keys and values are copied once (bands.h).
+template <class T, class A>
+inline void forward_run_task(const AttentionParams& p, int64_t task, char* memory) {
+    const int64_t runs = band_runs(p), run = runs - 1 - task % runs, head = task / runs;
+    const int64_t b = head / p.Hkv, kv = head % p.Hkv, group = p.Hq / p.Hkv;
+    const int64_t last = min_of((run + 1) * p.band_tiles, attention_tiling(p).count);
+    ForwardTile<A> t(p, memory);
+    Arena arena{memory + ForwardTile<A>::bytes(p)};
+    const Range keys = run_keys(p, b, kv, run);
+    t.K_copy = copy_rows<T>(p.key, b, kv, keys, p.D, arena.take<A>(p.band_keys * p.D));
+    t.V_copy = copy_rows<T>(p.value, b, kv, keys, p.Dv, arena.take<A>(p.band_keys * p.Dv));
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+        for (int64_t tile = run * p.band_tiles; tile < last; ++tile) attend_tile<T>(p, b, h, tile, nullptr, t);
+}
+
+template <class A>
+inline int64_t forward_tile_bytes(const AttentionParams& p) {
+    const int64_t copies = p.copies_keys ? round_up(p.band_keys * p.D * static_cast<int64_t>(sizeof(A)), 64) +
+                                               round_up(p.band_keys * p.Dv * static_cast<int64_t>(sizeof(A)), 64)
+                                         : 0;
+    return ForwardTile<A>::bytes(p) + copies;
 }
 
 // How many blocks the list of a tile of queries names, for tasks numbered as in forward_task.
@@ -293,7 +323,9 @@ inline double query_tile_cost(const AttentionParams& p, int64_t task) {
     return static_cast<double>(entries.end - entries.begin);
 }
 
-inline int64_t forward_task_count(const AttentionParams& p) { return p.B * p.Hq * attention_tiling(p).count; }
+inline int64_t forward_task_count(const AttentionParams& p) {
+    return p.copies_keys ? p.B * p.Hkv * band_runs(p) : p.B * p.Hq * attention_tiling(p).count;
+}
 
 }  // namespace
 }  // namespace efficient_attn

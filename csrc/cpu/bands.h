@@ -1,6 +1,6 @@
-// What is found out about a mask before the work begins: rows of the list that say the same, and whether it is a band:
+// What is found out about a mask before the work begins: rows of the list that say the same; whether it is a band:
 // whether a run of queries sees few keys that lie together, as under a window or along a diagonal of blocks (see
-// attention_backward_bands.h).
+// attention_backward_bands.h); and whether keys that an order scatters are copied once for some tiles of queries.
 #pragma once
 
 #include "tile.h"
@@ -123,6 +123,84 @@ inline void measure_bands(AttentionParams& p) {
     }
     p.band_keys = sizes.widest;
     p.band_overlap = sizes.overlap;
+}
+
+// Keys that the tiles of queries of a call visit, of all lines of its lists and all heads of a group.
+inline int64_t visited_keys(const AttentionParams& p) {
+    const QueryTiling tiling = attention_tiling(p);
+    const int64_t group = p.mask.indptr && p.mask.heads > 1 ? 1 : p.Hq / p.Hkv;
+    if (p.mask.indptr) return p.mask.entries * p.mask.block_k * tiling.tiles_per_block * group;
+    int64_t visited = 0;
+    for (int64_t tile = 0; tile < tiling.count; ++tile) {
+        const Range rows = tile_rows(p, tiling, tile), keys = any_visible(p, 0, rows.begin, rows.end);
+        visited += keys.end - keys.begin;
+    }
+    return visited * group;
+}
+
+// Whether each tile of queries would copy the keys and values that it sees: an order scatters them, or they are
+// narrower than what is multiplied.
+template <class T, class A>
+inline bool tiles_copy_keys(const AttentionParams& p) {
+    return !kPairProducts<T> && !p.key.pages && (p.key.order || sizeof(T) < sizeof(A));
+}
+
+// Lines that have runs of their own, and how many bytes a key's copy takes with its value.
+inline int64_t lines_of_heads(const AttentionParams& p) { return p.mask.indptr && p.mask.heads > 1 ? p.Hkv : 1; }
+inline int64_t lines_of_runs(const AttentionParams& p) {
+    return (p.mask.indptr ? p.mask.batch : 1) * lines_of_heads(p);
+}
+template <class A>
+inline int64_t copy_bytes(const AttentionParams& p) {
+    return static_cast<int64_t>(sizeof(A)) * (p.D + p.Dv);
+}
+
+inline void measure_keys(const AttentionParams& p, BandSizes& sizes) {
+    const int64_t heads = lines_of_heads(p);
+    for (int64_t line = 0; line < lines_of_runs(p); ++line)
+        for (int64_t run = 0; run < band_runs(p); ++run) {
+            const Range keys = run_keys(p, line / heads, line % heads, run);
+            sizes.widest = max_of(sizes.widest, keys.end - keys.begin);
+            sizes.total += keys.end - keys.begin;
+        }
+}
+
+// Copies are made where one takes the place of so many at least, and stay in the second cache level or near it.
+constexpr int64_t kLeastCopies = 2, kCopyMemory = 1024 * 1024;
+
+// Decides whether the forward of a call goes by runs of tiles of queries, whose keys and values are copied once for all
+// of them, and how long runs are.
+template <class T, class A>
+inline void measure_copies(AttentionParams& p) {
+    const MaskView& mask = p.mask;
+    p.copies_keys = p.band_keys = 0;
+    if (!tiles_copy_keys<T, A>(p) || p.B * p.Hkv * p.Nq * p.Nk == 0) return;
+    if (!mask.indptr && (mask.window_left < 0 || mask.window_right < 0)) return;
+    AttentionParams tried = p;
+    int64_t copied = 0;
+    for (tried.band_tiles = 2;; tried.band_tiles *= 2) {
+        BandSizes sizes{};
+        measure_keys(tried, sizes);
+        if (sizes.widest * copy_bytes<A>(p) > kCopyMemory || p.B * p.Hkv * band_runs(tried) < 4 * p.threads) break;
+        p.band_tiles = tried.band_tiles;
+        p.band_keys = sizes.widest;
+        copied = sizes.total;
+        if (4 * copied <= 5 * lines_of_runs(p) * p.Nk) break;
+    }
+    p.copies_keys = p.band_keys > 0 && kLeastCopies * copied <= visited_keys(p);
+}
+
+// The same of a backward, whose runs or spans of keys are known.
+template <class T, class A>
+inline void measure_backward_copies(AttentionParams& p, int64_t span) {
+    p.copies_keys = 0;
+    if (!tiles_copy_keys<T, A>(p) || p.B * p.Hkv * p.Nq * p.Nk == 0) return;
+    BandSizes sizes{span, 0, lines_of_runs(p) * p.Nk, true};
+    if (has_bands(p)) {
+        sizes = {};
+        measure_keys(p, sizes);
+    }
+    p.copies_keys = sizes.widest * copy_bytes<A>(p) <= kCopyMemory && kLeastCopies * sizes.total <= visited_keys(p);
 }
 
 }  // namespace

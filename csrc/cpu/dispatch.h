@@ -13,6 +13,9 @@ const Kernels* find_kernels(const char* name);
 template <class Params>
 bool run(const Kernels& kernels, const Operator<Params>* Kernels::* op, const Params& p, int threads);
 
+// How many tiles of queries of a forward share one copy of the keys and values that they see; 0: each loads its own.
+int64_t tiles_of_a_copy(const Kernels& kernels, const AttentionParams& p, int threads);
+
 // What it costs to let `threads` threads begin and end together, in nanoseconds; measured once for each number.
 double crossing(int threads);
 

@@ -258,6 +258,13 @@ PYBIND11_MODULE(_cpu, module) {
     kernels();  // a wrong EFFICIENT_ATTN_ISA fails the import, not the first call
     module.def("attention_forward", &attention<false>);
     module.def("attention_backward", &attention<true>);
+    module.def(
+        "tiles_of_a_copy",
+        [](const std::string& words, int threads) {
+            const AttentionParams p = read_params(words, false);
+            return tiles_of_a_copy(kernels(), p, worth_threads(threads, p, false));
+        },
+        "How many tiles of queries of a forward share one copy of the keys and values that they see; 0: none do.");
     module.def("attention_statistics", &attention_statistics);
     module.def("linear_attention_forward", &linear_attention<false>);
     module.def("linear_attention_backward", &linear_attention<true>);

@@ -107,6 +107,13 @@ double crossing(int threads) {
     return cost;
 }
 
+int64_t tiles_of_a_copy(const Kernels& kernels, const AttentionParams& given, int threads) {
+    AttentionParams p = given;
+    set_threads(p, threads);
+    (kernels.others && is_for_others(p) ? *kernels.others : kernels).forward->prepare(p);
+    return p.copies_keys ? p.band_tiles : 0;
+}
+
 template <class Params>
 bool run(const Kernels& kernels, const Operator<Params>* Kernels::* member, const Params& given, int threads) {
     const Operator<Params>& op = *((kernels.others && is_for_others(given) ? *kernels.others : kernels).*member);

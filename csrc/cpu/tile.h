@@ -150,6 +150,30 @@ inline Rows<Operand<T, A>> load_operand(const TensorView& t, int64_t b, int64_t 
     }
 }
 
+// Rows of a tensor, copied once for several tiles; data null: a tile reads or copies its own.
+template <class A>
+struct CopiedRows {
+    A* data = nullptr;
+    Range rows{0, 0};
+
+    Rows<A> at(int64_t row, int64_t width) const { return {data + (row - rows.begin) * width, width}; }
+};
+
+template <class T, class A>
+inline CopiedRows<A> copy_rows(const TensorView& t, int64_t b, int64_t h, Range rows, int64_t width, A* place) {
+    if constexpr (kPairProducts<T>) return {};
+    gather_rows<T>(t, b, h, rows.begin, rows.end - rows.begin, width, width, place);
+    return {place, rows};
+}
+
+template <class T, class A>
+inline Rows<Operand<T, A>> load_operand(const TensorView& t, int64_t b, int64_t h, Range rows, int64_t width,
+                                        const CopiedRows<A>& copied, A* buffer) {
+    if constexpr (!kPairProducts<T>)
+        if (copied.data) return copied.at(rows.begin, width);
+    return load_operand<T>(t, b, h, rows, width, buffer);
+}
+
 inline bool has_bias(const AttentionParams& p) { return p.bias.data != nullptr; }
 
 // Scores are kept in units of the exponent of two, or of e where there is a bias, which as finite as it comes must stay

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import re
 import time
 
 import pytest
 import torch
 
 from efficient_attn import attention, explain
+from efficient_attn.backends.cpu import attention as cpu
 from efficient_attn.masks import PartedMask
 from efficient_attn.masks.parts import cost, visited
 from efficient_attn.methods.spec import parse
@@ -175,6 +177,17 @@ def test_explain_shows_parts_and_orders() -> None:
     found = explain(query, query, query, mask=parse("axial").pattern, softcap=20.0)
     assert found.parts == () and "joined by lse, which softcap" in found.whole_because
     assert explain(query, query, query, is_causal=True).whole_because == ""
+
+
+@pytest.mark.skipif(bool(cpu.MISSING), reason="the native module is not built")
+def test_explain_says_where_keys_are_copied_once() -> None:
+    query = torch.randn(1, 2, 4096, 16)
+    image, columns = (
+        str(explain(query, query, query, mask=parse(spec).pattern, backend="cpu"))
+        for spec in ("neighborhood:kernel=7", "axial")
+    )
+    assert re.search(r"keys copied once for \d+ tiles of queries", image)
+    assert "copied" not in columns  # one tile sees them
 
 
 def test_lines_are_ascending() -> None:

@@ -126,6 +126,19 @@ def paged_forward(
     return out, lse
 
 
+def tiles_of_a_copy(query: Tensor, key: Tensor, value: Tensor, mask: MaskArrays) -> int:
+    """How many tiles of queries of a forward share one copy of the keys and values that they see, gathered or widened
+    once for all of them; 0: each loads its own."""
+    if _cpu is None or query.numel() == 0 or key.numel() == 0 or _runs(mask, None, 0.0) is not None:
+        return 0
+    nowhere = torch.empty((), dtype=query.dtype, device="cpu")
+    out, lse = nowhere.expand(*query.shape[:3], value.shape[3]), nowhere.expand(query.shape[:3])
+    kept, words = pack_attention(query, key, value, None, out, lse, mask, 1.0, 0.0, None)
+    tiles: int = _cpu.tiles_of_a_copy(words, torch.get_num_threads())
+    del kept
+    return tiles
+
+
 def _runs(mask: MaskArrays, bias: Tensor | None, dropout_p: float) -> tuple[slice, slice] | None:
     """The queries and keys of a call whose orders name a run of tokens each: a kernel reads those where they lie. None
     for what goes by a token's place in the whole."""

@@ -93,6 +93,63 @@ def test_goes_on_from_another_part(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(total, before + gradient, **(rounding or {"rtol": 1e-6, "atol": 1e-6}))  # type: ignore[operator]
 
 
+def copies(dtype: torch.dtype) -> bool:
+    """Whether keys are copied at all: where pairs of bfloat16 are multiplied, they are packed instead."""
+    return not (dtype == torch.bfloat16 and cpu._cpu.instruction_set().endswith("_bf16"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_keys_copied_once_for_some_tiles_are_those_of_the_definition(dtype: torch.dtype) -> None:
+    """Grouped heads, lengths, dropout, a bias, a value that some queries must not see, and rows that are no vectors."""
+    torch.manual_seed(3)
+    n = 300
+    given = [torch.randn(2, h, n, d).to(dtype) for h, d in ((2, 20), (1, 20), (1, 12), (2, 12))]
+    given[2][:, :, 150] = torch.nan
+    pairs = (torch.arange(n)[:, None] - torch.arange(n)).abs() <= 30
+    tokens, place = torch.randperm(n).int(), torch.empty(n, dtype=torch.int64)
+    place[tokens.long()] = torch.arange(n)
+    lengths = torch.tensor([n, 230], dtype=torch.int32)
+    lists = BlockMask.from_dense(pairs, block_size=16).arrays(transposed=True)
+    part = lists._replace(query_order=tokens[None], key_order=tokens[None], kv_lengths=lengths)
+    plain = BlockMask.from_dense(pairs[place][:, place], block_size=128).arrays()._replace(kv_lengths=lengths)
+    bias = torch.randn(1, 1, n, n).to(dtype)
+    assert (cpu.tiles_of_a_copy(*given[:3], part) > 1) is copies(dtype)
+    ours = results_of(cpu, part, given, bias, 0.3)[:5]
+    want = results_of(reference, plain, [t.double() for t in given], bias, 0.3)
+    rough = results_of(reference, plain, given, bias, 0.3)  # what the dtype itself costs
+    for found, exact, same in zip(ours, want, rough, strict=False):
+        finite = exact.isfinite()
+        assert torch.equal(found.isfinite(), finite) and finite.any()
+        allowed = (same.double() - exact)[finite].abs().max()
+        units = 32 if dtype == torch.float64 else 4
+        least = units * torch.finfo(found.dtype).eps * exact[finite].abs().max()
+        assert (found.double() - exact)[finite].abs().max() <= 2 * allowed + least
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_keys_copied_once_give_the_bits_of_keys_in_place(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    n = 520
+    given = [torch.randn(1, h, n, d).to(dtype) for h, d in ((4, 24), (2, 24), (2, 24), (4, 24))]
+    pairs = (torch.arange(n)[:, None] - torch.arange(n)).abs() <= 30
+    plain, tokens = BlockMask.from_dense(pairs, block_size=16).arrays(transposed=True), torch.randperm(n)
+    part = plain._replace(query_order=tokens.int()[None], key_order=tokens.int()[None])
+    in_order = [t[:, :, tokens] for t in given]
+    narrow = dtype in (torch.bfloat16, torch.float16)  # widened, which is a copy too
+    assert (cpu.tiles_of_a_copy(*in_order[:3], plain) > 1) is (narrow and copies(dtype))
+    assert (cpu.tiles_of_a_copy(*given[:3], part) > 1) is copies(dtype)
+    out, lse = cpu.attention_forward(*given[:3], None, part, 0.2, 0.0, None)
+    copied = cpu.attention_forward(*in_order[:3], None, plain, 0.2, 0.0, None)
+    assert torch.equal(out[:, :, tokens], copied[0]) and torch.equal(lse[:, :, tokens], copied[1])
+    last = (None, out, lse, part, 0.2, 0.0, None, False)
+    gradients = cpu.attention_backward(given[3], None, None, *given[:3], *last)[:3]
+    of_copies = cpu.attention_backward(
+        in_order[3], None, None, *in_order[:3], None, *copied, plain, 0.2, 0.0, None, False
+    )
+    for gradient, in_place in zip(gradients, of_copies, strict=False):
+        assert torch.equal(gradient[:, :, tokens], in_place)  # type: ignore[index, arg-type]
+
+
 @pytest.mark.parametrize("order", [None, "reversed"])
 @pytest.mark.parametrize("block", [16, 32, 64])
 def test_a_band_has_one_result_for_any_number_of_threads(block: int, order: str | None) -> None:

@@ -110,7 +110,7 @@ def test_a_row_of_padding_alone_gives_numbers_and_gradients(make) -> None:
     torch.testing.assert_close(out[1:], model(IDS[1:], attention_mask=mask[1:])[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [bloom, mpnet])
+@pytest.mark.parametrize("make", [pytest.param(bloom, marks=pytest.mark.slow), mpnet])
 def test_a_compiled_model_gives_the_same(make) -> None:
     model = make()
     before = model(IDS, attention_mask=MASK)[0]

@@ -340,8 +340,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         if row.get(figure) is not None:
             met += row[figure] >= least
             verdict = "reached" if row[figure] >= least else "MISSED"
-            width = {**DEFAULTS, **CASES[name[0]][2]}["head_dim"]
-            beside = machine.remark(*name[1:], width) if figure == "tflops" else ""
+            visible, _, changes = CASES[name[0]]
+            width = {**DEFAULTS, **changes}["head_dim"]
+            beside = machine.remark(*name[1:], width, visible) if figure == "tflops" else ""
             text = (
                 f"{' '.join(name[:2])}, {name[2]}: {figure} {row[figure]:g}, at least {least:.3g}{beside}: {verdict}."
             )

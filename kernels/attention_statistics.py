@@ -51,6 +51,7 @@ from .walk import (
     visible_keys,
 )
 
+PART_D = tl.constexpr(64)
 NO_KEY = tl.constexpr(2**31 - 1)  # less its slot: what stands where a row has no further key
 
 
@@ -109,11 +110,32 @@ class Cells(NamedTuple):
 
 
 @triton.jit
+def product_in_parts(x, own, o_j, C: tl.constexpr):
+    """q k^T [BLOCK_Q, BLOCK_K] of float32, PART_D columns at a time: a thread that multiplies without tensor cores
+    holds whole rows of both, and those of more than 128 columns are more than its registers."""
+    o_i = own.first + tl.arange(0, C.BLOCK_Q)
+    p_q = head_pointer(x.q, own.i_b, own.i_h) + (tl.cast(o_i, tl.int64) * x.q.n)[:, None]
+    p_k = head_pointer(x.k, own.i_b, own.i_h // C.GROUP) + (tl.cast(o_j, tl.int64) * x.k.n)[:, None]
+    m_q, m_k = (o_i < x.sizes.Nq)[:, None], (o_j < own.keys)[:, None]
+    b_s = tl.full([C.BLOCK_Q, C.BLOCK_K], 0.0, tl.float32)
+    for first in range(0, C.D, PART_D):
+        o_d = (first + tl.arange(0, PART_D))[None, :]
+        b_q = tl.load(p_q + o_d, mask=m_q & (o_d < C.D), other=0.0)
+        b_k = tl.load(p_k + o_d, mask=m_k & (o_d < C.D), other=0.0)
+        b_s += dot(signed(b_q, C.SIGN), tl.trans(b_k), C)
+    return b_s
+
+
+@triton.jit
 def walked_scores(b_q, p_k, x, own, j_first, tile, C: tl.constexpr, MODE: tl.constexpr):
     """Scores [BLOCK_Q, BLOCK_K] in log2 of the program's queries and a key tile, -inf where a pair is hidden."""
     columns = key_places(x, own.i_b, own.i_h // C.GROUP, j_first, C.BLOCK_K)
-    b_k = load_block(None, p_k, x.k.n, columns, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
-    b_s, _slope = cap_scores(dot(b_q, tl.trans(b_k), C) * x.sizes.scale, x)
+    if C.BLOCK_D > 128 and x.k.ptr.dtype.element_ty == tl.float32:
+        b_s = product_in_parts(x, own, columns.o, C)
+    else:
+        b_k = load_block(None, p_k, x.k.n, columns, own.keys, C.D, C.BLOCK_K, C.BLOCK_D, MODE != FULL)
+        b_s = dot(b_q, tl.trans(b_k), C)
+    b_s, _slope = cap_scores(b_s * x.sizes.scale, x)
     b_s, _visible = mask_scores(b_s, x, own.i_b, own.i_h, own, columns, own.keys, tile, C, MODE, 1)
     return b_s
 

@@ -19,7 +19,7 @@ MATRIX = (
     "attention_forward_kernel", "key_gradient_kernel", "query_gradient_kernel", "bias_gradient_kernel",
     "row_statistics_kernel", "received_kernel", "mass_map_kernel",
 )  # fmt: skip
-FEW_BYTES = 32  # of a thread's stack, once a program: what the map keeps beside its cells
+FEW_BYTES = 32  # of a thread's stack, once a program: what the map keeps beside its cells, or a row beside its sums
 
 
 def check(row: dict) -> None:
@@ -116,7 +116,7 @@ def test_every_version_was_compiled_and_spills_where_it_is_said() -> None:
         if feature == "linear":
             allowed = 600 if head_dim == "256" else 8 if dtype == "float32" else 0
         if row["kernel"] == "row_statistics_kernel" and (dtype, head_dim) == ("float32", "256"):
-            allowed = 160
+            allowed = FEW_BYTES
         assert row["spilled"] <= allowed, row
     assert registers.page(rows) in (table.RESULTS.parents[3] / "docs" / "gpu.md").read_text(), "make triton-registers"
 

@@ -7,21 +7,26 @@ Stages, each of which can fail alone: the imports; the CUDA module (the one of `
 of these sources, else built here); smoke, a process with a limit for each family of kernels (gpu_smoke.py), of which
 what fails is left out below; speed against cuDNN and flash; conformance in four shards. A skipped test and a module
 that does not load are failures. results.jsonl, summary.txt and logs.tgz lie in the folder after every stage, and the
-rows of the stage under way too. Only the standard library is needed to start; nothing is installed. On a machine
-without a GPU it says so and shows its plan; --dry-run shows it everywhere.
+rows of the stage under way too; SIGTERM ends a call with what was found, a full disk leaves what is printed. Only the
+standard library is needed to start; nothing is installed. On a machine without a GPU it says so and shows its plan;
+--dry-run shows it everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,14 +86,19 @@ class Check:
         path = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH", "")]))
         self.environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.environment.pop("TRITON_INTERPRET", None)
-        self._published = 0.0
+        self._published, self._writes = 0.0, threading.Lock()
+        self.stopped = False  # by a signal: whatever runs is ended, and nothing else begins
+        self.began: list[bool] = []  # of each family of kernels that ran, whether the GPU answered
 
     def left(self, most: float) -> float:
         return max(1.0, min(most, self.until - time.monotonic()))
 
     def row(self, **row: Any) -> None:
-        with (self.work / "stages.jsonl").open("a") as file:
-            file.write(json.dumps({"type": "gpu_check", **row}) + "\n")
+        try:
+            with (self.work / "stages.jsonl").open("a") as file:
+                file.write(json.dumps({"type": "gpu_check", **row}) + "\n")
+        except OSError as error:
+            self._unwritten(error)
 
     def say(self, text: str, failure: str = "") -> None:
         """A line of the summary; `failure`: what of this call failed by it."""
@@ -99,41 +109,66 @@ class Check:
 
     def python(self, *arguments: str, log: str, seconds: float, **more: Any) -> Ended:
         """This Python with the linked package, under a limit; rows are published while it runs."""
+        self._halt()
         command, environment = [sys.executable, *arguments], self.environment | more.pop("environment", {})
         where = self.logs / f"{log}.log"
         return run_limited(command, where, environment, seconds, cwd=self.work, tick=self.tick, **more)
 
     def tick(self) -> None:
+        self._halt()
         if time.monotonic() - self._published > 5.0:
             self.publish(with_logs=False)
 
+    def _halt(self) -> None:
+        if self.stopped:
+            raise SystemExit(1)  # in a thread of a stage it ends that one's process, and the thread
+
     def publish(self, with_logs: bool = True) -> None:
-        """Copy what there is to the folder that comes back."""
-        self._published = time.monotonic()
-        parts = [*sorted(self.work.glob("*.jsonl")), *sorted(self.work.glob("*/results.jsonl"))]
-        rows = "".join(line + "\n" for part in parts for line in stages.whole_lines(part))
-        tables = [path.read_text() for path in sorted(self.work.glob("*/summary.txt"))]
-        verdict = f"FAILED: {', '.join(self.failed)}" if self.failed else "nothing failed so far"
-        for name, text in (("results.jsonl", rows), ("summary.txt", "\n".join([verdict, *self.summary, *tables]))):
-            partial = self.work / f"{name}.partial"
-            partial.write_text(text)
-            shutil.copy(partial, self.out / name)
-        if with_logs:
-            with tarfile.open(self.work / "logs.tgz", "w:gz") as archive:
-                for path in sorted(self.logs.glob("*")):
-                    _add_end(archive, path)
-            shutil.copy(self.work / "logs.tgz", self.out / "logs.tgz")
+        """Put what there is into the folder that comes back; stages go on where that fails."""
+        with self._writes:
+            self._published = time.monotonic()
+            try:
+                parts = [*sorted(self.work.glob("*.jsonl")), *sorted(self.work.glob("*/results.jsonl"))]
+                rows = "".join(line + "\n" for part in parts for line in stages.whole_lines(part))
+                tables = [path.read_text() for path in sorted(self.work.glob("*/summary.txt"))]
+                verdict = f"FAILED: {', '.join(self.failed)}" if self.failed else "nothing failed so far"
+                self._put("summary.txt", "\n".join([verdict, *self.summary, *tables]).encode())
+                self._put("results.jsonl", rows.encode())
+                if with_logs:
+                    self._put("logs.tgz", _ends(sorted(self.logs.glob("*"))))
+            except OSError as error:
+                self._unwritten(error)
+
+    def _put(self, name: str, data: bytes) -> None:
+        """The whole file or, whatever happens, the one that was there."""
+        partial = self.out / f".{name}.partial"
+        try:
+            partial.write_bytes(data)
+            partial.replace(self.out / name)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _unwritten(self, error: OSError) -> None:
+        """Said once: what is printed is then all that is left of the results."""
+        if "results" not in self.failed:
+            self.say(
+                f"results: NOT WRITTEN ({error.filename or self.out}: {error.strerror}); see what is printed", "results"
+            )
 
 
-def _add_end(archive: tarfile.TarFile, path: Path) -> None:
-    import io
-
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - LOG_BYTES))
-        data = file.read()
-    entry = tarfile.TarInfo(path.name)
-    entry.size = len(data)
-    archive.addfile(entry, io.BytesIO(data))
+def _ends(logs: Sequence[Path]) -> bytes:
+    """An archive of the ends of logs."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path in logs:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - LOG_BYTES))
+                data = file.read()
+            entry = tarfile.TarInfo(path.name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
 
 
 def link(site: Path) -> None:
@@ -164,10 +199,10 @@ def sources_digest() -> str:
 def imports(check: Check) -> dict[str, Any] | None:
     """What Python there is, or None where nothing can be done."""
     ended = check.python("-c", IMPORTS, log="imports", seconds=check.left(IMPORT_S))
-    if ended.status != "ok":
+    found: dict[str, Any] | None = stages.told(ended.output)
+    if ended.status != "ok" or found is None:
         check.say(f"imports: FAILED ({ended.said()})", "imports")
         return None
-    found: dict[str, Any] = json.loads(ended.output.strip().splitlines()[-1])
     check.row(stage="imports", seconds=ended.seconds, **found)
     check.say(f"imports: {', '.join(f'{k} {v}' for k, v in found.items())}")
     if not found["gpu"]:
@@ -215,10 +250,13 @@ def smoke(check: Check, families: Sequence[str]) -> list[str]:
     """The families that fail, each with what it ended with in the summary."""
 
     def one(name: str) -> str:
+        if len(check.began) >= SIDE_BY_SIDE and not any(check.began):
+            return f"FAILED: not run: none of {len(check.began)} before it got an answer of the GPU"
         rows = check.work / f"smoke-{name}.rows"
         command = [str(SMOKE), name, "--out", str(rows)]
         limit = {"ready": rows, "start": check.left(START_S)}
         ended = check.python(*command, log=f"smoke-{name}", seconds=check.left(FAMILY_S), **limit)
+        check.began.append(any("ready" in row for row in stages.json_lines(rows)))
         return stages.smoke_verdict(ended, stages.json_lines(rows))
 
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
@@ -236,10 +274,10 @@ def smoke(check: Check, families: Sequence[str]) -> list[str]:
 def speed(check: Check, kernels: Sequence[str], without: Sequence[str]) -> None:
     """Cells of the suite `gpu` whose kernels passed, a row as soon as it is measured."""
     listed = check.python("-c", CELLS, log="cells", seconds=check.left(IMPORT_S))
-    if listed.status != "ok":
+    cells = stages.told(listed.output)
+    if listed.status != "ok" or cells is None:
         check.say(f"speed: FAILED ({listed.said()})", "speed")
         return
-    cells = json.loads(listed.output.strip().splitlines()[-1])
     chosen = [c for c in cells if "cuda" not in kernels or not set(stages.families_of(c)) & set(without)]
     for cell in cells:
         if cell not in chosen:
@@ -360,22 +398,33 @@ def run_call(check: Check, call: int, carried: Path, failed: Sequence[str]) -> N
         return
     if not (tested := found["pytest"]):
         check.say("pytest is missing: no conformance", "conformance")
-    there = module(check, carried, found["capability"])
-    check.publish()
-    steps: list[Callable[[], object]] = []
+    there = bool(guarded(check, "module", lambda: module(check, carried, found["capability"])))
+    steps: list[tuple[str, Callable[[], object]]] = []
     if call == 1 and there:
-        wrong: list[str] = []
-        steps.append(lambda: wrong.extend(smoke(check, stages.FAMILIES)))
-        steps.append(lambda: speed(check, ["cuda", "cuda any order", "flash", "cudnn"], wrong))
-        steps += [lambda: conformance(check, "cuda and (bfloat16 or float16 or kernels)", "cuda")] if tested else []
+        wrong = list(stages.FAMILIES)  # until the smoke test says otherwise
+        steps.append(("smoke", lambda: wrong.__setitem__(slice(None), smoke(check, stages.FAMILIES))))
+        steps.append(("speed", lambda: speed(check, ["cuda", "cuda any order", "flash", "cudnn"], wrong)))
+        choice = "cuda and (bfloat16 or float16 or kernels)"
+        steps += [("tests cuda", lambda: conformance(check, choice, "cuda"))] if tested else []
     if call == 2:
         if there:
-            steps.append(lambda: sanitize(check, failed))
-        steps.append(lambda: speed(check, ["ours", "flex", "cudnn", "flash", "efficient", "tma", "dense"], []))
-        steps += [lambda: conformance(check, "triton and not float64", "triton")] if tested else []
-    for step in steps:
-        step()
-        check.publish()
+            steps.append(("sanitizer", lambda: sanitize(check, failed)))
+        peers = ["ours", "flex", "cudnn", "flash", "efficient", "tma", "dense"]
+        steps.append(("speed", lambda: speed(check, peers, [])))
+        steps += [("tests triton", lambda: conformance(check, "triton and not float64", "triton"))] if tested else []
+    for name, step in steps:
+        guarded(check, name, step)
+
+
+def guarded(check: Check, name: str, step: Callable[[], object]) -> object:
+    """A stage, whose own faults do not keep the next one from its turn; None then."""
+    result = None
+    try:
+        result = step()
+    except Exception as error:
+        check.say(f"{name}: FAILED by itself ({type(error).__name__}: {error})", name)
+    check.publish()
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -387,6 +436,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=CALL_S)
     parser.add_argument("--dry-run", action="store_true", help="show the plan")
     options = parser.parse_args(arguments)
+    if options.previous is not None and not options.previous.is_file():
+        parser.error(f"--previous: there is no {options.previous}")
     out, steps = options.out.resolve(), plan(options.call, options.out.resolve(), options.carried.resolve())
     reason = "" if options.dry_run else without_gpu()
     if options.dry_run or reason:
@@ -396,10 +447,20 @@ def main(arguments: list[str] | None = None) -> int:
     failed = stages.failed_before(options.previous)  # now: it may lie where this call writes
     work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     check = Check(out, work, options.seconds)
+
+    def stop(number: int, frame: object) -> None:
+        if not check.stopped:  # once: what a second one interrupts is the writing of the results
+            check.stopped = True
+            check.say(f"stopped by {signal.Signals(number).name}", "stopped")
+            raise SystemExit(1)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         run_call(check, options.call, options.carried.resolve(), failed)
     finally:  # whatever happens to this program: what was found comes back
         check.publish()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"gpu-check: {f'FAILED: {chr(44).join(check.failed)}' if check.failed else 'passed'}; {out}", flush=True)
     return 1 if check.failed else 0
 
@@ -409,7 +470,10 @@ def without_gpu() -> str:
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists():
         return ""
     probe = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 3)"
-    code = subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode
+    try:
+        code = subprocess.run([sys.executable, "-c", probe], capture_output=True, timeout=IMPORT_S).returncode
+    except subprocess.TimeoutExpired:
+        return f"PyTorch did not import within {IMPORT_S:.0f} s, and there is no driver"
     return "" if code == 0 else "PyTorch sees no CUDA GPU on this machine, and there is no driver"
 
 

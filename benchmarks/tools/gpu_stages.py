@@ -59,25 +59,27 @@ def run_limited(
     """Run a command into a log. `ready`: a file whose first line starts the limit, which comes within `start` s."""
     began = time.monotonic()
     limit_from = None if ready else began
-    with log.open("wb") as file:
-        try:
+    try:
+        with log.open("wb") as file:
             process = subprocess.Popen(
                 list(command), cwd=cwd_of or cwd, env=dict(environment), stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        except OSError as error:
-            return Ended("missing", None, 0.0, f"{command[0]}: {error.strerror}")
+    except OSError as error:
+        return Ended("missing", None, 0.0, f"{error.filename or command[0]}: {error.strerror}")
     code = None
-    while (code := process.poll()) is None:
-        now = time.monotonic()
-        if limit_from is None and ready is not None and json_lines(ready):
-            limit_from = now
-        if now - began > start + seconds if limit_from is None else now - limit_from > seconds:
-            break
-        time.sleep(POLL_S)
-        tick()
+    try:
+        while (code := process.poll()) is None:
+            now = time.monotonic()
+            if limit_from is None and ready is not None and json_lines(ready):
+                limit_from = now
+            if now - began > start if limit_from is None else now - limit_from > seconds:
+                break
+            time.sleep(POLL_S)
+            tick()
+    finally:
+        _end(process)
     spent = time.monotonic() - began
-    _end(process)
     output = log.read_text(errors="replace")
     if code is None:
         return Ended("hang", None, spent, output)
@@ -102,6 +104,15 @@ def whole_lines(path: Path) -> list[str]:
         except ValueError:
             continue
     return found
+
+
+def told(output: str) -> Any:
+    """What a program printed as JSON in the last line that is any: others print at their end, too. None: nothing."""
+    for line in reversed(output.splitlines()):
+        if line.startswith(("{", "[")):
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+    return None
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tarfile
 import time
@@ -338,3 +339,112 @@ def test_the_sanitizer_looks_at_what_failed(
     assert not check.failed
     gpu_check.sanitize(check, ["forward-128"])
     assert check.failed == ["sanitizer"]
+
+
+# --- what would waste its time ---
+
+
+def test_a_family_has_the_start_and_no_more_to_begin(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    ended = stages.run_limited(
+        command, tmp_path / "log", os.environ, 30.0, cwd=tmp_path, ready=tmp_path / "rows", start=0.3
+    )
+    assert ended.status == "hang" and ended.seconds < 5
+
+
+def test_a_gpu_that_answers_nobody_is_asked_no_further(
+    check: gpu_check.Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "stuck.py"
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(gpu_check, "SMOKE", script)
+    monkeypatch.setattr(gpu_check, "START_S", 0.4)
+    monkeypatch.setattr(gpu_check, "SIDE_BY_SIDE", 2)
+    names = [f"family-{k}" for k in range(12)]
+    assert gpu_check.smoke(check, names) == names
+    assert sum("not run: none of 2" in line for line in check.summary) >= 9
+    assert len(list(check.logs.iterdir())) <= 3
+
+
+@pytest.mark.parametrize("place", ["results", "logs"])
+def test_a_full_disk_is_said_once_and_ends_nothing(
+    place: str, check: gpu_check.Check, fake: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/full takes no byte."""
+    if place == "results":
+        write_text = Path.write_text
+        monkeypatch.setattr(Path, "write_bytes", lambda path, data: write_text(Path("/dev/full"), "no room for this"))
+    else:
+        (check.logs / "smoke-good.log").symlink_to("/no/such/folder/log")
+    wrong = gpu_check.smoke(check, ["good", "bad"])
+    check.publish()
+    check.publish()
+    said = capsys.readouterr().out
+    assert "smoke bad: FAILED: 1 results" in said
+    if place == "results":
+        assert wrong == ["bad"] and said.count("NOT WRITTEN") == 1 and "No space left on device" in said
+        assert check.failed[0] == "results" and list(check.out.iterdir()) == []
+    else:
+        assert (
+            wrong == ["good", "bad"]
+            and "smoke good: FAILED: not started" in said
+            and check.out.joinpath("results.jsonl").exists()
+        )
+
+
+def test_a_stage_that_raises_does_not_keep_the_next_from_its_turn(
+    check: gpu_check.Check, fake: None, carried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"gpu": "Fake", "capability": [9, 0], "pytest": True}
+    monkeypatch.setattr(
+        gpu_check, "IMPORTS", f"print({json.dumps(json.dumps(facts))}); print('[W612] a warning at the end')"
+    )
+    monkeypatch.setattr(gpu_check, "LOADED", "print('a module')")
+    monkeypatch.setattr(gpu_check, "CELLS", "print('no list')")
+    ran: list[object] = []
+    monkeypatch.setattr(gpu_check, "smoke", lambda check, names: names[100])
+    monkeypatch.setattr(gpu_check, "conformance", lambda check, choice, name: ran.append(name))
+    gpu_check.run_call(check, 1, carried, [])
+    assert check.failed == ["smoke", "speed"] and ran == ["cuda"]
+    assert "IndexError" in (check.out / "summary.txt").read_text()
+
+
+def test_a_call_that_is_stopped_keeps_what_it_found(tmp_path: Path) -> None:
+    """SIGTERM while families of kernels run: their processes end, and the results are there."""
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks" / "tools")!r})
+import gpu_check
+gpu_check.without_gpu = lambda: ""
+gpu_check.imports = lambda check: {{"gpu": "Fake", "capability": [9, 0], "pytest": True}}
+gpu_check.module = lambda check, carried, capability: True
+gpu_check.SMOKE = {str(tmp_path / "child.py")!r}
+sys.exit(gpu_check.main(["--out", {str(tmp_path / "out")!r}]))
+"""
+    (tmp_path / "child.py").write_text(
+        "import os, sys, time\n"
+        'print(\'{"ready": {}}\\n{"at": "bfloat16 dense"}\', file=open(sys.argv[3], "a"), flush=True)\n'
+        f"open({str(tmp_path)!r} + '/' + str(os.getpid()) + '.pid', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    with (tmp_path / "said").open("wb") as said:
+        call = subprocess.Popen([sys.executable, "-c", program], stdout=said, stderr=said)
+    try:
+        until = time.monotonic() + 30
+        while not (pids := list(tmp_path.glob("*.pid"))):
+            assert time.monotonic() < until, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        call.terminate()
+        assert call.wait(20) == 1
+    finally:
+        call.kill()
+    assert "stopped by SIGTERM" in (tmp_path / "out" / "summary.txt").read_text()
+    for path in pids:
+        state = Path(f"/proc/{path.stem}/stat")
+        assert not state.exists() or state.read_text().rsplit(")")[-1].split()[0] == "Z"
+
+
+def test_results_of_a_call_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--call", "2", "--previous", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert "there is no" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -133,7 +133,11 @@ BY_VERSION: dict[str, dict[tuple[str, int, bool, int, str], Config]] = {
         ("bias_gradient", 90, False, 64, "extras"): Config(32, 16, 8, 1),
         ("statistics", 80, True, 128, "extras"): Config(32, 32, 8, 1),
     },
-    "3.7": {("forward", 90, True, 128, "plain"): Config(128, 64, 8, 3)},
+    "3.7": {
+        ("forward", 90, True, 128, "plain"): Config(128, 64, 8, 3),
+        ("forward", 80, False, 256, "listed"): Config(16, 32, 8, 1),
+        ("query_gradient", 80, False, 128, "ordered"): Config(16, 32, 8, 2),
+    },
     "3.9": {
         ("forward", 90, False, 64, "ordered"): Config(64, 32, 8, 1),
         ("forward", 90, False, 128, "extras"): Config(32, 32, 8, 1),

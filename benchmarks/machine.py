@@ -99,9 +99,10 @@ def parts_of(mode: str, kernels: str, head_dim: int, visible: str) -> dict[str, 
     if mode == "fwd":
         wide = head_dim == 256 or (head_dim == 128 and visible == "full")
         return {"sm90::attention_forward" + "_wide" * wide: 1.0}
-    if any_order:
+    if head_dim == 128:
         return {"sm90::attention_backward": 1.0}
-    return {"sm90::attention_key_gradient": 4 / 5, "sm90::attention_query_gradient" + "_wide" * (head_dim < 256): 3 / 5}
+    queries = "sm90::attention_query_gradient" + "_wide" * (head_dim == 64)
+    return {} if any_order else {"sm90::attention_key_gradient": 4 / 5, queries: 3 / 5}
 
 
 def of_call(

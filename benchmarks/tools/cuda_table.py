@@ -84,7 +84,8 @@ def shared_bytes(head_dim: int, kernel: str, extra: bool) -> int:
     if kernel == "sm90::attention_query_gradient":
         return (2 * 128 + 2 * 3 * (32 if head_dim == 256 else 64)) * line + 3 * 128 + (2 + 2 * 3) * 8
     if kernel == "sm90::attention_backward":
-        return (2 * 128 + 2 * 2 * 64) * line + 2 * 128 * 64 * 2 + 2 * 64 * 64 * 4 + 2 * (2 * 64 * 4 + 128) + 8 * 8
+        lines = 2 * 2 * 128  # of two rounds
+        return (2 * 128 + 2 * 2 * 64) * line + 2 * 128 * 64 * 2 + 2 * 64 * 64 * 4 + 2 * 2 * 64 * 4 + lines + 8 * 8
     if kernel in (
         "attention_delta",
         "sm90::attention_round_queries",

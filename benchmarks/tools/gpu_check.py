@@ -271,6 +271,14 @@ def smoke(check: Check, families: Sequence[str]) -> list[str]:
     return wrong
 
 
+def take_two_passes(check: Check, wrong: list[str]) -> None:
+    """Where the backward in one pass failed, and not the two kernels that it replaces: these serve what follows."""
+    if "backward-128" in wrong and "two-passes-128" not in wrong:
+        wrong.remove("backward-128")
+        check.environment["EFFICIENT_ATTN_CUDA_TWO_PASSES"] = "1"
+        check.say("backward-128 failed in one pass: what follows takes two passes")
+
+
 def speed(check: Check, kernels: Sequence[str], without: Sequence[str]) -> None:
     """Cells of the suite `gpu` whose kernels passed, a row as soon as it is measured."""
     listed = check.python("-c", CELLS, log="cells", seconds=check.left(IMPORT_S))
@@ -403,6 +411,7 @@ def run_call(check: Check, call: int, carried: Path, failed: Sequence[str]) -> N
     if call == 1 and there:
         wrong = list(stages.FAMILIES)  # until the smoke test says otherwise
         steps.append(("smoke", lambda: wrong.__setitem__(slice(None), smoke(check, stages.FAMILIES))))
+        steps.append(("two passes", lambda: take_two_passes(check, wrong)))
         steps.append(("speed", lambda: speed(check, ["cuda", "cuda any order", "flash", "cudnn"], wrong)))
         choice = "cuda and (bfloat16 or float16 or kernels)"
         steps += [("tests cuda", lambda: conformance(check, choice, "cuda"))] if tested else []

@@ -29,7 +29,8 @@ DTYPES = ("bfloat16", "float16")
 class Family(NamedTuple):
     """Kernels that stand or fall together: those of a call of this kind."""
 
-    kind: str  # forward, backward, one_pass, decode, linear, sm80 (rows that no tensor map describes), extras
+    # forward, backward, two_passes, one_pass (in any order), decode, linear, extras, sm80 (rows no tensor map takes)
+    kind: str
     head_dim: int
     visible: tuple[str, ...]
 
@@ -38,6 +39,7 @@ def families() -> dict[str, Family]:
     """Every family, those first on which most depends."""
     every = ("dense", "causal", "list")
     found = {f"{kind}-{d}": Family(kind, d, every) for kind in ("forward", "backward") for d in (128, 64, 256)}
+    found["two-passes-128"] = Family("two_passes", 128, every)
     found["one-pass-128"] = Family("one_pass", 128, every)
     found |= {f"decode-{d}": Family("decode", d, ("dense", "list")) for d in HEAD_DIMS}
     found |= {f"linear-{d}": Family("linear", d, ("dense", "causal")) for d in HEAD_DIMS}
@@ -117,8 +119,8 @@ def check(family: Family, write: Callable[..., None], device: str, length: int, 
     """Run the calls of a family; returns how many results are bad."""
     import torch
 
-    if family.kind == "one_pass":
-        os.environ["EFFICIENT_ATTN_CUDA_ANY_ORDER"] = "1"
+    if variable := {"one_pass": "ANY_ORDER", "two_passes": "TWO_PASSES"}.get(family.kind):
+        os.environ[f"EFFICIENT_ATTN_CUDA_{variable}"] = "1"
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     wrong = 0

@@ -60,7 +60,8 @@ void launch_hopper_keys(const KernelParams& k, Kernel kernel, Launch& launch) {
     in.value = launch.tensor_map(p.value, p.B, p.Hkv, p.Nk, p.Dv, sm90::kGroupRows);
     in.grad_out = launch.tensor_map(p.grad_out, p.B, p.Hq, p.Nq, p.Dv, G::kQueries);
     in.work = key_work(k, G::kRows);
-    const int64_t blocks = sm90::share_out(in.work, launch.multiprocessors(), k.counters);
+    const bool waits = G::kOnePass && k.turns;
+    const int64_t blocks = sm90::share_out(in.work, launch.multiprocessors(), k.counters, waits);
     launch(kernel, blocks, sm90::kBlockThreads, G::kSharedBytes, k, in);
 }
 
@@ -88,7 +89,7 @@ void launch_hopper_queries(const KernelParams& k, Launch& launch) {
 template <class T, int kHead, class Keys, class Queries, class Launch>
 void launch_hopper_backward(const KernelParams& k, Launch& launch) {
     if constexpr (kHead == sm90::Backward<T>::kHead) {
-        if (k.query_sums) {  // in one pass, whose sums come in any order
+        if (k.query_sums) {  // in one pass
             using G = sm90::Backward<T>;
             launch_hopper_keys<G>(k, &sm90::attention_backward<G>, launch);
             launch_safe_keys<Keys>(k, launch);

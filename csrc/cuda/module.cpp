@@ -51,14 +51,16 @@ void attention_decode(const std::string& words, uintptr_t part_out, uintptr_t pa
                                    : attention_decode_unit<kFloat16>(d, launch);
 }
 
-// query_sums: query_sum_count zeros, or null. bias_sums: the gradient of the bias is written in float32.
+// query_sums: query_sum_count zeros, or null; turns: turn_count zeros, or null. bias_sums: the gradient of the bias is
+// written in float32.
 void attention_backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums,
-                        uintptr_t query_sums, uintptr_t counters, uintptr_t query_order, uintptr_t key_order,
-                        int device, uintptr_t stream) {
+                        uintptr_t query_sums, uintptr_t turns, uintptr_t counters, uintptr_t query_order,
+                        uintptr_t key_order, int device, uintptr_t stream) {
     KernelParams k = params(words, true, seed, flags);
     if (bias_sums) k.call.dbias.dtype = kFloat32;
     k.delta = reinterpret_cast<float*>(delta);
     k.query_sums = reinterpret_cast<float*>(query_sums);
+    k.turns = reinterpret_cast<int32_t*>(turns);
     k.counters = reinterpret_cast<int32_t*>(counters);
     k.query_order = reinterpret_cast<const int32_t*>(query_order);
     k.key_order = reinterpret_cast<const int32_t*>(key_order);
@@ -85,6 +87,10 @@ int64_t splits_of(const std::string& words, int64_t processors) {
 
 int64_t query_sums_of(const std::string& words, int device) {
     return query_sum_count(read_params(words, true), Launch(device, 0).capability());
+}
+
+int64_t turns_of(const std::string& words, int device) {
+    return turn_count(read_params(words, true), Launch(device, 0).capability());
 }
 
 int64_t counters_of(const std::string& words, bool backward, int device) {
@@ -205,6 +211,7 @@ PyMethodDef methods[] = {
     method<&shared_bytes>("shared_bytes"),
     method<&most_shared_bytes>("most_shared_bytes"),
     method<&query_sums_of>("query_sum_count"),
+    method<&turns_of>("turn_count"),
     method<&flags_of>("flag_count"),
     method<&counters_of>("counter_count"),
     {nullptr, nullptr, 0, nullptr},

@@ -13,7 +13,8 @@ struct KernelParams {
     const int64_t* seed;  // on the device; null: call.dropout_seed
     int32_t* flags;       // one for each block of the grid: 1 where its tile is suspicious; null: not asked
     float* delta;         // (B, Hq, Nq) contiguous, backward only
-    float* query_sums;    // see sm90/attention_backward.h; null: every sum in a fixed order
+    float* query_sums;    // see sm90/attention_backward.h; null: not in one pass
+    int32_t* turns;       // zeros, see turn_count in plan.h; null: query_sums are added up in any order
     int32_t* counters;    // zeros, see counter_count in plan.h; null: not asked for
     const int32_t *query_order, *key_order;  // of each list, its blocks with the longest first; null: as they lie
     float score_scale;                       // scale in units of log2
@@ -47,6 +48,7 @@ constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // Sizes of tiles that the host counts with too.
 constexpr int kForwardRows = 128;  // queries of every forward kernel
 constexpr int kGradientRows = 64;  // the fewest queries or keys that a gradient kernel owns
+constexpr int kTurnQueries = 64;   // queries whose sums have a turn, see sm90/attention_backward.h
 constexpr int kDecodeRows = 64;    // of few queries: queries times the query heads of a key/value head, at most
 constexpr int kDecodeStep = 64;    // and their keys of a step
 

@@ -118,13 +118,19 @@ inline int64_t query_sum_count(const AttentionParams& p, int capability) {
     return served ? p.B * p.Hq * p.Nq * 128 : 0;
 }
 
+// Turns, zeros, by which these are added up in a fixed order; 0: they cannot be.
+inline int64_t turn_count(const AttentionParams& p, int capability) {
+    if (p.mask.indptr || query_sum_count(p, capability) == 0) return 0;
+    return p.B * p.Hq * 2 * ((p.Nq + kTurnQueries - 1) / kTurnQueries);
+}
+
 // How many counters of tickets, zeros, Hopper's kernels of a call need: one for each kernel that has more tiles than
-// the GPU has processors.
+// the GPU has processors, or whose tiles wait for earlier ones.
 inline int64_t counter_count(const AttentionParams& p, bool backward, int capability, int64_t processors) {
     if (capability < 90 || has_extras(p)) return 0;
     if (!backward) return hopper_serves(p) && query_tiles(p, kForwardRows) > processors ? 1 : 0;
     const int64_t most = std::max(query_tiles(p, kForwardRows), key_tiles(p, kGradientRows));
-    return hopper_serves_backward(p) && most > processors ? 2 : 0;
+    return hopper_serves_backward(p) && (most > processors || turn_count(p, capability) > 0) ? 2 : 0;
 }
 
 // --- a NaN that must be kept away ---

@@ -318,6 +318,26 @@ EA_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;
 // cp.async.bulk.wait_group: every group of this thread is complete.
 EA_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// fence.proxy.async of global memory, between sums and the turns that order them: behind bulk_wait before pass_turn,
+// and behind await_turn before bulk_add.
+EA_DEVICE void sums_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ld.acquire of all blocks of threads: returns when `turn` has been passed on `number` times. What they who passed it
+// had done before is done.
+EA_DEVICE void await_turn(const int32_t* turn, int number) {
+    int passed = -1;
+    while (true) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(passed) : "l"(turn) : "memory");
+        if (passed == number) return;
+        __nanosleep(20);
+    }
+}
+
+// red.release: a turn goes to the next one, who finds done what this thread has done.
+EA_DEVICE void pass_turn(int32_t* turn) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+
 // --- Hopper: tensor cores of a warpgroup (wgmma) ---
 //
 // Accumulators [64, kN] of a warpgroup: warp w has rows 16 w .. +15, as m16n8 accumulators side by side. A in registers

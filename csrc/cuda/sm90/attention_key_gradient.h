@@ -39,11 +39,16 @@ struct KeyGradient {
     static constexpr uint32_t kSums = kPartials + (kOnePass ? kConsumers * kPartialBytes : 0);
     static constexpr uint32_t kSumBytes = kQueries * 4;  // the shifts of a slot, behind them the deltas
     static constexpr uint32_t kSteps = kSums + kStages * 2 * kSumBytes;
-    static constexpr uint32_t kKeysFull = kSteps + kStages * kLineBytes, kKeysEmpty = kKeysFull + 8;
+    static constexpr int kLines = kOnePass ? 2 * kStages : kStages;
+    static constexpr uint32_t kKeysFull = kSteps + kLines * kLineBytes, kKeysEmpty = kKeysFull + 8;
     static constexpr uint32_t kWeightsFull = kKeysEmpty + 8, kWeightsEmpty = kWeightsFull + 8;
     static constexpr uint32_t kFull = kWeightsEmpty + 8, kEmpty = kFull + kStages * 8;
     static constexpr uint32_t kSharedBytes = kEmpty + kStages * 8;
 
+    // The line of the step in a slot; in one pass those of two rounds, for who writes dQ reads it after the consumers.
+    static EA_DEVICE uint32_t line(const Slot<kStages>& slot) {
+        return slot.of(kSteps, kLineBytes) + (kOnePass ? slot.parity * (kStages * kLineBytes) : 0);
+    }
     // This consumer's K and V, and which lines of the tile they are.
     static EA_DEVICE uint32_t own() { return kShared ? 0 : consumer_index() * kOwnBytes; }
     static EA_DEVICE Span rows(Span lines) {
@@ -102,6 +107,14 @@ struct KeyFlags {
     }
 };
 
+// The step of a walk without a list as far from the end as this one is from the beginning: where parts of dQ are added
+// up in turns, a tile of keys begins with queries that the tiles before it do not see, or are done with first.
+EA_DEVICE void from_the_end(HeadStep& step, Span queries, int width) {
+    if (step.first >= step.end) return;
+    step.first = queries.begin / width * width + (queries.end - 1) / width * width - step.first;
+    step.end = smaller(step.first + width, queries.end);
+}
+
 // The producer, one warp. A tile that no query sees has one step, with no query in it.
 template <class G>
 EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) {
@@ -126,7 +139,8 @@ EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) 
         keys_parity ^= 1;
         if (lane == 0) load_own_keys<G>(in, at);
         do {
-            const HeadStep step = next;
+            HeadStep step = next;
+            if (G::kOnePass && p.turns) from_the_end(step, seen.any, G::kQueries);
             more = more && walk.next(p, next);
             const QuerySums sums = load_query_sums(p, at.b, step.head, step, lane);
             barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
@@ -136,13 +150,13 @@ EA_DEVICE void produce_queries(const KernelParams& p, const BackwardInputs& in) 
                                           slot.of(G::kGradOutSlots, G::kTileBytes), full, step.first, step.head, at.b);
             }
             store_query_sums(sums, shifts, shifts + G::kSumBytes, lane);
-            send_step(slot.of(G::kSteps, kLineBytes), step, more, step.head, tile, lane);
+            send_step<G::kOnePass>(G::line(slot), step, more, step.head, tile, lane, at.b, at.lines.begin);
             release(full, lane);
             slot.advance();
         } while (more);
     });
     barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
-    send_end(slot.of(G::kSteps, kLineBytes), lane);
+    send_end(G::line(slot), lane);
     warp_sync();
     for (int arrival = 0; lane == 0 && arrival < 2; ++arrival) barrier_arrive(slot.of(G::kFull, 8));
 }
@@ -302,6 +316,11 @@ EA_DEVICE void store_sums(float (&sums)[1][G::kHead / 8][4], uint32_t tile, cons
                                           rows.end, static_cast<int>(width), aligned);
 }
 
+// In one pass: until the part of dQ of the step before is written, and that the part of this one is there. Every step
+// and the end come here. Named barriers: they take no register.
+EA_DEVICE void await_writer() { named_sync(written_of(consumer_index()), kGroup + kWarp); }
+EA_DEVICE void tell_writer() { named_arrive(part_of(consumer_index()), kGroup + kWarp); }
+
 // The consumers, each with keys of its own; add(dk, dv, place, step, keys, sight, slot) takes in a step.
 template <class G, class Add>
 EA_DEVICE void consume_own(const KernelParams& p, Add add) {
@@ -333,6 +352,10 @@ EA_DEVICE void consume_own(const KernelParams& p, Add add) {
         store_sums<G>(dv, G::kValue + G::own(), p.call.dv, at, rows, 1.0f, p.call.Dv, p.dv_aligned);
         async_proxy_fence();  // the next tile is copied to where the results have been
         release(G::kKeysEmpty, lane);
+    }
+    if constexpr (G::kOnePass) {
+        await_writer();
+        tell_writer();
     }
 }
 

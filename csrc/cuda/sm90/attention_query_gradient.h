@@ -32,6 +32,8 @@ struct QueryGradient {
     static constexpr uint32_t kRowsFull = kSteps + kStages * kLineBytes, kRowsEmpty = kRowsFull + 8;
     static constexpr uint32_t kFull = kRowsEmpty + 8, kEmpty = kFull + kStages * 8;
     static constexpr uint32_t kSharedBytes = kEmpty + kStages * 8;
+
+    static EA_DEVICE uint32_t line(const Slot<kStages>& slot) { return slot.of(kSteps, kLineBytes); }
 };
 
 template <class G>
@@ -80,7 +82,7 @@ EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
             const Step step = next;
             more = more && walk.next(p, next);
             barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
-            send_step(slot.of(G::kSteps, kLineBytes), step, more, at.h, tile, lane);
+            send_step(G::line(slot), step, more, at.h, tile, lane);
             warp_sync();
             if (lane == 0) {
                 load_pair<G, G::kKeys>(in.key, slot.of(G::kKeySlots, G::kTileBytes), in.value,
@@ -91,7 +93,7 @@ EA_DEVICE void produce_keys(const KernelParams& p, const BackwardInputs& in) {
         } while (more);
     });
     barrier_wait(slot.of(G::kEmpty, 8), slot.parity ^ 1);
-    send_end(slot.of(G::kSteps, kLineBytes), lane);
+    send_end(G::line(slot), lane);
     release(slot.of(G::kFull, 8), lane);
 }
 

@@ -24,20 +24,20 @@ EA_DEVICE int group_warp_row() { return thread_index() % kGroup / kWarp * 16; }
 template <class G>
 EA_DEVICE int await_tile(const Slot<G::kStages>& slot) {
     barrier_wait(slot.of(G::kFull, 8), slot.parity);
-    return read_tile(slot.of(G::kSteps, kLineBytes));
+    return read_tile(G::line(slot));
 }
 
 // The step in a slot, once it has arrived.
 template <class G>
 EA_DEVICE Step await_step(const Slot<G::kStages>& slot) {
     barrier_wait(slot.of(G::kFull, 8), slot.parity);
-    return read_step(slot.of(G::kSteps, kLineBytes));
+    return read_step(G::line(slot));
 }
 
 // Whether more follow it. Asked for behind the step: registers are scarce.
 template <class G>
 EA_DEVICE bool more_follow(const Slot<G::kStages>& slot) {
-    return read_more(slot.of(G::kSteps, kLineBytes));
+    return read_more(G::line(slot));
 }
 
 // Starts copying what a step's slot holds of two tensors.
@@ -115,6 +115,10 @@ EA_DEVICE void store_panels(float (&c)[1][kHead / 8][4], uint32_t tile, uint16_t
 }
 
 constexpr int kMeetingOfBoth = 5;  // the named barrier of both consumers
+
+// In one pass, those of a consumer and the warp that writes for it: a part of dQ is there, and it is written.
+EA_DEVICE int part_of(int consumer) { return 6 + consumer; }
+EA_DEVICE int written_of(int consumer) { return 8 + consumer; }
 
 // The flag of the sm80 kernel's tile of kRows lines in which a consumer's lines begin, of an axis of `count`. Their
 // tile begins at line `begin`; -1: its block of the list has no such lines.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cuda/scores.h"
 
@@ -34,11 +35,13 @@ struct Slot {
 
 // The work of a grid: its tiles in the order of tickets. The first ticket of a block of threads is its number; further
 // ones it draws from a counter, so that whoever is done goes on, and the tiles that take longest come first. Which
-// block does a tile changes no bit of it.
+// block does a tile changes no bit of it. Where tiles wait for those of earlier tickets, the first one is drawn too:
+// then whoever holds a ticket runs, and the earliest of them waits for nobody.
 struct Work {
     int tiles, tiles_per_head, heads_at_once;
     int tiles_per_block;     // of a list
     bool last_first;         // tiles of a head are numbered from its last block on
+    int given;               // tickets that are numbers of blocks of threads; 0: every ticket is drawn
     int32_t* counter;        // 0 before; null: there are no more tiles than blocks of threads
     const int32_t* order;    // of each head of the list, its blocks with the longest first; null: as they are numbered
     int heads, order_heads;  // of a batch element, and of these in `order`: all or one
@@ -55,12 +58,16 @@ inline Work work_of(int64_t tiles, int64_t heads, int64_t bytes, int64_t shared 
     return work;
 }
 
-// How many blocks of threads do the work on so many processors: with more tiles than that they draw from the counter.
-inline int64_t share_out(Work& work, int64_t processors, int32_t* counter) {
-    if (work.tiles <= processors) return work.tiles;
-    if (!counter) throw std::logic_error("efficient_attn: more tiles than processors, and no counter of tickets");
+// How many blocks of threads do the work on so many processors: with more tiles than that they draw from the counter,
+// and where tiles wait for earlier ones, always.
+inline int64_t share_out(Work& work, int64_t processors, int32_t* counter, bool waits = false) {
+    work.given = static_cast<int>(std::min<int64_t>(work.tiles, processors));
+    if (work.tiles <= processors && !waits) return work.tiles;
+    if (!counter) throw std::logic_error("efficient_attn: tickets are to be drawn, and there is no counter of them");
+    const int64_t blocks = work.given;
     work.counter = counter;
-    return processors;
+    if (waits) work.given = 0;
+    return blocks;
 }
 
 // The order of a list's blocks, of `heads` heads of a batch element and tiles of at most `rows` lines.
@@ -97,24 +104,36 @@ EA_DEVICE int tile_of(const Work& in, int ticket) {
 // The tiles of one block of threads, f(tile) each: by the producer's warp, which tells the consumers (see send_step).
 template <class Function>
 EA_DEVICE void draw_tiles(const Work& in, Function f) {
-    const int blocks = static_cast<int>(block_count());
-    int ticket = static_cast<int>(block_index());
+    int ticket = in.given ? static_cast<int>(block_index()) : draw_ticket(in.counter, in.tiles);
     EA_KEEP_LOOP
     while (ticket < in.tiles) {
         f(tile_of(in, ticket));
-        ticket = in.counter ? blocks + draw_ticket(in.counter, in.tiles - blocks) : in.tiles;
+        ticket = in.counter ? in.given + draw_ticket(in.counter, in.tiles - in.given) : in.tiles;
     }
 }
 
-// A kernel whose barriers are made: its first warpgroup is the producer, of which one warp works, and the others
-// consume.
-template <class Shape, class Produce, class Consume>
-EA_DEVICE void share_work(Produce produce, Consume consume) {
+struct Nobody {
+    EA_DEVICE void operator()(int) const {}
+};
+
+// A kernel whose barriers are made: the first warp of its first warpgroup is the producer, the others of that one may
+// write for a consumer each, write(consumer), and the other warpgroups consume.
+template <class Shape, class Produce, class Consume, class Write = Nobody>
+EA_DEVICE void share_work(Produce produce, Consume consume, Write write = {}) {
     require_aligned_shared();
     block_sync();
     if (thread_index() < kGroup) {
         registers_give<Shape::kProducerRegisters>();
-        if (thread_index() < kWarp) produce();
+        if constexpr (std::is_same_v<Write, Nobody>) {
+            if (thread_index() < kWarp) produce();
+        } else {
+            const int warp = uniform(thread_index() / kWarp);
+            if (warp == 0) {
+                produce();
+            } else {
+                write(warp - 1);
+            }
+        }
     } else {
         registers_take<Shape::kConsumerRegisters>();
         consume();
@@ -143,14 +162,19 @@ EA_DEVICE void release(uint32_t barrier, int lane) {
 constexpr uint32_t kLineBytes = kWarp * 4;
 constexpr int kNoMore = -1;
 
-EA_DEVICE void send_step(uint32_t line, const Step& step, bool more, int head, int tile, int lane) {
-    const int word = lane == 0   ? step.first
-                     : lane == 1 ? step.end
-                     : lane == 2 ? step.tile
-                     : lane == 3 ? step.offset
-                     : lane == 4 ? more
-                     : lane == 5 ? head
-                                 : tile;
+// With kPlaced also the batch element and first line of the tile, for who writes parts of dQ.
+template <bool kPlaced = false>
+EA_DEVICE void send_step(uint32_t line, const Step& step, bool more, int head, int tile, int lane, int b = 0,
+                         int first_line = 0) {
+    const int word = lane == 0              ? step.first
+                     : lane == 1            ? step.end
+                     : lane == 2            ? step.tile
+                     : lane == 3            ? step.offset
+                     : lane == 4            ? more
+                     : lane == 5            ? head
+                     : kPlaced && lane == 8 ? b
+                     : kPlaced && lane == 9 ? first_line
+                                            : tile;
     store_shared_32(line + lane * 4, static_cast<uint32_t>(word));
 }
 
@@ -163,6 +187,7 @@ EA_DEVICE bool read_more(uint32_t line) { return load_shared_32(line + 16) != 0;
 EA_DEVICE void send_end(uint32_t line, int lane) { send_step(line, {0, 0, -1, 0}, false, 0, kNoMore, lane); }
 
 EA_DEVICE int read_tile(uint32_t line) { return uniform(static_cast<int>(load_shared_32(line + 24))); }
+EA_DEVICE Words2 read_batch_and_line(uint32_t line) { return load_shared_64(line + 32); }
 EA_DEVICE int read_head(uint32_t line) { return static_cast<int>(load_shared_32(line + 20)); }
 
 }  // namespace

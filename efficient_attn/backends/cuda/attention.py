@@ -6,9 +6,10 @@ by name, from the module `efficient_attn._cuda` (`make cuda`, or an installation
 thread (tests/kernels/cuda/emulator), Hopper's where `EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY` is 90. Nothing here waits
 for the GPU, and memory is allocated for results and O(n) workspace only.
 
-The bits of a result are the same in every run. `EFFICIENT_ATTN_CUDA_ANY_ORDER=1` gives that up for speed: on Hopper,
-heads of 65 to 128 without bias and dropout then get a backward in one pass, which adds up the sums of its blocks of
-threads in any order.
+The bits of a result are the same in every run. On Hopper, heads of 65 to 128 without a list of blocks, bias and dropout
+get a backward in one pass, whose blocks of threads add up dq one after another. `EFFICIENT_ATTN_CUDA_ANY_ORDER=1`
+gives the bits up for speed: they add in any order, for lists too. To compare, `EFFICIENT_ATTN_CUDA_TWO_PASSES=1` takes
+the two kernels that serve all others.
 """
 
 from __future__ import annotations
@@ -233,11 +234,12 @@ def attention_backward(
     words += pack_attention_gradients(grad_out, dq, dk, dv, grad_lse, target)
     flags = query.new_empty(kernels().flag_count(words, True), dtype=torch.int32)
     delta = torch.empty_like(lse)
-    sums, query_sums, counters = target is not dbias, _query_sums(words, query), _counters(words, True, query)
+    sums, counters = target is not dbias, _counters(words, True, query)
+    query_sums, turns = _query_sums(words, query)
     drawn = counters.numel() > 0
     query_order = schedule.query_order(mask, query.shape[1]) if drawn else None
     key_order = schedule.key_order(mask, key.shape[1]) if drawn else None
-    workspace = map(_workspace, (query_sums, counters))
+    workspace = map(_workspace, (query_sums, turns, counters))
     orders = map(pointer, (query_order, key_order))
     kernels().attention_backward(
         words, pointer(seed), _workspace(flags), delta.data_ptr(), sums, *workspace, *orders, *place(query.device)
@@ -300,11 +302,16 @@ def _bias_target(dbias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
     return dbias
 
 
-def _query_sums(words: bytes, query: Tensor) -> Tensor:
-    """Where a backward in one pass adds up dq; empty unless it is asked for and serves the call."""
-    asked_for = os.environ.get("EFFICIENT_ATTN_CUDA_ANY_ORDER") == "1"
-    count = kernels().query_sum_count(words, place(query.device)[0]) if asked_for else 0
-    return query.new_zeros(count, dtype=torch.float32)
+def _query_sums(words: bytes, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a backward in one pass adds up dq, empty unless it serves the call, and the turns that give its sums an
+    order, empty where any order will do."""
+    gpu = place(query.device)[0]
+    any_order, two_passes = (
+        os.environ.get(f"EFFICIENT_ATTN_CUDA_{name}") == "1" for name in ("ANY_ORDER", "TWO_PASSES")
+    )
+    turns = 0 if any_order or two_passes else kernels().turn_count(words, gpu)
+    sums = kernels().query_sum_count(words, gpu) if any_order or turns else 0
+    return query.new_zeros(sums, dtype=torch.float32), query.new_zeros(turns, dtype=torch.int32)
 
 
 def _counters(words: bytes, backward: bool, query: Tensor) -> Tensor:

@@ -71,7 +71,13 @@ def test_conformance_of_a_sample(emulator: Path, capability: int) -> None:
 
 @compiled
 def test_what_only_these_kernels_promise(emulator: Path) -> None:
-    passes(emulator, 80, str(HERE / "emulated_kernels.py"))
+    passes(emulator, 80, str(HERE / "emulated_kernels.py"), str(HERE / "emulated_schedule.py"), "-m", "not slow")
+
+
+@compiled
+@pytest.mark.slow
+def test_one_pass_in_every_order(emulator: Path) -> None:
+    passes(emulator, 80, str(HERE / "emulated_kernels.py"), "-m", "slow")
 
 
 @compiled

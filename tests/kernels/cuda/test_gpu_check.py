@@ -132,6 +132,15 @@ def test_speed_leaves_out_what_failed(check: gpu_check.Check, monkeypatch: pytes
     assert sum(row["type"] == "cell" for row in kept(check)) == 2
 
 
+def test_two_passes_take_the_place_of_one(check: gpu_check.Check) -> None:
+    wrong = ["backward-128", "backward-64", "two-passes-128"]
+    gpu_check.take_two_passes(check, wrong)
+    assert len(wrong) == 3 and "EFFICIENT_ATTN_CUDA_TWO_PASSES" not in check.environment
+    wrong.remove("two-passes-128")
+    gpu_check.take_two_passes(check, wrong)
+    assert wrong == ["backward-64"] and check.environment["EFFICIENT_ATTN_CUDA_TWO_PASSES"] == "1"
+
+
 TESTS = """
 import os, time, pytest
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,9 @@
 //   * of Hopper: tensor copies and wgmma work at a random time before the wait that covers them. Reported are accesses
 //     before that of what they write or read (a warp reads its own 16 rows of an A in shared memory), registers written
 //     and not fenced, ordinary writes of shared memory that no proxy fence shows to them, descriptors and tensor maps
-//     against the rules, more registers taken than given.
+//     against the rules, more registers taken than given;
+//   * of sums in a fixed order (turns.cpp): an addition that no turn orders behind the one before. Blocks whose tiles
+//     wait for one another run together, some of them at a time, in an order that may be the worst (blocks.cpp).
 //
 // Shared memory is NaN at the start, and so is the target of a copy until its wait, and the accumulators of a wgmma.
 // Bank conflicts are counted.
@@ -66,11 +68,18 @@ void allow(const void* data, int64_t bytes, bool written);
 void allow_workspace(void* data, int64_t bytes);    // like an output, of which some may stay unwritten
 void allow_sums(void* data, int64_t bytes);         // float32 that any block may add to by bulk_add, and read
 void allow_counters(int32_t* data, int64_t count);  // that one launch each may draw tickets from
+void allow_turns(int32_t* data, int64_t count);     // by which the sums are in order
 void forget();                                      // what was allowed
 void check_all_written();                           // throws unless every element that may be written is
 
-// Runs `kernel` for each of the blocks in a random order; throws std::runtime_error with a report.
-void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed);
+// Which of the blocks that run together goes on where one stops: any, the next one, the one that drew the latest ticket
+// (so that whoever may wait does), or the earliest.
+enum Policy : int { kAny, kInTurns, kLatestFirst, kEarliestFirst };
+
+// Runs `kernel` for each of the blocks, which begin in a random order: `together` at a time, or where that is 0, each
+// by itself and as if the others had drawn their tickets before. Throws std::runtime_error with a report.
+void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed,
+            int together = 0, Policy policy = kAny);
 
 // --- called by the threads (tests/kernels/cuda/emulator/cuda/ptx.h) ---
 
@@ -130,7 +139,10 @@ void tensor_load(uint32_t address, const TensorMapFields& map, uint32_t barrier,
 void async_proxy_fence();
 void bulk_add(float* target, uint32_t source, int bytes);
 void bulk_commit();
-void bulk_wait();  // for what shared memory is read for, and for the sums, alike
+void bulk_wait(bool read);  // read: only until shared memory has been
+void sums_fence();
+void await_turn(const int32_t* turn, int number);
+void pass_turn(int32_t* turn);
 
 struct RegisterCount {
     int count;

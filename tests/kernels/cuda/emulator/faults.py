@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "the end is sent into a slot in use": (
         HOPPER, "    barrier_wait(slot.of(F::kKeyEmpty, 8), slot.parity ^ 1);\n    send_end", "    send_end",
     ),
-    "tickets begin at 0 again": (GROUPS, "? blocks + draw_ticket", "? draw_ticket"),
+    "tickets begin at 0 again": (GROUPS, "? in.given + draw_ticket", "? draw_ticket"),
     "the last ticket is left": (GROUPS, "while (ticket < in.tiles)", "while (ticket < in.tiles - 1)"),
     "the consumers take the head for the tile": (GROUPS, "load_shared_32(line + 24)", "load_shared_32(line + 20)"),
     "a block of the list twice": (GROUPS, "+ rank / in.tiles_per_block);", "+ rank / in.tiles_per_block / 2);"),
@@ -272,17 +272,49 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "dK passes through keys that the other consumer reads": (
         HOPPER_KEYS, "        if (G::kOnePass) named_sync(kMeetingOfBoth, kConsumers * kGroup);", "        ",
     ),
-    "a part of dQ is written over while it is added": (ONE_PASS, "    if (adds) bulk_wait_read();\n", ""),
-    "no proxy fence before a part of dQ is added": (
-        ONE_PASS,
-        "    async_proxy_fence();\n    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
-        "    named_sync(meeting_of(consumer_index()), kGroup);\n    const uint32_t words",
+    "a part of dQ is written over while it is added": (
+        ONE_PASS, "        return bulk_wait_read();\n", "        return;\n",
     ),
+    "a part of dQ is written over before it is added": (
+        HOPPER_KEYS, "named_sync(written_of(consumer_index())", "named_arrive(written_of(consumer_index())",
+    ),
+    "no proxy fence before a part of dQ is added": (
+        ONE_PASS, "    async_proxy_fence();\n    tell_writer();\n", "    tell_writer();\n",
+    ),
+    "the line of a step is written over before dQ is": (
+        HOPPER_KEYS, "(kOnePass ? slot.parity *", "(false ? slot.parity *",
+    ),
+    "a turn is not passed on in the backward": (ONE_PASS, "    pass_turn(turn);\n", ""),
+    "a turn is passed on before the sum": (
+        ONE_PASS, "    bulk_commit();\n    bulk_wait();\n    sums_fence();\n    pass_turn(turn);\n",
+        "    bulk_commit();\n    sums_fence();\n    pass_turn(turn);\n    bulk_wait();\n",
+    ),
+    "a turn is passed on when the sum is only read": (
+        ONE_PASS, "    bulk_wait();\n    sums_fence();\n    pass_turn",
+        "    bulk_wait_read();\n    sums_fence();\n    pass_turn",
+    ),
+    "a turn is not awaited": (ONE_PASS, "    await_turn(turn, turn_number<G>(p, first_key, step.first));\n", ""),
+    "turns in another order than tickets": (
+        ONE_PASS, "    return first_key / G::kRows - larger(0, i + p.low) / G::kRows;",
+        "    return (smaller(static_cast<int>(p.call.Nk), i + kTurnQueries + p.high) - 1) / G::kRows - "
+        "first_key / G::kRows;",
+    ),
+    "turns of a window begin with the first key": (ONE_PASS, " - larger(0, i + p.low) / G::kRows;", ";"),
+    "no fence behind a turn": (ONE_PASS, "step.first));\n    sums_fence();\n", "step.first));\n"),
+    "no fence before a turn is passed on": (
+        ONE_PASS, "    sums_fence();\n    pass_turn(turn);\n", "    pass_turn(turn);\n",
+    ),
+    "both halves of dQ have one turn": (
+        ONE_PASS, "* p.call.Hq + h) * 2 + half;\n    return p.turns", "* p.call.Hq + h) * 2;\n    return p.turns",
+    ),
+    "the first ticket is not drawn": (GROUPS, "    if (waits) work.given = 0;\n", ""),
     "a part of dQ is added before it is there": (
         ONE_PASS, "group_wait<1>(dq, dv[0], weights);", "group_wait<2>(dq, dv[0], weights);",
     ),
-    "the sums are not waited for": (ONE_PASS, "            if (thread_index() % kGroup == 0) bulk_wait();\n", ""),
-    "the sums of the other half": (ONE_PASS, "consumer_index(), step.first)", "1 - consumer_index(), step.first)"),
+    "the sums are not waited for": (ONE_PASS, "    if (lane == 0) bulk_wait();\n", ""),
+    "the sums of the other half": (
+        ONE_PASS, "sums = query_sums(p, b, head, consumer,", "sums = query_sums(p, b, head, 1 - consumer,",
+    ),
     "sums without a swizzle": (ONE_PASS, "(chunk ^ (i % 2 * 4))", "(chunk)"),
 }  # fmt: skip
 
@@ -291,6 +323,9 @@ HEADS = {
     "weights are read before they are there": 256,
     "weights are written over those in use": 256,
     "dK passes through keys that the other consumer reads": 128,
+    "a part of dQ is written over before it is added": 128,
+    "the line of a step is written over before dQ is": 128,
+    "the first ticket is not drawn": 128,
     "the queries are released before the output has passed": 128,
     "no proxy fence behind the output": 128,
     "a wide step on Hopper sees a key too many": 128,

@@ -1,6 +1,7 @@
 // Fibers: every thread of a block has a stack of its own, and a random one of those that can run goes on.
 #include <sys/mman.h>
 
+#include <new>
 #include <stdexcept>
 
 #include "hopper.h"
@@ -39,24 +40,6 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStack = 128 * 1024;
-uint8_t* stacks = nullptr;
-
-std::string where_everybody_is() {
-    std::string text;
-    for (int w = 0; w < block.warps; ++w) {
-        text += "\n  warp " + std::to_string(w) + ":";
-        int done = 0;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const Fiber& f = block.fibers[w * kLanes + lane];
-            if (f.state == kDone) ++done;
-            if (f.state == kAtWarpWide) text += " " + std::to_string(lane) + "=" + operation_name(f.operation);
-            if (f.state == kAtBarrier) text += " " + std::to_string(lane) + "=barrier " + std::to_string(f.barrier);
-            if (f.state == kAtSharedBarrier) text += " " + std::to_string(lane) + "=" + shared_barrier_text(f.barrier);
-        }
-        if (done) text += " " + std::to_string(done) + " lanes done";
-    }
-    return text;
-}
 
 void fiber_main() {
     (*block.kernel)();
@@ -70,8 +53,65 @@ void fiber_main() {
     __builtin_unreachable();
 }
 
-void run_block(int64_t index) {
+// The next lane to run: a random one that can, of the same warp mostly, now and then of another one. False: none can.
+bool choose_another() {
+    if (work_under_way() && draw() % 4 == 0) advance();
+    int w = block.current / kLanes;
+    if (!block.warp[w].runnable || draw() % 8 == 0) {
+        const int first = static_cast<int>(draw() % static_cast<uint32_t>(block.warps));
+        int k = 0;
+        while (k < block.warps && !block.warp[(first + k) % block.warps].runnable) ++k;
+        if (k == block.warps) return advance() && choose_another();
+        w = (first + k) % block.warps;
+    }
+    const uint32_t runnable = block.warp[w].runnable, turn = draw() % kLanes;
+    const uint32_t turned = turn ? (runnable >> turn | runnable << (kLanes - turn)) : runnable;
+    const int lane = static_cast<int>((static_cast<uint32_t>(__builtin_ctz(turned)) + turn) % kLanes);
+    block.current = w * kLanes + lane;
+    return true;
+}
+
+bool any_fiber(State state) {
+    return std::any_of(block.fibers.begin(), block.fibers.end(), [&](const Fiber& f) { return f.state == state; });
+}
+
+bool has_ended() {
+    return std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.state == kDone; });
+}
+
+}  // namespace
+
+std::string where_everybody_is() {
+    const auto where = [](const Fiber& f) -> std::string {
+        if (f.state == kDone) return "done";
+        if (f.state == kAtWarpWide) return operation_name(f.operation);
+        if (f.state == kAtBarrier) return "barrier " + std::to_string(f.barrier);
+        if (f.state == kAtSharedBarrier) return shared_barrier_text(f.barrier);
+        if (f.state == kAtTurn)
+            return "turn " + std::to_string(f.number) + ", and " + std::to_string(*f.turn) + " are past";
+        return "able to run";
+    };
+    std::string text;
+    for (int w = 0; w < block.warps; ++w) {
+        text += "\n  warp " + std::to_string(w) + ":";
+        for (int lane = 0, end; lane < kLanes; lane = end) {  // lanes at one place together
+            const std::string place = where(block.fibers[w * kLanes + lane]);
+            for (end = lane + 1; end < kLanes && where(block.fibers[w * kLanes + end]) == place;) ++end;
+            text += " " + std::to_string(lane) + "-" + std::to_string(end - 1) + "=" + place;
+        }
+    }
+    return text;
+}
+
+void begin_block(int64_t index) {
+    if (!block.stacks) {
+        void* memory = mmap(nullptr, kStack * kMostWarps * kLanes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        block.stacks = static_cast<uint8_t*>(memory);
+    }
     block.index = index;
+    block.ticket = -1;
     block.fibers.assign(static_cast<size_t>(block.threads), Fiber{});
     block.warp.assign(static_cast<size_t>(block.warps), Warp{});
     block.barrier.assign(kBarriers, Barrier{});
@@ -86,7 +126,7 @@ void run_block(int64_t index) {
     hopper = {};
     hopper.groups.resize(static_cast<size_t>((block.warps + kGroupWarps - 1) / kGroupWarps));
     for (int t = 0; t < block.threads; ++t) {
-        void** top = reinterpret_cast<void**>(stacks + (t + 1) * kStack - 16);
+        void** top = reinterpret_cast<void**>(block.stacks + (t + 1) * kStack - 16);
         *--top = nullptr;  // keeps the stack aligned as after a call
         *--top = reinterpret_cast<void*>(fiber_main);
         for (int k = 0; k < 6; ++k) *--top = nullptr;
@@ -94,16 +134,22 @@ void run_block(int64_t index) {
     }
     block.report.clear();
     block.current = static_cast<int>(draw() % static_cast<uint32_t>(block.threads));
-    emulator_switch(&block.host, block.fibers[block.current].stack_pointer);
-    ++totals.blocks;
-    if (block.report.empty()) check_block_ended();
-    if (!block.report.empty()) throw std::runtime_error("emulator: " + block.report);
 }
 
-}  // namespace
+bool run_block() {
+    wake_at_turns();
+    if (!choose_another()) return false;
+    emulator_switch(&block.host, block.fibers[block.current].stack_pointer);
+    const bool ended = block.report.empty() && has_ended();
+    if (ended) check_block_ended();
+    if (!block.report.empty()) throw std::runtime_error("emulator: " + block.report);
+    totals.blocks += ended;
+    return ended;
+}
 
 Block block;
 Counters totals;
+uint64_t random_state = 1;
 
 std::string here() {
     return "block " + std::to_string(block.index) + ", warp " + std::to_string(block.current / kLanes) + ", lane " +
@@ -118,31 +164,18 @@ void fail(const std::string& text) {
     __builtin_unreachable();
 }
 
-// Goes on with a random lane that can run: of the same warp mostly, now and then of another one.
 void run_another() {
-    if (work_under_way() && draw() % 4 == 0) advance();
-    int w = block.current / kLanes;
-    if (!block.warp[w].runnable || draw() % 8 == 0) {
-        const int first = static_cast<int>(draw() % static_cast<uint32_t>(block.warps));
-        int k = 0;
-        while (k < block.warps && !block.warp[(first + k) % block.warps].runnable) ++k;
-        if (k == block.warps && advance()) return run_another();
-        if (k == block.warps) {
-            for (const Fiber& f : block.fibers)
-                if (f.state != kDone) fail("deadlock in block " + std::to_string(block.index) + where_everybody_is());
-            void* unused;
-            emulator_switch(&unused, block.host);
-            __builtin_unreachable();
-        }
-        w = (first + k) % block.warps;
-    }
-    const uint32_t runnable = block.warp[w].runnable, turn = draw() % kLanes;
-    const uint32_t turned = turn ? (runnable >> turn | runnable << (kLanes - turn)) : runnable;
-    const int lane = static_cast<int>((static_cast<uint32_t>(__builtin_ctz(turned)) + turn) % kLanes);
+    constexpr uint32_t kSeldom = 256;
     Fiber& from = block.fibers[block.current];
-    block.current = w * kLanes + lane;
-    Fiber& to = block.fibers[block.current];
-    if (&from != &to) emulator_switch(&from.stack_pointer, to.stack_pointer);
+    const bool goes_on = choose_another();
+    if (goes_on && !(block.together && draw() % kSeldom == 0)) {
+        Fiber& to = block.fibers[block.current];
+        if (&from != &to) emulator_switch(&from.stack_pointer, to.stack_pointer);
+        return;
+    }
+    if (!goes_on && !has_ended() && !any_fiber(kAtTurn))
+        fail("deadlock in block " + std::to_string(block.index) + where_everybody_is());
+    emulator_switch(&from.stack_pointer, block.host);  // back when run_block chooses it
 }
 
 void stop(State state) {
@@ -151,35 +184,6 @@ void stop(State state) {
 }
 
 Counters& counters() { return totals; }
-
-void launch(const std::function<void()>& kernel, int64_t blocks, int threads, uint32_t shared_bytes, uint64_t seed) {
-    if (!stacks) {
-        void* memory = mmap(nullptr, kStack * kMostWarps * kLanes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) throw std::bad_alloc();
-        stacks = static_cast<uint8_t*>(memory);
-    }
-    if (threads % kLanes || threads < kLanes || threads > kMostWarps * kLanes)
-        throw std::runtime_error("emulator: a block of " + std::to_string(threads) + " threads");
-    block.threads = threads;
-    block.warps = threads / kLanes;
-    block.count = blocks;
-    block.shared_bytes = shared_bytes;
-    block.kernel = &kernel;
-    block.random = seed * 0x9E3779B97F4A7C15ull + 0x632BE59BD9B4E019ull;
-    std::vector<int64_t> order(static_cast<size_t>(blocks));
-    for (int64_t k = 0; k < blocks; ++k) {
-        const int64_t other = static_cast<int64_t>(draw() % static_cast<uint32_t>(k + 1));
-        order[static_cast<size_t>(k)] = order[static_cast<size_t>(other)];
-        order[static_cast<size_t>(other)] = k;
-    }
-    ++totals.launches;
-    begin_launch();
-    for (int64_t index : order) {
-        block.last = index == order.back();
-        run_block(index);
-    }
-}
 
 int thread_index() { return block.current; }
 int64_t block_index() { return block.index; }

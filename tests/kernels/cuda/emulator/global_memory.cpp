@@ -106,7 +106,7 @@ void allow_counters(int32_t* data, int64_t count) {
     }
 }
 
-// Blocks run one after another, so one that draws leaves some tickets, as if others had been faster, to those behind
+// Where blocks run one after another, one that draws leaves some tickets, as if others had been faster, to those behind
 // it; now and then all that are left. The last one gets whatever is left.
 int draw_ticket(const int32_t* counter, int end) {
     const auto found = ticket_counters.find(counter);
@@ -120,12 +120,12 @@ int draw_ticket(const int32_t* counter, int end) {
     if (c.block != block.index) c.block = block.index, c.last = -1;
     size_t place = 0;
     while (place < c.left.size() && c.left[place] <= c.last) ++place;
-    if (!block.last) place += draw() % 8 == 0 ? c.left.size() : draw() % 3;
+    if (!block.last && !block.together) place += draw() % 8 == 0 ? c.left.size() : draw() % 3;
     if (place >= c.left.size()) {
         c.last = INT32_MAX;
         return end + c.beyond++ + static_cast<int>(draw() % 3);
     }
-    c.last = c.left[place];
+    c.last = block.ticket = c.left[place];
     c.left.erase(c.left.begin() + static_cast<std::ptrdiff_t>(place));
     return c.last;
 }
@@ -133,6 +133,7 @@ int draw_ticket(const int32_t* counter, int end) {
 void forget() {
     regions.clear();
     ticket_counters.clear();
+    forget_turns();
 }
 
 void check_all_written() {

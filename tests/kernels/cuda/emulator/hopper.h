@@ -54,7 +54,8 @@ struct BulkSum {
     float* target;
     uint32_t source;
     int bytes, thread;
-    bool committed, executed;
+    bool committed, executed, let_go;
+    std::vector<uint8_t> read;  // what shared memory held, once it is let go
 };
 
 struct Asynchronous {

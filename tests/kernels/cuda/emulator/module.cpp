@@ -25,12 +25,25 @@ int from_environment(const char* name, int otherwise) {
 uint64_t schedule = static_cast<uint64_t>(from_environment("EFFICIENT_ATTN_CUDA_EMULATOR_SCHEDULE", 0));
 int emulated_capability = from_environment("EFFICIENT_ATTN_CUDA_EMULATOR_CAPABILITY", 80);
 int emulated_multiprocessors = 3;
+// Of the blocks of a launch that wait for one another: how many run at once, and which one goes on.
+int blocks_together = 3;
+emulator::Policy policy = emulator::kAny;
 
 #ifdef EFFICIENT_ATTN_EMULATOR_SMALL
 constexpr int kWidest = 64;
 #else
 constexpr int kWidest = kWidestLinear;
 #endif
+
+// Whether a kernel with this argument has tiles that wait for others.
+template <class X>
+bool waits(const X& argument) {
+    if constexpr (std::is_same_v<X, sm90::BackwardInputs>) {
+        return argument.work.given == 0;
+    } else {
+        return false;
+    }
+}
 
 struct EmulatorLaunch {
     int capability() const { return emulated_capability; }
@@ -52,7 +65,8 @@ struct EmulatorLaunch {
     template <class... Parameters>
     void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, uint32_t shared_bytes,
                     const std::common_type_t<Parameters>&... arguments) {
-        emulator::launch([&] { kernel(arguments...); }, blocks, threads, shared_bytes, schedule);
+        const int together = (... || waits(arguments)) ? blocks_together : 0;
+        emulator::launch([&] { kernel(arguments...); }, blocks, threads, shared_bytes, schedule, together, policy);
     }
 };
 
@@ -180,13 +194,14 @@ void attention_decode(const std::string& words, uintptr_t part_out, uintptr_t pa
 }
 
 void attention_backward(const std::string& words, uintptr_t seed, uintptr_t flags, uintptr_t delta, bool bias_sums,
-                        uintptr_t query_sums, uintptr_t counters, uintptr_t query_order, uintptr_t key_order, int,
-                        uintptr_t) {
+                        uintptr_t query_sums, uintptr_t turns, uintptr_t counters, uintptr_t query_order,
+                        uintptr_t key_order, int, uintptr_t) {
     AttentionParams p = read_params(words, true);
     if (bias_sums) p.dbias.dtype = kFloat32;
     KernelParams k = params(p, seed, flags);
     k.delta = reinterpret_cast<float*>(delta);
     k.query_sums = reinterpret_cast<float*>(query_sums);
+    k.turns = reinterpret_cast<int32_t*>(turns);
     Allowed allowed;
     allow_inputs(p);
     emulator::allow(reinterpret_cast<void*>(seed), 8, false);
@@ -197,6 +212,7 @@ void attention_backward(const std::string& words, uintptr_t seed, uintptr_t flag
     emulator::allow(p.grad_lse, rows * 4, false);
     emulator::allow(k.delta, rows * 4, true);
     if (k.query_sums) emulator::allow_sums(k.query_sums, query_sum_count(p, emulated_capability) * 4);
+    if (k.turns) emulator::allow_turns(k.turns, turn_count(p, emulated_capability));
     allow(p.dq, p.B, p.Hq, p.Nq, p.D, true);
     allow(p.dk, p.B, p.Hkv, p.Nk, p.D, true);
     allow(p.dv, p.B, p.Hkv, p.Nk, p.Dv, true);
@@ -294,6 +310,8 @@ PYBIND11_MODULE(_cuda_emulator, module) {
     module.def("query_sum_count", [](const std::string& words, int) {
         return query_sum_count(read_params(words, true), emulated_capability);
     });
+    module.def("turn_count",
+               [](const std::string& words, int) { return turn_count(read_params(words, true), emulated_capability); });
     module.def("tiles_in_order", &tiles_in_order);
     module.def("counter_count", [](const std::string& words, bool backward, int) {
         const AttentionParams p = read_params(words, backward);
@@ -308,6 +326,10 @@ PYBIND11_MODULE(_cuda_emulator, module) {
     module.def(
         "set_multiprocessors", [](int count) { emulated_multiprocessors = count; },
         "How many blocks of threads share Hopper's work; 3.");
+    module.def(
+        "set_together",
+        [](int count, int chosen) { blocks_together = count, policy = static_cast<emulator::Policy>(chosen); },
+        "Of the blocks that wait for one another: how many run at once (3), and which goes on, see emulator.h (0).");
     module.def("counters", &counted);
     module.def("reset_counters", [] { emulator::counters() = {}; });
 }

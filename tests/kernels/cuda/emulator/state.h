@@ -16,7 +16,7 @@ constexpr uint32_t kAll = 0xFFFFFFFFu;
 // Vector clocks have a component for each warp, and one for the copies that each barrier in shared memory counts.
 constexpr int kSharedBarriers = 64, kClocks = kMostWarps + kSharedBarriers;
 
-enum State : uint8_t { kRunnable, kAtWarpWide, kAtBarrier, kAtSharedBarrier, kDone };
+enum State : uint8_t { kRunnable, kAtWarpWide, kAtBarrier, kAtSharedBarrier, kAtTurn, kDone };
 
 struct Group {
     std::vector<Copy> copies;
@@ -33,6 +33,8 @@ struct Fiber {
     bool acquired;              // this thread alone has seen, by a barrier in shared memory, what `seen` says
     uint32_t seen[kClocks];
     std::map<const uint8_t*, std::vector<uint8_t>> known;  // registers as a group_fence or a group_wait left them
+    const int32_t* turn;  // that it waits for, until it has been passed on `number` times
+    int number;
 };
 
 struct Word {
@@ -63,7 +65,9 @@ struct Barrier {
 struct Block {
     int threads = 0, warps = 0, current = 0;
     int64_t index = 0, count = 0;
-    bool last = false;  // of the launch: what tickets are left are its
+    bool last = false;      // of the launch: what tickets are left are its
+    bool together = false;  // with others, which go on now and then
+    int ticket = -1;        // the latest
     uint32_t shared_bytes = 0;
     std::vector<Fiber> fibers;
     std::vector<Warp> warp;
@@ -71,20 +75,21 @@ struct Block {
     std::vector<uint8_t> shared;
     std::vector<Word> words;
     std::vector<uint32_t> reads;  // clock of each warp's last read of each word
-    uint64_t random = 1;
     const std::function<void()>* kernel = nullptr;
+    uint8_t* stacks = nullptr;
     void* host = nullptr;  // the stack of launch()
     std::string report;
 };
 
-extern Block block;
+extern Block block;  // the one that runs
 extern Counters totals;
+extern uint64_t random_state;
 
 inline uint32_t draw() {
-    block.random ^= block.random << 13;
-    block.random ^= block.random >> 7;
-    block.random ^= block.random << 17;
-    return static_cast<uint32_t>(block.random >> 32);
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return static_cast<uint32_t>(random_state >> 32);
 }
 
 template <class X>
@@ -100,6 +105,10 @@ std::string here();
 // Goes on with a random lane that can run: of the same warp mostly, now and then of another one.
 void run_another();
 void stop(State state);
+void begin_block(int64_t index);
+// Runs the block until it ends (true), or until it waits for a turn or another one of those together shall go on.
+bool run_block();
+std::string where_everybody_is();
 
 // --- global_memory.cpp ---
 
@@ -107,6 +116,16 @@ void check_elements(const void* address, int bytes, bool write);
 bool may_add_to(const float* target, int bytes);
 int draw_ticket(const int32_t* counter, int end);
 void begin_launch();
+
+// --- turns.cpp ---
+
+void forget_turns();
+void begin_turns();
+void wake_at_turns();  // the fibers of this block whose turn has come
+int64_t turns_passed();
+// A thread adds to sums, and knows that it has.
+void add_in_turn(const float* target, int bytes);
+void added_in_turn(const float* target, int thread);
 
 // --- shared_memory.cpp ---
 

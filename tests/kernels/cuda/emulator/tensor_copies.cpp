@@ -32,7 +32,8 @@ void copy_row(const TensorCopy& copy, uint32_t to, const int64_t (&place)[4]) {
 void execute_sum(BulkSum& sum) {
     for (int k = 0; k < sum.bytes / 4; ++k) {
         float x;
-        std::memcpy(&x, &block.shared[sum.source + static_cast<uint32_t>(k) * 4], 4);
+        std::memcpy(&x, sum.read.empty() ? &block.shared[sum.source + static_cast<uint32_t>(k) * 4] : &sum.read[k * 4],
+                    4);
         sum.target[k] += x;
     }
     sum.executed = true;
@@ -126,7 +127,8 @@ void bulk_add(float* target, uint32_t source, int bytes) {
         check_proxy(chunk, "bulk_add reads");
         for (uint32_t k = chunk / 4; k < chunk / 4 + 4; ++k) ++block.words[k].readers;
     }
-    hopper.sums.push_back({target, source, bytes, block.current, false, false});
+    add_in_turn(target, bytes);
+    hopper.sums.push_back({target, source, bytes, block.current, false, false, false, {}});
     ++totals.calls[kBulkAdd];
 }
 
@@ -134,16 +136,27 @@ void bulk_commit() {
     for (BulkSum& sum : hopper.sums) sum.committed |= sum.thread == block.current;
 }
 
-void bulk_wait() {
+// Shared memory that a sum reads is free again; it may still be added later.
+static void let_go(BulkSum& sum) {
+    if (sum.let_go) return;
     const int w = block.current / kLanes;
+    for (uint32_t word = sum.source / 4; word < (sum.source + static_cast<uint32_t>(sum.bytes)) / 4; ++word) {
+        --block.words[word].readers;
+        block.reads[word * static_cast<size_t>(block.warps) + static_cast<size_t>(w)] = block.warp[w].clock[w];
+    }
+    const uint8_t* first = &block.shared[sum.source];
+    sum.read.assign(first, first + sum.bytes);
+    sum.let_go = true;
+}
+
+void bulk_wait(bool read) {
     for (size_t k = hopper.sums.size(); k-- > 0;) {
         BulkSum& sum = hopper.sums[k];
         if (sum.thread != block.current || !sum.committed) continue;
+        let_go(sum);
+        if (read) continue;
         if (!sum.executed) execute_sum(sum);
-        for (uint32_t word = sum.source / 4; word < (sum.source + static_cast<uint32_t>(sum.bytes)) / 4; ++word) {
-            --block.words[word].readers;
-            block.reads[word * static_cast<size_t>(block.warps) + static_cast<size_t>(w)] = block.warp[w].clock[w];
-        }
+        added_in_turn(sum.target, sum.thread);
         hopper.sums.erase(hopper.sums.begin() + static_cast<std::ptrdiff_t>(k));
     }
 }

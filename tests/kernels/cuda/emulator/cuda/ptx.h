@@ -169,8 +169,11 @@ EA_DEVICE void async_proxy_fence() { emulator::async_proxy_fence(); }
 
 EA_DEVICE void bulk_add(float* target, uint32_t source, int bytes) { emulator::bulk_add(target, source, bytes); }
 EA_DEVICE void bulk_commit() { emulator::bulk_commit(); }
-EA_DEVICE void bulk_wait_read() { emulator::bulk_wait(); }
-EA_DEVICE void bulk_wait() { emulator::bulk_wait(); }
+EA_DEVICE void bulk_wait_read() { emulator::bulk_wait(true); }
+EA_DEVICE void bulk_wait() { emulator::bulk_wait(false); }
+EA_DEVICE void sums_fence() { emulator::sums_fence(); }
+EA_DEVICE void await_turn(const int32_t* turn, int number) { emulator::await_turn(turn, number); }
+EA_DEVICE void pass_turn(int32_t* turn) { emulator::pass_turn(turn); }
 
 EA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
     return static_cast<uint64_t>((address & 0x3FFFFu) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |

@@ -114,7 +114,8 @@ def test_every_kernel_is_counted_and_its_registers_fit() -> None:
     for row in rows:
         assert row["cycles"]["tensor"] > 0 and row["without_overlap"] <= row["predicted"] <= row["at_most"] <= 950, row
         if row["kernel"].startswith("sm90"):
-            assert 0 < row["producer_registers"] <= 40, row  # kProducerRegisters of every kernel
+            # kProducerRegisters of every kernel: what two consumers leave of the 504 that three warpgroups begin with
+            assert 0 < row["producer_registers"] <= 504 - 2 * row["register_limit"], row
             assert 0 < row["registers"] <= row["register_limit"] and row["copied_bytes"] > 0, row
 
 

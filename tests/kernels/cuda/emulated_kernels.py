@@ -219,7 +219,9 @@ def sums() -> int:
     return cuda.kernels().counters()["bulk_add"]["calls"]
 
 
-@pytest.mark.parametrize("mask", ["causal", "list", "lengths"])
+@pytest.mark.parametrize(
+    "mask", ["list", *(pytest.param(mask, marks=pytest.mark.slow) for mask in ("causal", "lengths"))]
+)
 def test_one_pass_is_close_to_the_reference(any_order: None, mask: str) -> None:
     tensors = [draw(2, 4, 200, 80), draw(2, 2, 300, 80, seed=1), draw(2, 2, 300, 128, seed=2)]
     grad_out = draw(2, 4, 200, 128, seed=3)
@@ -308,7 +310,7 @@ def test_one_pass_in_a_fixed_order_is_close_to_the_reference(hopper: None, mask:
 # --- who does which tile ---
 
 
-@pytest.mark.parametrize("D", [64, 256])
+@pytest.mark.parametrize("D", [64, pytest.param(256, marks=pytest.mark.slow)])
 def test_who_does_a_tile_changes_no_bit(hopper: None, D: int) -> None:
     """A block of threads for each tile, or a few that draw from the counter."""
     tensors, grad_out = [draw(1, h, 300, D, seed=h) for h in (2, 1, 1)], draw(1, 2, 300, D, seed=3)
@@ -326,7 +328,7 @@ def test_who_does_a_tile_changes_no_bit(hopper: None, D: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("heads", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_blocks_of_a_list_in_order_give_the_same_bits(
     hopper: None, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,7 @@ def test_what_only_these_kernels_promise(emulator: Path) -> None:
 
 @compiled
 @pytest.mark.slow
-def test_one_pass_in_every_order(emulator: Path) -> None:
+def test_the_longer_of_what_only_they_promise(emulator: Path) -> None:
     passes(emulator, 80, str(HERE / "emulated_kernels.py"), "-m", "slow")
 
 

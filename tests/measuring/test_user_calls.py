@@ -133,3 +133,16 @@ def test_a_set_below_the_best_holds_pytorch_to_it_too() -> None:
     held = call_table.environment("avx2", "avx512")
     assert held["EFFICIENT_ATTN_ISA"] == "avx2" and held["ATEN_CPU_CAPABILITY"] == "avx2"
     assert {"ATEN_CPU_CAPABILITY": "avx2"}.items() & call_table.environment("avx512", "avx512").items() == set()
+
+
+def test_a_set_that_nothing_holds_mkl_to_is_left_out(monkeypatch, tmp_path, capsys):
+    from efficient_attn.benchmarks.tools import call_table
+
+    taken = []
+    monkeypatch.setattr(call_table, "measure", lambda out, name, own, arguments: taken.append(name) or 1)
+    monkeypatch.setattr(call_table.calls, "instruction_set", lambda: "avx2")
+    for amd, expected in ((True, ["avx2"]), (False, ["baseline"])):
+        monkeypatch.setattr(call_table, "holds_nothing", lambda amd=amd: amd)
+        assert call_table.main(["--out", str(tmp_path), "--sets", "baseline,avx2"]) == 1
+        assert taken == expected and ("baseline: left out" in capsys.readouterr().out) == amd
+        taken.clear()
